@@ -1,0 +1,65 @@
+"""Exit codes and the errors that become one clear line on stderr.
+
+Every error that a user can cause is an `LlmkitError`: a message that names file, line or field, and a hint that says
+what to do. The command line prints both and exits with `code`; a traceback appears only with --debug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What `llmkit` returns to the shell."""
+
+    OK = 0
+    ERROR = 1  # run-time error: bad data, full disk, missing file
+    USAGE = 2  # the command line itself is wrong
+    LOCKED = 75  # another run holds the output (EX_TEMPFAIL: try again later)
+    INTERRUPTED = 130  # SIGINT
+    BROKEN_PIPE = 141  # the reader of our stdout went away
+    TERMINATED = 143  # SIGTERM
+
+
+class LlmkitError(Exception):
+    """An error with a one-line message, a hint, and the exit code it leads to."""
+
+    code = ExitCode.ERROR
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[LlmkitError], tuple[str, str]]:
+        # Errors cross process boundaries from the workers of `engine`.
+        return type(self), (self.message, self.hint)
+
+
+class UsageError(LlmkitError):
+    """The call is wrong: an unknown name, options that exclude each other."""
+
+    code = ExitCode.USAGE
+
+
+class LockedError(LlmkitError):
+    """Another run holds the lock on the output."""
+
+    code = ExitCode.LOCKED
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Hint for an unknown `name`: the nearest known names, or all of them."""
+    from difflib import get_close_matches
+
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    return "known: " + ", ".join(names) if names else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """Error for `name`, which is no known filter, preset, architecture, ..."""
+    return UsageError(f"unknown {kind} {name!r}", suggestion(name, known))
