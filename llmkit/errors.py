@@ -63,3 +63,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Error for `name`, which is no known filter, preset, architecture, ..."""
     return UsageError(f"unknown {kind} {name!r}", suggestion(name, known))
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt no `except Exception` may swallow it."""

@@ -1,0 +1,66 @@
+"""Ordered map over chunks of work in local processes.
+
+    for result in ordered_map(work, chunks, jobs=8):
+        ...
+
+Results come in the order of the items, whatever finishes first, so that the output is the same for any number of jobs. At most three items a
+worker are in flight, which bounds memory. With one job everything runs in this process. Workers are forked, so `work` may be any callable and
+sees what the parent had loaded and compiled; an exception in one ends the map and is raised here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from llmkit.errors import LlmkitError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+IN_FLIGHT = 3  # items a worker: one being worked on, one waiting, one result not yet taken
+
+_work: Callable[[Any], Any] | None = None
+
+
+def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int = 1) -> Iterator[Result]:
+    """`work` of each item, in order, computed by `jobs` forked processes (1: by this one)."""
+    if jobs <= 1:
+        yield from map(work, items)
+        return
+    global _work
+    _work = work  # handed to the workers by fork, not by pickle
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=_start_worker)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) >= jobs * IN_FLIGHT:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise LlmkitError("a worker process was killed", "probably out of memory: give fewer jobs (-j)") from error
+    finally:
+        _work = None
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _call(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)
+
+
+def _start_worker() -> None:
+    """Ctrl-C and SIGTERM are the parent's to handle; a worker dies with its parent (Linux), even after kill -9."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,152 @@
+"""Outputs that are either whole under their final name or not there at all.
+
+A file is written under `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by file. The partial file is
+also the lock: it is held with flock(2) while it is written, so a second run on the same output stops at once (exit code 75), and what a
+killed run left behind is taken over by the next one instead of piling up.
+
+    with atomic_file("clean.jsonl.zst", force=False) as sink:
+        sink.write(data)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from llmkit.errors import LlmkitError, LockedError
+
+
+def check_output(path: str | Path, force: bool) -> None:
+    """Refuse to overwrite `path` without `force`, and to write where there is no directory."""
+    path = Path(path)
+    if path.exists() and not force and not is_special(path):
+        raise LlmkitError(f"{path} exists", "choose another output, or give -f to replace it")
+    parent = Path(os.path.realpath(path)).parent
+    if not parent.is_dir():
+        raise LlmkitError(f"{parent} is not a directory", f"make it first: mkdir -p {parent}")
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is a device, a pipe or a socket, which are written to directly."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
+    """Binary file that appears as `path` only when the block ends without an exception.
+
+    Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
+    """
+    check_output(path, force)
+    if is_special(Path(path)):
+        with open(path, "wb") as sink:
+            yield sink
+        return
+    final = Path(os.path.realpath(path))
+    if final.is_dir():
+        raise LlmkitError(f"{path} is a directory", "give the name of a file")
+    partial = final.with_name(f".{final.name}.partial")
+    descriptor = _take(partial, os.O_RDWR | os.O_CREAT, str(path))
+    try:
+        os.ftruncate(descriptor, 0)
+        with os.fdopen(descriptor, "wb") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
+            check_output(path, force)  # someone else may have made it meanwhile
+            os.replace(partial, final)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_directory(final.parent)
+
+
+@contextmanager
+def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """Empty directory to fill, which becomes `path` only when the block ends without an exception.
+
+    Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
+    """
+    check_output(path, force)
+    final = Path(os.path.realpath(path))
+    if final.exists() and not final.is_dir():
+        raise LlmkitError(f"{path} is not a directory", "choose another output")
+    partial = final.with_name(f".{final.name}.partial")
+    partial.mkdir(exist_ok=True)
+    descriptor = _take(partial, os.O_RDONLY, str(path))
+    try:
+        _empty(partial)
+        yield partial
+        for directory, _, files in os.walk(partial):
+            for name in files:
+                _sync(os.path.join(directory, name))
+            sync_directory(directory)
+        check_output(path, force)
+        if final.exists():
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(final, old)
+            os.rename(partial, final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_directory(final.parent)
+
+
+def _take(partial: Path, flags: int, name: str) -> int:
+    """Open `partial` and lock it. The file may be renamed between open and flock by the run that had it: then try again."""
+    while True:
+        try:
+            descriptor = os.open(partial, flags, 0o666)
+        except FileNotFoundError:  # a directory that its writer has just renamed
+            partial.mkdir(exist_ok=True)
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LockedError(
+                f"{name} is being written by another run", "wait for it to end, or choose another output"
+            ) from None
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: str | Path) -> None:
+    """Make the names in `path` durable."""
+    _sync(str(path))

@@ -1,0 +1,334 @@
+"""Documents: one JSON object a line, in and out.
+
+A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through untouched; one that a stage leaves
+alone keeps its bytes. Files are read in chunks of whole lines (about 1 MiB), the unit of work that `engine` hands to worker processes;
+memory does not grow with the input: a chunk, and at most one line of `max_line_bytes`.
+
+    reader = DocumentReader(["docs.jsonl.zst"], ReadOptions())
+    with DocumentWriter("out.jsonl.zst", lineage) as writer:
+        for document in reader.documents():
+            writer.write(document.encode())
+        writer.finish({"documents": n}, reader.inputs)
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import orjson
+import xxhash
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.atomic import atomic_file
+from llmkit.io.compression import (
+    FILE_LEVEL,
+    PIPE_LEVEL,
+    Compressor,
+    GzipOutput,
+    Notes,
+    PlainOutput,
+    ZstdOutput,
+    decompress,
+)
+from llmkit.io.inputs import STDIN, display_name, open_raw
+from llmkit.io.lineage import Input, Lineage, base_name, describe_input, join_notes
+
+CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How lines become documents. `text_key=None`: any JSON object is a row. `on_bad_line`: stop, skip, or quarantine=FILE."""
+
+    text_key: str | None = "text"
+    id_key: str = "id"
+    on_bad_line: str = "stop"
+    max_line_bytes: int = MAX_LINE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that is no document: where it stands, why, and its bytes (empty where it was too long to hold)."""
+
+    file: str
+    line: int
+    reason: str
+    raw: bytes = b""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Whole lines of one file; `first_line` counts from 1. Picklable."""
+
+    file: str
+    first_line: int
+    data: bytes
+    bad: list[BadLine] = field(default_factory=list)
+
+
+class Document:
+    """One document: `fields` as parsed, `raw` the line as it was read."""
+
+    __slots__ = ("_changed", "_options", "fields", "file", "line", "raw")
+
+    def __init__(self, raw: bytes, fields: dict[str, Any], file: str, line: int, options: ReadOptions) -> None:
+        self.raw = raw
+        self.fields = fields
+        self.file = file
+        self.line = line
+        self._options = options
+        self._changed = False
+
+    @property
+    def text(self) -> str:
+        return str(self.fields[self._options.text_key or "text"])
+
+    @property
+    def id(self) -> str:
+        """The document's id field as text; where there is none, the xxh3-128 of its text (of its line, for rows without text)."""
+        value = self.fields.get(self._options.id_key)
+        if value is not None:
+            return str(value)
+        return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
+
+    @property
+    def where(self) -> str:
+        """`file:line`, for messages."""
+        return f"{self.file}:{self.line}"
+
+    def change(self, **fields: Any) -> None:
+        """Set fields; the line is then written anew."""
+        self.fields.update(fields)
+        self._changed = True
+
+    def change_text(self, text: str) -> None:
+        """Replace the text, whatever its key is called."""
+        self.change(**{self._options.text_key or "text": text})
+
+    def encode(self) -> bytes:
+        """The line with its newline: the bytes that were read, unless a field changed."""
+        return (orjson.dumps(self.fields) if self._changed else self.raw) + b"\n"
+
+
+def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
+    """Documents and bad lines of a chunk, each in order. Blank lines are passed over. Pure: safe in a worker."""
+    documents: list[Document] = []
+    bad: list[BadLine] = list(chunk.bad)
+    for number, line in enumerate(chunk.data.split(b"\n"), chunk.first_line):
+        if not line or line.isspace():
+            continue
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        reason = ""
+        if len(line) > options.max_line_bytes:
+            bad.append(BadLine(chunk.file, number, f"line of over {options.max_line_bytes} bytes"))
+            continue
+        try:
+            fields = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            reason = _why_not_json(line, error)
+        else:
+            if not isinstance(fields, dict):
+                reason = "not a JSON object"
+            elif options.text_key is not None and not isinstance(fields.get(options.text_key), str):
+                present = options.text_key in fields
+                reason = f"field {options.text_key!r} is not a string" if present else f"no field {options.text_key!r}"
+        if reason:
+            bad.append(BadLine(chunk.file, number, reason, line))
+        else:
+            documents.append(Document(line, fields, chunk.file, number, options))
+    return documents, bad
+
+
+def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return f"invalid UTF-8 (byte {wrong.start})"
+    return f"invalid JSON ({error.msg}, column {error.colno})"
+
+
+class DocumentReader:
+    """Documents of several inputs in order.
+
+    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or quarantined.
+    """
+
+    def __init__(self, paths: list[str], options: ReadOptions | None = None) -> None:
+        self.paths = paths
+        self.options = options or ReadOptions()
+        self.inputs: list[Input] = []
+        self.bad = 0
+        mode, _, target = self.options.on_bad_line.partition("=")
+        if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(target):
+            raise UsageError(f"--on-bad-line {self.options.on_bad_line!r}", "one of: stop, skip, quarantine=FILE")
+        self._mode, self._quarantine_path = mode, target
+        self._quarantine: DocumentWriter | None = None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Whole lines of every input, about 1 MiB at a time; bad lines are still inside."""
+        for path in self.paths:
+            with open_raw(path) as raw:
+                if path.endswith(".parquet"):
+                    yield from self._parquet_chunks(path, raw)
+                else:
+                    yield from self._line_chunks(path, raw)
+        if self._quarantine:
+            self._quarantine.finish({"lines": self.bad}, self.inputs)
+            self._quarantine.__exit__(None, None, None)
+
+    def _line_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
+        name, notes, digest = display_name(path), Notes(), xxhash.xxh3_128()
+        line, rest, skipping, first = 1, b"", False, True
+        for block in decompress(raw, name, notes):
+            digest.update(block)
+            if first and block.startswith(UTF8_BOM):
+                block = block[len(UTF8_BOM) :]
+            first = False
+            end = block.rfind(b"\n") + 1
+            if skipping:  # inside a line that is too long: go on behind its end
+                if not end:
+                    continue
+                block, skipping, line = block[block.index(b"\n") + 1 :], False, line + 1
+                end = block.rfind(b"\n") + 1
+            data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
+            if data:
+                yield Chunk(name, line, data)
+                line += data.count(b"\n")
+            if len(rest) > self.options.max_line_bytes:
+                yield Chunk(name, line, b"", [BadLine(name, line, f"line of over {self.options.max_line_bytes} bytes")])
+                rest, skipping = b"", True
+        if rest:
+            yield Chunk(name, line, rest)
+        self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.found)))
+
+    def _parquet_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
+        from llmkit.io.parquet import read_lines
+
+        line = 1
+        for data, rows in read_lines(raw, path):
+            yield Chunk(path, line, data)
+            line += rows
+        self.inputs.append(describe_input(path))
+
+    def accept(self, bad: list[BadLine]) -> None:
+        """Deal with bad lines as `on_bad_line` says: raise at the first, count them, or put them aside."""
+        if not bad:
+            return
+        if self._mode == "stop":
+            first = bad[0]
+            raise LlmkitError(
+                f"{first.file}:{first.line}: {first.reason}",
+                "--on-bad-line skip passes over such lines, --on-bad-line quarantine=FILE keeps them aside",
+            )
+        self.bad += len(bad)
+        if self._mode == "quarantine":
+            if self._quarantine is None:
+                self._quarantine = DocumentWriter(self._quarantine_path, Lineage("quarantine"), force=True)
+                self._quarantine.__enter__()
+            for item in bad:
+                row = {
+                    "file": item.file,
+                    "line": item.line,
+                    "reason": item.reason,
+                    "raw": item.raw.decode("utf-8", "backslashreplace"),
+                }
+                self._quarantine.write(orjson.dumps(row) + b"\n")
+
+    def documents(self) -> Iterator[Document]:
+        """Every document, in this process."""
+        for chunk in self.chunks():
+            documents, bad = parse(chunk, self.options)
+            self.accept(bad)
+            yield from documents
+
+
+class DocumentWriter:
+    """JSON lines to a file (format by suffix) or stdout, with lineage, whole or not at all.
+
+    stdout is one zstd stream: nearly raw into a pipe, level 3 into a regular file; plain on a terminal or with `plain`. Leaving the
+    block normally without `finish`, or by an exception, leaves no file.
+    """
+
+    def __init__(self, output: str | None, lineage: Lineage, *, force: bool = False, plain: bool = False) -> None:
+        self.output = None if output in (None, STDIN) else output
+        self.lineage = lineage
+        self.force = force
+        self.plain = plain
+        self._digest = xxhash.xxh3_128()
+        self._stack = ExitStack()
+        self._finished = False
+        if self.output:
+            check_suffix(self.output)
+
+    def __enter__(self) -> DocumentWriter:
+        self._target: Compressor
+        if self.output and self.output.endswith(".parquet"):
+            from llmkit.io.parquet import ParquetOutput
+
+            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force))
+        elif self.output:
+            self._target = _by_suffix(self.output, self._stack.enter_context(atomic_file(self.output, self.force)))
+        else:
+            self._target = _for_stdout(self.plain)
+        self._target.note("header", self.lineage.header())
+        return self
+
+    def write(self, lines: bytes) -> None:
+        """Append whole lines, each with its newline."""
+        self._digest.update(lines)
+        self._target.write(lines)
+
+    def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
+        """Complete the content and its lineage; call it once, last."""
+        self.lineage.inputs += inputs
+        self.lineage.counts = counts
+        self.lineage.digest = "xxh3:" + self._digest.hexdigest()
+        self._target.finish()
+        self._target.note("trailer", self.lineage.trailer())
+        if self.output is None:
+            sys.stdout.buffer.flush()
+        self._finished = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            assert self._finished, "DocumentWriter left without finish()"
+        self._stack.__exit__(kind, error, trace)
+
+
+def check_suffix(output: str) -> None:
+    """Refuse an output whose suffix names no format that we write. Devices and pipes take any name."""
+    from llmkit.io.atomic import is_special
+
+    if not output.endswith(
+        (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
+    ) and not is_special(Path(output)):
+        raise UsageError(
+            f"{output}: unknown document format", "end the name in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
+        )
+
+
+def _by_suffix(path: str, sink: BinaryIO) -> Compressor:
+    if path.endswith(".zst"):
+        return ZstdOutput(sink, FILE_LEVEL)
+    return GzipOutput(sink) if path.endswith(".gz") else PlainOutput(sink)
+
+
+def _for_stdout(plain: bool) -> Compressor:
+    sink = sys.stdout.buffer
+    if plain or sys.stdout.isatty():
+        return PlainOutput(sink)
+    regular = stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
+    return ZstdOutput(sink, FILE_LEVEL if regular else PIPE_LEVEL)

@@ -1,0 +1,101 @@
+"""Which inputs a command reads: paths, globs, directories, lists of files, remote URLs, or stdin (`-` or nothing)."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from llmkit.errors import LlmkitError, UsageError
+
+STDIN = "-"
+COMPRESSIONS = ("", ".zst", ".gz", ".xz", ".bz2")
+DOCUMENT_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in COMPRESSIONS) + (
+    ".parquet",
+)
+
+
+def expand(
+    inputs: Iterable[str] | None, suffixes: tuple[str, ...] = DOCUMENT_SUFFIXES, files_from: str | None = None
+) -> list[str]:
+    """Every input file in order: arguments as given, the files of a directory or glob sorted by name.
+
+    A directory gives the files below it that end in one of `suffixes`; hidden ones are left out. `files_from` names a file with one
+    input a line (`-`: stdin). Raises UsageError where there is nothing to read, LlmkitError where an input is missing or a directory
+    holds no such file.
+    """
+    given = list(inputs or [])
+    if files_from is not None:
+        given += _read_list(files_from)
+        if not given:
+            return []
+    if not given:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no input: stdin is a terminal", "name input files, or pipe documents in")
+        return [STDIN]
+    found: list[str] = []
+    for item in given:
+        if item == STDIN or is_remote(item):
+            found.append(item)
+        elif os.path.isdir(item):
+            inside = sorted(
+                str(p)
+                for p in Path(item).rglob("*")
+                if p.name.endswith(suffixes) and p.is_file() and not _hidden(p, item)
+            )
+            if not inside:
+                raise LlmkitError(f"{item}: no input files in this directory", "looked for " + " ".join(suffixes))
+            found += inside
+        elif os.path.exists(item):
+            found.append(item)
+        elif glob.has_magic(item):
+            matched = sorted(glob.glob(item, recursive=True))
+            if not matched:
+                raise LlmkitError(f"{item}: nothing matches this pattern", "quote it only if llmkit is to expand it")
+            found += matched
+        else:
+            raise LlmkitError(f"{item}: no such file or directory", "check the path")
+    if found.count(STDIN) > 1:
+        raise UsageError("stdin ('-') is named more than once", "it can be read only once")
+    return found
+
+
+def _hidden(path: Path, root: str) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _read_list(path: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if path == STDIN else Path(path).read_text()
+    except OSError as error:
+        raise LlmkitError(f"{path}: cannot read the list of files ({error.strerror})", "see --files-from") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is a URL for fsspec, such as s3://bucket/key."""
+    return "://" in path
+
+
+def open_raw(path: str) -> BinaryIO:
+    """Bytes of one input as they are stored; stdin for `-`, fsspec for URLs."""
+    if path == STDIN:
+        return sys.stdin.buffer
+    if is_remote(path):
+        import fsspec
+
+        return cast(BinaryIO, fsspec.open(path, "rb").open())
+    try:
+        return open(path, "rb")
+    except IsADirectoryError:
+        raise LlmkitError(f"{path} is a directory", "name a file") from None
+    except OSError as error:
+        raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
+
+
+def display_name(path: str) -> str:
+    """How messages call an input."""
+    return "<stdin>" if path == STDIN else path

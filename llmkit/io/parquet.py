@@ -1,0 +1,121 @@
+"""Parquet rows as JSON lines, and back.
+
+Reading holds one record batch at a time. Writing needs the schema of all rows before the first is stored, so rows are spooled, compressed,
+to a temporary file while their types are unified, and then written in row groups: memory is one batch, disk twice the output for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmkit.errors import LlmkitError
+from llmkit.io.atomic import atomic_file
+from llmkit.io.compression import Notes, ZstdOutput, decompress
+
+BATCH_ROWS = 1024
+GROUP_BYTES = 32 << 20
+
+
+def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
+    """(JSON lines, number of rows) of each batch; columns that JSON cannot hold as they are (dates, bytes) become text."""
+    try:
+        for batch in pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS):
+            rows = batch.to_pylist()
+            yield (
+                b"".join(
+                    orjson.dumps(row, default=str, option=orjson.OPT_PASSTHROUGH_DATETIME) + b"\n" for row in rows
+                ),
+                len(rows),
+            )
+    except pa.ArrowException as error:
+        raise LlmkitError(
+            f"{name}: not a readable Parquet file ({str(error).splitlines()[0]})", "the file is damaged or incomplete"
+        ) from error
+
+
+class ParquetOutput:
+    """A Parquet file with one column for each field met, zstd inside, lineage in the file metadata."""
+
+    def __init__(self, path: str, force: bool) -> None:
+        self._path = path
+        self._force = force
+        self._stack = ExitStack()
+        self._schema: pa.Schema | None = None
+        self._pending = bytearray()
+        self._record: dict[str, Any] = {}
+
+    def __enter__(self) -> ParquetOutput:
+        self._sink = self._stack.enter_context(atomic_file(self._path, self._force))
+        directory = os.path.dirname(os.path.realpath(self._path))
+        self._spool_file = self._stack.enter_context(tempfile.TemporaryFile(dir=directory))
+        self._spool = ZstdOutput(self._spool_file, 1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def note(self, kind: str, content: dict[str, Any]) -> None:
+        self._record |= content
+        if kind == "trailer":  # everything is known: write the file
+            self._write_file()
+
+    def write(self, data: bytes) -> None:
+        self._spool.write(data)
+        self._pending += data
+        if len(self._pending) >= GROUP_BYTES // 8:
+            self._learn()
+
+    def finish(self) -> None:
+        self._learn()
+        self._spool.finish()
+        self._spool_file.flush()
+
+    def _learn(self) -> None:
+        """Widen the schema by the pending rows."""
+        rows = [orjson.loads(line) for line in bytes(self._pending).splitlines()]
+        self._pending.clear()
+        if not rows:
+            return
+        try:
+            fields = {
+                name: pa.array([row.get(name) for row in rows]).type
+                for name in {key: None for row in rows for key in row}
+            }
+            found = pa.schema(list(fields.items()))
+            self._schema = (
+                pa.unify_schemas([self._schema, found], promote_options="permissive") if self._schema else found
+            )
+        except (pa.ArrowException, OverflowError) as error:
+            raise LlmkitError(
+                f"{self._path}: rows do not share one type for a field ({error})", "write .jsonl.zst instead"
+            ) from error
+
+    def _write_file(self) -> None:
+        schema = (self._schema or pa.schema([("id", pa.string()), ("text", pa.string())])).with_metadata(
+            {"llmkit": json.dumps(self._record, sort_keys=True, ensure_ascii=False)}
+        )
+        self._spool_file.seek(0)
+        with pq.ParquetWriter(self._sink, schema, compression="zstd") as writer:
+            rest = b""
+            held: list[bytes] = []
+            for block in decompress(self._spool_file, "spool", Notes()):
+                lines = (rest + block).split(b"\n")
+                rest = lines.pop()
+                held += lines
+                if sum(map(len, held)) >= GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in held], schema=schema))
+                    held = []
+            if held:
+                writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in held], schema=schema))
