@@ -88,7 +88,7 @@ def decompress(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
         pieces = _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
         pieces = _read_gzip(raw, magic, name, notes)
-    elif magic.startswith(XZ_MAGIC) or magic.startswith(BZIP2_MAGIC):
+    elif magic.startswith((XZ_MAGIC, BZIP2_MAGIC)):
         pieces = _read_stdlib(raw, magic, name)
     else:
         pieces = _read_plain(raw, magic)

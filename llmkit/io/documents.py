@@ -159,7 +159,7 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 class DocumentReader:
-    """Documents of several inputs in order.
+    """Documents of several inputs in order; a context manager, on whose end quarantined lines are stored.
 
     `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or quarantined.
     """
@@ -175,6 +175,17 @@ class DocumentReader:
         self._mode, self._quarantine_path = mode, target
         self._quarantine: DocumentWriter | None = None
 
+    def __enter__(self) -> DocumentReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._quarantine:
+            if kind is None:
+                self._quarantine.finish({"lines": self.bad}, self.inputs)
+            self._quarantine.__exit__(kind, error, trace)
+
     def chunks(self) -> Iterator[Chunk]:
         """Whole lines of every input, about 1 MiB at a time; bad lines are still inside."""
         for path in self.paths:
@@ -183,9 +194,6 @@ class DocumentReader:
                     yield from self._parquet_chunks(path, raw)
                 else:
                     yield from self._line_chunks(path, raw)
-        if self._quarantine:
-            self._quarantine.finish({"lines": self.bad}, self.inputs)
-            self._quarantine.__exit__(None, None, None)
 
     def _line_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
         name, notes, digest = display_name(path), Notes(), xxhash.xxh3_128()

@@ -1,0 +1,124 @@
+"""Entry point: `--help` and `--version` from the standard library alone, any other call by importing just its command.
+
+Every way to fail ends here as one line on stderr, a hint, and an exit code of `ExitCode`; a traceback is shown only with --debug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+from llmkit import __version__
+from llmkit.cli.table import COMMANDS, overview
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run `llmkit ARGV...` and exit the process."""
+    arguments = sys.argv[1:] if argv is None else argv
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help"):
+        _print(overview())
+    elif first in ("-V", "--version"):
+        _print(f"llmkit {__version__}")
+    sys.exit(_dispatch(first, arguments[1:]) if first not in ("-h", "--help", "-V", "--version") else 0)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _leave_broken_pipe()
+
+
+def _leave_broken_pipe() -> NoReturn:
+    """The reader of our stdout is gone: end quietly, and keep the interpreter from flushing into it once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(141)
+
+
+def _dispatch(name: str, arguments: list[str]) -> int:
+    from llmkit.errors import ExitCode, suggestion
+
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        return _fail("llmkit", f"unknown {kind} {name!r}", suggestion(name, COMMANDS), ExitCode.USAGE)
+    return run_command(name, arguments)
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Run one subcommand in this process and return its exit code."""
+    import signal
+    from importlib import import_module
+
+    from llmkit.errors import ExitCode, LlmkitError, Terminated
+
+    program = f"llmkit {name}"
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "-V" in options or "--version" in options:
+        _print(f"llmkit {__version__}")
+        return ExitCode.OK
+    debug = "--debug" in options
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        from llmkit.cli.options import build
+
+        build(import_module(f"llmkit.cli.{name}").main, name)(arguments)
+        sys.stdout.flush()
+        return ExitCode.OK
+    except BrokenPipeError:
+        if debug:
+            raise
+        _leave_broken_pipe()
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+    except Terminated:
+        return ExitCode.TERMINATED
+    except LlmkitError as error:
+        if debug:
+            raise
+        return _fail(program, error.message, error.hint, error.code)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(program, f"{where}{error.strerror or error}", _os_hint(error), ExitCode.ERROR)
+    except MemoryError:
+        return _fail(program, "out of memory", "give fewer jobs (-j) or smaller batches", ExitCode.ERROR)
+    except Exception as error:
+        if debug:
+            raise
+        text = str(error).splitlines()[0] if str(error) else "no message"
+        return _fail(
+            program,
+            f"internal error: {type(error).__name__}: {text}",
+            "run it again with --debug for the traceback",
+            ExitCode.ERROR,
+        )
+
+
+def _os_hint(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or write to another disk with -o; nothing was left half-written"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check the permissions"
+    return ""
+
+
+def _fail(program: str, message: str, hint: str, code: int) -> int:
+    """One line for the error, one for the hint. Control characters of untrusted names are shown, not obeyed."""
+    for label, text in (("error", message), ("hint", hint)):
+        if text:
+            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+            line = f"{program}: error: {shown}" if label == "error" else f"hint: {shown}"
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except OSError:
+                break
+    return code

@@ -1,0 +1,469 @@
+"""The options that every command shares, and `@command`, which adds them to a function.
+
+A command is a function whose first parameter is a `Run`; the rest are its own arguments and options. `@command` marks it, `build` makes a
+Typer command of it. A value comes from the flag, else from LLMKIT_<COMMAND>_<OPTION>, else from the TOML file of --config, else it is the
+default; --print-config shows the result.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from llmkit.errors import LlmkitError, UsageError, suggestion
+
+if TYPE_CHECKING:
+    from llmkit.io.documents import DocumentReader, DocumentWriter
+    from llmkit.io.lineage import Lineage
+
+InputPaths = Annotated[
+    list[str] | None, typer.Argument(metavar="INPUT", help="Files, globs, directories or '-'; nothing is stdin")
+]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model directory, or a run")]
+
+SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def parse_count(text: Any) -> int:
+    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500."""
+    if isinstance(text, int):
+        return text
+    number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
+    try:
+        value = float(number.replace("_", "")) * SUFFIXES[suffix]
+        if value < 0 or value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not a count such as 5000, 10k, 2.5M or 1B") from None
+    return int(value)
+
+
+def count_option(*names: str, help: str, **more: Any) -> Any:
+    """A `typer.Option` whose value is a count with suffix (`parse_count`)."""
+    return typer.Option(*names, help=help, parser=parse_count, metavar="COUNT", **more)
+
+
+GENERAL = "General"
+DOCUMENTS = "Documents"
+
+SHARED: dict[str, tuple[Any, Any]] = {
+    "output": (Annotated[str | None, typer.Option("--output", "-o", metavar="PATH", help="Output; stdout where the command streams")], None),
+    "force": (Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output")], False),
+    "dry_run": (Annotated[bool, typer.Option("--dry-run", "-n", help="Check everything, write nothing")], False),
+    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on success")], False),
+    "verbose": (Annotated[bool, typer.Option("--verbose", "-v", help="Say more")], False),
+    "jobs": (Annotated[int, typer.Option("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it")], 1),
+    "config": (Annotated[str | None, typer.Option("--config", "-c", metavar="TOML", help="File with option values, at the top or in [COMMAND]")], None),
+    "seed": (Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random")], 0),
+    "json": (Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line on stderr")], False),
+    "summary": (Annotated[str | None, typer.Option("--summary", metavar="FILE", help="Write the summary as JSON")], None),
+    "print_config": (Annotated[bool, typer.Option("--print-config", help="Print the resolved options as TOML and stop")], False),
+    "debug": (Annotated[bool, typer.Option("--debug", help="Show tracebacks")], False),
+    "version": (Annotated[bool, typer.Option("--version", "-V", help="Print the version")], False),
+}  # fmt: skip
+
+READING: dict[str, tuple[Any, Any]] = {
+    "text_key": (Annotated[str, typer.Option("--text-key", metavar="FIELD", help="Field that holds the text")], "text"),
+    "id_key": (Annotated[str, typer.Option("--id-key", metavar="FIELD", help="Field that holds the id")], "id"),
+    "on_bad_line": (Annotated[str, typer.Option("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE")], "stop"),
+    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line that is read")], 64 << 20),
+    "files_from": (Annotated[str | None, typer.Option("--files-from", metavar="FILE", help="Read the names of inputs from a file")], None),
+}  # fmt: skip
+WRITING: dict[str, tuple[Any, Any]] = {
+    "plain": (Annotated[bool, typer.Option("--plain", help="Plain JSON lines on stdout (for jq), without lineage")], False),
+}  # fmt: skip
+
+# Shared options that do not decide the content of the output, and therefore stay out of its lineage.
+NEUTRAL = {*SHARED, "files_from", "plain"} - {"seed"}
+
+
+def command(
+    *, examples: tuple[str, ...] = (), neutral: tuple[str, ...] = (), reads: bool = False, writes: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a function as a subcommand.
+
+    `examples` stand in its help and are run by the tests; `neutral` names own options that do not decide the content of the output;
+    `reads` adds the options of a document reader (`Run.reader`), `writes` those of a document writer (`Run.writer`).
+    """
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.llmkit = {"examples": examples, "neutral": set(neutral), "reads": reads, "writes": writes}  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Run:
+    """One invocation: the values of the shared options, messages, progress, summary, lineage."""
+
+    def __init__(self, command: str, values: dict[str, Any], options: dict[str, Any], paths: dict[str, Path]) -> None:
+        self.command = command
+        self.options = options  # what decides the content, as JSON holds it
+        self.output: str | None = None if values["output"] == "-" else values["output"]
+        self.force: bool = values["force"]
+        self.dry_run: bool = values["dry_run"]
+        self.quiet: bool = values["quiet"]
+        self.verbose: bool = values["verbose"]
+        self.jobs: int = values["jobs"]
+        self.seed: int = values["seed"]
+        self.as_json: bool = values["json"]
+        self._values = values
+        self._paths = paths  # options that name an input, for the lineage
+        self._stack = ExitStack()
+        self._started = time.monotonic()
+
+    # Messages. stdout carries data only.
+    def note(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.quiet:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """A line on stderr with --verbose."""
+        if self.verbose:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr, even with --quiet."""
+        self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
+        """Progress of `total` units (None: unknown): a bar on a terminal, else a line every 30 s, nothing with --quiet."""
+        bar = Progress(self, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table on stderr, unless --quiet; every column but the first is set to the right."""
+        if self.quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(Text(column), justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        console.print(table)
+
+    def finish(self, counts: dict[str, Any], line: str) -> None:
+        """The summary: `line` for people (unless --quiet), `counts` as JSON for --json and --summary.
+
+        `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
+        """
+        if counts.get("documents") == 0:
+            self.warn("no documents were read")
+        self.note(line)
+        if self._values["json"]:
+            print(json.dumps({"command": self.command} | counts), file=sys.stderr, flush=True)
+        if self._values["summary"]:
+            from llmkit.io.atomic import atomic_file
+
+            seconds = round(time.monotonic() - self._started, 3)
+            with atomic_file(self._values["summary"], force=True) as sink:
+                sink.write(json.dumps({"command": self.command, "seconds": seconds} | counts).encode() + b"\n")
+
+    # Inputs and outputs.
+    def lineage(self) -> Lineage:
+        """A new record with the command, the options and the inputs that options name."""
+        from llmkit.io.lineage import Lineage, describe_input
+
+        inputs = [describe_input(path, role) for role, path in self._paths.items()]
+        return Lineage(self.command, dict(self.options), inputs)
+
+    def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
+        """The input files of the call (llmkit.io.inputs.expand), --files-from included."""
+        from llmkit.io.inputs import expand
+
+        return expand(given, files_from=self._values.get("files_from"), **expand_options)
+
+    def reader(self, given: list[str] | None, *, text_key: str | None = "") -> DocumentReader:
+        """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
+        from llmkit.io.documents import DocumentReader, ReadOptions
+
+        values = self._values
+        key = values["text_key"] if text_key == "" else text_key
+        options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
+        return self._stack.enter_context(DocumentReader(self.inputs(given), options))
+
+    def writer(self) -> DocumentWriter:
+        """Writer of the command's output; a context manager."""
+        from llmkit.io.documents import DocumentWriter
+
+        return DocumentWriter(self.output, self.lineage(), force=self.force, plain=self._values.get("plain", False))
+
+    def up_to_date(self, paths: list[str]) -> bool:
+        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do.
+
+        Decided by the lineage inside the output (command, version, options, digests of the inputs), never by its existence.
+        """
+        from llmkit.io.lineage import digest_path, read_lineage
+
+        if (
+            not self.output
+            or self.force
+            or not os.path.exists(self.output)
+            or any(not os.path.exists(path) for path in paths)
+        ):
+            return False
+        try:
+            found = read_lineage(self.output)
+        except LlmkitError:
+            return False
+        header = self.lineage()
+        if found is None or {key: found.get(key) for key in header.header()} != json.loads(json.dumps(header.header())):
+            return False
+        digests = [item.digest for item in header.inputs] + [digest_path(path) for path in paths]
+        if [item.get("digest") for item in found.get("inputs", [])] != digests:
+            return False
+        self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
+        return True
+
+
+class Progress:
+    """Progress on stderr; cheap to advance."""
+
+    EVERY = 30.0  # seconds between lines where stderr is not a terminal
+
+    def __init__(self, run: Run, total: int | None, unit: str) -> None:
+        self.done = 0
+        self._run, self._total, self._unit = run, total, unit
+        self._next = time.monotonic() + self.EVERY
+        self._bar: Any = None
+        if not run.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn(f"{run.command}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + " {task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(run.command, total=total, note="")
+            self._bar.start()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more units are done; `note` is shown beside (a loss, a rate)."""
+        self.done += count
+        if self._bar:
+            self._bar.update(self._task, advance=count, note=note)
+        elif not self._run.quiet and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.EVERY
+            of = f" of {self._total:,}" if self._total else ""
+            self._run.note(f"{self.done:,}{of} {self._unit} {note}".rstrip())
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
+    """The parameters of a command with the shared options added, the `Run` left out."""
+    marks = function.llmkit  # type: ignore[attr-defined]
+    hints = get_type_hints(function, include_extras=True)
+    own = list(inspect.signature(function).parameters.values())[1:]
+    parameters = {p.name: p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in own}
+    shared = (READING if marks["reads"] else {}) | (WRITING if marks["writes"] else {}) | SHARED
+    for name, (annotation, default) in shared.items():
+        if name not in parameters:
+            parameters[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+    return parameters
+
+
+def build(function: Callable[..., None], name: str) -> Callable[[list[str]], None]:
+    """A callable that parses the arguments of subcommand `name` and runs it; usage errors are raised as UsageError."""
+    command = click_command(function, name)
+
+    def call(arguments: list[str]) -> None:
+        # Not command.main: it would turn a broken pipe and Ctrl-C into exit code 1.
+        try:
+            with command.make_context(f"llmkit {name}", arguments) as context:
+                command.invoke(context)
+        except typer.Exit:
+            return
+        except Exception as error:
+            raise _as_usage_error(error) from None
+
+    return call
+
+
+def _as_usage_error(error: Exception) -> Exception:
+    """The parser's own errors as ours; anything else as it is."""
+    if isinstance(error, LlmkitError) or not hasattr(error, "format_message"):
+        return error
+    possible = getattr(error, "possibilities", None)
+    wanted = getattr(error, "option_name", "")
+    hint = suggestion(wanted, possible) if possible else "see --help"
+    return UsageError(error.format_message().rstrip("."), hint)
+
+
+def click_command(function: Callable[..., None], name: str) -> Any:
+    """Typer's command object for a marked function."""
+    parameters = signature(function)
+    marks = function.llmkit  # type: ignore[attr-defined]
+
+    def invoke(context: typer.Context, **values: Any) -> None:
+        if values["print_config"]:
+            print(_as_toml(context), end="")
+            return
+        own = {key: value for key, value in values.items() if key in inspect.signature(function).parameters}
+        kinds = {parameter.name: parameter.param_type_name for parameter in context.command.params}
+        decides = {
+            key: v for key, v in values.items() if kinds.get(key) == "option" and key not in NEUTRAL | marks["neutral"]
+        }
+        paths = {key: value for key, value in decides.items() if isinstance(value, Path)}
+        run = Run(name, values, {key: _recordable(value) for key, value in decides.items() if value is not None}, paths)
+        with run._stack:
+            function(run, **own)
+
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    invoke.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
+    invoke.__annotations__ = {"context": typer.Context} | {p.name: p.annotation for p in parameters.values()}
+    examples = "".join(f"\n\n  {line}" for line in marks["examples"])
+    invoke.__doc__ = inspect.getdoc(function)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command(
+        name,
+        epilog=("Examples:" + examples) if examples else None,
+        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": f"LLMKIT_{name.upper()}"},
+    )(invoke)
+    built: Any = typer.main.get_command(app)
+    for parameter in built.params:
+        parameter.show_envvar = False  # said once, below, rather than in every line
+        if parameter.name == "config":
+            parameter.is_eager = True
+            parameter.callback = lambda context, _, value: _load_config(context, value, name)
+        if parameter.metavar is None and not getattr(parameter, "is_flag", False):
+            parameter.metavar = (
+                METAVARS.get(_scalar(parameters[parameter.name].annotation), "TEXT")
+                if parameter.name in parameters
+                else None
+            )
+    built.format_options = lambda context, formatter: _format_options(built, context, formatter)
+    return built
+
+
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+def _scalar(annotation: Any) -> Any:
+    """The plain type inside Annotated, Optional and list."""
+    while arguments := get_args(annotation):
+        annotation = arguments[0]
+    return annotation
+
+
+def _format_options(command: Any, context: Any, formatter: Any) -> None:
+    """Arguments, then the options by group: the command's own first, the shared ones last."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(context):
+        if record := parameter.get_help_record(context):
+            is_argument = parameter.param_type_name == "argument"
+            shared = (
+                DOCUMENTS
+                if parameter.name in READING or parameter.name in WRITING
+                else GENERAL
+                if parameter.name in SHARED
+                else ""
+            )
+            panel = getattr(parameter, "rich_help_panel", None)
+            title = (
+                "Arguments"
+                if is_argument
+                else panel or shared or ("General" if parameter.name == "help" else "Options")
+            )
+            groups.setdefault(title, []).append(record)
+    last = [title for title in (DOCUMENTS, GENERAL) if title in groups]
+    for title in [title for title in groups if title not in last] + last:
+        with formatter.section(title):
+            formatter.write_dl(groups[title])
+    formatter.write_paragraph()
+    formatter.write_text(
+        f"Each option may also stand in the environment as LLMKIT_{context.info_name.split()[-1].upper()}_OPTION, or in the --config file."
+    )
+
+
+def _recordable(value: Any) -> Any:
+    from llmkit.io.lineage import base_name
+
+    if isinstance(value, Path):
+        return base_name(value)
+    return [_recordable(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _load_config(context: Any, path: str | None, name: str) -> str | None:
+    """Make the values of a TOML file the defaults: its top level, then its table [NAME]."""
+    if path is None:
+        return None
+    import tomllib
+
+    from llmkit.cli.table import COMMANDS
+
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LlmkitError(f"{path}: invalid TOML ({error})", "see --print-config for the form") from error
+    top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in COMMANDS)}
+    known = {parameter.name for parameter in context.command.params}
+    defaults = {}
+    for key, value in (top | content.get(name, {})).items():
+        option = key.replace("-", "_")
+        if option not in known:
+            raise UsageError(f"{path}: unknown option {key!r} for llmkit {name}", suggestion(option, known))
+        defaults[option] = value
+    context.default_map = defaults
+    return path
+
+
+def _as_toml(context: Any) -> str:
+    """The resolved options as a TOML file that --config reads; where each came from stands in a comment."""
+    lines = [f"# llmkit {context.info_name.split()[-1]}, resolved"]
+    skipped = {"config", "print_config", "help", "version", "debug"}
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if parameter.name in skipped or parameter.param_type_name != "option":
+            continue
+        source = context.get_parameter_source(parameter.name)
+        origin = source.name.lower().replace("_", " ") if source else "default"
+        key = parameter.name.replace("_", "-")
+        lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}  # {origin}")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A string, number, boolean or list of them as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
+    if isinstance(value, int):
+        return str(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,49 @@
+"""The subcommands, in the order of the pipeline: name, group, one-line summary. `llmkit.cli.NAME` holds each.
+
+Standard library only, and little of it: `llmkit --help` prints this table within a few milliseconds. Help, completions and the dispatcher
+all read it.
+"""
+
+from __future__ import annotations
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "filter": ("Text", "Keep the documents that pass quality rules"),
+    "dedup": ("Text", "Remove exact and near duplicates"),
+    "vocab": ("Tokens", "Train a byte-level BPE tokenizer"),
+    "tokenize": ("Tokens", "Turn documents into token shards"),
+    "mix": ("Tokens", "Combine sources by weight into training order"),
+    "train": ("Training", "Pre-train a decoder from scratch"),
+    "anneal": ("Training", "Continue a run while its learning rate falls to zero"),
+    "average": ("Training", "Average the weights of models or checkpoints"),
+    "sft": ("Alignment", "Fine-tune on conversations, loss on the answers only"),
+    "dpo": ("Alignment", "Align with preference pairs"),
+    "quantize": ("Release", "Store weights in 8 or 4 bits"),
+    "eval": ("Release", "Score models on tasks and by perplexity"),
+    "generate": ("Release", "Complete prompts, or chat"),
+    "lineage": ("Release", "Show how an artefact was made, check it, make it again"),
+}
+
+EXAMPLE = """\
+  llmkit filter docs.jsonl.zst | llmkit dedup | llmkit tokenize -t tok/ -o shards/
+  llmkit mix shards/ --tokens 10M -o mix/ && llmkit train mix/ -m tiny --tokens 10M -o run/
+  llmkit generate run/ --prompt "Once upon a time"
+"""
+
+
+def overview() -> str:
+    """Text of `llmkit --help`."""
+    lines = ["Usage: llmkit COMMAND [OPTIONS] [ARGS]", "", "The whole language-model pipeline as composable commands."]
+    group = ""
+    for name, (section, summary) in COMMANDS.items():
+        if section != group:
+            group = section
+            lines += ["", f"{group}:"]
+        lines.append(f"  {name:<10} {summary}")
+    lines += [
+        "",
+        "Options:",
+        "  -h, --help     this text; llmkit COMMAND --help for one command",
+        "  -V, --version  the version",
+    ]
+    lines += ["", "Examples:", EXAMPLE]
+    return "\n".join(lines)
