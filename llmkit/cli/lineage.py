@@ -43,21 +43,27 @@ def main(
     if run.as_json:
         print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
     elif script:
-        print(provenance.as_script(record, artefact, defaults=_defaults), end="")
+        print(provenance.as_script(record, artefact, _flags), end="")
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
         print(provenance.as_tree(record, artefact), end="")
 
 
-def _defaults(name: str) -> dict[str, object]:
-    """The default of each option of a command, by parameter name, and how the option is called."""
+def _flags(name: str) -> dict[str, tuple[str, str, object]]:
+    """Flag, negative flag and default of each option of a command, by parameter name."""
     from importlib import import_module
 
     from llmkit.cli.options import click_command
+    from llmkit.cli.table import COMMANDS
 
+    if name not in COMMANDS:  # "cat" of joined streams, or a record that is not ours
+        raise LlmkitError(
+            f"the lineage names the command {name!r}, which no script can repeat", "make that input by hand"
+        )
     built = click_command(import_module(f"llmkit.cli.{name}").main, name)
-    return {p.name: (p.opts[0], p.default) for p in built.params if p.param_type_name == "option"}
+    options = [parameter for parameter in built.params if parameter.param_type_name == "option"]
+    return {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]) -> None:

@@ -141,7 +141,7 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if path.suffix == ".arrow":
         from llmkit.io.shards import read_shard_lineage
 
-        return read_shard_lineage(path)
+        return _parse(read_shard_lineage(path))
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
