@@ -1,0 +1,72 @@
+"""The ordered process map."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from llmkit.engine.local import ordered_map
+from llmkit.errors import LlmkitError
+
+
+def slow_square(x: int) -> int:
+    time.sleep(random.random() / 500)
+    return x * x
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_results_come_in_order(jobs: int) -> None:
+    """Property: the results are those of map, in its order, for any number of jobs."""
+    assert list(ordered_map(slow_square, range(200), jobs)) == [x * x for x in range(200)]
+
+
+def test_items_are_taken_as_they_are_needed() -> None:
+    """Behaviour: an endless input is not swallowed: no more than three items a worker are in flight."""
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    results = ordered_map(slow_square, endless(), 2)
+    for _ in range(5):
+        next(results)
+    results.close()
+    assert taken <= 5 + 2 * 3
+
+
+def test_closures_work_without_pickling() -> None:
+    """Behaviour: the function is inherited by fork, so a lambda over local data will do."""
+    table = {i: i + 1 for i in range(10)}
+    assert list(ordered_map(lambda i: table[i], range(10), 2)) == list(range(1, 11))
+
+
+def test_an_error_of_a_worker_is_raised_here() -> None:
+    """Behaviour: LlmkitError keeps message and hint across the process boundary."""
+
+    def fail(x: int) -> int:
+        if x == 3:
+            raise LlmkitError("bad item", "a hint")
+        return x
+
+    with pytest.raises(LlmkitError) as caught:
+        list(ordered_map(fail, range(10), 2))
+    assert (caught.value.message, caught.value.hint) == ("bad item", "a hint")
+
+
+def test_a_killed_worker_is_an_error_not_a_hang() -> None:
+    """Behaviour: a worker that the kernel kills (out of memory) ends the run with a clear message."""
+
+    def die(x: int) -> int:
+        if x == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+    with pytest.raises(LlmkitError, match="killed"):
+        list(ordered_map(die, range(10), 2))

@@ -1,0 +1,109 @@
+"""Atomic outputs and locks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkit.errors import LlmkitError, LockedError
+from llmkit.io.atomic import atomic_directory, atomic_file
+from llmkit.io.locks import lock
+
+
+def names(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
+    """Behaviour: not there while it is written, there afterwards, nothing else beside it."""
+    with atomic_file(tmp_path / "out") as sink:
+        sink.write(b"data")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out").read_bytes() == b"data"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
+def test_nothing_is_left_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    """Behaviour: neither a file nor a directory remains, under any name."""
+    with pytest.raises(error), atomic_file(tmp_path / "out") as sink:
+        sink.write(b"data")
+        raise error
+    with pytest.raises(error), atomic_directory(tmp_path / "dir") as directory:
+        (directory / "a").write_text("x")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_existing_output_needs_force(tmp_path: Path) -> None:
+    """Behaviour: an existing file or directory stays as it is without force, and is replaced whole with it."""
+    (tmp_path / "out").write_text("old")
+    with pytest.raises(LlmkitError, match="exists"), atomic_file(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").read_text() == "old"
+    with atomic_file(tmp_path / "out", force=True) as sink:
+        sink.write(b"new")
+    assert (tmp_path / "out").read_text() == "new"
+    for text in ("one", "two"):
+        with atomic_directory(tmp_path / "dir", force=True) as directory:
+            (directory / text).write_text(text)
+    assert names(tmp_path / "dir") == ["two"]
+    assert names(tmp_path) == ["dir", "out"]
+
+
+def test_symbolic_link_stays_a_link(tmp_path: Path) -> None:
+    """Behaviour: writing through a link replaces its target."""
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    with atomic_file(tmp_path / "link", force=True) as sink:
+        sink.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+
+
+def test_device_is_written_to_directly() -> None:
+    """Behaviour: -o /dev/null neither renames nor refuses."""
+    with atomic_file("/dev/null") as sink:
+        sink.write(b"x")
+    assert not os.path.isfile("/dev/null")
+
+
+def _hold(path: str, ready: multiprocessing.synchronize.Event) -> None:
+    with atomic_file(path):
+        ready.set()
+        time.sleep(60)
+
+
+def test_second_writer_is_locked_out_and_a_killed_one_is_not(tmp_path: Path) -> None:
+    """Behaviour: exit code 75 while another run writes; after its kill -9 the next run takes over and cleans up."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    other = context.Process(target=_hold, args=(str(tmp_path / "out"), ready))
+    other.start()
+    assert ready.wait(10)
+    with pytest.raises(LockedError), atomic_file(tmp_path / "out"):
+        pass
+    other.kill()
+    other.join()
+    with atomic_file(tmp_path / "out") as sink:
+        sink.write(b"mine")
+    assert names(tmp_path) == ["out"]
+
+
+def test_lock_excludes_another_process(tmp_path: Path) -> None:
+    """Behaviour: a second process gets LockedError; after release it gets the lock."""
+    code = f"from llmkit.io.locks import lock\nwith lock({str(tmp_path / 'l')!r}): pass"
+    with lock(tmp_path / "l"):
+        assert b"LockedError" in subprocess.run([sys.executable, "-c", code], capture_output=True).stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_missing_parent_is_named(tmp_path: Path) -> None:
+    """Behaviour: the message says which directory to make."""
+    with pytest.raises(LlmkitError, match="not a directory"), atomic_file(tmp_path / "no" / "out"):
+        pass

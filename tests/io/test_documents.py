@@ -1,0 +1,249 @@
+"""Documents in and out: every compression, bad lines, chunking, Parquet, lineage notes."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
+from llmkit.io.lineage import Lineage, digest_path, read_lineage
+
+LINES = b"".join(orjson.dumps({"id": str(i), "text": f"text {i} \u00e9", "extra": {"n": i}}) + b"\n" for i in range(500))
+
+
+def read_all(path: Path, **options: object) -> bytes:
+    with DocumentReader([str(path)], ReadOptions(**options)) as reader:  # type: ignore[arg-type]
+        return b"".join(document.encode() for document in reader.documents())
+
+
+def write(path: Path, data: bytes = LINES) -> None:
+    with DocumentWriter(str(path), Lineage("test", {"a": 1})) as writer:
+        writer.write(data)
+        writer.finish({"documents": data.count(b"\n")}, [])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+def test_reads_every_compression_by_its_first_bytes(tmp_path: Path, pack) -> None:
+    """Parity with the standard packers; the file's name says nothing."""
+    path = tmp_path / "no-suffix"
+    path.write_bytes(pack(LINES))
+    assert read_all(path) == LINES
+
+
+def test_reads_concatenated_members(tmp_path: Path) -> None:
+    """Behaviour: `cat a.zst b.zst` and multi-member gzip are one stream each."""
+    (tmp_path / "z").write_bytes(zstandard.compress(LINES) + zstandard.compress(LINES))
+    (tmp_path / "g").write_bytes(gzip.compress(LINES) + gzip.compress(LINES))
+    assert read_all(tmp_path / "z") == read_all(tmp_path / "g") == LINES * 2
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz"])
+def test_untouched_documents_keep_their_bytes(tmp_path: Path, suffix: str) -> None:
+    """Property: what is read is what is written, odd spacing included."""
+    odd = b'{ "text" :"a" , "x": 1.50}\n'
+    write(tmp_path / f"a{suffix}", odd + LINES)
+    assert read_all(tmp_path / f"a{suffix}") == odd + LINES
+
+
+def test_other_readers_pass_over_our_lineage(tmp_path: Path) -> None:
+    """Parity: gzip, python-zstandard and pyarrow read the content alone."""
+    import pyarrow as pa
+
+    write(tmp_path / "a.jsonl.zst")
+    write(tmp_path / "a.jsonl.gz")
+    assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == LINES
+    with open(tmp_path / "a.jsonl.zst", "rb") as raw:
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        assert reader.read() == LINES
+    with pa.CompressedInputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        assert stream.read() == LINES
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".parquet"])
+def test_lineage_survives(tmp_path: Path, suffix: str) -> None:
+    """Behaviour: command, options and counts are read back from every format that has room."""
+    write(tmp_path / f"a{suffix}")
+    record = read_lineage(tmp_path / f"a{suffix}")
+    assert record is not None
+    assert (record["command"], record["options"], record["counts"]) == ("test", {"a": 1}, {"documents": 500})
+
+
+def test_gzip_lineage_longer_than_one_extra_field(tmp_path: Path) -> None:
+    """Behaviour: 200 kB of lineage span several gzip members and come back whole."""
+    path = tmp_path / "a.jsonl.gz"
+    with DocumentWriter(str(path), Lineage("test", {"long": "x" * 200_000})) as writer:
+        writer.write(LINES)
+        writer.finish({}, [])
+    record = read_lineage(path)
+    assert record is not None and len(record["options"]["long"]) == 200_000
+    assert gzip.decompress(path.read_bytes()) == LINES
+
+
+def test_parquet_round_trip(tmp_path: Path) -> None:
+    """Parity with pyarrow.parquet: the rows that it reads are the rows that were written."""
+    import pyarrow.parquet as pq
+
+    rows = [{"id": "a", "text": "one"}, {"id": "b", "text": "two", "score": 0.5}, {"id": "c", "text": "three", "score": None}]
+    write(tmp_path / "a.parquet", b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    assert pq.read_table(tmp_path / "a.parquet").column("text").to_pylist() == ["one", "two", "three"]
+    assert [orjson.loads(line).get("score") for line in read_all(tmp_path / "a.parquet").splitlines()] == [None, 0.5, None]
+
+
+def test_parquet_with_clashing_types_is_refused(tmp_path: Path) -> None:
+    """Behaviour: a field that is text here and a list there has no column type; no file is left."""
+    with pytest.raises(LlmkitError, match="one type"):
+        write(tmp_path / "a.parquet", b'{"text":"a","x":"t"}\n{"text":"a","x":[1]}\n')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{bad", "invalid JSON"),
+        (b'{"text":"\xff"}', "invalid UTF-8"),
+        (b'{"x":1}', "no field 'text'"),
+        (b'{"text":3}', "not a string"),
+        (b"[1]", "not a JSON object"),
+        (b'{"text":"\\ud800"}', "invalid JSON"),
+    ],
+)
+def test_bad_line_stops_with_file_and_line(tmp_path: Path, line: bytes, reason: str) -> None:
+    """Behaviour: the message names file, line and reason; skip counts it; quarantine keeps it."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text":"ok"}\n\n' + line + b"\n" + b'{"text":"last"}')
+    with pytest.raises(LlmkitError, match=f"a.jsonl:3: .*{reason}"):
+        read_all(path)
+    assert read_all(path, on_bad_line="skip") == b'{"text":"ok"}\n{"text":"last"}\n'
+    aside = tmp_path / "aside.jsonl"
+    read_all(path, on_bad_line=f"quarantine={aside}")
+    row = json.loads(aside.read_bytes())
+    assert row["line"] == 3 and reason in row["reason"]
+
+
+def test_a_failing_run_leaves_no_quarantine_behind(tmp_path: Path) -> None:
+    """Behaviour: an exception inside the block leaves neither the file nor its partial."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{bad\n")
+    with (
+        pytest.raises(RuntimeError),
+        DocumentReader([str(path)], ReadOptions(on_bad_line=f"quarantine={tmp_path}/q.jsonl")) as reader,
+    ):
+        list(reader.documents())
+        raise RuntimeError
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_line_over_the_limit(tmp_path: Path) -> None:
+    """Behaviour: a line longer than memory allows is one bad line, and the next ones are read."""
+    path = tmp_path / "a.jsonl"
+    long = b'{"text":"' + b"x" * 5_000_000 + b'"}\n'
+    path.write_bytes(b'{"text":"a"}\n' + long + b'{"text":"b"}\n{"text":"' + b"y" * 2000 + b'"}\n')
+    assert read_all(path, max_line_bytes=1000, on_bad_line="skip") == b'{"text":"a"}\n{"text":"b"}\n'
+    with pytest.raises(LlmkitError, match="a.jsonl:2: line of over 1000 bytes"):
+        read_all(path, max_line_bytes=1000)
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+def test_truncated_and_corrupt_streams(tmp_path: Path, pack) -> None:
+    """Behaviour: a cut or damaged file is named, whatever packed it."""
+    import random
+
+    noise = b"".join(orjson.dumps({"text": random.Random(i).randbytes(40).hex()}) + b"\n" for i in range(3000))
+    packed = pack(noise)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(LlmkitError, match="a.jsonl: (truncated|corrupt)"):
+        read_all(path, on_bad_line="skip")
+    damaged = bytearray(packed)
+    damaged[len(damaged) // 2] ^= 0xFF
+    path.write_bytes(bytes(damaged))
+    try:
+        assert read_all(path, on_bad_line="skip") != noise
+    except LlmkitError as error:
+        assert "a.jsonl" in error.message
+
+
+def test_stream_without_its_trailer_is_refused(tmp_path: Path) -> None:
+    """Behaviour: a whole zstd frame whose writer died before the trailer is not taken for a complete file."""
+    path = tmp_path / "a.jsonl.zst"
+    write(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"\x5b\x2a\x4d\x18")])
+    with pytest.raises(LlmkitError, match="ends before its trailer"):
+        read_all(path)
+
+
+def test_bomb_uses_bounded_memory(tmp_path: Path) -> None:
+    """Behaviour: 1 GiB of zeros in a few kB is one over-long line, read in less than 600 MiB."""
+    path = tmp_path / "bomb.jsonl.zst"
+    packer = zstandard.ZstdCompressor().compressobj()
+    with open(path, "wb") as sink:
+        for _ in range(1024):
+            sink.write(packer.compress(bytes(1 << 20)))
+        sink.write(packer.flush())
+    code = f"""
+import resource
+from llmkit.io.documents import DocumentReader, ReadOptions
+reader = DocumentReader([{str(path)!r}], ReadOptions(on_bad_line="skip"))
+assert not list(reader.documents()) and reader.bad == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600
+
+
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    """Behaviour: a BOM at the start and CR before the newline are not part of the document."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text":"a"}\r\n{"text":"b"}\r\n')
+    assert read_all(path) == b'{"text":"a"}\n{"text":"b"}\n'
+
+
+def test_missing_id_is_the_hash_of_the_text() -> None:
+    """Parity with xxhash: id is xxh3-128 of the UTF-8 text; numbers become text."""
+    import xxhash
+
+    documents, bad = parse(Chunk("f", 1, b'{"text":"caf\xc3\xa9"}\n{"text":"b","id":7}\n'), ReadOptions())
+    assert not bad
+    assert [d.id for d in documents] == [xxhash.xxh3_128_hexdigest("caf\u00e9".encode()), "7"]
+
+
+def test_output_with_unknown_suffix_is_a_usage_error() -> None:
+    """Behaviour: the suffix decides the format, so an unknown one is refused before any work."""
+    with pytest.raises(UsageError, match="unknown document format"):
+        DocumentWriter("out.docx", Lineage("test"))
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, len(LINES)), max_size=20))
+def test_output_bytes_do_not_depend_on_the_cuts(tmp_path_factory, cuts: list[int]) -> None:
+    """Property: the same content gives the same file, however it was cut into writes."""
+    directory = tmp_path_factory.mktemp("cuts")
+    write(directory / "whole.jsonl.zst")
+    edges = [0, *sorted(cuts), len(LINES)]
+    with DocumentWriter(str(directory / "cut.jsonl.zst"), Lineage("test", {"a": 1})) as writer:
+        for start, stop in zip(edges, edges[1:], strict=False):
+            writer.write(LINES[start:stop])
+        writer.finish({"documents": 500}, [])
+    assert (directory / "whole.jsonl.zst").read_bytes() == (directory / "cut.jsonl.zst").read_bytes()
+
+
+def test_digest_is_of_the_content_not_of_the_packing(tmp_path: Path) -> None:
+    """Property: zst, gz and plain files of equal lines have one digest, and it is the one in the trailer."""
+    for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz"):
+        write(tmp_path / f"a{suffix}")
+    digests = {digest_path(tmp_path / f"a{suffix}") for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz")}
+    record = read_lineage(tmp_path / "a.jsonl.zst")
+    assert record is not None and digests == {record["digest"]}
