@@ -1,0 +1,152 @@
+"""Shell completion scripts, static, generated from the same table and options as the help.
+
+    python -m llmkit.cli.completions completions/
+
+writes llmkit.bash, _llmkit (zsh) and llmkit.fish there. Static scripts complete at once, where asking the program would cost its start.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmkit.cli.options import click_command
+from llmkit.cli.table import COMMANDS
+
+
+class Flag(NamedTuple):
+    """One option: its names (`-o`, `--output`), its help, and whether a value follows."""
+
+    names: list[str]
+    help: str
+    takes_value: bool
+    choices: list[str]
+
+
+def flags(name: str) -> list[Flag]:
+    """Every option of a subcommand."""
+    built: Any = click_command(import_module(f"llmkit.cli.{name}").main, name)
+    found = []
+    for parameter in built.params:
+        if parameter.param_type_name == "option":
+            names = [*parameter.opts, *parameter.secondary_opts]
+            choices = [str(choice) for choice in getattr(parameter.type, "choices", [])]
+            found.append(Flag(names, _one_line(parameter.help), not parameter.is_flag, choices))
+    return [*found, Flag(["-h", "--help"], "Show the help", False, [])]
+
+
+def _one_line(text: str | None) -> str:
+    return (text or "").split(". ")[0].rstrip(".")
+
+
+def bash(table: dict[str, list[Flag]]) -> str:
+    """Script for bash: subcommands, their options, choices, files."""
+    cases = []
+    for name, options in table.items():
+        words = " ".join(word for option in options for word in option.names)
+        cases.append(f"        {name}) words='{words}' ;;")
+    choices = {
+        f"{name}:{word}": option.choices
+        for name, options in table.items()
+        for option in options
+        if option.choices
+        for word in option.names
+    }
+    values = [
+        f"        {key}) COMPREPLY=($(compgen -W '{' '.join(found)}' -- \"$current\")); return ;;"
+        for key, found in choices.items()
+    ]
+    return "\n".join(
+        [
+            "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
+            "_llmkit() {",
+            "    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} words=''",
+            "    COMPREPLY=()",
+            "    if [ \"$COMP_CWORD\" -eq 1 ]; then",
+            f"        COMPREPLY=($(compgen -W '{' '.join(table)} --help --version' -- \"$current\"))",
+            "        return",
+            "    fi",
+            *(['    case "${COMP_WORDS[1]}:$previous" in', *values, "    esac"] if values else []),
+            '    case "${COMP_WORDS[1]}" in',
+            *cases,
+            "    esac",
+            '    case "$current" in',
+            '        -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;',
+            '        *) COMPREPLY=($(compgen -f -- "$current")) ;;',
+            "    esac",
+            "}",
+            "complete -o filenames -F _llmkit llmkit",
+            "",
+        ]
+    )  # fmt: skip
+
+
+def zsh(table: dict[str, list[Flag]]) -> str:
+    """Script for zsh, with descriptions."""
+
+    def quoted(text: str) -> str:
+        return (
+            text.replace("\\", "\\\\").replace("'", "'\\''").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
+        )
+
+    lines = ["#compdef llmkit", "", "_llmkit() {", "  if (( CURRENT == 2 )); then", "    local -a commands=("]
+    lines += [f"      '{name}:{quoted(COMMANDS[name][1])}'" for name in table]
+    lines += [
+        "    )",
+        "    _describe command commands",
+        "    return",
+        "  fi",
+        "  local command=$words[2]",
+        "  shift words",
+        "  (( CURRENT-- ))",
+    ]
+    lines += ["  case $command in"]
+    for name, options in table.items():
+        lines.append(f"    {name}) _arguments -s -S \\")
+        for option in options:
+            for word in option.names:
+                value = (
+                    (":value:(" + " ".join(option.choices) + ")" if option.choices else ":value:_files")
+                    if option.takes_value
+                    else ""
+                )
+                lines.append(f"      '*{word}[{quoted(option.help)}]{value}' \\")
+        lines.append("      '*:file:_files' ;;")
+    return "\n".join([*lines, "  esac", "}", "", '_llmkit "$@"', ""])
+
+
+def fish(table: dict[str, list[Flag]]) -> str:
+    """Script for fish, with descriptions."""
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = ["# fish completion for llmkit"]
+    for name in table:
+        lines.append(f"complete -c llmkit -f -n __fish_use_subcommand -a {name} -d {quoted(COMMANDS[name][1])}")
+    for name, options in table.items():
+        for option in options:
+            words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in option.names)
+            value = (
+                (f" -x -a {quoted(' '.join(option.choices))}" if option.choices else " -r")
+                if option.takes_value
+                else ""
+            )
+            lines.append(
+                f"complete -c llmkit -n '__fish_seen_subcommand_from {name}' {words}{value} -d {quoted(option.help)}"
+            )
+    return "\n".join([*lines, ""])
+
+
+def scripts() -> dict[str, str]:
+    """File name -> content of every completion script."""
+    table = {name: flags(name) for name in COMMANDS}
+    return {"llmkit.bash": bash(table), "_llmkit": zsh(table), "llmkit.fish": fish(table)}
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1] if len(sys.argv) > 1 else "completions")
+    for name, text in scripts().items():
+        (directory / name).write_text(text)
