@@ -20,7 +20,9 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
 from llmkit.io.lineage import Lineage, digest_path, read_lineage
 
-LINES = b"".join(orjson.dumps({"id": str(i), "text": f"text {i} \u00e9", "extra": {"n": i}}) + b"\n" for i in range(500))
+LINES = b"".join(
+    orjson.dumps({"id": str(i), "text": f"text {i} \u00e9", "extra": {"n": i}}) + b"\n" for i in range(500)
+)
 
 
 def read_all(path: Path, **options: object) -> bytes:
@@ -34,7 +36,9 @@ def write(path: Path, data: bytes = LINES) -> None:
         writer.finish({"documents": data.count(b"\n")}, [])
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+@pytest.mark.parametrize(
+    "pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress]
+)
 def test_reads_every_compression_by_its_first_bytes(tmp_path: Path, pack) -> None:
     """Parity with the standard packers; the file's name says nothing."""
     path = tmp_path / "no-suffix"
@@ -95,10 +99,18 @@ def test_parquet_round_trip(tmp_path: Path) -> None:
     """Parity with pyarrow.parquet: the rows that it reads are the rows that were written."""
     import pyarrow.parquet as pq
 
-    rows = [{"id": "a", "text": "one"}, {"id": "b", "text": "two", "score": 0.5}, {"id": "c", "text": "three", "score": None}]
+    rows = [
+        {"id": "a", "text": "one"},
+        {"id": "b", "text": "two", "score": 0.5},
+        {"id": "c", "text": "three", "score": None},
+    ]
     write(tmp_path / "a.parquet", b"".join(orjson.dumps(row) + b"\n" for row in rows))
     assert pq.read_table(tmp_path / "a.parquet").column("text").to_pylist() == ["one", "two", "three"]
-    assert [orjson.loads(line).get("score") for line in read_all(tmp_path / "a.parquet").splitlines()] == [None, 0.5, None]
+    assert [orjson.loads(line).get("score") for line in read_all(tmp_path / "a.parquet").splitlines()] == [
+        None,
+        0.5,
+        None,
+    ]
 
 
 def test_parquet_with_clashing_types_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Lineage records from untrusted files: what the tree and the script make of them."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from llmkit.io.provenance import as_script, as_tree
+
+FLAGS = {
+    "filter": {"preset": ("--preset", "", ["gopher"])},
+    "mix": {"tokens": ("--tokens", "", None), "even": ("--even", "--no-even", True)},
+}
+
+
+def test_script_cannot_be_made_to_run_anything_else(tmp_path: Path) -> None:
+    """Behaviour: names, digests and options of a hostile record are quoted, and none leads outside the directories."""
+    evil = "$(touch owned)\n`touch owned`; touch owned #"
+    record = {
+        "llmkit": evil,
+        "command": "filter",
+        "options": {"preset": [evil], "unknown": evil},
+        "inputs": [{"role": "input", "name": "../../" + evil, "digest": evil}],
+    }
+    script = as_script(record, "x.jsonl", lambda name: FLAGS[name])
+    (tmp_path / "llmkit").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "llmkit").chmod(0o755)
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    assert not list(tmp_path.rglob("owned"))
+
+
+def test_shared_inputs_are_made_once_and_names_kept_apart() -> None:
+    """Behaviour: one artefact used twice is one line; two artefacts of one name go to different directories."""
+    leaf = {"role": "input", "name": "docs.jsonl", "digest": "xxh3:1"}
+
+    def made(digest: str, preset: str) -> dict[str, object]:
+        record = {"command": "filter", "options": {"preset": [preset]}, "inputs": [leaf]}
+        return {"role": "input", "name": "clean.jsonl", "digest": digest, "lineage": record}
+
+    specs = [":0.5", ":x2", ""]
+    record = {
+        "command": "mix",
+        "options": {"specs": specs, "even": False},
+        "inputs": [made("a", "c4"), made("b", "fineweb"), made("a", "c4")],
+    }
+    script = as_script(record, "m", lambda name: FLAGS[name])
+    lines = [line for line in script.splitlines() if line.startswith("llmkit")]
+    assert lines == [
+        'llmkit filter "$IN"/docs.jsonl --preset c4 -o "$OUT"/clean.jsonl',
+        'llmkit filter "$IN"/docs.jsonl --preset fineweb -o "$OUT"/2/clean.jsonl',
+        'llmkit mix "$OUT"/clean.jsonl:0.5 "$OUT"/2/clean.jsonl:x2 "$OUT"/clean.jsonl --no-even -o "$OUT"/m',
+    ]
+
+
+def test_tree_of_a_malformed_record() -> None:
+    """Behaviour: parts of the wrong type are left out, not stumbled over."""
+    record = {"command": 3, "options": "x", "inputs": [None, {"name": 1}, {"name": "a", "lineage": [1]}], "counts": 7}
+    assert as_tree(record, "x").splitlines()[0].startswith("x  <- 3")
