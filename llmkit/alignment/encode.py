@@ -1,0 +1,124 @@
+"""Rows of a file to token ids with loss weights: what `sft` and `dpo` train on.
+
+A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (it then teaches no stop); both are counted. A row in which
+the loss would count nothing is an error that names file and line, since it almost always means that the roles are not what was thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmkit.alignment.chat import EncodedRow, Span, encode_chat, encode_spans, special_contents, special_tokens
+from llmkit.alignment.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.documents import DocumentReader
+
+TOO_LONG = ("drop", "truncate")
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Rows (for preferences two in a row: chosen, rejected) and what was counted on the way."""
+
+    rows: list[EncodedRow] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rows", "too_long", "tokens", "trained"), 0))
+
+    def add(self, *rows: EncodedRow) -> None:
+        """Take in what belongs together: a row, or a pair."""
+        self.rows += rows
+        self.counts["rows"] += 1
+        self.counts["tokens"] += sum(len(row.tokens) for row in rows)
+        self.counts["trained"] += sum(row.trained for row in rows)
+
+
+def encode_conversations(
+    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", template: bool = True
+) -> Encoded:
+    """Every row of `reader` for fine-tuning; `context` is the longest row in tokens. Raises LlmkitError where nothing is left."""
+
+    def convert(fields: Mapping[str, Any]) -> EncodedRow:
+        return encode_conversation(to_conversation(fields, template), files)
+
+    encoded = Encoded()
+    for row in _rows(reader, convert):
+        fitting = _fit([row], context, too_long)
+        if len(row.tokens) > context:
+            encoded.counts["too_long"] += 1
+        if fitting:
+            encoded.add(*fitting)
+    _refuse_nothing(encoded, context)
+    return encoded
+
+
+def encode_preferences(
+    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop"
+) -> Encoded:
+    """Every pair of `reader`: chosen and rejected, each behind the prompt, with weights on what the assistant says after it."""
+
+    def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
+        row = to_preference(fields)
+        prompt: Messages = [message | {"train": False} for message in row.prompt]
+        return [
+            encode_conversation(Conversation(prompt + side, row.tools), files) for side in (row.chosen, row.rejected)
+        ]
+
+    encoded = Encoded()
+    for pair in _rows(reader, convert):
+        fitting = _fit(pair, context, too_long)
+        if max(len(row.tokens) for row in pair) > context:
+            encoded.counts["too_long"] += 1
+        if fitting:
+            encoded.add(*fitting)
+    _refuse_nothing(encoded, context)
+    return encoded
+
+
+def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedRow:
+    """Token ids and weights of one row. Plain text ends in the end-of-text token. Raises RowError where the loss would count nothing."""
+    if row.text is None:
+        try:
+            encoded = encode_chat(row.messages, files, row.tools)
+        except LlmkitError as error:
+            raise RowError(f"{error.message} ({error.hint})") from error
+    else:
+        bare = encode_spans(row.text, [Span(row.start, len(row.text))], files)
+        encoded = EncodedRow(
+            np.append(bare.tokens, np.int32(_end_of_text(files))), np.append(bare.weights, np.float32(1))
+        )
+    if not encoded.trained:
+        raise RowError("nothing to learn: no message of the assistant, or its weight is 0")
+    return encoded
+
+
+def _rows(reader: DocumentReader, convert: Any) -> Iterator[Any]:
+    for _, row in read_rows(reader, convert):
+        yield row
+
+
+def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
+    """The rows, none longer than `context`; nothing where one had to be dropped or lost all that it teaches."""
+    if too_long not in TOO_LONG:
+        raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
+    if too_long == "drop":
+        return rows if all(len(row.tokens) <= context for row in rows) else []
+    cut = [EncodedRow(row.tokens[:context], row.weights[:context]) for row in rows]
+    return cut if all(row.trained for row in cut) else []
+
+
+def _refuse_nothing(encoded: Encoded, context: int) -> None:
+    if not encoded.rows:
+        long = encoded.counts["too_long"]
+        reason = f"all {long:,} rows are longer than {context:,} tokens" if long else "no rows were read"
+        raise LlmkitError(reason, "--too-long truncate cuts them" if long else "check the inputs")
+
+
+def _end_of_text(files: Mapping[str, str]) -> int:
+    name = special_tokens(files).get("eos_token", "")
+    known = special_contents(files)
+    if name not in known:
+        raise RowError("the tokenizer has no end-of-text token, which plain text has to end in")
+    return known[name]

@@ -1,0 +1,266 @@
+"""What step s trains on: a pure function of the data and s, so that resuming costs nothing and holds for any number of processes.
+
+Pre-training reads the flat stream of tokens: sequence i is tokens [i·L, i·L + L + 1), of which the first L are inputs and the last L targets, and
+step s takes the sequences [s·B, (s+1)·B). The stream starts again where it ends. Fine-tuning packs rows into sequences of L positions
+(best fit, so that little is padding) in an order drawn anew for each epoch.
+
+Every batch carries loss weights, and `weight(step)` is their sum over the whole step, known before any forward pass: losses are divided by
+it, which makes the result independent of micro-batches and processes. With a document mask the step from the last token of a document to
+the first of the next one has weight 0: the next document is chosen by the mix, not by the text, so there is nothing in it to learn.
+
+Cost: about 0.1 µs a token; memory is that of the batch, the tokens stay memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from llmkit.seeds import derive
+
+PADDING = -1  # document id of positions that hold nothing
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one step: `input_ids`, `targets` int64 [R, L]; `weights` float32 [R, L]; `document_ids` int32 [R, L] or None; `extra` by objective."""
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    document_ids: torch.Tensor | None
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        if device.type == "cpu":
+            return self
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            self.weights.to(device, non_blocking=True),
+            None if self.document_ids is None else self.document_ids.to(device, non_blocking=True),
+            {name: tensor.to(device, non_blocking=True) for name, tensor in self.extra.items()},
+        )
+
+
+class Source(Protocol):
+    """Batches by step. All methods are pure; `tokens` and `weight` cost next to nothing."""
+
+    steps: int
+
+    def rows(self, step: int) -> int:
+        """Rows in the whole step, over all processes."""
+
+    def tokens(self, step: int) -> int:
+        """Tokens before `step`; `tokens(steps)` is the total."""
+
+    def weight(self, step: int) -> float:
+        """Sum of the loss weights of the whole step."""
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        """Rows [start, stop) of the step."""
+
+
+class TokenStream(Protocol):
+    """What pre-training reads: io.order.OrderedTokens, or io.shards.TokenStore."""
+
+    tokens: int
+    offsets: np.ndarray
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the flat stream."""
+
+
+class StreamSource:
+    """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen."""
+
+    def __init__(
+        self, stream: TokenStream, length: int, batch_size: int, total: int, *, document_mask: bool = True
+    ) -> None:
+        assert stream.tokens > 0
+        self._stream, self._length, self._batch_size, self._mask = stream, length, batch_size, document_mask
+        self.sequences = -(-total // length)
+        self.steps = -(-self.sequences // batch_size)
+        self._starts = np.unique(np.asarray(stream.offsets)[:-1])
+        self._starts = self._starts[self._starts < stream.tokens]  # documents without tokens start nothing
+
+    def rows(self, step: int) -> int:
+        return max(0, min(self._batch_size, self.sequences - step * self._batch_size))
+
+    def tokens(self, step: int) -> int:
+        return min(step * self._batch_size, self.sequences) * self._length
+
+    def weight(self, step: int) -> float:
+        rows = self.rows(step)
+        if not self._mask:
+            return float(rows * self._length)
+        first = np.arange(rows, dtype=np.int64) * self._length + self.tokens(step)
+        borders = self._documents(first + self._length) - self._documents(first)
+        return float(rows * self._length - borders.sum())
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        first = self.tokens(step) + np.arange(start, stop, dtype=np.int64) * self._length
+        tokens = np.stack([self._read(int(position)) for position in first])
+        if not self._mask:
+            return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
+        documents = self._documents(first[:, None] + np.arange(self._length + 1))
+        if (documents[:, 0] == documents[:, -1]).all():  # no border inside: plain causal attention is faster
+            return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
+        weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
+        return _batch(tokens, weights, documents[:, :-1] - documents[:, :1])
+
+    def _read(self, start: int) -> np.ndarray:
+        """`length` + 1 tokens from position `start` of the endless stream."""
+        pieces, missing = [], self._length + 1
+        while missing:
+            start %= self._stream.tokens
+            piece = self._stream.span(start, min(start + missing, self._stream.tokens))
+            pieces.append(np.asarray(piece).astype(np.int64))
+            start, missing = start + len(piece), missing - len(piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _documents(self, positions: np.ndarray) -> np.ndarray:
+        """Number of documents that start at or before each position of the endless stream."""
+        rounds, inside = np.divmod(positions, self._stream.tokens)
+        return rounds * len(self._starts) + np.searchsorted(self._starts, inside, side="right")
+
+
+class HeldOutSource:
+    """Every token of a stream once, as one step: for a held-out loss that is the exact mean over tokens."""
+
+    steps = 1
+
+    def __init__(self, stream: TokenStream, length: int, *, document_mask: bool = True) -> None:
+        sequences = max(1, -(-(stream.tokens - 1) // length))
+        self._inner = StreamSource(stream, length, sequences, sequences * length, document_mask=document_mask)
+        # What lies beyond the end of the stream would be read from its start: positions that do not count.
+        self._beyond = sequences * length - (stream.tokens - 1)
+        self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._beyond].sum())
+
+    def rows(self, step: int) -> int:
+        return self._inner.rows(0)
+
+    def tokens(self, step: int) -> int:
+        return self._inner.tokens(step) - (self._beyond if step else 0)
+
+    def weight(self, step: int) -> float:
+        return self._weight
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        batch = self._inner.batch(0, start, stop)
+        if stop == self.rows(0) and self._beyond:
+            batch.weights[-1, -self._beyond :] = 0.0
+        return batch
+
+    def _last_weights(self) -> np.ndarray:
+        rows = self._inner.rows(0)
+        return self._inner.batch(0, rows - 1, rows).weights.numpy()
+
+
+class PackedSource:
+    """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs` rounds.
+
+    A row of n tokens takes n - 1 positions, since its last token is only a target; none may be longer than `length` + 1. With `shuffle=False`
+    the rows keep their order of length and all go into one step, for a held-out loss.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[tuple[np.ndarray, np.ndarray]],
+        length: int,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self._rows, self._length = rows, length
+        sizes = np.array([len(tokens) - 1 for tokens, _ in rows], dtype=np.int64)
+        weights = np.array([float(w[1:].sum()) for _, w in rows])
+        self._bins: list[list[int]] = []
+        for epoch in range(epochs):
+            draw = np.random.default_rng(derive(seed, "pack", epoch))
+            order = draw.permutation(len(rows)) if shuffle else np.arange(len(rows))
+            bins = [[int(order[i]) for i in packed] for packed in best_fit(sizes[order], length)]
+            self._bins += [bins[i] for i in draw.permutation(len(bins))] if shuffle else bins
+        self._batch_size = batch_size if shuffle else max(1, len(self._bins))
+        self.steps = -(-len(self._bins) // self._batch_size)
+        cuts = [min(i * self._batch_size, len(self._bins)) for i in range(self.steps + 1)]
+        counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
+        totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
+        self._tokens = [int(counts[cut]) for cut in cuts]
+        self._weights = [float(totals[b] - totals[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.padding = 1 - counts[-1] / max(1, len(self._bins) * length)
+
+    def rows(self, step: int) -> int:
+        return min(self._batch_size, len(self._bins) - step * self._batch_size)
+
+    def tokens(self, step: int) -> int:
+        return self._tokens[step]
+
+    def weight(self, step: int) -> float:
+        return self._weights[step]
+
+    def batch(self, step: int, start: int, stop: int) -> Batch:
+        first = step * self._batch_size
+        return pack([[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]], self._length)
+
+
+def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:
+    """One batch row for each list of rows, laid end to end with document ids 0, 1, ...; the rest is padding (document -1, weight 0)."""
+    shape = (len(sequences), length)
+    inputs, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    weights, documents = np.zeros(shape, dtype=np.float32), np.full(shape, PADDING, dtype=np.int64)
+    for r, rows in enumerate(sequences):
+        at = 0
+        for number, (tokens, row_weights) in enumerate(rows):
+            here = slice(at, at + len(tokens) - 1)
+            inputs[r, here], targets[r, here] = tokens[:-1], tokens[1:]
+            weights[r, here], documents[r, here] = row_weights[1:], number
+            at = here.stop
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(targets),
+        torch.from_numpy(weights),
+        torch.from_numpy(documents.astype(np.int32)),
+    )
+
+
+def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
+    """Indices packed into bins of `capacity`, largest first, each into the fullest bin that has room; ties by index. Deterministic.
+
+    Free spaces are the bits of one integer, so finding the smallest that fits is a shift and a mask.
+    """
+    bins: list[list[int]] = []
+    by_space: dict[int, list[int]] = {}
+    spaces = 0
+    for index in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[index])
+        assert size <= capacity, "a row is longer than a sequence"
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1
+            number = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(int(index))
+        by_space.setdefault(space - size, []).append(number)
+        spaces |= 1 << (space - size)
+    return bins
+
+
+def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None) -> Batch:
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+        torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+        torch.from_numpy(weights),
+        None if documents is None else torch.from_numpy(documents.astype(np.int32)),
+    )

@@ -1,0 +1,148 @@
+"""metrics.jsonl: one line a step, none missing and none twice, whatever happened in between.
+
+    {"step": 500, "tokens": 1024000, "loss": 3.21, "lr": 0.003, "grad_norm": 0.7, "tokens_per_second": 4700.0, "mfu": 0.41, "eta_seconds": 212.0}
+
+`step` counts finished steps from 1, `tokens` is what was seen after it, `loss` is the mean over the tokens of the step, `grad_norm` is before clipping.
+`heldout_loss` stands on the lines of steps after which it was measured, and objectives add figures of their own. Rates and times are of this
+machine and this moment; they are written here and nowhere else.
+
+MFU (model FLOPs utilisation) is FLOPs of the model a token (forward and backward, PaLM's count) × tokens/s over the peak of the hardware: on a GPU
+the vendor's dense figure for the precision, on a CPU the best of a few large matrix products measured at the start, with as many threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense peak in TFLOP/s by name in torch.cuda.get_device_name: (bf16 and fp16, fp32 or tf32 as torch uses it by default). NVIDIA data sheets.
+GPU_PEAKS = {
+    "B200": (2250.0, 75.0),
+    "H200": (989.0, 67.0),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6),
+    "L4": (121.0, 30.3),
+    "A10": (125.0, 31.2),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 3090": (71.0, 35.6),
+    "V100": (125.0, 15.7),
+    "T4": (65.0, 8.1),
+}
+WINDOW = 20  # steps over which the shown speed is taken
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl. `after_step` cuts off what a resumed run is going to do again."""
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        self.last: dict[str, Any] = {}
+        self._last_size = keep = 0
+        if path.exists():
+            with open(path, "rb") as file:
+                for line in file:
+                    record = _parse(line)
+                    if record is None or record["step"] > after_step:
+                        break
+                    keep += len(line)
+                    self.last, self._last_size = record, len(line)
+            os.truncate(path, keep)
+        self._file = open(path, "ab")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line; the record of the step that is already last replaces it."""
+        if record["step"] == self.last.get("step"):
+            self._file.truncate(os.path.getsize(self._file.name) - self._last_size)
+        line = _line(record)
+        self._file.write(line)
+        self._file.flush()
+        self.last, self._last_size = record, len(line)
+
+    def sync(self) -> None:
+        """Make the lines durable; before a checkpoint, so that none is missing in front of it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Every line of a metrics.jsonl; a last line that is still being written is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None:
+                return
+            yield record
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+class Speed:
+    """Tokens a second of the last steps, MFU and time left; evaluation and saving do not count."""
+
+    def __init__(self, flops_per_token: float, peak: float) -> None:
+        self._flops, self._peak = flops_per_token, peak
+        self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+
+    def step(self, tokens: int, seconds: float, tokens_left: int) -> dict[str, float]:
+        """Figures of one step, with the time that the remaining tokens will take at the speed of the last steps."""
+        self._steps.append((tokens, seconds))
+        rate = tokens / max(seconds, 1e-9)
+        figures = {"tokens_per_second": _short(rate)}
+        if self._peak:
+            figures["mfu"] = _short(rate * self._flops / self._peak)
+        return figures | {"eta_seconds": round(tokens_left / max(self.smooth, 1e-9), 1)}
+
+    @property
+    def smooth(self) -> float:
+        """Tokens a second over the last steps."""
+        return sum(t for t, _ in self._steps) / max(sum(s for _, s in self._steps), 1e-9)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def peak_flops(device: torch.device, precision: str, processes: int = 1) -> tuple[float, str]:
+    """(FLOP/s of all processes together, how it is known); (0, "unknown") for a GPU that the table lacks."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (half, single) in GPU_PEAKS.items():
+            if known in name:
+                return (single if precision == "fp32" else half) * 1e12 * processes, f"{name}, data sheet"
+        return 0.0, "unknown"
+    return _measure_gemm(torch.bfloat16 if precision == "bf16" else torch.float32) * processes, (
+        f"CPU, {torch.get_num_threads()} threads, measured on 768×768 matrix products"
+    )
+
+
+def _measure_gemm(dtype: torch.dtype, size: int = 768, tries: int = 4) -> float:
+    """Best FLOP/s of a square matrix product; about 50 ms on one core."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(tries):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,0 +1,143 @@
+"""Losses: functions of (model, batch, scale) that return what a step minimises, and figures for the log.
+
+    loss, figures = next_token(model, batch, 1 / source.weight(step))
+
+Everything returned is a sum over the batch times `scale`; the sum over all micro-batches and processes is then the figure of the step.
+
+Linear cross-entropy. The logits of a batch (tokens × vocabulary) are by far its largest tensor, so the head and the loss are computed
+together, a chunk of rows at a time, and no more than one chunk of logits exists. `linear_cross_entropy` knows the factor of each token's loss
+beforehand and computes the gradients in the same pass, while the chunk is in cache: three matrix products in all, as without chunks.
+`token_log_probabilities` returns a log-probability per token for losses that need more (DPO) and computes the logits again on the way back.
+Positions of weight 0 take no part: in fine-tuning most of the work on the head falls away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from llmkit.training.data import Batch
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}  # logits held at once: 4 MiB of f32 on CPU, 512 MiB on a GPU
+
+Figures = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A loss. `loss` has a gradient, `figures` have none; both are sums times `scale`."""
+
+    def __call__(self, model: Any, batch: Batch, scale: float) -> tuple[Tensor, Figures]: ...
+
+
+def next_token(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Figures]:
+    """Weighted cross-entropy of the next token: Σ weight · −log p(target) · scale."""
+    hidden, index = counted(model, batch)
+    factors = batch.weights.flatten()[index] * scale
+    return linear_cross_entropy(hidden, head_weight(model), batch.targets.flatten()[index], factors), {}
+
+
+def counted(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, D] of the positions of `batch` whose weight is not 0, and their index int64 [N] in the flattened batch."""
+    hidden = model.hidden(batch.input_ids, document_ids=batch.document_ids).flatten(0, 1)
+    index = batch.weights.flatten().nonzero().squeeze(1)
+    return (hidden if len(index) == len(hidden) else hidden.index_select(0, index)), index
+
+
+def head_weight(model: Any) -> Tensor:
+    """The matrix [V, D] that turns hidden states into logits."""
+    weight: Tensor = (model.lm_head or model.model.embed_tokens).weight
+    return weight
+
+
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+    """Σ_i factors_i · −log softmax(head · hidden_i)[targets_i], a scalar.
+
+    `hidden` [N, D], `head` [V, D], `targets` int64 [N], `factors` float32 [N] without gradient.
+    """
+    dtype = _compute_dtype(hidden)
+    return _LinearCrossEntropy.apply(hidden, head, targets, factors, dtype)
+
+
+def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(head · hidden_i)[targets_i] as float32 [N], with gradients for `hidden` [N, D] and `head` [V, D]."""
+    dtype = _compute_dtype(hidden)
+    return _TokenLogProbabilities.apply(hidden, head, targets, dtype)
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Matrix products run in the type of autocast where it is on; logits and losses are float32 always."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
+    rows = max(16, CHUNK_ELEMENTS.get(hidden.device.type, 1 << 27) // vocabulary)
+    for start in range(0, len(hidden), rows):
+        yield slice(start, min(start + rows, len(hidden)))
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
+            needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+            # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied on the way back, together with the loss scale.
+            largest = factors.abs().amax().clamp(min=1e-30) if len(factors) else factors.new_ones(())
+            relative = factors / largest
+            grad_rows = torch.empty_like(rows) if needs else None
+            grad_weight = torch.zeros_like(head, dtype=torch.float32) if needs else None
+            loss = factors.new_zeros((), dtype=torch.float64)
+            for part in _chunks(rows, len(weight)):
+                log_p = torch.log_softmax((rows[part] @ weight.T).float(), dim=1)
+                picked = log_p.gather(1, targets[part, None])
+                loss -= (picked[:, 0].double() * factors[part].double()).sum()
+                if grad_rows is None or grad_weight is None:
+                    continue
+                gradient = log_p.exp_()  # softmax − one-hot, times the factor of its row
+                gradient.scatter_add_(1, targets[part, None], torch.full_like(picked, -1.0))
+                gradient = gradient.mul_(relative[part, None]).to(dtype)
+                torch.mm(gradient, weight, out=grad_rows[part])
+                grad_weight += gradient.T @ rows[part]
+        if needs:
+            ctx.save_for_backward(grad_rows, grad_weight, largest)
+            ctx.types = (hidden.dtype, head.dtype)
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        grad_rows, grad_weight, largest = ctx.saved_tensors
+        factor = grad * largest
+        return (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1]), None, None, None
+
+
+class _TokenLogProbabilities(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
+            for part in _chunks(rows, len(weight)):
+                logits = (rows[part] @ weight.T).float()
+                result[part] = torch.log_softmax(logits, dim=1).gather(1, targets[part, None])[:, 0]
+        ctx.save_for_backward(hidden, head, targets)
+        ctx.dtype = dtype
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        hidden, head, targets = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
+            grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(head, dtype=torch.float32)
+            for part in _chunks(rows, len(weight)):
+                gradient = torch.softmax((rows[part] @ weight.T).float(), dim=1)
+                gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
+                gradient = gradient.mul_(-grad[part, None]).to(ctx.dtype)
+                torch.mm(gradient, weight, out=grad_rows[part])
+                grad_weight += gradient.T @ rows[part]
+        return grad_rows.to(hidden.dtype), grad_weight.to(head.dtype), None, None

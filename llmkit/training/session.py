@@ -1,0 +1,184 @@
+"""What the four training commands have in common around the loop: processes, run directory, resumption, model files.
+
+with session(settings) as run:
+    if not run.begin(command, options, inputs, batch_size, length):
+        return                                     # finished before
+    model = run.model(lambda: fresh_model)         # or the weights of the last checkpoint
+    outcome = run.train(model, next_token, (), source, schedule, ...)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.lineage import Input, Lineage
+from llmkit.model.checkpoint import load_model, save_model
+from llmkit.model.decoder import Decoder
+from llmkit.training.data import Source
+from llmkit.training.distributed import Processes, start
+from llmkit.training.loop import Training, fit
+from llmkit.training.objectives import Objective
+from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.schedule import Schedule
+from llmkit.training.state import (
+    RunDirectory,
+    TrainerState,
+    load_optimizer_tensors,
+    load_trainer_state,
+    open_run,
+    refuse_changes,
+    write_config,
+)
+
+MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
+
+
+@dataclass(slots=True)
+class Settings:
+    """How a run is carried out; nothing here but `clip` and `weight_decay` decides what comes out beyond rounding."""
+
+    output: str
+    resume: bool = False
+    force: bool = False
+    precision: str = "auto"
+    threads: int | None = None
+    micro_batch: int | None = None
+    clip: float = 1.0
+    weight_decay: float = 0.1
+    save_every: int = 0
+    keep: int = 0
+    eval_every: int = 0
+
+
+@dataclass(slots=True)
+class Session:
+    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the start)."""
+
+    settings: Settings
+    processes: Processes
+    directory: RunDirectory
+    checkpoint: Path | None = None
+    state: TrainerState | None = None
+    lineage: Lineage = field(default_factory=lambda: Lineage(""))
+
+    def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
+        """Settle what the run is; False where it is finished already.
+
+        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a run that is to be resumed was
+        another one.
+        """
+        self.lineage = lineage
+        self.lineage.inputs += inputs
+        digests = [item.digest for item in self.lineage.inputs]
+        self.state = TrainerState(
+            lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, self.processes.precision, {}
+        )
+        checkpoints = self.directory.checkpoints() if self.settings.resume else []
+        if checkpoints:
+            self.checkpoint = checkpoints[-1]
+            refuse_changes(load_trainer_state(self.checkpoint), self.state)
+        if self.directory.finished and self.checkpoint:
+            return False
+        if self.processes.main and not self.checkpoint:
+            write_config(self.directory, config_text)
+        self.processes.wait()
+        return True
+
+    def model(self, fresh: Callable[[], Decoder]) -> Decoder:
+        """The model in float32 on this process's device: that of the last checkpoint, else `fresh()`."""
+        model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
+        return model.to(self.processes.device)
+
+    def train(
+        self,
+        model: Decoder,
+        objective: Objective,
+        source: Source,
+        schedule: Schedule,
+        *,
+        figures: tuple[str, ...] = (),
+        tokenizer_files: Mapping[str, str],
+        stop_ids: list[int] | None = None,
+        heldout: Source | None = None,
+        optimizer_from: Path | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> dict[str, Any]:
+        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
+        assert self.state is not None
+        settings, config = self.settings, model.config
+        optimizer = adamw(model, settings.weight_decay)
+        if optimizer_from and not self.checkpoint:
+            restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
+
+        def write_model(directory: Path, step: int, tokens: int) -> None:
+            record = copy.copy(self.lineage)
+            record.counts = {"steps": step, "tokens": tokens}
+            save_model(
+                directory, model.state_dict(), config, tokenizer_files, record.to_json(), torch.float32, stop_ids
+            )
+
+        return fit(
+            Training(
+                model=model,
+                optimizer=optimizer,
+                objective=objective,
+                figures=figures,
+                source=source,
+                schedule=schedule,
+                processes=self.processes,
+                directory=self.directory,
+                state=self.state,
+                write_model=write_model,
+                start=self.checkpoint,
+                micro_batch=self.micro_batch(),
+                clip=settings.clip,
+                save_every=settings.save_every,
+                keep=settings.keep,
+                heldout=heldout,
+                eval_every=settings.eval_every,
+                flops_per_token=config.flops_per_token(self.state.length),
+                report=report,
+            )
+        )
+
+    def micro_batch(self) -> int:
+        """Rows that go through the model at once."""
+        assert self.state is not None
+        if self.settings.micro_batch:
+            return self.settings.micro_batch
+        limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
+        return max(1, min(self.state.batch_size, limit // self.state.length))
+
+
+@contextmanager
+def session(settings: Settings) -> Iterator[Session]:
+    """Join the processes and open the run directory; every process of the group calls this."""
+    processes = start(settings.precision, settings.threads)
+    with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
+        processes.wait()  # the main process has made it
+        yield Session(settings, processes, directory)
+        processes.leave()
+
+
+def check_positive(**values: float | None) -> None:
+    """UsageError for an option that has to be above 0 and is not."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")
+
+
+def refuse_other_tokenizer(found: str, expected: str, what: str) -> None:
+    """LlmkitError where two digests of tokenizers differ."""
+    if found != expected:
+        raise LlmkitError(
+            f"{what} were made with another tokenizer than the model's",
+            "tokenize them again with the model's tokenizer",
+        )

@@ -1,0 +1,222 @@
+"""The run directory, and checkpoints that are whole or not there.
+
+    RUN/config.toml               resolved options; `-c RUN/config.toml` trains the same again
+    RUN/metrics.jsonl             one line a step
+    RUN/events.jsonl              starts, resumptions, stops
+    RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
+        state/optimizer.safetensors   the moments of AdamW by parameter
+        state/trainer.json            step, tokens, learning rate, options, digests of the inputs
+    RUN/latest, RUN/final         links to the last checkpoint and to the finished model
+
+A checkpoint is written under a temporary name, synced and renamed, so what bears its name is complete. The state is safetensors and JSON because
+torch's own formats (DCP's metadata, torch.save) are pickles, which run code when they are read. There is no random state: the order of the data
+is a function of the step, and nothing else is drawn after the start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.locks import lock
+from llmkit.model.safetensors import layout_of, write_safetensors
+
+STEP = re.compile(r"step-(\d{8,})")
+OPTIMIZER = "optimizer.safetensors"
+TRAINER = "trainer.json"
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """What a checkpoint knows besides tensors; everything in it is a function of the options and the data."""
+
+    command: str
+    options: dict[str, Any]
+    inputs: list[str]  # digests
+    step: int
+    tokens: int
+    rate: float
+    batch_size: int
+    length: int
+    precision: str
+    scaler: dict[str, Any]
+
+    def to_json(self) -> bytes:
+        return json.dumps({key: getattr(self, key) for key in self.__slots__}, indent=1, sort_keys=True).encode()
+
+
+class RunDirectory:
+    """One run on disk. Only the main process writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints_path = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return find_checkpoints(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done and its model is linked."""
+        return (self.path / "final").exists()
+
+    def event(self, name: str, **details: Any) -> None:
+        """Append a line to events.jsonl."""
+        record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
+        with open(self.path / "events.jsonl", "a") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def save(
+        self, state: TrainerState, tensors: Mapping[str, torch.Tensor], write_model: Callable[[Path], None], keep: int
+    ) -> Path:
+        """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none)."""
+        target = self.checkpoints_path / f"step-{state.step:08d}"
+        with atomic_directory(target, force=True) as partial:
+            write_model(partial)
+            (partial / "state").mkdir()
+            write_safetensors(
+                partial / "state" / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
+            )
+            (partial / "state" / TRAINER).write_bytes(state.to_json())
+        self._link("latest", target)
+        for old in self.checkpoints()[:-keep] if keep else []:
+            self._remove(old)
+        return target
+
+    def finish(self, checkpoint: Path) -> None:
+        """Link `final`: the run is complete."""
+        self._link("final", checkpoint)
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written."""
+        for partial in self.checkpoints_path.glob(".*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _link(self, name: str, target: Path) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target.relative_to(self.path))
+        os.replace(partial, self.path / name)
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Under a hidden name first: half a checkpoint must never bear the name of a whole one.
+        hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+        os.rename(checkpoint, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextmanager
+def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iterator[RunDirectory]:
+    """The run directory at `path`, locked, new or to be resumed.
+
+    Raises LlmkitError where something stands in its place, LockedError where another process trains there. Processes other than `main`
+    look only: call it there after the main process has entered.
+    """
+    directory = RunDirectory(path)
+    if not main:
+        yield directory
+        return
+    check_run(path, resume=resume, force=force)
+    directory.path.mkdir(exist_ok=True)
+    with lock(directory.path / ".lock"):
+        if force:
+            for entry in directory.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+        directory.checkpoints_path.mkdir(exist_ok=True)
+        directory.clean()
+        yield directory
+
+
+def check_run(path: str, *, resume: bool, force: bool) -> None:
+    """Raise where a run at `path` may not begin: it exists and is neither to be resumed nor replaced, or is no run at all."""
+    place = Path(path)
+    if resume and force:
+        raise UsageError("--resume and --force exclude each other", "--resume goes on, --force starts anew")
+    check_output(place, force=resume or force)
+    if not place.exists():
+        return
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else {""}
+    if names - {".lock"} and "config.toml" not in names and "checkpoints" not in names:
+        raise LlmkitError(f"{path} exists and is not a run", "choose another output")
+
+
+def write_config(directory: RunDirectory, text: str) -> None:
+    """Store the resolved options."""
+    with atomic_file(directory.path / "config.toml", force=True) as sink:
+        sink.write(text.encode())
+
+
+def find_checkpoints(run: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted((p for p in (Path(run) / "checkpoints").glob("step-*") if STEP.fullmatch(p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = STEP.fullmatch(checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def load_trainer_state(checkpoint: Path) -> TrainerState:
+    """trainer.json of a checkpoint; LlmkitError where it is missing or damaged."""
+    path = checkpoint / "state" / TRAINER
+    try:
+        fields = json.loads(path.read_bytes())
+        return TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LlmkitError(
+            f"{path}: not a readable trainer state ({error})", "take another checkpoint, or start anew with -f"
+        ) from error
+
+
+def load_optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the optimiser's state; LlmkitError where the file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = checkpoint / "state" / OPTIMIZER
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LlmkitError(
+            f"{path}: not a readable optimiser state ({error})", "take another checkpoint, or start anew with -f"
+        ) from error
+
+
+def refuse_changes(old: TrainerState, new: TrainerState) -> None:
+    """Raise LlmkitError where a resumed run would not be the run that was started; names what differs."""
+    if old.command != new.command:
+        raise LlmkitError(f"the run was started by `llmkit {old.command}`", "resume it with the same command")
+    current = json.loads(json.dumps(new.options))
+    for key in sorted(old.options.keys() | current.keys()):
+        before, now = old.options.get(key), current.get(key)
+        if before != now:
+            raise LlmkitError(
+                f"--{key.replace('_', '-')} was {before!r} when the run was started and is {now!r} now",
+                "resume with the options of its config.toml, or choose another output",
+            )
+    if old.inputs != new.inputs:
+        raise LlmkitError("the inputs are not those that the run was started with", "choose another output")
+    if old.precision != new.precision:
+        raise LlmkitError(
+            f"the run was started in {old.precision}, this would go on in {new.precision}",
+            f"--precision {old.precision}",
+        )
