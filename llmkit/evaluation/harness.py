@@ -1,0 +1,233 @@
+"""lm-eval over our decoder: its tasks, prompts and metrics, our forward pass.
+
+`DecoderLM` is lm-eval's model interface; `evaluate` runs tasks by name. Tasks come from directories of local YAML files (whose data may be local
+JSONL, so nothing is fetched) and from those that lm-eval ships (whose data it fetches from a hub, or finds in its cache). Context and continuation
+are encoded together and split, as lm-eval does for Hugging Face models, so scores agree with its own model class.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from llmkit.errors import LlmkitError, unknown_name
+from llmkit.evaluation.scoring import BATCH_TOKENS, score
+from llmkit.model.checkpoint import LoadedModel, load_tokenizer
+from llmkit.model.decoder import Decoder
+
+# What a chat prompt looks like: messages -> text. alignment.chat.render, handed in by the command, since this layer does not import alignment.
+Render = Callable[[list[dict[str, str]], bool], str]
+
+DEFAULT_NEW_TOKENS = 256
+Advance = Callable[[int], None]
+
+
+class DecoderLM(TemplateLM):
+    """lm-eval's interface to a loaded model."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        info: LoadedModel,
+        render: Render | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+        advance: Advance | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.info = info
+        self.codec = load_tokenizer(info.tokenizer_files, info.path)
+        self._render = render
+        self._batch_tokens = batch_tokens
+        self._advance = advance
+
+    @property
+    def max_length(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @property
+    def eot_token_id(self) -> int:
+        return end_of_text_id(self.info)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.info.config.bos_token_id
+        return bos if bos is not None else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.info.path.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return list(self.codec.encode(string, add_special_tokens=bool(add_special_tokens)).ids)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.info.tokenizer_files.get("chat_template.jinja", "") if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self._render is None:
+            raise LlmkitError(
+                f"{self.info.path}: no chat template", "leave out --apply-chat-template, or fine-tune the model"
+            )
+        return self._render(chat_history, add_generation_prompt)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        for (_, continuation), _, tokens in requests:
+            if not 0 < len(tokens) <= self.max_length:
+                problem = "is empty" if not tokens else f"has {len(tokens)} tokens, the context {self.max_length}"
+                raise LlmkitError(
+                    f"a choice of the task {problem}: {continuation[:60]!r}", "such a task does not fit this model"
+                )
+        scores = score(
+            self.model,
+            [(context + tokens, len(tokens)) for _, context, tokens in requests],
+            self._batch_tokens,
+            self._advance,
+        )
+        return [(item.logprob, item.greedy) for item in scores]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        windows: list[tuple[list[int], int]] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
+                context, wanted = make_disjoint_window(window)
+                windows.append((context + wanted, len(wanted)))
+                owners.append(number)
+        parts: list[list[float]] = [[] for _ in requests]
+        for owner, item in zip(owners, score(self.model, windows, self._batch_tokens, self._advance), strict=True):
+            parts[owner].append(item.logprob)
+        return [math.fsum(part) for part in parts]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy (or sampled, as the task's generation arguments say) completions, cut at the first stop string."""
+        from llmkit.model.generate import generate
+        from llmkit.seeds import derive
+
+        answers = []
+        for number, request in enumerate(requests):
+            context, arguments = request.args
+            stops = arguments.get("until") or []
+            stops = [stops] if isinstance(stops, str) else list(stops)
+            room = min(int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self.max_length - 1)
+            prompt = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
+            sampled = bool(arguments.get("do_sample")) and float(arguments.get("temperature", 1.0)) > 0
+            tokens = generate(
+                self.model,
+                [prompt],
+                max_new_tokens=room,
+                temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0,
+                top_p=float(arguments.get("top_p", 1.0)),
+                seeds=[derive(0, "eval", number)],
+                stop_ids=sorted({*self.info.stop_ids, self.eot_token_id}),
+            )[0]
+            text = self.codec.decode(list(tokens), skip_special_tokens=True)
+            for stop in stops:
+                if stop:
+                    text = text.split(stop)[0]
+            answers.append(text)
+            if self._advance:
+                self._advance(1)
+        return answers
+
+
+def end_of_text_id(info: LoadedModel) -> int:
+    """Id of the end-of-text token: the tokenizer's eos_token, else the configuration's first eos id."""
+    try:
+        named = json.loads(info.tokenizer_files.get("tokenizer_config.json", "{}")).get("eos_token")
+    except (ValueError, AttributeError):
+        named = None
+    text = named.get("content") if isinstance(named, dict) else named
+    if isinstance(text, str):
+        found = load_tokenizer(info.tokenizer_files, info.path).token_to_id(text)
+        if found is not None:
+            return int(found)
+    eos = info.config.eos_token_id
+    if eos is None or eos == []:
+        raise LlmkitError(
+            f"{info.path}: no end-of-text token",
+            "set eos_token_id in config.json or eos_token in tokenizer_config.json",
+        )
+    return eos[0] if isinstance(eos, list) else eos
+
+
+def task_names(wanted: list[str], include: list[str]) -> Any:
+    """lm-eval's task manager for the tasks asked for; LlmkitError with the nearest names where one is unknown.
+
+    The tasks that lm-eval ships are indexed (which takes seconds) only where a name is not found in `include`.
+    """
+    from lm_eval.tasks import TaskManager
+
+    for directory in include:
+        if not Path(directory).is_dir():
+            raise LlmkitError(f"{directory}: no such directory", "--include-path names a directory of task YAML files")
+    manager = TaskManager(include_path=include or None, include_defaults=not include)
+    if include and any(name not in manager.all_tasks for name in wanted):
+        manager = TaskManager(include_path=include, include_defaults=True)
+    for name in wanted:
+        if name not in manager.all_tasks and not manager.match_tasks([name]):
+            raise unknown_name("task", name, manager.all_tasks)
+    return manager
+
+
+def evaluate(
+    lm: DecoderLM,
+    tasks: list[str],
+    manager: Any,
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    chat: bool = False,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """task -> metric -> value; each metric `m` with its standard error as `m_stderr` where lm-eval computes one, and `items`."""
+    from lm_eval import simple_evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        found = simple_evaluate(
+            model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, apply_chat_template=chat,
+            bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
+    except LlmkitError:
+        raise
+    except (ConnectionError, FileNotFoundError, OSError) as error:
+        hint = "its data is not here: give tasks with local data by --include-path, or fill the hub's cache where there is a network"
+        raise LlmkitError(f"task data of {', '.join(tasks)} cannot be loaded: {_first_line(error)}", hint) from error
+    except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise LlmkitError(
+            f"a task among {', '.join(tasks)} fails: {type(error).__name__}: {_first_line(error)}",
+            "check its YAML file",
+        ) from error
+    assert found is not None
+    counts = found.get("n-samples", {})
+    return {
+        task: _metrics(values) | ({"items": counts[task]["effective"]} if task in counts else {})
+        for task, values in found["results"].items()
+    }
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, float]:
+    """lm-eval's `acc,none` and `acc_stderr,none` as `acc` and `acc_stderr`; a filter other than none stays in the name."""
+    metrics = {}
+    for key, value in values.items():
+        name, _, filtered = key.partition(",")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "alias" and "," in key:
+            metrics[name if filtered == "none" else f"{name},{filtered}"] = float(value)
+    return metrics
+
+
+def _first_line(error: BaseException) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return text[:200] or type(error).__name__
