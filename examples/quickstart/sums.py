@@ -1,0 +1,43 @@
+"""A skill that a model of two million parameters really learns: adding two numbers of two digits.
+
+All 8,100 sums of 10..99 are shuffled; 400 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
+the two numbers. Rows read `What is 23 + 45?` -> `68`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+
+from .definitions import DEVELOPMENT, TEST, TRAIN
+
+HELD_OUT = {TEST: 400, DEVELOPMENT: 200}
+
+
+def sums(seed: int) -> dict[str, list[tuple[int, int]]]:
+    """The pairs of each split, in random order; a pair and its mirror image are in the same split."""
+    rng = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(pairs)
+    splits: dict[str, list[tuple[int, int]]] = {}
+    for name, count in HELD_OUT.items():
+        splits[name], pairs = [rng.choice([(a, b), (b, a)]) for a, b in pairs[:count]], pairs[count:]
+    splits[TRAIN] = sorted({pair for a, b in pairs for pair in ((a, b), (b, a))})
+    rng.shuffle(splits[TRAIN])
+    return splits
+
+
+def sum_rows(pairs: Iterable[tuple[int, int]]) -> Iterator[dict[str, object]]:
+    """Chat rows `{"messages": [...]}`."""
+    for a, b in pairs:
+        question, answer = (
+            {"role": "user", "content": f"What is {a} + {b}?"},
+            {"role": "assistant", "content": str(a + b)},
+        )
+        yield {"messages": [question, answer]}
+
+
+def sum_items(pairs: Iterable[tuple[int, int]]) -> Iterator[dict[str, str]]:
+    """Items `{question, answer}` of the task."""
+    for a, b in pairs:
+        yield {"question": f"What is {a} + {b}?", "answer": str(a + b)}

@@ -1,0 +1,67 @@
+"""The two tasks of the quickstart as lm-eval reads them: a YAML file and a JSONL file each, nothing fetched from anywhere.
+
+`llmkit eval MODEL --tasks docstring_choice,two_digit_sums --include-path DIR`; data files are named relative to the YAML file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+CHOICE = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - metric: acc              # most probable choice
+  - metric: acc_norm         # most probable for its length
+  - metric: acc_mutual_info  # most probable against how probable it is without the question
+metadata:
+  version: 1.0
+"""
+
+SUMS = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {name}.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["\\n"]
+  do_sample: false
+  max_gen_toks: 8
+metric_list:
+  - metric: exact_match
+metadata:
+  version: 1.0
+"""
+
+
+def write_task(directory: Path, name: str, template: str, items: Iterable[dict[str, object]]) -> int:
+    """Write `NAME.yaml` and `NAME.jsonl`; the number of items."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{name}.yaml").write_text(template.format(name=name))
+    return write_lines(directory / f"{name}.jsonl", items)
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> int:
+    """Write rows as JSON lines; their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with open(path, "w", encoding="utf-8", errors="replace") as sink:
+        for row in rows:
+            sink.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
