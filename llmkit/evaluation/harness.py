@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; progress is ours to show
+
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -194,7 +196,6 @@ def evaluate(
     from lm_eval import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         found = simple_evaluate(
             model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, apply_chat_template=chat,

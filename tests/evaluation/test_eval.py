@@ -1,0 +1,206 @@
+"""Scores: parity with lm-eval's own Hugging Face model class and with transformers; windows; the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmkit.evaluation.perplexity import perplexity, windows
+from llmkit.evaluation.scoring import score
+from llmkit.model.checkpoint import load_model, load_tokenizer, save_model
+from llmkit.model.config import ModelConfig
+from llmkit.model.decoder import Decoder
+
+WORDS = "the quick brown fox jumps over the lazy dog while many others sit and watch what happens next in this long story".split()
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+{rest}
+"""
+
+
+def text(n: int, start: int = 0) -> str:
+    return " ".join(WORDS[(start + i * i) % len(WORDS)] for i in range(n))
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory) -> Path:
+    """A random qwen3 model of 60k parameters with a tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text(500)], trainer)
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    files = {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        ),
+        "chat_template.jinja": template,
+    }
+    config = ModelConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        max_position_embeddings=64, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.initialise(3)
+    directory = tmp_path_factory.mktemp("model")
+    save_model(directory, model.state_dict(), config, files)
+    return directory
+
+
+def make_task(directory: Path, name: str, kind: str, rows: list[dict[str, object]], rest: str) -> None:
+    data = directory / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, data=data, rest=rest))
+
+
+@pytest.fixture(scope="module")
+def task_directory(tmp_path_factory) -> Path:
+    """A multiple-choice task (short and long choices, long contexts, trailing spaces) and a generative one."""
+    directory = tmp_path_factory.mktemp("tasks")
+    choices = [
+        {
+            "question": text(3 + 7 * i, i) + (" " if i % 3 == 0 else ""),
+            "choices": [text(1 + (i + k) % 5, k) for k in range(4)],
+            "label": i % 4,
+        }
+        for i in range(12)
+    ]
+    rest = "doc_to_choice: choices\ndoc_to_target: label\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n  - metric: acc_mutual_info"
+    make_task(directory, "pick", "multiple_choice", choices, rest)
+    rest = 'doc_to_target: answer\ngeneration_kwargs:\n  until: ["zz"]\n  max_gen_toks: 8\nmetric_list:\n  - metric: exact_match'
+    make_task(directory, "say", "generate_until", [{"question": text(5, i), "answer": "x"} for i in range(4)], rest)
+    return directory
+
+
+def test_parity_with_lm_evals_own_model_class(model_directory: Path) -> None:
+    """Parity with lm_eval.models.huggingface.HFLM over transformers: log-likelihoods within 1e-4, the same greedy flags."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from llmkit.evaluation.harness import DecoderLM
+
+    model, info = load_model(model_directory)
+    ours = DecoderLM(model, info, batch_tokens=200)
+    theirs = HFLM(pretrained=str(model_directory), batch_size=1, device="cpu", dtype="float32")
+    pairs = [(text(n, n), " " + text(m, n + m)) for n in (1, 4, 30, 90) for m in (1, 3, 9)] + [
+        ("", text(4)),
+        ("end ", "of"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (mine, greedy), (reference, their_greedy) in zip(
+        ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True
+    ):
+        assert mine == pytest.approx(reference, abs=1e-4)
+        assert greedy == their_greedy
+    rolling = [Instance("loglikelihood_rolling", {}, (text(n),), i) for i, n in enumerate((1, 20, 200))]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
+
+
+def test_generation_agrees_with_lm_evals_own_model_class(model_directory: Path) -> None:
+    """Parity with HFLM: greedy continuations, cut at the stop string."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from llmkit.evaluation.harness import DecoderLM
+
+    model, info = load_model(model_directory)
+    theirs = HFLM(pretrained=str(model_directory), batch_size=1, device="cpu", dtype="float32")
+    arguments = {"until": ["zz"], "max_gen_toks": 12, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text(n, n), dict(arguments)), n) for n in (2, 10, 40)]
+    assert DecoderLM(model, info).generate_until(requests) == theirs.generate_until(requests)
+
+
+def test_scores_do_not_depend_on_the_batch(model_directory: Path) -> None:
+    """Property: a request alone and among others gets the same log-probability within 1e-5."""
+    model, info = load_model(model_directory)
+    codec = load_tokenizer(info.tokenizer_files, info.path)
+    requests = [(list(codec.encode(text(2 + 5 * i, i)).ids), 1 + i % 2) for i in range(9)]
+    together = score(model, requests, batch_tokens=150)
+    for request, item in zip(requests, together, strict=True):
+        assert score(model, [request])[0].logprob == pytest.approx(item.logprob, abs=1e-5)
+
+
+def test_perplexity_agrees_with_transformers(model_directory: Path) -> None:
+    """Parity with transformers' loss on documents that fit the context; bits a byte from the definition."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = load_model(model_directory)
+    reference = AutoModelForCausalLM.from_pretrained(model_directory)
+    codec = load_tokenizer(info.tokenizer_files, info.path)
+    texts = [text(n, n) for n in (3, 12, 25)]
+    nats, tokens = 0.0, 0
+    for one in texts:
+        ids = torch.tensor([[0, *codec.encode(one).ids]])
+        with torch.no_grad():
+            nats += float(reference(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    found = perplexity(model, lambda one: list(codec.encode(one).ids), texts, 0).figures()
+    assert found["tokens"] == tokens
+    assert found["nats_per_token"] == pytest.approx(nats / tokens, abs=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(one) for one in texts), abs=1e-5)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12))
+def test_windows_predict_every_token_once(n: int, context: int, stride: int) -> None:
+    """Property: the scored parts of the windows are the document, and no window exceeds the context."""
+    stride = min(stride, context)
+    tokens = list(range(1, n + 1))
+    scored = []
+    for row, wanted in windows(tokens, 0, context, stride):
+        assert 1 < len(row) <= context + 1 and wanted < len(row)
+        scored += row[len(row) - wanted :]
+        if row[0] != 0:
+            assert len(row) - wanted >= context + 1 - stride
+    assert scored == tokens
+
+
+def test_command_scores_several_models(llmkit, model_directory: Path, task_directory: Path, tmp_path: Path) -> None:
+    """Behaviour: JSON on stdout, table on stderr, chance-level accuracy on a random model, standard errors beside."""
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": text(100)}) + "\n")
+    done = llmkit(
+        "eval", str(model_directory), str(model_directory), "--tasks", "pick,say", "--include-path", str(task_directory),
+        "--perplexity", "docs.jsonl", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    scores = json.loads(done.stdout)["models"][str(model_directory)]
+    assert scores["tasks"]["pick"]["items"] == 12
+    assert 0 <= scores["tasks"]["pick"]["acc_mutual_info"] <= 1 and "acc_stderr" in scores["tasks"]["pick"]
+    assert scores["tasks"]["say"]["exact_match"] == 0
+    assert scores["perplexity"]["docs.jsonl"]["documents"] == 1
+    assert b"pick acc" in done.stderr
+
+
+def test_bad_calls(llmkit, model_directory: Path, task_directory: Path, tmp_path: Path) -> None:
+    """Behaviour: unknown task, unknown model, nothing to do: one line each, before any model is scored."""
+    for arguments, code, message in [
+        ([str(model_directory)], 2, "nothing to do"),
+        (["nowhere", "--tasks", "pick"], 1, "no such file"),
+        ([str(model_directory), "--tasks", "pikc", "--include-path", str(task_directory)], 2, "did you mean 'pick'"),
+        ([str(model_directory), "--tasks", "pick", "--include-path", "nodir"], 1, "no such directory"),
+    ]:
+        done = llmkit("eval", *arguments, cwd=tmp_path)
+        assert done.returncode == code and message in done.stderr.decode(), done.stderr.decode()
+        assert b"Traceback" not in done.stderr
