@@ -147,11 +147,8 @@ def _directory() -> Traversable:
 def load_chain(presets: Iterable[str], filters: Iterable[str], rules: Iterable[str], words: str) -> Chain:
     """Chain of the presets' filters in order, then the single `filters`, with `rules` ("filter.threshold=value") set over them.
 
-    Without presets and filters it is the preset `gopher`. Unknown names raise UsageError with the nearest known ones.
+    Unknown names raise UsageError with the nearest known ones; so does a filter that comes twice with different thresholds.
     """
-    presets, filters = list(presets), list(filters)
-    if not presets and not filters:
-        presets = [DEFAULT_PRESET]
     specs: list[dict[str, Any]] = []
     for preset in presets:
         specs += _parse_preset(preset)
@@ -159,6 +156,11 @@ def load_chain(presets: Iterable[str], filters: Iterable[str], rules: Iterable[s
     for rule in rules:
         _override(specs, rule)
     steps = tuple((spec["name"], _build(spec)) for spec in specs)
+    for name, built in steps:
+        if any(other != built for same, other in steps if same == name):
+            raise UsageError(
+                f"filter {name!r} comes twice with different thresholds", "run the second in a pipe behind the first"
+            )
     return Chain(steps, SPLITTERS.get(words))
 
 
@@ -166,12 +168,15 @@ def _parse_preset(preset: str) -> list[dict[str, Any]]:
     try:
         content = tomllib.loads(preset_text(preset))
     except tomllib.TOMLDecodeError as error:
-        raise LlmkitError(f"{preset}: invalid TOML ({error})", "--print-preset gopher shows a valid one") from error
+        raise LlmkitError(
+            f"{preset}: invalid TOML ({error})", "llmkit filter --print-preset shows a valid one"
+        ) from error
     tables = content.pop("filter", None)
     if not isinstance(tables, list) or not tables or content:
         found = f", found {', '.join(map(repr, content))}" if content else ""
         raise LlmkitError(
-            f"{preset}: a preset holds [[filter]] tables and nothing else{found}", "--print-preset gopher shows one"
+            f"{preset}: a preset holds [[filter]] tables and nothing else{found}",
+            "llmkit filter --print-preset shows one",
         )
     for number, table in enumerate(tables, 1):
         if not isinstance(table, dict) or not isinstance(table.get("name"), str):
@@ -250,6 +255,19 @@ def describe_chain(chain: Chain) -> str:
         rows += [f"{key} = {_toml(getattr(check, key))}" for key in thresholds(type(check))]
         blocks.append("\n".join(["[[filter]]", *rows]))
     return "\n\n".join(blocks) + "\n"
+
+
+def spell_out(chain: Chain) -> tuple[list[str], list[str]]:
+    """The chain as names of single filters and the rules that differ from the defaults: what stands for a preset file in a lineage."""
+    rules: dict[str, None] = {}
+    for name, check in chain.steps:
+        for key, default in thresholds(type(check)).items():
+            if (value := getattr(check, key)) != default:
+                shown = (
+                    ",".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else _toml(value)
+                )
+                rules[f"{name}.{key}={shown.strip(chr(34))}"] = None
+    return [name for name, _ in chain.steps], list(rules)
 
 
 def _toml(value: Any) -> str:

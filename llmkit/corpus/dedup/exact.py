@@ -28,7 +28,7 @@ def text_key(text: str, normalise: str = "none") -> bytes:
 @METHODS.register("exact")
 @dataclass(frozen=True)
 class Exact:
-    """`key`: field to compare instead of the text; a value that is no string is compared as JSON with sorted keys."""
+    """`key`: field to compare instead of the text, `metadata.url` for one inside another; what is no string is compared as sorted JSON."""
 
     key: str | None = None
     normalise: str = "none"
@@ -43,7 +43,7 @@ class Exact:
     def _key(self, document: Document) -> bytes | None:
         if self.key is None:
             return text_key(document.text, self.normalise)
-        value: Any = document.fields.get(self.key)
+        value = _field(document.fields, self.key)
         if value is None:
             return None
         if not isinstance(value, str):
@@ -52,6 +52,15 @@ class Exact:
 
     def memory(self) -> ExactMemory:
         return ExactMemory()
+
+
+def _field(fields: Any, path: str) -> Any:
+    """The field of that very name, else the one that the dotted path leads to; None where there is none."""
+    if path in fields:
+        return fields[path]
+    name, dot, rest = path.partition(".")
+    inner = fields.get(name)
+    return _field(inner, rest) if dot and isinstance(inner, dict) else None
 
 
 class ExactMemory:

@@ -9,7 +9,7 @@ the number of workers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 from llmkit.engine.local import ordered_map
-from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
 from llmkit.registry import Registry
 
 METHODS = Registry("method")
@@ -86,26 +86,36 @@ class Decided:
 
 @dataclass
 class Deduplicator:
-    """The pass over chunks. `counts` holds documents, kept, dropped and the reasons, once it is through."""
+    """The pass over the documents of a reader, once."""
 
     methods: tuple[Method, ...]
-    options: ReadOptions
     jobs: int = 1
     remember_ids: bool = False  # for rejects: about 80 bytes more a kept document
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def run(self, chunks: Iterable[Chunk]) -> Iterator[Decided]:
+    def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Decide every document, a chunk at a time, in order."""
         memories = [method.memory() for method in self.methods]
         kept_ids: list[str] = []
+        measure = partial(measure_chunk, self.methods, reader.options)
         try:
-            for chunk in ordered_map(partial(measure_chunk, self.methods, self.options), chunks, self.jobs):
+            for chunk in ordered_map(measure, reader.chunks(), self.jobs):
                 yield self._decide(chunk, memories, kept_ids)
         finally:
             for memory in memories:
                 memory.close()
+
+    def counts(self) -> dict[str, Any]:
+        """Documents read, kept and dropped so far, the dropped by reason."""
+        dropped = sum(self.dropped.values())
+        return {
+            "documents": self.documents,
+            "kept": self.kept,
+            "dropped": dropped,
+            "reasons": dict(sorted(self.dropped.items())),
+        }
 
     def _decide(self, chunk: Measured, memories: list[Memory], kept_ids: list[str]) -> Decided:
         keep: list[bytes] = []

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     Shingles = np.ndarray[tuple[int], np.dtype[np.uint32]]
     Signature = np.ndarray[tuple[int], np.dtype[np.uint32]]
-    BandKeys = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 BLOCK = 512  # shingles hashed at a time: 112 x 512 x 8 bytes stay in the processor's cache
 
@@ -107,14 +106,11 @@ class MinHash:
             np.minimum(least, values.min(axis=1), out=least)
         return (least >> np.uint64(32)).astype(np.uint32)
 
-    def band_keys(self, signature: Signature) -> BandKeys:
+    def band_keys(self, signature: Signature) -> array[int]:
         """One 64-bit key a band: documents that share one agree in all rows of that band."""
-        import numpy as np
-
         rows = signature.tobytes()
         size = 4 * self.rows
-        keys = (xxhash.xxh3_64_intdigest(rows[i * size : (i + 1) * size], i) for i in range(self.bands))
-        return np.fromiter(keys, np.uint64, self.bands)
+        return array("Q", (xxhash.xxh3_64_intdigest(rows[i * size : (i + 1) * size], i) for i in range(self.bands)))
 
     def measure(self, documents: list[Document]) -> list[Any]:
         """For each document (band keys, shingles), or its exact key (bytes) where it has no shingles."""

@@ -1,0 +1,124 @@
+"""`llmkit dedup` on the real command line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import orjson
+import pytest
+
+from llmkit.io.lineage import read_lineage
+
+
+def text(seed: int, count: int = 120) -> str:
+    random_ = random.Random(seed)
+    return " ".join("".join(random_.choices("abcdefghij", k=6)) for _ in range(count))
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    rows = [{"id": f"d{i}", "text": text(i), "url": f"http://site/{i % 15}"} for i in range(20)]
+    rows += [{"id": f"copy{i}", "text": text(i)} for i in range(5)]
+    rows += [{"id": f"near{i}", "text": text(i).upper() + " and so on"} for i in range(5, 10)]
+    (tmp_path / "docs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return tmp_path
+
+
+def rows_of(data: bytes) -> list[dict[str, object]]:
+    return [orjson.loads(line) for line in data.splitlines()]
+
+
+def test_minhash_is_the_default(llmkit, docs: Path) -> None:
+    """Behaviour: copies and near copies go, each with the id of its kept document and the true similarity; the rest is untouched."""
+    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", "--rejects", "r.jsonl", "--json", cwd=docs)
+    assert done.returncode == 0, done.stderr
+    lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
+    assert (docs / "out.jsonl").read_bytes() == b"".join(lines[:20])
+    rejects = rows_of((docs / "r.jsonl").read_bytes())
+    assert [(row["id"], row["duplicate_of"]) for row in rejects] == [
+        *((f"copy{i}", f"d{i}") for i in range(5)),
+        *((f"near{i}", f"d{i}") for i in range(5, 10)),
+    ]
+    # 116 five-grams each, and three more with the words added
+    assert [row["similarity"] for row in rejects] == [1.0] * 5 + [116 / 119] * 5
+    counts = json.loads(done.stderr.splitlines()[-1])
+    assert (counts["documents"], counts["kept"], counts["dropped"]) == (30, 20, 10)
+    assert counts["reasons"] == {"minhash": 10}
+
+
+def test_exact_and_keys(llmkit, docs: Path) -> None:
+    """Behaviour: exact removes copies alone; --key another field; both methods in order."""
+
+    def kept(*arguments: str) -> int:
+        done = llmkit("dedup", "docs.jsonl", "--plain", "-q", *arguments, cwd=docs)
+        assert done.returncode == 0, done.stderr
+        return len(done.stdout.splitlines())
+
+    assert kept("--method", "exact") == 25
+    assert kept("--method", "exact", "--key", "url") == 15 + 10
+    assert kept("--method", "exact,minhash", "--key", "url") == 15
+    assert kept("--method", "minhash", "--threshold", "0.99") == 25
+    assert kept("--method", "minhash", "--threshold", "0.99", "--no-verify") == 20
+
+
+def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
+    """Property: the same bytes for -j 1 and -j 2, rejects too, over several chunks."""
+    rows = [{"id": str(i), "text": text(i % 1900, 150) + f" {'tail ' * (i % 3)}"} for i in range(2500)]
+    (docs / "many.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    assert (docs / "many.jsonl").stat().st_size > 2 << 20
+    for jobs in "12":
+        done = llmkit(
+            "dedup", "many.jsonl", "-j", jobs, "-o", f"o{jobs}.jsonl.zst", "--rejects", f"r{jobs}.jsonl.zst", cwd=docs
+        )
+        assert done.returncode == 0 and b"removed 600" in done.stderr, done.stderr
+    for kind in "or":
+        assert (docs / f"{kind}1.jsonl.zst").read_bytes() == (docs / f"{kind}2.jsonl.zst").read_bytes()
+
+
+def test_seed_is_recorded_and_changes_only_the_hash_functions(llmkit, docs: Path) -> None:
+    """Behaviour: the lineage holds seed and parameters, and no temporary directory."""
+    (docs / "scratch").mkdir()
+    done = llmkit("dedup", "docs.jsonl", "--seed", "7", "--temp-dir", "scratch", "-o", "out.jsonl.zst", cwd=docs)
+    assert done.returncode == 0
+    record = read_lineage(docs / "out.jsonl.zst")
+    assert record is not None and record["options"]["seed"] == 7 and record["options"]["threshold"] == 0.75
+    assert "temp_dir" not in record["options"] and record["counts"]["kept"] == 20
+    assert list((docs / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "minhsh"], "minhash"),
+        (["--method", "exact,minhsh"], "minhash"),
+        (["--method", "exact", "--normalise", "lose"], "loose"),
+        (["--key", "url"], "exact,minhash"),
+        (["--threshold", "1.5"], "similarity"),
+        (["--rows", "0"], "rows"),
+    ],
+)
+def test_usage_errors(llmkit, docs: Path, arguments: list[str], message: str) -> None:
+    """Behaviour: exit 2 and a hint, before any output."""
+    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
+    assert done.returncode == 2 and message in done.stderr.decode()
+    assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
+
+
+def test_empty_and_wordless_input(llmkit, docs: Path) -> None:
+    """Behaviour: no documents, and documents without words, go through."""
+    (docs / "empty.jsonl").write_bytes(b"")
+    assert llmkit("dedup", "empty.jsonl", "--plain", cwd=docs).stdout == b""
+    (docs / "odd.jsonl").write_bytes(
+        b"".join(orjson.dumps({"text": t}) + b"\n" for t in ("", "...", "one two", "...", "One, two!"))
+    )
+    done = llmkit("dedup", "odd.jsonl", "--plain", cwd=docs)
+    assert [row["text"] for row in rows_of(done.stdout)] == ["", "...", "one two"]
+
+
+def test_temporary_directory_that_is_not_there(llmkit, docs: Path) -> None:
+    """Behaviour: named, exit 1, no output."""
+    done = llmkit("dedup", "docs.jsonl", "--temp-dir", "nowhere", "-o", "out.jsonl", cwd=docs)
+    assert done.returncode == 1 and b"nowhere" in done.stderr and b"Traceback" not in done.stderr
+    assert not (docs / "out.jsonl").exists()

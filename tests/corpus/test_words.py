@@ -1,0 +1,86 @@
+"""Words, sentences and character sets."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmkit.corpus.page import Page
+from llmkit.corpus.words import (
+    MARKS,
+    PUNCTUATION,
+    SPLITTERS,
+    TERMINALS,
+    count_sentences,
+    unicode_words,
+    whitespace_words,
+)
+from llmkit.errors import UsageError
+
+
+def test_character_sets() -> None:
+    """Parity with datatrove 0.10.1: 129 punctuation marks, 159 terminal marks, 281 together; what is and is not in them."""
+    assert (len(PUNCTUATION), len(TERMINALS), len(MARKS)) == (129, 159, 281)
+    assert {".", "!", "?", "。", "۔", "។", "။"} <= TERMINALS
+    assert not {'"', "…", "'", ";", ":"} & TERMINALS
+    assert {"…", "“", "”", "、", "\x00", "\x1f", "\x9f", "_", "１"} <= PUNCTUATION
+    assert not {" ", "\t", "\n", "°", "©", "€", "•"} & MARKS
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't stop -- (now).", ["Don", "'t", "stop", "--", "(", "now", ")", "."]),
+        ("the author’s 'quoted' word", ["the", "author", "’s", "'", "quoted", "'", "word"]),
+        ("a_b x=1,5 $3", ["a", "_", "b", "x", "=", "1", ",", "5", "$", "3"]),
+        ("wait... what?!", ["wait", "...", "what", "?", "!"]),
+        ("हिन्दी cafe\u0301 🙂🙂", ["हिन्दी", "cafe\u0301", "🙂", "🙂"]),
+        ("日本語。文", ["日本語", "。", "文"]),
+        (" \n\t", []),
+        ("", []),
+    ],
+)
+def test_unicode_words(text: str, words: list[str]) -> None:
+    """Behaviour: runs of letters and digits with their combining marks, endings behind an apostrophe, runs of one mark."""
+    assert unicode_words(text) == words
+
+
+@given(st.text())
+def test_words_lose_nothing(text: str) -> None:
+    """Property: both kinds of words together hold every visible character, in order, and no space."""
+    visible = "".join(text.split())
+    assert "".join(unicode_words(text)) == visible == "".join(whitespace_words(text))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentences"),
+    [
+        ("", 1),
+        ("One sentence without an end", 1),
+        ("One. Two! Three?", 3),
+        ('He said "no." Then he left.', 2),
+        ("Mr. Smith met J. K. Rowling in the U.S. on Monday.", 1),
+        ("Pi is 3.14 and the file is a.txt now.", 1),
+        ("Wait... what?! Really", 2),
+        ("你好。再见。", 2),
+    ],
+)
+def test_count_sentences(line: str, sentences: int) -> None:
+    """Behaviour: terminal marks before a space end a sentence; initials, titles, numbers and ellipses do not."""
+    assert count_sentences(line) == sentences
+
+
+def test_page_measures_anew_after_an_edit() -> None:
+    """Behaviour: a rule that edits the text changes what later rules count."""
+    page = Page("one two\nthree", SPLITTERS.get("unicode"))
+    assert len(page.words) == 3 and len(page.lines) == 2
+    page.edit("one")
+    assert page.words == ["one"] and page.lines == ["one"]
+
+
+def test_unknown_kind_of_words() -> None:
+    """Behaviour: a typo is answered with the nearest name."""
+    with pytest.raises(UsageError) as caught:
+        SPLITTERS.get("unicod")
+    assert "unicode" in caught.value.hint
