@@ -1,15 +1,15 @@
 """Model directories as Hugging Face lays them out: config.json, model.safetensors, generation_config.json, tokenizer files.
 
 Directories come from strangers: only safetensors are read (never pickles), no code that a directory names is run, sizes are checked against the
-configuration before memory is taken. What is written opens in transformers 4 and 5, vLLM, lm-eval, mergekit and llama.cpp's converter without
-conversion. Weights are loaded from memory-mapped files, one copy in memory.
+configuration before memory is taken. What is written opens in transformers, vLLM, lm-eval and mergekit as it is. Weights are loaded from
+memory-mapped files, one copy in memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,14 @@ from torch import Tensor
 from llmkit.errors import LlmkitError
 from llmkit.model.config import ModelConfig, read_json
 from llmkit.model.decoder import Decoder
-from llmkit.model.safetensors import layout_of, read_layout, write_safetensors
+from llmkit.model.safetensors import layout_of, write_safetensors
+from llmkit.model.weights import WEIGHTS, Weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 << 20
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
@@ -59,66 +58,6 @@ def resolve_model(path: str | Path) -> Path:
     raise LlmkitError(f"{path}: not a model directory (no config.json)", "give a Hugging Face directory or a run")
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, sharded or not, in order."""
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        table = read_json(path / INDEX).get("weight_map")
-        names = (
-            sorted(set(table.values()))
-            if isinstance(table, dict) and all(isinstance(n, str) for n in table.values())
-            else []
-        )
-        if not names or any(Path(name).name != name for name in names):
-            raise LlmkitError(f"{path / INDEX}: no usable weight_map", "the file is damaged")
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise LlmkitError(
-                f"{path}: missing {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
-                "the directory is incomplete",
-            )
-        return [path / name for name in names]
-    others = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern)]
-    if others:
-        raise LlmkitError(
-            f"{path}: only pickled weights ({others[0]})", "pickles can run code; convert them to safetensors first"
-        )
-    raise LlmkitError(f"{path}: no {WEIGHTS}", "the directory is incomplete")
-
-
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every stored tensor, as stored, from memory-mapped files."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in weight_files(path):
-        read_layout(file)  # names what is wrong with a damaged file
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in sorted(opened.keys()):
-                    yield name, opened.get_tensor(name)
-        except SafetensorError as error:
-            raise LlmkitError(
-                f"{file}: not a readable safetensors file ({error})", "the file is damaged or incomplete"
-            ) from error
-
-
-def stored_layout(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of every stored tensor of a directory, from the headers alone."""
-    return {name: entry for file in weight_files(path) for name, entry in read_layout(file).items()}
-
-
-def iterate_tensors(path: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight of the model: quantised directories are dequantised on the way, one tensor at a time."""
-    directory = resolve_model(path)
-    quantization = read_json(directory / "config.json").get("quantization_config")
-    if quantization is None:
-        return read_tensors(directory)
-    from llmkit.model.compressed import dequantised
-
-    return dequantised(directory, quantization)
-
-
 def load_info(path: str | Path) -> LoadedModel:
     """Configuration, tokenizer and stop ids of a model directory or run, without its weights."""
     directory = resolve_model(path)
@@ -128,7 +67,7 @@ def load_info(path: str | Path) -> LoadedModel:
     stop = config.eos_token_id
     if (directory / "generation_config.json").is_file():
         stop = read_json(directory / "generation_config.json").get("eos_token_id", stop)
-    stop_ids = [stop] if isinstance(stop, int) else list(stop or [])
+    stop_ids = stop if isinstance(stop, list) else [stop]
     return LoadedModel(
         directory, config, files, [i for i in stop_ids if isinstance(i, int)], content.get("quantization_config")
     )
@@ -139,22 +78,40 @@ def load_model(
 ) -> tuple[Decoder, LoadedModel]:
     """The decoder of a model directory or run, in eval mode, and what the directory says beside.
 
-    `dtype=None` keeps the stored type. Raises LlmkitError naming the first tensor that is missing, unexpected or of another shape.
+    `dtype=None` keeps the stored type (of quantised weights: that of their scales). Raises LlmkitError naming the first tensor that is
+    missing, unexpected or of another shape. Memory: the weights once, and one tensor more.
     """
     info = load_info(path)
+    weights = open_weights(info)
     with torch.device("meta"):
         model = Decoder(info.config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if info.quantization is None:
-        check_layout({name: shape for name, (_, shape) in stored_layout(info.path).items()}, expected, info)
-    found: dict[str, Tensor] = {}
-    for name, value in iterate_tensors(info.path):
-        if name in expected:
-            found[name] = value.to(device=device, dtype=dtype if dtype is not None else value.dtype, copy=True)
-    check_layout({name: tuple(value.shape) for name, value in found.items()}, expected, info)
+    if "tokenizer.json" in info.tokenizer_files:
+        check_vocabulary(load_tokenizer(info.tokenizer_files, info.path), info.config.vocab_size, info.path)
+    found = {name: weights[name].to(device=device, dtype=dtype, copy=True) for name in model.state_dict()}
     model.load_state_dict(found, assign=True)
     model.requires_grad_(True)
     return model.eval(), info
+
+
+def open_weights(info: LoadedModel) -> Weights:
+    """The weights of a model directory, checked by name and shape against its configuration, none read yet."""
+    weights = Weights(info.path, info.quantization)
+    # Before a model is built even on the meta device: a configuration may claim a billion layers.
+    if info.config.parameters() > 2 * weights.stored_bytes:
+        raise LlmkitError(
+            f"{info.path}: config.json means {info.config.parameters():,} weights, the files hold {weights.stored_bytes:,} bytes",
+            "the directory is incomplete, or its config.json is another model's",
+        )
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in Decoder(info.config).state_dict().items()}
+    check_layout({name: shape for name, (_, shape) in weights.layout.items()}, expected, info)
+    for name in expected:
+        if not weights.layout[name][0].is_floating_point or weights.layout[name][0].itemsize < 2:
+            raise LlmkitError(
+                f"{info.path}: tensor {name} has type {weights.layout[name][0]}",
+                "quantised weights need a quantization_config in config.json",
+            )
+    return weights
 
 
 def check_layout(
@@ -216,6 +173,16 @@ def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
         ) from error
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size > vocab_size:
+        raise LlmkitError(
+            f"{where}: the tokenizer has ids up to {size - 1:,}, the model only {vocab_size:,} of them",
+            "they belong to different models",
+        )
+
+
 def save_model(
     directory: Path,
     state_dict: Mapping[str, Tensor],
@@ -247,11 +214,7 @@ def save_description(
     """Everything of a model directory but the weights."""
     vocabulary = config_json["vocab_size"]
     if "tokenizer.json" in tokenizer_files:
-        size = load_tokenizer(tokenizer_files, directory).get_vocab_size()
-        if size > vocabulary:
-            raise LlmkitError(
-                f"the tokenizer has {size} ids, the model {vocabulary}", "they belong to different models"
-            )
+        check_vocabulary(load_tokenizer(tokenizer_files, directory), vocabulary, directory)
     eos = stop_ids or config_json.get("eos_token_id")
     generation = {"eos_token_id": eos[0] if isinstance(eos, list) and len(eos) == 1 else eos}
     generation |= {name: config_json.get(name) for name in ("bos_token_id", "pad_token_id")}

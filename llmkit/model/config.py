@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from llmkit.model.families import ARCHITECTURES, Family
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
+# Scalings of the rotary embedding, and the numbers that each needs.
+ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,13 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive whole number is needed")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive number is needed")
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise LlmkitError(f"model configuration: {name} is {getattr(self, name)!r}", "true or false is needed")
         if self.num_attention_heads % self.num_key_value_heads:
             raise LlmkitError(
                 f"model configuration: {self.num_attention_heads} heads do not divide among {self.num_key_value_heads} key-value heads",
@@ -124,23 +138,26 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in fields:
                 raise LlmkitError(f"{where}: no {name}", "the configuration is incomplete")
-        heads = fields["num_attention_heads"]
+        # Where a key is absent, transformers' own defaults hold.
+        family, heads = ARCHITECTURES.get(kind), fields["num_attention_heads"]
         fields.setdefault("num_key_value_heads", heads)
-        if "head_dim" not in fields:
-            if not isinstance(heads, int) or heads < 1 or fields["hidden_size"] % heads:
+        fields.setdefault("head_dim", family.head_dim)
+        if fields["head_dim"] is None:
+            width = fields["hidden_size"]
+            if not isinstance(heads, int) or not isinstance(width, int) or heads < 1 or width % heads:
                 raise LlmkitError(
-                    f"{where}: hidden_size {fields['hidden_size']} does not divide among {heads!r} heads",
-                    "give head_dim",
+                    f"{where}: hidden_size {width!r} does not divide among {heads!r} heads", "give head_dim"
                 )
-            fields["head_dim"] = fields["hidden_size"] // heads
-        # Where the key is absent, transformers' own defaults hold.
+            fields["head_dim"] = width // heads
         fields.setdefault("tie_word_embeddings", False)
         fields.setdefault("rms_norm_eps", 1e-6)
         if content.get("hidden_act", "silu") not in ("silu", "swish"):
             raise LlmkitError(f"{where}: hidden_act {content['hidden_act']!r} is not supported", "only silu is")
-        if content.get("use_sliding_window"):
+        kinds = content.get("layer_types") or []
+        if content.get("use_sliding_window") or (isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}):
             raise LlmkitError(
-                f"{where}: use_sliding_window is not supported", "set it to false if the context is short enough"
+                f"{where}: attention over a sliding window is not supported",
+                "set use_sliding_window to false if your texts are shorter than the window",
             )
         return cls(architecture=str(kind), **{name: value for name, value in fields.items() if name != "architecture"})
 
@@ -150,16 +167,20 @@ def _rope_fields(content: dict[str, Any], where: str) -> dict[str, Any]:
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise LlmkitError(f"{where}: rope_parameters is not a table", "see the model's documentation")
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or content.get("rope_theta") or 10_000.0
-    if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    if kind not in ("linear", "llama3"):
-        raise LlmkitError(f"{where}: rope scaling {kind!r} is not supported", "known: default, linear, llama3")
-    return {
-        "rope_theta": float(theta),
-        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"} | {"rope_type": kind},
-    }
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    numbers = {"rope_theta": rope.get("rope_theta") or content.get("rope_theta") or 10_000.0}
+    if kind not in ROPE_KINDS:
+        raise LlmkitError(f"{where}: rope scaling {kind!r} is not supported", "known: " + ", ".join(ROPE_KINDS))
+    if rope.get("partial_rotary_factor", content.get("partial_rotary_factor") or 1) != 1:
+        raise LlmkitError(
+            f"{where}: partial_rotary_factor is not supported", "only embeddings that turn all dimensions are"
+        )
+    numbers |= {name: rope.get(name) for name in ROPE_KINDS[kind]}
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "a positive number is needed")
+    theta = float(numbers.pop("rope_theta"))
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}
 
 
 def _preset(width: int, layers: int, heads: int, kv: int, ffn: int, context: int, tied: bool = True) -> dict[str, Any]:

@@ -21,25 +21,45 @@ from llmkit.model.config import ModelConfig
 
 
 class KeyValueCache:
-    """Keys and values of the tokens so far, each [B, G, S, K] a layer, and their document ids [B, S]."""
+    """Keys and values of the tokens so far, [B, G, S, K] a layer, and their document ids [B, S]. For inference: it is written in place.
 
-    def __init__(self, layers: int) -> None:
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+    Memory: 2 · layers · B · G · K · capacity elements; the capacity doubles when it is used up, so a step costs no copy of the past.
+    """
+
+    def __init__(self, layers: int, capacity: int = 256) -> None:
         self.document_ids: Tensor | None = None
+        self._capacity = capacity
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._lengths = [0] * layers
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return 0 if self.keys[0] is None else self.keys[0].shape[2]
+        return self._lengths[0]
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values; returns all of the layer's."""
-        old_k, old_v = self.keys[layer], self.values[layer]
-        k_BGSK = k_BGTK if old_k is None else torch.cat([old_k, k_BGTK], 2)
-        v_BGSK = v_BGTK if old_v is None else torch.cat([old_v, v_BGTK], 2)
-        self.keys[layer], self.values[layer] = k_BGSK, v_BGSK
-        return k_BGSK, v_BGSK
+        """Append new keys and values; returns all of the layer's, [B, G, S, K]."""
+        past, new = self._lengths[layer], self._lengths[layer] + k_BGTK.shape[2]
+        buffers = self._buffers[layer]
+        if buffers is None or buffers[0].shape[2] < new:
+            while self._capacity < new:
+                self._capacity *= 2
+            b, g, _, k = k_BGTK.shape
+            grown = (k_BGTK.new_empty(b, g, self._capacity, k), v_BGTK.new_empty(b, g, self._capacity, k))
+            if buffers is not None:
+                for old, larger in zip(buffers, grown, strict=True):
+                    larger[:, :, :past] = old[:, :, :past]
+            self._buffers[layer] = buffers = grown
+        buffers[0][:, :, past:new] = k_BGTK
+        buffers[1][:, :, past:new] = v_BGTK
+        self._lengths[layer] = new
+        return buffers[0][:, :, :new], buffers[1][:, :, :new]
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Go on with some rows of the batch only; `rows` holds their indices."""
+        self._buffers = [pair and (pair[0][rows], pair[1][rows]) for pair in self._buffers]
+        if self.document_ids is not None:
+            self.document_ids = self.document_ids[rows]
 
 
 class RMSNorm(nn.Module):
@@ -91,10 +111,13 @@ class Attention(nn.Module):
         k_BGTK = rotate(k_BTGK.transpose(1, 2), *rotation)
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
-        if self.groups != self.heads:
-            k_BGTK = k_BGTK.repeat_interleave(self.heads // self.groups, 1)
-            v_BGTK = v_BGTK.repeat_interleave(self.heads // self.groups, 1)
-        out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal)
+        grouped = self.groups != self.heads
+        if grouped and mask is not None and x_BTD.is_cuda:  # the fused kernels that take a mask know no groups
+            k_BGTK, v_BGTK = (x.repeat_interleave(self.heads // self.groups, 1) for x in (k_BGTK, v_BGTK))
+            grouped = False
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         return self.o_proj(out_BHTK.transpose(1, 2).reshape(b, t, -1))
 
 

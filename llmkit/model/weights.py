@@ -1,0 +1,194 @@
+"""The weights of a model directory by name, one at a time: plain, sharded, or quantised in the compressed-tensors layout.
+
+    weights = Weights(directory, config.get("quantization_config"))
+    weights.layout["model.norm.weight"]       # (torch.bfloat16, (1024,)), from the headers alone
+    weights["model.norm.weight"]              # the tensor
+
+Files are memory-mapped, so what is held is what was asked for. Quantised tensors appear under the name and shape that they had before, in the
+type of their scales: q · scale, as transformers and vLLM compute it. Understood are `pack-quantized` (4 or 8 bits in int32 words, offset
+binary, least significant first along the inputs), `int-quantized` and `float-quantized`, symmetric, with scales [out, groups].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.errors import LlmkitError
+from llmkit.model.config import read_json
+from llmkit.model.safetensors import read_layout
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the weight's name
+UNSUPPORTED = ("_zero_point", "_g_idx")
+DAMAGED = "the file is damaged or incomplete; fetch or make it again"
+
+Entry = tuple[torch.dtype, tuple[int, ...]]
+
+
+class Weights(Mapping[str, Tensor]):
+    """Name -> tensor, read when asked for. `layout` holds type and shape of each; `stored_bytes` what the files hold."""
+
+    def __init__(self, directory: Path, quantization: Any = None) -> None:
+        self.directory = directory
+        self.layout: dict[str, Entry] = {}
+        self.stored_bytes = 0
+        self._stored: dict[str, Entry] = {}
+        self._files: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
+        for file in weight_files(directory):
+            for name, entry in read_layout(file).items():
+                self._stored[name], self._files[name] = entry, file
+            self.stored_bytes += file.stat().st_size
+        if quantization is None:
+            self.layout = dict(self._stored)
+        else:
+            self._bits = declared_bits(quantization, directory / "config.json")
+            self._describe_quantised()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        packed = self._stored.get(name + PACKED)
+        if packed is not None:
+            width = self.layout[name][1][1]
+            words = self._read(name + PACKED)
+            scale = self._read(name + SCALE)
+            return dequantise(unpack(words, self._bits_of(name, width, words.shape[1]), width), scale)
+        value = self._read(name)
+        return dequantise(value, self._read(name + SCALE)) if name + SCALE in self._stored else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.layout))
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def _read(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._files[name]
+        try:
+            if file not in self._opened:
+                self._opened[file] = safe_open(file, "pt")
+            tensor: Tensor = self._opened[file].get_tensor(name)
+            return tensor
+        except (SafetensorError, OSError) as error:
+            raise LlmkitError(f"{file}: not a readable safetensors file ({error})", DAMAGED) from error
+
+    def _describe_quantised(self) -> None:
+        """Fill `layout` with the weights as they were, checking every quantised one against its parts."""
+        for name, (dtype, shape) in self._stored.items():
+            if name.endswith(UNSUPPORTED):
+                raise LlmkitError(
+                    f"{self.directory}: tensor {name}: asymmetric or reordered quantisation is not supported",
+                    "only symmetric compressed-tensors weights load",
+                )
+            if name.endswith(PACKED):
+                name = name.removesuffix(PACKED)
+                size = self._stored.get(name + SHAPE, (dtype, ()))
+                scale = self._scale_of(name)
+                if size != (torch.int64, (2,)) or dtype != torch.int32 or len(shape) != 2:
+                    raise self._misfit(name)
+                rows, width = map(int, self._read(name + SHAPE).tolist())
+                if rows != shape[0] or width < 1:
+                    raise self._misfit(name)
+                self._bits_of(name, width, shape[1])
+                self._check_groups(name, (rows, width), scale[1])
+                self.layout[name] = (scale[0], (rows, width))
+            elif name.endswith((SCALE, SHAPE)):
+                continue
+            elif name + SCALE in self._stored:
+                scale = self._scale_of(name)
+                self._check_groups(name, shape, scale[1])
+                self.layout[name] = (scale[0], shape)
+            else:
+                self.layout[name] = (dtype, shape)
+
+    def _scale_of(self, name: str) -> Entry:
+        scale = self._stored.get(name + SCALE)
+        if scale is None or not scale[0].is_floating_point:
+            raise LlmkitError(
+                f"{self.directory}: missing tensor {name}{SCALE}", "the quantised directory is incomplete"
+            )
+        return scale
+
+    def _check_groups(self, name: str, shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
+        if len(shape) != 2 or len(scale) != 2 or scale[0] != shape[0] or not scale[1] or shape[1] % scale[1]:
+            raise LlmkitError(
+                f"{self.directory}: tensor {name}{SCALE} has shape {list(scale)}, which does not fit {list(shape)}",
+                DAMAGED,
+            )
+
+    def _bits_of(self, name: str, width: int, words: int) -> int:
+        fitting = [bits for bits in self._bits if -(-width * bits // 32) == words]
+        if not fitting:
+            raise self._misfit(name)
+        return fitting[0]
+
+    def _misfit(self, name: str) -> LlmkitError:
+        return LlmkitError(f"{self.directory}: tensor {name}{PACKED} does not fit its {name}{SHAPE}", DAMAGED)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, sharded or not, in order."""
+    if (path / WEIGHTS).is_file():
+        return [path / WEIGHTS]
+    if (path / INDEX).is_file():
+        table = read_json(path / INDEX).get("weight_map")
+        named = list(table.values()) if isinstance(table, dict) else []
+        names = sorted(set(named)) if all(isinstance(name, str) for name in named) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise LlmkitError(f"{path / INDEX}: no usable weight_map", "the file is damaged")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise LlmkitError(f"{path}: missing {missing[0]}{more}", "the directory is incomplete")
+        return [path / name for name in names]
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    if others:
+        raise LlmkitError(
+            f"{path}: only pickled weights ({others[0]})", "pickles can run code; convert them to safetensors first"
+        )
+    raise LlmkitError(f"{path}: no {WEIGHTS}", "the directory is incomplete")
+
+
+def declared_bits(quantization: Any, where: Path) -> list[int]:
+    """Widths of the packed weights that a quantization_config declares; LlmkitError where it is of another method."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method != "compressed-tensors":
+        raise LlmkitError(
+            f"{where}: quantisation method {method!r} is not supported",
+            "only compressed-tensors is; start from the model as it was before",
+        )
+    groups = quantization.get("config_groups")
+    schemes = (
+        [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
+    bits = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
+    if not bits or any(width not in (4, 8) for width in bits):
+        raise LlmkitError(
+            f"{where}: weights of {', '.join(map(str, bits)) or 'unknown'} bits are not supported", "4 and 8 are"
+        )
+    return [width for width in (4, 8) if width in bits]
+
+
+def unpack(words: Tensor, bits: int, width: int) -> Tensor:
+    """int8 [out, width] from int32 words [out, ceil(width · bits / 32)]."""
+    count = 32 // bits
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    values = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return (values.view(words.shape[0], words.shape[1] * count)[:, :width] - (1 << (bits - 1))).to(torch.int8)
+
+
+def dequantise(values: Tensor, scale: Tensor) -> Tensor:
+    """values [out, in] · scale [out, groups], each scale for in/groups neighbours; in the type of the scales."""
+    rows, width = values.shape
+    return (values.to(scale.dtype).view(rows, scale.shape[1], -1) * scale[:, :, None]).view(rows, width)
