@@ -1,0 +1,186 @@
+"""One part of token shards: an Arrow stream mapped into memory, checked, with its digest (see shards.py for the format)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from llmkit.errors import LlmkitError
+from llmkit.io.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer_info
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Tokens = NDArray[Any]  # uint16 or uint32
+STREAM_START = b"\xff\xff\xff\xff"
+FILES = b"llmkit.tokenizer_files"
+HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
+
+
+class ColumnDigest:
+    """Digest of documents, independent of how they are cut into batches."""
+
+    def __init__(self) -> None:
+        self._states = [xxhash.xxh3_128() for _ in range(5)]
+
+    def add(
+        self, tokens: Tokens, lengths: NDArray[np.int64], ids: Sequence[str], sources: Sequence[str], epochs: Any
+    ) -> None:
+        """Documents in order; `epochs` int32 or None."""
+        columns: tuple[Any, ...] = (
+            np.ascontiguousarray(tokens).data,
+            lengths.astype("<i8").data,
+            _joined(ids),
+            _joined(sources),
+        )
+        for state, column in zip(self._states, columns, strict=False):
+            state.update(column)
+        if epochs is not None:
+            self._states[4].update(np.ascontiguousarray(epochs, "<i4").data)
+
+    def result(self) -> str:
+        """`xxh3:` and 32 hex digits."""
+        return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
+
+
+def _joined(names: Sequence[str]) -> bytes:
+    return "".join(f"{name}\0" for name in names).encode()
+
+
+def combined_digest(parts: list[str]) -> str:
+    """The digest of several parts from theirs."""
+    return parts[0] if len(parts) == 1 else "xxh3:" + xxhash.xxh3_128_hexdigest("".join(parts).encode())
+
+
+class Part:
+    """One mapped Arrow stream: its batches, its trailer, its tokenizer."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        import pyarrow as pa
+
+        self.name = name
+        self.batches: list[pa.RecordBatch] = []
+        trailer: Any = None
+        try:
+            with open(path, "rb") as file:
+                start = file.read(8)
+            if not start:
+                raise LlmkitError(f"{name}: empty file", "token shards come from: llmkit tokenize")
+            if not start.startswith(STREAM_START):
+                kind = "an Arrow file, not an Arrow stream" if start.startswith(b"ARROW1") else "no token shard"
+                raise LlmkitError(f"{name}: {kind}", "documents become token shards by: llmkit tokenize -t TOKENIZER")
+            source = pa.memory_map(str(path))
+            stream = pa.ipc.open_stream(source)
+            self.metadata = stream.schema.metadata or {}
+            self._check_schema(stream.schema)
+            while True:
+                try:
+                    batch, custom = stream.read_next_batch_with_custom_metadata()
+                except StopIteration:
+                    break
+                if trailer is not None:
+                    raise LlmkitError(f"{name}: rows behind the trailer", "the file is damaged")
+                if custom is not None and b"llmkit.trailer" in custom:
+                    trailer = self._json(custom[b"llmkit.trailer"], "trailer")
+                else:
+                    self.batches.append(batch)
+            left = source.size() - source.tell()
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise LlmkitError(f"{name}: {error.strerror}", "check the path and its permissions") from error
+            reason = str(error).splitlines()[0] if str(error) else "no message"
+            raise LlmkitError(f"{name}: truncated or damaged ({reason})", HINT_REMAKE) from error
+        if trailer is None:
+            raise LlmkitError(f"{name}: truncated: the stream ends before its trailer", HINT_REMAKE)
+        if left:
+            raise LlmkitError(f"{name}: {left} bytes follow the end of the stream", "join shards with: llmkit mix")
+        if not isinstance(trailer, dict) or type(trailer.get("part")) is not int:
+            raise LlmkitError(f"{name}: malformed trailer", "the file was not written by llmkit")
+        self.trailer: dict[str, Any] = trailer
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        import pyarrow as pa
+
+        if b"llmkit.tokenizer" not in self.metadata or "tokens" not in schema.names:
+            raise LlmkitError(
+                f"{self.name}: an Arrow stream, but no token shard (no llmkit.tokenizer in its metadata)",
+                "documents become token shards by: llmkit tokenize -t TOKENIZER",
+            )
+        wanted = {
+            "tokens": ("large_list<uint16>", "large_list<uint32>"),
+            "id": ("string",),
+            "source": ("dictionary<values=string, indices=int32, ordered=0>",),
+            "epoch": ("int32",),
+        }
+        for name, types in wanted.items():
+            if name not in schema.names:
+                if name == "epoch":
+                    continue
+                raise LlmkitError(f"{self.name}: no column {name!r}", "the file was not written by llmkit")
+            kind = schema.field(name).type
+            shown = f"large_list<{kind.value_type}>" if pa.types.is_large_list(kind) else str(kind)
+            if shown not in types:
+                raise LlmkitError(
+                    f"{self.name}: column {name!r} has type {shown}", "token shards hold " + " or ".join(types)
+                )
+
+    def _json(self, text: bytes, what: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise LlmkitError(f"{self.name}: malformed {what}", "the file was not written by llmkit") from None
+
+    def tokenizer(self, path: Path) -> TokenizerInfo:
+        """The tokenizer's record, with its files from the schema or from beside `path`."""
+        files: Any = self._json(self.metadata[FILES], "tokenizer files") if FILES in self.metadata else {}
+        if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+            raise LlmkitError(f"{self.name}: malformed tokenizer files", "the file was not written by llmkit")
+        files = {name: text for name, text in files.items() if name in TOKENIZER_FILES}
+        info = TokenizerInfo.from_header(self._json(self.metadata[b"llmkit.tokenizer"], "tokenizer"), files, self.name)
+        if not files and (path.parent / "tokenizer.json").is_file():
+            beside = load_tokenizer_info(path.parent)
+            if beside.digest != info.digest:
+                raise LlmkitError(
+                    f"{path.parent}: the tokenizer beside the shards is not theirs",
+                    "put back the tokenizer.json that they were made with",
+                )
+            files.update(beside.files)
+        return info
+
+    def lineage(self) -> dict[str, Any] | None:
+        header = self._json(self.metadata.get(b"llmkit.lineage", b"null"), "lineage")
+        trailer = self.trailer.get("lineage")
+        if not isinstance(header, dict):
+            return None
+        return header | (trailer if isinstance(trailer, dict) else {})
+
+
+def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:
+    """Offsets [rows + 1] and token ids of one batch, views; LlmkitError where they do not fit together."""
+    column = batch.column("tokens")
+    offsets = column.offsets.to_numpy(zero_copy_only=True)
+    values = column.values.to_numpy(zero_copy_only=True) if not column.values.null_count else None
+    if values is None or any(column.null_count for column in batch.columns):
+        raise LlmkitError(f"{name}: null values", "the file was not written by llmkit")
+    if not len(offsets):
+        return np.zeros(1, np.int64), values[:0]
+    if offsets[0] < 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any():
+        raise LlmkitError(f"{name}: damaged (document boundaries out of range)", HINT_REMAKE)
+    return offsets, values[offsets[0] : offsets[-1]]
+
+
+def part_digest(part: Part) -> tuple[str, int]:
+    """Digest of a part computed anew, and its largest token id."""
+    digest, largest = ColumnDigest(), 0
+    for batch in part.batches:
+        offsets, values = batch_tokens(batch, part.name)
+        epochs = batch.column("epoch").to_numpy() if "epoch" in batch.schema.names else None
+        digest.add(values, np.diff(offsets), batch.column("id").to_pylist(), batch.column("source").to_pylist(), epochs)
+        largest = max(largest, int(values.max(initial=0)))
+    return digest.result(), largest

@@ -1,0 +1,242 @@
+"""Reading token shards: directories, files or a stream as one list of documents, mapped into memory (see shards.py for the format)."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.atomic import atomic_file, is_special
+from llmkit.io.inputs import STDIN, display_name
+from llmkit.io.lineage import Input, base_name
+from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, part_digest
+from llmkit.io.tokenizer import TokenizerInfo
+
+
+class TokenStore:
+    """Documents as token ids in the order in which they are stored, mapped into memory.
+
+    tokenizer: TokenizerInfo · documents, tokens: int · offsets: int64 [documents + 1], where each document starts in the flat order ·
+    codes: int32 [documents], index into `sources` · sources: list[str] · inputs: list[Input], one for each path opened.
+    """
+
+    def __init__(self) -> None:
+        self.tokenizer: TokenizerInfo
+        self.offsets: NDArray[np.int64]
+        self.codes: NDArray[np.int32]
+        self.inputs: list[Input] = []
+        self.has_epochs = True
+        self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
+        self._columns: list[tuple[Any, Any]] = []  # (id, epoch or None) columns of each batch
+        self._parts: list[Part] = []
+        self._first_document: list[int] = []
+        self._first_token: list[int] = []
+        self._counted = (0, 0)  # documents and tokens of the parts so far
+        self._source_codes: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, paths: list[str] | str, *, spool: Path | None = None) -> TokenStore:
+        """Map shard directories, .arrow files, or stdin ("-") as one store, in the order given.
+
+        stdin is first copied to `spool` (a file, which stays there, or a directory, in which it is called stdin.arrow), else to a temporary
+        file. Raises LlmkitError where a file is missing, truncated, no token shard, or of another tokenizer than the first.
+        """
+        store = cls()
+        paths = [paths] if isinstance(paths, str) else paths
+        if not paths:
+            raise UsageError("no token shards named", "name a directory or .arrow files")
+        lengths: list[NDArray[np.int64]] = []
+        codes: list[NDArray[np.int32]] = []
+        for path in paths:
+            parts: list[Part] = []
+            for file, name in _files(path, spool):
+                part = Part(file, name)
+                parts.append(part)
+                store._add(part, file, lengths, codes)
+            if Path(path).is_dir():
+                _check_complete(parts, path)
+            digest = combined_digest([str(part.trailer.get("digest")) for part in parts])
+            store.inputs.append(Input("input", base_name(path), digest, parts[-1].lineage()))
+        counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+        store.offsets = np.zeros(len(counts) + 1, np.int64)
+        np.cumsum(counts, out=store.offsets[1:])
+        store.codes = np.concatenate(codes) if codes else np.zeros(0, np.int32)
+        return store
+
+    def _add(self, part: Part, file: Path, lengths: list[NDArray[np.int64]], codes: list[NDArray[np.int32]]) -> None:
+        info = part.tokenizer(file)
+        if not self._parts:
+            self.tokenizer = info
+        elif (info.digest, info.eos_id) != (self.tokenizer.digest, self.tokenizer.eos_id):
+            raise LlmkitError(
+                f"{part.name}: made with another tokenizer than {self._parts[0].name}",
+                "tokenize all sources with the same one",
+            )
+        self._parts.append(part)
+        documents = tokens = 0
+        for batch in part.batches:
+            offsets, values = batch_tokens(batch, part.name)
+            source = batch.column("source")
+            known = source.dictionary.to_pylist()
+            table = np.array([self._source_codes.setdefault(name, len(self._source_codes)) for name in known], np.int32)
+            indices = source.indices.to_numpy(zero_copy_only=False)
+            if len(indices) and not 0 <= indices.min() <= indices.max() < len(known):
+                raise LlmkitError(f"{part.name}: damaged (a source out of range)", HINT_REMAKE)
+            epoch = batch.column("epoch") if "epoch" in batch.schema.names else None
+            self.has_epochs &= epoch is not None
+            self._first_document.append(self._counted[0] + documents)
+            self._first_token.append(self._counted[1] + tokens)
+            lengths.append(np.diff(offsets))
+            codes.append(table[indices] if len(indices) else np.zeros(0, np.int32))
+            self._values.append(values)
+            self._columns.append((batch.column("id"), epoch))
+            documents, tokens = documents + batch.num_rows, tokens + len(values)
+        self._counted = (self._counted[0] + documents, self._counted[1] + tokens)
+        found = {"documents": documents, "tokens": tokens}
+        for key, count in found.items():
+            if part.trailer.get(key) != count:
+                raise LlmkitError(
+                    f"{part.name}: {count} {key}, but its trailer says {part.trailer.get(key)}", HINT_REMAKE
+                )
+
+    @property
+    def sources(self) -> list[str]:
+        return list(self._source_codes)
+
+    @property
+    def documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def document(self, i: int) -> Tokens:
+        """Token ids of document `i`, a view."""
+        return self.span(int(self.offsets[i]), int(self.offsets[i + 1]))
+
+    def span(self, start: int, stop: int) -> Tokens:
+        """Tokens `start` to `stop` of the flat order; a view where they lie in one batch, else a copy."""
+        if not 0 <= start <= stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
+        if start == stop:
+            return np.zeros(0, self.dtype)
+        batch = bisect_right(self._first_token, start) - 1
+        pieces: list[Tokens] = []
+        while start < stop:
+            begin = start - self._first_token[batch]
+            piece = self._values[batch][begin : begin + stop - start]
+            pieces.append(piece)
+            start += len(piece)
+            batch += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    @property
+    def dtype(self) -> Any:
+        return self._values[0].dtype if self._values else np.dtype(np.uint16)
+
+    def _row(self, i: int) -> tuple[int, int]:
+        """Batch of document `i`, and its row there."""
+        if not 0 <= i < self.documents:
+            raise IndexError(f"document {i} of {self.documents}")
+        batch = bisect_right(self._first_document, i) - 1
+        return batch, i - self._first_document[batch]
+
+    def id(self, i: int) -> str:
+        """Id of document `i`."""
+        batch, row = self._row(i)
+        return str(self._columns[batch][0][row].as_py())
+
+    def source(self, i: int) -> str:
+        """Source of document `i`."""
+        return self.sources[int(self.codes[i])]
+
+    def epoch(self, i: int) -> int:
+        """How often document `i` was seen before; 0 in shards that did not come from `mix`."""
+        batch, row = self._row(i)
+        column = self._columns[batch][1]
+        return 0 if column is None else int(column[row].as_py())
+
+    def verify(self) -> None:
+        """Read everything and raise LlmkitError where a digest differs or an id is over the vocabulary."""
+        for part in self._parts:
+            found, largest = part_digest(part)
+            if found != part.trailer.get("digest"):
+                raise LlmkitError(f"{part.name}: the content does not match its digest", "the file is damaged")
+            if largest >= self.tokenizer.vocab_size:
+                raise LlmkitError(
+                    f"{part.name}: token id {largest} is over the vocabulary of {self.tokenizer.vocab_size}",
+                    "the tokens come from another tokenizer",
+                )
+
+
+def _files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
+    """The stream files that `path` stands for, with their names for messages."""
+    if path == STDIN:
+        yield from _spooled(spool)
+    elif Path(path).is_dir():
+        files = sorted(Path(path).glob("*.arrow"))
+        if not files:
+            raise LlmkitError(f"{path}: no token shards (*.arrow) in this directory", "make some with: llmkit tokenize")
+        yield from ((file, str(file)) for file in files)
+    elif not Path(path).exists():
+        raise LlmkitError(f"{path}: no such file or directory", "check the path")
+    elif is_special(Path(path)):
+        with open(path, "rb") as source:
+            yield from _copied(source, spool, path)
+    else:
+        yield Path(path), path
+
+
+def _spooled(spool: Path | None) -> Iterator[tuple[Path, str]]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("no input: stdin is a terminal", "name token shards, or pipe them in")
+    yield from _copied(sys.stdin.buffer, spool, display_name(STDIN))
+
+
+def _copied(source: BinaryIO, spool: Path | None, name: str) -> Iterator[tuple[Path, str]]:
+    """A stream on disk, where it can be mapped; a temporary file goes once it is mapped."""
+    if spool is None:
+        with tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".arrow") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+            sink.flush()
+            yield Path(sink.name), name
+        return
+    target = spool / "stdin.arrow" if spool.is_dir() else spool
+    with atomic_file(target, force=True) as kept:
+        shutil.copyfileobj(source, kept, 1 << 20)
+    yield target, name
+
+
+def _check_complete(parts: list[Part], path: str) -> None:
+    """A directory holds parts 0 to n of one run, the last of them marked."""
+    numbers = [part.trailer["part"] for part in parts]
+    if numbers != list(range(len(parts))) or not parts[-1].trailer.get("last"):
+        missing = next((i for i, number in enumerate(numbers) if i != number), len(parts))
+        raise LlmkitError(f"{path}: part-{missing:05d}.arrow is missing", "copy the whole directory, or make it again")
+
+
+def shard_digest(path: str | Path) -> str:
+    """Digest of the content of a .arrow file or a directory of parts, computed anew; equals the one in an intact trailer."""
+    return combined_digest([part_digest(Part(file, name))[0] for file, name in _files(str(path), None)])
+
+
+def read_shard_lineage(path: str | Path) -> dict[str, Any] | None:
+    """Lineage record of one part; complete in the last one."""
+    return Part(Path(path), str(path)).lineage()
+
+
+def read_tokenizer(path: str | Path) -> TokenizerInfo:
+    """The tokenizer of one .arrow file, which must carry its files."""
+    info = Part(Path(path), str(path)).tokenizer(Path(path))
+    if "tokenizer.json" not in info.files:
+        raise LlmkitError(f"{path}: holds no tokenizer.json", "name the tokenizer directory")
+    return info
