@@ -17,7 +17,6 @@ assistant's content is refused, since a model trained on it would never stop.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.alignment.rows import common_length
 from llmkit.errors import LlmkitError
 
 CHATML = """\
@@ -173,8 +173,8 @@ def assistant_spans(
                 "what the assistant says cannot be told from the rest; use another template",
             )
         before, _, after = skeleton.partition(sentinel)
-        start = len(os.path.commonprefix([before, text]))
-        content_stop = max(start, len(text) - len(os.path.commonprefix([after[::-1], text[::-1]])))
+        start = common_length(before, text)
+        content_stop = max(start, len(text) - common_length(after[::-1], text[::-1]))
         start = _prompt_end(messages[:i], text, text_of, start)
         spans.append(Span(start, _stop_token_end(text, content_stop, files), weight))
     return text, spans
@@ -201,22 +201,23 @@ def encode_chat(
     return encode_spans(*assistant_spans(messages, files, tools), files)
 
 
+def check_template(files: Mapping[str, str]) -> list[str]:
+    """The stop tokens of the chat template, from a conversation of two turns. Raises LlmkitError where it marks no end of the assistant's turn."""
+    text, spans = assistant_spans(
+        [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], files
+    )
+    return [name for span in spans for name in special_contents(files) if text[: span.stop].endswith(name)]
+
+
 def stop_token_ids(files: Mapping[str, str]) -> list[int]:
     """Ids that end the assistant's turn or the text: those of the chat template first, then end of text."""
     known = special_contents(files)
-    ids = []
-    if chat_template(files) is not None:
-        try:
-            text, spans = assistant_spans(
-                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], files
-            )
-        except LlmkitError:
-            spans = []
-        ids = [known[name] for span in spans for name in known if text[: span.stop].endswith(name)]
-    eos = special_tokens(files).get("eos_token")
-    if eos in known:
-        ids.append(known[eos])
-    return list(dict.fromkeys(ids))
+    try:
+        names = check_template(files)
+    except LlmkitError:  # no template, or one that cannot be trained on
+        names = []
+    names.append(special_tokens(files).get("eos_token", ""))
+    return list(dict.fromkeys(known[name] for name in names if name in known))
 
 
 def tokenizer_of(files: Mapping[str, str]) -> Any:

@@ -34,6 +34,10 @@ class Encoded:
         self.counts["tokens"] += sum(len(row.tokens) for row in rows)
         self.counts["trained"] += sum(row.trained for row in rows)
 
+    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, weights) of every row."""
+        return [(row.tokens, row.weights) for row in self.rows]
+
 
 def encode_conversations(
     reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", template: bool = True

@@ -11,7 +11,7 @@ Pairs are padded to the longest of their micro-batch; those of a step are sorted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,14 @@ def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor)
 
 
 def reference_log_probabilities(
-    model: Any, rows: Sequence[EncodedRow], processes: Processes, micro_batch: int, cache: Path, model_digest: str
+    initial: Callable[[], Any],
+    rows: Sequence[EncodedRow],
+    processes: Processes,
+    micro_batch: int,
+    cache: Path,
+    model_digest: str,
 ) -> Tensor:
-    """log π_ref of each row, float32 [pairs, 2], by `model` as it is; kept in `cache` (safetensors), read from there by a resumed run."""
+    """log π_ref of each row, float32 [pairs, 2], by the model that `initial` loads; kept in `cache` (safetensors), where a resumed run finds it."""
     from safetensors import safe_open
     from safetensors.torch import save
 
@@ -119,18 +124,17 @@ def reference_log_probabilities(
             if (stored.metadata() or {}).get("digest") == digest:
                 return stored.get_tensor("reference")  # type: ignore[no-any-return]
     pairs = len(rows) // 2
-    by_length = np.argsort(
-        [max(len(rows[2 * i].tokens), len(rows[2 * i + 1].tokens)) for i in range(pairs)], kind="stable"
-    )
+    lengths = [max(len(rows[2 * i].tokens), len(rows[2 * i + 1].tokens)) for i in range(pairs)]
+    by_length = np.argsort(lengths, kind="stable")
     found = torch.zeros(pairs, 2)
-    model.eval()
+    model = initial().eval()
     with torch.no_grad():
         for start, stop in processes.share(pairs, micro_batch):
-            chosen = by_length[start:stop]
-            batch = pair_batch(rows, chosen, found[torch.from_numpy(chosen)]).to(processes.device)
+            chosen = torch.from_numpy(by_length[start:stop])
+            batch = pair_batch(rows, chosen.numpy(), found[chosen]).to(processes.device)
             with processes.accelerator.autocast():
                 log_p = sequence_log_probabilities(model, batch)
-            found[torch.from_numpy(chosen)] = log_p.view(2, -1).T.float().cpu()
+            found[chosen] = log_p.view(2, -1).T.float().cpu()
     processes.add_tensor(found)
     processes.wait()  # every process has looked for the cache
     if processes.main:

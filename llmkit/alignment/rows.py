@@ -19,7 +19,6 @@ A row that fits none raises RowError, whose message names the field; `read_rows`
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -130,6 +129,13 @@ def to_preference(fields: Mapping[str, Any]) -> Preference:
     return Preference(prompt, better, worse, _tools(fields))
 
 
+def common_length(a: str, b: str) -> int:
+    """Length of the longest common prefix."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 # ---- inside
 
 
@@ -146,7 +152,7 @@ def _from_strings(fields: Mapping[str, Any], chosen: str, rejected: str) -> tupl
     elif "instruction" in fields:
         before = _alpaca(fields)
     elif prompt is None:
-        common = os.path.commonprefix([chosen, rejected])
+        common = chosen[: common_length(chosen, rejected)]
         common = common[: max(common.rfind(" "), common.rfind("\n")) + 1]  # whole words
         if not common.strip():
             raise RowError("no field 'prompt', and 'chosen' and 'rejected' have no common beginning")

@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from llmkit.errors import LlmkitError
 from llmkit.seeds import derive
 
 PADDING = -1  # document id of positions that hold nothing
@@ -69,8 +70,13 @@ class Source(Protocol):
 class TokenStream(Protocol):
     """What pre-training reads: io.order.OrderedTokens, or io.shards.TokenStore."""
 
-    tokens: int
-    offsets: np.ndarray
+    @property
+    def tokens(self) -> int:
+        """Length of the stream."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each document starts, and the end of the last: int64 [documents + 1]."""
 
     def span(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the flat stream."""
@@ -80,9 +86,18 @@ class StreamSource:
     """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen."""
 
     def __init__(
-        self, stream: TokenStream, length: int, batch_size: int, total: int, *, document_mask: bool = True
+        self,
+        stream: TokenStream,
+        length: int,
+        batch_size: int,
+        total: int,
+        *,
+        document_mask: bool = True,
+        vocabulary: int = 1 << 32,
     ) -> None:
-        assert stream.tokens > 0
+        if stream.tokens < 2:
+            raise LlmkitError("no tokens to train on", "check what was tokenized")
+        self._vocabulary = vocabulary
         self._stream, self._length, self._batch_size, self._mask = stream, length, batch_size, document_mask
         self.sequences = -(-total // length)
         self.steps = -(-self.sequences // batch_size)
@@ -106,6 +121,11 @@ class StreamSource:
     def batch(self, step: int, start: int, stop: int) -> Batch:
         first = self.tokens(step) + np.arange(start, stop, dtype=np.int64) * self._length
         tokens = np.stack([self._read(int(position)) for position in first])
+        if tokens.max(initial=0) >= self._vocabulary:
+            raise LlmkitError(
+                f"token id {tokens.max()} at step {step + 1} is over the model's vocabulary of {self._vocabulary}",
+                "the shards are damaged, or not of this model's tokenizer",
+            )
         if not self._mask:
             return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
         documents = self._documents(first[:, None] + np.arange(self._length + 1))
@@ -135,9 +155,13 @@ class HeldOutSource:
 
     steps = 1
 
-    def __init__(self, stream: TokenStream, length: int, *, document_mask: bool = True) -> None:
+    def __init__(
+        self, stream: TokenStream, length: int, *, document_mask: bool = True, vocabulary: int = 1 << 32
+    ) -> None:
         sequences = max(1, -(-(stream.tokens - 1) // length))
-        self._inner = StreamSource(stream, length, sequences, sequences * length, document_mask=document_mask)
+        self._inner = StreamSource(
+            stream, length, sequences, sequences * length, document_mask=document_mask, vocabulary=vocabulary
+        )
         # What lies beyond the end of the stream would be read from its start: positions that do not count.
         self._beyond = sequences * length - (stream.tokens - 1)
         self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._beyond].sum())

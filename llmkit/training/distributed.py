@@ -160,7 +160,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
-    more = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in known else {}
+    more: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

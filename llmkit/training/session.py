@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import UsageError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.model.checkpoint import load_model, save_model
 from llmkit.model.decoder import Decoder
@@ -31,6 +31,7 @@ from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
     TrainerState,
+    check_run,
     load_optimizer_tensors,
     load_trainer_state,
     open_run,
@@ -56,6 +57,7 @@ class Settings:
     save_every: int = 0
     keep: int = 0
     eval_every: int = 0
+    sequences_a_row: int = 1  # a preference pair is two
 
 
 @dataclass(slots=True)
@@ -155,13 +157,17 @@ class Session:
         if self.settings.micro_batch:
             return self.settings.micro_batch
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(self.state.batch_size, limit // self.state.length))
+        return max(1, min(self.state.batch_size, limit // self.state.length // self.settings.sequences_a_row))
 
 
 @contextmanager
-def session(settings: Settings) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this."""
+def session(settings: Settings, dry_run: bool = False) -> Iterator[Session]:
+    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made."""
     processes = start(settings.precision, settings.threads)
+    if dry_run:
+        check_run(settings.output, resume=settings.resume, force=settings.force)
+        yield Session(settings, processes, RunDirectory(settings.output))
+        return
     with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
         processes.wait()  # the main process has made it
         yield Session(settings, processes, directory)
@@ -173,12 +179,3 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")
-
-
-def refuse_other_tokenizer(found: str, expected: str, what: str) -> None:
-    """LlmkitError where two digests of tokenizers differ."""
-    if found != expected:
-        raise LlmkitError(
-            f"{what} were made with another tokenizer than the model's",
-            "tokenize them again with the model's tokenizer",
-        )

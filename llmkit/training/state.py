@@ -31,6 +31,7 @@ import torch
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, check_output
 from llmkit.io.locks import lock
+from llmkit.model.checkpoint import resolve_model
 from llmkit.model.safetensors import layout_of, write_safetensors
 
 STEP = re.compile(r"step-(\d{8,})")
@@ -173,6 +174,23 @@ def step_of(checkpoint: Path) -> int:
     match = STEP.fullmatch(checkpoint.name)
     assert match
     return int(match[1])
+
+
+def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | None]:
+    """The model directory to go on from and the state beside it: a run's checkpoint `step` (None: its last), a checkpoint, or a bare model (None)."""
+    found = find_checkpoints(path)
+    if not found:
+        directory = resolve_model(path)
+        if step is not None:
+            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, without --step")
+        return directory, load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
+    if step is not None:
+        chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]
+        if not chosen:
+            steps = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
+            raise LlmkitError(f"{path}: no checkpoint at step {step}", f"it has {steps}")
+        return chosen[0], load_trainer_state(chosen[0])
+    return found[-1], load_trainer_state(found[-1])
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:

@@ -1,0 +1,97 @@
+"""Tiny models, data and runs for the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import CONFIG, ListStream, tiny_model
+
+from llmkit.io.lineage import Input, Lineage
+from llmkit.io.shards import ShardWriter
+from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.training import session as sessions
+from llmkit.training.data import HeldOutSource, StreamSource
+from llmkit.training.objectives import next_token
+from llmkit.training.schedule import Schedule
+
+
+@pytest.fixture(scope="session")
+def stream() -> ListStream:
+    """60 documents of 1 to 59 tokens."""
+    return ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
+
+
+@pytest.fixture(scope="session")
+def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
+    """Train the tiny model for 16 steps in a run directory; keyword arguments replace parts of it."""
+
+    def go(path: Path, **changes: Any) -> dict[str, Any]:
+        report = changes.pop("report", lambda record: None)
+        objective = changes.pop("objective", next_token)
+        heldout = changes.pop("heldout", False)
+        rate = changes.pop("rate", 3e-3)
+        batch_size = changes.pop("batch_size", 4)
+        options = changes.pop("options", {"seed": 0})
+        settings = sessions.Settings(str(path), **({"micro_batch": 2, "save_every": 3} | changes))
+        source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
+        plan = Schedule("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
+        with sessions.session(settings) as opened:
+            inputs = [Input("input", "data", "xxh3:0")]
+            if not opened.begin(Lineage("train", options), inputs, batch_size, 32, "seed = 0\n"):
+                return {"finished": True}
+            return opened.train(
+                opened.model(tiny_model),
+                objective,
+                source,
+                plan,
+                tokenizer_files={},
+                heldout=HeldOutSource(ListStream([50, 40], seed=3), 32) if heldout else None,
+                report=report,
+            )
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def tokenizer_files() -> dict[str, str]:
+    """A byte-level BPE tokenizer with chat tokens, 280 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 4, trainer)
+    config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, str]) -> Path:
+    """A directory with token shards `shards/` (3,000 tokens), `heldout.arrow` and the model configuration `config.json`."""
+    from tokenizers import Tokenizer
+
+    place = tmp_path_factory.mktemp("training")
+    info = parse_tokenizer(tokenizer_files, "tokenizer")
+    tokenizer = Tokenizer.from_str(tokenizer_files["tokenizer.json"])
+    words = "the quick brown fox jumps over the lazy dog".split()
+    draw = np.random.default_rng(0)
+    for name, documents in (("shards", 60), ("heldout.arrow", 10)):
+        with ShardWriter(str(place / name), info, Lineage("tokenize")) as writer:
+            for i in range(documents):
+                text = " ".join(draw.choice(words, size=int(draw.integers(5, 40))))
+                writer.write([*tokenizer.encode(text).ids, info.eos_id], str(i), "test")
+            writer.finish({}, [])
+    sizes = CONFIG.with_vocabulary(info.vocab_size).to_hf() | {"max_position_embeddings": 64}
+    (place / "config.json").write_text(json.dumps(sizes))
+    return place

@@ -1,0 +1,140 @@
+"""Batches as a pure function of the step: stream order, document mask, packing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIG
+
+from llmkit.errors import LlmkitError
+from llmkit.model.decoder import Decoder
+from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, best_fit, pack
+
+
+class Numbered:
+    """A stream whose token at position p is p."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.tokens = int(self.offsets[-1])
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start <= stop <= self.tokens
+        return np.arange(start, stop, dtype=np.uint32)
+
+
+lengths = st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(lambda x: sum(x) > 1)
+
+
+@settings(deadline=None)
+@given(lengths, st.integers(1, 16), st.integers(1, 5), st.integers(1, 300))
+def test_stream_order_and_weights(sizes: list[int], length: int, batch: int, total: int) -> None:
+    """Property: inputs are the stream from its start, round and round; a position counts if its target is of the same document."""
+    stream = Numbered(sizes)
+    source = StreamSource(stream, length, batch, total)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    position = 0
+    for step in range(source.steps):
+        assert source.tokens(step) == position
+        rows = source.batch(step, 0, source.rows(step))
+        inputs, targets, weights = rows.input_ids.numpy(), rows.targets.numpy(), rows.weights.numpy()
+        for r in range(len(inputs)):
+            here = np.arange(position, position + length + 1)
+            assert (inputs[r] == here[:-1] % stream.tokens).all()
+            assert (targets[r] == here[1:] % stream.tokens).all()
+            document = owner[here % stream.tokens] + len(sizes) * (here // stream.tokens)
+            assert (weights[r] == (document[1:] == document[:-1])).all()
+            if rows.document_ids is not None:
+                ids = rows.document_ids.numpy()[r]
+                assert ((ids[1:] == ids[:-1]) == (document[1:-1] == document[:-2])).all()
+            position += length
+        assert source.weight(step) == weights.sum()
+    assert source.tokens(source.steps) == position
+    assert total <= position < total + length
+
+
+def test_rows_do_not_depend_on_the_cut() -> None:
+    """Property: rows of a step taken in parts are the rows of the whole."""
+    source = StreamSource(Numbered([10, 3, 30, 7]), 8, 6, 1000)
+    whole = source.batch(2, 0, 6)
+    parts = [source.batch(2, a, b) for a, b in ((0, 1), (1, 4), (4, 6))]
+    assert torch.equal(whole.input_ids, torch.cat([part.input_ids for part in parts]))
+    assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
+
+
+def test_without_document_mask_everything_counts() -> None:
+    """Behaviour: --no-document-mask."""
+    source = StreamSource(Numbered([4, 4, 4]), 5, 2, 10, document_mask=False)
+    batch = source.batch(0, 0, 2)
+    assert batch.document_ids is None
+    assert batch.weights.sum() == source.weight(0) == 10
+
+
+@given(lengths, st.integers(1, 16))
+@settings(deadline=None)
+def test_held_out_counts_every_token_once(sizes: list[int], length: int) -> None:
+    """Property: each predictable position counts once, those behind the end do not."""
+    stream = Numbered(sizes)
+    source = HeldOutSource(stream, length)
+    batch = source.batch(0, 0, source.rows(0))
+    counted = batch.targets[batch.weights > 0].tolist()
+    starts = {int(start) for start in stream.offsets[:-1]}
+    assert counted == [p for p in range(1, stream.tokens) if p not in starts]
+    assert source.weight(0) == len(counted)
+
+
+def test_token_over_the_vocabulary_is_refused() -> None:
+    """Behaviour: ids that the model does not have stop the run with a clear message."""
+    source = StreamSource(Numbered([30]), 8, 1, 30, vocabulary=10)
+    with pytest.raises(LlmkitError, match="over the model's vocabulary"):
+        source.batch(1, 0, 1)
+
+
+@given(st.lists(st.integers(1, 50), max_size=60))
+def test_best_fit(sizes: list[int]) -> None:
+    """Property: every row in exactly one bin, none over capacity, and no two bins could be one."""
+    bins = best_fit(np.array(sizes, dtype=np.int64), 50)
+    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
+    fill = sorted(sum(sizes[i] for i in b) for b in bins)
+    assert all(f <= 50 for f in fill)
+    assert len(fill) < 2 or fill[0] + fill[1] > 50
+
+
+def rows_of(counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    draw = np.random.default_rng(0)
+    return [(draw.integers(0, 64, n).astype(np.int32), draw.integers(0, 2, n).astype(np.float32)) for n in counts]
+
+
+def test_packed_source_sees_every_row_once_an_epoch() -> None:
+    """Property: tokens, weights and rows add up; epochs differ in order; the same seed gives the same batches."""
+    rows = rows_of([5, 9, 17, 3, 8, 12, 2, 16])
+    source = PackedSource(rows, 16, 2, epochs=2, seed=3)
+    assert source.tokens(source.steps) == 2 * sum(len(tokens) - 1 for tokens, _ in rows)
+    total = sum(source.batch(s, 0, source.rows(s)).weights.sum().item() for s in range(source.steps))
+    assert total == sum(map(source.weight, range(source.steps))) == 2 * sum(w[1:].sum() for _, w in rows)
+    again = PackedSource(rows, 16, 2, epochs=2, seed=3)
+    other = PackedSource(rows, 16, 2, epochs=2, seed=4)
+    first = [s.batch(0, 0, 2).input_ids for s in (source, again, other)]
+    assert torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[2])
+
+
+def test_packed_rows_do_not_see_each_other() -> None:
+    """Property: hidden states of rows packed into one sequence equal those of each row alone, within 1e-5."""
+    model = Decoder(CONFIG)
+    model.initialise(0)
+    rows = rows_of([7, 12, 9])
+    batch = pack([rows], 32)
+    assert (batch.document_ids == PADDING).sum() == 32 - (6 + 11 + 8)
+    with torch.no_grad():
+        together = model(batch.input_ids, document_ids=batch.document_ids)[0]
+        at = 0
+        for tokens, _ in rows:
+            alone = model(torch.from_numpy(tokens[:-1].astype(np.int64))[None])[0]
+            assert torch.allclose(together[at : at + len(alone)], alone, atol=1e-5)
+            at += len(alone)
+        leaking = model(batch.input_ids)[0]
+    assert not torch.allclose(leaking[6:17], together[6:17], atol=1e-3)  # without the mask it would be otherwise

@@ -1,0 +1,289 @@
+"""The loop: accumulation, checkpoints, resumption to the bit, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
+from llmkit.io.locks import lock
+from llmkit.training import loop, state
+from llmkit.training.metrics import MetricsLog, read_metrics
+from llmkit.training.objectives import next_token
+from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
+
+Train = Callable[..., dict[str, Any]]
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+def at_step(number: int, act: Callable[[], None]) -> Callable[[dict[str, Any]], None]:
+    """A report function that acts once, when `number` steps are done."""
+
+    def report(record: dict[str, Any]) -> None:
+        if record["step"] == number:
+            act()
+
+    return report
+
+
+def crash() -> None:
+    raise Crash
+
+
+def weights(run: Path) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def steps(run: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def losses(run: Path) -> list[tuple[float, float | None]]:
+    return [(record["loss"], record.get("heldout_loss")) for record in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed; tests only read it."""
+    run = tmp_path_factory.mktemp("loop") / "whole"
+    train(run, heldout=True, eval_every=4)
+    return run
+
+
+def test_run_learns_and_leaves_what_it_promises(whole: Path) -> None:
+    """Behaviour: loss falls; checkpoints, links, log and configuration are there; checkpoints load as models."""
+    from llmkit.model.checkpoint import load_model
+
+    records = list(read_metrics(whole / "metrics.jsonl"))
+    assert [r["step"] for r in records] == list(range(1, 17))
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    assert [r["step"] for r in records if "heldout_loss" in r] == [4, 8, 12, 16]
+    assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "eta_seconds"} <= records[3].keys()
+    assert [p.name for p in find_checkpoints(whole)] == [f"step-{n:08d}" for n in (3, 6, 9, 12, 15, 16)]
+    assert os.readlink(whole / "final") == os.readlink(whole / "latest") == "checkpoints/step-00000016"
+    assert load_trainer_state(whole / "final").tokens == 16 * 4 * 32
+    model, _ = load_model(whole)
+    assert model.config.max_position_embeddings == 32
+    events = [json.loads(line)["event"] for line in (whole / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "end"]
+
+
+def test_heldout_loss_is_the_mean_over_tokens(train: Train, tmp_path: Path) -> None:
+    """Parity: the held-out loss is that of one forward pass over each whole sequence, summed by hand."""
+    import torch.nn.functional as F
+    from tiny import ListStream
+
+    from llmkit.model.checkpoint import load_model
+    from llmkit.training.data import HeldOutSource
+
+    outcome = train(tmp_path / "run", heldout=True)
+    model, _ = load_model(tmp_path / "run")
+    source = HeldOutSource(ListStream([50, 40], seed=3), 32)
+    batch = source.batch(0, 0, source.rows(0))
+    with torch.no_grad():
+        logits = model(batch.input_ids, document_ids=batch.document_ids)
+        each = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+    assert outcome["heldout_loss"] == pytest.approx(float(each[batch.weights.flatten() > 0].mean()), abs=1e-5)
+
+
+def test_micro_batches_do_not_change_the_step(train: Train, tmp_path: Path) -> None:
+    """Property: losses with micro-batches of 1, 3 and 4 rows (unequal token counts) agree within 1e-5."""
+    for size in (1, 3, 4):
+        train(tmp_path / str(size), micro_batch=size)
+    expected = losses(tmp_path / "4")
+    for size in (1, 3):
+        assert losses(tmp_path / str(size)) == [(pytest.approx(loss, abs=1e-5), None) for loss, _ in expected]
+
+
+@pytest.mark.parametrize("steps_before", [(2,), (7,), (7, 7), (4, 12), (16,)])
+def test_resumed_run_ends_in_the_same_bytes(
+    train: Train, whole: Path, tmp_path: Path, steps_before: tuple[int, ...]
+) -> None:
+    """Property: crashed after some step, twice or before the first checkpoint, the run ends as if it had not; no step missing or double."""
+    run = tmp_path / "run"
+    for number in steps_before:
+        with pytest.raises(Crash):
+            train(run, resume=True, heldout=True, eval_every=4, report=at_step(number, crash))
+        assert not (run / "final").exists()
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+    assert steps(run) == list(range(1, 17))
+
+
+def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
+    """Patch `target.name` so that its call number `call` kills the process with SIGKILL before it does anything."""
+    original, count = getattr(target, name), 0
+
+    def replacement(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    return lambda: setattr(target, name, replacement)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(kill_in(loop, "clip_gradients", 6), id="in a step"),
+        pytest.param(kill_in(state, "write_safetensors", 2), id="in a checkpoint"),
+        pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
+        pytest.param(kill_in(loop, "evaluate", 2), id="in an evaluation"),
+        pytest.param(kill_in(RunDirectory, "finish", 1), id="before the end"),
+    ],
+)
+def test_killed_run_ends_in_the_same_bytes(
+    train: Train, whole: Path, tmp_path: Path, moment: Callable[[], None]
+) -> None:
+    """Property: SIGKILL at a nasty moment, then --resume: model and log equal those of the undisturbed run."""
+    run = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        try:
+            moment()
+            train(run, heldout=True, eval_every=4)
+        finally:
+            os._exit(1)  # only if the kill did not come
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+    assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_signal_saves_and_ends(
+    train: Train, whole: Path, tmp_path: Path, number: int, error: type[BaseException]
+) -> None:
+    """Behaviour: the step is finished and saved, the signal takes its course, and the resumed run ends in the same bytes."""
+    run = tmp_path / "run"
+    with pytest.raises(error):
+        train(run, heldout=True, eval_every=4, report=at_step(5, lambda: os.kill(os.getpid(), number)))
+    assert [p.name for p in find_checkpoints(run)] == ["step-00000003", "step-00000005"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+
+
+def test_signal_in_an_evaluation(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Behaviour: an evaluation is left at once, its step is saved, and the resumed run makes up for the evaluation."""
+    calls = 0
+
+    def objective(model: Any, batch: Any, scale: float) -> Any:
+        nonlocal calls
+        if not model.training:
+            calls += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token(model, batch, scale)
+
+    run = tmp_path / "run"
+    with pytest.raises(Terminated):
+        train(run, heldout=True, eval_every=4, objective=objective)
+    assert calls == 1
+    assert steps(run) == [1, 2, 3, 4]
+    assert losses(run)[-1][1] is None
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert losses(run) == losses(whole)
+    assert weights(run) == weights(whole)
+
+
+def test_second_signal_ends_at_once(train: Train, tmp_path: Path) -> None:
+    """Behaviour: an impatient second Ctrl-C does not wait for the step."""
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", report=at_step(2, twice))
+    assert not find_checkpoints(tmp_path / "run")
+
+
+def test_finished_run_is_left_alone(train: Train, whole: Path) -> None:
+    """Behaviour: --resume on a finished run does nothing."""
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert train(whole, resume=True, heldout=True, eval_every=4) == {"finished": True}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_resume_refuses_another_run(train: Train, whole: Path) -> None:
+    """Behaviour: changed options are named, and nothing is touched."""
+    with pytest.raises(LlmkitError, match="--seed was 0 when the run was started and is 1 now"):
+        train(whole, resume=True, options={"seed": 1})
+    assert steps(whole) == list(range(1, 17))
+
+
+def test_existing_output(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Behaviour: an existing run is refused without --resume or -f; -f never deletes what is no run; a running one is locked."""
+    run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    with pytest.raises(LlmkitError, match="exists"):
+        train(run)
+    with pytest.raises(UsageError):
+        train(run, resume=True, force=True)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    for how in ("force", "resume"):
+        with pytest.raises(LlmkitError, match="is not a run"):
+            train(other, **{how: True})
+    assert (other / "thesis.tex").exists()
+    with lock(run / ".lock"), pytest.raises(LockedError):
+        train(run, resume=True)
+    train(run, force=True)
+    assert steps(run) == list(range(1, 17))
+
+
+def test_keep_removes_old_checkpoints(train: Train, tmp_path: Path) -> None:
+    """Behaviour: --keep 2 leaves the last two."""
+    train(tmp_path / "run", keep=2)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000015", "step-00000016"]
+
+
+def test_diverging_run_stops_with_a_clear_error(train: Train, tmp_path: Path) -> None:
+    """Behaviour: a loss that is no number ends the run before the optimiser takes the step."""
+
+    def objective(model: Any, batch: Any, scale: float) -> Any:
+        loss, figures = next_token(model, batch, scale)
+        return loss * (float("nan") if len(list((tmp_path / "run" / "checkpoints").glob("step*"))) else 1.0), figures
+
+    with pytest.raises(LlmkitError, match="loss nan") as caught:
+        train(tmp_path / "run", objective=objective)
+    assert "at step 4" in caught.value.message
+
+
+def test_damaged_state_is_an_error(train: Train, tmp_path: Path) -> None:
+    """Behaviour: a checkpoint whose optimiser state is cut off is refused by name."""
+    with pytest.raises(Crash):
+        train(tmp_path / "run", report=at_step(4, crash))
+    file = tmp_path / "run" / "checkpoints" / "step-00000003" / "state" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(LlmkitError, match="not a readable optimiser state"):
+        train(tmp_path / "run", resume=True)
+
+
+def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
+    """Property: lines behind the checkpoint, and one that was cut off by a crash, are gone after a resumption."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(json.dumps({"step": n, "loss": n / 3}).encode() + b"\n" for n in range(1, 6)) + b'{"st')
+    log = MetricsLog(path, 3)
+    assert log.last == {"step": 3, "loss": 1.0}
+    log.write({"step": 3, "loss": 1.0, "heldout_loss": 2.0})
+    log.write({"step": 4, "loss": 5.0})
+    log.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    assert list(read_metrics(path))[2]["heldout_loss"] == 2.0

@@ -1,0 +1,97 @@
+"""Chunked linear cross-entropy and token log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_model
+
+from llmkit.training import objectives
+from llmkit.training.optimizer import adamw, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 12, generator=draw).requires_grad_()
+    head = torch.randn(33, 12, generator=draw).requires_grad_()
+    targets = torch.randint(0, 33, (50,), generator=draw)
+    factors = torch.rand(50, generator=draw) / 50
+    return hidden, head, targets, factors
+
+
+@pytest.mark.parametrize("chunk", [1, 33 * 20, 1 << 20])
+def test_linear_cross_entropy_is_torch_cross_entropy(
+    problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parity: value and gradients of torch's cross-entropy on whole logits, for any chunk."""
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", chunk)
+    hidden, head, targets, factors = problem
+    expected = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * factors).sum()
+    wanted = torch.autograd.grad(expected * 3, (hidden, head))
+    found = objectives.linear_cross_entropy(hidden, head, targets, factors)
+    gradients = torch.autograd.grad(found * 3, (hidden, head))
+    assert torch.allclose(found, expected, atol=1e-6)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_token_log_probabilities(problem: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity: value and gradients of torch's log-softmax, also for a loss that is not linear in them."""
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 33 * 20)
+    hidden, head, targets, _ = problem
+    expected = torch.log_softmax(hidden @ head.T, 1).gather(1, targets[:, None])[:, 0]
+    found = objectives.token_log_probabilities(hidden, head, targets)
+    assert torch.allclose(found, expected, atol=1e-5)
+    wanted = torch.autograd.grad((expected**2).sum(), (hidden, head))
+    gradients = torch.autograd.grad((found**2).sum(), (hidden, head))
+    for a, b in zip(gradients, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rows_no_loss(problem: tuple[torch.Tensor, ...]) -> None:
+    """Behaviour: a batch in which nothing counts has loss 0 and gradient 0."""
+    hidden, head, targets, factors = problem
+    loss = objectives.linear_cross_entropy(hidden[:0], head, targets[:0], factors[:0])
+    (gradient,) = torch.autograd.grad(loss, head)
+    assert loss == 0
+    assert not gradient.any()
+
+
+def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) -> None:
+    """Property: with autocast to bfloat16 and factors of 1e-6 the gradients are those of float32 within its precision."""
+    hidden, head, targets, factors = problem
+    exact = torch.autograd.grad(objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4), head)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4)
+    rough = torch.autograd.grad(loss, head)[0]
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() < 0.02 * exact.norm()
+
+
+def test_decay_groups_and_state() -> None:
+    """Behaviour: matrices decay, embeddings and norms do not; the state survives a round through tensors."""
+    model = tiny_model()
+    optimizer = adamw(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert all(name.endswith("proj.weight") for name in decayed)
+    assert len(decayed) == 14
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norm = clip_gradients(list(model.parameters()), 1.0)
+    assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-5)
+    after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # type: ignore[union-attr]
+    assert after == pytest.approx(1.0, rel=1e-4)
+    set_rate(optimizer, 1e-3)
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    other = adamw(model, 0.1)
+    restore_optimizer(model, other, tensors, "state")
+    assert all(torch.equal(tensors[key], value) for key, value in optimizer_tensors(model, other).items())
+    del tensors["exp_avg.model.norm.weight"]
+    from llmkit.errors import LlmkitError
+
+    with pytest.raises(LlmkitError, match=r"exp_avg\.model\.norm\.weight is missing"):
+        restore_optimizer(model, other, tensors, "state")
