@@ -83,7 +83,8 @@ def is_remote(path: str) -> bool:
 def open_raw(path: str) -> BinaryIO:
     """Bytes of one input as they are stored; stdin for `-`, fsspec for URLs."""
     if path == STDIN:
-        return sys.stdin.buffer
+        # Unbuffered: BufferedReader.read loops in C, where a signal that arrives between two reads waits for a third that may never return.
+        return cast(BinaryIO, getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
     if is_remote(path):
         import fsspec
 
