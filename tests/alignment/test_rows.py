@@ -1,0 +1,181 @@
+"""Row schemas of fine-tuning and preference data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from llmkit.alignment.encode import encode_conversations, encode_preferences
+from llmkit.alignment.rows import RowError, read_rows, to_conversation, to_preference
+from llmkit.errors import LlmkitError
+from llmkit.io.documents import DocumentReader, ReadOptions
+
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        ({"messages": [U, A]}, [U, A]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, A]}, [U, A]),
+        ({"conversations": SHAREGPT}, [U, A]),
+        ({"conversations": [{"from": "system", "value": "s"}, *SHAREGPT]}, [{"role": "system", "content": "s"}, U, A]),
+        ({"instruction": "q", "input": "", "output": "a"}, [U, A]),
+        ({"instruction": "q", "output": "a", "system": "s"}, [{"role": "system", "content": "s"}, U, A]),
+        ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, A]),
+        ({"prompt": "q", "completion": "a"}, [U, A]),
+        ({"prompt": [U, A, U], "completion": [A]}, [U | {"train": False}, A | {"train": False}, U | {"train": False}, A]),
+    ],
+)  # fmt: skip
+def test_conversations(fields: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    """Behaviour: every schema becomes the same messages."""
+    assert to_conversation(fields).messages == messages
+
+
+def test_sharegpt_calls_and_observations() -> None:
+    """Behaviour: function calls become tool calls, observations the tool's answer."""
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    row = to_conversation(
+        {"conversations": [SHAREGPT[0], call, {"from": "observation", "value": "1"}], "tools": "[{}]"}
+    )
+    assert row.messages[1]["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert row.messages[2]["role"] == "tool"
+    assert row.tools == [{}]
+
+
+def test_plain_text() -> None:
+    """Behaviour: text rows, and prompt and completion without a template."""
+    assert to_conversation({"text": "abc"}).text == "abc"
+    row = to_conversation({"prompt": "ab", "completion": "c"}, template=False)
+    assert (row.text, row.start) == ("abc", 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"question": "q"}, "no schema fits"),
+        ({"messages": []}, "field 'messages' is not a list of messages"),
+        ({"messages": [{"content": "x"}]}, r"messages\[0\] has no role"),
+        ({"messages": [U, {"role": "assistant", "content": 3}]}, r"messages\[1\] has no text content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content part that is not text"),
+        ({"messages": [U | {"weight": -1}]}, "weight -1"),
+        ({"instruction": "q", "output": None}, "field 'output' is not a string"),
+        ({"prompt": "q", "completion": "a", "label": True}, "unpaired"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "llmkit dpo"),
+        ({"messages": [U], "tools": "{"}, "field 'tools' is not JSON"),
+    ],
+)
+def test_bad_conversations(fields: dict[str, Any], reason: str) -> None:
+    """Behaviour: a row that fits no schema names the field."""
+    with pytest.raises(RowError, match=reason):
+        to_conversation(fields)
+
+
+B = {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [U], "chosen": [A], "rejected": [B]},
+        {"prompt": [U], "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [A], "rejected": [B]},
+        {"prompt": "q", "chosen": [U, A], "rejected": [U, B]},  # prompt told twice
+        {"chosen": [U, A], "rejected": [U, B]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " a", "rejected": " b"},
+        {"instruction": "q", "input": "", "output": "x", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_preferences(fields: dict[str, Any]) -> None:
+    """Behaviour: every schema becomes the same prompt and continuations."""
+    row = to_preference(fields)
+    assert row.prompt == [U]
+    assert [m["content"].strip() for m in row.chosen + row.rejected] == ["a", "b"]
+
+
+def test_implicit_prompt_of_strings_and_turns() -> None:
+    """Behaviour: the longest common prefix, cut at a word; of turns for hh-rlhf."""
+    row = to_preference({"chosen": "What is two? It is good", "rejected": "What is two? It is grim"})
+    assert row.prompt == [{"role": "user", "content": "What is two? It is"}]
+    assert row.chosen[0]["content"] == "good"
+    talk = "\n\nHuman: q\n\nAssistant: hm\n\nHuman: q2\n\nAssistant: "
+    row = to_preference({"chosen": talk + "a\n\nmore", "rejected": talk + "b"})
+    assert [m["role"] for m in row.prompt] == ["user", "assistant", "user"]
+    assert row.chosen == [{"role": "assistant", "content": "a\n\nmore"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"chosen": "a"}, "no field 'rejected'"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
+        ({"prompt": "q", "chosen": "a", "rejected": [B]}, "not both"),
+        ({"chosen": "abc", "rejected": "xyz"}, "no common beginning"),
+        ({"chosen": [U, A], "rejected": [U]}, "nothing that the assistant says"),
+        ({"chosen": [U, A], "rejected": [B]}, "no common first message"),
+    ],
+)
+def test_bad_preferences(fields: dict[str, Any], reason: str) -> None:
+    """Behaviour: pairs that teach nothing are refused."""
+    with pytest.raises(RowError, match=reason):
+        to_preference(fields)
+
+
+def reader_of(path: Path, rows: list[Any], how: str = "stop") -> DocumentReader:
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return DocumentReader([str(path)], ReadOptions(text_key=None, on_bad_line=how))
+
+
+def test_bad_row_names_file_and_line(tmp_path: Path, templates: dict[str, dict[str, str]]) -> None:
+    """Behaviour: stop with file and line, or skip and count."""
+    rows = [{"messages": [U, A]}, {"messages": [U]}, {"messages": [U, A | {"train": False}]}]
+    with pytest.raises(LlmkitError, match=r"rows.jsonl:2: nothing to learn"):
+        encode_conversations(reader_of(tmp_path / "rows.jsonl", rows), templates["chatml"], 99)
+    reader = reader_of(tmp_path / "rows.jsonl", rows, "skip")
+    assert encode_conversations(reader, templates["chatml"], 99).counts["rows"] == 1
+    assert reader.bad == 2
+
+
+def test_too_long_rows(tmp_path: Path, templates: dict[str, dict[str, str]]) -> None:
+    """Behaviour: dropped, or cut at the end; counted; a run without rows is refused; a pair stays a pair."""
+    long = {"prompt": "q", "completion": "word " * 50}
+    rows = [{"messages": [U, A]}, long]
+    path = tmp_path / "rows.jsonl"
+    dropped = encode_conversations(reader_of(path, rows), templates["chatml"], 30)
+    assert (dropped.counts["rows"], dropped.counts["too_long"]) == (1, 1)
+    cut = encode_conversations(reader_of(path, rows), templates["chatml"], 30, too_long="truncate")
+    assert [len(row.tokens) for row in cut.rows][1] == 30
+    assert cut.counts["too_long"] == 1
+    with pytest.raises(LlmkitError, match="longer than 30 tokens"):
+        encode_conversations(reader_of(path, [long]), templates["chatml"], 30)
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "word " * 50}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
+    encoded = encode_preferences(reader_of(path, pairs), templates["chatml"], 30)
+    assert (encoded.counts["rows"], len(encoded.rows)) == (1, 2)
+
+
+def test_text_rows_end_in_end_of_text(tmp_path: Path, files: dict[str, str]) -> None:
+    """Behaviour: plain text is learned whole, with its end."""
+    encoded = encode_conversations(reader_of(tmp_path / "rows.jsonl", [{"text": "it is"}]), files, 30)
+    assert encoded.rows[0].tokens[-1] == 0
+    assert encoded.rows[0].weights.tolist() == [1.0] * len(encoded.rows[0].tokens)
+
+
+@pytest.mark.parametrize(
+    ("file", "good", "bad", "convert"),
+    [
+        ("pref/hh_rlhf_harmless_base_test.jsonl.zst", 1144, 0, to_preference),
+        ("pref/rasbt_preference_1100.jsonl.zst", 929, 6, to_preference),  # six pairs are equal
+        ("instruct/rasbt_instruction_1100.jsonl.zst", 935, 0, to_conversation),
+    ],
+)
+def test_real_rows(shared_data: Path, file: str, good: int, bad: int, convert: Any) -> None:
+    """Behaviour: published rows are accepted unchanged; refused are only pairs whose sides are equal."""
+    reader = DocumentReader([str(shared_data / file)], ReadOptions(text_key=None, on_bad_line="skip"))
+    assert len(list(read_rows(reader, convert))) == good
+    assert reader.bad == bad
