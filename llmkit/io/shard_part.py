@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class Part:
         import pyarrow as pa
 
         self.name = name
+        self.path = path
         self.batches: list[pa.RecordBatch] = []
         trailer: Any = None
         try:
@@ -136,22 +138,28 @@ class Part:
         except (ValueError, RecursionError):
             raise LlmkitError(f"{self.name}: malformed {what}", "the file was not written by llmkit") from None
 
-    def tokenizer(self, path: Path) -> TokenizerInfo:
-        """The tokenizer's record, with its files from the schema or from beside `path`."""
+    def tokenizer(self) -> TokenizerInfo:
+        """The tokenizer's record; its files where the schema holds them, else those beside the part, if there are any."""
         files: Any = self._json(self.metadata[FILES], "tokenizer files") if FILES in self.metadata else {}
         if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
             raise LlmkitError(f"{self.name}: malformed tokenizer files", "the file was not written by llmkit")
         files = {name: text for name, text in files.items() if name in TOKENIZER_FILES}
         info = TokenizerInfo.from_header(self._json(self.metadata[b"llmkit.tokenizer"], "tokenizer"), files, self.name)
-        if not files and (path.parent / "tokenizer.json").is_file():
-            beside = load_tokenizer_info(path.parent)
-            if beside.digest != info.digest:
-                raise LlmkitError(
-                    f"{path.parent}: the tokenizer beside the shards is not theirs",
-                    "put back the tokenizer.json that they were made with",
-                )
-            files.update(beside.files)
-        return info
+        directory = self.path.parent
+        if files or not (directory / "tokenizer.json").is_file():
+            return info
+        beside = load_tokenizer_info(directory)
+        if beside.digest != info.digest:
+            raise LlmkitError(
+                f"{directory}: the tokenizer beside the shards is not theirs",
+                "put back the tokenizer.json that they were made with",
+            )
+        return replace(info, files=beside.files)
+
+    def tokenizer_identity(self) -> tuple[Any, Any]:
+        """What parts that are read together must share: the tokenizer's digest and the id that ends a document."""
+        header = self._json(self.metadata[b"llmkit.tokenizer"], "tokenizer")
+        return (header.get("digest"), header.get("eos_id")) if isinstance(header, dict) else (None, None)
 
     def lineage(self) -> dict[str, Any] | None:
         header = self._json(self.metadata.get(b"llmkit.lineage", b"null"), "lineage")

@@ -60,7 +60,7 @@ class TokenStore:
             for file, name in _files(path, spool):
                 part = Part(file, name)
                 parts.append(part)
-                store._add(part, file, lengths, codes)
+                store._add(part, lengths, codes)
             if Path(path).is_dir():
                 _check_complete(parts, path)
             digest = combined_digest([str(part.trailer.get("digest")) for part in parts])
@@ -71,11 +71,10 @@ class TokenStore:
         store.codes = np.concatenate(codes) if codes else np.zeros(0, np.int32)
         return store
 
-    def _add(self, part: Part, file: Path, lengths: list[NDArray[np.int64]], codes: list[NDArray[np.int32]]) -> None:
-        info = part.tokenizer(file)
+    def _add(self, part: Part, lengths: list[NDArray[np.int64]], codes: list[NDArray[np.int32]]) -> None:
         if not self._parts:
-            self.tokenizer = info
-        elif (info.digest, info.eos_id) != (self.tokenizer.digest, self.tokenizer.eos_id):
+            self.tokenizer = part.tokenizer()
+        elif part.tokenizer_identity() != self._parts[0].tokenizer_identity():
             raise LlmkitError(
                 f"{part.name}: made with another tokenizer than {self._parts[0].name}",
                 "tokenize all sources with the same one",
@@ -236,7 +235,7 @@ def read_shard_lineage(path: str | Path) -> dict[str, Any] | None:
 
 def read_tokenizer(path: str | Path) -> TokenizerInfo:
     """The tokenizer of one .arrow file, which must carry its files."""
-    info = Part(Path(path), str(path)).tokenizer(Path(path))
+    info = Part(Path(path), str(path)).tokenizer()
     if "tokenizer.json" not in info.files:
         raise LlmkitError(f"{path}: holds no tokenizer.json", "name the tokenizer directory")
     return info
