@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmkit.errors import LlmkitError
 from llmkit.model.config import ModelConfig, read_json
-from llmkit.model.decoder import Decoder
+from llmkit.model.decoder import Decoder, expected_tensors
 from llmkit.model.safetensors import layout_of, write_safetensors
 from llmkit.model.weights import WEIGHTS, Weights
 
@@ -102,8 +102,7 @@ def open_weights(info: LoadedModel) -> Weights:
             f"{info.path}: config.json means {info.config.parameters():,} weights, the files hold {weights.stored_bytes:,} bytes",
             "the directory is incomplete, or its config.json is another model's",
         )
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in Decoder(info.config).state_dict().items()}
+    expected = expected_tensors(info.config)
     check_layout({name: shape for name, (_, shape) in weights.layout.items()}, expected, info)
     for name in expected:
         if not weights.layout[name][0].is_floating_point or weights.layout[name][0].itemsize < 2:

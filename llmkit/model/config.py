@@ -72,6 +72,11 @@ class ModelConfig:
                 f"model configuration: {self.num_attention_heads} heads do not divide among {self.num_key_value_heads} key-value heads",
                 "num_attention_heads must be a multiple of num_key_value_heads",
             )
+        if self.family.whole_heads and self.hidden_size % self.num_attention_heads:
+            raise LlmkitError(
+                f"model configuration: hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads",
+                f"transformers refuses such a {self.architecture}; choose other sizes, or qwen3",
+            )
         if self.head_dim % 2:
             raise LlmkitError(
                 f"model configuration: head_dim {self.head_dim} is odd", "the rotary embedding turns pairs"

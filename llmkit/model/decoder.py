@@ -265,6 +265,12 @@ class Decoder(nn.Module):
         return (same_BTS & mask_TS)[:, None], False
 
 
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of the decoder that `config` describes, without making it."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in Decoder(config).state_dict().items()}
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, T, K]; dimension i is paired with i + K/2 (Hugging Face's convention; arXiv:2104.09864)."""
     first, second = x.chunk(2, -1)
