@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     reads=True,
     examples=(
         "llmkit eval run/ --perplexity heldout.jsonl",
-        "llmkit eval base/ chat/ chat-int4/ --tasks arc_easy,my_task --include-path tasks/ -o scores.json",
+        "llmkit eval base/ chat/ chat-int4/ --tasks my_task --include-path tasks/ -o scores.json",
     ),
 )
 def main(

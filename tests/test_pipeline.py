@@ -1,0 +1,201 @@
+"""The whole pipeline on real text at tiny size: one pipe, its lineage run again, equal bytes for any -j, what the README and the help show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import orjson
+import pytest
+
+from llmkit.cli.table import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL = {
+    "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 16, "vocab_size": 512, "max_position_embeddings": 64, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+def real_documents() -> list[dict[str, str]]:
+    """Text that every machine has: the topics of Python's own documentation."""
+    from pydoc_data.topics import topics
+
+    return [{"id": name, "text": text, "source": "topics"} for name, text in sorted(topics.items())]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A directory with the inputs that the README names, and an `llmkit` on the PATH."""
+    directory = tmp_path_factory.mktemp("workplace")
+    rows = real_documents()
+    (directory / "docs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    (directory / "heldout.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows[::20]))
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {r['id']}?"},
+                {"role": "assistant", "content": r["text"][:60]},
+            ]
+        }
+        for r in rows
+    ]
+    (directory / "chat.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in chats))
+    pairs = [
+        {"prompt": f"What is {a['id']}?", "chosen": a["text"][:60], "rejected": b["text"][:60]}
+        for a, b in zip(rows, reversed(rows), strict=True)
+    ]
+    (directory / "pairs.jsonl").write_bytes(
+        b"".join(orjson.dumps(row) + b"\n" for row in pairs if row["chosen"] != row["rejected"])
+    )
+    (directory / "prompts.jsonl").write_bytes(b'{"prompt":"The "}\n{"prompt":"A "}\n')
+    (directory / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    (directory / "bin").mkdir()
+    (directory / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m llmkit "$@"\n')
+    (directory / "bin" / "llmkit").chmod(0o755)
+    shell(
+        "llmkit dedup docs.jsonl --method exact -o docs.jsonl.zst -q && llmkit vocab docs.jsonl --size 512 -o tok/ -q",
+        directory,
+    )
+    return directory
+
+
+def shell(script: str, directory: Path) -> str:
+    """Run a bash script with our `llmkit` first on the PATH; its stdout."""
+    bin_directory = next(p / "bin" for p in (directory, *directory.parents) if (p / "bin" / "llmkit").exists())
+    environment = os.environ | {
+        "PATH": f"{bin_directory}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stderr}"
+    return done.stdout
+
+
+def shrunk(line: str) -> str:
+    """A documented command at tiny size: the same call, smaller numbers."""
+    line = re.sub(r"--tokens \S+", "--tokens 3k", line)
+    line = re.sub(r"--size \S+", "--size 512", line)
+    line = re.sub(r"-m (tiny|\d+m|\S+config\.json)", "-m tiny.json", line)
+    line = re.sub(r"--epochs \S+", "--epochs 1", line)
+    return line + (" --max-tokens 4" if " generate " in line and "--max-tokens" not in line else "")
+
+
+def test_one_pipe_and_its_lineage_run_again(workplace: Path) -> None:
+    """Behaviour: documents to model in one pipe; `lineage --script` prints it back, and that script gives the same bytes."""
+    pipe = (
+        "llmkit filter < docs.jsonl.zst | llmkit dedup | llmkit tokenize -t tok/ | llmkit mix - --tokens 20k"
+        " | llmkit train - -m tiny.json --tokens 20k -o piped/"
+    )
+    shell(pipe, workplace)
+    script = shell("llmkit lineage piped/ --script | tee again.sh", workplace)
+    assert script.count("|") == 4
+    shell("bash again.sh . rebuilt", workplace)
+    assert (workplace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
+        workplace / "piped/final/model.safetensors"
+    ).read_bytes()
+    tree = shell("llmkit lineage piped/", workplace)
+    assert [stage for stage in ("train", "mix", "tokenize", "dedup", "filter", "vocab") if f"<- {stage}" in tree] == [
+        "train", "mix", "tokenize", "dedup", "filter", "vocab",
+    ]  # fmt: skip
+    shell("llmkit lineage piped/ --check", workplace)
+
+
+def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> None:
+    """Property: filter, dedup, tokenize and mix give the same bytes with -j 1 and -j 2."""
+    rows = [row | {"id": f"{row['id']}-{n}"} for n in range(12) for row in real_documents()]  # several chunks
+    (tmp_path / "many.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    (tmp_path / "bin").symlink_to(workplace / "bin")
+    (tmp_path / "tok").symlink_to(workplace / "tok")
+    for jobs in (1, 2):
+        out = f"out{jobs}"
+        shell(
+            f"mkdir {out}; llmkit filter many.jsonl -j {jobs} --rejects {out}/rejects.jsonl.zst -o {out}/clean.jsonl.zst;"
+            f"llmkit dedup many.jsonl -j {jobs} --method minhash -o {out}/unique.jsonl.zst;"
+            f"llmkit tokenize many.jsonl -t tok/ -j {jobs} -o {out}/shards/;"
+            f"llmkit mix {out}/shards/ --tokens 100k -j {jobs} -o {out}/mix/",
+            tmp_path,
+        )
+    files = sorted(p.relative_to(tmp_path / "out1") for p in (tmp_path / "out1").rglob("*") if p.is_file())
+    assert len(files) >= 5
+    for name in files:
+        assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
+
+
+def readme_commands() -> list[str]:
+    """The llmkit lines of the README's bash blocks, comments cut off."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = [re.split(r"\s+#", line)[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("llmkit ")]
+
+
+def test_readme_shows_every_command() -> None:
+    """Property: each subcommand stands in the README, and each name in its file tree exists."""
+    shown = {line.split()[1] for line in readme_commands()}
+    assert shown >= set(COMMANDS)
+    tree = re.search(r"## Files\s+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert tree
+    stack: list[str] = []
+    for line in tree.group(1).splitlines():
+        found = re.match(r"( *)(\S+)", line)
+        if found:
+            stack = [*stack[: len(found.group(1)) // 2], found.group(2)]
+            assert (ROOT / "".join(part if part.endswith("/") else part for part in stack)).exists(), line
+
+
+@pytest.fixture(scope="module")
+def after_readme(workplace: Path, tmp_path_factory) -> Path:
+    """A directory in which every llmkit line of the README has run, in its order, at tiny size."""
+    directory = tmp_path_factory.mktemp("readme") / "run"
+    shutil.copytree(workplace, directory, ignore=shutil.ignore_patterns("piped", "rebuilt", "out*", "tok", "again.sh"))
+    commands = readme_commands()
+    needs_tokenizer = [line for line in commands if "piped/" in line]  # the one pipe stands first, but uses tok/
+    for line in [line for line in commands if line not in needs_tokenizer] + needs_tokenizer:
+        if " mix " in line and "code/" in line:  # the second source that the example mixes in
+            shell("llmkit tokenize docs.jsonl -t tok/ -o code/ -q", directory)
+        shell(shrunk(line), directory)
+    shell("llmkit tokenize heldout.jsonl -t tok/ -o heldout/ -q", directory)
+    (directory / "tasks").mkdir()
+    (directory / "tasks" / "my_task.jsonl").write_text(
+        json.dumps({"q": "What is 1?", "choices": ["one", "two"], "label": 0}) + "\n"
+    )
+    (directory / "tasks" / "my_task.yaml").write_text(
+        f"task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {directory}/tasks/my_task.jsonl\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_choice: choices\ndoc_to_target: label\nmetric_list:\n  - metric: acc\n'
+    )
+    return directory
+
+
+def test_readme_commands_run(after_readme: Path) -> None:
+    """Behaviour: every llmkit line of the README runs (in the fixture) and leaves what it names."""
+    for line in readme_commands():
+        if found := re.search(r" -o (\S+)", line):
+            assert (after_readme / found.group(1)).exists(), line
+
+
+def examples() -> list[str]:
+    return [line for name in COMMANDS for line in import_module(f"llmkit.cli.{name}").main.llmkit["examples"]]
+
+
+@pytest.mark.parametrize("line", examples())
+def test_help_examples_run(after_readme: Path, line: str) -> None:
+    """Behaviour: the examples in every command's help run where the README's artefacts are."""
+    line = shrunk(line)
+    if " -o " in line and "--resume" not in line:
+        line += " -f"
+    shell(f"set +o pipefail; {line}", after_readme)
