@@ -150,7 +150,9 @@ def of_extensions() -> Iterator[Definition]:
         if name.startswith(("_test", "_ctypes_test", "_xxtest", "xx", "_tkinter")) or name == "__main__":
             continue
         try:
-            module = importlib.import_module(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # some are about to leave the library
+                module = importlib.import_module(name)
         except ImportError:
             continue  # built without its library
         yield from _of_module(name, module)

@@ -1,6 +1,7 @@
 """The two tasks of the quickstart as lm-eval reads them: a YAML file and a JSONL file each, nothing fetched from anywhere.
 
-`llmkit eval MODEL --tasks docstring_choice,two_digit_sums --include-path DIR`; data files are named relative to the YAML file.
+`llmkit eval MODEL --tasks docstring_choice,two_digit_sums --include-path DIR`. Data files are named by their whole path, since lm-eval looks for
+others in the directory that it is started in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {name}.jsonl
+    test: {directory}/{name}.jsonl
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{question}}}}"
@@ -33,7 +34,7 @@ task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files:
-    test: {name}.jsonl
+    test: {directory}/{name}.jsonl
 test_split: test
 output_type: generate_until
 doc_to_text: "{{{{question}}}}"
@@ -52,7 +53,7 @@ metadata:
 def write_task(directory: Path, name: str, template: str, items: Iterable[dict[str, object]]) -> int:
     """Write `NAME.yaml` and `NAME.jsonl`; the number of items."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.yaml").write_text(template.format(name=name))
+    (directory / f"{name}.yaml").write_text(template.format(name=name, directory=directory.resolve()))
     return write_lines(directory / f"{name}.jsonl", items)
 
 
