@@ -13,8 +13,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import questions, sums  # noqa: E402
-from quickstart.definitions import (  # noqa: E402
+from quickstart import questions, sums
+from quickstart.definitions import (
     DEVELOPMENT,
     TEST,
     TRAIN,
