@@ -155,7 +155,7 @@ def test_readme_shows_every_command() -> None:
         found = re.match(r"( *)(\S+)", line)
         if found:
             stack = [*stack[: len(found.group(1)) // 2], found.group(2)]
-            assert (ROOT / "".join(part if part.endswith("/") else part for part in stack)).exists(), line
+            assert (ROOT / "".join(stack)).exists(), line
 
 
 @pytest.fixture(scope="module")
