@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,60 @@ def run_llmkit(
 def llmkit() -> Callable[..., subprocess.CompletedProcess[bytes]]:
     """The command line as a function: `llmkit("filter", "docs.jsonl", cwd=tmp_path)`."""
     return run_llmkit
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> dict[str, str]:
+    """Files of a byte-level BPE tokenizer with 300 ids and chat tokens, by name."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and rests"] * 4, trainer)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    return {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(config),
+        "chat_template.jinja": template,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
+    """Write a random model of 60 thousand parameters: `make_model(path, seed=1, architecture="llama", dtype=torch.bfloat16)`."""
+
+    def make(path: Path, seed: int = 0, dtype: Any = None, tokenizer: bool = True, **changes: Any) -> Path:
+        import torch
+
+        from llmkit.model.checkpoint import save_model
+        from llmkit.model.config import ModelConfig
+        from llmkit.model.decoder import Decoder
+
+        sizes: dict[str, Any] = {
+            "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "eos_token_id": 0, "initializer_range": 0.3,
+        }  # fmt: skip
+        model = Decoder(ModelConfig(**(sizes | changes)))
+        model.initialise(seed)
+        with torch.no_grad():  # norms and biases that would show if they were left out
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        path.mkdir(parents=True)
+        save_model(
+            path, model.state_dict(), model.config, small_tokenizer if tokenizer else {}, None, dtype, stop_ids=[0, 2]
+        )
+        return path
+
+    return make
