@@ -116,6 +116,7 @@ class Run:
         self.jobs: int = values["jobs"]
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
+        self.files_from: str | None = values.get("files_from")
         self._values = values
         self._paths = paths  # options that name an input, for the lineage
         self._stack = ExitStack()
@@ -190,19 +191,19 @@ class Run:
         return Lineage(self.command, dict(self.options), inputs)
 
     def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
-        """The input files of the call (llmkit.io.inputs.expand), --files-from included."""
+        """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is given."""
         from llmkit.io.inputs import expand
 
-        return expand(given, files_from=self._values.get("files_from"), **expand_options)
+        return expand(given, **({"files_from": self.files_from} | expand_options))
 
-    def reader(self, given: list[str] | None, *, text_key: str | None = "") -> DocumentReader:
+    def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
         from llmkit.io.documents import DocumentReader, ReadOptions
 
         values = self._values
         key = values["text_key"] if text_key == "" else text_key
         options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
-        return self._stack.enter_context(DocumentReader(self.inputs(given), options))
+        return self._stack.enter_context(DocumentReader(self.inputs(given, **expand_options), options))
 
     def writer(self) -> DocumentWriter:
         """Writer of the command's output; a context manager."""

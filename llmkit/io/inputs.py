@@ -29,7 +29,7 @@ def expand(
     """
     given = list(inputs or [])
     if files_from is not None:
-        given += _read_list(files_from)
+        given += read_list(files_from)
         if not given:
             return []
     if not given:
@@ -67,7 +67,8 @@ def _hidden(path: Path, root: str) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
-def _read_list(path: str) -> list[str]:
+def read_list(path: str) -> list[str]:
+    """The lines of a --files-from list (`-`: stdin) that are not blank."""
     try:
         text = sys.stdin.read() if path == STDIN else Path(path).read_text()
     except OSError as error:
@@ -84,7 +85,8 @@ def open_raw(path: str) -> BinaryIO:
     """Bytes of one input as they are stored; stdin for `-`, fsspec for URLs."""
     if path == STDIN:
         # Unbuffered: BufferedReader.read loops in C, where a signal that arrives between two reads waits for a third that may never return.
-        return cast(BinaryIO, getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
+        raw = cast(BinaryIO, getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
+        return cast(BinaryIO, _Resumed(raw)) if _ahead else raw
     if is_remote(path):
         import fsspec
 
@@ -95,6 +97,38 @@ def open_raw(path: str) -> BinaryIO:
         raise LlmkitError(f"{path} is a directory", "name a file") from None
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
+
+
+_ahead = bytearray()  # bytes of stdin that were looked at and are still to be read
+
+
+def peek_stdin() -> bytes:
+    """The first byte of stdin (empty at its end), which the next `open_raw("-")` still gives. UsageError where stdin is a terminal."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("no input: stdin is a terminal", "name input files, or pipe them in")
+    if not _ahead:
+        _ahead.extend(open_raw(STDIN).read(1))
+    return bytes(_ahead)
+
+
+class _Resumed:
+    """stdin from its first byte, after `peek_stdin`."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+
+    def read(self, size: int = -1) -> bytes:
+        if _ahead and size:
+            first = bytes(_ahead)
+            _ahead.clear()
+            return first
+        return self._raw.read(size)
+
+    def __enter__(self) -> _Resumed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._raw.close()
 
 
 def display_name(path: str) -> str:

@@ -83,9 +83,23 @@ def base_name(path: str | Path) -> str:
 def digest_path(path: str | Path) -> str:
     """Digest of a file's content (decompressed where it is compressed) or of a directory (names and digests of its files, sorted).
 
-    Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets.
+    Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
+    final model. Token shards and mix plans have digests of their own (io/shards.py, io/order.py): of the documents, and of what decides
+    the order, not of where the shards lie.
     """
     path = Path(path)
+    if (path / "final").is_dir():
+        path = path / "final"
+    if path.suffix == ".toml" or (path / "plan.toml").is_file():
+        from llmkit.io.order import plan_digest
+
+        found = plan_digest(path)
+        if found:
+            return found
+    if path.suffix == ".arrow" or (path.is_dir() and any(path.glob("*.arrow"))):
+        from llmkit.io.shards import shard_digest
+
+        return shard_digest(path)
     if path.is_dir():
         return digest_bytes(_directory_entries(path))
     if str(path).endswith((".arrow", ".parquet", ".safetensors")):

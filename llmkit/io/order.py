@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
@@ -286,3 +287,14 @@ def _located(plan: Path, source: PlannedSource) -> Path:
     raise LlmkitError(
         f"{plan}: its source {source.path} is not there", f"looked for {candidates[0]} and {candidates[1]}"
     )
+
+
+def plan_digest(path: str | Path) -> str | None:
+    """Digest of what decides the order of a plan (not of where its shards lie); None where the file is no plan of ours."""
+    place = Path(path) / PLAN_NAME if Path(path).is_dir() else Path(path)
+    try:
+        plan = read_plan(place)
+    except LlmkitError:
+        return None
+    kept = [plan.seed, plan.tokenizer, [[source.digest, source.tokens] for source in plan.sources]]
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(kept).encode())

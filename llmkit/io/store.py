@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
-from llmkit.io.inputs import STDIN, display_name
+from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, base_name
 from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, part_digest
 from llmkit.io.tokenizer import TokenizerInfo
@@ -198,7 +198,7 @@ def _files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
 def _spooled(spool: Path | None) -> Iterator[tuple[Path, str]]:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no input: stdin is a terminal", "name token shards, or pipe them in")
-    yield from _copied(sys.stdin.buffer, spool, display_name(STDIN))
+    yield from _copied(open_raw(STDIN), spool, display_name(STDIN))
 
 
 def _copied(source: BinaryIO, spool: Path | None, name: str) -> Iterator[tuple[Path, str]]:
