@@ -1,0 +1,115 @@
+"""Text to token ids and back, with any Hugging Face tokenizer.json, through the `tokenizers` library.
+
+Each document becomes its ids and the end-of-text id. The names of special tokens inside a text ("<|endoftext|>" in a scraped chat) are text
+and are encoded letter by letter, unless `allow_special`: else a document could end itself or speak as the assistant. Nothing is added in
+front (a tokenizer's post-processor is not applied), and a tokenizer's truncation and padding are off.
+
+A chunk of JSON lines in, its documents' ids as one flat array out: the unit of work that `engine` hands to worker processes. Each is one
+core: the library's own threads stay off, since they do not survive a fork. Cost: 1 MB of text a second and core.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.errors import LlmkitError
+from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
+from llmkit.io.inputs import DOCUMENT_SUFFIXES
+from llmkit.io.tokenizer import TokenizerInfo
+
+
+@dataclass(slots=True)
+class Encoded:
+    """The documents of one chunk: `tokens` flat [sum of lengths], `lengths` int64 [n] with the end-of-text id, ids, sources."""
+
+    tokens: NDArray[Any]
+    lengths: NDArray[np.int64]
+    ids: list[str]
+    sources: list[str]
+    bad: list[BadLine] = field(default_factory=list)
+    empty: int = 0  # documents without text, dropped
+    bytes: int = 0  # UTF-8 bytes of the encoded texts
+
+    def documents(self) -> Iterator[tuple[NDArray[Any], str, str]]:
+        """(tokens, id, source) of each document."""
+        ends = np.cumsum(self.lengths)
+        for end, length, id, source in zip(ends, self.lengths, self.ids, self.sources, strict=True):
+            yield self.tokens[end - length : end], id, source
+
+
+class Encoder:
+    """Encodes chunks of documents; callable, so that it is the `work` of `engine.ordered_map`.
+
+    `source` names the source of every document; None: its field `source`, else the name of its file without the suffix.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerInfo, options: ReadOptions, *, allow_special: bool = False, source: str | None = None
+    ) -> None:
+        self._tokenizer = load(tokenizer, allow_special=allow_special)
+        self._options = options
+        self._source = source
+        self._end = tokenizer.eos_id
+        self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        documents, bad = parse(chunk, self._options)
+        kept = [document for document in documents if document.text and not document.text.isspace()]
+        texts = [document.text for document in kept]
+        encoded = self._encode(texts)
+        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
+        flat = np.empty(int(lengths.sum()), self._dtype)
+        at = 0
+        for ids in encoded:
+            flat[at : at + len(ids)] = ids
+            flat[at + len(ids)] = self._end
+            at += len(ids) + 1
+        sources = [self._source or self._source_of(document.fields, document.file) for document in kept]
+        size = sum(map(len, map(str.encode, texts)))
+        names = [document.id for document in kept]
+        return Encoded(flat, lengths, names, sources, bad, len(documents) - len(kept), size)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @staticmethod
+    def _source_of(fields: dict[str, Any], file: str) -> str:
+        value = fields.get("source")
+        return value if isinstance(value, str) and value else source_name(file)
+
+
+def source_name(file: str) -> str:
+    """A file's name without directory and format: `crawl/web.jsonl.zst` is `web`, stdin is `stdin`."""
+    name = os.path.basename(file.strip("<>"))
+    suffix = max((end for end in DOCUMENT_SUFFIXES if name.endswith(end)), key=len, default="")
+    return name.removesuffix(suffix) or name
+
+
+def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
+    """The library's tokenizer for `info`; LlmkitError where its tokenizer.json does not load, or is not there."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    if "tokenizer.json" not in info.files:
+        raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
+    try:
+        tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
+    except Exception as error:  # the library raises a bare Exception
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise LlmkitError(f"tokenizer.json does not load: {reason}", "check it with the tokenizers library") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = not allow_special
+    return tokenizer
+
+
+def decode(tokenizer: Any, tokens: NDArray[Any], end: int) -> str:
+    """The text of one document, its end-of-text id left out. Equal to what was encoded for byte-level tokenizers without normaliser."""
+    ids = tokens[:-1] if len(tokens) and tokens[-1] == end else tokens
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
