@@ -1,8 +1,8 @@
 """Documents for pre-training: pages of documentation, source files, and prose, each a JSON object with id, text and source.
 
 Pages look as `pydoc` prints them: the module, its docstring, then each heading with its docstring indented. Prose is the language reference
-that comes with Python (`pydoc_data.topics`) and the descriptions of the installed packages. It is what it is: real, noisy, and with real
-duplicates (code in two versions, the same notice in many files).
+that comes with Python (`pydoc_data.topics`), and the descriptions and licences of the installed packages. It is what it is: real, noisy, and
+with real duplicates (the same licence in many packages, the same function documented for two platforms).
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from textwrap import indent
 
-from .definitions import Definition, Source, split
+from .definitions import TRAIN, Definition, Source, family, split
 
 Document = dict[str, str]
+OWN_PAGE = 5  # documented definitions of a class (itself, its methods) that make a page
 
 
 def pages(definitions: Iterable[Definition], module_docs: dict[str, str]) -> Iterator[tuple[str, Document]]:
-    """(split, document): one page of documentation a module, in the order in which modules come."""
-    by_module: dict[str, list[Definition]] = {}
-    for definition in definitions:
-        by_module.setdefault(definition.module, []).append(definition)
-    for module, items in by_module.items():
-        parts = [module, *([module_docs[module]] if module in module_docs else [])]
+    """(split, document): a page for every module, and one for each of its classes that has much to say."""
+    grouped: dict[tuple[str, str], list[Definition]] = {}
+    for item in definitions:
+        grouped.setdefault((item.module, item.name.partition(".")[0]), []).append(item)
+    by_page: dict[str, list[Definition]] = {}
+    for (module, name), items in grouped.items():
+        by_page.setdefault(f"{module}.{name}" if len(items) >= OWN_PAGE else module, []).extend(items)
+    for page, items in by_page.items():
+        parts = [page, *([module_docs[page]] if page in module_docs else [])]
         parts += [f"{item.heading}\n{indent(item.docstring, '    ')}" for item in items]
-        yield items[0].split, {"id": f"docs/{module}", "text": "\n\n".join(parts), "source": "docs"}
+        yield items[0].split, {"id": f"docs/{page}", "text": "\n\n".join(parts), "source": "docs"}
 
 
 def module_docstrings(sources: Iterable[Source]) -> dict[str, str]:
@@ -37,8 +41,6 @@ def module_docstrings(sources: Iterable[Source]) -> dict[str, str]:
 
 def code(sources: Iterable[Source]) -> Iterator[tuple[str, Document]]:
     """(split, document): one source file a module."""
-    from .definitions import family
-
     for source in sources:
         if source.text.strip():
             document = {"id": f"code/{source.module}", "text": source.text, "source": "code"}
@@ -46,16 +48,23 @@ def code(sources: Iterable[Source]) -> Iterator[tuple[str, Document]]:
 
 
 def prose() -> Iterator[tuple[str, Document]]:
-    """(split, document): the topics of the language reference, then the descriptions of the installed packages."""
+    """(split, document): the topics of the language reference, then descriptions and licences of the installed packages."""
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
         yield split(f"topic {name}"), {"id": f"topic/{name}", "text": text.strip(), "source": "prose"}
-    described: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for distribution in metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        text = (distribution.metadata.get_payload() or distribution.metadata.get("Description") or "").strip()
-        if name and len(text) > 200:
-            described[name] = text
-    for name, text in sorted(described.items()):
-        yield split(f"package {name}"), {"id": f"package/{name}", "text": text, "source": "prose"}
+        text = str(distribution.metadata.get_payload() or distribution.metadata.get("Description") or "").strip()
+        found[f"package/{name}"] = split(f"package {name}"), text
+        for file in distribution.files or ():
+            if ".dist-info" in file.parts[0] and re.match(r"(LICEN[CS]E|COPYING|NOTICE)", file.name, re.IGNORECASE):
+                try:
+                    text = file.read_text(encoding="utf-8").strip()
+                except (OSError, UnicodeDecodeError):
+                    continue  # listed, but not there or not text
+                found[f"licence/{name}/{'/'.join(file.parts[1:])}"] = TRAIN, text
+    for key, (part, text) in sorted(found.items()):
+        if len(text) > 200:
+            yield part, {"id": key, "text": text, "source": "prose"}

@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from llmkit.model.decoder import Decoder
 Render = Callable[[list[dict[str, str]], bool], str]
 
 DEFAULT_NEW_TOKENS = 256
+GENERATION_BATCH = 64  # prompts continued at once
 Advance = Callable[[int], None]
 
 
@@ -116,31 +118,68 @@ class DecoderLM(TemplateLM):
         from llmkit.model.generate import generate
         from llmkit.seeds import derive
 
-        answers = []
-        for number, request in enumerate(requests):
-            context, arguments = request.args
-            stops = arguments.get("until") or []
-            stops = [stops] if isinstance(stops, str) else list(stops)
-            room = min(int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self.max_length - 1)
-            prompt = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
-            sampled = bool(arguments.get("do_sample")) and float(arguments.get("temperature", 1.0)) > 0
-            tokens = generate(
+        asked = [self._generation(number, *request.args) for number, request in enumerate(requests)]
+        answers = [""] * len(asked)
+        asked.sort(key=lambda one: (one.settings, len(one.prompt)))
+        for batch in _generation_batches(asked):
+            room, temperature, top_p, stops = batch[0].settings
+
+            def ended(tokens: list[int], stops: tuple[str, ...] = stops) -> bool:
+                return bool(stops) and _before(self._decode(tokens), stops)[1]
+
+            completions = generate(
                 self.model,
-                [prompt],
+                [one.prompt for one in batch],
                 max_new_tokens=room,
-                temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0,
-                top_p=float(arguments.get("top_p", 1.0)),
-                seeds=[derive(0, "eval", number)],
+                temperature=temperature,
+                top_p=top_p,
+                seeds=[derive(0, "eval", one.number) for one in batch],
                 stop_ids=sorted({*self.info.stop_ids, self.eot_token_id}),
-            )[0]
-            text = self.codec.decode(list(tokens), skip_special_tokens=True)
-            for stop in stops:
-                if stop:
-                    text = text.split(stop)[0]
-            answers.append(text)
+                ended=ended,
+            )
+            for one, tokens in zip(batch, completions, strict=True):
+                answers[one.number] = _before(self._decode(tokens), stops)[0]
             if self._advance:
-                self._advance(1)
+                self._advance(len(batch))
         return answers
+
+    def _generation(self, number: int, context: str, arguments: dict[str, Any]) -> _Generation:
+        stops = arguments.get("until") or []
+        stops = tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop)
+        room = min(int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self.max_length - 1)
+        temperature = float(arguments.get("temperature", 1.0)) if arguments.get("do_sample") else 0.0
+        prompt = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
+        return _Generation(number, prompt, (room, max(temperature, 0.0), float(arguments.get("top_p", 1.0)), stops))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.codec.decode(list(tokens), skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """One prompt of a task. `settings`: new tokens at most, temperature, top-p, stop strings."""
+
+    number: int
+    prompt: list[int]
+    settings: tuple[int, float, float, tuple[str, ...]]
+
+
+def _generation_batches(asked: list[_Generation]) -> Iterator[list[_Generation]]:
+    """Runs of equal settings, GENERATION_BATCH at most."""
+    batch: list[_Generation] = []
+    for one in asked:
+        if batch and (one.settings != batch[0].settings or len(batch) == GENERATION_BATCH):
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _before(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """`text` up to the first of the stop strings, and whether there was one."""
+    found = min((place for place in map(text.find, stops) if place >= 0), default=-1)
+    return (text, False) if found < 0 else (text[:found], True)
 
 
 def end_of_text_id(info: LoadedModel) -> int:
