@@ -48,7 +48,7 @@ def llmkit() -> Callable[..., subprocess.CompletedProcess[bytes]]:
 
 @pytest.fixture(scope="session")
 def small_tokenizer() -> dict[str, str]:
-    """Files of a byte-level BPE tokenizer with 300 ids and chat tokens, by name."""
+    """Files of a byte-level BPE tokenizer with 299 ids and chat tokens, by name."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -101,3 +101,25 @@ def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_shards(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
+    """Write token shards of random documents: `write_shards(path, lengths, source="web")`; ids are `web-0`, `web-1`, ..."""
+
+    def write(path: Path, lengths: list[int], source: str = "web", tokenizer: Any = None, **options: Any) -> Path:
+        import numpy as np
+
+        from llmkit.io.lineage import Lineage
+        from llmkit.io.shards import ShardWriter
+        from llmkit.io.tokenizer import parse_tokenizer
+
+        info = tokenizer or parse_tokenizer(small_tokenizer, "small")
+        random = np.random.default_rng(len(lengths) + len(source))
+        with ShardWriter(str(path), info, Lineage("tokenize", {"source": source}), **options) as writer:
+            for i, length in enumerate(lengths):
+                writer.write(random.integers(0, info.vocab_size, length), f"{source}-{i}", source)
+            writer.finish({"documents": len(lengths)}, [])
+        return path
+
+    return write

@@ -93,7 +93,7 @@ class Part:
                 else:
                     self.batches.append(batch)
             left = source.size() - source.tell()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise LlmkitError(f"{name}: {error.strerror}", "check the path and its permissions") from error
             reason = str(error).splitlines()[0] if str(error) else "no message"
@@ -171,6 +171,16 @@ class Part:
 
 def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:
     """Offsets [rows + 1] and token ids of one batch, views; LlmkitError where they do not fit together."""
+    import pyarrow as pa
+
+    try:
+        for field, values in zip(batch.schema, batch.columns, strict=True):
+            # Arrow trusts a file's own sizes: without this a damaged one crashes the process. The token ids have no inner structure to check.
+            values.validate(full=field.name != "tokens")
+            if pa.types.is_dictionary(field.type):
+                values.dictionary.validate(full=True)
+    except pa.ArrowException as error:
+        raise LlmkitError(f"{name}: damaged ({str(error).splitlines()[0]})", HINT_REMAKE) from error
     column = batch.column("tokens")
     offsets = column.offsets.to_numpy(zero_copy_only=True)
     values = column.values.to_numpy(zero_copy_only=True) if not column.values.null_count else None

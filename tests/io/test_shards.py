@@ -1,0 +1,291 @@
+"""Token shards: what is written comes back, and nothing else is taken for a shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io import shards
+from llmkit.io.lineage import Lineage, digest_path, read_lineage
+from llmkit.io.shards import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
+from llmkit.io.tokenizer import parse_tokenizer
+
+BARE = TokenizerInfo("xxh3:0", 300, 0)
+Write = Callable[..., Path]
+Documents = list[tuple[list[int], str, str, int]]
+
+documents = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 299), max_size=12),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+        st.sampled_from(["web", "code", "", "ü"]),
+        st.integers(0, 3),
+    ),
+    max_size=30,
+)
+
+
+def write_all(path: Path, content: Documents, **options: Any) -> None:
+    with ShardWriter(str(path), BARE, Lineage("tokenize"), epochs=True, **options) as writer:
+        for document in content:
+            writer.write(*document)
+        writer.finish({"documents": len(content)}, [])
+
+
+@given(documents, st.sampled_from(["one.arrow", "parts"]), st.integers(1, 40), st.integers(1, 20), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_read(content: Documents, name: str, part: int, batch: int, data: st.DataObject) -> None:
+    """Property: tokens, ids, sources and epochs come back, whatever the parts and batches; any span is the slice of the flat order."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "BATCH_TOKENS", batch)
+        path = Path(directory) / name
+        write_all(path, content, max_tokens_per_shard=part)
+        store = TokenStore.open(str(path))
+        flat = [token for tokens, *_ in content for token in tokens]
+        assert (store.documents, store.tokens) == (len(content), len(flat))
+        found = [
+            (store.document(i).tolist(), store.id(i), store.source(i), store.epoch(i)) for i in range(len(content))
+        ]
+        assert found == content
+        start = data.draw(st.integers(0, len(flat)))
+        stop = data.draw(st.integers(start, len(flat)))
+        assert store.span(start, stop).tolist() == flat[start:stop]
+        store.verify()
+        record = read_lineage(path)
+        assert record is not None and record["digest"] == shard_digest(path) == store.inputs[0].digest == digest_path(
+            path
+        )
+        assert record["counts"] == {"documents": len(content)}
+
+
+def test_any_arrow_library_reads_it(tmp_path: Path, write_shards: Write) -> None:
+    """Parity: pyarrow alone gives the same documents, with the types that the format promises."""
+    path = write_shards(tmp_path / "a.arrow", [3, 0, 5])
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    store = TokenStore.open(str(path))
+    assert table.column("tokens").to_pylist() == [store.document(i).tolist() for i in range(3)]
+    assert table.column("id").to_pylist() == ["web-0", "web-1", "web-2"]
+    assert table.schema.field("tokens").type.value_type == pa.uint16()
+    assert pa.types.is_dictionary(table.schema.field("source").type)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_width_by_vocabulary(tmp_path: Path, size: int, kind: type) -> None:
+    """Behaviour: two bytes a token as long as they suffice; the largest id survives."""
+    info = dataclasses.replace(BARE, vocab_size=size)
+    with ShardWriter(str(tmp_path / "a.arrow"), info, Lineage("tokenize")) as writer:
+        writer.write([0, size - 1], "a", "web")
+        writer.finish({}, [])
+    tokens = TokenStore.open(str(tmp_path / "a.arrow")).document(0)
+    assert tokens.dtype == kind and tokens.tolist() == [0, size - 1]
+
+
+def test_batches_are_bounded(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: a batch closes at about a million tokens, so memory does not grow with the input."""
+    path = write_shards(tmp_path / "a.arrow", [300_000] * 9)
+    sizes = [len(batch.column("tokens").flatten()) for batch in pa.ipc.open_stream(path.read_bytes())]
+    assert sizes == [1_200_000, 1_200_000, 300_000, 0]
+
+
+def test_reading_copies_nothing(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: documents and spans are read-only views of one mapping."""
+    store = TokenStore.open(str(write_shards(tmp_path / "a.arrow", [50, 60])))
+    document, span = store.document(1), store.span(40, 100)
+    assert not document.flags.owndata and not document.flags.writeable and np.shares_memory(document, span)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: a second writing gives the same bytes; other batches give the same digest."""
+    first = write_shards(tmp_path / "a.arrow", [30, 1, 200])
+    assert write_shards(tmp_path / "b.arrow", [30, 1, 200]).read_bytes() == first.read_bytes()
+    monkeypatch.setattr(shards, "BATCH_TOKENS", 30)
+    other = write_shards(tmp_path / "c.arrow", [30, 1, 200])
+    assert other.read_bytes() != first.read_bytes() and shard_digest(other) == shard_digest(first)
+
+
+def test_tokenizer_travels_with_the_shards(
+    tmp_path: Path, write_shards: Write, small_tokenizer: dict[str, str]
+) -> None:
+    """Behaviour: inside single files, beside the parts of a directory; the same one either way."""
+    expected = parse_tokenizer(small_tokenizer, "small")
+    for name in ("one.arrow", "parts"):
+        path = write_shards(tmp_path / name, [5, 5])
+        info = TokenStore.open(str(path)).tokenizer
+        assert info == expected and info.files == small_tokenizer
+        assert load_tokenizer_info(path) == expected
+    schema = pa.ipc.open_stream((tmp_path / "parts" / "part-00000.arrow").read_bytes()).schema
+    assert b"llmkit.tokenizer_files" not in schema.metadata
+
+
+def test_cut_anywhere_is_refused(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: no beginning of a shard is taken for a shard; the file is named."""
+    whole = write_shards(tmp_path / "whole.arrow", [40, 3, 80]).read_bytes()
+    cut = tmp_path / "cut.arrow"
+    for size in [*range(0, len(whole) - 8, 61), *range(len(whole) - 300, len(whole) - 8)]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(LlmkitError, match=r"cut\.arrow"):
+            TokenStore.open(str(cut))
+
+
+def test_damage_anywhere_never_crashes(tmp_path: Path, write_shards: Write) -> None:
+    """Property: a shard with changed bytes is read, or refused by a named error; Arrow alone would end the process."""
+    whole = write_shards(tmp_path / "whole.arrow", [40, 3, 80] * 8).read_bytes()
+    path = tmp_path / "bad.arrow"
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in random.integers(0, len(data), random.integers(1, 4)):
+            data[at] = random.choice([0, 255, data[at] ^ 1 << random.integers(8)])
+        path.write_bytes(data)
+        try:
+            store = TokenStore.open(str(path))
+            for i in range(store.documents):
+                assert store.document(i).sum() >= 0 and store.epoch(i) == 0
+                assert isinstance(store.id(i) + store.source(i), str)
+            store.verify()
+        except LlmkitError as error:
+            refused += "bad.arrow" in error.message
+    assert refused > 100
+
+
+def stream(schema: pa.Schema, *batches: pa.RecordBatch) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def test_foreign_files_are_refused(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: each is named, with what is wrong with it."""
+    whole = write_shards(tmp_path / "whole.arrow", [40, 3]).read_bytes()
+    reader = pa.ipc.open_stream(whole)
+    batch = pa.record_batch({"x": [1, 2]})
+    arrow_file = io.BytesIO()
+    with pa.ipc.new_file(arrow_file, batch.schema) as writer:
+        writer.write_batch(batch)
+    retyped = pa.schema([pa.field("tokens", pa.list_(pa.int64())), *list(reader.schema)[1:]], reader.schema.metadata)
+    cases = {
+        "no trailer": (stream(reader.schema, *list(reader)[:1]), "before its trailer"),
+        "another stream": (stream(batch.schema, batch), "no token shard"),
+        "an Arrow file": (arrow_file.getvalue(), "not an Arrow stream"),
+        "documents": (b'{"text": "x"}\n', "no token shard"),
+        "empty": (b"", "empty file"),
+        "other columns": (stream(retyped), "has type"),
+        "two streams": (whole + whole, "bytes follow"),
+    }
+    for name, (data, message) in cases.items():
+        (tmp_path / "bad.arrow").write_bytes(data)
+        with pytest.raises(LlmkitError, match=rf"bad\.arrow: .*{message}"):
+            TokenStore.open(str(tmp_path / "bad.arrow"))
+        assert name
+    (tmp_path / "bare").mkdir()
+    for path, message in ((tmp_path / "bare", "no token shards"), (tmp_path / "nowhere", "no such file")):
+        with pytest.raises(LlmkitError, match=message):
+            TokenStore.open(str(path))
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_missing_part_is_noticed(tmp_path: Path, write_shards: Write, number: int) -> None:
+    """Behaviour: the first, a middle or the last part of a directory cannot get lost unnoticed."""
+    path = write_shards(tmp_path / "parts", [30] * 8, max_tokens_per_shard=60)
+    assert len(list(path.glob("*.arrow"))) == 4
+    (path / f"part-{number:05d}.arrow").unlink()
+    with pytest.raises(LlmkitError, match=f"part-{number:05d}.arrow is missing"):
+        TokenStore.open(str(path))
+
+
+def test_other_tokenizers_are_refused(tmp_path: Path, write_shards: Write, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: shards of two tokenizers do not mix, nor shards with another tokenizer.json put beside them."""
+    a = write_shards(tmp_path / "a.arrow", [5])
+    b = write_shards(tmp_path / "b.arrow", [5], tokenizer=BARE)
+    with pytest.raises(LlmkitError, match=r"b\.arrow: made with another tokenizer than .*a\.arrow"):
+        TokenStore.open([str(a), str(b)])
+    parts = write_shards(tmp_path / "parts", [5])
+    (parts / "tokenizer.json").write_text(small_tokenizer["tokenizer.json"].replace('"fo"', '"fö"'))
+    with pytest.raises(LlmkitError, match="not theirs"):
+        TokenStore.open(str(parts))
+
+
+def test_changed_tokens_are_found(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: the digest computed anew differs from the trailer's when one token changes."""
+    path = write_shards(tmp_path / "a.arrow", [100])
+    data = bytearray(path.read_bytes())
+    at = data.find(TokenStore.open(str(path)).document(0).tobytes())
+    data[at + 20] ^= 1
+    (tmp_path / "b.arrow").write_bytes(data)
+    with pytest.raises(LlmkitError, match=r"b\.arrow: the content does not match its digest"):
+        TokenStore.open(str(tmp_path / "b.arrow")).verify()
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    """Behaviour: an exception in the middle leaves no file; ids over the vocabulary are one."""
+    for name in ("a.arrow", "parts"):
+        with pytest.raises(LlmkitError, match="token id 300 is over the vocabulary of 300"):
+            write_all(tmp_path / name, [([300], "a", "web", 0)])
+    assert list(tmp_path.iterdir()) == []
+    write_all(tmp_path / "a.arrow", [])
+    with pytest.raises(LlmkitError, match=r"a\.arrow exists"):
+        write_all(tmp_path / "a.arrow", [])
+
+
+def test_not_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: binary output to a terminal is a usage error, before anything is done."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with pytest.raises(UsageError, match="terminal"):
+        ShardWriter(None, BARE, Lineage("tokenize"))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_stdin_is_spooled(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    """Behaviour: a stream is mapped from a temporary file, or from one that stays; messages and lineage call it stdin."""
+    path = write_shards(tmp_path / "a.arrow", [7, 9])
+    with open(path) as source:
+        monkeypatch.setattr(sys, "stdin", source)
+        store = TokenStore.open("-", spool=tmp_path / "kept.arrow" if kept else None)
+    assert store.span(0, 16).tolist() == TokenStore.open(str(path)).span(0, 16).tolist()
+    assert store.inputs[0].name == "-" and (tmp_path / "kept.arrow").exists() == kept
+    shutil.copy(path, tmp_path / "cut.arrow")
+    with open(tmp_path / "cut.arrow", "r+b") as cut:
+        cut.truncate(200)
+    with open(tmp_path / "cut.arrow") as source:
+        monkeypatch.setattr(sys, "stdin", source)
+        with pytest.raises(LlmkitError, match="<stdin>: truncated"):
+            TokenStore.open("-")
+
+
+def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: a tokenizer.json that is none is refused by name, never with a traceback."""
+    cases = {
+        "{": "not valid JSON",
+        "[]": "not a JSON object",
+        "{}": "malformed",
+        '{"model": {"type": "Magic", "vocab": {"a": 0}}}': "unknown tokenizer model 'Magic'",
+        '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}': "malformed",
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}': "names no end-of-text token",
+    }
+    for text, message in cases.items():
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(LlmkitError, match=message):
+            load_tokenizer_info(tmp_path)
+    with pytest.raises(LlmkitError, match="no such tokenizer"):
+        load_tokenizer_info(tmp_path / "nowhere")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(LlmkitError, match=r"no tokenizer\.json"):
+        load_tokenizer_info(tmp_path / "bare")
+    layout = {**small_tokenizer, "tokenizer.json": small_tokenizer["tokenizer.json"].replace(" ", "  ", 1)}
+    assert parse_tokenizer(layout, "x").digest == parse_tokenizer(small_tokenizer, "y").digest
