@@ -113,11 +113,8 @@ def start(precision: str = "auto", threads: int | None = None) -> Processes:
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
         raise UsageError("fp16 needs a GPU", "train in fp32 or bf16 on this machine")
-    together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
     if threads:
         torch.set_num_threads(threads)
-    elif together > 1 and not cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
     _keep_memory()
     accelerator = Accelerator(cpu=not cuda, mixed_precision="no" if precision == "fp32" else precision)
     return Processes(accelerator, precision)
@@ -135,16 +132,6 @@ def _keep_memory() -> None:
     mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
 
 
-def grouped() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return "RANK" in os.environ
-
-
-def is_main() -> bool:
-    """Whether this process writes and speaks, known before the group is formed."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def launch(count: int, arguments: Sequence[str]) -> int:
     """Run `python -m llmkit ARGUMENTS` as a group of `count` processes on this machine and return the exit code.
 
@@ -158,7 +145,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable(logging.CRITICAL)  # the processes speak for themselves
     known = {field.name for field in dataclasses.fields(LaunchConfig)}
     more: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS} if "shutdown_timeout" in known else {}
     config = LaunchConfig(

@@ -37,6 +37,7 @@ from llmkit.model.safetensors import layout_of, write_safetensors
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
+CONFIG = "config.toml"
 
 
 @dataclass(slots=True)
@@ -135,14 +136,16 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
     directory.path.mkdir(exist_ok=True)
     with lock(directory.path / ".lock"):
         if force:
-            for entry in directory.path.iterdir():
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                elif entry.name != ".lock":
-                    entry.unlink()
+            _empty(directory.path)
         directory.checkpoints_path.mkdir(exist_ok=True)
         directory.clean()
-        yield directory
+        try:
+            yield directory
+        except BaseException:
+            if not (directory.path / CONFIG).exists():  # it did not come to a run: leave nothing that stands in the way
+                _empty(directory.path)
+                shutil.rmtree(directory.path, ignore_errors=True)
+            raise
 
 
 def check_run(path: str, *, resume: bool, force: bool) -> None:
@@ -150,17 +153,28 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     place = Path(path)
     if resume and force:
         raise UsageError("--resume and --force exclude each other", "--resume goes on, --force starts anew")
-    check_output(place, force=resume or force)
-    if not place.exists():
-        return
-    names = {entry.name for entry in place.iterdir()} if place.is_dir() else {""}
-    if names - {".lock"} and "config.toml" not in names and "checkpoints" not in names:
+    names = {entry.name for entry in place.iterdir()} if place.is_dir() else {""} if place.exists() else set()
+    if names <= {".lock", "checkpoints", "data"}:  # nothing, or what a run leaves that was killed before it began
+        check_output(place, force=True)
+    elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
+    elif not (resume or force):
+        hint = "--resume goes on with it, -f replaces it" if CONFIG in names else "choose another output"
+        raise LlmkitError(f"{path} exists", hint)
+
+
+def _empty(directory: Path) -> None:
+    """Remove everything but the lock, which is held."""
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != ".lock":
+            entry.unlink()
 
 
 def write_config(directory: RunDirectory, text: str) -> None:
     """Store the resolved options."""
-    with atomic_file(directory.path / "config.toml", force=True) as sink:
+    with atomic_file(directory.path / CONFIG, force=True) as sink:
         sink.write(text.encode())
 
 

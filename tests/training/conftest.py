@@ -84,7 +84,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[st
     place = tmp_path_factory.mktemp("training")
     info = parse_tokenizer(tokenizer_files, "tokenizer")
     tokenizer = Tokenizer.from_str(tokenizer_files["tokenizer.json"])
-    words = "the quick brown fox jumps over the lazy dog".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     draw = np.random.default_rng(0)
     for name, documents in (("shards", 60), ("heldout.arrow", 10)):
         with ShardWriter(str(place / name), info, Lineage("tokenize")) as writer:

@@ -1,0 +1,126 @@
+"""`llmkit anneal`: continue a run while its learning rate falls to zero."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llmkit.cli import fitting
+from llmkit.cli.options import Run, command, count_option
+from llmkit.errors import UsageError
+
+
+@command(
+    examples=(
+        "llmkit anneal run/ shards/ --tokens 10k -o annealed/",
+        "llmkit anneal run/ shards/ --tokens 10k --step 2 -o annealed2/",
+    ),
+    neutral=fitting.NEUTRAL_OPTIONS,
+)
+def main(
+    run: Run,
+    start: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, one of its checkpoints, or a model directory (then give --lr)")
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Token shards, a mix, its plan, or '-' for a stream")
+    ] = "-",
+    tokens: Annotated[
+        int | None,
+        count_option("--tokens", help="Tokens to train on; by default the data once", rich_help_panel=fitting.STEPS),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            "--step", help="Checkpoint of the run to start from; by default its last", rich_help_panel=fitting.STEPS
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            min=1,
+            help="Sequences a step; by default that of the run",
+            rich_help_panel=fitting.STEPS,
+        ),
+    ] = None,
+    micro_batch_size: fitting.MicroBatch = None,
+    sequence_length: fitting.SequenceLength = None,
+    document_mask: fitting.DocumentMask = True,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr", help="First learning rate; by default that of the checkpoint", rich_help_panel=fitting.OPTIMISER
+        ),
+    ] = None,
+    weight_decay: fitting.WeightDecay = 0.1,
+    clip: fitting.Clip = 1.0,
+    precision: fitting.Precision = "auto",
+    threads: fitting.Threads = None,
+    processes: fitting.ProcessCount = 1,
+    resume: fitting.Resume = False,
+    save_every: fitting.SaveEvery = 0,
+    keep: fitting.Keep = 0,
+    heldout: fitting.HeldOut = None,
+    eval_every: fitting.EvalEvery = 0,
+) -> None:
+    """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls in a straight line to zero.
+
+    The rate starts where the checkpoint's step had it. One trunk may be annealed several times, on different data and from different steps. From
+    a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
+    """
+    if fitting.launched(run, resume=resume, processes=processes):
+        return
+    import torch
+
+    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.model.checkpoint import load_info, load_model
+    from llmkit.training import session as sessions
+    from llmkit.training.data import StreamSource
+    from llmkit.training.objectives import next_token
+    from llmkit.training.schedule import Schedule
+    from llmkit.training.state import starting_point
+
+    sessions.check_positive(lr=lr, tokens=tokens)
+    settings = sessions.Settings(
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+    )  # fmt: skip
+    with fitting.opened(run, settings) as opened:
+        directory, before = starting_point(start, step)
+        info = load_info(directory)
+        rate = lr or (before.rate if before else None)
+        if not rate:
+            why = "its last step had a learning rate of 0" if before else "it holds no state of an optimiser"
+            raise UsageError(f"{start}: {why}", "name the learning rate to start from with --lr")
+        batch = batch_size or (before.batch_size if before else 8)
+        length = fitting.context(info, sequence_length)
+        stream = fitting.open_stream(data, opened, run.dry_run)
+        digest = parse_tokenizer(info.tokenizer_files, start).digest
+        fitting.refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+        source = StreamSource(stream, length, batch, tokens or stream.tokens, document_mask=document_mask, vocabulary=info.config.vocab_size)
+        planned = source.tokens(source.steps)
+        held_out = fitting.held_out(heldout, digest, length, document_mask)
+        if run.dry_run:
+            fitting.show_plan(run, info.config, source, rate, length)
+            return
+        text = fitting.config_text(run, ("start", "data"), lr=lr, batch_size=batch, tokens=tokens or stream.tokens)
+        inputs = [fitting.model_input(start, directory), *stream.inputs]
+        if not opened.begin(run.lineage(), inputs, batch, length, text):
+            fitting.nothing_to_do(run)
+            return
+        fitting.say_start(run, opened, planned, stream.tokens)
+        with run.progress(planned, "tokens") as bar:
+            outcome = opened.train(
+                opened.model(lambda: load_model(directory, torch.float32)[0]),
+                next_token,
+                source,
+                Schedule("linear", rate, planned),
+                tokenizer_files=info.tokenizer_files,
+                stop_ids=info.stop_ids,
+                heldout=held_out,
+                optimizer_from=directory if before else None,
+                report=fitting.reporter(bar),
+            )
+        fitting.finish(run, outcome)

@@ -1,0 +1,284 @@
+"""Options and steps that train, anneal, sft and dpo have in common. Not a command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmkit.cli.options import NEUTRAL, Progress, Run, toml_value
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.atomic import atomic_file
+from llmkit.io.inputs import STDIN
+
+if TYPE_CHECKING:
+    from llmkit.alignment.encode import Encoded
+    from llmkit.io.documents import DocumentReader
+    from llmkit.io.lineage import Input
+    from llmkit.io.order import OrderedTokens
+    from llmkit.io.store import TokenStore
+    from llmkit.model.checkpoint import LoadedModel
+    from llmkit.model.config import ModelConfig
+    from llmkit.training.data import Source
+    from llmkit.training.session import Session, Settings
+
+ROWS = "stdin.jsonl"  # what a kept stream of rows is called
+STEPS, OPTIMISER, MACHINE, KEEPING = "Data and steps", "Optimiser", "Machine", "Checkpoints and evaluation"
+
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sequences a step, over all processes", rich_help_panel=STEPS)]
+MicroBatch = Annotated[int | None, typer.Option("--micro-batch-size", min=1, help="Sequences that go through the model at once; by default what fits well", rich_help_panel=STEPS)]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=8, help="Tokens in a sequence; by default the model's context", rich_help_panel=STEPS)]
+DocumentMask = Annotated[bool, typer.Option("--document-mask/--no-document-mask", help="Attend within documents only, and predict none from the one before", rich_help_panel=STEPS)]
+Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Times that every row is seen", rich_help_panel=STEPS)]
+TooLong = Annotated[str, typer.Option("--too-long", metavar="HOW", help="Rows longer than the sequence: drop, or truncate at the end", rich_help_panel=STEPS)]
+Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate; by default one that suits the model's size", rich_help_panel=OPTIMISER)]
+ScheduleName = Annotated[str, typer.Option("--schedule", metavar="NAME", help="cosine, linear, wsd (warm-up, stable, decay) or constant", rich_help_panel=OPTIMISER)]
+Warmup = Annotated[float, typer.Option("--warmup", min=0, help="Tokens over which the rate rises; below 1 a share of all", rich_help_panel=OPTIMISER)]
+Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, relative to the highest", rich_help_panel=OPTIMISER)]
+Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
+Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
+Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]
+ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (GPUs, or gloo on CPU)", rich_help_panel=MACHINE)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start it where there is none", rich_help_panel=KEEPING)]
+SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
+Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
+EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
+HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
+
+# How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
+# Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
+
+
+def launched(run: Run, *, resume: bool, processes: int) -> bool:
+    """Check the call; with `processes` above 1 run it again in as many processes, and say whether this one is done with that."""
+    from llmkit.training.state import check_run
+
+    if run.output is None:
+        raise UsageError("no output", "name the directory of the run with -o")
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
+    if processes == 1 or rank is not None:
+        if rank not in (None, "0"):
+            run.quiet = True  # the first process speaks for all, and keeps what is put aside
+            if str(run._values.get("on_bad_line", "")).startswith("quarantine"):
+                run._values["on_bad_line"] = "skip"
+        return False
+    check_run(run.output, resume=resume, force=run.force)
+    from llmkit.training.distributed import launch
+
+    code = launch(processes, sys.argv[1:])
+    if code:
+        raise SystemExit(code)
+    return True
+
+
+def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
+    """config.toml of a run: every option with its value. What an option that was not given `came_to` stands in a comment, since
+    naming it would be another record of the run."""
+    lines = [f"# llmkit {run.command} ... -c config.toml -o RUN trains the same again"]
+    for key, value in run._values.items():
+        name = key.replace("_", "-")
+        if key in NEUTRAL or key in arguments or key == "resume":
+            continue
+        if value is None or value == []:
+            if key in came_to:
+                lines.append(f"# {name} came to {toml_value(came_to[key])}")
+            continue
+        lines.append(f"{name} = {toml_value(str(value.absolute()) if isinstance(value, Path) else value)}")
+    return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def opened(run: Run, settings: Settings) -> Iterator[Session]:
+    """The session of the run, which says where it goes on."""
+    from llmkit.training.session import session
+
+    with session(settings, run.dry_run) as found:
+        yield found
+
+
+def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTokens | TokenStore:
+    """The training data in its order; a stream on stdin is kept in the run directory first, so that a resumed run finds it."""
+    from llmkit.io.order import OrderedTokens
+
+    if data != STDIN or dry_run:
+        return OrderedTokens.open(data)
+    kept = _keep_stdin(session, "stdin.arrow")
+    stream = OrderedTokens.open(str(kept))
+    for item in stream.inputs:
+        item.name = STDIN
+    return stream
+
+
+def _keep_stdin(session: Session, name: str) -> Path:
+    """A file of the run that holds what came on stdin; read once, by the first process."""
+    kept = session.directory.path / "data" / name
+    if session.processes.main and not (kept.exists() and session.settings.resume):
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
+        kept.parent.mkdir(exist_ok=True)
+        with atomic_file(kept, force=True) as sink:
+            shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
+    session.processes.wait()
+    return kept
+
+
+def held_out(paths: list[str] | None, digest: str, length: int, document_mask: bool) -> Any:
+    """Source of the held-out loss over token shards, None where none are named."""
+    if not paths:
+        return None
+    from llmkit.io.store import TokenStore
+    from llmkit.training.data import HeldOutSource
+
+    store = TokenStore.open(paths)
+    refuse_other_tokenizer(" ".join(paths), store.tokenizer.digest, digest)
+    return HeldOutSource(store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size)
+
+
+def refuse_other_tokenizer(what: str, found: str, expected: str) -> None:
+    """LlmkitError where `what` was not made with the model's tokenizer."""
+    if found != expected:
+        raise LlmkitError(
+            f"{what}: made with another tokenizer than the model's", "tokenize the documents again with the model's own"
+        )
+
+
+def context(info: LoadedModel, sequence_length: int | None) -> int:
+    """Tokens in a sequence: as asked, at most the model's context, which is the default."""
+    most = info.config.max_position_embeddings
+    if sequence_length is not None and sequence_length > most:
+        raise UsageError(
+            f"--sequence-length {sequence_length:,} is beyond the model's context of {most:,}", f"at most {most}"
+        )
+    return sequence_length or most
+
+
+def chat_model(
+    run: Run, model: str, template: Path | None, sequence_length: int | None
+) -> tuple[LoadedModel, dict[str, str], int]:
+    """What the model directory says, its tokenizer files with a chat template, and the length of sequences."""
+    from llmkit.alignment import chat
+    from llmkit.model.checkpoint import load_info
+
+    info = load_info(model)
+    files = info.tokenizer_files
+    if "tokenizer.json" not in files:
+        raise LlmkitError(f"{model}: no tokenizer.json", "copy the tokenizer's files into the model directory")
+    if template is not None:
+        files = chat.with_template(files, template.read_text(encoding="utf-8"))
+    elif chat.chat_template(files) is None:
+        name, text = chat.default_template(files)
+        files = chat.with_template(files, text)
+        run.note(f"the model has no chat template: {name}'s is used and stored with it")
+    return info, files, context(info, sequence_length)
+
+
+def row_reader(run: Run, session: Session, rows: list[str] | None) -> DocumentReader:
+    """Reader of rows; stdin is kept in the run directory first, so that every process and a resumed run find it."""
+    paths = run.inputs(rows)
+    if STDIN in paths and not run.dry_run:
+        kept = str(_keep_stdin(session, ROWS))
+        paths = [kept if path == STDIN else path for path in paths]
+    return run.reader(paths, text_key=None)
+
+
+def row_inputs(reader: DocumentReader) -> list[Input]:
+    """What was read, for the lineage; kept stdin by its own name."""
+    for item in reader.inputs:
+        if item.name == ROWS:
+            item.name = STDIN
+    return reader.inputs
+
+
+def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
+    """How many rows there are, and what happened to those that are too long."""
+    counts = encoded.counts
+    run.note(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained']:,} of them to learn")
+    if counts["too_long"]:
+        done = "dropped" if too_long == "drop" else "cut at the end"
+        other = "--too-long truncate cuts them" if too_long == "drop" else "--too-long drop leaves them out"
+        run.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {done}; {other}")
+
+
+def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
+    """Every id that ends a generation of the fine-tuned model, end of turn first."""
+    from llmkit.alignment.chat import stop_token_ids
+
+    return list(dict.fromkeys([*stop_token_ids(files), *info.stop_ids]))
+
+
+def model_input(path: str, directory: Path | None = None) -> Input:
+    """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
+    from llmkit.io.lineage import Input, base_name, digest_path, read_lineage
+    from llmkit.model.checkpoint import resolve_model
+
+    place = directory or resolve_model(path)
+    return Input("input", base_name(path), digest_path(place), read_lineage(place))
+
+
+def say_start(run: Run, session: Session, planned: int, available: int | None = None) -> None:
+    """What is about to happen."""
+    if available and planned > available:
+        run.note(f"{planned:,} tokens are {planned / available:.2f} rounds through {available:,}")
+    if session.checkpoint:
+        run.note(f"going on from {session.checkpoint.name}")
+    where = f"{session.processes.count} x {session.processes.device.type}, {session.processes.precision}"
+    run.detail(f"{where}, {session.micro_batch()} sequences at once")
+
+
+def nothing_to_do(run: Run) -> None:
+    """The summary of a run that was finished before."""
+    run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
+
+
+def show_plan(run: Run, config: ModelConfig, source: Source, rate: float, length: int) -> None:
+    """What --dry-run prints: sizes, steps, FLOPs, memory of weights, gradients and moments."""
+    parameters, tokens = config.parameters(), source.tokens(source.steps)
+    rows: list[list[Any]] = [
+        ["architecture", config.architecture],
+        ["parameters", parameters],
+        ["tokens", tokens],
+        ["steps", source.steps],
+        ["learning rate", f"{rate:.2e}"],
+        ["FLOPs", f"{tokens * config.flops_per_token(length):.2e}"],
+        ["weights, gradients, moments", f"{parameters * 16 / 1e9:.2f} GB"],
+    ]
+    run.table(f"llmkit {run.command}: plan", ["", ""], rows)
+    run.finish({"parameters": parameters, "tokens": tokens, "steps": source.steps}, "dry run: nothing was written")
+
+
+def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
+    """A function that shows each record of the log on the progress bar."""
+
+    def report(record: dict[str, Any]) -> None:
+        left = int(record["eta_seconds"])
+        note = (
+            f"loss {record['loss']:.4f}"
+            + (f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else "")
+            + f" lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s"
+            + f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        )
+        run_bar.advance(record["tokens"] - run_bar.done, note)
+
+    return report
+
+
+def finish(run: Run, outcome: dict[str, Any], **more: Any) -> None:
+    """The summary of a run that came to its end."""
+    heldout = outcome.get("heldout_loss")
+    line = f"{outcome['steps']:,} steps, {outcome['tokens']:,} tokens"
+    if outcome.get("loss") is not None:
+        line += f", loss {outcome['loss']:.4f}"
+    if heldout is not None:
+        line += f", held-out {heldout:.4f}"
+    line += f", {outcome['tokens_per_second']:,} tokens/s: {run.output}"
+    run.finish({k: v for k, v in (outcome | more).items() if v is not None}, line)

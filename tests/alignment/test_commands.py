@@ -1,0 +1,149 @@
+"""`llmkit sft` and `llmkit dpo` from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from pathlib import Path
+
+import orjson
+import pytest
+
+from llmkit.alignment.chat import chat_template, special_contents
+from llmkit.cli.main import run_command
+from llmkit.io.lineage import read_lineage
+from llmkit.model.checkpoint import load_info
+from llmkit.training.metrics import read_metrics
+
+WORDS = ["what", "is", "the", "weather", "like", "sunny", "today"]
+
+
+@pytest.fixture
+def place(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the model `base`, `chat.jsonl` (60 rows) and `pairs.jsonl` (40 pairs)."""
+    (tmp_path / "base").symlink_to(base)
+    draw = random.Random(0)
+
+    def some(n: int) -> str:
+        return " ".join(draw.choices(WORDS, k=n))
+
+    rows = [{"prompt": some(4), "completion": "it is sunny"} for _ in range(60)]
+    pairs = [{"prompt": some(3), "chosen": "it is sunny", "rejected": some(2) + " to"} for _ in range(40)]
+    for name, content in (("chat.jsonl", rows), ("pairs.jsonl", pairs)):
+        (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in content))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(command: str, *arguments: str) -> int:
+    return run_command(command, [*arguments, "-q"])
+
+
+def weights(run: str) -> bytes:
+    return (Path(run) / "final" / "model.safetensors").read_bytes()
+
+
+def records(run: str) -> list[dict[str, float]]:
+    return list(read_metrics(Path(run) / "metrics.jsonl"))
+
+
+def test_sft_learns_the_answers_and_to_stop(
+    place: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behaviour: loss falls far; the template is stored in both places; every stop token is listed; the model then says the answer and stops."""
+    import torch
+
+    from llmkit.alignment.chat import render, tokenizer_of
+    from llmkit.model.checkpoint import load_model
+
+    arguments = ("base", "chat.jsonl", "--lr", "1e-2", "--epochs", "12", "--batch-size", "2", "-o", "sft")
+    assert run_command("sft", [*arguments, "--heldout", "chat.jsonl"]) == 0
+    said = capsys.readouterr().err
+    assert "ChatML's is used" in said
+    assert "60 rows" in said
+    log = records("sft")
+    assert log[-1]["loss"] < 0.3 * log[0]["loss"]
+    assert log[-1]["heldout_loss"] < 0.3 * log[0]["loss"]
+    ids = special_contents(files)
+    info = load_info("sft")
+    assert info.stop_ids == [ids["<|im_end|>"], ids["<|endoftext|>"]]
+    assert "<|im_start|>" in str(chat_template(info.tokenizer_files))
+    config = json.loads((place / "sft" / "final" / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == (place / "sft" / "final" / "chat_template.jinja").read_text()
+    model, info = load_model("sft")
+    prompt = render([{"role": "user", "content": "what is the weather"}], info.tokenizer_files, True)
+    tokenizer = tokenizer_of(info.tokenizer_files)
+    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+    start = len(tokens)
+    with torch.no_grad():
+        while tokens[-1] not in info.stop_ids and len(tokens) < start + 20:
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert tokenizer.decode(tokens[start:], skip_special_tokens=False) == "it is sunny<|im_end|>"
+    record = read_lineage("sft")
+    assert record is not None
+    assert [item["name"] for item in record["inputs"]] == ["base", "chat.jsonl"]
+    assert call("sft", *arguments, "--resume") == 0
+
+
+def test_dpo_prefers_the_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: ln 2 at step 0, then margin and accuracy rise; rows on stdin give the same weights; a resumed run the same bytes."""
+    arguments = ("--lr", "3e-3", "--epochs", "4", "--save-every", "2")
+    assert call("dpo", "base", "pairs.jsonl", *arguments, "-o", "dpo") == 0
+    log = records("dpo")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[0]["margin"] == pytest.approx(0, abs=1e-5)
+    assert log[-1]["margin"] > 0.3
+    assert log[-1]["accuracy"] > 0.9
+    assert log[-1]["reward_chosen"] > log[-1]["reward_rejected"]
+    before = weights("dpo")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((place / "pairs.jsonl").read_bytes())))
+    assert call("dpo", "base", *arguments, "-o", "piped") == 0
+    assert records("piped")[-1]["loss"] == log[-1]["loss"]
+    import shutil
+
+    (place / "dpo" / "final").unlink()
+    for step in sorted((place / "dpo" / "checkpoints").iterdir())[2:]:
+        shutil.rmtree(step)
+    assert call("dpo", "base", "pairs.jsonl", *arguments, "-o", "dpo", "--resume") == 0
+    assert weights("dpo") == before
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "more", "message"),
+    [
+        ("sft", [{"messages": [{"role": "user", "content": "x"}]}], (), "rows.jsonl:1: nothing to learn"),
+        ("sft", [{"question": "x"}], (), "rows.jsonl:1: no schema fits"),
+        ("sft", [{"prompt": "a", "completion": "b " * 200}], (), "longer than 96 tokens"),
+        ("sft", [], (), "no rows were read"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ("--chat-template", "bad.jinja"), "no stop token"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ("--too-long", "cut"), "--too-long 'cut'"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ("--sequence-length", "500"), "beyond the model's context of 96"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], (), "rows.jsonl:1: 'chosen' and 'rejected' are equal"),
+        ("dpo", [{"prompt": "a", "chosen": "b"}], (), "no field 'rejected'"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ("--beta", "0"), "--beta"),
+    ],
+)  # fmt: skip
+def test_bad_rows_and_calls(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    rows: list[object],
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    """Behaviour: file, line and field are named, and nothing is left behind."""
+    (place / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    (place / "bad.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert call(command, "base", "rows.jsonl", "-o", "x", *more) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not (place / "x").exists()
+
+
+def test_skipped_rows_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --on-bad-line quarantine keeps refused rows aside with their reason."""
+    (place / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\nnot json\n')
+    assert call("sft", "base", "rows.jsonl", "--on-bad-line", "quarantine=bad.jsonl", "-o", "x") == 0
+    reasons = [json.loads(line)["reason"] for line in (place / "bad.jsonl").read_text().splitlines()]
+    assert len(reasons) == 2
