@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig, read_json
 from llmkit.model.decoder import Decoder, expected_tensors
 from llmkit.model.safetensors import layout_of, write_safetensors
@@ -91,6 +91,21 @@ def load_model(
     model.load_state_dict(found, assign=True)
     model.requires_grad_(True)
     return model.eval(), info
+
+
+def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> tuple[Decoder, LoadedModel]:
+    """`load_model` as a command's --dtype (fp32, bf16, fp16) and --device name it.
+
+    By default on the GPU, where there is one, in the stored type; else on the CPU in float32, which is the fastest there.
+    """
+    kinds = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in kinds:
+        raise unknown_name("type", dtype, [name for name in kinds if name])
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return load_model(path, kinds[dtype] or (torch.float32 if place == "cpu" else None), place)
+    except (RuntimeError, AssertionError) as error:  # what torch says of a device that is not there or is full
+        raise LlmkitError(f"device {place!r}: {str(error).splitlines()[0]}", "see --device") from error
 
 
 def open_weights(info: LoadedModel) -> Weights:

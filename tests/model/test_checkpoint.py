@@ -1,0 +1,239 @@
+"""Model directories: what is written, what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkit.errors import LlmkitError
+from llmkit.io.lineage import Lineage, read_lineage
+from llmkit.model.checkpoint import load_info, load_model, resolve_model, save_model
+from llmkit.model.config import load_config
+from llmkit.model.decoder import Decoder
+from llmkit.model.safetensors import layout_of, write_safetensors
+
+
+@pytest.fixture
+def model(make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def rewrite(
+    directory: Path, change: Callable[[dict[str, torch.Tensor]], None], name: str = "model.safetensors"
+) -> None:
+    tensors = {key: value.clone() for key, value in read(directory).items()}
+    change(tensors)
+    write_safetensors(directory / name, layout_of(tensors), lambda key: tensors[key], {"format": "pt"})
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_equal_tensors_give_equal_bytes(model: Path, small_tokenizer: dict[str, str], tmp_path: Path) -> None:
+    """Property: the directory does not depend on the order of the tensors, nor on when it is written."""
+    loaded, info = load_model(model)
+    backwards = dict(reversed(list(loaded.state_dict().items())))
+    record = Lineage("train", {"seed": 1}).to_json()
+    for name, tensors in (("a", loaded.state_dict()), ("b", backwards)):
+        (tmp_path / name).mkdir()
+        save_model(tmp_path / name, tensors, info.config, small_tokenizer, record)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_what_is_written(model: Path, small_tokenizer: dict[str, str], tmp_path: Path) -> None:
+    """Behaviour: old-style keys and both names of the type, every stop token, the template in both places, lineage beside the format."""
+    config = json.loads((model / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+    assert config["rope_theta"] == 10000.0 and config["rope_scaling"] is None and "rope_parameters" not in config
+    assert json.loads((model / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    template = (model / "chat_template.jinja").read_text()
+    assert template == json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    loaded, info = load_model(model)
+    (tmp_path / "other").mkdir()
+    save_model(
+        tmp_path / "other",
+        loaded.state_dict(),
+        info.config,
+        {},
+        Lineage("train", {"seed": 1}).to_json(),
+        torch.bfloat16,
+    )
+    found = read_lineage(tmp_path / "other")
+    assert found is not None and found["command"] == "train" and found["options"] == {"seed": 1}
+    assert {value.dtype for value in read(tmp_path / "other").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_tokenizer_opens_in_transformers(model: Path) -> None:
+    """Parity with transformers: AutoTokenizer encodes as ours does, renders the template, and knows the end of text."""
+    from transformers import AutoTokenizer
+
+    from llmkit.model.checkpoint import load_tokenizer
+
+    theirs = AutoTokenizer.from_pretrained(model)
+    text = "the quick brown fox<|im_end|> über 12"
+    assert (
+        theirs(text, add_special_tokens=False).input_ids
+        == load_tokenizer(load_info(model).tokenizer_files, model).encode(text).ids
+    )
+    assert theirs.eos_token == "<|endoftext|>"
+    messages = [{"role": "user", "content": "fox"}]
+    assert theirs.apply_chat_template(messages, tokenize=False).startswith("<|im_start|>user\nfox<|im_end|>")
+
+
+def test_sharded_weights(model: Path) -> None:
+    """Parity with transformers: a model that it wrote in several files is the same model."""
+    from transformers import AutoModelForCausalLM
+
+    expected = load_model(model)[0].state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    theirs.save_pretrained(model, max_shard_size="60KB")
+    assert len(list(model.glob("*.safetensors"))) > 1 and (model / "model.safetensors.index.json").exists()
+    found = load_model(model)[0].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    next(iter(sorted(model.glob("model-*.safetensors")))).unlink()
+    with pytest.raises(LlmkitError, match="missing model-00001"):
+        load_model(model)
+
+
+def test_a_run_stands_for_its_final_model(model: Path, tmp_path: Path) -> None:
+    """Behaviour: the run and its model directory load the same; a run that has not ended says so."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(LlmkitError, match="no final model yet"):
+        resolve_model(run)
+    shutil.copytree(model, run / "checkpoints" / "step-00000010")
+    (run / "final").symlink_to("checkpoints/step-00000010")
+    assert load_model(run)[1].config == load_model(model)[1].config
+    for path, message in ((tmp_path / "nothing", "no such file"), (tmp_path, "not a model directory")):
+        with pytest.raises(LlmkitError, match=message):
+            resolve_model(path)
+
+
+def test_loading_in_another_type(model: Path) -> None:
+    """Behaviour: the type asked for, and trainable parameters in eval mode."""
+    loaded, _ = load_model(model, torch.float16)
+    assert all(parameter.dtype == torch.float16 and parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
+
+
+def test_a_tied_model_may_store_its_output_layer(model: Path) -> None:
+    """Behaviour: some writers store the tied matrix twice, and old ones the table of rotary frequencies."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    expected = load_model(model)[0].state_dict()
+    rewrite(model, add)
+    assert load_model(model)[0].state_dict().keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "missing tensor model.layers.1.mlp.up_proj.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "unexpected tensor extra"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+            r"model.norm.weight has shape \[7\] where config.json means \[32\]",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight has type"),
+    ],
+)
+def test_tensors_that_do_not_fit(model: Path, change: Callable[[dict], None], message: str) -> None:
+    """Behaviour: the error names the directory and the tensor."""
+    rewrite(model, change)
+    with pytest.raises(LlmkitError, match=message) as caught:
+        load_model(model)
+    assert str(model) in caught.value.message and caught.value.hint
+
+
+def test_damaged_files(model: Path) -> None:
+    """Behaviour: a cut file, a header that lies, and no header at all are each one clear error."""
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    lying = json.loads(whole[8 : 8 + length])
+    lying["model.norm.weight"]["shape"] = [1 << 40]
+    lied = json.dumps(lying).encode()
+    for content, message in (
+        (whole[:-100], "truncated"),
+        (whole[: length // 2], "not a readable safetensors file"),
+        (b"", "not a readable safetensors file"),
+        (struct.pack("<Q", 1 << 60) + whole[8:], "longer than the file"),
+        (b"\x80\x04cos\nsystem\n" * 9, "not a readable safetensors file"),
+        (struct.pack("<Q", len(lied)) + lied + whole[8 + length :], "its shape needs"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(LlmkitError, match=message) as caught:
+            load_model(model)
+        assert str(file) in caught.value.message
+
+
+def test_pickled_weights_are_refused(model: Path) -> None:
+    """Behaviour: a directory with pickles only is refused with a way out, and nothing is unpickled."""
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(LlmkitError, match="only pickled weights") as caught:
+        load_model(model)
+    assert "safetensors" in caught.value.hint
+    (model / "pytorch_model.bin").unlink()
+    with pytest.raises(LlmkitError, match=r"no model\.safetensors"):
+        load_model(model)
+
+
+def test_an_index_cannot_lead_outside(model: Path) -> None:
+    """Behaviour: names in the index are names in the directory."""
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+    with pytest.raises(LlmkitError, match="no usable weight_map"):
+        load_model(model)
+
+
+def test_a_configuration_that_claims_too_much(model: Path) -> None:
+    """Behaviour: a billion layers are refused at once instead of being built."""
+    edit(model / "config.json", num_hidden_layers=1_000_000_000)
+    with pytest.raises(LlmkitError, match="the files hold"):
+        load_model(model)
+
+
+def test_tokenizer_larger_than_the_model(model: Path, small_tokenizer: dict[str, str], tmp_path: Path) -> None:
+    """Behaviour: ids without an embedding are refused when a model is written and when it is read."""
+    config = load_config("tiny", 100)
+    small = Decoder(config)
+    (tmp_path / "small").mkdir()
+    with pytest.raises(LlmkitError, match="the tokenizer has ids up to 298"):
+        save_model(tmp_path / "small", small.state_dict(), config, small_tokenizer)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).unlink(missing_ok=True)
+    save_model(tmp_path / "small", small.state_dict(), config, {})
+    shutil.copy(model / "tokenizer.json", tmp_path / "small")
+    with pytest.raises(LlmkitError, match="the tokenizer has ids up to 298"):
+        load_model(tmp_path / "small")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_damaged_json(model: Path, name: str) -> None:
+    """Behaviour: the error names the file."""
+    (model / name).write_text('{"a": ')
+    with pytest.raises(LlmkitError, match=name):
+        load_model(model)
