@@ -133,7 +133,7 @@ def as_script(record: Record, name: str, flags: Flags) -> str:
     head = [
         "#!/usr/bin/env bash",
         _comment(f"Makes {base_name(name)} again, with llmkit {record.get('llmkit')}: bash SCRIPT [INPUTS] [OUTPUT]"),
-        *(["# INPUTS (default: this directory) holds", *originals] if originals else []),
+        *(["# INPUTS (default: this directory) holds the originals", *originals] if originals else []),
         "set -euo pipefail",
         "IN=${1:-.}",
         "OUT=${2:-rebuilt}",
@@ -153,6 +153,7 @@ class _Script:
     def __init__(self, flags: Flags) -> None:
         self.lines: list[str] = []
         self.originals: dict[str, str] = {}
+        self._streams: list[str] = []
         self._flags = flags
         self._made: dict[tuple[str, str], str] = {}
         self._places: set[str] = set()
@@ -203,7 +204,14 @@ class _Script:
         """How the script names an input: made by an earlier line, or an original."""
         name = Path(item["name"]).name or "input"  # a record must not lead the script outside its directories
         if not item["lineage"]:
-            self.originals[name] = str(item.get("digest", ""))
+            digest = str(item.get("digest", ""))
+            if name == STDIN:  # what came on stdin from elsewhere: the script's own stdin, and files for any more of that kind
+                name = f"stdin-{len(self._streams)}" if self._streams else ""
+                self._streams.append(digest)
+                if not name:
+                    self.originals["(standard input)"] = digest
+                    return STDIN
+            self.originals[name] = digest
             return f'"$IN"/{shlex.quote(name)}'
         key = (name, str(item.get("digest")))
         if key not in self._made:
