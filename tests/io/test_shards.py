@@ -46,7 +46,7 @@ def write_all(path: Path, content: Documents, **options: Any) -> None:
 
 
 @given(documents, st.sampled_from(["one.arrow", "parts"]), st.integers(1, 40), st.integers(1, 20), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_what_is_written_is_read(content: Documents, name: str, part: int, batch: int, data: st.DataObject) -> None:
     """Property: tokens, ids, sources and epochs come back, whatever the parts and batches; any span is the slice of the flat order."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
