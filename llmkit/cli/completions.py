@@ -22,7 +22,6 @@ class Flag(NamedTuple):
     names: list[str]
     help: str
     takes_value: bool
-    choices: list[str]
 
 
 def flags(name: str) -> list[Flag]:
@@ -32,9 +31,8 @@ def flags(name: str) -> list[Flag]:
     for parameter in built.params:
         if parameter.param_type_name == "option":
             names = [*parameter.opts, *parameter.secondary_opts]
-            choices = [str(choice) for choice in getattr(parameter.type, "choices", [])]
-            found.append(Flag(names, _one_line(parameter.help), not parameter.is_flag, choices))
-    return [*found, Flag(["-h", "--help"], "Show the help", False, [])]
+            found.append(Flag(names, _one_line(parameter.help), not parameter.is_flag))
+    return [*found, Flag(["-h", "--help"], "Show the help", False)]
 
 
 def _one_line(text: str | None) -> str:
@@ -42,33 +40,21 @@ def _one_line(text: str | None) -> str:
 
 
 def bash(table: dict[str, list[Flag]]) -> str:
-    """Script for bash: subcommands, their options, choices, files."""
+    """Script for bash: subcommands, their options, files."""
     cases = []
     for name, options in table.items():
         words = " ".join(word for option in options for word in option.names)
         cases.append(f"        {name}) words='{words}' ;;")
-    choices = {
-        f"{name}:{word}": option.choices
-        for name, options in table.items()
-        for option in options
-        if option.choices
-        for word in option.names
-    }
-    values = [
-        f"        {key}) COMPREPLY=($(compgen -W '{' '.join(found)}' -- \"$current\")); return ;;"
-        for key, found in choices.items()
-    ]
     return "\n".join(
         [
             "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
             "_llmkit() {",
-            "    local current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]} words=''",
+            "    local current=${COMP_WORDS[COMP_CWORD]} words=''",
             "    COMPREPLY=()",
             "    if [ \"$COMP_CWORD\" -eq 1 ]; then",
             f"        COMPREPLY=($(compgen -W '{' '.join(table)} --help --version' -- \"$current\"))",
             "        return",
             "    fi",
-            *(['    case "${COMP_WORDS[1]}:$previous" in', *values, "    esac"] if values else []),
             '    case "${COMP_WORDS[1]}" in',
             *cases,
             "    esac",
@@ -107,11 +93,7 @@ def zsh(table: dict[str, list[Flag]]) -> str:
         lines.append(f"    {name}) _arguments -s -S \\")
         for option in options:
             for word in option.names:
-                value = (
-                    (":value:(" + " ".join(option.choices) + ")" if option.choices else ":value:_files")
-                    if option.takes_value
-                    else ""
-                )
+                value = ":value:_files" if option.takes_value else ""
                 lines.append(f"      '*{word}[{quoted(option.help)}]{value}' \\")
         lines.append("      '*:file:_files' ;;")
     return "\n".join([*lines, "  esac", "}", "", '_llmkit "$@"', ""])
@@ -129,11 +111,7 @@ def fish(table: dict[str, list[Flag]]) -> str:
     for name, options in table.items():
         for option in options:
             words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in option.names)
-            value = (
-                (f" -x -a {quoted(' '.join(option.choices))}" if option.choices else " -r")
-                if option.takes_value
-                else ""
-            )
+            value = " -r" if option.takes_value else ""
             lines.append(
                 f"complete -c llmkit -n '__fish_seen_subcommand_from {name}' {words}{value} -d {quoted(option.help)}"
             )

@@ -1,0 +1,196 @@
+"""One invocation of a command: its messages, progress, summary, inputs, output and lineage."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import LlmkitError
+
+if TYPE_CHECKING:
+    from llmkit.io.documents import DocumentReader, DocumentWriter
+    from llmkit.io.lineage import Lineage
+
+
+class Run:
+    """One invocation: the values of the shared options, messages, progress, summary, lineage."""
+
+    def __init__(self, command: str, values: dict[str, Any], options: dict[str, Any], paths: dict[str, Path]) -> None:
+        self.command = command
+        self.options = options  # what decides the content, as JSON holds it
+        self.output: str | None = None if values["output"] == "-" else values["output"]
+        self.force: bool = values["force"]
+        self.dry_run: bool = values["dry_run"]
+        self.quiet: bool = values["quiet"]
+        self.verbose: bool = values["verbose"]
+        self.jobs: int = values["jobs"]
+        self.seed: int = values["seed"]
+        self.as_json: bool = values["json"]
+        self.files_from: str | None = values.get("files_from")
+        self._values = values
+        self._paths = paths  # options that name an input, for the lineage
+        self._stack = ExitStack()
+        self._started = time.monotonic()
+
+    # Messages. stdout carries data only.
+    def note(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.quiet:
+            self._say(text)
+
+    def detail(self, text: str) -> None:
+        """A line on stderr with --verbose."""
+        if self.verbose:
+            self._say(text)
+
+    def warn(self, text: str) -> None:
+        """A warning on stderr, even with --quiet."""
+        self._say(f"warning: {text}")
+
+    def _say(self, text: str) -> None:
+        print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
+        """Progress of `total` units (None: unknown): a bar on a terminal, else a line every 30 s, nothing with --quiet."""
+        bar = Progress(self, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table on stderr, unless --quiet; every column but the first is set to the right."""
+        if self.quiet:
+            return
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(Text(column), justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
+        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        console.print(table)
+
+    def finish(self, counts: dict[str, Any], line: str) -> None:
+        """The summary: `line` for people (unless --quiet), `counts` as JSON for --json and --summary.
+
+        `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
+        """
+        if counts.get("documents") == 0:
+            self.warn("no documents were read")
+        self.note(line)
+        if self._values["json"]:
+            print(json.dumps({"command": self.command} | counts), file=sys.stderr, flush=True)
+        if self._values["summary"]:
+            from llmkit.io.atomic import atomic_file
+
+            seconds = round(time.monotonic() - self._started, 3)
+            with atomic_file(self._values["summary"], force=True) as sink:
+                sink.write(json.dumps({"command": self.command, "seconds": seconds} | counts).encode() + b"\n")
+
+    # Inputs and outputs.
+    def lineage(self) -> Lineage:
+        """A new record with the command, the options and the inputs that options name."""
+        from llmkit.io.lineage import Lineage, describe_input
+
+        inputs = [describe_input(path, role) for role, path in self._paths.items()]
+        return Lineage(self.command, dict(self.options), inputs)
+
+    def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
+        """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is given."""
+        from llmkit.io.inputs import expand
+
+        return expand(given, **({"files_from": self.files_from} | expand_options))
+
+    def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
+        """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
+        from llmkit.io.documents import DocumentReader, ReadOptions
+
+        values = self._values
+        key = values["text_key"] if text_key == "" else text_key
+        options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
+        return self._stack.enter_context(DocumentReader(self.inputs(given, **expand_options), options))
+
+    def writer(self) -> DocumentWriter:
+        """Writer of the command's output; a context manager."""
+        from llmkit.io.documents import DocumentWriter
+
+        return DocumentWriter(self.output, self.lineage(), force=self.force, plain=self._values.get("plain", False))
+
+    def up_to_date(self, paths: list[str]) -> bool:
+        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do.
+
+        Decided by the lineage inside the output (command, version, options, digests of the inputs), never by its existence.
+        """
+        from llmkit.io.lineage import digest_path, read_lineage
+
+        if (
+            not self.output
+            or self.force
+            or not os.path.exists(self.output)
+            or any(not os.path.exists(path) for path in paths)
+        ):
+            return False
+        try:
+            found = read_lineage(self.output)
+        except LlmkitError:
+            return False
+        header = self.lineage()
+        if found is None or {key: found.get(key) for key in header.header()} != json.loads(json.dumps(header.header())):
+            return False
+        digests = [item.digest for item in header.inputs] + [digest_path(path) for path in paths]
+        if [item.get("digest") for item in found.get("inputs", [])] != digests:
+            return False
+        self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
+        return True
+
+
+class Progress:
+    """Progress on stderr; cheap to advance."""
+
+    EVERY = 30.0  # seconds between lines where stderr is not a terminal
+
+    def __init__(self, run: Run, total: int | None, unit: str) -> None:
+        self.done = 0
+        self._run, self._total, self._unit = run, total, unit
+        self._next = time.monotonic() + self.EVERY
+        self._bar: Any = None
+        if not run.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn(f"{run.command}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit + " {task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(run.command, total=total, note="")
+            self._bar.start()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more units are done; `note` is shown beside (a loss, a rate)."""
+        self.done += count
+        if self._bar:
+            self._bar.update(self._task, advance=count, note=note)
+        elif not self._run.quiet and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self.EVERY
+            of = f" of {self._total:,}" if self._total else ""
+            self._run.note(f"{self.done:,}{of} {self._unit} {note}".rstrip())
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
