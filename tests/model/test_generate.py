@@ -188,12 +188,12 @@ def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
     assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).asked == [{"role": "user", "content": "hi"}]
 
 
-def test_command(llmkit: Callable, directory: Path, tmp_path: Path) -> None:
+def test_command(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None:
     """Behaviour: rows in, rows out in order, the same for the same seed, with lineage; a second run finds nothing to do."""
     rows = [{"id": str(i), "prompt": "the quick brown"[: 3 + i]} for i in range(5)]
     (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     call = ("generate", str(directory), "in.jsonl", "--max-tokens", "6", "--samples", "2")
-    first = llmkit(*call, "--batch-size", "3", "--plain", "--json", cwd=tmp_path)
+    first = llmkit_here(*call, "--batch-size", "3", "--plain", "--json", cwd=tmp_path)
     assert first.returncode == 0, first.stderr.decode()
     found = [json.loads(line) for line in first.stdout.splitlines()]
     assert [row["id"] for row in found] == [row["id"] for row in rows]
@@ -202,10 +202,10 @@ def test_command(llmkit: Callable, directory: Path, tmp_path: Path) -> None:
     summary = json.loads(first.stderr.splitlines()[-1])
     assert summary["prompts"] == 5 and summary["completions"] == 10
     for _ in range(2):
-        again = llmkit(*call, "-o", "out.jsonl.zst", cwd=tmp_path)
+        again = llmkit_here(*call, "-o", "out.jsonl.zst", cwd=tmp_path)
         assert again.returncode == 0, again.stderr.decode()
     assert b"nothing to do" in again.stderr
-    piped = llmkit(
+    piped = llmkit_here(
         "generate", str(directory), *call[3:], "--plain", stdin=(tmp_path / "in.jsonl").read_bytes(), cwd=tmp_path
     )
     assert [json.loads(line) for line in piped.stdout.splitlines()] == found
@@ -214,9 +214,9 @@ def test_command(llmkit: Callable, directory: Path, tmp_path: Path) -> None:
     assert record["options"]["samples"] == 2 and "device" not in record["options"]
 
 
-def test_command_for_reading(llmkit: Callable, directory: Path) -> None:
+def test_command_for_reading(llmkit_here: Callable, directory: Path) -> None:
     """Behaviour: --text prints the prompt with what follows; nothing that would steer a terminal."""
-    done = llmkit(
+    done = llmkit_here(
         "generate",
         str(directory),
         "-p",
@@ -233,19 +233,19 @@ def test_command_for_reading(llmkit: Callable, directory: Path) -> None:
     assert lines.startswith("the fox") and "\x1b" not in lines and "\ufffd[31m" in lines
 
 
-def test_bad_prompts(llmkit: Callable, directory: Path, tmp_path: Path) -> None:
+def test_bad_prompts(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None:
     """Behaviour: a prompt longer than the context is an error that names file and line, unless it may be cut; so is a row without one."""
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "fox " * 100}) + "\n")
     call = ("generate", str(directory), "in.jsonl", "--max-tokens", "4", "-o", "out.jsonl")
-    done = llmkit(*call, cwd=tmp_path)
+    done = llmkit_here(*call, cwd=tmp_path)
     assert done.returncode == 1 and "in.jsonl:2: prompt of " in done.stderr.decode()
     assert "--truncate-prompt" in done.stderr.decode() and not (tmp_path / "out.jsonl").exists()
-    done = llmkit(*call, "--truncate-prompt", cwd=tmp_path)
+    done = llmkit_here(*call, "--truncate-prompt", cwd=tmp_path)
     assert done.returncode == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     (tmp_path / "in.jsonl").write_text('{"question": "a"}\n')
-    done = llmkit(*call, "-f", cwd=tmp_path)
+    done = llmkit_here(*call, "-f", cwd=tmp_path)
     assert done.returncode == 1 and "in.jsonl:1: no field 'messages'" in done.stderr.decode()
-    done = llmkit("generate", str(directory), "in.jsonl", "--prompt", "a", cwd=tmp_path)
+    done = llmkit_here("generate", str(directory), "in.jsonl", "--prompt", "a", cwd=tmp_path)
     assert done.returncode == 2
-    done = llmkit("generate", str(tmp_path), "--prompt", "a")
+    done = llmkit_here("generate", str(tmp_path), "--prompt", "a")
     assert done.returncode == 1 and "not a model directory" in done.stderr.decode()

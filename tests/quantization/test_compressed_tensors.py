@@ -115,12 +115,12 @@ def test_rounding_is_to_the_nearest(
     q, scale = quantise(weight, bits, group, search=search, dtype=dtype)
     assert q.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (3, 32 // (group or 32))
     assert scale.isfinite().all() and (scale > 0).all()
-    assert q.min() >= -(2 ** (bits - 1)) and q.max() < 2 ** (bits - 1)
+    assert q.min() >= -(2 ** (bits - 1)) and q.max() <= 2 ** (bits - 1) - 1
     wide = scale.double().repeat_interleave(group or 32, 1)
     off = (q * wide - weight).abs()
     for step in (-1, 1):
         other = (q.long() + step).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        assert (off <= (other * wide - weight).abs() + 1e-6 * wide).all()
+        assert (off <= (other * wide - weight).abs() + 2e-5 * wide).all()
     if not search:
         assert (off <= wide * (0.5 + 2**-7 * 2 ** (bits - 1))).all()
 
@@ -178,7 +178,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         (lambda t: t.pop(Q + "_scale"), f"missing tensor {Q}_scale"),
         (lambda t: t.pop(Q + "_shape"), "does not fit"),
         (lambda t: t.pop(Q + "_packed"), f"missing tensor {Q}"),
-        (lambda t: t.update({Q + "_shape": torch.tensor([64, 31])}), "does not fit"),
+        (lambda t: t.update({Q + "_shape": torch.tensor([64, 31])}), r"has shape \[64, 31\]"),
         (lambda t: t.update({Q + "_shape": torch.tensor([64, 1 << 40])}), "does not fit"),
         (lambda t: t.update({Q + "_scale": torch.ones(64, 5)}), "does not fit"),
         (lambda t: t.update({Q + "_zero_point": torch.zeros(64, 1)}), "asymmetric"),
@@ -226,19 +226,19 @@ def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_command(llmkit: Callable, make_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Behaviour: whole output or none, no clobbering, the same bytes again, lineage with the model's own; a repeated call has nothing to do."""
     make_model(tmp_path / "source")
     call = ("quantize", "source", "--to", "int4")
-    done = llmkit(*call, "-o", "target", "--json", cwd=tmp_path)
+    done = llmkit_here(*call, "-o", "target", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     summary = json.loads(done.stderr.splitlines()[-1])
     assert summary["group_size"] == 32 and 0.05 < summary["relative_error"] < 0.15 and summary["matrices"] == 14
     record = read_lineage(tmp_path / "target")
     assert record is not None and record["command"] == "quantize" and record["options"]["to"] == "int4"
     assert [item["name"] for item in record["inputs"]] == ["source"]
-    assert b"nothing to do" in llmkit(*call, "-o", "target", cwd=tmp_path).stderr
-    assert llmkit(*call, "-o", "again", cwd=tmp_path).returncode == 0
+    assert b"nothing to do" in llmkit_here(*call, "-o", "target", cwd=tmp_path).stderr
+    assert llmkit_here(*call, "-o", "again", cwd=tmp_path).returncode == 0
     for file in (tmp_path / "target").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     for arguments, code, message in (
@@ -249,7 +249,7 @@ def test_command(llmkit: Callable, make_model: Callable[..., Path], tmp_path: Pa
         (("target", "--to", "int8", "-o", "other"), 1, "quantised already"),
         (("nothing", "--to", "int8", "-o", "other"), 1, "nothing: no such file"),
     ):
-        done = llmkit("quantize", *arguments, cwd=tmp_path)
+        done = llmkit_here("quantize", *arguments, cwd=tmp_path)
         assert done.returncode == code and message in done.stderr.decode(), done.stderr.decode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "source", "target"]
-    assert llmkit("quantize", "source", "--to", "int8", "-o", "target", "-f", cwd=tmp_path).returncode == 0
+    assert llmkit_here("quantize", "source", "--to", "int8", "-o", "target", "-f", cwd=tmp_path).returncode == 0
