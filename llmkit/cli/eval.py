@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import Run, command, count_option
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.model.checkpoint import LoadedModel
@@ -59,7 +59,7 @@ def main(
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
-    from llmkit.model.checkpoint import load_info, resolve_model
+    from llmkit.model.checkpoint import load_for_inference, load_info, resolve_model
 
     for model in models:  # every mistake is found before the first model is scored
         load_info(model)
@@ -79,7 +79,7 @@ def main(
     results: dict[str, dict[str, Any]] = {}
     for model in models:
         run.detail(f"loading {model}")
-        loaded = _load(model, dtype, device)
+        loaded = load_for_inference(model, dtype, device)
         scores: dict[str, Any] = {}
         for documents in perplexity or []:
             scores.setdefault("perplexity", {})[documents] = _perplexity(run, loaded, documents, stride, limit)
@@ -95,21 +95,6 @@ def _version() -> str:
     from llmkit import __version__
 
     return __version__
-
-
-def _load(model: str, dtype: str, device: str) -> tuple[Decoder, LoadedModel]:
-    import torch
-
-    from llmkit.model.checkpoint import load_model
-
-    kinds = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in kinds:
-        raise UsageError(f"unknown --dtype {dtype!r}", "one of fp32, bf16, fp16")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return load_model(model, kinds[dtype] or (torch.float32 if place == "cpu" else None), place)
-    except (RuntimeError, AssertionError) as error:
-        raise LlmkitError(f"device {place!r}: {str(error).splitlines()[0]}", "see --device") from error
 
 
 def _perplexity(

@@ -100,7 +100,7 @@ def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> t
     """
     kinds = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in kinds:
-        raise unknown_name("type", dtype, [name for name in kinds if name])
+        raise unknown_name("--dtype", dtype, [name for name in kinds if name])
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return load_model(path, kinds[dtype] or (torch.float32 if place == "cpu" else None), place)

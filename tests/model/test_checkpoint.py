@@ -13,7 +13,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Lineage, read_lineage
-from llmkit.model.checkpoint import load_info, load_model, resolve_model, save_model
+from llmkit.model.checkpoint import load_for_inference, load_info, load_model, resolve_model, save_model
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.safetensors import layout_of, write_safetensors
@@ -237,3 +237,13 @@ def test_damaged_json(model: Path, name: str) -> None:
     (model / name).write_text('{"a": ')
     with pytest.raises(LlmkitError, match=name):
         load_model(model)
+
+
+def test_type_and_device_by_name(model: Path) -> None:
+    """Behaviour: float32 on the CPU unless a type is asked for; unknown types and devices that are not there are named."""
+    assert next(load_for_inference(model, device="cpu")[0].parameters()).dtype == torch.float32
+    assert next(load_for_inference(model, "bf16", "cpu")[0].parameters()).dtype == torch.bfloat16
+    for dtype, device, message in (("bf61", "cpu", "unknown --dtype 'bf61'"), ("", "gpu", "device 'gpu'")):
+        with pytest.raises(LlmkitError, match=message) as caught:
+            load_for_inference(model, dtype, device)
+        assert caught.value.hint
