@@ -1,7 +1,9 @@
 """A skill that a model of two million parameters really learns: adding two numbers of two digits.
 
 All 8,100 sums of 10..99 are shuffled; 400 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
-the two numbers. Rows read `What is 23 + 45?` -> `68`.
+the two numbers. The answer shows its working, the ones and then the tens, and ends in the sum: `What is 37 + 45?` ->
+`7 + 5 = 12, 3 + 4 + 1 = 8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing after
+four passes over the rows; with the working it is right after one.
 """
 
 from __future__ import annotations

@@ -42,7 +42,13 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs:
   until: ["\\n"]
   do_sample: false
-  max_gen_toks: 8
+  max_gen_toks: 40
+filter_list:
+  - name: last_number        # what stands after the working
+    filter:
+      - function: regex
+        regex_pattern: "(\\d+)\\s*$"
+      - function: take_first
 metric_list:
   - metric: exact_match
 metadata:

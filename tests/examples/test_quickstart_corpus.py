@@ -209,6 +209,17 @@ def test_held_out_sums_are_never_trained_on() -> None:
     assert len(covered) == 90 * 90
 
 
+def test_working_of_a_sum() -> None:
+    """Behaviour: every step of the working is right, and it ends in the sum."""
+    assert sums.working(37, 45) == "7 + 5 = 12, 3 + 4 + 1 = 8: 82"
+    for a, b in sums.sums(1)[TRAIN][:500]:
+        steps, _, result = sums.working(a, b).partition(": ")
+        for step in steps.split(", "):
+            terms, _, value = step.partition(" = ")
+            assert sum(map(int, terms.split(" + "))) == int(value)
+        assert int(result) == a + b
+
+
 def test_word_rule_counts_shared_words() -> None:
     """Behaviour: words of the name are split at underscores, dots and capitals; equal choices share the credit."""
     assert questions.words("Thread.addHandler_2x") == ["thread", "add", "handler", "2", "x"]

@@ -1,0 +1,58 @@
+"""How much to train on this machine: measure its speed, print shell variables.
+
+    python examples/quickstart/scale.py --tiny 0 --minutes 5 > scale.sh        # in the directory that holds text/ and model.json
+
+The full amounts are what a machine with two quiet cores trains on in about five minutes. A slower one gets as much less of everything; the
+sums alone keep enough rows to be learnt, since they are what the model is meant to learn for certain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# name: (all of it, the least that it is cut to, what LLMKIT_TINY=1 takes, tokens that one unit of it costs)
+AMOUNTS = {
+    "TRAIN_TOKENS": (1_000_000, 200_000, 60_000, 1),
+    "ANNEAL_TOKENS": (300_000, 60_000, 20_000, 1),
+    "ANSWER_ROWS": (4_000, 1_000, 150, 46),
+    "SUM_ROWS": (6_900, 4_500, 150, 48),
+    "PAIR_ROWS": (3_000, 800, 40, 110),
+}
+PROBE = 40_960
+
+
+def tokens_per_second() -> float:
+    """Speed of `llmkit train` on the real model and data, once it is warm."""
+    with tempfile.TemporaryDirectory(dir=".") as place:
+        summary = Path(place) / "summary.json"
+        command = [sys.executable, "-m", "llmkit", "train", "text/", "-m", "model.json", "--tokens", str(PROBE), "--lr", "1e-3", "--quiet",
+                   "--summary", str(summary), "-o", str(Path(place) / "run")]  # fmt: skip
+        subprocess.run(command, check=True)
+        return float(json.loads(summary.read_text())["tokens_per_second"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    options = parser.parse_args()
+    if options.tiny:
+        print("# LLMKIT_TINY=1: every stage runs, nothing is learnt")
+        amounts = {name: tiny for name, (_, _, tiny, _) in AMOUNTS.items()}
+    else:
+        speed = tokens_per_second()
+        wanted = sum(full * cost for full, _, _, cost in AMOUNTS.values())
+        share = min(1.0, speed * options.minutes * 60 / wanted)
+        amounts = {name: max(least, round(full * share)) for name, (full, least, _, _) in AMOUNTS.items()}
+        print(f"# {speed:,.0f} tokens/s: {share:.0%} of the full training" + (", cut down to fit" if share < 1 else ""))
+    for name, amount in amounts.items():
+        print(f"{name}={amount}")
+
+
+if __name__ == "__main__":
+    main()
