@@ -132,12 +132,14 @@ class Run:
 
         Decided by the lineage inside the output (command, version, options, digests of the inputs), never by its existence.
         """
+        from llmkit.io.atomic import is_special
         from llmkit.io.lineage import digest_path, read_lineage
 
         if (
             not self.output
             or self.force
             or not os.path.exists(self.output)
+            or is_special(Path(self.output))  # a device or pipe must not be read
             or any(not os.path.exists(path) for path in paths)
         ):
             return False

@@ -1,0 +1,173 @@
+"""The patterns, the trainer, and the tokenizer directory that comes out."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.tokens import vocabulary
+from llmkit.tokens.pretokenize import PATTERNS, pattern, pre_tokenizer
+
+Trained = Callable[[str], TokenizerInfo]
+
+# As their authors published them: GPT-2's encoder.py, Llama 3's tokenizer.py, Qwen2's tokenization file; SmolLM puts each digit alone first.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SNIPPETS = st.lists(
+    st.sampled_from(["I'LL", "don't", "'s", " ", "  ", "\n", "\r\n", "\t", "x", "Word", "12", "3", "½", "é", "e\u0301", "日本", "🙂", "=", "...", "\u00a0", "\u2028"])
+    | st.text(st.characters(exclude_categories=["Cn", "Cs"]), max_size=4)  # unassigned ones depend on each library's Unicode version
+).map("".join)  # fmt: skip
+
+
+def pieces(name: str, text: str) -> list[str]:
+    """Words of `text` by the published expression, with an engine of its own."""
+    if name == "smollm":
+        return [w for part in regex.split(r"(\p{N})", text) if part for w in regex.findall(GPT2, part)]
+    return regex.findall({"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2}[name], text)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@settings(max_examples=150, deadline=None)
+@given(text=SNIPPETS)
+def test_patterns_cut_as_published(name: str, text: str) -> None:
+    """Parity with the models' own expressions under the `regex` package."""
+    found = pre_tokenizer(pattern(name)).pre_tokenize_str(text)
+    assert [text[start:stop] for _, (start, stop) in found] == [w for w in pieces(name, text) if w]
+
+
+def test_merges_equal_a_plain_trainer() -> None:
+    """Parity with BPE as Sennrich et al. wrote it down: most frequent pair first, ties by lower ids."""
+    randomness = random.Random(3)
+    texts = ["".join(randomness.choice("abcd ") for _ in range(200)) for _ in range(25)]
+    made = json.loads(vocabulary.train(texts, 400, "gpt-2").files["tokenizer.json"])["model"]
+    ids: dict[str, int] = {token: i for token, i in made["vocab"].items() if len(token) == 1}
+    words = Counter(tuple(w) for text in texts for w, _ in pre_tokenizer(pattern("gpt-2")).pre_tokenize_str(text))
+    merges: list[list[str]] = []
+    while len(merges) < 400 - 272:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        best = min(pairs, key=lambda p: (-pairs[p], ids[p[0]], ids[p[1]]), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        ids["".join(best)] = 272 + len(merges)
+        merges.append(list(best))
+        merged: Counter[tuple[str, ...]] = Counter()
+        for word, count in words.items():
+            new, i = [], 0
+            while i < len(word):
+                step = 2 if word[i : i + 2] == best else 1
+                new.append("".join(word[i : i + step]))
+                i += step
+            merged[tuple(new)] += count
+        words = merged
+    found = [m if isinstance(m, list) else m.split(" ") for m in made["merges"]]
+    assert len(found) == 128
+    assert found == merges
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_transformers_loads_the_directory(name: str, trained: Trained, tmp_path: Path) -> None:
+    """Parity: ids of transformers' AutoTokenizer and of `tokenizers`, and text back unchanged."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    for file, text in trained(name).files.items():
+        (tmp_path / file).write_bytes(text.encode())
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "It'LL  take\r\n\n 12345 e\u0301 日本語 \u0085 ½ 🙂 <|im_end|>\t."
+    assert theirs(text)["input_ids"] == plain.encode(text).ids
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id, len(theirs)) == (0, 3, None, 384)
+    assert type(theirs).__name__ != "PreTrainedTokenizer"
+
+
+def test_chat_template(trained: Trained, tmp_path: Path) -> None:
+    """Behaviour under transformers: ChatML, a mask of what the assistant says with its stop token, tools and their answers."""
+    from transformers import AutoTokenizer
+
+    for file, text in trained("llama-bpe").files.items():
+        (tmp_path / file).write_bytes(text.encode())
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+    ]
+    head = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs.apply_chat_template(messages, tokenize=False) == head + "yo<|im_end|>\n"
+    assert theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == head
+    row = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    learned = [i for i, m in zip(row["input_ids"], row["assistant_masks"], strict=True) if m]
+    assert theirs.decode(learned) == "yo<|im_end|>"
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    text = theirs.apply_chat_template(
+        messages, tools=[{"type": "function", "function": {"name": "add"}}], tokenize=False
+    )
+    assert '<tools>\n{"type": "function", "function": {"name": "add"}}\n</tools>' in text
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in text
+    assert "<tool_response>\n2\n</tool_response>" in text
+
+
+def test_ids_are_laid_out_as_documented(trained: Trained) -> None:
+    """Behaviour: special tokens, bytes, merges; the model part and the added tokens agree."""
+    content = json.loads(trained("llama-bpe").files["tokenizer.json"])
+    by_id = {i: token for token, i in content["model"]["vocab"].items()}
+    assert [by_id[i] for i in range(5)] == [*vocabulary.SPECIAL, "<|reserved_0|>"]
+    assert {t["content"] for t in content["added_tokens"]} == {by_id[i] for i in range(16)}
+    assert all(t["special"] for t in content["added_tokens"])
+    assert all(len(by_id[i]) == 1 for i in range(16, 272)) and all(len(by_id[i]) > 1 for i in range(272, 384))
+    assert content["model"]["ignore_merges"] is True
+    assert json.loads(trained("qwen2").files["tokenizer.json"])["model"]["ignore_merges"] is False
+
+
+def test_order_of_texts_does_not_matter() -> None:
+    """Property: the same bytes for shuffled texts."""
+    texts = [f"word{i % 17} and thing{i % 5}\n" for i in range(200)]
+    shuffled = random.Random(1).sample(texts, len(texts))
+    assert vocabulary.train(texts, 320).files == vocabulary.train(shuffled, 320).files
+
+
+def test_too_few_texts_make_a_smaller_valid_vocabulary() -> None:
+    """Behaviour: says how many merges there were; reserved tokens fill the last rows."""
+    made = vocabulary.train(["ab ab ab"], 1024)
+    assert (made.merges, made.merges_asked, made.size) == (2, 752, 320)
+    content = json.loads(made.files["tokenizer.json"])
+    ids = {t["content"]: t["id"] for t in content["added_tokens"]}
+    assert sorted(ids.values()) == [*range(16), *range(274, 320)]
+    assert vocabulary.train(["ab ab ab"], 1024, multiple=1).size == 274
+    assert vocabulary.train(["ab ab xy"], 1024, min_frequency=1, multiple=1).merges > 2
+
+
+def test_sizes() -> None:
+    """Behaviour: rounded up; what cannot hold the bytes, or is absurd, is refused."""
+    assert vocabulary.check_size(8192) == 8192
+    assert vocabulary.check_size(8193) == 8256
+    assert vocabulary.check_size(8193, 1) == 8193
+    for size in (0, -5, 271, 1 << 23):
+        with pytest.raises(UsageError):
+            vocabulary.check_size(size)
+    with pytest.raises(UsageError, match="did you mean|unknown pattern"):
+        pattern("llama")
+    with pytest.raises(LlmkitError, match="no text"):
+        vocabulary.train(["", ""], 320)
