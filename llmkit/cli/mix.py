@@ -59,7 +59,7 @@ def main(
 
     -o DIRECTORY or FILE.arrow takes shards in training order; with --plan, -o FILE.toml or DIRECTORY takes a plan, which names the shards by
     path and digest and gives the same order to the bit. Sources of documents (JSON lines, Parquet) give documents; a directory of files
-    is one source, and they are kept in a temporary file meanwhile.
+    is one source, and they are kept in a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
     from llmkit.io.inputs import read_list
     from llmkit.tokens.mix import parse_spec

@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 from llmkit.errors import LlmkitError, UsageError
 
 STDIN = "-"
+STDIN_PATH = "/dev/stdin"
 COMPRESSIONS = ("", ".zst", ".gz", ".xz", ".bz2")
 DOCUMENT_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in COMPRESSIONS) + (
     ".parquet",

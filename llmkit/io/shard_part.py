@@ -169,6 +169,31 @@ class Part:
         return header | (trailer if isinstance(trailer, dict) else {})
 
 
+def numbers(array: pa.Array) -> NDArray[Any]:
+    """View of an array of numbers without nulls. Not `Array.to_numpy`, which imports pandas where that is installed (0.4 s)."""
+    dtype = np.dtype(str(array.type))
+    buffer = array.buffers()[1]
+    if buffer is None or not len(array):
+        return np.zeros(0, dtype)
+    return np.frombuffer(buffer, dtype, len(array), array.offset * dtype.itemsize)
+
+
+def as_arrow(values: NDArray[Any] | Sequence[str]) -> pa.Array:
+    """Numbers, without a copy, or texts as an Arrow array. Not `pa.array`, which imports pandas too."""
+    import pyarrow as pa
+
+    buffers: list[Any]
+    if isinstance(values, np.ndarray):
+        kind, buffers = pa.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
+    else:
+        texts = [value.encode() for value in values]
+        ends = np.cumsum([0, *map(len, texts)])
+        if ends[-1] >= 1 << 31:
+            raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
+        kind, buffers = pa.string(), [ends.astype(np.int32), b"".join(texts)]
+    return pa.Array.from_buffers(kind, len(values), [None, *map(pa.py_buffer, buffers)])
+
+
 def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:
     """Offsets [rows + 1] and token ids of one batch, views; LlmkitError where they do not fit together."""
     import pyarrow as pa
@@ -182,10 +207,9 @@ def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], T
     except pa.ArrowException as error:
         raise LlmkitError(f"{name}: damaged ({str(error).splitlines()[0]})", HINT_REMAKE) from error
     column = batch.column("tokens")
-    offsets = column.offsets.to_numpy(zero_copy_only=True)
-    values = column.values.to_numpy(zero_copy_only=True) if not column.values.null_count else None
-    if values is None or any(column.null_count for column in batch.columns):
+    if column.values.null_count or any(column.null_count for column in batch.columns):
         raise LlmkitError(f"{name}: null values", "the file was not written by llmkit")
+    offsets, values = numbers(column.offsets), numbers(column.values)
     if not len(offsets):
         return np.zeros(1, np.int64), values[:0]
     if offsets[0] < 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any():
@@ -198,7 +222,7 @@ def part_digest(part: Part) -> tuple[str, int]:
     digest, largest = ColumnDigest(), 0
     for batch in part.batches:
         offsets, values = batch_tokens(batch, part.name)
-        epochs = batch.column("epoch").to_numpy() if "epoch" in batch.schema.names else None
+        epochs = numbers(batch.column("epoch")) if "epoch" in batch.schema.names else None
         digest.add(values, np.diff(offsets), batch.column("id").to_pylist(), batch.column("source").to_pylist(), epochs)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

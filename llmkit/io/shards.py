@@ -36,7 +36,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, ColumnDigest, Tokens, combined_digest
+from llmkit.io.shard_part import FILES, ColumnDigest, Tokens, as_arrow, combined_digest
 from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
 
@@ -178,10 +178,10 @@ class ShardWriter:
         codes = np.array([self._names[name] for name in self._sources], np.int32)
         epochs = np.array(self._epoch_numbers, np.int32) if self._epochs else None
         columns = [
-            pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat), type=self._schema.field("tokens").type),
-            pa.array(self._ids, pa.string()),
-            pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(list(self._names), pa.string())),
-        ] + ([] if epochs is None else [pa.array(epochs)])
+            pa.LargeListArray.from_arrays(as_arrow(offsets), as_arrow(flat), type=self._schema.field("tokens").type),
+            as_arrow(self._ids),
+            pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._names))),
+        ] + ([] if epochs is None else [as_arrow(epochs)])
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
         self._digest.add(flat, lengths, self._ids, self._sources, epochs)
         self._part_documents += len(lengths)
@@ -199,7 +199,7 @@ class ShardWriter:
             "tokens": self._part_tokens,
             "digest": digest,
         } | more
-        empty = pa.RecordBatch.from_arrays([pa.array([], field.type) for field in self._schema], schema=self._schema)
+        empty = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in self._schema], schema=self._schema)
         text = json.dumps(trailer, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         self._stream.write_batch(empty, custom_metadata={"llmkit.trailer": text})
         self._stream.close()

@@ -17,7 +17,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, base_name
-from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, part_digest
+from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
 from llmkit.io.tokenizer import TokenizerInfo
 
 
@@ -86,7 +86,7 @@ class TokenStore:
             source = batch.column("source")
             known = source.dictionary.to_pylist()
             table = np.array([self._source_codes.setdefault(name, len(self._source_codes)) for name in known], np.int32)
-            indices = source.indices.to_numpy(zero_copy_only=False)
+            indices = numbers(source.indices)
             if len(indices) and not 0 <= indices.min() <= indices.max() < len(known):
                 raise LlmkitError(f"{part.name}: damaged (a source out of range)", HINT_REMAKE)
             epoch = batch.column("epoch") if "epoch" in batch.schema.names else None

@@ -7,6 +7,8 @@
 | `PATH:2B` | so many tokens (suffix k, M, B or T) |
 | `PATH` | by size: all of it, or with --tokens its share of what is left |
 
+stdin is `-`, with an amount `/dev/stdin:0.7`, since `-:0.7` would be taken for an option.
+
 Without --tokens the weights are scaled until the first source is used up, so that none is repeated. Which documents make up a budget, and
 in which order, is decided by io/order.py.
 """
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.inputs import STDIN, STDIN_PATH
 
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
@@ -52,7 +55,7 @@ def parse_spec(text: str) -> Spec:
     kind: Kind = "times" if match[1] else "tokens" if match[3] else "weight"
     if kind == "tokens" and round(value) < 1:
         raise UsageError(f"{text}: {amount!r} is less than a token", FORMS)
-    return Spec(path, kind, value, f":{amount}")
+    return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
 
 
 def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) -> list[int]:
