@@ -1,0 +1,1 @@
+"""Text to better text: words, quality filters, presets, deduplication. Nothing here imports torch."""

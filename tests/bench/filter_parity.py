@@ -16,6 +16,7 @@ import ast
 import io
 import os
 import random
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ import venv
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +167,12 @@ def compare(documents: list[tuple[str, str]]) -> None:
     texts = [text for _, text in documents]
     stock: dict[str, list[Decision]] = {}
     mine: dict[tuple[str, str], list[Decision]] = {}
-    spent: Counter[str] = Counter()
     rows = []
     for mode, splitter in modes.items():
         theirs.use(splitter if mode != "spacy" else None)
         for name, check in ours.items():
-            start = time.process_time()
             reference = [theirs.judge(name, text) for text in texts]
-            spent["datatrove " + mode] += time.process_time() - start
-            start = time.process_time()
             mine[mode, name] = [judge(check, text, splitter) for text in texts]
-            spent["llmkit " + mode] += time.process_time() - start
             if mode == "spacy":
                 stock[name] = reference
             wrong = [i for i, pair in enumerate(zip(mine[mode, name], reference, strict=True)) if pair[0] != pair[1]]
@@ -195,7 +192,9 @@ def compare(documents: list[tuple[str, str]]) -> None:
         f"# Filter decisions beside datatrove\n\n{time.strftime('%Y-%m-%d')}, llmkit {__version__}, datatrove {version('datatrove')}, ",
         end="",
     )
-    print(f"spaCy {version('spacy')}, Python {sys.version.split()[0]}; `python tests/bench/filter_parity.py`")
+    print(
+        f"spaCy {version('spacy')}, Python {sys.version.split()[0]}; `python tests/bench/filter_parity.py {shlex.join(sys.argv[1:])}`"
+    )
     counts = Counter(source for source, _ in documents)
     print(
         f"\n{len(texts)} documents, {size:.1f} MB: " + ", ".join(f"{source} {n}" for source, n in counts.items()) + "."
@@ -221,11 +220,6 @@ def compare(documents: list[tuple[str, str]]) -> None:
         for mode in ("unicode", "whitespace"):
             same = sum((not a) == (not b) for a, b in zip(verdicts[mode], verdicts["spacy"], strict=True)) / len(chosen)
             print(f"- {label}, {mode}: {100 * same:.1f} % of {len(chosen)} decisions as with spaCy words")
-    print(
-        "\nCPU seconds for the five filters: "
-        + ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.items())
-        + "."
-    )
 
 
 def judge(check: Callable[[Any], Any], text: str, splitter: Any) -> Decision:
@@ -260,9 +254,13 @@ class Reference:
         )
         from datatrove.utils.text import split_into_sentences, split_into_words
 
-        self.words = split_into_words
-        self.sentences = lambda line: len(split_into_sentences(line))
-        self._own = (split_into_words, split_into_sentences)
+        own_words = cache(
+            lambda text, language=None: split_into_words(text)
+        )  # spaCy is slow, and both sides ask five times
+        own_sentences = cache(lambda line, language=None: split_into_sentences(line))
+        self.words = own_words
+        self.sentences = lambda line: len(own_sentences(line))
+        self._own = (own_words, own_sentences)
         self._modules = (c4_filters, fineweb_quality_filter, gopher_quality_filter, gopher_repetition_filter)
         self._filters = {
             "gopher_repetition": filters.GopherRepetitionFilter(),

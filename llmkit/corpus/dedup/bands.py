@@ -2,7 +2,7 @@
 
 A slot holds a 64-bit band key (the band's number is mixed into it) and the newest document that has it; `_previous` chains each document,
 band by band, to the one before it with the same key. Memory: 12 bytes a slot at a load of 1/3 to 2/3, 14 slots a document, and 56 bytes of
-chain: 310 to 560 bytes a document. Cost: some 10 microseconds a document.
+chain: 310 to 560 bytes a document. Cost: some 30 microseconds a document.
 """
 
 from __future__ import annotations

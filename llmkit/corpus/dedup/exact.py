@@ -3,7 +3,7 @@
 The key is the xxh3-128 of the UTF-8 bytes: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
 nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
 
-Memory: about 180 bytes a kept document. Cost: hashing runs at memory speed; parsing and compression decide.
+Memory: 130 to 200 bytes a kept document. Cost: hashing runs at memory speed; parsing and compression decide.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@
    Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. Set `verify=False` to trust the bands.
 
 Memory: about 350 to 600 bytes a kept document (bands.py), whatever its length; the shingles of kept documents wait in an unnamed temporary file,
-about 0.7 bytes a byte of text, none with verify=False. Cost: about 5 MB of text a second and core for the signatures, in numpy.
+about 0.7 bytes a byte of text, none with verify=False. Cost: about 3 MB of text a second and core, in numpy.
 """
 
 from __future__ import annotations
