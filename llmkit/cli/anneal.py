@@ -99,7 +99,14 @@ def main(
         stream = fitting.open_stream(data, opened, run.dry_run)
         digest = parse_tokenizer(info.tokenizer_files, start).digest
         fitting.refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
-        source = StreamSource(stream, length, batch, tokens or stream.tokens, document_mask=document_mask, vocabulary=info.config.vocab_size)
+        source = StreamSource(
+            stream,
+            length,
+            batch,
+            tokens or stream.tokens,
+            document_mask=document_mask,
+            vocabulary=info.config.vocab_size,
+        )
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
         if run.dry_run:

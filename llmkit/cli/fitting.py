@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
 STEPS, OPTIMISER, MACHINE, KEEPING = "Data and steps", "Optimiser", "Machine", "Checkpoints and evaluation"
 
+# fmt: off
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Sequences a step, over all processes", rich_help_panel=STEPS)]
 MicroBatch = Annotated[int | None, typer.Option("--micro-batch-size", min=1, help="Sequences that go through the model at once; by default what fits well", rich_help_panel=STEPS)]
 SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=8, help="Tokens in a sequence; by default the model's context", rich_help_panel=STEPS)]
@@ -52,6 +53,7 @@ SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps betwe
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
+# fmt: on
 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.

@@ -82,7 +82,9 @@ def main(
             tokens or stream.tokens,
             lr or default_rate(config.parameters()),
         )
-        source = StreamSource(stream, length, batch_size, total, document_mask=document_mask, vocabulary=config.vocab_size)
+        source = StreamSource(
+            stream, length, batch_size, total, document_mask=document_mask, vocabulary=config.vocab_size
+        )
         planned = source.tokens(source.steps)
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)

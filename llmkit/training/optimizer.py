@@ -63,6 +63,8 @@ def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str
 ) -> None:
     """Inverse of `optimizer_tensors`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
+    if not tensors:  # no step was taken yet (fp16 skips those with infinite gradients)
+        return
     for key, parameter in model.named_parameters():
         state: dict[str, torch.Tensor] = {}
         for moment in MOMENTS:
