@@ -26,7 +26,7 @@ SAMPLING = "Sampling"
     neutral=("device", "text"),
     examples=(
         'llmkit generate run/ --prompt "Once upon a time" --max-tokens 30 --text',
-        "llmkit generate run/ docs.jsonl --truncate-prompt --max-tokens 10 --samples 2 -o completions.jsonl",
+        "llmkit generate run/ prompts.jsonl --max-tokens 10 --samples 2 -o completions.jsonl.zst",
         "llmkit generate sft/ --chat --prompt 'What is a list?' --temperature 0 --plain",
     ),
 )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmkit.cli.options import ModelPath, Run, command
-from llmkit.errors import UsageError
+from llmkit.errors import UsageError, unknown_name
 
 
 @command(
@@ -38,8 +38,6 @@ def main(
     from llmkit.quantization.compressed_tensors import SCHEMES
 
     if to not in SCHEMES:
-        from llmkit.errors import unknown_name
-
         raise unknown_name("format", to, SCHEMES)
     if group_size is not None and SCHEMES[to].group is None:
         raise UsageError(f"--group-size is of --to int4, {to} has one scale a row", "leave it out")
@@ -74,6 +72,6 @@ def main(
             "bytes_after": report.bytes_after,
             "relative_error": round(report.error, 6),
         },
-        f"{report.matrices} matrices in {scheme}: {report.bytes_before / 1e6:,.1f} MB became {report.bytes_after / 1e6:,.1f} MB,"
+        f"{report.matrices} matrices in {scheme}: {report.bytes_before / 1e6:,.2f} MB became {report.bytes_after / 1e6:,.2f} MB,"
         f" relative error {100 * report.error:.2f} %: {run.output}",
     )

@@ -63,6 +63,11 @@ def generate(
     while rows:
         hidden_BTD = model.hidden(ids_BT, document_ids=documents_BT, positions=positions_BT, cache=cache)
         logits_BV = model.logits(hidden_BTD[:, -1]).float()
+        if not logits_BV.isfinite().all():
+            raise LlmkitError(
+                "the model's logits are not finite",
+                "its training diverged, or its type is too narrow for it: --dtype fp32",
+            )
         if temperature == 0:
             chosen_B = logits_BV.argmax(-1)
         else:

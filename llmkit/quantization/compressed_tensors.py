@@ -6,7 +6,7 @@ layer stay as they are. Activations are not quantised: the weights are turned ba
 
     report = write_quantised(info, SCHEMES["int4"], Path("out"))
 
-One tensor at a time: memory is a few times the largest matrix. Cost: 4 bits with the search of scales, 10 million weights a second and core.
+One tensor at a time: memory is a few times the largest matrix.
 """
 
 from __future__ import annotations

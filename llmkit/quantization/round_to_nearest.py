@@ -5,7 +5,7 @@ In few bits a smaller scale is often better: it clips one weight and resolves th
 group by group, the one of sixteen candidates with the least squared error.
 
 Data in: weights [out, in] of any float type. Out: q int8 [out, in], scales [out, groups] in the type asked for. Cost: one pass over the matrix
-for each candidate (a second for 10 million weights with search on one core), memory three times the matrix in float32.
+for each candidate; memory a few times the matrix in float32.
 """
 
 from __future__ import annotations

@@ -101,6 +101,16 @@ def test_prompt_that_does_not_fit(decoder: Decoder, length: int) -> None:
         generate(decoder, [[1], [1] * length], max_new_tokens=1, temperature=0)
 
 
+def test_a_diverged_model_says_so(directory: Path) -> None:
+    """Behaviour: weights that are no numbers are one clear error, greedy or sampled."""
+    model = load_model(directory)[0]
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(LlmkitError, match="not finite"):
+            generate(model, [[1]], max_new_tokens=1, temperature=temperature, seeds=[0])
+
+
 def test_sampling_follows_the_distribution() -> None:
     """Property: evenly spread draws give each token its share, of the nucleus alone where top_p cuts."""
     probabilities = torch.tensor([0.1, 0.5, 0.05, 0.35])

@@ -209,6 +209,14 @@ def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Pa
             load_model(target)
 
 
+def test_a_diverged_model_says_so(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Behaviour: the tensor that holds infinities is named instead of being rounded to nonsense."""
+    source = make_model(tmp_path / "source")
+    spoil(source, lambda tensors: tensors[Q].fill_(float("inf")))
+    with pytest.raises(LlmkitError, match=f"{Q} holds numbers that are not finite"):
+        quantised(source, tmp_path / "target", "int4")
+
+
 def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Behaviour: `int-quantized` directories (int8 tensors with a scale a row) load too."""
     source = make_model(tmp_path / "source")

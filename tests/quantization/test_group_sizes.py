@@ -1,0 +1,43 @@
+"""The group sizes that real models get, 128 and 64, as transformers reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkit.model.checkpoint import load_info, load_model, save_model
+from llmkit.quantization.compressed_tensors import SCHEMES, fit_scheme, write_quantised
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [128, 64])
+def test_transformers_and_we_turn_weights_back_alike(
+    make_model: Callable[..., Path], tmp_path: Path, group: int, dtype: torch.dtype
+) -> None:
+    """Parity with transformers: the quantised directory and one that holds our dequantised weights have the same logits there, and ours are those."""
+    from transformers import AutoModelForCausalLM
+
+    info = load_info(
+        make_model(
+            tmp_path / "source", dtype=dtype, hidden_size=group, intermediate_size=3 * group, head_dim=group // 4
+        )
+    )
+    scheme = fit_scheme(info, SCHEMES["int4"])
+    assert scheme.group == group
+    for name in ("quantised", "plain"):
+        (tmp_path / name).mkdir()
+    write_quantised(info, scheme, tmp_path / "quantised")
+    ours, _ = load_model(tmp_path / "quantised")
+    save_model(tmp_path / "plain", ours.state_dict(), ours.config, {})
+    ids_BT = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    quantised, plain = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)(ids_BT).logits
+        for name in ("quantised", "plain")
+    )
+    assert plain.std() > 0.1 and torch.equal(quantised, plain)
+    assert (ours(ids_BT) - quantised).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05)
+    assert (load_model(tmp_path / "source")[0](ids_BT) - quantised).abs().max() > 0.1, "nothing was quantised"
