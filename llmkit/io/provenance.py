@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.io.inputs import STDIN
+from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.io.lineage import base_name, digest_path
 
 Record = dict[str, Any]
@@ -193,6 +193,8 @@ class _Script:
                 words += [flags[item["role"]][0], reference]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
+                if suffix and reference == STDIN:
+                    reference = STDIN_PATH  # "-:0.5" would be an option
                 positional.append(reference + (shlex.quote(suffix) if suffix else ""))
         roles = {item.get("role") for item in inputs}
         for key, value in sorted(options.items()):
@@ -205,7 +207,8 @@ class _Script:
         name = Path(item["name"]).name or "input"  # a record must not lead the script outside its directories
         if not item["lineage"]:
             digest = str(item.get("digest", ""))
-            if name == STDIN:  # what came on stdin from elsewhere: the script's own stdin, and files for any more of that kind
+            if name == STDIN:
+                # What came on stdin from elsewhere: the script's own stdin, and files for any more of that kind.
                 name = f"stdin-{len(self._streams)}" if self._streams else ""
                 self._streams.append(digest)
                 if not name:
