@@ -1,17 +1,16 @@
-"""`llmkit average` on the command line: runs, methods, lineage, refusals. In this process: importing torch costs seconds a call."""
+"""`llmkit average` on the command line: runs, methods, lineage, refusals."""
 
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkit.cli.main import run_command
 from llmkit.io.lineage import read_lineage
 
 Call = Callable[..., tuple[int, str, str]]
@@ -31,19 +30,16 @@ def place(make_model: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(place: Path, llmkit
+llmkit_here: Callable[..., subprocess.CompletedProcess[bytes]]) -> Call:
     """`call("average", "a", "b")` in that directory: exit code, stdout, stderr."""
-    monkeypatch.chdir(place)
-    before = signal.getsignal(signal.SIGTERM)
 
     def go(command: str, *arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run_command(command, list(arguments))
-        out, err = capsys.readouterr()
-        return code, out, err
+        done = llmkit
+llmkit_here(command, *arguments, cwd=place)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
 
-    yield go
-    signal.signal(signal.SIGTERM, before)
+    return go
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
