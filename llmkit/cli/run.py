@@ -33,6 +33,7 @@ class Run:
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
         self.files_from: str | None = values.get("files_from")
+        self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
         self._paths = paths  # options that name an input, for the lineage
         self._stack = ExitStack()
@@ -108,9 +109,15 @@ class Run:
 
     def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
         """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is given."""
-        from llmkit.io.inputs import expand
+        from llmkit.io.inputs import expand, read_list
 
-        return expand(given, **({"files_from": self.files_from} | expand_options))
+        source = expand_options.pop("files_from", self.files_from)
+        if source is None:
+            return expand(given, **expand_options)
+        if self._listed is None:
+            self._listed = read_list(source)  # once: the list may come from stdin
+        named = list(given or []) + self._listed
+        return expand(named, **expand_options) if named else []
 
     def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""

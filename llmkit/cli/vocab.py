@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
     reads=True,
     examples=(
         "llmkit vocab docs.jsonl.zst --size 4096 -o tok2/",
-        "llmkit filter docs.jsonl.zst --filter gopher_quality | llmkit vocab --size 2k --pattern smollm -o tok3/",
+        "llmkit vocab docs.jsonl.zst --size 2k --pattern smollm --min-frequency 3 -o tok3/",
     ),
 )
 def main(

@@ -198,6 +198,13 @@ def test_repeated_runs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert TokenStore.open("s").sources == ["x"]
 
 
+def test_inputs_listed_on_stdin(place: Path, llmkit: Command) -> None:
+    """Behaviour: --files-from - reads the names of inputs from stdin, once, though they are asked for twice."""
+    done = llmkit("tokenize", "--files-from", "-", "-t", "tok", "-o", "s", stdin=b"docs.jsonl\n", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert TokenStore.open(str(place / "s")).documents == 120
+
+
 def test_nothing_in(place: Path, llmkit: Command) -> None:
     """Behaviour: no documents give valid shards without rows, and a warning; bad lines can be passed over and are counted."""
     done = llmkit("tokenize", "-t", "tok", "-q", "-o", "none.arrow", stdin=b"", cwd=place)
