@@ -30,13 +30,11 @@ def place(make_model: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(place: Path, llmkit
-llmkit_here: Callable[..., subprocess.CompletedProcess[bytes]]) -> Call:
+def call(place: Path, llmkit_here: Callable[..., subprocess.CompletedProcess[bytes]]) -> Call:
     """`call("average", "a", "b")` in that directory: exit code, stdout, stderr."""
 
     def go(command: str, *arguments: str) -> tuple[int, str, str]:
-        done = llmkit
-llmkit_here(command, *arguments, cwd=place)
+        done = llmkit_here(command, *arguments, cwd=place)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     return go
