@@ -25,9 +25,9 @@ STDIN = "-"
     reads=True,
     writes=True,
     examples=(
-        "llmkit mix shards/ --tokens 20k --seed 1 -o mix/",
-        "llmkit mix web/:0.7 code/:0.2 wiki/:x6 --tokens 60k --plan -o mix.toml",
-        "llmkit mix docs.jsonl.zst:0.5 clean.jsonl.zst:0.5 -o mixed.jsonl.zst",
+        "llmkit mix shards/:0.7 code/:0.3 --tokens 20k --seed 1 -o mixed/",
+        "llmkit mix shards/ code/:x2 --plan -o mix.toml",
+        "llmkit mix docs.jsonl.zst:1 clean.jsonl.zst:2 -o mixed.jsonl.zst",
     ),
 )
 def main(
@@ -125,6 +125,7 @@ def _mix_shards(run: Run, specs: list[Spec], tokens: int | None, as_plan: bool) 
     lengths = [np.diff(store.offsets) for store in stores]
     wanted = _budgets(run, specs, [store.tokens for store in stores], tokens)
     digests = [store.inputs[0].digest for store in stores]
+    _refuse_repeats(specs, digests)
     made = Plan(
         tuple(
             PlannedSource(spec.path, digest, budget)
@@ -210,6 +211,7 @@ def _mix_documents(run: Run, specs: list[Spec], tokens: int | None, tokenizer: P
                 inputs.append(Input("input", base_name(spec.path), digest_path(spec.path)))
             else:
                 inputs += reader.inputs
+    _refuse_repeats(specs, [item.digest for item in inputs])
     wanted = _budgets(run, specs, [int(sizes.sum()) for sizes in lengths], tokens)
     made = Plan(
         tuple(
@@ -228,6 +230,14 @@ def _mix_documents(run: Run, specs: list[Spec], tokens: int | None, tokenizer: P
                     bar.advance(number)
             writer.finish(_flat(counts), inputs)
     _finish(run, counts)
+
+
+def _refuse_repeats(specs: list[Spec], digests: list[str]) -> None:
+    """UsageError where two sources are the same documents: `epoch` would not say how often one was seen."""
+    for i, digest in enumerate(digests):
+        if digest in digests[:i]:
+            first, second = specs[digests.index(digest)].path, specs[i].path
+            raise UsageError(f"{first} and {second} hold the same documents", "name them once, with one amount")
 
 
 def _budgets(run: Run, specs: list[Spec], available: list[int], tokens: int | None) -> list[int]:

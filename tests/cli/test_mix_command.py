@@ -142,6 +142,7 @@ def test_repeated_run_does_nothing(llmkit, place: Path) -> None:
         (["docs.jsonl", "--plan"], 2, "--plan is for token shards"),
         (["-", "--plan"], 2, "stdin has none"),
         (["-", "-"], 2, "more than once"),
+        (["web:1", "code:1", "./web:2"], 2, "web and ./web hold the same documents"),
         (["*.jsonl"], 2, "a pattern is not one source"),
         (["web", "--tokens", "1"], 1, "the mix is empty"),
     ],
