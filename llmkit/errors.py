@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 
+LISTED = 30  # names in a hint
+
+
 class ExitCode(IntEnum):
     """What `llmkit` returns to the shell."""
 
@@ -50,14 +53,15 @@ class LockedError(LlmkitError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Hint for an unknown `name`: the nearest known names, or all of them."""
+    """Hint for an unknown `name`: the nearest known names, else all of them, unless they are too many to read."""
     from difflib import get_close_matches
 
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    return "known: " + ", ".join(names) if names else ""
+    shown = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if names[LISTED:] else "")
+    return f"known: {shown}" if names else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:

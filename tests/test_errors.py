@@ -1,0 +1,40 @@
+"""Hints for unknown names, and the registry."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmkit.errors import LISTED, UsageError, suggestion
+from llmkit.registry import Registry
+
+
+def test_suggestions() -> None:
+    """Behaviour: near names first; all names where none is near; never a wall of them."""
+    assert suggestion("gofer", ["gopher", "c4"]) == "did you mean 'gopher'?"
+    assert suggestion("zzz", ["gopher", "c4"]) == "known: c4, gopher"
+    many = suggestion("zzz", [f"task{i}" for i in range(10_000)])
+    assert many.endswith(f"and {10_000 - LISTED:,} more") and len(many) < 500
+    assert suggestion("x", []) == ""
+
+
+def test_registry_names_and_unknown_ones() -> None:
+    """Behaviour: what is registered is found; an unknown name is a usage error with a hint."""
+    registry = Registry("thing")
+    registry.register("one")(1)
+    assert registry.get("one") == 1 and registry.names() == ["one"]
+    with pytest.raises(UsageError, match="unknown thing 'oen'") as caught:
+        registry.get("oen")
+    assert "one" in caught.value.hint
+
+
+def test_third_party_entry_is_loaded_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: an entry point's name is listed without importing it; a broken one is reported by name."""
+    from importlib.metadata import EntryPoint
+
+    points = [EntryPoint("good", "math:pi", "llmkit.things"), EntryPoint("bad", "no_such_module:x", "llmkit.things")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "llmkit.things" else [])
+    registry = Registry("thing", "llmkit.things")
+    assert registry.names() == ["bad", "good"]
+    assert registry.get("good") == pytest.approx(3.14159, abs=1e-4)
+    with pytest.raises(Exception, match="thing 'bad' of no_such_module:x does not load"):
+        registry.get("bad")
