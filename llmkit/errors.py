@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 
-
 LISTED = 30  # names in a hint
 
 
