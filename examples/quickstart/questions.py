@@ -29,17 +29,22 @@ class Question:
     answer: str
 
 
-def question_text(heading: str) -> str:
-    """The question, in the same words everywhere."""
-    return f"What does `{heading}` do?"
+def question_text(q: Question) -> str:
+    """The question, in the same form everywhere. It spells the name out, since to a small model `addHandler` and ` handler` share nothing."""
+    return f"What does `{q.heading}` ({' '.join(words(q.name))}) do?"
 
 
 def questions(definitions: Iterable[Definition]) -> list[Question]:
-    """One question for every public definition with a signature and a usable first sentence, without repetitions."""
+    """One question for every definition with a usable first sentence, without repetitions.
+
+    Held-out ones are public and show their parameters; to learn from, private ones and classes without a constructor are as good.
+    """
     found: dict[tuple[str, str], Question] = {}
     for definition in definitions:
         answer = first_sentence(definition.docstring)
-        usable = definition.public and definition.signature and len(definition.heading) <= 100
+        usable = len(definition.heading) <= 100
+        if definition.split != TRAIN:
+            usable &= definition.public and bool(definition.signature)
         if usable and SHORTEST <= len(answer) <= LONGEST and len(answer.split()) >= 4:
             question = Question(definition.split, definition.heading, definition.name, answer)
             found.setdefault((question.name, question.answer), question)
@@ -70,7 +75,7 @@ def answer_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
     """Chat rows `{"messages": [...]}` of the training modules."""
     for q in asked:
         if q.split == TRAIN:
-            yield {"messages": [_message("user", question_text(q.heading)), _message("assistant", q.answer)]}
+            yield {"messages": [_message("user", question_text(q)), _message("assistant", q.answer)]}
 
 
 def preference_pairs(asked: Sequence[Question], repeats: int, seed: int) -> Iterator[dict[str, object]]:
@@ -82,7 +87,7 @@ def preference_pairs(asked: Sequence[Question], repeats: int, seed: int) -> Iter
         for q in rng.sample(training, len(training)):
             for rejected in answers.wrong(q.answer, 1, rng):
                 yield {
-                    "prompt": [_message("user", question_text(q.heading))],
+                    "prompt": [_message("user", question_text(q))],
                     "chosen": [_message("assistant", q.answer)],
                     "rejected": [_message("assistant", rejected)],
                 }
@@ -100,7 +105,7 @@ def choice_items(asked: Sequence[Question], split: str, seed: int) -> Iterator[d
         choices = [q.answer, *wrong]
         rng.shuffle(choices)
         yield {
-            "question": question_text(q.heading),
+            "question": question_text(q),
             "name": q.name,
             "choices": choices,
             "gold": choices.index(q.answer),

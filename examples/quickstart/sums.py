@@ -2,7 +2,7 @@
 
 All 8,100 sums of 10..99 are shuffled; 400 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
 the two numbers. The answer shows its working, the ones and then the tens, and ends in the sum: `What is 37 + 45?` ->
-`7 + 5 = 12, 3 + 4 + 1 = 8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing after
+`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing after
 four passes over the rows; with the working it is right after one.
 """
 
@@ -32,11 +32,15 @@ def sums(seed: int) -> dict[str, list[tuple[int, int]]]:
 def sum_rows(pairs: Iterable[tuple[int, int]]) -> Iterator[dict[str, object]]:
     """Chat rows `{"messages": [...]}`."""
     for a, b in pairs:
-        question, answer = (
-            {"role": "user", "content": f"What is {a} + {b}?"},
-            {"role": "assistant", "content": str(a + b)},
-        )
-        yield {"messages": [question, answer]}
+        question = {"role": "user", "content": f"What is {a} + {b}?"}
+        yield {"messages": [question, {"role": "assistant", "content": working(a, b)}]}
+
+
+def working(a: int, b: int) -> str:
+    """How to add a and b: `7+5=12, 3+4+1=8: 82`."""
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    carried = f"{a // 10}+{b // 10}+1={tens + 1}" if ones > 9 else f"{a // 10}+{b // 10}={tens}"
+    return f"{a % 10}+{b % 10}={ones}, {carried}: {a + b}"
 
 
 def sum_items(pairs: Iterable[tuple[int, int]]) -> Iterator[dict[str, str]]:

@@ -47,7 +47,7 @@ filter_list:
   - name: last_number        # what stands after the working
     filter:
       - function: regex
-        regex_pattern: "(\\d+)\\s*$"
+        regex_pattern: '(\\d+)\\s*$'
       - function: take_first
 metric_list:
   - metric: exact_match
