@@ -229,7 +229,7 @@ def model_input(path: str, directory: Path | None = None) -> Input:
 
 def say_start(run: Run, session: Session, planned: int, available: int | None = None) -> None:
     """What is about to happen."""
-    if available and planned > available:
+    if available and planned > 1.01 * available:
         run.note(f"{planned:,} tokens are {planned / available:.2f} rounds through {available:,}")
     if session.checkpoint:
         run.note(f"going on from {session.checkpoint.name}")

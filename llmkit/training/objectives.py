@@ -22,10 +22,8 @@ from torch.autograd import Function
 
 from llmkit.training.data import Batch
 
-CHUNK_ELEMENTS = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 27,
-}  # logits held at once: 4 MiB of f32 on CPU, the fastest there, 512 MiB on a GPU
+# Logits held at once: 4 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 
 Figures = dict[str, Tensor]
 
