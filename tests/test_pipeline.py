@@ -80,6 +80,7 @@ def shell(script: str, directory: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
+        errors="replace",
         timeout=600,
     )
     assert done.returncode == 0, f"{script}\n{done.stderr}"

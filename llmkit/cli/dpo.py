@@ -12,7 +12,10 @@ from llmkit.cli.options import ModelPath, Run, command
 
 
 @command(
-    examples=("llmkit dpo sft/ pairs.jsonl --beta 0.1 -o chat/",),
+    examples=(
+        "llmkit dpo sft/ pairs.jsonl --beta 0.1 -o chat/",
+        "llmkit dpo sft/ pairs.jsonl --lr 1e-4 --batch-size 4 -o chat2/ --resume",
+    ),
     neutral=tuple(name for name in fitting.NEUTRAL_OPTIONS if name not in ("heldout", "eval_every")),
     reads=True,
 )
