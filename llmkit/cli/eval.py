@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +57,8 @@ def main(
     A table goes to stderr, one JSON document to stdout or -o: for each model, each task's metrics with their standard errors, and for each file
     of documents nats a token, bits a byte and perplexity. Task YAML files may name local JSONL (dataset_path: json), so nothing is fetched.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")

@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; progress is ours to show
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -83,6 +80,10 @@ class DecoderLM(TemplateLM):
                 f"{self.info.path}: no chat template", "leave out --apply-chat-template, or fine-tune the model"
             )
         return self._render(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         for (_, continuation), _, tokens in requests:
@@ -232,13 +233,20 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """task -> metric -> value; each metric `m` with its standard error as `m_stderr` where lm-eval computes one, and `items`."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _seed_everything(seed)
     try:
-        found = simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, num_fewshot=shots, limit=limit, apply_chat_template=chat,
-            bootstrap_iters=1000, log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        # Not simple_evaluate: it asks git about the working directory and collects facts about the machine.
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task that says 0 means it
+                task.set_config(key="num_fewshot", value=shots if shots is not None else (own or 0))
+            task.set_fewshot_seed(seed=seed)
+        found = evaluator.evaluate(
+            lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False, apply_chat_template=chat, fewshot_as_multiturn=chat
         )  # fmt: skip
     except LlmkitError:
         raise
@@ -256,6 +264,18 @@ def evaluate(
         task: _metrics(values) | ({"items": counts[task]["effective"]} if task in counts else {})
         for task, values in found["results"].items()
     }
+
+
+def _seed_everything(seed: int) -> None:
+    """Tasks draw their examples, and samplers their tokens, from the global generators."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
