@@ -8,8 +8,8 @@ at most 60 ms, `llmkit COMMAND --help` at most 350 ms. Results: startup.md.
 
 from __future__ import annotations
 
-import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,10 +21,10 @@ HEAVY = {"torch", "accelerate", "lm_eval", "numba", "pyarrow", "numpy", "tokeniz
 
 def cpu_ms(arguments: list[str]) -> float:
     """User + system milliseconds of one finished child."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "llmkit", *arguments], stdout=subprocess.DEVNULL, check=True)
-    after = os.times()
-    return 1000 * (after.children_user + after.children_system - before.children_user - before.children_system)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return 1000 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
 def heavy_modules(arguments: list[str]) -> list[str]:
