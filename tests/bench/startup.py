@@ -16,7 +16,19 @@ import sys
 from datetime import date
 
 RUNS = 15
-HEAVY = {"torch", "accelerate", "lm_eval", "numba", "pyarrow", "numpy", "tokenizers", "transformers", "duckdb", "rich", "jinja2"}
+HEAVY = {
+    "torch",
+    "accelerate",
+    "lm_eval",
+    "numba",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+    "transformers",
+    "duckdb",
+    "rich",
+    "jinja2",
+}
 
 
 def cpu_ms(arguments: list[str]) -> float:
@@ -29,7 +41,9 @@ def cpu_ms(arguments: list[str]) -> float:
 
 def heavy_modules(arguments: list[str]) -> list[str]:
     """Which of HEAVY a call imports."""
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "llmkit", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "llmkit", *arguments], capture_output=True, text=True, check=True
+    )
     loaded = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     return sorted(HEAVY & loaded)
 
@@ -41,7 +55,9 @@ def main() -> None:
         cpu_ms(arguments)
         runs = [cpu_ms(arguments) for _ in range(RUNS)]
         heavy = ", ".join(heavy_modules(arguments)) or "none"
-        print(f"| llmkit {' '.join(arguments)} | {statistics.median(runs):.0f} | {min(runs):.0f} | {max(runs):.0f} | {heavy} |")
+        print(
+            f"| llmkit {' '.join(arguments)} | {statistics.median(runs):.0f} | {min(runs):.0f} | {max(runs):.0f} | {heavy} |"
+        )
 
 
 if __name__ == "__main__":
