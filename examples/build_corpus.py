@@ -6,7 +6,7 @@
 data/train/docs.jsonl code.jsonl prose.jsonl      documents of the training modules (80 % of them): real, noisy, with real duplicates
 data/development/documents.jsonl                  documents of held-out modules, for choosing settings
 data/test/documents.jsonl sample.jsonl            documents of other held-out modules, for reporting, and a small even sample of them
-data/rows/answers.jsonl sums.jsonl pairs.jsonl    rows for fine-tuning and preference pairs, from training modules alone
+data/rows/answers.jsonl bare.jsonl sums.jsonl pairs.jsonl    rows for fine-tuning, preference pairs; from training modules alone
 data/tasks/*.yaml *.jsonl                         tasks for lm-eval, from held-out modules alone, once for development and once for testing
 data/prompts.jsonl                                questions from held-out modules and held-out sums, to see a model speak
 data/summary.json                                 counts, and what a rule without any model scores on the multiple-choice task
@@ -47,7 +47,7 @@ def build(out: Path, items: int, repeats: int, seed: int) -> dict[str, object]:
 def write_documents(out: Path, modules: list[Source], definitions: list[Definition]) -> dict[str, int]:
     """Training documents by source, held-out documents together."""
     rows = [
-        *documents.pages(definitions, documents.module_docstrings(modules)),
+        *documents.entries(definitions, documents.module_docstrings(modules)),
         *documents.code(modules),
         *documents.prose(),
     ]
@@ -63,7 +63,7 @@ def sample(rows: list[documents.Document]) -> list[documents.Document]:
     left = dict(SAMPLE_BYTES)
     chosen = []
     for row in sorted(rows, key=lambda row: hashlib.sha256(row["id"].encode()).digest()):
-        if 200 <= len(row["text"]) <= min(LONGEST_SAMPLE, left[row["source"]]):
+        if 100 <= len(row["text"]) <= min(LONGEST_SAMPLE, left[row["source"]]):
             left[row["source"]] -= len(row["text"])
             chosen.append(row)
     return chosen
@@ -72,8 +72,10 @@ def sample(rows: list[documents.Document]) -> list[documents.Document]:
 def write_rows(out: Path, asked: list[questions.Question], repeats: int, seed: int) -> dict[str, int]:
     """Rows for fine-tuning and preference pairs."""
     pairs = questions.preference_pairs(asked, repeats, seed)
+    asked = random.Random(seed).sample(asked, len(asked))  # so that the first n rows are from all modules
     return {
         "answers": write_lines(out / "rows/answers.jsonl", questions.answer_rows(asked)),
+        "bare": write_lines(out / "rows/bare.jsonl", questions.bare_rows(asked)),
         "sums": write_lines(out / "rows/sums.jsonl", sums.sum_rows(sums.sums(seed)[TRAIN])),
         "pairs": write_lines(out / "rows/pairs.jsonl", pairs),
     }

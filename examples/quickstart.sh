@@ -64,7 +64,7 @@ source scale.sh
 
 stage "Mix, pre-train: $TRAIN_TOKENS tokens"
 llmkit mix text/:0.75 code/:0.25 --tokens "$TRAIN_TOKENS" --seed 1 -o mix/
-llmkit train mix/ -m model.json --tokens "$TRAIN_TOKENS" --lr 3e-3 --schedule constant --warmup 0.08 --seed 1 --resume -o run/
+llmkit train mix/ -m model.json --tokens "$TRAIN_TOKENS" --batch-size 4 --lr 1e-3 --schedule constant --seed 1 --resume -o run/
 
 # The last stretch: more documentation, less code, the learning rate down to zero. The run's checkpoint brings its optimiser along.
 stage "Anneal: $ANNEAL_TOKENS tokens"
@@ -73,16 +73,17 @@ llmkit anneal run/ anneal-mix/ --tokens "$ANNEAL_TOKENS" --resume -o annealed/
 llmkit average annealed/ --last 3 -o averaged/
 
 # ---------------------------------------------------------------- Alignment
-# Conversations: what does this function do (its docstring's first sentence), and sums of two digits with their working.
-stage "Fine-tune on $ANSWER_ROWS answers and $SUM_ROWS sums"
-head -n "$ANSWER_ROWS" data/rows/answers.jsonl > answers.jsonl
+# Conversations: what does this function do (its docstring's first sentence), and sums of two digits with their working. The same sentences
+# stand once more on their own, with no question before them: that is what lm-eval's PMI compares with.
+stage "Fine-tune on $ANSWER_ROWS answers and $SUM_ROWS sums, $EPOCHS times"
+for name in answers bare; do head -n "$ANSWER_ROWS" data/rows/$name.jsonl > $name.jsonl; done
 head -n "$SUM_ROWS" data/rows/sums.jsonl > sums.jsonl
-llmkit sft annealed/ answers.jsonl sums.jsonl --lr 1.5e-3 --schedule linear --resume -o sft/
+llmkit sft annealed/ answers.jsonl bare.jsonl sums.jsonl --epochs "$EPOCHS" --batch-size 4 --lr 3e-3 --resume -o sft/
 
 # Preferences: the right docstring against that of another function, of the same length.
 stage "Align on $PAIR_ROWS pairs"
 head -n "$PAIR_ROWS" data/rows/pairs.jsonl > pairs.jsonl
-llmkit dpo sft/ pairs.jsonl --beta 0.05 --lr 1e-3 --resume -o chat/
+llmkit dpo sft/ pairs.jsonl --beta 0.1 --batch-size 8 --lr 5e-4 --resume -o chat/
 
 # ---------------------------------------------------------------- Release
 stage "Quantise"
@@ -93,11 +94,13 @@ llmkit quantize chat/ --to int4 --group-size 32 -o chat-int4/
 # other modules, and the sums are held out in both orders.
 stage "Evaluate"
 TASKS="--tasks docstring_choice,two_digit_sums --include-path data/tasks --perplexity data/test/sample.jsonl"
-evaluate() { # OUTPUT MODELS...: again only where a model is newer than its scores
-    local out=$1 model; shift
+evaluate() { # OUTPUT [--apply-chat-template] MODEL...: again only where a model is newer than its scores
+    local out=$1 model config; shift
     for model in "$@"; do
+        config=$model/config.json
+        [ -e "$config" ] || config=$model/final/config.json
         case $model in -*) continue ;; esac
-        [ -e "$out" ] && [ "$out" -nt "$model" ] || { llmkit eval "$@" $TASKS --quiet -f -o "$out"; return; }
+        [ "$out" -nt "$config" ] || { llmkit eval "$@" $TASKS --quiet -f -o "$out"; return; }
     done
 }
 evaluate base-scores.json run/ annealed/ averaged/

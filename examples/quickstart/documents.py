@@ -1,8 +1,8 @@
-"""Documents for pre-training: pages of documentation, source files, and prose, each a JSON object with id, text and source.
+"""Documents for pre-training: entries of documentation, source files, and prose, each a JSON object with id, text and source.
 
-Pages look as `pydoc` prints them: the module, its docstring, then each heading with its docstring indented. Prose is the language reference
-that comes with Python (`pydoc_data.topics`), and the descriptions and licences of the installed packages. It is what it is: real, noisy, and
-with real duplicates (the same licence in many packages, the same function documented for two platforms).
+An entry is a name with its parameters and, indented, its docstring. Prose is the language reference that comes with Python
+(`pydoc_data.topics`), and the descriptions and licences of the installed packages. It is what it is: real, noisy, and with real duplicates
+(the same licence in many packages, the same function documented for two platforms).
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ from textwrap import indent
 from .definitions import TRAIN, Definition, Source, family, split
 
 Document = dict[str, str]
-OWN_PAGE = 5  # documented definitions of a class (itself, its methods) that make a page
 
 
-def pages(definitions: Iterable[Definition], module_docs: dict[str, str]) -> Iterator[tuple[str, Document]]:
-    """(split, document): a page for every module, and one for each of its classes that has much to say."""
-    grouped: dict[tuple[str, str], list[Definition]] = {}
+def entries(definitions: Iterable[Definition], module_docs: dict[str, str]) -> Iterator[tuple[str, Document]]:
+    """(split, document): the docstring of every module, then an entry for every definition, as an index of the documentation has them.
+
+    Short documents on purpose: what stands above a docstring is then the name that it explains, and nothing else.
+    """
+    for module, text in module_docs.items():
+        yield (
+            split(family(module)),
+            {"id": f"docs/{module}", "text": f"{module}\n{indent(text, '    ')}", "source": "docs"},
+        )
+    seen: dict[str, int] = {}
     for item in definitions:
-        grouped.setdefault((item.module, item.name.partition(".")[0]), []).append(item)
-    by_page: dict[str, list[Definition]] = {}
-    for (module, name), items in grouped.items():
-        by_page.setdefault(f"{module}.{name}" if len(items) >= OWN_PAGE else module, []).extend(items)
-    for page, items in by_page.items():
-        parts = [page, *([module_docs[page]] if page in module_docs else [])]
-        parts += [f"{item.heading}\n{indent(item.docstring, '    ')}" for item in items]
-        yield items[0].split, {"id": f"docs/{page}", "text": "\n\n".join(parts), "source": "docs"}
+        name = f"{item.module}.{item.name}"
+        seen[name] = number = seen.get(name, 0) + 1  # overloads and branches define a name twice
+        key = f"docs/{name}" + (f"#{number}" if number > 1 else "")
+        text = f"{item.module}.{item.heading}\n{indent(item.docstring, '    ')}"
+        yield item.split, {"id": key, "text": text, "source": "docs"}
 
 
 def module_docstrings(sources: Iterable[Source]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .definitions import TRAIN, Definition, first_sentence
 
 SHORTEST, LONGEST = 20, 160  # characters of an answer
+END_OF_TEXT = "<|endoftext|>"  # of the vocabulary that `llmkit vocab` trains
 SPREAD = 1.3  # the longest choice of an item is at most this many times as long as the shortest
 
 
@@ -76,6 +77,17 @@ def answer_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
     for q in asked:
         if q.split == TRAIN:
             yield {"messages": [_message("user", question_text(q)), _message("assistant", q.answer)]}
+
+
+def bare_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
+    """The same answers as `{"text"}` rows, with no question: what such sentences are like when nothing was asked.
+
+    lm-eval's PMI compares with that: how probable is a choice behind nothing but the end-of-text token? A model that was never shown a text
+    behind that token has no meaningful answer.
+    """
+    for q in asked:
+        if q.split == TRAIN:
+            yield {"text": f"{END_OF_TEXT}{q.answer}"}
 
 
 def preference_pairs(asked: Sequence[Question], repeats: int, seed: int) -> Iterator[dict[str, object]]:

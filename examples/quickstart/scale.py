@@ -15,22 +15,23 @@ import sys
 import tempfile
 from pathlib import Path
 
+EPOCHS = 3  # of fine-tuning
 # name: (all of it, the least that it is cut to, what LLMKIT_TINY=1 takes, tokens that one unit of it costs)
 AMOUNTS = {
-    "TRAIN_TOKENS": (1_000_000, 200_000, 60_000, 1),
-    "ANNEAL_TOKENS": (300_000, 60_000, 20_000, 1),
-    "ANSWER_ROWS": (4_000, 1_000, 150, 46),
-    "SUM_ROWS": (6_900, 4_500, 150, 48),
-    "PAIR_ROWS": (3_000, 800, 40, 110),
+    "TRAIN_TOKENS": (350_000, 150_000, 60_000, 1.0),
+    "ANNEAL_TOKENS": (120_000, 50_000, 20_000, 1.0),
+    "ANSWER_ROWS": (6_000, 3_000, 100, 65.0 * EPOCHS),  # with the bare answer
+    "SUM_ROWS": (3_000, 2_500, 100, 44.0 * EPOCHS),
+    "PAIR_ROWS": (3_000, 1_000, 40, 150.0),  # two answers, and a third of that for the reference
 }
-PROBE = 40_960
+PROBE = 30_720  # tokens
 
 
 def tokens_per_second() -> float:
     """Speed of `llmkit train` on the real model and data, once it is warm."""
     with tempfile.TemporaryDirectory(dir=".") as place:
         summary = Path(place) / "summary.json"
-        command = [sys.executable, "-m", "llmkit", "train", "text/", "-m", "model.json", "--tokens", str(PROBE), "--lr", "1e-3", "--quiet",
+        command = [sys.executable, "-m", "llmkit", "train", "text/", "-m", "model.json", "--tokens", str(PROBE), "--batch-size", "4", "--quiet",
                    "--summary", str(summary), "-o", str(Path(place) / "run")]  # fmt: skip
         subprocess.run(command, check=True)
         return float(json.loads(summary.read_text())["tokens_per_second"])
@@ -50,6 +51,7 @@ def main() -> None:
         share = min(1.0, speed * options.minutes * 60 / wanted)
         amounts = {name: max(least, round(full * share)) for name, (full, least, _, _) in AMOUNTS.items()}
         print(f"# {speed:,.0f} tokens/s: {share:.0%} of the full training" + (", cut down to fit" if share < 1 else ""))
+    amounts["EPOCHS"] = 1 if options.tiny else EPOCHS
     for name, amount in amounts.items():
         print(f"{name}={amount}")
 
