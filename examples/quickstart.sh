@@ -6,7 +6,7 @@
 #
 #   LLMKIT_WORK=dir    where everything goes (default: quickstart/ in the checkout)
 #   LLMKIT_VENV=dir    virtual environment to use or make (default: .venv in the checkout)
-#   LLMKIT_MINUTES=n   minutes of training to aim at (default 5); a slower machine trains on fewer tokens
+#   LLMKIT_MINUTES=n   minutes of training to aim at (default 4); a slower machine trains on fewer tokens
 #
 # Run it again and finished stages are passed over: every command compares the record inside its output with what it would make now.
 set -euo pipefail
@@ -14,7 +14,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WORK=${LLMKIT_WORK:-$ROOT/quickstart}
 VENV=${LLMKIT_VENV:-$ROOT/.venv}
 TINY=${LLMKIT_TINY:-0}
-MINUTES=${LLMKIT_MINUTES:-5}
+MINUTES=${LLMKIT_MINUTES:-4}
 SECONDS=0
 stage() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$*" "$SECONDS" >&2; }
 [ -t 2 ] && [ -z "${NO_COLOR:-}" ] || stage() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS" >&2; }
@@ -23,7 +23,7 @@ stage "Install"
 [ -x "$VENV/bin/python" ] || python3 -m venv "$VENV"
 # Either mark will do: what tests/run.sh installs has all of this in it.
 if ! [ "$VENV/.llmkit-quickstart" -nt "$ROOT/pyproject.toml" ] && ! [ "$VENV/.llmkit-installed" -nt "$ROOT/pyproject.toml" ]; then
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$ROOT"
+    "$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -e "$ROOT"
     touch "$VENV/.llmkit-quickstart"
 fi
 VENV=$(cd "$VENV" && pwd)

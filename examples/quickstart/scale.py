@@ -1,9 +1,9 @@
 """How much to train on this machine: measure its speed, print shell variables.
 
-    python examples/quickstart/scale.py --tiny 0 --minutes 5 > scale.sh        # in the directory that holds text/ and model.json
+    python examples/quickstart/scale.py --tiny 0 --minutes 4 > scale.sh        # in the directory that holds text/ and model.json
 
-The full amounts are what a machine with two quiet cores trains on in about five minutes. A slower one gets as much less of everything; the
-sums alone keep enough rows to be learnt, since they are what the model is meant to learn for certain.
+The full amounts are what a machine with two quiet cores trains on in about six minutes. Where there is less time everything is cut by one factor,
+down to amounts that are needed to learn anything; the sums keep nearly all their rows, since they are meant to be learnt for certain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def tokens_per_second() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--minutes", type=float, default=4.0)
     options = parser.parse_args()
     if options.tiny:
         print("# LLMKIT_TINY=1: every stage runs, nothing is learnt")
