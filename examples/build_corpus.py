@@ -105,7 +105,7 @@ def write_tasks(out: Path, asked: list[questions.Question], items: int, seed: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="directory to write")
-    parser.add_argument("--items", type=int, default=500, help="items per multiple-choice task (default 500)")
+    parser.add_argument("--items", type=int, default=420, help="items per multiple-choice task (default 420)")
     parser.add_argument("--pairs", type=int, default=2, help="preference pairs per training question (default 2)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -33,7 +33,7 @@ mkdir -p "$WORK" && cd "$WORK"
 
 # ---------------------------------------------------------------- Text
 stage "Build a corpus from Python's own documentation, sources and packages"
-if [ "$TINY" = 1 ]; then ITEMS=60; else ITEMS=500; fi
+if [ "$TINY" = 1 ]; then ITEMS=60; else ITEMS=420; fi
 [ -e data/summary.json ] || python "$ROOT/examples/build_corpus.py" data --items "$ITEMS" > /dev/null
 
 # Documentation and prose in one pipe; source code by the same rules. Real duplicates go: the same licence lies in dozens of packages.
@@ -94,23 +94,25 @@ llmkit quantize chat/ --to int4 --group-size 32 -o chat-int4/
 # Base models are asked in plain text, the others as a user would ask them. Nothing of the tasks or the documents was trained on: they come from
 # other modules, and the sums are held out in both orders.
 stage "Evaluate"
-TASKS="--tasks docstring_choice,two_digit_sums --include-path data/tasks --perplexity data/test/sample.jsonl"
-evaluate() { # OUTPUT [--apply-chat-template] MODEL...: again only where a model is newer than its scores
+TASKS="--tasks docstring_choice,two_digit_sums --include-path data/tasks"
+TEXTS="--perplexity data/test/sample.jsonl"
+evaluate() { # OUTPUT [OPTION...] MODEL/...: again only where a model is newer than its scores
     local out=$1 model config; shift
     for model in "$@"; do
+        case $model in -* | *[!/]) continue ;; esac
         config=$model/config.json
         [ -e "$config" ] || config=$model/final/config.json
-        case $model in -*) continue ;; esac
-        [ "$out" -nt "$config" ] || { llmkit eval "$@" $TASKS --quiet -f -o "$out"; return; }
+        [ "$out" -nt "$config" ] || { llmkit eval "$@" $TEXTS --quiet -f -o "$out"; return; }
     done
 }
-evaluate base-scores.json run/ annealed/ averaged/
-evaluate chat-scores.json --apply-chat-template sft/ chat/ chat-int8/ chat-int4/
+evaluate averaged-scores.json averaged/
+evaluate base-scores.json $TASKS run/ annealed/
+evaluate chat-scores.json $TASKS --apply-chat-template sft/ chat/ chat-int8/ chat-int4/
 
 stage "A conversation: questions about functions, and sums, that it has never seen"
 llmkit generate chat/ data/prompts.jsonl --temperature 0 --max-tokens 80 --text --quiet
 
 stage "Scores"
-python "$ROOT/examples/quickstart/scores.py" data/summary.json base-scores.json chat-scores.json
+python "$ROOT/examples/quickstart/scores.py" data/summary.json base-scores.json averaged-scores.json chat-scores.json
 printf '\nHow the last of them was made:  llmkit lineage %s/chat-int4/\n' "$WORK"
 printf 'Done in %d s, %d s of it for the installation.\n' "$SECONDS" "$INSTALLED"

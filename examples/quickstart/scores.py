@@ -1,6 +1,6 @@
 """The table at the end of the quickstart, and what it does and does not say.
 
-python examples/quickstart/scores.py data/summary.json base-scores.json chat-scores.json [--json]
+python examples/quickstart/scores.py data/summary.json base-scores.json averaged-scores.json chat-scores.json
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ COLUMNS = ("", "perplexity", "bits/byte", "choice: sum", "per character", "PMI",
 
 
 def rows(files: list[Path]) -> dict[str, dict[str, float]]:
-    """Model -> figures, from the JSON that `llmkit eval` writes."""
-    found = {}
+    """Model -> figures, from the JSON that `llmkit eval` writes; a model that was scored on documents alone has no more."""
+    found: dict[str, dict[str, float]] = {}
     for file in files:
         for model, scores in json.loads(file.read_text())["models"].items():
             texts = next(iter(scores["perplexity"].values()))
-            choice, sums = scores["tasks"][CHOICE], scores["tasks"][SUMS]
-            found[NAMES.get(model.strip("/"), model)] = {
-                "perplexity": texts["perplexity"],
-                "bits_per_byte": texts["bits_per_byte"],
-                "acc": choice["acc"],
-                "acc_norm": choice["acc_norm"],
-                "pmi": choice["acc_mutual_info"],
-                "pmi_stderr": choice["acc_mutual_info_stderr"],
-                "items": choice["items"],
-                "sums": sums["exact_match,last_number"],
-                "sums_items": sums["items"],
-            }
+            figures = {"perplexity": texts["perplexity"], "bits_per_byte": texts["bits_per_byte"]}
+            if "tasks" in scores:
+                choice, sums = scores["tasks"][CHOICE], scores["tasks"][SUMS]
+                figures |= {
+                    "acc": choice["acc"],
+                    "acc_norm": choice["acc_norm"],
+                    "pmi": choice["acc_mutual_info"],
+                    "pmi_stderr": choice["acc_mutual_info_stderr"],
+                    "items": choice["items"],
+                    "sums": sums["exact_match,last_number"],
+                    "sums_items": sums["items"],
+                }
+            found[NAMES.get(model.strip("/"), model)] = figures
     return found
 
 
@@ -47,10 +48,11 @@ def table(found: dict[str, dict[str, float]], rule: dict[str, float]) -> list[st
     """Lines of the table."""
     lines = [COLUMNS]
     for name, f in found.items():
-        pmi = f"{100 * f['pmi']:.1f} ± {100 * f['pmi_stderr']:.1f} %"
-        lines.append(
-            (name, f"{f['perplexity']:.1f}", f"{f['bits_per_byte']:.3f}", f"{100 * f['acc']:.1f} %", f"{100 * f['acc_norm']:.1f} %", pmi, f"{100 * f['sums']:.1f} %")
-        )  # fmt: skip
+        cells = [name, f"{f['perplexity']:.1f}", f"{f['bits_per_byte']:.3f}"]
+        if "pmi" in f:
+            cells += [f"{100 * f[key]:.1f} %" for key in ("acc", "acc_norm")]
+            cells += [f"{100 * f['pmi']:.1f} ± {100 * f['pmi_stderr']:.1f} %", f"{100 * f['sums']:.1f} %"]
+        lines.append((*cells, *[""] * (len(COLUMNS) - len(cells))))
     lines.append(("chance", "", "", "25.0 %", "25.0 %", "25.0 %", ""))
     lines.append(("rule, no model", "", "", f"{100 * rule['rule']:.1f} %", "", "", ""))
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]

@@ -1,9 +1,9 @@
 """A skill that a model of two million parameters really learns: adding two numbers of two digits.
 
-All 8,100 sums of 10..99 are shuffled; 400 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
+All 8,100 sums of 10..99 are shuffled; 250 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
 the two numbers. The answer shows its working, the ones and then the tens, and ends in the sum: `What is 37 + 45?` ->
-`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing after
-four passes over the rows; with the working it is right after one.
+`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing
+after four passes over the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from .definitions import DEVELOPMENT, TEST, TRAIN
 
-HELD_OUT = {TEST: 400, DEVELOPMENT: 200}
+HELD_OUT = {TEST: 250, DEVELOPMENT: 200}
 
 
 def sums(seed: int) -> dict[str, list[tuple[int, int]]]:

@@ -42,7 +42,7 @@ doc_to_target: "{{{{answer}}}}"
 generation_kwargs:
   until: ["\\n"]
   do_sample: false
-  max_gen_toks: 40
+  max_gen_toks: 24
 filter_list:
   - name: last_number        # what stands after the working
     filter:
