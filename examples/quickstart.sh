@@ -6,7 +6,7 @@
 #
 #   LLMKIT_WORK=dir    where everything goes (default: quickstart/ in the checkout)
 #   LLMKIT_VENV=dir    virtual environment to use or make (default: .venv in the checkout)
-#   LLMKIT_MINUTES=n   minutes of training to aim at (default 4); a slower machine trains on fewer tokens
+#   LLMKIT_MINUTES=n   minutes of training to aim at (default 5); a slower machine trains on fewer tokens
 #
 # Run it again and finished stages are passed over: every command compares the record inside its output with what it would make now.
 set -euo pipefail
@@ -14,7 +14,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WORK=${LLMKIT_WORK:-$ROOT/quickstart}
 VENV=${LLMKIT_VENV:-$ROOT/.venv}
 TINY=${LLMKIT_TINY:-0}
-MINUTES=${LLMKIT_MINUTES:-4}
+MINUTES=${LLMKIT_MINUTES:-5}
 SECONDS=0
 stage() { printf '\n\033[1m== %s\033[0m  (%d s)\n' "$*" "$SECONDS" >&2; }
 [ -t 2 ] && [ -z "${NO_COLOR:-}" ] || stage() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS" >&2; }
@@ -65,7 +65,7 @@ source scale.sh
 
 stage "Mix, pre-train: $TRAIN_TOKENS tokens"
 llmkit mix text/:0.75 code/:0.25 --tokens "$TRAIN_TOKENS" --seed 1 -o mix/
-llmkit train mix/ -m model.json --tokens "$TRAIN_TOKENS" --batch-size 4 --lr 1e-3 --schedule constant --seed 1 --resume -o run/
+llmkit train mix/ -m model.json --tokens "$TRAIN_TOKENS" --batch-size 4 --lr 3e-4 --schedule constant --seed 1 --resume -o run/
 
 # The last stretch: more documentation, less code, the learning rate down to zero. The run's checkpoint brings its optimiser along.
 stage "Anneal: $ANNEAL_TOKENS tokens"
@@ -79,12 +79,12 @@ llmkit average annealed/ --last 3 -o averaged/
 stage "Fine-tune on $ANSWER_ROWS answers and $SUM_ROWS sums, $EPOCHS times"
 for name in answers bare; do head -n "$ANSWER_ROWS" data/rows/$name.jsonl > $name.jsonl; done
 head -n "$SUM_ROWS" data/rows/sums.jsonl > sums.jsonl
-llmkit sft annealed/ answers.jsonl bare.jsonl sums.jsonl --epochs "$EPOCHS" --batch-size 4 --lr 3e-3 --resume -o sft/
+llmkit sft annealed/ answers.jsonl bare.jsonl sums.jsonl --epochs "$EPOCHS" --batch-size 4 --lr 1.5e-3 --resume -o sft/
 
 # Preferences: the right docstring against that of another function, of the same length.
 stage "Align on $PAIR_ROWS pairs"
 head -n "$PAIR_ROWS" data/rows/pairs.jsonl > pairs.jsonl
-llmkit dpo sft/ pairs.jsonl --beta 0.1 --batch-size 8 --lr 5e-4 --resume -o chat/
+llmkit dpo sft/ pairs.jsonl --beta 0.1 --batch-size 8 --lr 1e-4 --resume -o chat/
 
 # ---------------------------------------------------------------- Release
 stage "Quantise"
