@@ -2,8 +2,8 @@
 
 All 8,100 sums of 10..99 are shuffled; 250 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
 the two numbers. The answer shows its working, the ones and then the tens, and ends in the sum: `What is 37 + 45?` ->
-`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size is still guessing
-after four passes over the rows.
+`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size goes on
+guessing.
 """
 
 from __future__ import annotations
