@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class DecoderLM(TemplateLM):
     def max_length(self) -> int:
         return self.model.config.max_position_embeddings
 
-    @property
+    @cached_property  # asked for with every choice of a task
     def eot_token_id(self) -> int:
         return end_of_text_id(self.info)
 
