@@ -8,7 +8,8 @@
 #   LLMKIT_VENV=dir    virtual environment to use or make (default: .venv in the checkout)
 #   LLMKIT_MINUTES=n   minutes of training to aim at (default 5); a slower machine trains on fewer tokens
 #
-# Run it again and finished stages are passed over: every command compares the record inside its output with what it would make now.
+# Run it again and finished stages are passed over: every command compares the record inside its output with what it would make now. The corpus,
+# the two pipes and the measured speed, which have no such record to compare with, are passed over where their output is there.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 WORK=${LLMKIT_WORK:-$ROOT/quickstart}

@@ -3,8 +3,8 @@
     python examples/quickstart/scale.py --tiny 0 --minutes 5 > scale.sh        # in the directory that holds text/ and model.json
 
 The full amounts are what a machine with two quiet cores trains on in about five minutes. Most of it is fine-tuning, and the rate of pre-training
-is low: a model that has seen a megabyte or two with a high rate learns to read a question far more slowly than a fresh one. Where there is less time everything is cut by one factor,
-down to amounts that are needed to learn anything; the sums keep nearly all their rows, since they are meant to be learnt for certain.
+is low: a model that has seen a megabyte or two with a high rate learns to read a question far more slowly than a fresh one. Where there is
+less time everything is cut by one factor, down to amounts that are needed to learn anything.
 """
 
 from __future__ import annotations
