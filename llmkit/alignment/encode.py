@@ -1,7 +1,7 @@
 """Rows of a file to token ids with loss weights: what `sft` and `dpo` train on.
 
-A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (it then teaches no stop); both are counted. A row in which
-the loss would count nothing is an error that names file and line, since it almost always means that the roles are not what was thought.
+A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (it then teaches no stop), and dropped where the cut leaves nothing
+to learn; all are counted. A row in which the loss would count nothing is an error that names file and line, since it almost always means that the roles are not what was thought.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Encoded:
     """Rows (for preferences two in a row: chosen, rejected) and what was counted on the way."""
 
     rows: list[EncodedRow] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("rows", "too_long", "tokens", "trained"), 0))
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "tokens", "trained"), 0)
+    )
 
     def add(self, *rows: EncodedRow) -> None:
         """Take in what belongs together: a row, or a pair."""
@@ -33,6 +35,15 @@ class Encoded:
         self.counts["rows"] += 1
         self.counts["tokens"] += sum(len(row.tokens) for row in rows)
         self.counts["trained"] += sum(row.trained for row in rows)
+
+    def fit(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
+        """Take in what belongs together, none longer than `context`, or count it as dropped."""
+        fitting = _fit(rows, context, too_long)
+        self.counts["too_long"] += max(len(row.tokens) for row in rows) > context
+        if fitting:
+            self.add(*fitting)
+        else:
+            self.counts["dropped"] += 1
 
     def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, weights) of every row."""
@@ -49,12 +60,8 @@ def encode_conversations(
 
     encoded = Encoded()
     for row in _rows(reader, convert):
-        fitting = _fit([row], context, too_long)
-        if len(row.tokens) > context:
-            encoded.counts["too_long"] += 1
-        if fitting:
-            encoded.add(*fitting)
-    _refuse_nothing(encoded, context)
+        encoded.fit([row], context, too_long)
+    _refuse_nothing(encoded, context, too_long)
     return encoded
 
 
@@ -72,12 +79,8 @@ def encode_preferences(
 
     encoded = Encoded()
     for pair in _rows(reader, convert):
-        fitting = _fit(pair, context, too_long)
-        if max(len(row.tokens) for row in pair) > context:
-            encoded.counts["too_long"] += 1
-        if fitting:
-            encoded.add(*fitting)
-    _refuse_nothing(encoded, context)
+        encoded.fit(pair, context, too_long)
+    _refuse_nothing(encoded, context, too_long)
     return encoded
 
 
@@ -113,11 +116,16 @@ def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow
     return cut if all(row.trained for row in cut) else []
 
 
-def _refuse_nothing(encoded: Encoded, context: int) -> None:
-    if not encoded.rows:
-        long = encoded.counts["too_long"]
-        reason = f"all {long:,} rows are longer than {context:,} tokens" if long else "no rows were read"
-        raise LlmkitError(reason, "--too-long truncate cuts them" if long else "check the inputs")
+def _refuse_nothing(encoded: Encoded, context: int, too_long: str) -> None:
+    if encoded.rows:
+        return
+    long = encoded.counts["too_long"]
+    if not long:
+        raise LlmkitError("no rows were read", "check the inputs")
+    reason = f"all {long:,} rows are longer than {context:,} tokens"
+    if too_long == "drop":
+        raise LlmkitError(reason, "--too-long truncate cuts them")
+    raise LlmkitError(f"{reason}, and cut to that they teach nothing", "use a model with a longer context")
 
 
 def _end_of_text(files: Mapping[str, str]) -> int:

@@ -208,7 +208,9 @@ def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
     if counts["too_long"]:
         done = "dropped" if too_long == "drop" else "cut at the end"
         other = "--too-long truncate cuts them" if too_long == "drop" else "--too-long drop leaves them out"
-        run.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {done}; {other}")
+        lost = f", {counts['dropped']:,} of them dropped since nothing to learn was left" if counts["dropped"] else ""
+        lost = "" if too_long == "drop" else lost
+        run.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {done}{lost}; {other}")
 
 
 def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:

@@ -154,6 +154,11 @@ def test_too_long_rows(tmp_path: Path, templates: dict[str, dict[str, str]]) -> 
     assert cut.counts["too_long"] == 1
     with pytest.raises(LlmkitError, match="longer than 30 tokens"):
         encode_conversations(reader_of(path, [long]), templates["chatml"], 30)
+    behind = {"prompt": "word " * 50, "completion": "a"}
+    cut = encode_conversations(reader_of(path, [*rows, behind]), templates["chatml"], 30, too_long="truncate")
+    assert (cut.counts["rows"], cut.counts["too_long"], cut.counts["dropped"]) == (2, 2, 1)
+    with pytest.raises(LlmkitError, match="cut to that they teach nothing"):
+        encode_conversations(reader_of(path, [behind]), templates["chatml"], 30, too_long="truncate")
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "word " * 50}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     encoded = encode_preferences(reader_of(path, pairs), templates["chatml"], 30)
     assert (encoded.counts["rows"], len(encoded.rows)) == (1, 2)
