@@ -31,7 +31,8 @@ def main(
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, INPUTS being the directory that holds the
     original inputs. --check computes the digest of the artefact's content, and of every input that it finds by name beside the artefact
-    or in the directories given by --inputs; one that differs ends it with exit code 1. --json prints the record as it is stored.
+    or in the directories given by --inputs; one that differs ends it with exit code 1. Models, tokenizers, plans and Parquet are
+    not checked themselves, only as inputs of what was made from them. --json prints the record as it is stored.
     """
     from llmkit.io import lineage, provenance
 
@@ -76,4 +77,5 @@ def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]
     if wrong:
         raise LlmkitError(f"{', '.join(wrong)}: not what the lineage says", "it was changed after it was used or made")
     counts = {state: sum(1 for _, found in results if found == state) for state in ("ok", "not found")}
-    run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found")
+    itself = f"; {results[0][0]} itself was not checked" if results[0][1] == "unchecked" else ""
+    run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")

@@ -20,6 +20,7 @@ Record = dict[str, Any]
 # Parameter name -> (flag, negative flag or "", default) of one command's options.
 Flags = Callable[[str], dict[str, tuple[str, str, Any]]]
 
+_STREAM = "(standard input)"
 MAX_DEPTH = 200  # records come from untrusted files
 
 
@@ -81,13 +82,12 @@ def _role(item: Record) -> str:
 
 
 def check(record: Record, path: str, places: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, "ok" | "DIFFERS" | "not found") of the artefact itself and of every named input beneath it, each once.
+    """(name, "ok" | "DIFFERS" | "not found" | "unchecked") of the artefact itself and of every named input beneath it, each once.
 
     Inputs are looked for in `places` and beside the artefact; one name met with two digests counts as two inputs.
     """
     own = content_digest(path) if record.get("digest") else None
-    if own:
-        yield base_name(path), "ok" if own == record["digest"] else "DIFFERS"
+    yield base_name(path), "unchecked" if own is None else "ok" if own == record["digest"] else "DIFFERS"
     seen: set[tuple[str, str]] = set()
     searched = [Path(place) for place in places] + [Path(path).resolve().parent]
 
@@ -127,12 +127,13 @@ def as_script(record: Record, name: str, flags: Flags) -> str:
     Pipes come back as pipes, since a stage records whether its input was a pipe or a file. Everything is made under OUTPUT with the base name
     it had, and the originals are taken from INPUTS, so that equal inputs give equal bytes.
     """
-    script = _Script(flags)
+    script = _Script(flags, _originals(record))
     script.make(record, base_name(name))
     originals = [_comment(f"  {original}  {digest}") for original, digest in script.originals.items()]
+    call = "bash SCRIPT [INPUTS] [OUTPUT]" + (" < STREAM" if _STREAM in script.originals else "")
     head = [
         "#!/usr/bin/env bash",
-        _comment(f"Makes {base_name(name)} again, with llmkit {record.get('llmkit')}: bash SCRIPT [INPUTS] [OUTPUT]"),
+        _comment(f"Makes {base_name(name)} again, with llmkit {record.get('llmkit')}: {call}"),
         *(["# INPUTS (default: this directory) holds the originals", *originals] if originals else []),
         "set -euo pipefail",
         "IN=${1:-.}",
@@ -140,6 +141,17 @@ def as_script(record: Record, name: str, flags: Flags) -> str:
         'mkdir -p "$OUT"',
     ]
     return "\n".join(head + script.lines) + "\n"
+
+
+def _originals(record: Record, depth: int = 0) -> dict[str, str]:
+    """Digest -> name of every original that was read as a file."""
+    found: dict[str, str] = {}
+    for item in _inputs(record):
+        if item["lineage"] and depth < MAX_DEPTH:
+            found |= _originals(item["lineage"], depth + 1)
+        elif not item["lineage"] and item["name"] != STDIN and item.get("role") in (None, "input"):
+            found[str(item.get("digest"))] = Path(item["name"]).name or "input"
+    return found
 
 
 def _comment(text: str) -> str:
@@ -150,11 +162,12 @@ def _comment(text: str) -> str:
 class _Script:
     """Lines that make artefacts, each once, in an order in which everything exists before it is used."""
 
-    def __init__(self, flags: Flags) -> None:
+    def __init__(self, flags: Flags, files: dict[str, str]) -> None:
         self.lines: list[str] = []
         self.originals: dict[str, str] = {}
         self._streams: list[str] = []
         self._flags = flags
+        self._files = files  # digest -> name of an original: what came on stdin may be one of them
         self._made: dict[tuple[str, str], str] = {}
         self._places: set[str] = set()
 
@@ -180,13 +193,17 @@ class _Script:
             raise LlmkitError("the lineage is nested too deeply", "it does not come from llmkit")
         command, options, inputs = str(node.get("command")), _options(node), _inputs(node)
         flags = self._flags(command)
-        words, upstream = ["llmkit", command], ""
+        words, upstream, redirection = ["llmkit", command], "", ""
         positional: list[str] = []
         suffixes = options.get("specs", [])
         for item in inputs:
             if item["name"] == STDIN and item["lineage"]:
                 upstream = self._pipeline(item["lineage"], depth + 1) + " |\n  "
                 reference = STDIN
+            elif item["name"] == STDIN and str(item.get("digest")) in self._files:
+                file = self._files[str(item.get("digest"))]
+                self.originals[file] = str(item.get("digest"))
+                reference, redirection = STDIN, f' < "$IN"/{shlex.quote(file)}'
             else:
                 reference = self._reference(item)
             if item.get("role") in flags:
@@ -200,7 +217,7 @@ class _Script:
         for key, value in sorted(options.items()):
             if key in flags and key not in roles:
                 words += _as_words(value, *flags[key])
-        return upstream + " ".join(words[:2] + positional + words[2:])
+        return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
     def _reference(self, item: Record) -> str:
         """How the script names an input: made by an earlier line, or an original."""
@@ -212,7 +229,7 @@ class _Script:
                 name = f"stdin-{len(self._streams)}" if self._streams else ""
                 self._streams.append(digest)
                 if not name:
-                    self.originals["(standard input)"] = digest
+                    self.originals[_STREAM] = digest
                     return STDIN
             self.originals[name] = digest
             return f'"$IN"/{shlex.quote(name)}'
