@@ -61,6 +61,7 @@ def main(
     path and digest and gives the same order to the bit. Sources of documents (JSON lines, Parquet) give documents; a directory of files
     is one source, and they are kept in a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
+    from llmkit.io.atomic import check_output
     from llmkit.io.inputs import read_list
     from llmkit.tokens.mix import parse_spec
 
@@ -83,6 +84,8 @@ def main(
     run.options["specs"] = [spec.suffix for spec in specs]
     if not run.dry_run and run.up_to_date([spec.path for spec in specs]):
         return
+    if run.output and not run.dry_run:
+        check_output(run.output, run.force)  # before the sources are read
     if all(kinds.values()):
         if tokenizer:
             raise UsageError("--tokenizer is for documents; these sources hold tokens", "leave it out")

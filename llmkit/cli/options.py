@@ -280,7 +280,8 @@ def _as_toml(context: Any) -> str:
         if parameter.name in skipped or parameter.param_type_name != "option":
             continue
         source = context.get_parameter_source(parameter.name)
-        origin = source.name.lower().replace("_", " ") if source else "default"
+        origin = source.name.lower() if source else "default"
+        origin = {"default_map": "config file", "commandline": "command line"}.get(origin, origin)
         key = parameter.name.replace("_", "-")
         lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"

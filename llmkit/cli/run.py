@@ -134,34 +134,42 @@ class Run:
 
         return DocumentWriter(self.output, self.lineage(), force=self.force, plain=self._values.get("plain", False))
 
-    def up_to_date(self, paths: list[str]) -> bool:
+    def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
         """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do.
 
-        Decided by the lineage inside the output (command, version, options, digests of the inputs), never by its existence.
+        `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
+        digests of the inputs), never by their existence.
         """
-        from llmkit.io.atomic import is_special
-        from llmkit.io.lineage import digest_path, read_lineage
+        from llmkit.io.lineage import digest_path
 
-        if (
-            not self.output
-            or self.force
-            or not os.path.exists(self.output)
-            or is_special(Path(self.output))  # a device or pipe must not be read
-            or any(not os.path.exists(path) for path in paths)
-        ):
+        if not self.output or self.force or any(not os.path.exists(path) for path in paths):
             return False
-        try:
-            found = read_lineage(self.output)
-        except LlmkitError:
+        outputs = {self.output: self.lineage()} | (beside or {})
+        found = {path: _record_of(path, header) for path, header in outputs.items()}
+        if None in found.values():
             return False
-        header = self.lineage()
-        if found is None or {key: found.get(key) for key in header.header()} != json.loads(json.dumps(header.header())):
-            return False
-        digests = [item.digest for item in header.inputs] + [digest_path(path) for path in paths]
-        if [item.get("digest") for item in found.get("inputs", [])] != digests:
-            return False
+        digests = [digest_path(path) for path in paths]
+        for path, header in outputs.items():
+            made_of = [item.get("digest") for item in (found[path] or {}).get("inputs", [])]
+            if made_of != [item.digest for item in header.inputs] + digests:
+                return False
         self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
+
+
+def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
+    """The record inside `path`, if it was made by the command, version and options of `header`."""
+    from llmkit.io.atomic import is_special
+    from llmkit.io.lineage import read_lineage
+
+    if not os.path.exists(path) or is_special(Path(path)):  # a device or pipe must not be read
+        return None
+    try:
+        found = read_lineage(path)
+    except LlmkitError:
+        return None
+    wanted = json.loads(json.dumps(header.header()))
+    return found if found is not None and {key: found.get(key) for key in wanted} == wanted else None
 
 
 class Progress:

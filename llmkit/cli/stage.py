@@ -45,7 +45,8 @@ def run_stage(
 
     if rejects is not None and rejects in (run.output, "-"):
         raise UsageError(f"--rejects {rejects}: this is where the kept documents go", "name another file")
-    if not run.dry_run and rejects is None and run.up_to_date(run.inputs(inputs)):
+    beside = {} if rejects is None else {rejects: Lineage(f"{run.command} --rejects", dict(run.options))}
+    if not run.dry_run and run.up_to_date(run.inputs(inputs), beside):
         return None
     reader = run.reader(inputs)
     with ExitStack() as stack:
@@ -53,8 +54,7 @@ def run_stage(
         if not run.dry_run:
             writer = stack.enter_context(run.writer())
             if rejects is not None:
-                lineage = Lineage(f"{run.command} --rejects", dict(run.options))
-                rejected = stack.enter_context(DocumentWriter(rejects, lineage, force=run.force))
+                rejected = stack.enter_context(DocumentWriter(rejects, beside[rejects], force=run.force))
         with run.progress(None, "documents") as bar:
             for outcome in work(reader):
                 reader.accept(outcome.bad)

@@ -132,7 +132,7 @@ def test_precedence_flag_environment_config_default(llmkit, docs: Path) -> None:
 
     assert "seed = 0" in resolved()
     config = resolved("-c", "c.toml")
-    assert "seed = 3" in config and 'method = "exact"' in config
+    assert "seed = 3  # config file" in config and 'method = "exact"' in config
     assert "seed = 4" in resolved("-c", "c.toml", LLMKIT_DEDUP_SEED="4")
     assert "seed = 5" in resolved("-c", "c.toml", "--seed", "5", LLMKIT_DEDUP_SEED="4")
     (docs / "r.toml").write_text(config)

@@ -160,3 +160,17 @@ def test_error_leaves_no_rejects_either(llmkit, docs: Path) -> None:
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
     done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", "--on-bad-line", "skip", cwd=docs)
     assert done.returncode == 0 and b"1 bad lines passed over" in done.stderr
+
+
+def test_repeated_with_rejects_does_nothing(llmkit, docs: Path) -> None:
+    """Behaviour: a finished call with --rejects, repeated, is up to date, but not when the rejects are gone or of another call."""
+    command = ("filter", "docs.jsonl", "-o", "out.jsonl.zst", "--rejects", "r.jsonl.zst")
+    assert llmkit(*command, cwd=docs).returncode == 0
+    again = llmkit(*command, cwd=docs)
+    assert again.returncode == 0 and b"up to date" in again.stderr
+    rejects = (docs / "r.jsonl.zst").read_bytes()
+    (docs / "r.jsonl.zst").unlink()
+    assert llmkit(*command, cwd=docs).returncode == 1
+    other = ("filter", "docs.jsonl", "--preset", "c4", "-o", "c4.jsonl.zst", "--rejects", "r.jsonl.zst")
+    assert llmkit(*other, cwd=docs).returncode == 0
+    assert llmkit(*command, cwd=docs).returncode == 1 and (docs / "r.jsonl.zst").read_bytes() != rejects
