@@ -105,7 +105,9 @@ def test_one_pipe_and_its_lineage_run_again(workplace: Path) -> None:
     shell(pipe, workplace)
     script = shell("llmkit lineage piped/ --script | tee again.sh", workplace)
     assert script.count(" |\n") == 4
-    assert 'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script  # the tokenizer was made of the same documents, by name
+    assert (
+        'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script
+    )  # the tokenizer was made of the same documents, by name
     shell("bash again.sh . rebuilt < /dev/null", workplace)
     assert (workplace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
         workplace / "piped/final/model.safetensors"

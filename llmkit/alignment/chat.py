@@ -28,6 +28,7 @@ import numpy as np
 
 from llmkit.alignment.rows import common_length
 from llmkit.errors import LlmkitError
+from llmkit.model.checkpoint import load_tokenizer
 
 CHATML = """\
 {%- for message in messages %}
@@ -287,7 +288,7 @@ def _tokenizer_config(files: Mapping[str, str]) -> dict[str, Any]:
 def _parse_json(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LlmkitError(f"a file of the tokenizer is not JSON: {error}", "the directory is damaged") from error
     return value if isinstance(value, dict) else {}
 
@@ -305,18 +306,14 @@ def _special_tokens(special_map: str, config: str) -> dict[str, str]:
 
 @lru_cache(maxsize=8)
 def _special_contents(tokenizer_json: str, eos: str) -> dict[str, int]:
+    _tokenizer(tokenizer_json)  # which knows better than we whether the file is sound
     added = _parse_json(tokenizer_json).get("added_tokens") or []
     return {item["content"]: item["id"] for item in added if item.get("special") or item.get("content") == eos}
 
 
 @lru_cache(maxsize=4)
 def _tokenizer(tokenizer_json: str) -> Any:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(tokenizer_json)
-    except Exception as error:
-        raise LlmkitError(f"tokenizer.json cannot be read: {error}", "the directory is damaged") from error
+    return load_tokenizer({"tokenizer.json": tokenizer_json}, "the model")
 
 
 @lru_cache(maxsize=16)

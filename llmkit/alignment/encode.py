@@ -26,14 +26,14 @@ class Encoded:
 
     rows: list[EncodedRow] = field(default_factory=list)
     counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "tokens", "trained"), 0)
+        default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "row_tokens", "trained"), 0)
     )
 
     def add(self, *rows: EncodedRow) -> None:
         """Take in what belongs together: a row, or a pair."""
         self.rows += rows
         self.counts["rows"] += 1
-        self.counts["tokens"] += sum(len(row.tokens) for row in rows)
+        self.counts["row_tokens"] += sum(len(row.tokens) for row in rows)
         self.counts["trained"] += sum(row.trained for row in rows)
 
     def fit(self, rows: list[EncodedRow], context: int, too_long: str) -> None:

@@ -27,7 +27,7 @@ from llmkit.model.generate import generate
 from llmkit.seeds import derive
 
 ALPACA = ("instruction", "input", "system")
-REPLACED = {*ALPACA, "messages", "conversations", "prompt", "output", "completion", "completions"}
+WRITTEN = ("prompt", "completion", "completions")
 
 
 @dataclass(slots=True)
@@ -50,21 +50,28 @@ def read_prompt(
 ) -> Prompt:
     """The prompt in one row; RowError names the field that is missing or wrong."""
     asked: str | Messages
-    used, tools, reference = "", None, None
+    tools, reference = None, None
+    used: tuple[str, ...]
     if "messages" in fields or "conversations" in fields:
         conversation = to_conversation(fields)
-        asked, tools = conversation.messages, conversation.tools
+        asked, tools, used = conversation.messages, conversation.tools, ("messages", "conversations", "tools")
         while asked and asked[-1]["role"] == "assistant":
             reference = asked.pop()["content"]
     elif "instruction" in fields:
         request = {key: fields[key] for key in ALPACA if key in fields}
         asked, reference = to_conversation(request | {"output": ""}).messages[:-1], fields.get("output")
+        used = (*ALPACA, "output")
     elif "prompt" in fields:
         prompt = fields["prompt"]
-        asked = prompt if isinstance(prompt, str) else to_conversation({"messages": prompt}).messages
+        asked, used = prompt, ("prompt", "completion")
+        if not isinstance(prompt, str):
+            conversation = to_conversation({"messages": prompt, "tools": fields.get("tools")})
+            asked, tools, used = conversation.messages, conversation.tools, (*used, "tools")
         reference = fields.get("completion")
+        if reference is None:
+            reference, used = fields.get("output"), (*used, "output")
     elif isinstance(fields.get(text_key), str):
-        asked, used = fields[text_key], text_key
+        asked, used = fields[text_key], (text_key,)
     else:
         known = ", ".join(fields) or "none"
         raise RowError(f"no field 'messages', 'prompt', 'instruction' or {text_key!r} (fields: {known})")
@@ -72,10 +79,13 @@ def read_prompt(
         asked = [{"role": "user", "content": asked}]
     if isinstance(asked, list) and not asked:
         raise RowError("the conversation holds no question")
-    rest = {key: value for key, value in fields.items() if key not in REPLACED and key != used}
+    rest = {key: value for key, value in fields.items() if key not in (*WRITTEN, *used)}
     if reference is not None:
         rest["reference"] = reference
-    return Prompt(asked, encode(asked, files, tools), rest)
+    try:
+        return Prompt(asked, encode(asked, files, tools), rest)
+    except LlmkitError as error:  # a conversation that the template refuses
+        raise RowError(f"{error.message} ({error.hint})") from error
 
 
 def encode(

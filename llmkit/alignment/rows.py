@@ -252,8 +252,10 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     if "from" in item and role == "function_call":
         rest, content = _function_call(content, rest)
     weight = rest.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0):
-        raise RowError(f"{where}: weight {weight!r} is not a number of at least 0")
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6
+    ):
+        raise RowError(f"{where}: weight {weight!r} is not a number from 0 to a million")
     return {"role": ROLES.get(role, role), "content": content} | rest
 
 

@@ -71,7 +71,7 @@ def main(
     The rate starts where the checkpoint's step had it. One trunk may be annealed several times, on different data and from different steps. From
     a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
-    if fitting.launched(run, resume=resume, processes=processes):
+    if fitting.launched(run, [start, data, *(heldout or [])], resume=resume, processes=processes):
         return
     import torch
 
@@ -112,7 +112,7 @@ def main(
         if run.dry_run:
             fitting.show_plan(run, info.config, source, rate, length)
             return
-        text = fitting.config_text(run, ("start", "data"), lr=lr, batch_size=batch, tokens=tokens or stream.tokens)
+        text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]
         if not opened.begin(run.lineage(), inputs, batch, length, text):
             fitting.nothing_to_do(run)

@@ -70,7 +70,7 @@ def main(
     (hh-rlhf) are understood. The reference log-probabilities are computed once before the first step and kept in the run. The log shows the
     rewards of both sides, their margin, and how often the chosen one is ahead.
     """
-    if fitting.launched(run, resume=resume, processes=processes):
+    if fitting.launched(run, [model, *(rows or [])], resume=resume, processes=processes):
         return
     from functools import cache
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import shutil
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,7 @@ import typer
 
 from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError
+from llmkit.io.inputs import STDIN, open_raw
 
 if TYPE_CHECKING:
     from llmkit.model.checkpoint import LoadedModel
@@ -67,6 +71,8 @@ def main(
     for model in models:  # every mistake is found before the first model is scored
         load_info(model)
         resolve_model(model)
+    for name in perplexity or []:
+        run.inputs([name], files_from=None)
     manager = None
     if names:
         from llmkit.evaluation.harness import task_names
@@ -80,15 +86,17 @@ def main(
 
         check_output(run.output, run.force)
     results: dict[str, dict[str, Any]] = {}
-    for model in models:
-        run.detail(f"loading {model}")
-        loaded = load_for_inference(model, dtype, device)
-        scores: dict[str, Any] = {}
-        for documents in perplexity or []:
-            scores.setdefault("perplexity", {})[documents] = _perplexity(run, loaded, documents, stride, limit)
-        if names:
-            scores["tasks"] = _tasks(run, loaded, names, manager, limit, shots, apply_chat_template)
-        results[model] = scores
+    with ExitStack() as stack:
+        documents = {name: _kept(stack) if name == STDIN and len(models) > 1 else name for name in perplexity or []}
+        for model in models:
+            run.detail(f"loading {model}")
+            loaded = load_for_inference(model, dtype, device)
+            scores: dict[str, Any] = {}
+            for name, path in documents.items():
+                scores.setdefault("perplexity", {})[name] = _perplexity(run, loaded, path, stride, limit)
+            if names:
+                scores["tasks"] = _tasks(run, loaded, names, manager, limit, shots, apply_chat_template)
+            results[model] = scores
     _table(run, results)
     _write(run, {"llmkit": _version(), "options": run.options, "models": results})
     run.finish({"models": len(models), "tasks": len(names)}, f"{len(models)} models scored")
@@ -98,6 +106,14 @@ def _version() -> str:
     from llmkit import __version__
 
     return __version__
+
+
+def _kept(stack: ExitStack) -> str:
+    """A temporary file of what comes on stdin, since every model reads it."""
+    file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".jsonl"))
+    shutil.copyfileobj(open_raw(STDIN), file, 1 << 20)
+    file.flush()
+    return file.name
 
 
 def _perplexity(
@@ -112,7 +128,7 @@ def _perplexity(
     model, info = loaded
     codec = load_tokenizer(info.tokenizer_files, info.path)
     codec.encode_special_tokens = True  # text is text: a literal "<|endoftext|>" in a document is no end of it
-    texts = (document.text for document in run.reader([documents]).documents())
+    texts = (document.text for document in run.reader([documents], files_from=None).documents())
     with run.progress(None, "documents") as bar:
         found = perplexity(
             model,
@@ -140,7 +156,11 @@ def _tasks(
     model, info = loaded
     with run.progress(None, "requests") as bar:
         lm = DecoderLM(
-            model, info, lambda messages, prompt: render(messages, info.tokenizer_files, prompt), advance=bar.advance
+            model,
+            info,
+            lambda messages, prompt: render(messages, info.tokenizer_files, prompt),
+            advance=bar.advance,
+            seed=run.seed,
         )
         return evaluate(lm, names, manager, limit=limit, shots=shots, chat=chat, seed=run.seed)
 

@@ -15,7 +15,7 @@ import typer
 from llmkit.cli.options import NEUTRAL, Progress, Run, toml_value
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
-from llmkit.io.inputs import STDIN
+from llmkit.io.inputs import STDIN, open_raw
 
 if TYPE_CHECKING:
     from llmkit.alignment.encode import Encoded
@@ -61,12 +61,14 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
 
 
-def launched(run: Run, *, resume: bool, processes: int) -> bool:
-    """Check the call; with `processes` above 1 run it again in as many processes, and say whether this one is done with that."""
-    from llmkit.training.state import check_run
+def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bool:
+    """Check the call, which reads `inputs`; with `processes` above 1 run it again in as many processes, and say whether this one is done with that."""
+    from llmkit.training.state import CONFIG, check_run
 
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")
+    if run.force and os.path.exists(os.path.join(run.output, CONFIG)):
+        _refuse_own_inputs(run.output, inputs)
     rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
     if processes == 1 or rank is not None:
         if rank not in (None, "0"):
@@ -81,6 +83,15 @@ def launched(run: Run, *, resume: bool, processes: int) -> bool:
     if code:
         raise SystemExit(code)
     return True
+
+
+def _refuse_own_inputs(output: str, inputs: list[str]) -> None:
+    """UsageError where a run would be replaced by one that is made of it."""
+    place = Path(output).resolve()
+    for path in inputs:
+        where = Path(path).resolve()
+        if path != STDIN and place in (where, *where.parents):
+            raise UsageError(f"{path} is in the output {output}, which -f replaces", "choose another output")
 
 
 def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
@@ -129,7 +140,8 @@ def _keep_stdin(session: Session, name: str) -> Path:
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
         kept.parent.mkdir(exist_ok=True)
         with atomic_file(kept, force=True) as sink:
-            shutil.copyfileobj(sys.stdin.buffer, sink, 1 << 20)
+            shutil.copyfileobj(open_raw(STDIN), sink, 1 << 20)
+    session.kept = (kept.parent.name,)
     session.processes.wait()
     return kept
 
@@ -190,7 +202,7 @@ def row_reader(run: Run, session: Session, rows: list[str] | None) -> DocumentRe
     if STDIN in paths and not run.dry_run:
         kept = str(_keep_stdin(session, ROWS))
         paths = [kept if path == STDIN else path for path in paths]
-    return run.reader(paths, text_key=None)
+    return run.reader(paths, text_key=None, files_from=None)
 
 
 def row_inputs(reader: DocumentReader) -> list[Input]:
@@ -204,7 +216,7 @@ def row_inputs(reader: DocumentReader) -> list[Input]:
 def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
     """How many rows there are, and what happened to those that are too long."""
     counts = encoded.counts
-    run.note(f"{counts['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained']:,} of them to learn")
+    run.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them to learn")
     if counts["too_long"]:
         done = "dropped" if too_long == "drop" else "cut at the end"
         other = "--too-long truncate cuts them" if too_long == "drop" else "--too-long drop leaves them out"

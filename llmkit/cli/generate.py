@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -85,10 +86,14 @@ def main(
     """
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "1 draws from all tokens")
+    if not math.isfinite(temperature):
+        raise UsageError(f"--temperature {temperature} is not a number", "0 always takes the most probable token")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} is not above 0", "see --help")
     if prompt and prompts:
         raise UsageError("prompts both on the command line and in files", "give --prompt or PROMPTS")
+    if text and run.output:
+        raise UsageError("--text is for reading on the terminal, -o for a file", "give one of them, or redirect stdout")
     if any(not text for text in stop or []):
         raise UsageError("--stop is empty", "leave it out")
     import orjson
@@ -102,7 +107,7 @@ def main(
     load_tokenizer(info.tokenizer_files, info.path)
     if not text and not run.dry_run and run.up_to_date([str(info.path), *files]):
         return
-    reader = None if prompt else run.reader(files, text_key=None)
+    reader = None if prompt else run.reader(files, text_key=None, files_from=None)
     rows = _prompts(run, info, reader, prompt or [], chat, max_tokens if truncate_prompt else None)
     if run.dry_run:
         run.note(f"{sum(1 for _ in rows):,} prompts are in order; nothing written (--dry-run)")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import LlmkitError
 
 if TYPE_CHECKING:
-    from llmkit.io.documents import DocumentReader, DocumentWriter
+    from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine
     from llmkit.io.lineage import Lineage
 
 
@@ -37,6 +37,7 @@ class Run:
         self._values = values
         self._paths = paths  # options that name an input, for the lineage
         self._stack = ExitStack()
+        self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
 
     # Messages. stdout carries data only.
@@ -121,12 +122,15 @@ class Run:
 
     def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
-        from llmkit.io.documents import DocumentReader, ReadOptions
+        from llmkit.io.documents import DocumentReader, Quarantine, ReadOptions
 
         values = self._values
         key = values["text_key"] if text_key == "" else text_key
         options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
-        return self._stack.enter_context(DocumentReader(self.inputs(given, **expand_options), options))
+        paths = self.inputs(given, **expand_options)
+        if self._quarantine is None and options.quarantine:
+            self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
+        return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
 
     def writer(self) -> DocumentWriter:
         """Writer of the command's output; a context manager."""

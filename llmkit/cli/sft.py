@@ -59,7 +59,7 @@ def main(
     packed into sequences in which none sees another, and every step's loss is the mean over its counted tokens. A message may carry its own
     `weight`, or `train: false`. The model that comes out stops at its end of turn (generation_config.json).
     """
-    if fitting.launched(run, resume=resume, processes=processes):
+    if fitting.launched(run, [model, *(rows or []), *(heldout or [])], resume=resume, processes=processes):
         return
     import torch
 
@@ -89,7 +89,7 @@ def main(
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = None
         if heldout:
-            reader = run.reader(heldout, text_key=None)
+            reader = run.reader(heldout, text_key=None, files_from=None)
             other = encode_conversations(reader, files, length, too_long=too_long, template=template)
             held_out = PackedSource(other.pairs(), length, batch_size, shuffle=False)
         if run.dry_run:

@@ -61,7 +61,7 @@ def main(
     that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
     and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
     """
-    if fitting.launched(run, resume=resume, processes=processes):
+    if fitting.launched(run, [data, *(heldout or [])], resume=resume, processes=processes):
         return
     from llmkit.io.lineage import base_name, describe_input
     from llmkit.model.decoder import Decoder

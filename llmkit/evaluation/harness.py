@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llmkit.errors import LlmkitError, unknown_name
@@ -43,8 +44,10 @@ class DecoderLM(TemplateLM):
         render: Render | None = None,
         batch_tokens: int = BATCH_TOKENS,
         advance: Advance | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
+        self._seed = seed
         self.model = model
         self.info = info
         self.codec = load_tokenizer(info.tokenizer_files, info.path)
@@ -60,6 +63,10 @@ class DecoderLM(TemplateLM):
     def eot_token_id(self) -> int:
         return end_of_text_id(self.info)
 
+    @cached_property
+    def _prefix(self) -> str:
+        return str(self.codec.decode([self.prefix_token_id], skip_special_tokens=False))
+
     @property
     def prefix_token_id(self) -> int:
         bos = self.info.config.bos_token_id
@@ -70,7 +77,9 @@ class DecoderLM(TemplateLM):
         return self.info.path.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return list(self.codec.encode(string, add_special_tokens=bool(add_special_tokens)).ids)
+        # As lm-eval's own class has it: what the tokenizer puts in front of a text, unless the text (of a chat template) brings it along.
+        special = not string.startswith(self._prefix) if add_special_tokens is None else add_special_tokens
+        return list(self.codec.encode(string, add_special_tokens=special).ids)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return self.info.tokenizer_files.get("chat_template.jinja", "") if chat_template else None
@@ -135,7 +144,7 @@ class DecoderLM(TemplateLM):
                 max_new_tokens=room,
                 temperature=temperature,
                 top_p=top_p,
-                seeds=[derive(0, "eval", one.number) for one in batch],
+                seeds=[derive(self._seed, "eval", one.number) for one in batch],
                 stop_ids=sorted({*self.info.stop_ids, self.eot_token_id}),
                 ended=ended,
             )
@@ -146,12 +155,17 @@ class DecoderLM(TemplateLM):
         return answers
 
     def _generation(self, number: int, context: str, arguments: dict[str, Any]) -> _Generation:
-        stops = arguments.get("until") or []
-        stops = tuple(stop for stop in ([stops] if isinstance(stops, str) else stops) if stop)
-        room = min(int(arguments.get("max_gen_toks", DEFAULT_NEW_TOKENS)), self.max_length - 1)
-        temperature = float(arguments.get("temperature", 1.0)) if arguments.get("do_sample") else 0.0
+        asked = normalize_gen_kwargs(arguments, min(DEFAULT_NEW_TOKENS, self.max_length // 2))
+        room = asked["max_gen_toks"]
+        if not 0 < room < self.max_length:
+            raise LlmkitError(
+                f"a task asks for {room:,} new tokens, the model's context is {self.max_length:,}",
+                "set max_gen_toks in the task's generation_kwargs, so that the prompt has room too",
+            )
+        stops = tuple(stop for stop in asked["until"] or () if stop)
+        temperature = max(float(asked.get("temperature", 1.0)), 0.0) if asked["do_sample"] else 0.0
         prompt = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
-        return _Generation(number, prompt, (room, max(temperature, 0.0), float(arguments.get("top_p", 1.0)), stops))
+        return _Generation(number, prompt, (room, temperature, float(asked.get("top_p") or 1.0), stops))
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.codec.decode(list(tokens), skip_special_tokens=True))
@@ -268,7 +282,7 @@ def evaluate(
 
 
 def _seed_everything(seed: int) -> None:
-    """Tasks draw their examples, and samplers their tokens, from the global generators."""
+    """Tasks draw their examples from the global generators."""
     import random
 
     import numpy as np

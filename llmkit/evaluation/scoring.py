@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
 
 BATCH_TOKENS = 8192  # padded tokens in one forward pass
@@ -82,6 +83,8 @@ def _of_targets(
     logprobs, hits = [], []
     for part, wanted in zip(index.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         logits_NV = model.logits(hidden_BTD[part[:, 0], part[:, 1]]).float()
+        if not bool(torch.isfinite(logits_NV).all()):
+            raise LlmkitError("the model's logits are not finite", "its training diverged, or its weights are damaged")
         logprobs.append(F.log_softmax(logits_NV, -1).gather(1, wanted[:, None])[:, 0].double().cpu())
         hits.append((logits_NV.argmax(-1) == wanted).cpu())
     return torch.cat(logprobs), torch.cat(hits)

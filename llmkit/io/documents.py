@@ -55,6 +55,14 @@ class ReadOptions:
     on_bad_line: str = "stop"
     max_line_bytes: int = MAX_LINE_BYTES
 
+    @property
+    def quarantine(self) -> str:
+        """FILE of quarantine=FILE, else empty; UsageError where `on_bad_line` is none of the three."""
+        mode, _, file = self.on_bad_line.partition("=")
+        if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(file):
+            raise UsageError(f"--on-bad-line {self.on_bad_line!r}", "one of: stop, skip, quarantine=FILE")
+        return file
+
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
@@ -158,22 +166,55 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
     return f"invalid JSON ({error.msg}, column {error.colno})"
 
 
+class Quarantine:
+    """The file of bad lines that all readers of one call put aside; a context manager, on whose end it is stored, if there are any."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.inputs: list[Input] = []
+        self._lines = 0
+        self._writer: DocumentWriter | None = None
+
+    def __enter__(self) -> Quarantine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer:
+            if kind is None:
+                self._writer.finish({"lines": self._lines}, self.inputs)
+            self._writer.__exit__(kind, error, trace)
+
+    def add(self, bad: list[BadLine]) -> None:
+        """Put lines aside, with their place and what is wrong with them."""
+        if self._writer is None:
+            self._writer = DocumentWriter(self.path, Lineage("quarantine"), force=True)
+            self._writer.__enter__()
+        self._lines += len(bad)
+        for item in bad:
+            raw = item.raw.decode("utf-8", "backslashreplace")
+            row = {"file": item.file, "line": item.line, "reason": item.reason, "raw": raw}
+            self._writer.write(orjson.dumps(row) + b"\n")
+
+
 class DocumentReader:
     """Documents of several inputs in order; a context manager, on whose end quarantined lines are stored.
 
-    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or quarantined.
+    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or quarantined. Readers whose
+    bad lines go into one file share its `quarantine`.
     """
 
-    def __init__(self, paths: list[str], options: ReadOptions | None = None) -> None:
+    def __init__(
+        self, paths: list[str], options: ReadOptions | None = None, quarantine: Quarantine | None = None
+    ) -> None:
         self.paths = paths
         self.options = options or ReadOptions()
         self.inputs: list[Input] = []
         self.bad = 0
-        mode, _, target = self.options.on_bad_line.partition("=")
-        if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(target):
-            raise UsageError(f"--on-bad-line {self.options.on_bad_line!r}", "one of: stop, skip, quarantine=FILE")
-        self._mode, self._quarantine_path = mode, target
-        self._quarantine: DocumentWriter | None = None
+        target = self.options.quarantine
+        self._own = Quarantine(target) if target and quarantine is None else None
+        self._quarantine = quarantine or self._own
 
     def __enter__(self) -> DocumentReader:
         return self
@@ -182,9 +223,9 @@ class DocumentReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._quarantine:
-            if kind is None:
-                self._quarantine.finish({"lines": self.bad}, self.inputs)
-            self._quarantine.__exit__(kind, error, trace)
+            self._quarantine.inputs += self.inputs
+        if self._own:
+            self._own.__exit__(kind, error, trace)
 
     def chunks(self) -> Iterator[Chunk]:
         """Whole lines of every input, about 1 MiB at a time; bad lines are still inside."""
@@ -233,25 +274,15 @@ class DocumentReader:
         """Deal with bad lines as `on_bad_line` says: raise at the first, count them, or put them aside."""
         if not bad:
             return
-        if self._mode == "stop":
+        if self.options.on_bad_line == "stop":
             first = bad[0]
             raise LlmkitError(
                 f"{first.file}:{first.line}: {first.reason}",
                 "--on-bad-line skip passes over such lines, --on-bad-line quarantine=FILE keeps them aside",
             )
         self.bad += len(bad)
-        if self._mode == "quarantine":
-            if self._quarantine is None:
-                self._quarantine = DocumentWriter(self._quarantine_path, Lineage("quarantine"), force=True)
-                self._quarantine.__enter__()
-            for item in bad:
-                row = {
-                    "file": item.file,
-                    "line": item.line,
-                    "reason": item.reason,
-                    "raw": item.raw.decode("utf-8", "backslashreplace"),
-                }
-                self._quarantine.write(orjson.dumps(row) + b"\n")
+        if self._quarantine:
+            self._quarantine.add(bad)
 
     def documents(self) -> Iterator[Document]:
         """Every document, in this process."""

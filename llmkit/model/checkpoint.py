@@ -170,7 +170,19 @@ def read_tokenizer_files(path: Path) -> dict[str, str]:
                 files[name] = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise LlmkitError(f"{file}: invalid UTF-8", "the file is damaged") from error
+            if name.endswith(".json") and name != "tokenizer.json":  # which its library reads
+                _check_object(file, files[name])
     return files
+
+
+def _check_object(file: Path, text: str) -> None:
+    """LlmkitError where a file's text is no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LlmkitError(f"{file}: not JSON ({error})", "the file is damaged") from error
+    if not isinstance(found, dict):
+        raise LlmkitError(f"{file}: holds no JSON object", "the file is damaged")
 
 
 def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
@@ -180,11 +192,15 @@ def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
     if "tokenizer.json" not in files:
         raise LlmkitError(f"{where}: no tokenizer.json", "copy the tokenizer's files into the model directory")
     try:
-        return Tokenizer.from_str(files["tokenizer.json"])
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
         raise LlmkitError(
             f"{where}: tokenizer.json is not readable ({error})", "the file is damaged or of a newer version"
         ) from error
+    # The file may hold the settings of whoever saved it; a text that is cut or padded in silence is another text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:

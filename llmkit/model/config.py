@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,13 @@ class ModelConfig:
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive whole number is needed")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive number is needed")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            several = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+            if any(not isinstance(item, int) or isinstance(item, bool) for item in several):
+                raise LlmkitError(f"model configuration: {name} is {value!r}", "a token id is needed, or none at all")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise LlmkitError(f"model configuration: {name} is {getattr(self, name)!r}", "true or false is needed")
@@ -182,7 +186,7 @@ def _rope_fields(content: dict[str, Any], where: str) -> dict[str, Any]:
         )
     numbers |= {name: rope.get(name) for name in ROPE_KINDS[kind]}
     for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
             raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "a positive number is needed")
     theta = float(numbers.pop("rope_theta"))
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}

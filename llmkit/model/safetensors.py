@@ -90,7 +90,7 @@ def read_layout(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return found
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
         raise LlmkitError(
             f"{path}: not a readable safetensors file ({error})",
             "the file is damaged or incomplete; fetch or make it again",

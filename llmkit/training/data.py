@@ -203,7 +203,7 @@ class PackedSource:
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
-        self._rows, self._length = rows, length
+        self._rows = rows
         sizes = np.array([len(tokens) - 1 for tokens, _ in rows], dtype=np.int64)
         weights = np.array([float(w[1:].sum()) for _, w in rows])
         self._bins: list[list[int]] = []
@@ -232,7 +232,9 @@ class PackedSource:
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         first = step * self._batch_size
-        return pack([[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]], self._length)
+        sequences = [[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]]
+        # As long as the longest of them: a model may claim a context of millions, and a few short rows need none of it.
+        return pack(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
 
 
 def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:

@@ -148,7 +148,7 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
     if owed:
         found = evaluate(t, signals)
         if log and found is not None:
-            record |= {"heldout_loss": found}
+            record = {"step": first, "tokens": source.tokens(first)} | record | {"heldout_loss": found}
             log.write(record)
 
     step, stop = first, bool(processes.add([float(signals.number)])[0])
@@ -212,7 +212,7 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
     if not math.isfinite(totals["loss"]) or (scaler is None and not math.isfinite(norm)):
         raise LlmkitError(
             f"loss {totals['loss']}, gradient norm {norm} at step {step + 1}",
-            "lower the learning rate; the last checkpoint is good, --resume would come to the same point",
+            "lower the learning rate, or look at the data of this step; --resume would come to the same point",
         )
     set_rate(t.optimizer, rate)
     if scaler:

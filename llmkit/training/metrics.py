@@ -13,6 +13,7 @@ the vendor's dense figure for the precision, on a CPU the best of a few large ma
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
@@ -85,7 +86,11 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record).encode() + b"\n"
+    # JSON knows no infinity, which is the gradient norm of a step that fp16 skips.
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(finite).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -60,7 +60,10 @@ def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, factors:
     `hidden` [N, D], `head` [V, D], `targets` int64 [N], `factors` float32 [N] without gradient.
     """
     dtype = _compute_dtype(hidden)
-    return _LinearCrossEntropy.apply(hidden, head, targets, factors, dtype)
+    needs = torch.is_grad_enabled() and (
+        hidden.requires_grad or head.requires_grad
+    )  # which a Function cannot ask itself
+    return _LinearCrossEntropy.apply(hidden, head, targets, factors, dtype, needs)
 
 
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -91,10 +94,11 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
 
 class _LinearCrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, dtype: torch.dtype, needs: bool
+    ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
-            needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied on the way back, together with the loss scale.
             largest = factors.abs().amax().clamp(min=1e-30) if len(factors) else factors.new_ones(())
             relative = factors / largest
@@ -118,10 +122,10 @@ class _LinearCrossEntropy(Function):
         return loss.float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
         grad_rows, grad_weight, largest = ctx.saved_tensors
         factor = grad * largest
-        return (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1]), None, None, None
+        return (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1]), None, None, None, None
 
 
 class _TokenLogProbabilities(Function):

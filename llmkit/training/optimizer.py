@@ -75,6 +75,8 @@ def restore_optimizer(
                     f"{name}: {moment}.{key} is {found}, expected {list(parameter.shape)}", "the checkpoint is damaged"
                 )
             state[moment] = tensor.to(parameter.device, parameter.dtype, copy=True)
+        if tensors.get("step") is None or tensors["step"].numel() != 1:
+            raise LlmkitError(f"{name}: step is missing or no single number", "the checkpoint is damaged")
         # The fused kernel wants the count on the device of the parameter.
         state["step"] = tensors["step"].reshape(()).to(parameter.device, torch.float32, copy=True)
         optimizer.state[parameter] = state

@@ -77,9 +77,12 @@ def _linear(schedule: Schedule, done: float) -> float:
 
 def _wsd(schedule: Schedule, done: float) -> float:
     """`done` counts from the end of the warm-up, `decay` from the start of the run."""
-    decayed = schedule.decay * schedule.total
-    left = (1 - done) * (schedule.total - schedule.warmup)
-    return 1.0 if left >= decayed else left / decayed
+    after_warmup = schedule.total - schedule.warmup
+    decayed = min(schedule.decay * schedule.total, after_warmup)
+    left = (1 - done) * after_warmup
+    if left > decayed or not schedule.decay:
+        return 1.0
+    return left / decayed if decayed else 0.0
 
 
 def _constant(schedule: Schedule, done: float) -> float:

@@ -69,6 +69,7 @@ class Session:
     directory: RunDirectory
     checkpoint: Path | None = None
     state: TrainerState | None = None
+    kept: tuple[str, ...] = ()  # what this call has put into the directory already
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
@@ -90,6 +91,8 @@ class Session:
         if self.directory.finished and self.checkpoint:
             return False
         if self.processes.main and not self.checkpoint:
+            if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
+                self.directory.start_anew(*self.kept)
             write_config(self.directory, config_text)
         self.processes.wait()
         return True

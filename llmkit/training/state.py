@@ -38,6 +38,7 @@ STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 CONFIG = "config.toml"
+LEFTOVERS = {".lock", "checkpoints", "data"}  # of a run that was killed before it began
 
 
 @dataclass(slots=True)
@@ -57,6 +58,16 @@ class TrainerState:
 
     def to_json(self) -> bytes:
         return json.dumps({key: getattr(self, key) for key in self.__slots__}, indent=1, sort_keys=True).encode()
+
+
+# What they have to be in a file, which may be anybody's.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("command", "precision"), str),
+    **dict.fromkeys(("options", "scaler"), dict),
+    **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
+    "inputs": list,
+    "rate": (int, float),
+}
 
 
 class RunDirectory:
@@ -103,6 +114,21 @@ class RunDirectory:
         """Link `final`: the run is complete."""
         self._link("final", checkpoint)
 
+    def empty(self, *kept: str) -> None:
+        """Remove everything but what is named."""
+        for entry in self.path.iterdir():
+            if entry.name in kept:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def start_anew(self, *kept: str) -> None:
+        """Make room for another run: remove all but the lock, which is held, and what is named."""
+        self.empty(".lock", *kept)
+        self.checkpoints_path.mkdir(exist_ok=True)
+
     def clean(self) -> None:
         """Remove what a killed run left half-written."""
         for partial in self.checkpoints_path.glob(".*"):
@@ -133,18 +159,19 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
         yield directory
         return
     check_run(path, resume=resume, force=force)
+    given = directory.path.is_dir() and not (directory.path / ".lock").exists()  # empty, but somebody made it
     directory.path.mkdir(exist_ok=True)
     with lock(directory.path / ".lock"):
-        if force:
-            _empty(directory.path)
         directory.checkpoints_path.mkdir(exist_ok=True)
         directory.clean()
         try:
             yield directory
         except BaseException:
             if not (directory.path / CONFIG).exists():  # it did not come to a run: leave nothing that stands in the way
-                _empty(directory.path)
-                shutil.rmtree(directory.path, ignore_errors=True)
+                directory.empty(".lock")
+                (directory.path / ".lock").unlink(missing_ok=True)
+                if not given:
+                    directory.path.rmdir()
             raise
 
 
@@ -154,22 +181,13 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     if resume and force:
         raise UsageError("--resume and --force exclude each other", "--resume goes on, --force starts anew")
     names = {entry.name for entry in place.iterdir()} if place.is_dir() else {""} if place.exists() else set()
-    if names <= {".lock", "checkpoints", "data"}:  # nothing, or what a run leaves that was killed before it began
+    if not names or (".lock" in names and names <= LEFTOVERS):
         check_output(place, force=True)
     elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
     elif not (resume or force):
         hint = "--resume goes on with it, -f replaces it" if CONFIG in names else "choose another output"
         raise LlmkitError(f"{path} exists", hint)
-
-
-def _empty(directory: Path) -> None:
-    """Remove everything but the lock, which is held."""
-    for entry in directory.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != ".lock":
-            entry.unlink()
 
 
 def write_config(directory: RunDirectory, text: str) -> None:
@@ -212,8 +230,14 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     path = checkpoint / "state" / TRAINER
     try:
         fields = json.loads(path.read_bytes())
-        return TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
+        for name, kind in FIELDS.items():
+            if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
+                raise TypeError(f"{name} is {getattr(state, name)!r}")
+        if min(state.batch_size, state.length) < 1 or min(state.step, state.tokens, state.rate) < 0:
+            raise ValueError("a size below 1, or a count below 0")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LlmkitError(
             f"{path}: not a readable trainer state ({error})", "take another checkpoint, or start anew with -f"
         ) from error

@@ -147,3 +147,52 @@ def test_skipped_rows_are_counted(place: Path, capsys: pytest.CaptureFixture[str
     assert call("sft", "base", "rows.jsonl", "--on-bad-line", "quarantine=bad.jsonl", "-o", "x") == 0
     reasons = [json.loads(line)["reason"] for line in (place / "bad.jsonl").read_text().splitlines()]
     assert len(reasons) == 2
+
+
+def test_a_call_that_fails_removes_nothing_of_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a directory that holds somebody's data/ is no run that was cut short; one that was empty stays; nothing else is left."""
+    (place / "project" / "data").mkdir(parents=True)
+    (place / "project" / "data" / "thesis.txt").write_text("years of work")
+    (place / "empty").mkdir()
+    for output in ("project", "empty", "new"):
+        assert call("sft", "base", "nowhere.jsonl", "-o", output) == 1
+    assert (place / "project" / "data" / "thesis.txt").exists()
+    assert list((place / "empty").iterdir()) == [] and not (place / "new").exists()
+    assert "error: project exists" in capsys.readouterr().err
+
+
+def test_force_replaces_a_run_only_by_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: with -f the old run stays until the call is known to be good, and is never its own input."""
+    assert call("sft", "base", "chat.jsonl", "-o", "run") == 0
+    before = weights("run")
+    assert call("sft", "base", "nowhere.jsonl", "-f", "-o", "run") == 1
+    assert call("sft", "run", "chat.jsonl", "-f", "-o", "run") == 2
+    assert "run is in the output run" in capsys.readouterr().err
+    assert weights("run") == before
+    assert call("sft", "base", "chat.jsonl", "--seed", "1", "--epochs", "2", "-f", "-o", "run") == 0
+    assert weights("run") != before and len(records("run")) > 0
+    assert call("sft", "base", "chat.jsonl", "--seed", "1", "--epochs", "2", "-o", "clean") == 0
+    assert weights("run") == weights("clean")
+    names = [sorted(path.name for path in (place / run / "checkpoints").iterdir()) for run in ("run", "clean")]
+    assert names[0] == names[1]
+
+
+def test_files_from_names_rows_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: what --files-from lists is read once, and is not part of what --heldout names."""
+    (place / "list").write_text("chat.jsonl\n")
+    (place / "other.jsonl").write_text('{"prompt": "what", "completion": "today"}\n')
+    outcomes = []
+    for named in (("chat.jsonl",), ("--files-from", "list")):
+        assert call("sft", "base", *named, "--heldout", "other.jsonl", "--json", "-f", "-o", "x") == 0
+        outcomes.append(json.loads(capsys.readouterr().err.splitlines()[-1]))
+    assert outcomes[0]["rows"] == outcomes[1]["rows"] == 60
+    assert outcomes[0]["heldout_loss"] == outcomes[1]["heldout_loss"]
+    assert outcomes[0]["tokens"] != outcomes[0]["row_tokens"]  # a row's last token is only a target
+
+
+def test_one_quarantine_for_all_files(place: Path) -> None:
+    """Behaviour: bad lines of the rows and of the held-out rows go into one file."""
+    (place / "rows.jsonl").write_text('{"prompt": "what", "completion": "today"}\nnot json\n')
+    more = ("--heldout", "rows.jsonl", "--on-bad-line", "quarantine=bad.jsonl")
+    assert call("sft", "base", "rows.jsonl", *more, "-o", "x") == 0
+    assert [json.loads(line)["line"] for line in (place / "bad.jsonl").read_text().splitlines()] == [2, 2]

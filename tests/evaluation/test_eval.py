@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmkit.errors import LlmkitError
 from llmkit.evaluation.perplexity import perplexity, windows
 from llmkit.evaluation.scoring import score
 from llmkit.model.checkpoint import load_model, load_tokenizer, save_model
@@ -95,8 +97,29 @@ def task_directory(tmp_path_factory) -> Path:
     return directory
 
 
-def test_parity_with_lm_evals_own_model_class(model_directory: Path) -> None:
+@pytest.fixture(scope="module")
+def with_bos(model_directory: Path, tmp_path_factory) -> Path:
+    """The same model with a tokenizer that puts a token in front of every text, as Llama's do."""
+    directory = shutil.copytree(model_directory, tmp_path_factory.mktemp("bos") / "model")
+    for name, changes in (
+        ("tokenizer.json", {"post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+        }}),
+        ("tokenizer_config.json", {"bos_token": "<|im_start|>"}),
+        ("config.json", {"bos_token_id": 1}),
+    ):  # fmt: skip
+        content = json.loads((directory / name).read_text()) | changes
+        (directory / name).write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize("fixture", ["model_directory", "with_bos"])
+def test_parity_with_lm_evals_own_model_class(fixture: str, request: pytest.FixtureRequest) -> None:
     """Parity with lm_eval.models.huggingface.HFLM over transformers: log-likelihoods within 1e-4, the same greedy flags."""
+    model_directory = request.getfixturevalue(fixture)
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -108,6 +131,7 @@ def test_parity_with_lm_evals_own_model_class(model_directory: Path) -> None:
     pairs = [(text(n, n), " " + text(m, n + m)) for n in (1, 4, 30, 90) for m in (1, 3, 9)] + [
         ("", text(4)),
         ("end ", "of"),
+        ("<|im_start|>user\n" + text(3), text(2)),
     ]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     for (mine, greedy), (reference, their_greedy) in zip(
@@ -131,6 +155,35 @@ def test_generation_agrees_with_lm_evals_own_model_class(model_directory: Path) 
     arguments = {"until": ["zz"], "max_gen_toks": 12, "do_sample": False}
     requests = [Instance("generate_until", {}, (text(n, n), dict(arguments)), n) for n in (2, 10, 40)]
     assert DecoderLM(model, info).generate_until(requests) == theirs.generate_until(requests)
+
+
+def test_new_tokens_have_their_bounds(model_directory: Path) -> None:
+    """Behaviour: every name for the number of new tokens counts; one that leaves the prompt no room is refused; half the context by default."""
+    from lm_eval.api.instance import Instance
+
+    from llmkit.evaluation.harness import DecoderLM
+
+    model, info = load_model(model_directory)
+    lm = DecoderLM(model, info)
+
+    def say(**arguments: object) -> str:
+        request = Instance("generate_until", {}, (text(40), {"until": [], **arguments}), 0)
+        return lm.generate_until([request])[0]
+
+    assert 0 < len(say(max_gen_toks=2)) < len(say(max_gen_toks=5))
+    assert say(max_new_tokens=5) == say(max_tokens=5) == say(max_gen_toks=5)
+    assert say() == say(max_gen_toks=32)
+    with pytest.raises(LlmkitError, match="a task asks for 64 new tokens, the model's context is 64"):
+        say(max_gen_toks=64)
+
+
+def test_a_diverged_model_has_no_scores(model_directory: Path) -> None:
+    """Behaviour: weights that are no numbers are an error instead of a score that is none."""
+    model, _ = load_model(model_directory)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(LlmkitError, match="not finite"):
+        score(model, [([1, 2, 3], 1)])
 
 
 def test_scores_do_not_depend_on_the_batch(model_directory: Path) -> None:
@@ -191,6 +244,17 @@ def test_command_scores_several_models(llmkit, model_directory: Path, task_direc
     assert scores["tasks"]["say"]["exact_match"] == 0
     assert scores["perplexity"]["docs.jsonl"]["documents"] == 1
     assert b"pick acc" in done.stderr
+
+
+def test_every_model_reads_stdin(llmkit, model_directory: Path, tmp_path: Path) -> None:
+    """Behaviour: documents from a pipe are scored by all models."""
+    documents = json.dumps({"text": text(60)}).encode() + b"\n"
+    done = llmkit(
+        "eval", str(model_directory), f"{model_directory}/", "--perplexity", "-", stdin=documents, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    scores = [scores["perplexity"]["-"] for scores in json.loads(done.stdout)["models"].values()]
+    assert len(scores) == 2 and scores[0] == scores[1] and scores[0]["documents"] == 1
 
 
 def test_bad_calls(llmkit, model_directory: Path, task_directory: Path, tmp_path: Path) -> None:

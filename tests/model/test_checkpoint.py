@@ -13,7 +13,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Lineage, read_lineage
-from llmkit.model.checkpoint import load_for_inference, load_info, load_model, resolve_model, save_model
+from llmkit.model.checkpoint import load_for_inference, load_info, load_model, load_tokenizer, resolve_model, save_model
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.safetensors import layout_of, write_safetensors
@@ -237,6 +237,34 @@ def test_damaged_json(model: Path, name: str) -> None:
     (model / name).write_text('{"a": ')
     with pytest.raises(LlmkitError, match=name):
         load_model(model)
+
+
+def test_hostile_fields(model: Path) -> None:
+    """Behaviour: fields of the wrong kind are named, before anything is done with them."""
+    for changes, message in (
+        ({"rope_theta": 10**400, "rope_parameters": None}, "rope_theta"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"bos_token_id": {"a": 1}}, "bos_token_id"),
+    ):
+        before = (model / "config.json").read_bytes()
+        edit(model / "config.json", **changes)
+        with pytest.raises(LlmkitError, match=message):
+            load_model(model)
+        (model / "config.json").write_bytes(before)
+    (model / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(LlmkitError, match=r"tokenizer_config.json: holds no JSON object"):
+        load_model(model)
+
+
+def test_settings_stored_with_a_tokenizer_change_no_text(model: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: truncation and padding that somebody saved in tokenizer.json are left out, as transformers leaves them out."""
+    text = "the quick brown fox " * 5
+    plain = load_tokenizer(small_tokenizer, "here").encode(text).ids
+    stored = json.loads(small_tokenizer["tokenizer.json"]) | {
+        "truncation": {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 200}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"},
+    }  # fmt: skip
+    assert load_tokenizer({"tokenizer.json": json.dumps(stored)}, "here").encode(text).ids == plain
 
 
 def test_type_and_device_by_name(model: Path) -> None:

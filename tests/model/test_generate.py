@@ -170,6 +170,11 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
             [{"role": "user", "content": "Add\n\n1 1"}],
             {"reference": "2"},
         ),
+        (
+            {"prompt": "2+2=", "output": "4", "input": "i", "system": "s"},
+            "2+2=",
+            {"reference": "4", "input": "i", "system": "s"},
+        ),
     ],
 )
 def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, asked: object, rest: dict) -> None:
@@ -196,6 +201,21 @@ def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
         with pytest.raises(RowError, match=message):
             read_prompt(row, small_tokenizer)
     assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).asked == [{"role": "user", "content": "hi"}]
+
+
+def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: tools of a row are rendered for `prompt` as for `messages`; a template that refuses a row is that row's fault."""
+    files = small_tokenizer | {
+        "chat_template.jinja": "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}{{ tools[0].name }}"
+    }
+    asked = [{"role": "user", "content": "hi"}]
+    rows = [{name: asked, "tools": [{"name": "search"}]} for name in ("messages", "prompt")]
+    codec = load_tokenizer(small_tokenizer, "here")
+    for row in rows:
+        prompt = read_prompt(row, files)
+        assert prompt.tokens == codec.encode("search").ids and prompt.rest == {}
+        with pytest.raises(RowError, match="no tools"):
+            read_prompt({key: value for key, value in row.items() if key != "tools"}, files)
 
 
 def test_command(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None:
@@ -255,7 +275,11 @@ def test_bad_prompts(llmkit_here: Callable, directory: Path, tmp_path: Path) -> 
     (tmp_path / "in.jsonl").write_text('{"question": "a"}\n')
     done = llmkit_here(*call, "-f", cwd=tmp_path)
     assert done.returncode == 1 and "in.jsonl:1: no field 'messages'" in done.stderr.decode()
-    done = llmkit_here("generate", str(directory), "in.jsonl", "--prompt", "a", cwd=tmp_path)
-    assert done.returncode == 2
+    for more in (
+        ("in.jsonl", "--prompt", "a"),
+        ("--prompt", "a", "--text", "-o", "x"),
+        ("-p", "a", "--temperature", "nan"),
+    ):
+        assert llmkit_here("generate", str(directory), *more, cwd=tmp_path).returncode == 2
     done = llmkit_here("generate", str(tmp_path), "--prompt", "a")
     assert done.returncode == 1 and "not a model directory" in done.stderr.decode()

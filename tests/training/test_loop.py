@@ -276,6 +276,26 @@ def test_damaged_state_is_an_error(train: Train, tmp_path: Path) -> None:
         train(tmp_path / "run", resume=True)
 
 
+def test_hostile_trainer_state_is_an_error(train: Train, tmp_path: Path) -> None:
+    """Behaviour: a trainer.json with fields of the wrong kind is refused by name."""
+    train(tmp_path / "run")
+    checkpoint = find_checkpoints(tmp_path / "run")[-1]
+    file = checkpoint / "state" / "trainer.json"
+    whole = json.loads(file.read_bytes())
+    for changes in ({"rate": "fast"}, {"batch_size": 0}, {"step": True}, {"inputs": {}}, {"tokens": -1}):
+        file.write_text(json.dumps(whole | changes))
+        with pytest.raises(LlmkitError, match="not a readable trainer state"):
+            load_trainer_state(checkpoint)
+
+
+def test_log_holds_json_alone(tmp_path: Path) -> None:
+    """Behaviour: a figure that is no number, such as the gradient norm of a step that fp16 skips, is null."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1, "grad_norm": float("inf"), "loss": 2.0})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "grad_norm": null, "loss": 2.0}\n'
+
+
 def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     """Property: lines behind the checkpoint, and one that was cut off by a crash, are gone after a resumption."""
     path = tmp_path / "metrics.jsonl"

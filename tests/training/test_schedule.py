@@ -60,6 +60,8 @@ def test_values() -> None:
     wsd = Schedule("wsd", 2.0, 1000, warmup=100, decay=0.2)
     assert wsd.rate(799) == 2.0
     assert math.isclose(wsd.rate(900), 1.0)
+    long = Schedule("wsd", 1.0, 1000, warmup=400, decay=0.9)  # the decay would begin before the warm-up ends
+    assert long.rate(400) == 1.0 and math.isclose(long.rate(700), 0.5)
     assert Schedule("linear", 1.0, 100).for_step(0, 10) == 0.95
     assert Schedule("linear", 1.0, 100).for_step(90, 100) == pytest.approx(0.05)
 
