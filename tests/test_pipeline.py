@@ -62,7 +62,7 @@ def workplace(tmp_path_factory) -> Path:
     (directory / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m llmkit "$@"\n')
     (directory / "bin" / "llmkit").chmod(0o755)
     (directory / "docs.jsonl.zst").write_bytes(zstandard.compress((directory / "docs.jsonl").read_bytes()))
-    shell("llmkit vocab docs.jsonl --size 512 -o tok/ -q", directory)
+    shell("llmkit vocab docs.jsonl.zst --size 512 -o tok/ -q", directory)
     return directory
 
 
