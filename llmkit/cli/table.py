@@ -7,6 +7,7 @@ all read it.
 from __future__ import annotations
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "extract": ("Text", "Get the text out of web archives, HTML and PDF"),
     "filter": ("Text", "Keep the documents that pass quality rules"),
     "dedup": ("Text", "Remove exact and near duplicates"),
     "vocab": ("Tokens", "Train a byte-level BPE tokenizer"),

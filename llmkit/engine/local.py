@@ -37,7 +37,7 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
         return
     global _work
     _work = work  # handed to the workers by fork, not by pickle
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=_start_worker)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=start_worker)
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -58,7 +58,7 @@ def _call(item: Any) -> Any:
     return _work(item)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """Ctrl-C and SIGTERM are the parent's to handle; a worker dies with its parent (Linux), even after kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

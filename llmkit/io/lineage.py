@@ -30,6 +30,13 @@ from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK, Notes, decompress, digest_bytes
 from llmkit.io.inputs import STDIN, is_remote, open_raw
 
+# Digests of these are of the bytes as they are stored: a damaged archive has to have one too.
+STORED = (
+    ".arrow",
+    ".parquet",
+    ".safetensors",
+    *(f".{kind}.{packed}" for kind in ("warc", "wet", "arc") for packed in ("gz", "zst")),
+)
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 
@@ -81,7 +88,7 @@ def base_name(path: str | Path) -> str:
 
 
 def digest_path(path: str | Path) -> str:
-    """Digest of a file's content (decompressed where it is compressed) or of a directory (names and digests of its files, sorted).
+    """Digest of a file's content (decompressed where it is compressed, web archives apart) or of a directory (names and digests of its files, sorted).
 
     Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
     final model. Token shards and mix plans have digests of their own (io/shards.py, io/order.py): of the documents, and of what decides
@@ -102,7 +109,7 @@ def digest_path(path: str | Path) -> str:
         return shard_digest(path)
     if path.is_dir():
         return digest_bytes(_directory_entries(path))
-    if str(path).endswith((".arrow", ".parquet", ".safetensors")):
+    if str(path).endswith(STORED):
         return digest_bytes(_file_blocks(path))
     with open_raw(str(path)) as raw:
         return digest_bytes(decompress(raw, str(path), Notes()))

@@ -1,0 +1,124 @@
+"""The text of a page: engines by name, and a page as a document.
+
+`resiliparse` takes the main content by rules over a fast parser's tree, `trafilatura` by many more rules at a tenth of its speed, `plain` takes all
+that is visible. What they score on gold text stands in tests/bench/extraction.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import xxhash
+
+from llmkit.corpus.extract.archives import Page
+from llmkit.corpus.extract.html import declared
+
+HTML = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "")
+
+
+class Skip(Exception):
+    """A page that gives no document; its message is the reason, a word or two."""
+
+
+def document_of(page: Page, engine: Callable[[Any, str], str]) -> dict[str, Any]:
+    """The document in a page: id, text, url, date, content_type and what the page declares. Skip where there is none."""
+    if not 200 <= page.status < 300:
+        raise Skip("http status")
+    if page.is_text:
+        found: dict[str, Any] = {"text": _decode(page.content, "utf-8"), "language": page.language}
+    elif page.content.startswith(b"%PDF-"):
+        found = {"content_type": "application/pdf"} | _pdf(page.content)
+    elif page.content_type == "text/plain":
+        found = {"content_type": "text/plain", "text": _decode(page.content, page.charset)}
+    elif page.content_type in HTML and _is_text(page.content):
+        found = {"content_type": page.content_type or "text/html"} | _html(page, engine)
+    else:
+        raise Skip("content type")
+    text = found["text"].replace("\x00", "").strip()
+    if not text:
+        raise Skip("no text")
+    row = {"id": page.id or xxhash.xxh3_128_hexdigest(text.encode()), "text": text, "url": page.url, "date": page.date}
+    row = {key: value for key, value in (row | found | {"text": text}).items() if value != ""}
+    return row | {key: value for key, value in page.fields.items() if key != "text"}
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether it may be a page at all: images and archives that call themselves text/html hold NUL bytes early on, UTF-16 apart."""
+    head = content[:1024]
+    return b"\x00" not in head or head.startswith((b"\xff\xfe", b"\xfe\xff"))
+
+
+def _decode(content: bytes, charset: str) -> str:
+    """The text of bytes whose encoding is `charset`, or what fits best where that is not so."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+
+    named = map_encoding_to_html5(charset, False) if charset else None
+    if named:
+        try:
+            return content.decode(named)
+        except (UnicodeDecodeError, LookupError):
+            pass  # declared wrongly
+    text: str = bytes_to_str(content, detect_encoding(content, from_html_meta=True) or "utf-8")
+    return text
+
+
+def _html(page: Page, engine: Callable[[Any, str], str]) -> dict[str, Any]:
+    from resiliparse.parse.html import HTMLTree
+
+    source = _decode(page.content, page.charset)
+    if not source.strip():
+        raise Skip("no text")
+    tree = HTMLTree.parse(source.encode("utf-8", "replace").decode())
+    return declared(tree, page.headers) | {"text": engine(tree, source)}
+
+
+def _pdf(content: bytes) -> dict[str, Any]:
+    """Text layer of a PDF, a page after another; pages without one are counted."""
+    import pypdfium2
+
+    try:
+        document = pypdfium2.PdfDocument(content)
+    except pypdfium2.PdfiumError as error:
+        raise Skip("damaged pdf") from error
+    texts = []
+    try:
+        for number in range(len(document)):
+            page = document[number].get_textpage()
+            texts.append(page.get_text_bounded().replace("\r\n", "\n").strip())
+        title = (document.get_metadata_dict().get("Title") or "").strip()
+    except pypdfium2.PdfiumError as error:
+        raise Skip("damaged pdf") from error
+    finally:
+        document.close()
+    row: dict[str, Any] = {"text": "\n\n".join(text for text in texts if text), "pages": len(texts)}
+    empty = sum(1 for text in texts if not text)
+    return row | ({"pages_without_text": empty} if empty else {}) | ({"title": title} if title else {})
+
+
+def _resiliparse(tree: Any, source: str) -> str:
+    from resiliparse.extract.html2text import extract_plain_text
+
+    text: str = extract_plain_text(tree, main_content=True, alt_texts=False, comments=False, post_meta=False)
+    return text
+
+
+def _plain(tree: Any, source: str) -> str:
+    from resiliparse.extract.html2text import extract_plain_text
+
+    text: str = extract_plain_text(tree, alt_texts=False)
+    return text
+
+
+def _trafilatura(tree: Any, source: str) -> str:
+    import trafilatura
+
+    return trafilatura.extract(source, include_comments=False, favor_precision=True, deduplicate=False) or ""
+
+
+# name -> text of a page, given as the parsed tree and as its source
+ENGINES: dict[str, Callable[[Any, str], str]] = {
+    "resiliparse": _resiliparse,
+    "trafilatura": _trafilatura,
+    "plain": _plain,
+}

@@ -1,0 +1,265 @@
+"""Pages out of archives, what they declare, their text."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from llmkit.corpus.extract.archives import Broken, Page, read_pages
+from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
+from llmkit.corpus.extract.extractor import Extractor
+
+STORY = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun until the evening comes. " * 3
+HTML = f"<html lang='en-GB'><head><title> A  tale </title></head><body><nav>Home About</nav><article><p>{STORY}</p></article></body></html>"
+
+
+def record(content: bytes, url: str = "http://a.example/", kind: str = "response", **headers: str) -> bytes:
+    """One WARC record; an HTTP response where `kind` says so."""
+    if kind == "response":
+        lines = "".join(
+            f"{key.replace('_', '-')}: {value}\r\n" for key, value in ({"Content_Type": "text/html"} | headers).items()
+        )
+        content = f"HTTP/1.1 200 OK\r\n{lines}\r\n".encode() + content
+    media = "application/http; msgtype=response" if kind == "response" else "text/plain"
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {url}\r\nWARC-Date: 2024-05-18T01:58:10Z\r\n"
+        f"WARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-{abs(hash(url)) % 10**12:012d}>\r\n"
+        f"Content-Type: {media}\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content + b"\r\n\r\n"
+
+
+def pages(path: Path, **how: object) -> list[Page | Broken]:
+    return list(read_pages(str(path), **how))  # type: ignore[arg-type]
+
+
+PACKERS = {
+    "plain": lambda records: b"".join(records),
+    "gzip per record": lambda records: b"".join(map(gzip.compress, records)),
+    "gzip": lambda records: gzip.compress(b"".join(records)),
+    "zstd per record": lambda records: b"".join(map(zstandard.compress, records)),
+    "zstd": lambda records: zstandard.compress(b"".join(records)),
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_warc_in_every_packing(tmp_path: Path, packed: str) -> None:
+    """Behaviour: the first bytes say what a file is; URL, date, type and charset come from the record and the response."""
+    records = [
+        record(HTML.encode("latin-1"), f"http://a.example/{i}", Content_Type="text/html; charset=ISO-8859-1")
+        for i in range(3)
+    ]
+    (tmp_path / "whatever").write_bytes(PACKERS[packed](records))
+    found = pages(tmp_path / "whatever")
+    assert [page.url for page in found if isinstance(page, Page)] == [f"http://a.example/{i}" for i in range(3)]
+    page = found[0]
+    assert isinstance(page, Page)
+    assert (page.date, page.content_type, page.charset) == ("2024-05-18T01:58:10Z", "text/html", "iso-8859-1")
+    assert page.content == HTML.encode()
+
+
+def test_wet_and_encoded_responses(tmp_path: Path) -> None:
+    """Behaviour: text of WET records is taken as it is; transfer and content encodings are undone."""
+    body = gzip.compress(HTML.encode())
+    chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    packed = record(chunked, Content_Encoding="gzip", Transfer_Encoding="chunked")
+    (tmp_path / "a").write_bytes(packed + record("Bonjour à tous".encode(), kind="conversion"))
+    first, second = pages(tmp_path / "a")
+    assert isinstance(first, Page) and first.content == HTML.encode()
+    assert isinstance(second, Page) and second.is_text
+    assert document_of(second, ENGINES["plain"])["text"] == "Bonjour à tous"
+
+
+def test_arc(tmp_path: Path) -> None:
+    """Behaviour: records of the older format, URLs with spaces among them; one that is cut off is named with its offset."""
+    response = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + HTML.encode()
+    head = b"filedesc://a.arc 0.0.0.0 20140216050221 text/plain 9\n1 0 Live\n\n"
+    line = b"http://a.example/a b 1.2.3.4 20140216050221 text/html %d\n" % len(response)
+    (tmp_path / "a.arc").write_bytes(head + line + response + b"\n")
+    (tmp_path / "b.arc.gz").write_bytes(gzip.compress(head) + gzip.compress(line + response + b"\n"))
+    for name in ("a.arc", "b.arc.gz"):
+        (page,) = pages(tmp_path / name)
+        assert isinstance(page, Page)
+        assert (page.url, page.date, page.charset) == ("http://a.example/a b", "2014-02-16T05:02:21Z", "utf-8")
+        assert page.content == HTML.encode()
+    (tmp_path / "cut.arc").write_bytes(head + line + response[:50])
+    (broken,) = pages(tmp_path / "cut.arc")
+    assert isinstance(broken, Broken) and "truncated" in broken.reason
+
+
+@pytest.mark.parametrize("packed", ["plain", "gzip per record", "zstd per record"])
+def test_reading_goes_on_behind_a_broken_record(tmp_path: Path, packed: str) -> None:
+    """Behaviour: what cannot be read is named with an offset, and the records behind it are found."""
+    good = [record(HTML.encode(), f"http://a.example/{i}") for i in range(4)]
+    parts = [PACKERS[packed]([one]) for one in good]
+    parts[1] = parts[1][:4] + random.Random(1).randbytes(300) + parts[1][80:]
+    (tmp_path / "a.warc").write_bytes(b"".join(parts))
+    found = pages(tmp_path / "a.warc")
+    urls = [page.url for page in found if isinstance(page, Page)]
+    assert "http://a.example/0" in urls and urls[-2:] == ["http://a.example/2", "http://a.example/3"]
+    assert any(isinstance(page, Broken) for page in found)
+
+
+def test_cut_and_mislabelled_archives(tmp_path: Path) -> None:
+    """Behaviour: a file that ends in a record, and a Content-Length that is wrong, are reported, with what can be saved."""
+    records = [record(HTML.encode(), f"http://a.example/{i}") for i in range(3)]
+    whole = b"".join(map(gzip.compress, records))
+    (tmp_path / "cut.warc.gz").write_bytes(whole[:-100])
+    found = pages(tmp_path / "cut.warc.gz")
+    assert [page.url for page in found if isinstance(page, Page)][:2] == ["http://a.example/0", "http://a.example/1"]
+    assert any(isinstance(page, Broken) for page in found)
+    wrong = records[0].replace(b"Content-Length: ", b"Content-Length: 9", 1)
+    (tmp_path / "wrong.warc").write_bytes(wrong + b"".join(records[1:]))
+    assert any(isinstance(page, Broken) for page in pages(tmp_path / "wrong.warc"))
+
+
+def test_size_and_digest(tmp_path: Path) -> None:
+    """Behaviour: pages over the limit are left out by name, compressed ones too; with verify so are those whose digest is wrong."""
+    bomb = record(gzip.compress(b"x" * 5_000_000), Content_Encoding="gzip")
+    (tmp_path / "a").write_bytes(record(b"y" * 300_000) + bomb + record(HTML.encode()))
+    found = pages(tmp_path / "a", max_bytes=100_000)
+    assert [type(page).__name__ for page in found] == ["Broken", "Broken", "Page"]
+    signed = record(HTML.encode()).replace(
+        b"Content-Type: application",
+        b"WARC-Block-Digest: sha1:3I42H3S6NNFQ2MSVX7XZKYAYSCX5QBYJ\r\nContent-Type: application",
+        1,
+    )
+    (tmp_path / "b").write_bytes(signed)
+    assert isinstance(pages(tmp_path / "b")[0], Page)
+    (broken,) = pages(tmp_path / "b", verify=True)
+    assert isinstance(broken, Broken) and "digest" in broken.reason
+
+
+def text_of(html: str | bytes, engine: str = "resiliparse", **changes: object) -> dict:
+    content = html if isinstance(html, bytes) else html.encode()
+    return document_of(Page("i", content, **changes), ENGINES[engine])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines(engine: str) -> None:
+    """Behaviour: every engine finds the story; the navigation is in the plain text alone."""
+    row = text_of(HTML, engine)
+    assert STORY.strip() in " ".join(row["text"].split())
+    assert ("Home" in row["text"]) == (engine == "plain")
+    assert (row["title"], row["language"], row["content_type"]) == ("A tale", "en-GB", "text/html")
+
+
+@pytest.mark.parametrize(
+    ("head", "headers", "said"),
+    [
+        ("<a rel='nofollow license' href='https://creativecommons.org/licenses/by-nc-sa/4.0/deed.de'>c</a>", {}, {"licence": "cc-by-nc-sa-4.0"}),
+        ("<a href='http://creativecommons.org/publicdomain/zero/1.0/'>c</a>", {}, {"licence": "cc0-1.0"}),
+        ("<link rel=license href='/terms'>", {}, {"licence": "/terms"}),
+        ("<meta name='DC.rights' content='All rights reserved'>", {}, {"licence": "All rights reserved"}),
+        ("<a href='/licenses'>our licenses</a>", {}, {}),
+        ("<meta name=ROBOTS content='NoAI, noimageai'>", {}, {"opt_out": ["noai", "noimageai"]}),
+        ("<meta name=robots content='index, follow'>", {}, {}),
+        ("", {"x-robots-tag": "googlebot: noindex"}, {"opt_out": ["noindex"]}),
+        ("<meta name='tdm-reservation' content='1'>", {}, {"opt_out": ["tdm-reservation"]}),
+        ("", {"tdm-reservation": "1"}, {"opt_out": ["tdm-reservation"]}),
+        ("", {"tdm-reservation": "0"}, {}),
+        ("", {"content-language": "de, en"}, {"language": "de"}),
+    ],
+)  # fmt: skip
+def test_what_a_page_declares(head: str, headers: dict[str, str], said: dict) -> None:
+    """Behaviour: licence, language and opt-outs, from links, meta tags and headers."""
+    row = text_of(f"<html><head>{head}</head><body><p>{STORY}</p></body></html>", headers=headers)
+    assert {key: row[key] for key in ("licence", "opt_out", "language") if key in row} == said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [("windows-1251", ""), ("utf-8", "iso-8859-1"), ("utf-16", "utf-16"), ("shift_jis", "shift_jis"), ("iso-8859-1", "utf-8"), ("gb18030", "nonsense")],
+)  # fmt: skip
+def test_encodings(encoding: str, declared: str) -> None:
+    """Behaviour: declared rightly, wrongly, or not at all, a page in a common encoding is read as text."""
+    texts = {
+        "windows-1251": "Съешь же ещё этих мягких французских булок, да выпей чаю. ",
+        "shift_jis": "いろはにほへとちりぬるを、わかよたれそつねならむ。",
+        "gb18030": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。",
+    }
+    text = texts.get(encoding, "Grüße aus Köln, schöne Straßen und süße Äpfel. ") * 5
+    if (encoding, declared) == ("utf-8", "iso-8859-1"):
+        declared = ""  # a charset that decodes anything cannot be found out
+    row = text_of(f"<html><body><p>{text}</p></body></html>".encode(encoding), charset=declared)
+    assert text.strip() in row["text"]
+
+
+def test_what_gives_no_document() -> None:
+    """Behaviour: errors, images, empty pages and damaged PDFs are left out, with the reason."""
+    for page, reason in (
+        (Page("i", HTML.encode(), status=404), "http status"),
+        (Page("i", b"\x89PNG\x00\x00", content_type="image/png"), "content type"),
+        (Page("i", b"\x00\x01\x02", content_type="text/html"), "content type"),
+        (Page("i", b"<html><body></body></html>"), "no text"),
+        (Page("i", b""), "no text"),
+        (Page("i", b"%PDF-1.4 nothing"), "damaged pdf"),
+    ):
+        with pytest.raises(Skip, match=reason):
+            document_of(page, ENGINES["resiliparse"])
+
+
+def pdf(*texts: str) -> bytes:
+    """A PDF of one page a text."""
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"", b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]
+    kids = []
+    for text in texts:
+        stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode() if text else b""
+        objects.append(b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream))
+        objects.append(
+            b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Resources<</Font<</F1 3 0 R>>>>/Contents %d 0 R>>"
+            % len(objects)
+        )
+        kids.append(f"{len(objects)} 0 R")
+    objects[1] = f"<</Type/Pages/Kids[{' '.join(kids)}]/Count {len(kids)}>>".encode()
+    out, offsets = io.BytesIO(), []
+    out.write(b"%PDF-1.4\n")
+    for number, content in enumerate(objects, 1):
+        offsets.append(out.tell())
+        out.write(b"%d 0 obj\n%s\nendobj\n" % (number, content))
+    start = out.tell()
+    out.write(b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1))
+    out.write(b"".join(b"%010d 00000 n \n" % offset for offset in offsets))
+    out.write(b"trailer<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, start))
+    return out.getvalue()
+
+
+def test_pdf() -> None:
+    """Behaviour: the text layer of every page; pages without one are counted, not invented."""
+    row = document_of(Page("i", pdf("Hello there", "", "and goodbye")), ENGINES["resiliparse"])
+    assert row["text"] == "Hello there\n\nand goodbye"
+    assert (row["pages"], row["pages_without_text"], row["content_type"]) == (3, 1, "application/pdf")
+
+
+def test_hostile_pages_cost_no_more_than_the_limit() -> None:
+    """Behaviour: a page that would take minutes is given up; its neighbours come out, in order, for any number of workers."""
+    deep = Page("deep", b"<div>" * 100_000 + b"x")
+    wide = Page("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
+    given = [Page("a", HTML.encode()), deep, wide, Page("b", HTML.encode())]
+    for jobs in (1, 2):
+        extractor = Extractor("resiliparse", jobs, seconds=1.0, max_bytes=4 << 20)
+        outcomes = list(extractor.run(given))
+        kept = b"".join(outcome.kept for outcome in outcomes)
+        assert [line.split(b'"')[3] for line in kept.splitlines()] == [b"a", b"wide", b"b"]
+        assert dict(extractor.reasons) == {"time limit": 1}
+
+
+def test_real_archives(shared_data: Path) -> None:
+    """Behaviour: every record of the real archives becomes a document or is counted; nothing is lost."""
+    counts = {}
+    for name in ("aut_example.warc.gz", "cc_whirlwind.warc.wet.gz", "resiliparse_warcfile.warc.gz"):
+        extractor = Extractor("resiliparse", 1, 10.0, 16 << 20)
+        for _ in extractor.run(read_pages(str(shared_data / "web" / "warc" / name))):
+            pass
+        assert extractor.counts["documents"] + extractor.reasons.total() == extractor.counts["pages"]
+        counts[name] = (extractor.counts["documents"], extractor.counts["pages"], extractor.counts["broken"])
+    assert counts == {
+        "aut_example.warc.gz": (137, 299, 0),
+        "cc_whirlwind.warc.wet.gz": (1, 1, 0),
+        "resiliparse_warcfile.warc.gz": (16, 16, 0),
+    }
