@@ -75,6 +75,7 @@ def run_command(name: str, arguments: list[str]) -> int:
             raise
         _leave_broken_pipe()
     except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except Terminated:
         return ExitCode.TERMINATED

@@ -262,7 +262,8 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
     top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in COMMANDS)}
     known = {parameter.name for parameter in context.command.params}
     defaults = {}
-    for key, value in (top | content.get(name, {})).items():
+    section = content.get(name)  # `filter` is a section, and an option of `llmkit filter`
+    for key, value in (top | (section if isinstance(section, dict) else {})).items():
         option = key.replace("-", "_")
         if option not in known:
             raise UsageError(f"{path}: unknown option {key!r} for llmkit {name}", suggestion(option, known))

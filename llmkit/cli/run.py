@@ -122,6 +122,7 @@ class Run:
 
     def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
+        from llmkit.io.atomic import check_output
         from llmkit.io.documents import DocumentReader, Quarantine, ReadOptions
 
         values = self._values
@@ -129,6 +130,7 @@ class Run:
         options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
         paths = self.inputs(given, **expand_options)
         if self._quarantine is None and options.quarantine:
+            check_output(options.quarantine, self.force)
             self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
         return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
 

@@ -48,6 +48,11 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise LlmkitError("a worker process was killed", "probably out of memory: give fewer jobs (-j)") from error
+    except BaseException:
+        # An interrupted pool may never get its message to stop to workers that wait for work.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
     finally:
         _work = None
         pool.shutdown(wait=True, cancel_futures=True)

@@ -81,6 +81,7 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     final = Path(os.path.realpath(path))
     if final.exists() and not final.is_dir():
         raise LlmkitError(f"{path} is not a directory", "choose another output")
+    _refuse_foreign(final, path)
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(exist_ok=True)
     descriptor = _take(partial, os.O_RDONLY, str(path))
@@ -106,6 +107,23 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     finally:
         os.close(descriptor)
     sync_directory(final.parent)
+
+
+def _refuse_foreign(directory: Path, name: str | Path) -> None:
+    """LlmkitError where a directory that is to be replaced holds something that no command of ours has made."""
+    from llmkit.io.lineage import read_lineage
+
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    try:
+        ours = read_lineage(directory) is not None
+    except LlmkitError:
+        ours = False
+    if not ours:
+        raise LlmkitError(
+            f"{name} holds what llmkit did not make; -f does not replace it",
+            "choose another output, or remove it first",
+        )
 
 
 def _take(partial: Path, flags: int, name: str) -> int:

@@ -259,6 +259,8 @@ class DocumentReader:
                 rest, skipping = b"", True
         if rest:
             yield Chunk(name, line, rest)
+        if first and path == STDIN:  # our own stages write a header at least
+            raise LlmkitError("nothing came on stdin", "the command before this one failed, or had nothing to give")
         self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.found)))
 
     def _parquet_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:

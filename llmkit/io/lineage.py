@@ -180,9 +180,9 @@ def _read_directory(path: Path) -> dict[str, Any] | None:
     """A run's final model, a model, a tokenizer, a mix plan, or shards: the first of these that is there."""
     if (path / "final").exists():
         path = path / "final"
-    for name in ("model.safetensors", "model-00001-of-00001.safetensors"):
-        if (path / name).is_file():
-            return read_lineage(path / name)
+    for file in (path / "model.safetensors", *sorted(path.glob("model-00001-of-*.safetensors"))):
+        if file.is_file():
+            return read_lineage(file)
     if (path / "plan.toml").is_file():
         return _read_plan(path / "plan.toml")
     shards = sorted(path.glob("*.arrow"))

@@ -201,8 +201,7 @@ class _Script:
                 upstream = self._pipeline(item["lineage"], depth + 1) + " |\n  "
                 reference = STDIN
             elif item["name"] == STDIN and str(item.get("digest")) in self._files:
-                file = self._files[str(item.get("digest"))]
-                self.originals[file] = str(item.get("digest"))
+                file = self._original(self._files[str(item.get("digest"))], str(item.get("digest")))
                 reference, redirection = STDIN, f' < "$IN"/{shlex.quote(file)}'
             else:
                 reference = self._reference(item)
@@ -231,8 +230,7 @@ class _Script:
                 if not name:
                     self.originals[_STREAM] = digest
                     return STDIN
-            self.originals[name] = digest
-            return f'"$IN"/{shlex.quote(name)}'
+            return f'"$IN"/{shlex.quote(self._original(name, digest))}'
         key = (name, str(item.get("digest")))
         if key not in self._made:
             lines_before = len(self.lines)
@@ -240,6 +238,15 @@ class _Script:
             assert len(self.lines) > lines_before
             self._made[key] = self.lines[-1].rsplit(" -o ", 1)[1]
         return self._made[key]
+
+    def _original(self, name: str, digest: str) -> str:
+        """Where an original lies in INPUTS; another one of the same name lies in a numbered directory."""
+        number, place = 1, name
+        while self.originals.get(place, digest) != digest:
+            number += 1
+            place = f"{number}/{name}"
+        self.originals[place] = digest
+        return place
 
 
 def _as_words(value: Any, flag: str, negative: str, default: Any) -> list[str]:

@@ -123,6 +123,15 @@ def test_dry_run_writes_nothing(llmkit, docs: Path) -> None:
     assert [p.name for p in docs.iterdir()] == ["docs.jsonl"]
 
 
+def test_printed_configuration_is_read_back(llmkit, docs: Path) -> None:
+    """Behaviour: what --print-config prints is a configuration, for the command that has an option of its own name too."""
+    for command in ("filter", "dedup"):
+        printed = llmkit(command, "docs.jsonl", "--print-config", cwd=docs)
+        (docs / "p.toml").write_bytes(printed.stdout)
+        done = llmkit(command, "docs.jsonl", "-c", "p.toml", "-o", f"{command}.jsonl", cwd=docs)
+        assert done.returncode == 0, done.stderr.decode()
+
+
 def test_precedence_flag_environment_config_default(llmkit, docs: Path) -> None:
     """Behaviour: flag > environment > --config > default, as --print-config shows."""
     (docs / "c.toml").write_text('seed = 3\n[dedup]\nmethod = "exact"\n[train]\nseed = 9\n')
@@ -171,6 +180,8 @@ def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
     (docs / "zero.jsonl").write_bytes(b"")
     done = llmkit(*STAGE, "zero.jsonl", "--plain", cwd=docs)
     assert done.returncode == 0 and done.stdout == b"" and b"no documents" in done.stderr
+    done = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # what a failed command leaves to the next one
+    assert done.returncode == 1 and b"nothing came on stdin" in done.stderr and not (docs / "out.jsonl").exists()
 
 
 def test_broken_pipe_is_quiet(docs: Path) -> None:

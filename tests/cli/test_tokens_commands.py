@@ -207,7 +207,7 @@ def test_inputs_listed_on_stdin(place: Path, llmkit: Command) -> None:
 
 def test_nothing_in(place: Path, llmkit: Command) -> None:
     """Behaviour: no documents give valid shards without rows, and a warning; bad lines can be passed over and are counted."""
-    done = llmkit("tokenize", "-t", "tok", "-q", "-o", "none.arrow", stdin=b"", cwd=place)
+    done = llmkit("tokenize", "-t", "tok", "-q", "-o", "none.arrow", stdin=b"\n", cwd=place)
     assert done.returncode == 0 and b"warning: no documents were read" in done.stderr
     assert TokenStore.open(str(place / "none.arrow")).documents == 0
     done = llmkit(

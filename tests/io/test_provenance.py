@@ -56,3 +56,12 @@ def test_tree_of_a_malformed_record() -> None:
     """Behaviour: parts of the wrong type are left out, not stumbled over."""
     record = {"command": 3, "options": "x", "inputs": [None, {"name": 1}, {"name": "a", "lineage": [1]}], "counts": 7}
     assert as_tree(record, "x").splitlines()[0].startswith("x  <- 3")
+
+
+def test_originals_of_one_name_lie_apart() -> None:
+    """Behaviour: two inputs of one name and other content are two files of the script, the second in a numbered directory."""
+    inputs = [{"role": "input", "name": "part-0.jsonl", "digest": digest} for digest in ("xxh3:1", "xxh3:2", "xxh3:1")]
+    record = {"llmkit": "0", "command": "dedup", "options": {}, "inputs": inputs}
+    script = as_script(record, "out.jsonl.zst", lambda command: {})
+    assert 'dedup "$IN"/part-0.jsonl "$IN"/2/part-0.jsonl "$IN"/part-0.jsonl' in script
+    assert "#   2/part-0.jsonl  xxh3:2" in script
