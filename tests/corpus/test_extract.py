@@ -149,6 +149,33 @@ def test_engines(engine: str) -> None:
     assert (row["title"], row["language"], row["content_type"]) == ("A tale", "en-GB", "text/html")
 
 
+def test_blocks_around_the_text_are_left_out() -> None:
+    """Behaviour: headings, lists and code of the text stay; share bars, link lists and teasers behind it go."""
+    story = "".join(f"<p>{STORY} It was day {i}.</p>" for i in range(8))
+    links = "".join(
+        f"<li><a href='/{i}'>Another tale of an entirely different animal in the woods {i}</a></li>" for i in range(6)
+    )
+    html = (
+        "<html><body><main><h1>A tale of two animals</h1><p>By A. Writer</p>"
+        f"{story}<h2>What they ate</h2><ol><li>Grass, as far as anybody in the village could tell, and little else of note.</li>"
+        "<li>Mice, when the evening came and the sun had gone down behind the hills again.</li></ol>"
+        "<pre>  for mouse in mice:\n\n      eat(mouse)</pre>"
+        f"<p>And that is how it ended, for the fox as well as for the dog of the house.</p><p>Share this</p><ul>{links}</ul><p>Subscribe</p></main></body></html>"
+    )
+    text = text_of(html)["text"]
+    assert text.startswith("A tale of two animals\n\n") and text.endswith("for the dog of the house.")
+    assert "• Grass, as" in text and "\n• Mice, when" in text and "  for mouse in mice:\n\n      eat(mouse)" in text
+    assert "Another tale" not in text and "Share this" not in text and "Subscribe" not in text
+
+
+def test_a_page_without_sentences_stays_whole() -> None:
+    """Behaviour: where nothing looks like text, nothing is left out but what the first rules leave out."""
+    assert (
+        text_of("<body><main><h1>Prices</h1><p>Apples 3</p><p>Pears 4</p></main></body>")["text"]
+        == "Prices\n\nApples 3\n\nPears 4"
+    )
+
+
 @pytest.mark.parametrize(
     ("head", "headers", "said"),
     [

@@ -1,7 +1,7 @@
 """The text of a page: engines by name, and a page as a document.
 
-`resiliparse` takes the main content by rules over a fast parser's tree, `trafilatura` by many more rules at a tenth of its speed, `plain` takes all
-that is visible. What they score on gold text stands in tests/bench/extraction.md.
+`resiliparse` takes the main content by rules over a fast parser's tree and judges its blocks (blocks.py), `trafilatura` by many more rules at a
+fraction of its speed, `plain` takes all that is visible. What they score on gold text stands in tests/bench/extraction.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import xxhash
 
 from llmkit.corpus.extract.archives import Page
+from llmkit.corpus.extract.blocks import main_text
 from llmkit.corpus.extract.html import declared
 
 HTML = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "")
@@ -97,10 +98,7 @@ def _pdf(content: bytes) -> dict[str, Any]:
 
 
 def _resiliparse(tree: Any, source: str) -> str:
-    from resiliparse.extract.html2text import extract_plain_text
-
-    text: str = extract_plain_text(tree, main_content=True, alt_texts=False, comments=False, post_meta=False)
-    return text
+    return main_text(tree)
 
 
 def _plain(tree: Any, source: str) -> str:
