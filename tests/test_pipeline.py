@@ -63,6 +63,7 @@ def workplace(tmp_path_factory) -> Path:
     (directory / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m llmkit "$@"\n')
     (directory / "bin" / "llmkit").chmod(0o755)
     (directory / "docs.jsonl.zst").write_bytes(zstandard.compress((directory / "docs.jsonl").read_bytes()))
+    (directory / "page.html").write_text(f"<title>A page</title><p>{rows[0]['text']}")
     (directory / "crawl").mkdir()
     page = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<title>A page</title><p>" + rows[0]["text"]
     head = "WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.example/\r\nWARC-Record-ID: <urn:uuid:1>\r\n"

@@ -27,9 +27,9 @@ SHOWN = 5  # broken records that get a line of their own
     writes=True,
     neutral=("rejects",),
     examples=(
-        "llmkit extract crawl/*.warc.gz -j 8 -o pages.jsonl.zst",
-        "llmkit extract CC-MAIN.warc.gz | llmkit filter --preset fineweb -o clean.jsonl.zst",
-        "curl -s https://example.com/ | llmkit extract --engine trafilatura --plain | jq -r .text",
+        "llmkit extract crawl/*.warc.gz -j 8 --rejects skipped.jsonl -o pages.jsonl.zst",
+        "llmkit extract crawl/*.warc.gz | llmkit filter --preset fineweb -o clean.jsonl.zst",
+        "cat page.html | llmkit extract --engine trafilatura --plain",
     ),
 )
 def main(

@@ -130,14 +130,16 @@ def test_refusals(call: Call, make_model: Callable[..., Path], place: Path) -> N
 
 
 def test_existing_output(call: Call, place: Path) -> None:
-    """Behaviour: kept and named; -f replaces it."""
+    """Behaviour: kept and named; -f replaces a model, and nothing that is not one of ours."""
     (place / "precious").mkdir()
     (place / "precious" / "note").write_text("mine")
     code, _, err = call("average", "a", "b", "-o", "precious")
     assert code == 1 and "precious exists" in err and (place / "precious" / "note").exists()
-    assert call("average", "a", "b", "-f", "-o", "precious")[0] == 0
-    assert is_mean(place / "precious", {place / "a": 0.5, place / "b": 0.5})
-    assert not (place / "precious" / "note").exists()
+    code, _, err = call("average", "a", "b", "-f", "-o", "precious")
+    assert code == 1 and "what llmkit did not make" in err and (place / "precious" / "note").exists()
+    assert call("average", "a", "b", "--method", "weighted", "--weights", "1,3", "-o", "out")[0] == 0
+    assert call("average", "a", "b", "-f", "-o", "out")[0] == 0
+    assert is_mean(place / "out", {place / "a": 0.5, place / "b": 0.5})
 
 
 def test_script_makes_it_again(call: Call, place: Path) -> None:
