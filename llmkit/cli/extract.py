@@ -123,9 +123,9 @@ def _pages(
                 yield Page(document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=rest)
             read += reader.inputs
             continue
-        digest: list[str] = []
+        digest: list[str] | None = [] if path == STDIN else None  # a file's can be had later
         yield from read_pages(path, max_bytes=max_bytes, verify=verify, digest=digest)
-        read.append(Input("input", base_name(path), digest[0] if path == STDIN else digest_path(path)))
+        read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
 
 
 def _check_libraries(engine: str) -> None:

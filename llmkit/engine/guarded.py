@@ -6,7 +6,7 @@
 
 A worker notes in shared memory which item it is at and since when. One that stays at an item for longer than `seconds` is killed, as is one that the
 system kills or that crashes; the item becomes a Failure, the others of its batch are done again by a new worker. The order of the results, and what
-they are, does not depend on the number of workers. At most one batch a worker is being worked on, and as many finished ones wait for their turn.
+they are, does not depend on the number of workers. At most two batches a worker are held: being worked on, or finished and waiting for their turn.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,10 +65,15 @@ class _Worker:
     job: _Job[Any, Any] | None = None
     died: bool = False
 
-    def give(self, job: _Job[Any, Any]) -> None:
+    def give(self, job: _Job[Any, Any]) -> bool:
+        """Send a job; whether the worker was there to take it (the system may kill one that waits, too)."""
         self.job = job
         self.place.item, self.place.since = 0, time.monotonic()
-        self.pipe.send([job.items[number] for number in job.todo])
+        try:
+            self.pipe.send([job.items[number] for number in job.todo])
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+        return True
 
     def stop(self) -> None:
         self.process.kill()
@@ -85,7 +91,7 @@ def guarded_map(
 ) -> Iterator[list[Result | Failure]]:
     """`work` of each item of each batch, in order, by `jobs` forked processes.
 
-    `memory` bounds what a worker may allocate beyond what it was forked with, in bytes (0: no bound). An exception of `work` other than
+    `memory` bounds what a worker may allocate beyond what it was forked with, in bytes (0: no bound; Linux only). An exception of `work` other than
     MemoryError ends the map and is raised here.
     """
     waiting: deque[_Job[Item, Result]] = deque()  # in the order of the batches
@@ -98,20 +104,23 @@ def guarded_map(
             for number in range(jobs):
                 if number == len(workers):
                     workers.append(_start(work, memory))
-                worker = workers[number]
-                if worker.job is not None:
+                if workers[number].job is not None:
                     continue
+                job: _Job[Item, Result]
                 if again:
-                    worker.give(again.popleft())
+                    job = again.popleft()
                 elif not ended and len(waiting) < 2 * jobs:
                     items = next(source, None)
                     if items is None:
                         ended = True
                         break
-                    job: _Job[Item, Result] = _Job(items, [None] * len(items), list(range(len(items))))
+                    job = _Job(items, [None] * len(items), list(range(len(items))))
                     waiting.append(job)
-                    if items:
-                        worker.give(job)
+                else:
+                    continue
+                while job.todo and not workers[number].give(job):
+                    workers[number].stop()
+                    workers[number] = _start(work, memory)
             while waiting and waiting[0].done:
                 yield [result for result in waiting.popleft().results if result is not None]
             if not waiting and ended:
@@ -145,7 +154,7 @@ def _start(work: Callable[[Any], Any], memory: int) -> _Worker:
 def _serve(work: Callable[[Any], Any], pipe: Connection, place: Any, memory: int) -> None:
     """The life of a worker: batches in, results out."""
     start_worker()
-    if memory:
+    if memory and sys.platform == "linux":
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+import xxhash
 import zstandard
 
 from llmkit.corpus.extract.archives import Broken, Page, read_pages
@@ -274,6 +275,39 @@ def test_hostile_pages_cost_no_more_than_the_limit() -> None:
         kept = b"".join(outcome.kept for outcome in outcomes)
         assert [line.split(b'"')[3] for line in kept.splitlines()] == [b"a", b"wide", b"b"]
         assert dict(extractor.reasons) == {"time limit": 1}
+
+
+def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: an exception in a library is that page's reason, and the run goes on."""
+
+    def fragile(tree: object, source: str) -> str:
+        if "bad" in source:
+            raise LookupError("what no test had thought of")
+        return source
+
+    monkeypatch.setitem(ENGINES, "fragile", fragile)
+    extractor = Extractor("fragile", 1, seconds=5.0, max_bytes=1 << 20)
+    kept = b"".join(outcome.kept for outcome in extractor.run([Page("a", b"bad"), Page("b", b"good")]))
+    assert kept.count(b"\n") == 1 and dict(extractor.reasons) == {"engine failed (LookupError)": 1}
+
+
+def test_digest_of_a_stream_that_is_read_twice(tmp_path: Path) -> None:
+    """Behaviour: the digest is that of the bytes as stored, damaged and cut ones too, though reading goes back; ids know no directory."""
+    good = [gzip.compress(record(HTML.encode(), f"http://a.example/{i}")) for i in range(4)]
+    good[1] = good[1][:4] + random.Random(1).randbytes(300) + good[1][80:]
+    for name, content, limit in (("a.warc.gz", b"".join(good), 1 << 20), ("b.html", HTML.encode() * 50, 1000)):
+        (tmp_path / name).write_bytes(content)
+        digest: list[str] = []
+        pages(tmp_path / name, max_bytes=limit, digest=digest)
+        assert digest == ["xxh3:" + xxhash.xxh3_128_hexdigest(content)]
+    response = b"HTTP/1.1 200 OK\r\n\r\n" + HTML.encode()
+    (tmp_path / "c.arc").write_bytes(
+        b"http://a.example/ 1.2.3.4 20140216050221 text/html %d\n" % len(response) + response
+    )
+    head = b"filedesc://c.arc 0.0.0.0 20140216050221 text/plain 0\n"
+    (tmp_path / "c.arc").write_bytes(head + (tmp_path / "c.arc").read_bytes())
+    (page,) = pages(tmp_path / "c.arc")
+    assert isinstance(page, Page) and page.id.startswith("c.arc#")
 
 
 def test_real_archives(shared_data: Path) -> None:

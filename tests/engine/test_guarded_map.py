@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 
@@ -58,3 +59,17 @@ def test_items_are_taken_as_they_are_needed() -> None:
         next(results)
     results.close()
     assert taken <= 5 + 2 * 2 + 2
+
+
+def test_a_worker_killed_while_it_waits_is_replaced() -> None:
+    """Behaviour: no item is blamed for it, and a closed pipe to a worker is not taken for a closed stdout."""
+
+    def batches():
+        yield [os.getpid()]
+        time.sleep(0.3)
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        yield [2]
+
+    assert list(guarded_map(lambda x: x, batches(), jobs=1, seconds=5)) == [[os.getpid()], [2]]

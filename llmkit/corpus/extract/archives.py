@@ -21,6 +21,7 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, display_name, open_raw
+from llmkit.io.lineage import base_name
 
 MAX_PAGE_BYTES = 16 << 20
 HEAD = 1 << 16  # bytes that tell what a file is
@@ -72,6 +73,8 @@ def read_pages(
         else:
             yield from _single(stream, path, max_bytes)
         if digest is not None:
+            while stream.read(1 << 20):
+                pass  # what a reader left because it was too long or damaged
             digest.append("xxh3:" + source.digest.hexdigest())
 
 
@@ -81,6 +84,7 @@ class _Source(io.RawIOBase):
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self.digest = xxhash.xxh3_128()
+        self._position = self._hashed = 0
 
     def readable(self) -> bool:
         return True
@@ -89,7 +93,8 @@ class _Source(io.RawIOBase):
         return bool(getattr(self._raw, "seekable", lambda: False)())
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._raw.seek(offset, whence)
+        self._position = self._raw.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
         return self._raw.tell()
@@ -97,7 +102,9 @@ class _Source(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._raw.read(len(buffer))
         buffer[: len(data)] = data
-        self.digest.update(data)
+        self.digest.update(data[max(0, self._hashed - self._position) :])  # each byte once, though some are read again
+        self._position += len(data)
+        self._hashed = max(self._hashed, self._position)
         return len(data)
 
 
@@ -182,7 +189,8 @@ def _page(record: Any, name: str, offset: int, max_bytes: int, verify: bool) -> 
             return Broken(name, offset, "its digest is not that of its content")
         url = _clean(record.headers.get("WARC-Target-URI", "")).strip("<> ")
         page = Page(
-            id=record.record_id.removeprefix("<").removesuffix(">").removeprefix("urn:uuid:") or f"{name}#{offset}",
+            id=record.record_id.removeprefix("<").removesuffix(">").removeprefix("urn:uuid:")
+            or f"{base_name(name)}#{offset}",
             content=b"",
             url=url,
             date=_clean(record.headers.get("WARC-Date", "")),
@@ -256,7 +264,7 @@ def _arc(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[
             if length > max_bytes:
                 yield Broken(name, offset, f"longer than {max_bytes:,} bytes")
             else:
-                yield _arc_page(match, content, f"{name}#{offset - length}")
+                yield _arc_page(match, content, f"{base_name(name)}#{offset - length}")
     except (OSError, EOFError, zlib.error) as error:
         yield Broken(name, offset, f"truncated or damaged ({_first_line(error)})")
 
@@ -285,7 +293,6 @@ def _arc_page(match: re.Match[bytes], content: bytes, name: str) -> Page:
 def _single(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[Page | Broken]:
     """A file that is one page; its name is the id."""
     from llmkit.io.compression import Notes, decompress
-    from llmkit.io.lineage import base_name
 
     name, blocks, size = display_name(path), [], 0
     for block in decompress(stream, name, Notes()):

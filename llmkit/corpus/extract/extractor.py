@@ -49,6 +49,10 @@ class Extractor:
                 return document_of(found, engine)
             except Skip as skip:
                 return str(skip)
+            except MemoryError:
+                raise
+            except Exception as error:  # hostile pages find the faults of parsers: one page, counted, not the whole run
+                return f"engine failed ({type(error).__name__})"
 
         sent: list[list[Page | Broken]] = []  # batches whose results are not there yet; few, see guarded_map
 
