@@ -65,6 +65,8 @@ def main(
         raise unknown_name("--engine", engine, list(ENGINES))
     if not 0 < time_limit < 86_400:
         raise UsageError(f"--time-limit {time_limit} is not between 0 and a day", "give seconds")
+    if run.options["text_key"] != "text":
+        raise UsageError("--text-key is of no use here", "--html-key names the field that holds the page")
     _check_libraries(engine)
     from llmkit.corpus.extract.extractor import Extractor
     from llmkit.io.documents import DocumentWriter

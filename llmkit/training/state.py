@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,11 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
             yield directory
         except BaseException:
             if not (directory.path / CONFIG).exists():  # it did not come to a run: leave nothing that stands in the way
-                directory.empty(".lock")
-                (directory.path / ".lock").unlink(missing_ok=True)
-                if not given:
-                    directory.path.rmdir()
+                with suppress(OSError):  # what went wrong is said already
+                    directory.empty(".lock")
+                    (directory.path / ".lock").unlink(missing_ok=True)
+                    if not given:
+                        directory.path.rmdir()
             raise
 
 

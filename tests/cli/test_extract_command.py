@@ -63,6 +63,7 @@ def test_streams_and_rows(llmkit, crawl: Path) -> None:
         (("nowhere.warc.gz",), 1, "no such file"),
         (("crawl", "--engine", "resiliparsec"), 2, "did you mean 'resiliparse'"),
         (("crawl", "--time-limit", "0"), 2, "--time-limit"),
+        (("crawl", "--text-key", "html"), 2, "--html-key"),
         (("empty",), 1, "no input files"),
         (("crawl", "-o", "x.jsonl", "--rejects", "x.jsonl"), 2, "where the documents go"),
         (("bad.jsonl",), 1, "bad.jsonl:1"),
