@@ -82,7 +82,7 @@ READING: dict[str, tuple[Any, Any]] = {
     "text_key": (Annotated[str, typer.Option("--text-key", metavar="FIELD", help="Field that holds the text")], "text"),
     "id_key": (Annotated[str, typer.Option("--id-key", metavar="FIELD", help="Field that holds the id")], "id"),
     "on_bad_line": (Annotated[str, typer.Option("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE")], "stop"),
-    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line that is read")], 64 << 20),
+    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line that is read")], 16 << 20),
     "files_from": (Annotated[str | None, typer.Option("--files-from", metavar="FILE", help="Read the names of inputs from a file")], None),
 }  # fmt: skip
 WRITING: dict[str, tuple[Any, Any]] = {

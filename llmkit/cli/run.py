@@ -35,7 +35,7 @@ class Run:
         self.files_from: str | None = values.get("files_from")
         self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
-        self._paths = paths  # options that name an input, for the lineage
+        self._paths = list(paths.items())  # (option, path): inputs that options name, for the lineage
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
@@ -101,11 +101,15 @@ class Run:
                 sink.write(json.dumps({"command": self.command, "seconds": seconds} | counts).encode() + b"\n")
 
     # Inputs and outputs.
+    def reads(self, role: str, path: str) -> None:
+        """Note an input that an option names: `role` is the option, or it and its value with a star for the path (io.lineage.Input)."""
+        self._paths.append((role, Path(path)))
+
     def lineage(self) -> Lineage:
         """A new record with the command, the options and the inputs that options name."""
         from llmkit.io.lineage import Lineage, describe_input
 
-        inputs = [describe_input(path, role) for role, path in self._paths.items()]
+        inputs = [describe_input(path, role) for role, path in self._paths]
         return Lineage(self.command, dict(self.options), inputs)
 
     def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
@@ -141,7 +145,14 @@ class Run:
         return DocumentWriter(self.output, self.lineage(), force=self.force, plain=self._values.get("plain", False))
 
     def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
-        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do.
+        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do."""
+        if not self.has_made(paths, beside):
+            return False
+        self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
+        return True
+
+    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
+        """Whether the output already is what this call would make of `paths`.
 
         `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
         digests of the inputs), never by their existence.
@@ -159,7 +170,6 @@ class Run:
             made_of = [item.get("digest") for item in (found[path] or {}).get("inputs", [])]
             if made_of != [item.digest for item in header.inputs] + digests:
                 return False
-        self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
 

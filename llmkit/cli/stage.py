@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from llmkit.cli.options import Run
-from llmkit.errors import UsageError
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.inputs import COMPRESSIONS, STDIN
 
 if TYPE_CHECKING:
     from llmkit.io.documents import BadLine, DocumentReader
+    from llmkit.io.lineage import Lineage
 
 Rejects = Annotated[
     str | None,
     typer.Option("--rejects", metavar="FILE", help="Write the dropped documents here, each with its `reason`"),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="With -o DIR/, a file for each input: make only those that are missing")
 ]
 
 
@@ -29,52 +36,126 @@ class Outcome(Protocol):
     documents: int
 
 
+class Job:
+    """What becomes one output: its inputs, and the further output for rejects with its record."""
+
+    def __init__(self, run: Run, inputs: list[str], output: str | None, rejects: str | None) -> None:
+        from llmkit.io.lineage import Lineage
+
+        self.run, self.inputs, self.output, self.rejects = run, inputs, output, rejects
+        self.beside: dict[str, Lineage] = {}
+        if rejects is not None:
+            self.beside[rejects] = Lineage(f"{run.command} --rejects", dict(run.options), run.lineage().inputs)
+
+    @property
+    def done(self) -> bool:
+        """Whether its outputs are there, made by this very call."""
+        self.run.output = self.output
+        return not self.run.dry_run and self.run.has_made(self.inputs, self.beside)
+
+
+def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iterator[Job]:
+    """What a call has to make: one output of all inputs, or where -o is a directory, one of each, under the input's name.
+
+    In a directory nothing is replaced: without --resume (or -f) it must hold none of the outputs; with it, those that this very call made are
+    passed over.
+    """
+    if rejects is not None and rejects in (run.output, STDIN):
+        raise UsageError(f"--rejects {rejects}: this is where the kept documents go", "name another file")
+    target = run.output
+    if target is None or not (target.endswith("/") or os.path.isdir(target)):
+        yield Job(run, inputs, target, rejects)
+        return
+    if rejects is not None and not (rejects.endswith("/") or os.path.isdir(rejects)):
+        raise UsageError(f"--rejects {rejects}: -o {target} is a directory", "let this be one too: end it in /")
+    names: dict[str, str] = {}
+    for path in inputs:
+        name = _stem(path) + ".jsonl.zst"
+        if path == STDIN or name in names:
+            both = f"{names[name]} and {path} would both be {name}" if name in names else "stdin has no name"
+            raise LlmkitError(f"-o {target}: {both}", "give one file as output, or inputs of different names")
+        names[name] = path
+    outputs = [os.path.join(target, name) for name in names]
+    if not resume and not run.force and (there := [path for path in outputs if os.path.exists(path)]):
+        raise LlmkitError(f"{there[0]} exists", "--resume makes only what is missing, -f makes all of it anew")
+    for directory in (target, rejects):
+        if directory is not None and not run.dry_run:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+    for (name, path), output in zip(names.items(), outputs, strict=True):
+        yield Job(run, [path], output, None if rejects is None else os.path.join(rejects, name))
+    run.output = target
+
+
+def _stem(path: str) -> str:
+    """Base name of an input without the suffixes of its format and compression."""
+    name = os.path.basename(path)
+    for packed in COMPRESSIONS[1:]:
+        name = name.removesuffix(packed)
+    return os.path.splitext(name)[0] or name
+
+
 def run_stage(
     run: Run,
     inputs: list[str] | None,
     rejects: str | None,
     work: Callable[[DocumentReader], Iterable[Outcome]],
     count: Callable[[], dict[str, Any]],
+    resume: bool = False,
 ) -> dict[str, Any] | None:
     """Run `work` over the inputs, write what it keeps and rejects, and return the counts; None if the output was up to date.
 
-    `count` is asked once, at the end, for the counts that lineage and summary hold. With --dry-run everything is done but the writing.
+    `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew. With --dry-run everything
+    is done but the writing.
     """
     from llmkit.io.documents import DocumentWriter
-    from llmkit.io.lineage import Lineage
 
-    if rejects is not None and rejects in (run.output, "-"):
-        raise UsageError(f"--rejects {rejects}: this is where the kept documents go", "name another file")
-    beside = {} if rejects is None else {rejects: Lineage(f"{run.command} --rejects", dict(run.options))}
-    if not run.dry_run and run.up_to_date(run.inputs(inputs), beside):
+    total: dict[str, Any] = {}
+    made = passed = 0
+    for job in jobs(run, run.inputs(inputs), rejects, resume):
+        if job.done:
+            passed += 1
+            continue
+        made += 1
+        reader = run.reader(job.inputs, files_from=None)
+        with ExitStack() as stack:
+            writer = rejected = None
+            if not run.dry_run:
+                writer = stack.enter_context(run.writer())
+                for path, lineage in job.beside.items():
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force))
+            with run.progress(None, "documents") as bar:
+                for outcome in work(reader):
+                    reader.accept(outcome.bad)
+                    if writer:
+                        writer.write(outcome.kept)
+                    if rejected:
+                        rejected.write(outcome.rejects)
+                    bar.advance(outcome.documents)
+            counts = count() | ({"bad_lines": reader.bad} if reader.bad else {})
+            if rejected:
+                rejected.finish({"documents": counts["dropped"]}, list(reader.inputs))
+            if writer:
+                writer.finish(counts, reader.inputs)
+        total = added(total, counts)
+    if made == 0:
+        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
         return None
-    reader = run.reader(inputs)
-    with ExitStack() as stack:
-        writer = rejected = None
-        if not run.dry_run:
-            writer = stack.enter_context(run.writer())
-            if rejects is not None:
-                rejected = stack.enter_context(DocumentWriter(rejects, beside[rejects], force=run.force))
-        with run.progress(None, "documents") as bar:
-            for outcome in work(reader):
-                reader.accept(outcome.bad)
-                if writer:
-                    writer.write(outcome.kept)
-                if rejected:
-                    rejected.write(outcome.rejects)
-                bar.advance(outcome.documents)
-        counts = count() | ({"bad_lines": reader.bad} if reader.bad else {})
-        if rejected:
-            rejected.finish({"documents": counts["dropped"]}, list(reader.inputs))
-        if writer:
-            writer.finish(counts, reader.inputs)
-    return counts
+    return total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
+
+
+def added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The counts of two outputs together."""
+    return a | {
+        key: added(a.get(key, {}), value) if isinstance(value, dict) else a.get(key, 0) + value
+        for key, value in b.items()
+    }
 
 
 def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
     """`kept 90 of 100 documents, ...` for people."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
     bad = f", {counts['bad_lines']:,} bad lines passed over" if counts.get("bad_lines") else ""
+    there = f", {counts['up_to_date']:,} files were there" if counts.get("up_to_date") else ""
     where = (
         "nothing written (--dry-run)"
         if run.dry_run
@@ -82,4 +163,4 @@ def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
         if run.output
         else "written to stdout"
     )
-    return f"kept {counts['kept']:,} of {counts['documents']:,} documents{share}, {verb} {counts['dropped']:,}{bad}; {where}"
+    return f"kept {counts['kept']:,} of {counts['documents']:,} documents{share}, {verb} {counts['dropped']:,}{bad}{there}; {where}"

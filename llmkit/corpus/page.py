@@ -1,18 +1,41 @@
-"""One document's text as rules see it: split into words and lines once, shared by all of them."""
+"""One document as rules see it: its text split into words and lines once, shared by all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
+import numpy as np
+
+from llmkit.corpus.kernels.characters import Bytes, classes
+from llmkit.corpus.kernels.lines import Lines, lines
+from llmkit.corpus.kernels.tokens import Tokens, scan, tokens_of
 from llmkit.corpus.words import Splitter
 
 
 class Page:
-    """A text with what rules measure, computed on first use. A rule that rewrites the text calls `edit`, and the rest is measured anew."""
+    """A text with what rules measure, computed on first use. `edit` and `note` change the document that is written.
 
-    def __init__(self, text: str, splitter: Splitter) -> None:
+    `fields` are the JSON fields of the document, not to be changed; `notes` those that rules set.
+    """
+
+    def __init__(self, text: str, splitter: Splitter, fields: Mapping[str, Any] | None = None) -> None:
         self.text = text
         self.splitter = splitter
+        self.fields = fields or {}
+        self.notes: dict[str, Any] = {}
+
+    def edit(self, text: str) -> None:
+        """Replace the text; later rules see the new one, and measure it anew."""
+        if text != self.text:
+            for name in MEASURED:
+                self.__dict__.pop(name, None)
+            self.text = text
+
+    def note(self, **fields: Any) -> None:
+        """Set fields of the document, if it is kept."""
+        self.notes.update(fields)
 
     @cached_property
     def words(self) -> list[str]:
@@ -24,13 +47,31 @@ class Page:
         """Lines as `str.splitlines` sees them, blank ones included."""
         return self.text.splitlines()
 
-    def sentences(self, line: str) -> int:
-        """Number of sentences in one stripped line of the text."""
-        return self.splitter.sentences(line)
+    @cached_property
+    def data(self) -> Bytes:
+        """The text in UTF-8."""
+        return np.frombuffer(self.text.encode(), np.uint8)
 
-    def edit(self, text: str) -> None:
-        """Replace the text; later rules see the new one."""
-        if text != self.text:
-            self.text = text
-            for name in ("words", "lines"):
-                self.__dict__.pop(name, None)
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The words as hashes, lengths and flags."""
+        if self.splitter.compiled:
+            return Tokens(*scan(self.data, classes(), self.splitter.compiled == "whitespace"))
+        return tokens_of(self.words)
+
+    @cached_property
+    def split_lines(self) -> Lines:
+        """The parts between newlines, text.split("\\n"), as hashes, lengths and flags."""
+        return Lines(*lines(self.data, classes(), False))
+
+    @property
+    def line_counts(self) -> tuple[int, int, int]:
+        """Of text.splitlines(): how many, how many start with a bullet, how many end with an ellipsis."""
+        split = self.split_lines
+        if split.strange:  # a carriage return or another of the rarer line breaks
+            split = Lines(*lines(self.data, classes(), True))
+            return len(split.flags), split.bullets, split.ellipses
+        return len(split.flags) - (not self.text or self.text[-1] == "\n"), split.bullets, split.ellipses
+
+
+MEASURED = tuple(name for name, value in vars(Page).items() if isinstance(value, cached_property))

@@ -42,7 +42,7 @@ from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, Lineage, base_name, describe_input, join_notes
 
 CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -113,6 +113,9 @@ class Document:
     def where(self) -> str:
         """`file:line`, for messages."""
         return f"{self.file}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.where} (id {self.id})"
 
     def change(self, **fields: Any) -> None:
         """Set fields; the line is then written anew."""

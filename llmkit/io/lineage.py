@@ -42,7 +42,10 @@ MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
 
 @dataclass(slots=True)
 class Input:
-    """One thing that was read: its role ("input" or the option that named it), base name (`-` for a pipe), digest, own record."""
+    """One thing that was read: its role, base name (`-` for a pipe), digest, own record.
+
+    The role is "input", the option that named it, or that option and its value with a star for the path: "rule url.domains=*".
+    """
 
     role: str
     name: str

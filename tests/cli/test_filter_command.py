@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import orjson
@@ -174,3 +177,170 @@ def test_repeated_with_rejects_does_nothing(llmkit, docs: Path) -> None:
     other = ("filter", "docs.jsonl", "--preset", "c4", "-o", "c4.jsonl.zst", "--rejects", "r.jsonl.zst")
     assert llmkit(*other, cwd=docs).returncode == 0
     assert llmkit(*command, cwd=docs).returncode == 1 and (docs / "r.jsonl.zst").read_bytes() != rejects
+
+
+def test_annotate_drops_nothing(llmkit, docs: Path) -> None:
+    """Behaviour: every document comes out, unedited, with its statistics and the rules that would have dropped it, for jq."""
+    done = llmkit("filter", "docs.jsonl", "--preset", "fineweb", "--annotate", "-o", "out.jsonl", cwd=docs)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(docs / "out.jsonl")
+    assert [(row["id"], row["text"]) for row in rows] == [
+        (row["id"], row["text"]) for row in rows_of(docs / "docs.jsonl")
+    ]
+    short = next(row for row in rows if row["id"] == "short")["filter"]
+    assert short["dropped_by"][0] == "gopher_repetition.top_2_gram" and "c4.too_few_sentences" in short["dropped_by"]
+    assert short["gopher_quality"]["words"] == 2 and short["c4"]["sentences"] == 0
+    assert next(row for row in rows if row["id"] == "g3")["filter"]["dropped_by"] == []
+    refused = llmkit("filter", "docs.jsonl", "--annotate", "--rejects", "r.jsonl", cwd=docs)
+    assert refused.returncode == 2 and b"drops nothing" in refused.stderr
+
+
+def test_statistics(llmkit, docs: Path) -> None:
+    """Behaviour: --stats prints what each rule drops alone and in order, and quantiles, the same for any -j; documents are not written."""
+    (docs / "many.jsonl").write_bytes((docs / "docs.jsonl").read_bytes() * 150)
+    outputs = [
+        llmkit("filter", "many.jsonl", "--preset", "fineweb", "--stats", "-j", jobs, "--json", cwd=docs)
+        for jobs in "12"
+    ]
+    assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout
+    counts = json.loads(outputs[0].stderr.splitlines()[-1])
+    assert (counts["documents"], counts["kept"]) == (32 * 150, 30 * 150)
+    assert counts["rules"]["gopher_repetition.top_2_gram"] == {"alone": 300, "in_order": 300}
+    assert counts["rules"]["c4.too_few_sentences"] == {"alone": 300, "in_order": 0}
+    assert counts["statistics"]["gopher_quality.words"]["0.5"] == 6 * 14
+    assert b"4,500 would be kept" in outputs[0].stdout
+    assert llmkit("filter", "docs.jsonl", "--stats", "-o", "x.jsonl", cwd=docs).returncode == 2
+
+
+RULE = """
+def shouting(page):
+    return not page.text.isupper()
+
+def fails(page):
+    return 1 / (page.fields["id"] != "g7") > 0
+"""
+
+
+def test_a_rule_of_ones_own(llmkit, docs: Path) -> None:
+    """Behaviour: FILE.py:FUNCTION is a filter, known to the lineage by digest; one that raises is named with file, line and id, and nothing is lost."""
+    (docs / "my_rule.py").write_text(RULE)
+    (docs / "loud.jsonl").write_text('{"id":"a","text":"LOUD"}\n{"id":"b","text":"calm"}\n')
+    done = llmkit(
+        "filter",
+        "loud.jsonl",
+        "--rule",
+        "./my_rule.py:shouting",
+        "-o",
+        "out.jsonl.zst",
+        "--rejects",
+        "no.jsonl",
+        cwd=docs,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in rows_of(docs / "out.jsonl.zst")] == ["b"]
+    assert rows_of(docs / "no.jsonl")[0]["reason"] == "shouting"
+    script = llmkit("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
+    assert '--rule "$IN"/my_rule.py:shouting' in script
+    (docs / "again.sh").write_text(script)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "again.sh", ".", "rebuilt"], cwd=docs, env=os.environ | {"PATH": path}, check=True)
+    assert (docs / "rebuilt" / "out.jsonl.zst").read_bytes() == (docs / "out.jsonl.zst").read_bytes()
+    failed = llmkit("filter", "docs.jsonl", "--rule", "my_rule.py:fails", "-o", "f.jsonl", cwd=docs)
+    assert (
+        failed.returncode == 1
+        and b"docs.jsonl:8 (id g7): filter 'my_rule.py:fails' raised ZeroDivisionError" in failed.stderr
+    )
+    assert not (docs / "f.jsonl").exists()
+    missing = llmkit("filter", "docs.jsonl", "--rule", "my_rule.py:other", cwd=docs)
+    assert missing.returncode == 1 and b"no function 'other'" in missing.stderr
+    assert b"no such file" in llmkit("filter", "docs.jsonl", "--rule", "other.py:other", cwd=docs).stderr
+
+
+def test_compat_brings_the_quirks_back(llmkit, docs: Path) -> None:
+    """Behaviour: a lone bracket drops a document, but not with --compat datatrove."""
+    text = "\n".join([*good(1).splitlines(), "{"])
+    (docs / "b.jsonl").write_bytes(orjson.dumps({"text": text}) + b"\n")
+    kept = [
+        llmkit("filter", "b.jsonl", "--preset", "c4", "--plain", "-q", *more, cwd=docs).stdout
+        for more in ((), ("--compat", "datatrove"))
+    ]
+    assert kept[0] == b"" and orjson.loads(kept[1])["text"] == good(1)
+    assert b"datatrove" in llmkit("filter", "b.jsonl", "--compat", "datatrov", cwd=docs).stderr
+
+
+def test_licence_and_opt_out(llmkit, docs: Path) -> None:
+    """Behaviour: what pages declare decides, any version of a licence, and not a licence whose name only begins alike."""
+    rows = [
+        {"id": "by", "text": "a", "licence": "cc-by-4.0"},
+        {"id": "nc", "text": "b", "licence": "cc-by-nc-4.0"},
+        {"id": "zero", "text": "c", "licence": "cc0-1.0", "opt_out": ["noai"]},
+        {"id": "none", "text": "d"},
+    ]
+    (docs / "l.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+
+    def kept(*arguments: str) -> list[str]:
+        done = llmkit("filter", "l.jsonl", "--plain", "-q", *arguments, cwd=docs)
+        assert done.returncode == 0, done.stderr
+        return [orjson.loads(line)["id"] for line in done.stdout.splitlines()]
+
+    assert kept("--licence", "cc-by,cc0") == ["by", "zero"]
+    assert kept("--respect-opt-out") == ["by", "nc", "none"]
+    assert kept("--licence", "CC-BY,cc0", "--respect-opt-out") == ["by"]
+
+
+def test_directory_of_inputs(llmkit, docs: Path) -> None:
+    """Behaviour: -o DIR/ makes one file of each input; --resume makes what is missing, and nothing else; names that clash are refused."""
+    lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
+    (docs / "in").mkdir()
+    for i in range(3):
+        (docs / "in" / f"part-{i}.jsonl").write_bytes(b"".join(lines[i * 10 : i * 10 + 12]))
+    command = ("filter", "in", "-o", "out/", "--rejects", "no/")
+    assert llmkit(*command, "--json", cwd=docs).returncode == 0
+    made = {path: path.read_bytes() for path in sorted((docs / "out").iterdir())}
+    assert (
+        [path.name for path in made]
+        == [f"part-{i}.jsonl.zst" for i in range(3)]
+        == sorted(p.name for p in (docs / "no").iterdir())
+    )
+    assert b"--resume" in llmkit(*command, cwd=docs).stderr
+    times = {path: path.stat().st_mtime_ns for path in made}
+    (docs / "out" / "part-1.jsonl.zst").unlink()
+    (docs / "no" / "part-1.jsonl.zst").unlink()
+    again = llmkit(*command, "--resume", "--json", cwd=docs)
+    counts = json.loads(again.stderr.splitlines()[-1])
+    assert (counts["files"], counts["up_to_date"], counts["documents"]) == (1, 2, 12)
+    assert {path: path.read_bytes() for path in made} == made
+    assert [path.stat().st_mtime_ns == times[path] for path in made] == [True, False, True]
+    assert b"up to date" in llmkit(*command, "--resume", cwd=docs).stderr
+    other = llmkit(*command, "--preset", "c4", "--resume", cwd=docs)
+    assert other.returncode == 1 and b"part-0.jsonl.zst exists" in other.stderr
+    (docs / "in" / "more").mkdir()
+    (docs / "in" / "more" / "part-1.jsonl.gz").write_bytes(b"")
+    clash = llmkit("filter", "in", "-o", "new/", cwd=docs)
+    assert clash.returncode == 1 and b"would both be part-1.jsonl.zst" in clash.stderr
+
+
+def test_killed_in_the_middle(llmkit, docs: Path) -> None:
+    """Behaviour: kill -9 leaves nothing under a final name that is not whole; --resume then gives the bytes of an undisturbed run."""
+    data = (docs / "docs.jsonl").read_bytes() * 200
+    (docs / "in").mkdir()
+    for i in range(4):
+        (docs / "in" / f"{i}.jsonl").write_bytes(data)
+    assert llmkit("filter", "in", "-o", "whole/", cwd=docs).returncode == 0
+    killed = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmkit", "filter", "in", "-o", "out/", "--resume", "-qj2"], cwd=docs
+        )
+        try:
+            process.wait(timeout=1.5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        for path in (docs / "out").glob("[0-9]*") if (docs / "out").exists() else ():
+            assert path.read_bytes() == (docs / "whole" / path.name).read_bytes()
+    assert llmkit("filter", "in", "-o", "out/", "--resume", cwd=docs).returncode == 0
+    assert killed > 0
+    for path in (docs / "whole").iterdir():
+        assert (docs / "out" / path.name).read_bytes() == path.read_bytes()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 import pytest
 
-from llmkit.corpus import chain as chains
-from llmkit.corpus.chain import builtin_presets, describe_chain, filter_chunk, load_chain, preset_text, spell_out
-from llmkit.corpus.filters import FILTERS, Drop
+from llmkit.corpus import rules
+from llmkit.corpus.chain import filter_chunk
+from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.page import Page
+from llmkit.corpus.rules import builtin_presets, describe_chain, load_chain, preset_text, spell_out
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -34,7 +36,7 @@ def test_builtin_presets() -> None:
 def test_presets_spell_out_every_threshold(name: str) -> None:
     """Property: the TOML names each threshold, with the filter's default (but for C4's end marks in FineWeb)."""
     for table in tomllib.loads(preset_text(name))["filter"]:
-        expected = chains.thresholds(FILTERS.get(table.pop("name")))
+        expected = rules.thresholds(FILTERS.get(table.pop("name")))
         found = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
         differing = {key for key in expected if expected[key] != found.get(key)}
         assert set(found) == set(expected)
@@ -51,9 +53,9 @@ def test_description_makes_the_same_chain(tmp_path: Path) -> None:
     )
     (tmp_path / "my.toml").write_text(describe_chain(chain))
     assert load_chain([str(tmp_path / "my.toml")], [], [], "unicode") == chain
-    names, rules = spell_out(chain)
-    assert load_chain([], names, rules, "unicode") == chain
-    assert "c4.require_end_mark=false" in rules and "fineweb.list_ratio=off" in rules
+    names, changed = spell_out(chain)
+    assert load_chain([], names, changed, "unicode") == chain
+    assert "c4.require_end_mark=false" in changed and "fineweb.list_ratio=off" in changed
 
 
 def test_rules_override_thresholds() -> None:
@@ -136,7 +138,7 @@ def test_chunk_keeps_bytes_and_explains_rejects() -> None:
         "reason": "too_few_sentences",
         "value": 0,
     }
-    assert (rejects[1]["id"], rejects[1]["reason"], rejects[1]["value"]) == ("d", "curly_bracket", 6)
+    assert (rejects[1]["id"], rejects[1]["reason"], rejects[1]["value"]) == ("d", "curly_bracket", 1)
     assert [bad.line for bad in result.bad] == [4]
     assert (result.documents, result.edited) == (4, 1)
     assert result.dropped == {("c4", "too_few_sentences"): 1, ("c4", "curly_bracket"): 1}
@@ -145,7 +147,7 @@ def test_chunk_keeps_bytes_and_explains_rejects() -> None:
 def test_later_filters_see_the_edited_text() -> None:
     """Behaviour: FineWeb's rules run on what C4 left."""
     text = "\n".join([LINE + f" Number {i} of many." for i in range(5)] + ["Use cookies " + "x" * 60] * 3)
-    assert load_chain([], ["fineweb"], [], "unicode").judge(text).drop == Drop(
+    assert load_chain([], ["fineweb"], [], "unicode").judge(text).drop == Check(
         "char_dup_ratio", pytest.approx(150 / 591, abs=0.1)
     )
     assert load_chain([], ["c4", "fineweb"], [], "unicode").judge(text).drop is None
@@ -158,14 +160,19 @@ def test_plugin_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     class Shouting:
         max_upper: float | None = 0.5
 
-        def __call__(self, page: Page) -> Drop | None:
+        def __call__(self, page: Page) -> Iterator[Check]:
             share = sum(map(str.isupper, page.text)) / len(page.text)
-            return Drop("shouting", share) if self.max_upper is not None and share > self.max_upper else None
+            yield Check("shouting", share, self.max_upper is not None and share > self.max_upper)
 
     monkeypatch.setitem(FILTERS._entries, "shouting", Shouting)
-    monkeypatch.setitem(FILTERS._entries, "never", lambda page: Drop("never"))
-    assert load_chain([], ["shouting"], [], "unicode").judge("ABCd").drop == Drop("shouting", 0.75)
+    monkeypatch.setitem(FILTERS._entries, "never", lambda page: False)
+    monkeypatch.setitem(FILTERS._entries, "long", lambda page: Check("long", len(page.text), len(page.text) > 3))
+    assert load_chain([], ["shouting"], [], "unicode").judge("ABCd").drop == Check("shouting", 0.75)
     assert load_chain([], ["shouting"], ["shouting.max_upper=0.8"], "unicode").judge("ABCd").drop is None
-    assert load_chain([], ["never"], [], "unicode").judge("x").drop == Drop("never")
+    assert load_chain([], ["never"], [], "unicode").judge("x").drop == Check("never")
+    assert [load_chain([], ["long"], [], "unicode").judge(text).drop for text in ("abc", "abcd")] == [
+        None,
+        Check("long", 4),
+    ]
     with pytest.raises(LlmkitError, match=r"docs.jsonl:7: filter 'shouting' raised ZeroDivisionError"):
         load_chain([], ["shouting"], [], "unicode").judge("", "docs.jsonl:7")

@@ -1,25 +1,41 @@
-"""C4 rules: keep the lines that read as sentences, drop documents that are code, filler or too little. The one family that edits the text.
+"""C4 rules: keep the lines that read as sentences, drop documents that are code, filler or too little. The family that edits the text.
 
-Raffel et al. 2020 (JMLR 21/140) and its published code, in the reading that FineWeb uses. Each line is stripped; in order: a word over
-`max_word_length` drops the line; citation marks (`[12]`, `[edit]`, `[citation needed]`) are deleted; then end punctuation, number of words,
-"lorem ipsum" (drops the document), "javascript", "{" (drops the document), cookie and policy notices. Fewer than `min_num_sentences` in
-the kept lines drop the document: `too_few_sentences`. Other reasons: `lorem_ipsum`, `curly_bracket`.
+Raffel et al. 2020 (JMLR 21/140) and its published code, in the reading that FineWeb uses. A document with "{" or "lorem ipsum" goes (`curly_bracket`,
+`lorem_ipsum`). Each line is stripped; in order: a word over `max_word_length` drops the line; citation marks (`[12]`, `[edit]`, `[citation needed]`)
+are deleted; then end punctuation (' is an end mark there), number of words, "javascript", cookie and policy notices. Fewer than
+`min_num_sentences` in the kept lines drop the document: `too_few_sentences`.
 
-Two points of that reading may surprise and are kept so that results can be compared: "{" and "lorem ipsum" are looked for only in lines
-that passed the rules before (a line that is just "{" is dropped as too short and its document lives on), and ' is an end mark.
+Datatrove looks for "{" and "lorem ipsum" only in lines that passed the rules before, so that a document with a line that is just "{" lives on;
+`whole_page = false` does so too.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
-from llmkit.corpus.filters import FILTERS, Drop, above, below
+import numpy as np
+
+from llmkit.corpus.filters import FILTERS, Check, below
+from llmkit.corpus.kernels.c4 import CITATIONS, CURLY, JAVASCRIPT, LOREM, POLICY, SHORT_FORMS, edit, packed, sentences
+from llmkit.corpus.kernels.characters import Bytes, classes
 from llmkit.corpus.page import Page
 
-CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
-END_MARKS = (".", "?", "!", '"', "'")
-POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+NOTICES = {  # what a pattern means, and a word without which it cannot be there
+    "lorem ipsum": (LOREM, "lorem ipsum"),
+    "javascript": (JAVASCRIPT, "javascript"),
+    "terms of use": (POLICY, "terms of use"),
+    "privacy policy": (POLICY, "privacy policy"),
+} | dict.fromkeys(("cookie policy", "uses cookies", "use of cookies", "use cookies"), (POLICY, "cookie"))
+SIGNS = tuple(dict.fromkeys(sign for _, sign in NOTICES.values()))
+
+
+@cache
+def _patterns(rules: int, signs: tuple[bool, ...]) -> Bytes:
+    """The notices of these rules, of those whose sign is in the text."""
+    present = dict(zip(SIGNS, signs, strict=True))
+    return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and present[sign]})
 
 
 @FILTERS.register("c4")
@@ -36,34 +52,37 @@ class C4:
     drop_curly_bracket: bool = True
     drop_policy_lines: bool = True
     min_num_sentences: int | None = 5
+    whole_page: bool = True  # "{" and "lorem ipsum" count wherever they stand
 
-    def __call__(self, page: Page) -> Drop | None:
-        sentences = 0
-        kept: list[str] = []
-        for number, line in enumerate(page.lines, 1):
-            line = line.strip()
-            words = line.split()
-            if above(max(map(len, words), default=0), self.max_word_length):
-                continue
-            if self.remove_citations and "[" in line:
-                line = CITATION.sub("", line)
-            if self.require_end_mark and (not line.endswith(END_MARKS) or line.endswith("...")):
-                continue
-            if below(len(words), self.min_words_per_line):
-                continue
-            lowered = line.lower()
-            if self.drop_lorem_ipsum and "lorem ipsum" in lowered:
-                return Drop("lorem_ipsum", number)
-            if self.drop_javascript_lines and "javascript" in lowered:
-                continue
-            if self.drop_curly_bracket and "{" in line:
-                return Drop("curly_bracket", number)
-            if self.drop_policy_lines and any(notice in lowered for notice in POLICY):
-                continue
-            if self.min_num_sentences is not None:
-                sentences += page.sentences(line)
-            kept.append(line)
-        if below(sentences, self.min_num_sentences):
-            return Drop("too_few_sentences", sentences)
-        page.edit("\n".join(kept).strip())
-        return None
+    def __call__(self, page: Page) -> Iterator[Check]:
+        text = page.text
+        lowered = text.lower()
+        lorem = self.drop_lorem_ipsum and not self.whole_page
+        if self.whole_page:
+            for reason, found, on in (
+                ("lorem_ipsum", lowered.count("lorem ipsum"), self.drop_lorem_ipsum),
+                ("curly_bracket", text.count("{"), self.drop_curly_bracket),
+            ):
+                yield Check(reason, found, on and found > 0)
+        rules = lorem * LOREM | self.drop_javascript_lines * JAVASCRIPT | self.drop_policy_lines * POLICY
+        kept, lines, gone, line = edit(
+            page.data,
+            classes(),
+            -1 if self.max_word_length is None else self.max_word_length,
+            self.remove_citations,
+            self.require_end_mark,
+            -1 if self.min_words_per_line is None else self.min_words_per_line,
+            self.drop_curly_bracket and not self.whole_page,
+            _patterns(rules, tuple(sign in lowered for sign in SIGNS)),
+            CITATIONS,
+        )
+        if gone:
+            yield Check("curly_bracket" if gone == CURLY else "lorem_ipsum", line)
+            return
+        result = text if np.array_equal(kept[:-1], page.data) else kept.tobytes().decode()[:-1]
+        if page.splitter.compiled:
+            number = sentences(kept, classes(), SHORT_FORMS)
+        else:
+            number = sum(map(page.splitter.sentences, result.split("\n"))) if lines else 0
+        yield Check("too_few_sentences", number, below(number, self.min_num_sentences), "sentences")
+        page.edit(result.strip())

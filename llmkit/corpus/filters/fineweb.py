@@ -5,11 +5,12 @@ Penedo et al. 2024 (arXiv:2406.17557), section 3.6. Reasons, in order: `empty`, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmkit.corpus.filters import FILTERS, Drop, above, below, repeated
+from llmkit.corpus.filters import FILTERS, Check, above, below
+from llmkit.corpus.kernels.lines import fineweb
 from llmkit.corpus.page import Page
-from llmkit.corpus.words import TERMINALS
 
 
 @FILTERS.register("fineweb")
@@ -23,19 +24,18 @@ class FineWeb:
     char_dup_ratio: float | None = 0.01  # of characters in lines that repeat an earlier one
     list_ratio: float | None = 0.3  # newlines a word
 
-    def __call__(self, page: Page) -> Drop | None:
-        text = page.text
-        lines = [line for line in text.split("\n") if line.strip()]
-        if not lines:
-            return Drop("empty")
-        if below(share := sum(line[-1] in TERMINALS for line in lines) / len(lines), self.line_punct_ratio):
-            return Drop("line_punct_ratio", share)
-        short = sum(len(line) <= self.short_line_length for line in lines)
-        if above(share := short / len(lines), self.short_line_ratio):
-            return Drop("short_line_ratio", share)
-        newlines = text.count("\n")
-        if above(share := repeated(lines)[1] / (len(text) - newlines), self.char_dup_ratio):
-            return Drop("char_dup_ratio", share)
-        if above(share := newlines / max(1, len(page.words)), self.list_ratio):
-            return Drop("list_ratio", share)
-        return None
+    def __call__(self, page: Page) -> Iterator[Check]:
+        hashes, characters, flags, *_ = page.split_lines
+        total, terminated, short, repeated = fineweb(hashes, characters, flags, self.short_line_length)
+        if total == 0:
+            yield Check("empty")
+            return
+        share = terminated / total
+        yield Check("line_punct_ratio", share, below(share, self.line_punct_ratio))
+        share = short / total
+        yield Check("short_line_ratio", share, above(share, self.short_line_ratio))
+        newlines = len(flags) - 1
+        share = repeated / (len(page.text) - newlines)
+        yield Check("char_dup_ratio", share, above(share, self.char_dup_ratio))
+        share = newlines / max(1, len(page.tokens.lengths))
+        yield Check("list_ratio", share, above(share, self.list_ratio))

@@ -1,0 +1,163 @@
+"""How much of a text repeats: n-grams of words, lines, paragraphs.
+
+Equality is that of 64-bit hashes. An n-gram can repeat only where the (n-1)-grams at its place and the next do, so that after the 2-grams only
+few places are left to look at: exact, and about four times faster than a pass over the words for each n.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from llmkit.corpus.kernels.characters import SPACE, decode, extend, hash_bytes, start_of
+
+TOP, DUPLICATED = (2, 3, 4), (5, 6, 7, 8, 9, 10)
+
+
+@njit(cache=True, nogil=True)
+def group(keys, n):  # type: ignore[no-untyped-def]
+    """Equal keys get one number, in order of first occurrence: (number of each key, count of each number, how many numbers)."""
+    size = 4
+    while size < 2 * n:
+        size *= 2
+    mask = np.uint64(size - 1)
+    table = np.zeros(size, np.int32)  # number + 1
+    firsts = np.empty(n, np.uint64)
+    numbers = np.empty(n, np.int32)
+    counts = np.empty(n, np.int32)
+    groups = 0
+    for i in range(n):
+        slot = keys[i] & mask
+        while True:
+            found = table[slot] - 1
+            if found < 0:
+                table[slot] = groups + 1
+                firsts[groups] = keys[i]
+                counts[groups] = 1
+                numbers[i] = groups
+                groups += 1
+                break
+            if firsts[found] == keys[i]:
+                counts[found] += 1
+                numbers[i] = found
+                break
+            slot = (slot + np.uint64(1)) & mask
+    return numbers, counts, groups
+
+
+@njit(cache=True, nogil=True)
+def repetition(hashes, lengths):  # type: ignore[no-untyped-def]
+    """int64[9]: characters (words joined by a space) of all copies of the most common 2-, 3-, 4-gram; of equally common ones the first. Then
+    characters (without spaces) of 5- to 10-grams that occurred before, left to right, going on behind each one found."""
+    result = np.zeros(9, np.int64)
+    words = len(hashes)
+    upto = np.zeros(words + 1, np.int64)
+    for i in range(words):
+        upto[i + 1] = upto[i] + lengths[i]
+    left = max(0, words - 1)
+    places = np.arange(left)
+    keys = np.empty(left, np.uint64)
+    for i in range(left):
+        keys[i] = extend(hashes[i], hashes[i + 1])
+    for n in range(2, 11):
+        if words < n:
+            break
+        numbers, counts, groups = group(keys, left)
+        if n <= 4:
+            most, characters = 1, upto[n] + n - 1
+            seen = 0  # numbers grow in order of first occurrence
+            for j in range(left):
+                if numbers[j] == seen:
+                    seen += 1
+                    if counts[numbers[j]] > most:
+                        most = counts[numbers[j]]
+                        characters = (upto[places[j] + n] - upto[places[j]] + n - 1) * most
+            result[n - 2] = characters
+        else:
+            met = np.zeros(groups, np.bool_)
+            free = 0
+            for j in range(left):
+                place = places[j]
+                if place < free:
+                    continue
+                if met[numbers[j]]:
+                    result[n - 2] += upto[place + n] - upto[place]
+                    free = place + n
+                else:
+                    met[numbers[j]] = True
+        kept = 0
+        for j in range(left - 1):  # the last one has no neighbour
+            place = places[j]
+            if (
+                counts[numbers[j]] > 1
+                and places[j + 1] == place + 1
+                and counts[numbers[j + 1]] > 1
+                and place + n < words
+            ):
+                places[kept] = place
+                keys[kept] = extend(keys[j], hashes[place + n])
+                kept += 1
+        left = kept
+        if left == 0 and n >= 4:
+            break
+    return result
+
+
+@njit(cache=True, nogil=True)
+def repeats(hashes, sizes, n):  # type: ignore[no-untyped-def]
+    """Of the first `n` items: (how many occurred before, their sizes together)."""
+    numbers, _, _ = group(hashes, n)
+    seen = copies = size = 0
+    for i in range(n):
+        if numbers[i] == seen:
+            seen += 1
+        else:
+            copies += 1
+            size += sizes[i]
+    return copies, size
+
+
+@njit(cache=True, nogil=True)
+def line_repeats(hashes, characters, flags, without):  # type: ignore[no-untyped-def]
+    """Of the lines that have none of the flags `without`: (how many, how many occurred before, characters in those)."""
+    n = 0
+    keys, sizes = np.empty_like(hashes), np.empty_like(characters)
+    for i in range(len(hashes)):
+        if not flags[i] & without:
+            keys[n], sizes[n] = hashes[i], characters[i]
+            n += 1
+    copies, size = repeats(keys, sizes, n)
+    return n, copies, size
+
+
+@njit(cache=True, nogil=True)
+def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
+    """Of the parts of the stripped text between runs of two or more newlines: (how many, how many occurred before, characters in those)."""
+    i, stop = 0, len(data)
+    while i < stop:
+        code, width = decode(data, i)
+        if not table[code] & SPACE:
+            break
+        i += width
+    while i < stop:
+        before = start_of(data, stop - 1)
+        code, _ = decode(data, before)
+        if not table[code] & SPACE:
+            break
+        stop = before
+    room = 1
+    for k in range(i, stop):
+        room += data[k] == 0x0A
+    keys, sizes = np.empty(room, np.uint64), np.empty(room, np.int64)
+    n = 0
+    while i < stop:
+        start, inner = i, 0
+        while i < stop and not (data[i] == 0x0A and data[i + 1] == 0x0A):  # the last character is no newline
+            inner += data[i] & 0xC0 == 0x80
+            i += 1
+        keys[n], sizes[n] = hash_bytes(data, start, i), i - start - inner
+        n += 1
+        while i < stop and data[i] == 0x0A:
+            i += 1
+    copies, size = repeats(keys, sizes, n)
+    return n, copies, size
