@@ -20,6 +20,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from extract' -l verify -d 'Leave 
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l time-limit -r -d 'Seconds for one page, then it is given up'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l max-page-bytes -r -d 'Longest page that is read'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l rejects -r -d 'Write what gave no document here, with its `reason`'
+complete -c llmkit -n '__fish_seen_subcommand_from extract' -l resume -d 'With -o DIR/, a file for each input: make only those that are missing'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l text-key -r -d 'Field that holds the text'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l id-key -r -d 'Field that holds the id'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l on-bad-line -r -d 'stop, skip, or quarantine=FILE'

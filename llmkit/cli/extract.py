@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
+from llmkit.cli.stage import Resume, added, jobs
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
 
@@ -25,7 +27,7 @@ SHOWN = 5  # broken records that get a line of their own
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects",),
+    neutral=("rejects", "resume"),
     examples=(
         "llmkit extract crawl/*.warc.gz -j 8 --rejects skipped.jsonl -o pages.jsonl.zst",
         "llmkit extract crawl/*.warc.gz | llmkit filter --preset fineweb -o clean.jsonl.zst",
@@ -48,6 +50,7 @@ def main(
         str | None,
         typer.Option("--rejects", metavar="FILE", help="Write what gave no document here, with its `reason`"),
     ] = None,
+    resume: Resume = False,
 ) -> None:
     """Extract text from WARC, WET and ARC files, HTML pages, PDFs, and JSON rows that hold HTML.
 
@@ -70,39 +73,45 @@ def main(
     _check_libraries(engine)
     from llmkit.corpus.extract.extractor import Extractor
     from llmkit.io.documents import DocumentWriter
-    from llmkit.io.lineage import Lineage
 
-    if rejects is not None and rejects in (run.output, "-"):
-        raise UsageError(f"--rejects {rejects}: this is where the documents go", "name another file")
-    paths = run.inputs(inputs, suffixes=SUFFIXES)
-    beside = {} if rejects is None else {rejects: Lineage("extract --rejects", dict(run.options))}
-    if not run.dry_run and run.up_to_date(paths, beside):
-        return
-    extractor = Extractor(engine, run.jobs, time_limit, max_page_bytes)
-    read: list[Input] = []
-    with ExitStack() as stack:
-        writer = rejected = None
-        if not run.dry_run:
-            writer = stack.enter_context(run.writer())
-            if rejects is not None:
-                rejected = stack.enter_context(DocumentWriter(rejects, beside[rejects], force=run.force))
-        bar = stack.enter_context(run.progress(None, "pages"))
-        shown = 0
-        for outcome in extractor.run(_pages(run, paths, html_key, max_page_bytes, verify, read)):
-            for broken in outcome.broken[: max(0, SHOWN - shown)]:
-                run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
-            shown += len(outcome.broken)
-            if writer:
-                writer.write(outcome.kept)
+    total: dict[str, Any] = {}
+    made = passed = shown = 0
+    reasons: Counter[str] = Counter()
+    for job in jobs(run, run.inputs(inputs, suffixes=SUFFIXES), rejects, resume):
+        if job.done:
+            passed += 1
+            continue
+        made += 1
+        extractor = Extractor(engine, run.jobs, time_limit, max_page_bytes)
+        read: list[Input] = []
+        with ExitStack() as stack:
+            writer = rejected = None
+            if not run.dry_run:
+                writer = stack.enter_context(run.writer())
+                for path, lineage in job.beside.items():
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force))
+            bar = stack.enter_context(run.progress(None, "pages"))
+            for outcome in extractor.run(_pages(run, job.inputs, html_key, max_page_bytes, verify, read)):
+                for broken in outcome.broken[: max(0, SHOWN - shown)]:
+                    run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
+                shown += len(outcome.broken)
+                if writer:
+                    writer.write(outcome.kept)
+                if rejected:
+                    rejected.write(outcome.rejected)
+                bar.advance(outcome.pages)
+            counts = extractor.counts | {"skipped": dict(sorted(extractor.reasons.items()))}
             if rejected:
-                rejected.write(outcome.rejected)
-            bar.advance(outcome.pages)
-        counts = extractor.counts | {"skipped": dict(sorted(extractor.reasons.items()))}
-        if rejected:
-            rejected.finish({"documents": counts["pages"] + counts["broken"] - counts["documents"]}, read)
-        if writer:
-            writer.finish(counts, read)
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in extractor.reasons.most_common())
+                rejected.finish({"documents": counts["pages"] + counts["broken"] - counts["documents"]}, read)
+            if writer:
+                writer.finish(counts, read)
+        reasons.update(extractor.reasons)
+        total = added(total, counts)
+    if made == 0:
+        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
+        return
+    counts = total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
     line = f"{counts['documents']:,} documents of {counts['pages']:,} pages" + (f" (not: {skipped})" if skipped else "")
     line += f", {counts['broken']:,} broken records" if counts["broken"] else ""
     run.finish(

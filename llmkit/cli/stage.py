@@ -61,7 +61,7 @@ def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iter
     passed over.
     """
     if rejects is not None and rejects in (run.output, STDIN):
-        raise UsageError(f"--rejects {rejects}: this is where the kept documents go", "name another file")
+        raise UsageError(f"--rejects {rejects}: this is where the documents go", "name another file")
     target = run.output
     if target is None or not (target.endswith("/") or os.path.isdir(target)):
         yield Job(run, inputs, target, rejects)

@@ -76,3 +76,19 @@ def test_bad_calls(llmkit_here, crawl: Path, arguments: tuple[str, ...], code: i
     done = llmkit_here("extract", *arguments, *(() if "-o" in arguments else ("-o", "out.jsonl")), cwd=crawl)
     assert done.returncode == code and message in done.stderr.decode(), done.stderr.decode()
     assert not (crawl / "out.jsonl").exists()
+
+
+def test_a_file_for_each_input(llmkit, crawl: Path) -> None:
+    """Behaviour: -o DIR/ with --resume makes what is missing only, and counts all of it."""
+    command = ("extract", "crawl", "-o", "pages/", "--rejects", "none/", "--json")
+    first = llmkit(*command, cwd=crawl)
+    assert first.returncode == 0, first.stderr.decode()
+    counts = json.loads(first.stderr.splitlines()[-1])
+    assert (counts["files"], counts["documents"], counts["skipped"]) == (2, 38, {"http status": 2})
+    whole = (crawl / "pages" / "a.jsonl.zst").read_bytes()
+    (crawl / "pages" / "a.jsonl.zst").unlink()
+    (crawl / "none" / "a.jsonl.zst").unlink()
+    assert llmkit(*command, cwd=crawl).returncode == 1
+    again = json.loads(llmkit(*command, "--resume", cwd=crawl).stderr.splitlines()[-1])
+    assert (again["files"], again["up_to_date"], again["documents"]) == (1, 1, 37)
+    assert (crawl / "pages" / "a.jsonl.zst").read_bytes() == whole

@@ -128,7 +128,7 @@ def test_default_preset_is_recorded(llmkit, docs: Path) -> None:
         (["--filter", "c5"], "c4"),
         (["--words", "unicorn"], "unicode"),
         (["--rule", "gopher_quality.min_doc_word=1"], "gopher_quality.min_doc_words"),
-        (["--rejects", "out.jsonl"], "kept documents go"),
+        (["--rejects", "out.jsonl"], "where the documents go"),
         (["--rejects", "out.csv"], ".jsonl"),
     ],
 )

@@ -1,0 +1,274 @@
+"""How fast is `llmkit filter`? The FineWeb chain beside datatrove's and dolma's taggers on the same documents; prints a dated table.
+
+    python tests/bench/filter_speed.py [--shared ../shared/data] [--pairs 5] > tests/bench/filter_speed.md
+
+Ratios: three long-lived processes pinned to one core (ours, datatrove, dolma), each warmed up, then each in turn reads the same JSONL.zst and does its
+work; CPU time of the process. Ours is the whole command, JSONL.zst in and out; datatrove's are its reader, four filters and writer; dolma's only read
+and tag. Absolute figures: the real command on a larger corpus, to a file and into a pipe, start-up included. The peers' environments are made under
+.cache/ on first use. Machines differ and are noisy: trust the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+import orjson
+import zstandard
+from filter_parity import REQUIREMENTS, all_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = {"datatrove": REQUIREMENTS, "dolma": ["dolma==1.2.1", "orjson", "zstandard"]}
+SAMPLE_BYTES = 3_000_000
+
+WORKER = {
+    "llmkit": """
+import os, sys, time
+from llmkit.cli.main import run_command
+def work(source, target):
+    if run_command("filter", [source, "--preset", "fineweb", "-o", target, "-f", "-q"]): sys.exit("llmkit failed")
+""",
+    "datatrove": """
+import os, sys, time, logging, shutil
+from loguru import logger
+logger.remove()
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.filters import GopherRepetitionFilter, GopherQualityFilter, C4QualityFilter, FineWebQualityFilter
+from datatrove.pipeline.writers import JsonlWriter
+filters = [GopherRepetitionFilter(), GopherQualityFilter(), C4QualityFilter(filter_no_terminal_punct=False), FineWebQualityFilter()]
+def work(source, target):
+    data = JsonlReader(os.path.dirname(source), glob_pattern=os.path.basename(source), compression="zstd").run()
+    for step in filters: data = step.run(data)
+    with JsonlWriter(target + ".d", output_filename="out.jsonl.zst", compression="zstd") as writer:
+        for document in data: writer.write(document)
+""",
+    "dolma": """
+import os, sys, time, io
+import orjson, zstandard
+from dolma import TaggerRegistry
+from dolma.core.data_types import InputSpec, Document
+taggers = [TaggerRegistry.get(name)() for name in ("gopher_v2", "c4_v2")]
+def work(source, target):
+    with open(source, "rb") as raw:
+        for line in io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw)):
+            row = orjson.loads(line)
+            document = Document(source="", id=row["id"], text=row["text"])
+            for tagger in taggers: tagger.predict(document)
+""",
+}
+LOOP = """
+print("ready", flush=True)
+for line in sys.stdin:
+    begin = time.process_time()
+    work(*line.split())
+    print(time.process_time() - begin, flush=True)
+"""
+
+
+class Peer:
+    """A process that does one tool's work on a file, again and again."""
+
+    def __init__(self, name: str, python: str, core: int) -> None:
+        command = ["taskset", "-c", str(core), python, "-c", WORKER[name] + LOOP]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        assert self.process.stdout is not None and self.process.stdin is not None
+        self.out, self.into = self.process.stdout, self.process.stdin
+        assert self.out.readline() == "ready\n", f"{name} does not start"
+
+    def run(self, source: Path, target: Path) -> float:
+        """CPU seconds."""
+        print(source, target, file=self.into, flush=True)
+        return float(self.out.readline())
+
+    def memory(self) -> float:
+        """Peak resident megabytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def environment_of(name: str) -> str:
+    """Python of the peer's own environment, made on first use."""
+    directory = ROOT / ".cache" / f"{name}-speed"
+    if not (directory / "complete").exists():
+        venv.create(directory, with_pip=True)
+        subprocess.run([directory / "bin" / "python", "-m", "pip", "install", "-q", *PEERS[name]], check=True)
+        (directory / "complete").touch()
+    return str(directory / "bin" / "python")
+
+
+def documents(shared: Path) -> list[dict[str, str]]:
+    """Every real document, shuffled by a fixed seed."""
+    rows = [
+        {"id": f"{name}-{i}", "text": text}
+        for name, texts in all_sources(shared).items()
+        if name not in ("made", "languages")
+        for i, text in enumerate(texts)
+    ]
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def store(rows: list[dict[str, str]], path: Path) -> float:
+    """Write JSONL.zst; megabytes of text."""
+    path.write_bytes(zstandard.compress(b"".join(orjson.dumps(row) + b"\n" for row in rows), 3))
+    return sum(len(row["text"].encode()) for row in rows) / 1e6
+
+
+def command(arguments: list[str], stdout: int | None = None) -> tuple[float, float, float]:
+    """One `llmkit filter` on core 0: (CPU s, wall s, peak MB); into a pipe that is drained where stdout is PIPE."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "llmkit", "filter", "-q", *arguments], stdout=stdout)
+    if process.stdout:
+        while process.stdout.read(1 << 20):
+            pass
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return cpu, time.perf_counter() - start, used.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--pairs", type=int, default=5)
+    for name in PEERS:
+        parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
+    given = parser.parse_args()
+    pythons = {"llmkit": sys.executable} | {name: getattr(given, name) or environment_of(name) for name in PEERS}
+    rows = documents(given.shared)
+    with tempfile.TemporaryDirectory() as temporary:
+        here = Path(temporary)
+        sample: list[dict[str, str]] = []
+        size = 0
+        while size < SAMPLE_BYTES:
+            sample.append(rows[len(sample)])
+            size += len(sample[-1]["text"].encode())
+        megabytes = store(sample, here / "sample.jsonl.zst")
+        (here / "warm.jsonl.zst").write_bytes(zstandard.compress(orjson.dumps(sample[0]) + b"\n"))
+        peers = {name: Peer(name, python, 0) for name, python in pythons.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in peers}
+        for round_ in range(given.pairs + 1):
+            for name, peer in peers.items():
+                took = peer.run(here / ("sample.jsonl.zst" if round_ else "warm.jsonl.zst"), here / f"{name}.jsonl.zst")
+                if round_:
+                    seconds[name].append(took)
+        memory = {name: peer.memory() for name, peer in peers.items()}
+        for peer in peers.values():
+            peer.into.close()
+            peer.process.wait()
+        print(
+            f"# Speed of `llmkit filter`\n\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores; ",
+            end="",
+        )
+        print(f"`python tests/bench/filter_speed.py {' '.join(sys.argv[1:])}`".replace(str(ROOT.parent), ".."))
+        print(
+            f"\n{len(sample):,} documents, {megabytes:.1f} MB of text, JSONL.zst; {given.pairs} rounds in turn, one core, CPU time.\n"
+        )
+        print("| what | MB/s, median | ratio to ours, median (minimum to maximum) | peak MB |\n|---|---:|---:|---:|")
+        for name, runs in seconds.items():
+            ratios = [other / ours for other, ours in zip(runs, seconds["llmkit"], strict=True)]
+            what = {
+                "llmkit": "llmkit filter --preset fineweb, to a file",
+                "datatrove": "datatrove 0.10.1: reader, the same four filters, writer",
+                "dolma": "dolma 1.2.1: gopher_v2 and c4_v2, tags not written",
+            }[name]
+            ratio = (
+                f"{statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})" if name != "llmkit" else "1"
+            )
+            print(f"| {what} | {megabytes / statistics.median(runs):.2f} | {ratio} | {memory[name]:.0f} |")
+        whole(rows, here)
+
+
+def whole(rows: list[dict[str, str]], here: Path) -> None:
+    """The command on all documents twice over: to a file, into a pipe, with two workers; memory; long documents."""
+    os.sched_setaffinity(0, {0})
+    megabytes = store(rows * 2, here / "all.jsonl.zst")
+    source = str(here / "all.jsonl.zst")
+    kinds = {
+        "to a file": ([source, "--preset", "fineweb", "-f", "-o", str(here / "o.jsonl.zst")], None),
+        "into a pipe": ([source, "--preset", "fineweb"], subprocess.PIPE),
+    }
+    runs = {kind: [command(*call) for _ in range(5)] for kind, call in kinds.items()}
+    print(
+        f"\nThe whole command, start-up included, {len(rows) * 2:,} documents, {megabytes:.0f} MB of text, one core, 5 runs:\n"
+    )
+    print("| | MB a CPU second, median (minimum to maximum) | peak MB |\n|---|---:|---:|")
+    for kind, found in runs.items():
+        speeds = [megabytes / cpu for cpu, _, _ in found]
+        print(
+            f"| {kind} | {statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f}) | {max(peak for _, _, peak in found):.0f} |"
+        )
+    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
+    shares = []
+    for _ in range(3):
+        start = time.perf_counter()
+        two = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "llmkit",
+                    "filter",
+                    "-q",
+                    source,
+                    "--preset",
+                    "fineweb",
+                    "-f",
+                    "-o",
+                    str(here / f"{i}.jsonl.zst"),
+                ]
+            )
+            for i in range(2)
+        ]
+        for process in two:
+            process.wait()
+        apart = time.perf_counter() - start
+        _, together, _ = command([source, "--preset", "fineweb", "-j", "2", "-f", "-o", str(here / "2.jsonl.zst")])
+        shares.append(apart / 2 / together)
+    print(
+        f"\n`-j 2` beside two runs with `-j 1` at once: {statistics.median(shares):.0%} of their throughput ({min(shares):.0%} to {max(shares):.0%}, 3 rounds)."
+    )
+    print(
+        "\nOne document, FineWeb chain under --annotate (nothing stops early), peak memory and CPU seconds beyond those for an empty one:\n"
+    )
+    print("| document | CPU s | peak MB |\n|---|---:|---:|")
+    prose = " ".join(row["text"] for row in rows if row["id"].startswith("books"))
+    base = None
+    for label, text in (
+        ("1 word", "word"),
+        ("1 MB of prose", prose[:1_000_000]),
+        ("10 MB of prose", (prose * 2)[:10_000_000]),
+        ("10 MB, each character a word", "?!" * 5_000_000),
+        ("10 MB of one letter", "x" * 10_000_000),
+    ):
+        (here / "long.jsonl").write_bytes(json.dumps({"text": text}).encode() + b"\n")
+        cpu, _, peak = command(
+            [str(here / "long.jsonl"), "--preset", "fineweb", "--annotate", "--plain"], subprocess.PIPE
+        )
+        base = base or cpu
+        print(f"| {label} | {cpu - base:.2f} | {peak:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
