@@ -9,11 +9,10 @@ with linguistic tokens agree on only about 85 % of documents. `--words` names th
 | whitespace | `Don't` `stop` `--` `(now).` | as in the Gopher paper |
 | spacy | `Do` `n't` `stop` `--` `(` `now` `)` `.` | spaCy's English tokens and sentences, as datatrove counts them; 40 times slower |
 
-`unicode` stands in for a linguistic tokeniser at regex speed. On 2,106 mixed documents the Gopher rules decide as with spaCy's words for 96 %
-(repetition) and 97 % (quality), with `whitespace` for 97 % and 85 % (tests/bench/filter_parity.md). Without the two joins, every mark a
-word of its own, it was 83 % and 96 % on a sample of 442.
+`unicode` stands in for a linguistic tokeniser: like spaCy's rules for English it keeps together `3.5`, `10:30`, `U.S.`, `covid-19`, `a_b`, URLs and
+addresses, and takes apart `well-known` and `and/or`. Agreement of decisions: tests/bench/filter_parity.md.
 
-Cost: `unicode` 11 MB/s, `whitespace` 100 MB/s on one core. Character sets: `TERMINALS` is Unicode 15's Sentence_Terminal property with
+Kernels do the same at 100 MB/s and more. Character sets: `TERMINALS` is Unicode 15's Sentence_Terminal property with
 three Khmer signs; `PUNCTUATION` is the table that CCNet and the tools after it strip (ASCII marks, common quotes and CJK marks, control
 characters; also, by an old slip that all of them share, the full-width digit one).
 """
@@ -72,19 +71,27 @@ class Splitter:
 SPLITTERS = Registry("kind of words")
 
 
+# Inside a word stand: a full stop between letters or digits (not where a sentence ends without a space, `end.The`), a comma, colon or slash before
+# a digit, a hyphen between a letter and a digit, and _ @ &; a URL goes on to the next space; the full stop behind a single letter (`J.`, `U.S.`)
+# belongs to it. kernels/tokens.py does the same.
+_JOINER = r"(?:(?:(?<![a-z])\.|\.(?![A-Z])|[,:/](?=[0-9])|(?<![0-9])-(?=[0-9])|(?<=[0-9])-(?![0-9])|[_@&])(?=[^\W_]))"
+_END = r"""(?:://\S*[^\s.,;:!?)"'\]>}]|(?<=(?<![^\W_])[A-Za-z])\.(?!\.))?"""
+
+
 @cache
 def _unicode_pattern() -> re.Pattern[str]:
     """Letters and digits with the combining marks that follow them (`re` counts those as non-word), 't and the like, or a run of one mark."""
     combining = "".join(c for c in map(chr, range(0x300, 0xFE30)) if unicodedata.category(c)[0] == "M")
     marks = "|".join(re.escape(mark) + "+" for mark in string.punctuation + "–—…•·")  # no group: `findall` stays fast
     run = rf"[^\W_]+(?:[{combining}]+[^\W_]*)*"
+    word = rf"{run}(?:{_JOINER}{run})*{_END}"
     return re.compile(
-        rf"(?=\S)(?:{run}|(?<=[^\W_])['’]{run}|{marks}|\S)"
+        rf"(?=\S)(?:{word}|(?<=[^\W_])['’]{word}|{marks}|\S)"
     )  # `(?=\S)`: no alternative is tried at spaces
 
 
 def unicode_words(text: str) -> list[str]:
-    """Runs of letters and digits, endings behind an apostrophe (`'t`, `'s`), and runs of one mark; other characters alone."""
+    """Runs of letters and digits with what joins them, endings behind an apostrophe (`'t`, `'s`), and runs of one mark; other characters alone."""
     return _unicode_pattern().findall(text)
 
 

@@ -21,6 +21,8 @@ PIECES = """the cat and a dog have to be with that lot of ab c a bc # ... … �
 lorem ipsum Terms of Use İ ß \u2028 \x1c \x85 \r \r\n \x0b \xa0 \u3000 \x00 \u200b 🙂🙂 –– ·· .. ... . ! ? ？ ！ ' " \t""".split(
     " "
 )
+PIECES += """3.5 1,000 10:30 1/2/03 covid-19 19-year well-known end.The U.S e.g a_b _ a@b.com AT&T & @ http://a.b/c?d=e-f. ://x. a:// b://. (http://x.y) a.b://c://d) c://你.。
+- , : / . a- -1 1- .5 5. é.É a.B É.a x..y 1::2 //""".split()
 PIECES = [piece.replace("\\n", "") for piece in PIECES] + [
     "\u2028",
     "\x1c",
@@ -136,7 +138,7 @@ def test_c4(end_mark: bool, whole_page: bool) -> None:
     rules = [f"c4.require_end_mark={str(end_mark).lower()}", f"c4.whole_page={str(whole_page).lower()}"]
     chain = load_chain([], ["c4"], rules, "unicode")
     outcomes = set()
-    for whole in TEXTS + ["\n".join(TEXTS[i : i + 40]) for i in range(0, len(TEXTS), 40)]:
+    for whole in [*TEXTS, "Here is Lorem Ipsum for you.\n" * 5] + ["\n".join(TEXTS[i : i + 40]) for i in range(0, len(TEXTS), 40)]:
         for text in (whole, whole.replace("{", "").replace("lorem", "")):
             verdict = chain.judge(text)
             found = (verdict.drop.reason, "") if verdict.drop else ("", verdict.text)

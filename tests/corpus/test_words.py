@@ -33,7 +33,12 @@ def test_character_sets() -> None:
     [
         ("Don't stop -- (now).", ["Don", "'t", "stop", "--", "(", "now", ")", "."]),
         ("the author’s 'quoted' word", ["the", "author", "’s", "'", "quoted", "'", "word"]),
-        ("a_b x=1,5 $3", ["a", "_", "b", "x", "=", "1", ",", "5", "$", "3"]),
+        ("a_b x=1,5 $3", ["a_b", "x", "=", "1,5", "$", "3"]),
+        ("at 10:30, 3.5% of covid-19 well-known", ["at", "10:30", ",", "3.5", "%", "of", "covid-19", "well", "-", "known"]),
+        ("end.The U.S. and/or 1/2", ["end", ".", "The", "U.S.", "and", "/", "or", "1/2"]),
+        ("J. B. at 5 p.m. in N.Y... b.", ["J.", "B.", "at", "5", "p.m.", "in", "N.Y", "...", "b."]),
+        ("(see http://a.org/b-c?d=1).", ["(", "see", "http://a.org/b-c?d=1", ")", "."]),
+        ("a://. x_ _y 5- -5 a@b.org AT&T", ["a", ":", "//", ".", "x", "_", "_", "y", "5", "-", "-", "5", "a@b.org", "AT&T"]),
         ("wait... what?!", ["wait", "...", "what", "?", "!"]),
         ("हिन्दी cafe\u0301 🙂🙂", ["हिन्दी", "cafe\u0301", "🙂", "🙂"]),
         ("日本語。文", ["日本語", "。", "文"]),
@@ -42,7 +47,7 @@ def test_character_sets() -> None:
     ],
 )
 def test_unicode_words(text: str, words: list[str]) -> None:
-    """Behaviour: runs of letters and digits with their combining marks, endings behind an apostrophe, runs of one mark."""
+    """Behaviour: runs of letters and digits with their combining marks and what joins them, endings behind an apostrophe, runs of one mark."""
     assert unicode_words(text) == words
 
 

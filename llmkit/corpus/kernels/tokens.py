@@ -33,6 +33,52 @@ class Tokens(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
+def joins(data, i, table):  # type: ignore[no-untyped-def]
+    """Whether the ASCII mark at byte `i`, behind a letter or digit, stands inside a word."""
+    mark, before = data[i], data[i - 1]
+    if mark >= 0x80 or i + 1 >= len(data):
+        return False
+    after, _ = decode(data, i + 1)
+    if not table[after] & ALNUM:
+        return False
+    digit = 0x30 <= after <= 0x39
+    if mark == 0x2E:  # .
+        return not (0x61 <= before <= 0x7A and 0x41 <= after <= 0x5A)
+    if mark == 0x2C or mark == 0x3A or mark == 0x2F:  # , : /
+        return digit
+    if mark == 0x2D:  # -
+        return digit != (0x30 <= before <= 0x39)
+    return mark == 0x5F or mark == 0x40 or mark == 0x26  # _ @ &
+
+
+@njit(cache=True, nogil=True)
+def initial(data, dot, table):  # type: ignore[no-untyped-def]
+    """Whether a single ASCII letter stands before the full stop at byte `dot`, and no other full stop behind it."""
+    if not 0x41 <= data[dot - 1] & 0xDF <= 0x5A or (dot + 1 < len(data) and data[dot + 1] == 0x2E):
+        return False
+    if dot == 1:
+        return True
+    before, _ = decode(data, start_of(data, dot - 2))
+    return table[before] & ALNUM == 0
+
+
+@njit(cache=True, nogil=True)
+def end_of_url(data, i, table):  # type: ignore[no-untyped-def]
+    """Where the URL ends whose :// is at byte `i`: at the next space, marks that close a sentence or a bracket left out; 0 if there is none."""
+    if i + 3 >= len(data) or data[i + 1] != 0x2F or data[i + 2] != 0x2F:
+        return 0
+    start = end = i + 3
+    while end < len(data):
+        code, width = decode(data, end)
+        if table[code] & SPACE:
+            break
+        end += width
+    while end > start and data[end - 1] in (0x2E, 0x2C, 0x3B, 0x3A, 0x21, 0x3F, 0x29, 0x22, 0x27, 0x5D, 0x3E, 0x7D):
+        end -= 1
+    return end if end > start else 0
+
+
+@njit(cache=True, nogil=True)
 def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
     """Words as llmkit.corpus.words defines them: `whitespace` or else `unicode`."""
     size = len(data)
@@ -54,6 +100,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
                     before, _ = decode(data, start_of(data, i - 1))
                     after, _ = decode(data, i + width)
                     run = table[before] & table[after] & ALNUM != 0
+        whole = 0  # a URL goes on to here
         while True:
             if run and code < 0x80 and kind & ALNUM:  # fast over ASCII letters and digits
                 start = i
@@ -84,8 +131,17 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
                 if kind & SPACE:
                     break
             elif run:
-                if not kind & (ALNUM | COMBINING):
-                    break
+                if not kind & (ALNUM | COMBINING) and i >= whole and not joins(data, i, table):
+                    if whole > 0:
+                        break
+                    if code == 0x3A:
+                        whole = end_of_url(data, i, table)
+                        if whole == 0:
+                            break
+                    elif code == 0x2E and initial(data, i, table):
+                        run = False  # the full stop is the last
+                    else:
+                        break
             elif not (same and code == first):
                 break
         hashes[n], lengths[n], flags[n] = finish(h), characters, alpha | marks
