@@ -42,9 +42,9 @@ def rows_of(path: Path) -> list[dict[str, object]]:
     return [orjson.loads(line) for line in data.splitlines()]
 
 
-def test_drops_explains_and_counts(llmkit, docs: Path) -> None:
+def test_drops_explains_and_counts(llmkit_here, docs: Path) -> None:
     """Behaviour: kept lines byte for byte, rejects with reason and value, counts by reason in --json and in the lineage."""
-    done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", "--rejects", "no.jsonl.zst", "--json", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", "--rejects", "no.jsonl.zst", "--json", cwd=docs)
     assert done.returncode == 0 and done.stdout == b""
     lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
     assert (docs / "out.jsonl").read_bytes() == b"".join(lines[:10] + lines[12:])
@@ -59,18 +59,18 @@ def test_drops_explains_and_counts(llmkit, docs: Path) -> None:
     assert counts["reasons"] == {"gopher_repetition.top_2_gram": 2}
 
 
-def test_table_of_reasons(llmkit, docs: Path) -> None:
+def test_table_of_reasons(llmkit_here, docs: Path) -> None:
     """Behaviour: people see which rule dropped how many, on stderr."""
-    done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", cwd=docs)
     assert b"gopher_repetition.top_2_gram" in done.stderr and b"kept 30 of 32 documents (93.8 %)" in done.stderr
-    assert llmkit("filter", "docs.jsonl", "-qo", "q.jsonl", cwd=docs).stderr == b""
+    assert llmkit_here("filter", "docs.jsonl", "-qo", "q.jsonl", cwd=docs).stderr == b""
 
 
-def test_presets_filters_and_rules_combine(llmkit, docs: Path) -> None:
+def test_presets_filters_and_rules_combine(llmkit_here, docs: Path) -> None:
     """Behaviour: a single filter, an overridden threshold, several presets; the C4 edit is written."""
 
     def kept(*arguments: str) -> list[dict[str, object]]:
-        done = llmkit("filter", "docs.jsonl", "--plain", "-q", *arguments, cwd=docs)
+        done = llmkit_here("filter", "docs.jsonl", "--plain", "-q", *arguments, cwd=docs)
         assert done.returncode == 0, done.stderr
         return [orjson.loads(line) for line in done.stdout.splitlines()]
 
@@ -97,25 +97,27 @@ def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
     assert (docs / "many.jsonl").stat().st_size > 2 << 20
 
 
-def test_print_preset_is_a_preset(llmkit, docs: Path) -> None:
+def test_print_preset_is_a_preset(llmkit_here, docs: Path) -> None:
     """Behaviour: what is printed can be edited and given back; the lineage then holds the rules, not the file's name."""
-    printed = llmkit("filter", "--preset", "fineweb", "--print-preset", cwd=docs)
+    printed = llmkit_here("filter", "--preset", "fineweb", "--print-preset", cwd=docs)
     assert printed.returncode == 0 and printed.stdout.startswith(b"# FineWeb")
     (docs / "my.toml").write_bytes(printed.stdout.replace(b"min_doc_words = 50", b"min_doc_words = 2"))
-    resolved = llmkit("filter", "--preset", "my.toml", "--rule", "c4.min_num_sentences=2", "--print-preset", cwd=docs)
+    resolved = llmkit_here(
+        "filter", "--preset", "my.toml", "--rule", "c4.min_num_sentences=2", "--print-preset", cwd=docs
+    )
     assert b"min_num_sentences = 2" in resolved.stdout and b"min_doc_words = 2" in resolved.stdout
-    assert llmkit("filter", "docs.jsonl", "--preset", "my.toml", "-o", "out.jsonl.zst", cwd=docs).returncode == 0
+    assert llmkit_here("filter", "docs.jsonl", "--preset", "my.toml", "-o", "out.jsonl.zst", cwd=docs).returncode == 0
     record = read_lineage(docs / "out.jsonl.zst")
     assert record is not None and "preset" not in record["options"]
     assert record["options"]["filter"] == ["gopher_repetition", "gopher_quality", "c4", "fineweb"]
     assert sorted(record["options"]["rule"]) == ["c4.require_end_mark=false", "gopher_quality.min_doc_words=2"]
-    script = llmkit("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
+    script = llmkit_here("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
     assert "--rule gopher_quality.min_doc_words=2" in script
 
 
-def test_default_preset_is_recorded(llmkit, docs: Path) -> None:
+def test_default_preset_is_recorded(llmkit_here, docs: Path) -> None:
     """Behaviour: the lineage names the preset even where the user did not."""
-    llmkit("filter", "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
+    llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
     record = read_lineage(docs / "out.jsonl.zst")
     assert record is not None and record["options"]["preset"] == ["gopher"]
     assert record["counts"]["kept"] == 30
@@ -132,16 +134,16 @@ def test_default_preset_is_recorded(llmkit, docs: Path) -> None:
         (["--rejects", "out.csv"], ".jsonl"),
     ],
 )
-def test_usage_errors(llmkit, docs: Path, arguments: list[str], message: str) -> None:
+def test_usage_errors(llmkit_here, docs: Path, arguments: list[str], message: str) -> None:
     """Behaviour: exit 2, one error line, a hint with the nearest name, no output."""
-    done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
     assert done.returncode == 2 and message in done.stderr.decode()
     assert sorted(path.name for path in docs.iterdir()) == ["docs.jsonl"]
 
 
-def test_dry_run_counts_and_writes_nothing(llmkit, docs: Path) -> None:
+def test_dry_run_counts_and_writes_nothing(llmkit_here, docs: Path) -> None:
     """Behaviour: -n says what would be dropped."""
-    done = llmkit("filter", "docs.jsonl", "-n", "-o", "out.jsonl", "--rejects", "r.jsonl", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-n", "-o", "out.jsonl", "--rejects", "r.jsonl", cwd=docs)
     assert done.returncode == 0 and b"kept 30 of 32" in done.stderr
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
 
@@ -154,34 +156,34 @@ def test_stdin_to_stdout(llmkit, docs: Path) -> None:
     assert out.count(b"\n") == 30
 
 
-def test_error_leaves_no_rejects_either(llmkit, docs: Path) -> None:
+def test_error_leaves_no_rejects_either(llmkit_here, docs: Path) -> None:
     """Behaviour: a bad line in the middle: neither of the two outputs appears."""
     with open(docs / "docs.jsonl", "ab") as file:
         file.write(b"{broken\n")
-    done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", "--rejects", "r.jsonl", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", "--rejects", "r.jsonl", cwd=docs)
     assert done.returncode == 1 and b"docs.jsonl:33: invalid JSON" in done.stderr
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
-    done = llmkit("filter", "docs.jsonl", "-o", "out.jsonl", "--on-bad-line", "skip", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", "--on-bad-line", "skip", cwd=docs)
     assert done.returncode == 0 and b"1 bad lines passed over" in done.stderr
 
 
-def test_repeated_with_rejects_does_nothing(llmkit, docs: Path) -> None:
+def test_repeated_with_rejects_does_nothing(llmkit_here, docs: Path) -> None:
     """Behaviour: a finished call with --rejects, repeated, is up to date, but not when the rejects are gone or of another call."""
     command = ("filter", "docs.jsonl", "-o", "out.jsonl.zst", "--rejects", "r.jsonl.zst")
-    assert llmkit(*command, cwd=docs).returncode == 0
-    again = llmkit(*command, cwd=docs)
+    assert llmkit_here(*command, cwd=docs).returncode == 0
+    again = llmkit_here(*command, cwd=docs)
     assert again.returncode == 0 and b"up to date" in again.stderr
     rejects = (docs / "r.jsonl.zst").read_bytes()
     (docs / "r.jsonl.zst").unlink()
-    assert llmkit(*command, cwd=docs).returncode == 1
+    assert llmkit_here(*command, cwd=docs).returncode == 1
     other = ("filter", "docs.jsonl", "--preset", "c4", "-o", "c4.jsonl.zst", "--rejects", "r.jsonl.zst")
-    assert llmkit(*other, cwd=docs).returncode == 0
-    assert llmkit(*command, cwd=docs).returncode == 1 and (docs / "r.jsonl.zst").read_bytes() != rejects
+    assert llmkit_here(*other, cwd=docs).returncode == 0
+    assert llmkit_here(*command, cwd=docs).returncode == 1 and (docs / "r.jsonl.zst").read_bytes() != rejects
 
 
-def test_annotate_drops_nothing(llmkit, docs: Path) -> None:
+def test_annotate_drops_nothing(llmkit_here, docs: Path) -> None:
     """Behaviour: every document comes out, unedited, with its statistics and the rules that would have dropped it, for jq."""
-    done = llmkit("filter", "docs.jsonl", "--preset", "fineweb", "--annotate", "-o", "out.jsonl", cwd=docs)
+    done = llmkit_here("filter", "docs.jsonl", "--preset", "fineweb", "--annotate", "-o", "out.jsonl", cwd=docs)
     assert done.returncode == 0, done.stderr
     rows = rows_of(docs / "out.jsonl")
     assert [(row["id"], row["text"]) for row in rows] == [
@@ -191,15 +193,15 @@ def test_annotate_drops_nothing(llmkit, docs: Path) -> None:
     assert short["dropped_by"][0] == "gopher_repetition.top_2_gram" and "c4.too_few_sentences" in short["dropped_by"]
     assert short["gopher_quality"]["words"] == 2 and short["c4"]["sentences"] == 0
     assert next(row for row in rows if row["id"] == "g3")["filter"]["dropped_by"] == []
-    refused = llmkit("filter", "docs.jsonl", "--annotate", "--rejects", "r.jsonl", cwd=docs)
+    refused = llmkit_here("filter", "docs.jsonl", "--annotate", "--rejects", "r.jsonl", cwd=docs)
     assert refused.returncode == 2 and b"drops nothing" in refused.stderr
 
 
-def test_statistics(llmkit, docs: Path) -> None:
+def test_statistics(llmkit_here, docs: Path) -> None:
     """Behaviour: --stats prints what each rule drops alone and in order, and quantiles, the same for any -j; documents are not written."""
     (docs / "many.jsonl").write_bytes((docs / "docs.jsonl").read_bytes() * 150)
     outputs = [
-        llmkit("filter", "many.jsonl", "--preset", "fineweb", "--stats", "-j", jobs, "--json", cwd=docs)
+        llmkit_here("filter", "many.jsonl", "--preset", "fineweb", "--stats", "-j", jobs, "--json", cwd=docs)
         for jobs in "12"
     ]
     assert outputs[0].returncode == 0 and outputs[0].stdout == outputs[1].stdout
@@ -209,7 +211,7 @@ def test_statistics(llmkit, docs: Path) -> None:
     assert counts["rules"]["c4.too_few_sentences"] == {"alone": 300, "in_order": 0}
     assert counts["statistics"]["gopher_quality.words"]["0.5"] == 6 * 14
     assert b"4,500 would be kept" in outputs[0].stdout
-    assert llmkit("filter", "docs.jsonl", "--stats", "-o", "x.jsonl", cwd=docs).returncode == 2
+    assert llmkit_here("filter", "docs.jsonl", "--stats", "-o", "x.jsonl", cwd=docs).returncode == 2
 
 
 RULE = """
@@ -221,11 +223,11 @@ def fails(page):
 """
 
 
-def test_a_rule_of_ones_own(llmkit, docs: Path) -> None:
+def test_a_rule_of_ones_own(llmkit_here, docs: Path) -> None:
     """Behaviour: FILE.py:FUNCTION is a filter, known to the lineage by digest; one that raises is named with file, line and id, and nothing is lost."""
     (docs / "my_rule.py").write_text(RULE)
     (docs / "loud.jsonl").write_text('{"id":"a","text":"LOUD"}\n{"id":"b","text":"calm"}\n')
-    done = llmkit(
+    done = llmkit_here(
         "filter",
         "loud.jsonl",
         "--rule",
@@ -239,36 +241,36 @@ def test_a_rule_of_ones_own(llmkit, docs: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [row["id"] for row in rows_of(docs / "out.jsonl.zst")] == ["b"]
     assert rows_of(docs / "no.jsonl")[0]["reason"] == "shouting"
-    script = llmkit("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
+    script = llmkit_here("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
     assert '--rule "$IN"/my_rule.py:shouting' in script
     (docs / "again.sh").write_text(script)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(["bash", "again.sh", ".", "rebuilt"], cwd=docs, env=os.environ | {"PATH": path}, check=True)
     assert (docs / "rebuilt" / "out.jsonl.zst").read_bytes() == (docs / "out.jsonl.zst").read_bytes()
-    failed = llmkit("filter", "docs.jsonl", "--rule", "my_rule.py:fails", "-o", "f.jsonl", cwd=docs)
+    failed = llmkit_here("filter", "docs.jsonl", "--rule", "my_rule.py:fails", "-o", "f.jsonl", cwd=docs)
     assert (
         failed.returncode == 1
         and b"docs.jsonl:8 (id g7): filter 'my_rule.py:fails' raised ZeroDivisionError" in failed.stderr
     )
     assert not (docs / "f.jsonl").exists()
-    missing = llmkit("filter", "docs.jsonl", "--rule", "my_rule.py:other", cwd=docs)
+    missing = llmkit_here("filter", "docs.jsonl", "--rule", "my_rule.py:other", cwd=docs)
     assert missing.returncode == 1 and b"no function 'other'" in missing.stderr
-    assert b"no such file" in llmkit("filter", "docs.jsonl", "--rule", "other.py:other", cwd=docs).stderr
+    assert b"no such file" in llmkit_here("filter", "docs.jsonl", "--rule", "other.py:other", cwd=docs).stderr
 
 
-def test_compat_brings_the_quirks_back(llmkit, docs: Path) -> None:
+def test_compat_brings_the_quirks_back(llmkit_here, docs: Path) -> None:
     """Behaviour: a lone bracket drops a document, but not with --compat datatrove."""
     text = "\n".join([*good(1).splitlines(), "{"])
     (docs / "b.jsonl").write_bytes(orjson.dumps({"text": text}) + b"\n")
     kept = [
-        llmkit("filter", "b.jsonl", "--preset", "c4", "--plain", "-q", *more, cwd=docs).stdout
+        llmkit_here("filter", "b.jsonl", "--preset", "c4", "--plain", "-q", *more, cwd=docs).stdout
         for more in ((), ("--compat", "datatrove"))
     ]
     assert kept[0] == b"" and orjson.loads(kept[1])["text"] == good(1)
-    assert b"datatrove" in llmkit("filter", "b.jsonl", "--compat", "datatrov", cwd=docs).stderr
+    assert b"datatrove" in llmkit_here("filter", "b.jsonl", "--compat", "datatrov", cwd=docs).stderr
 
 
-def test_licence_and_opt_out(llmkit, docs: Path) -> None:
+def test_licence_and_opt_out(llmkit_here, docs: Path) -> None:
     """Behaviour: what pages declare decides, any version of a licence, and not a licence whose name only begins alike."""
     rows = [
         {"id": "by", "text": "a", "licence": "cc-by-4.0"},
@@ -279,7 +281,7 @@ def test_licence_and_opt_out(llmkit, docs: Path) -> None:
     (docs / "l.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
 
     def kept(*arguments: str) -> list[str]:
-        done = llmkit("filter", "l.jsonl", "--plain", "-q", *arguments, cwd=docs)
+        done = llmkit_here("filter", "l.jsonl", "--plain", "-q", *arguments, cwd=docs)
         assert done.returncode == 0, done.stderr
         return [orjson.loads(line)["id"] for line in done.stdout.splitlines()]
 
@@ -288,35 +290,35 @@ def test_licence_and_opt_out(llmkit, docs: Path) -> None:
     assert kept("--licence", "CC-BY,cc0", "--respect-opt-out") == ["by"]
 
 
-def test_directory_of_inputs(llmkit, docs: Path) -> None:
+def test_directory_of_inputs(llmkit_here, docs: Path) -> None:
     """Behaviour: -o DIR/ makes one file of each input; --resume makes what is missing, and nothing else; names that clash are refused."""
     lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
     (docs / "in").mkdir()
     for i in range(3):
         (docs / "in" / f"part-{i}.jsonl").write_bytes(b"".join(lines[i * 10 : i * 10 + 12]))
     command = ("filter", "in", "-o", "out/", "--rejects", "no/")
-    assert llmkit(*command, "--json", cwd=docs).returncode == 0
+    assert llmkit_here(*command, "--json", cwd=docs).returncode == 0
     made = {path: path.read_bytes() for path in sorted((docs / "out").iterdir())}
     assert (
         [path.name for path in made]
         == [f"part-{i}.jsonl.zst" for i in range(3)]
         == sorted(p.name for p in (docs / "no").iterdir())
     )
-    assert b"--resume" in llmkit(*command, cwd=docs).stderr
+    assert b"--resume" in llmkit_here(*command, cwd=docs).stderr
     times = {path: path.stat().st_mtime_ns for path in made}
     (docs / "out" / "part-1.jsonl.zst").unlink()
     (docs / "no" / "part-1.jsonl.zst").unlink()
-    again = llmkit(*command, "--resume", "--json", cwd=docs)
+    again = llmkit_here(*command, "--resume", "--json", cwd=docs)
     counts = json.loads(again.stderr.splitlines()[-1])
     assert (counts["files"], counts["up_to_date"], counts["documents"]) == (1, 2, 12)
     assert {path: path.read_bytes() for path in made} == made
     assert [path.stat().st_mtime_ns == times[path] for path in made] == [True, False, True]
-    assert b"up to date" in llmkit(*command, "--resume", cwd=docs).stderr
-    other = llmkit(*command, "--preset", "c4", "--resume", cwd=docs)
+    assert b"up to date" in llmkit_here(*command, "--resume", cwd=docs).stderr
+    other = llmkit_here(*command, "--preset", "c4", "--resume", cwd=docs)
     assert other.returncode == 1 and b"part-0.jsonl.zst exists" in other.stderr
     (docs / "in" / "more").mkdir()
     (docs / "in" / "more" / "part-1.jsonl.gz").write_bytes(b"")
-    clash = llmkit("filter", "in", "-o", "new/", cwd=docs)
+    clash = llmkit_here("filter", "in", "-o", "new/", cwd=docs)
     assert clash.returncode == 1 and b"would both be part-1.jsonl.zst" in clash.stderr
 
 

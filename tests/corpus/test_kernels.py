@@ -57,7 +57,7 @@ def texts(count: int) -> list[str]:
     return found
 
 
-TEXTS = texts(1500)
+TEXTS = texts(700)
 WORDS = ["unicode", "whitespace"]
 
 
