@@ -3,12 +3,13 @@ _llmkit() {
     local current=${COMP_WORDS[COMP_CWORD]} words=''
     COMPREPLY=()
     if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W 'extract filter dedup vocab tokenize mix train anneal average sft dpo quantize eval generate lineage --help --version' -- "$current"))
+        COMPREPLY=($(compgen -W 'extract filter filter-train dedup vocab tokenize mix train anneal average sft dpo quantize eval generate lineage --help --version' -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
         extract) words='--engine --html-key --verify --time-limit --max-page-bytes --rejects --resume --text-key --id-key --on-bad-line --max-line-bytes --files-from --plain --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         filter) words='--preset --filter --rule --words --compat --languages --licence --respect-opt-out --quality --decontaminate --pii --annotate --stats --rejects --resume --print-preset --text-key --id-key --on-bad-line --max-line-bytes --files-from --plain --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
+        filter-train) words='--label-key --epochs --dim --ngrams --rate --folds --text-key --id-key --on-bad-line --max-line-bytes --files-from --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         dedup) words='--method --rejects --threshold --verify --no-verify --ngram --bands --rows --temp-dir --key --normalise --text-key --id-key --on-bad-line --max-line-bytes --files-from --plain --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         vocab) words='--size -s --pattern -p --min-frequency --multiple --text-key --id-key --on-bad-line --max-line-bytes --files-from --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         tokenize) words='--tokenizer -t --source --allow-special --max-tokens-per-shard --decode --text-key --id-key --on-bad-line --max-line-bytes --files-from --plain --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;

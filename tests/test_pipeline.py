@@ -17,7 +17,7 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.cli.table import COMMANDS
+from llmkit.cli.table import COMMANDS, module_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {
@@ -57,6 +57,10 @@ def workplace(tmp_path_factory) -> Path:
     (directory / "pairs.jsonl").write_bytes(
         b"".join(orjson.dumps(row) + b"\n" for row in pairs if row["chosen"] != row["rejected"])
     )
+    noise = [{"text": " ".join(reversed(row["text"].split())), "label": "bad"} for row in rows]
+    kinds = {"good": [{"text": row["text"], "label": "good"} for row in rows], "bad": noise}
+    for name, chosen in (kinds | {"labelled": [*kinds["good"], *noise]}).items():
+        (directory / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in chosen))
     (directory / "prompts.jsonl").write_bytes(b'{"prompt":"The "}\n{"prompt":"A "}\n')
     (directory / "tiny.json").write_text(json.dumps(TINY_MODEL))
     (directory / "bin").mkdir()
@@ -199,7 +203,7 @@ def test_readme_commands_run(after_readme: Path) -> None:
 
 
 def examples() -> list[str]:
-    return [line for name in COMMANDS for line in import_module(f"llmkit.cli.{name}").main.llmkit["examples"]]
+    return [line for name in COMMANDS for line in import_module(module_of(name)).main.llmkit["examples"]]
 
 
 @pytest.mark.parametrize("line", examples())

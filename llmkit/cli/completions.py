@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.cli.options import click_command
-from llmkit.cli.table import COMMANDS
+from llmkit.cli.table import COMMANDS, module_of
 
 
 class Flag(NamedTuple):
@@ -26,7 +26,7 @@ class Flag(NamedTuple):
 
 def flags(name: str) -> list[Flag]:
     """Every option of a subcommand."""
-    built: Any = click_command(import_module(f"llmkit.cli.{name}").main, name)
+    built: Any = click_command(import_module(module_of(name)).main, name)
     found = []
     for parameter in built.params:
         if parameter.param_type_name == "option":

@@ -56,13 +56,13 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
     from importlib import import_module
 
     from llmkit.cli.options import click_command
-    from llmkit.cli.table import COMMANDS
+    from llmkit.cli.table import COMMANDS, module_of
 
     if name not in COMMANDS:  # "cat" of joined streams, or a record that is not ours
         raise LlmkitError(
             f"the lineage names the command {name!r}, which no script can repeat", "make that input by hand"
         )
-    built = click_command(import_module(f"llmkit.cli.{name}").main, name)
+    built = click_command(import_module(module_of(name)).main, name)
     options = [parameter for parameter in built.params if parameter.param_type_name == "option"]
     return {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
 

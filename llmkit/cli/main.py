@@ -10,7 +10,7 @@ import sys
 from typing import NoReturn
 
 from llmkit import __version__
-from llmkit.cli.table import COMMANDS, overview
+from llmkit.cli.table import COMMANDS, module_of, overview
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -67,7 +67,7 @@ def run_command(name: str, arguments: list[str]) -> int:
     try:
         from llmkit.cli.options import build
 
-        build(import_module(f"llmkit.cli.{name}").main, name)(arguments)
+        build(import_module(module_of(name)).main, name)(arguments)
         sys.stdout.flush()
         return ExitCode.OK
     except BrokenPipeError:

@@ -179,7 +179,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     app.command(
         name,
         epilog=("Examples:" + examples) if examples else None,
-        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": f"LLMKIT_{name.upper()}"},
+        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": _environment(name)},
     )(invoke)
     built: Any = typer.main.get_command(app)
     for parameter in built.params:
@@ -195,6 +195,11 @@ def click_command(function: Callable[..., None], name: str) -> Any:
             )
     built.format_options = lambda context, formatter: _format_options(built, context, formatter)
     return built
+
+
+def _environment(name: str) -> str:
+    """How the environment variables of a subcommand begin."""
+    return f"LLMKIT_{name.upper().replace('-', '_')}"
 
 
 METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -233,7 +238,7 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
             formatter.write_dl(groups[title])
     formatter.write_paragraph()
     formatter.write_text(
-        f"Each option may also stand in the environment as LLMKIT_{context.info_name.split()[-1].upper()}_OPTION, or in the --config file."
+        f"Each option may also stand in the environment as {_environment(context.info_name.split()[-1])}_OPTION, or in the --config file."
     )
 
 

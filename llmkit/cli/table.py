@@ -1,4 +1,4 @@
-"""The subcommands, in the order of the pipeline: name, group, one-line summary. `llmkit.cli.NAME` holds each.
+"""The subcommands, in the order of the pipeline: name, group, one-line summary. `module_of` says where each is.
 
 Standard library only, and little of it: `llmkit --help` prints this table within a few milliseconds. Help, completions and the dispatcher
 all read it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 COMMANDS: dict[str, tuple[str, str]] = {
     "extract": ("Text", "Get the text out of web archives, HTML and PDF"),
     "filter": ("Text", "Keep the documents that pass quality rules"),
+    "filter-train": ("Text", "Train the classifier that filter judges quality by"),
     "dedup": ("Text", "Remove exact and near duplicates"),
     "vocab": ("Tokens", "Train a byte-level BPE tokenizer"),
     "tokenize": ("Tokens", "Turn documents into token shards"),
@@ -31,6 +32,11 @@ EXAMPLE = """\
 """
 
 
+def module_of(name: str) -> str:
+    """The module that holds a subcommand."""
+    return f"llmkit.cli.{name.replace('-', '_')}"
+
+
 def overview() -> str:
     """Text of `llmkit --help`."""
     lines = ["Usage: llmkit COMMAND [OPTIONS] [ARGS]", "", "The whole language-model pipeline as composable commands."]
@@ -39,7 +45,7 @@ def overview() -> str:
         if section != group:
             group = section
             lines += ["", f"{group}:"]
-        lines.append(f"  {name:<10} {summary}")
+        lines.append(f"  {name:<12} {summary}")
     lines += [
         "",
         "Options:",

