@@ -1,0 +1,97 @@
+"""Personal data and secrets: email, phone, card and bank numbers, addresses of the net, keys.
+
+What is found is in `llmkit.corpus.pii`. Reasons, only where the action is to drop: `pii_` and the kind, the most sensitive kind first. The field `pii` of a
+kept document that has any counts them by kind, `{"email": 2}`; one that has none keeps its bytes.
+
+Replacements depend on the document alone. An address that a standard reserves for examples where there is one (user1@example.com, 192.0.2.1,
+2001:db8::1), so that prose, code and URLs still parse and a model learns no address of anyone; elsewhere a mark such as <PHONE_1>. Equal values (apart
+from spelling) have the same number within a text, a number that the text already uses is passed over, and none is found again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+from llmkit.corpus.filters import FILTERS, Check
+from llmkit.corpus.page import Page
+from llmkit.corpus.pii import KINDS, Span, find
+from llmkit.errors import unknown_name
+
+ACTIONS = ("redact", "drop", "annotate")
+
+
+@FILTERS.register("pii")
+@dataclass(frozen=True, slots=True)
+class Pii:
+    """Redact: replace what is found. Drop: documents where any is found. Annotate: count it and leave the text."""
+
+    action: str = "redact"
+    kinds: tuple[str, ...] = KINDS
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise unknown_name("action of the filter pii", self.action, ACTIONS)
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise unknown_name("kind of personal data", kind, KINDS)
+
+    def __call__(self, page: Page) -> Iterator[Check]:
+        spans = find(page.text, self.kinds)
+        counts = Counter(span.kind for span in spans)
+        for kind in KINDS:
+            if kind in self.kinds:
+                yield Check(f"pii_{kind}", counts[kind], counts[kind] > 0 and self.action == "drop", kind)
+        if spans:
+            page.note(pii={kind: counts[kind] for kind in KINDS if counts[kind]})
+            if self.action == "redact":
+                page.edit(redact(page.text, spans))
+
+
+# What `_replacement` can give.
+WRITTEN = {
+    "email": re.compile(r"user[0-9]+@example\.com"),
+    "ipv6": re.compile(r"2001:db8::[0-9a-f:]+"),
+    "ipv4": re.compile(r"(?:192\.0\.2|240\.[0-9]+\.[0-9]+)\.[0-9]+"),
+}
+MARK = re.compile(r"<[A-Z]+_[0-9]+>")
+
+
+def redact(text: str, spans: Sequence[Span]) -> str:
+    """`text` with every span replaced; the same value has the same replacement."""
+    written = {found for kind in {span.kind for span in spans} for found in WRITTEN.get(kind, MARK).findall(text)}
+    numbers: Counter[str] = Counter()
+    known: dict[tuple[str, str], str] = {}
+    parts: list[str] = []
+    position = 0
+    for kind, start, end in spans:
+        key = kind, _canonical(kind, text[start:end])
+        while key not in known:
+            numbers[kind] += 1
+            if (replacement := _replacement(kind, numbers[kind])) not in written:
+                known[key] = replacement
+        parts += text[position:start], known[key]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def _replacement(kind: str, number: int) -> str:
+    if kind == "email":
+        return f"user{number}@example.com"
+    if kind == "ipv6":
+        return f"2001:db8::{number:x}" if number < 1 << 16 else str(IPv6Address("2001:db8::") + number)
+    if kind == "ipv4":  # 192.0.2.0/24 for examples, then 240.0.0.0/4, which nobody can have
+        return f"192.0.2.{number}" if number < 255 else str(IPv4Address("240.0.0.0") + number)
+    return f"<{kind.upper()}_{number}>"
+
+
+def _canonical(kind: str, value: str) -> str:
+    """What is equal for two spellings of one value."""
+    if kind == "ipv6":
+        return IPv6Address(value).compressed
+    if kind in ("phone", "card"):
+        return "".join(filter(str.isdigit, value))
+    return value.casefold() if kind == "email" else re.sub(r"[\s-]", "", value) if kind == "iban" else value
