@@ -17,7 +17,7 @@ from typing import Any
 
 import orjson
 
-from llmkit.corpus.filters import Check, Filter
+from llmkit.corpus.filters import ByTable, Check, Filter
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
 from llmkit.errors import LlmkitError
@@ -45,9 +45,13 @@ class Chain:
         """Run the filters on `text` up to the first broken rule. LlmkitError naming `where` and the filter if one of them raises."""
         page = Page(text, self.splitter, fields)
         for name, check in self.steps:
-            for found in _checks(name, check, page, where):
-                if found.broken:
+            if isinstance(check, ByTable):
+                if found := check.decide(page):
                     return Verdict(page.text, found, name)
+            else:
+                for found in _checks(name, check, page, where):
+                    if found.broken:
+                        return Verdict(page.text, found, name)
         return Verdict(page.text, notes=page.notes)
 
     def warm_up(self) -> None:

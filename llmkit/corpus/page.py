@@ -48,9 +48,14 @@ class Page:
         return self.text.splitlines()
 
     @cached_property
-    def data(self) -> Bytes:
+    def encoded(self) -> bytes:
         """The text in UTF-8."""
-        return np.frombuffer(self.text.encode(), np.uint8)
+        return self.text.encode()
+
+    @cached_property
+    def data(self) -> Bytes:
+        """The text in UTF-8, for kernels."""
+        return np.frombuffer(self.encoded, np.uint8)
 
     @cached_property
     def tokens(self) -> Tokens:

@@ -12,7 +12,7 @@ import pytest
 from llmkit.corpus.rules import load_chain
 from llmkit.corpus.filters import FILTERS
 from llmkit.corpus.filters.gopher_repetition import joined_duplicates
-from llmkit.corpus.kernels.repetition import repetition
+from llmkit.corpus.kernels.repetition import ngram_repeats
 from llmkit.corpus.kernels.tokens import tokens_of
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import SPLITTERS
@@ -90,7 +90,7 @@ def test_ngram_counting_by_hand() -> None:
 
     def counted(words: list[str], n: int) -> int:
         tokens = tokens_of(words)
-        return int(repetition(tokens.hashes, tokens.lengths)[n - 2])
+        return int(ngram_repeats(tokens.hashes, tokens.lengths)[n - 2])
 
     assert counted(list("ababa"), 2) == 2 * 3  # "a b" and "b a" twice each: the first met
     assert counted(["word"], 2) == 0

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import inf
+from typing import ClassVar, NamedTuple, Protocol
 
 from llmkit.corpus.page import Page
 from llmkit.registry import Registry
@@ -41,6 +43,51 @@ class Check(NamedTuple):
     value: float | int | str | None = None
     broken: bool = True
     statistic: str = ""
+
+
+class Rule(NamedTuple):
+    """A line of a filter's table: its reason, the field that holds its limit, whether that is the most that passes (or the least)."""
+
+    reason: str
+    limit: str
+    most: bool = True
+    statistic: str = ""
+
+
+class ByTable:
+    """A filter that measures a page once and holds the values against its table of rules, in order.
+
+    `measure` gives a value for each rule, or None for a document without any content, which goes as `empty`.
+    """
+
+    RULES: ClassVar[tuple[Rule, ...]]
+
+    def measure(self, page: Page) -> Sequence[float] | None:
+        raise NotImplementedError
+
+    @cached_property
+    def bounds(self) -> list[tuple[float, float]]:
+        """The least and the most that pass, rule by rule."""
+        limits = [(rule.most, getattr(self, rule.limit)) for rule in self.RULES]
+        return [(-inf, inf) if limit is None else (-inf, limit) if most else (limit, inf) for most, limit in limits]
+
+    def decide(self, page: Page) -> Check | None:
+        """The first broken rule, without the cost of a Check for every other."""
+        values = self.measure(page)
+        if values is None:
+            return Check("empty")
+        for value, (least, most) in zip(values, self.bounds, strict=True):
+            if not least <= value <= most:
+                return next(check for check in self._checks(values) if check.broken)
+        return None
+
+    def __call__(self, page: Page) -> Iterator[Check]:
+        values = self.measure(page)
+        return iter((Check("empty"),)) if values is None else self._checks(values)
+
+    def _checks(self, values: Sequence[float]) -> Iterator[Check]:
+        for rule, value, (least, most) in zip(self.RULES, values, self.bounds, strict=True):
+            yield Check(rule.reason, value, not least <= value <= most, rule.statistic)
 
 
 class Filter(Protocol):

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-
 from llmkit.corpus.filters import FILTERS, Check, below
 from llmkit.corpus.kernels.c4 import CITATIONS, CURLY, JAVASCRIPT, LOREM, POLICY, SHORT_FORMS, edit, packed, sentences
 from llmkit.corpus.kernels.characters import Bytes, classes
@@ -28,14 +26,15 @@ NOTICES = {  # what a pattern means, and a word without which it cannot be there
     "terms of use": (POLICY, "terms of use"),
     "privacy policy": (POLICY, "privacy policy"),
 } | dict.fromkeys(("cookie policy", "uses cookies", "use of cookies", "use cookies"), (POLICY, "cookie"))
-SIGNS = tuple(dict.fromkeys(sign for _, sign in NOTICES.values()))
+SIGNS = tuple(dict.fromkeys(sign.encode() for _, sign in NOTICES.values()))
+KELVIN = "\u212a".encode()  # another k for str.lower
 
 
 @cache
 def _patterns(rules: int, signs: tuple[bool, ...]) -> Bytes:
     """The notices of these rules, of those whose sign is in the text."""
     present = dict(zip(SIGNS, signs, strict=True))
-    return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and present[sign]})
+    return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and present[sign.encode()]})
 
 
 @FILTERS.register("c4")
@@ -56,11 +55,11 @@ class C4:
 
     def __call__(self, page: Page) -> Iterator[Check]:
         text = page.text
-        lowered = text.lower()
+        lowered = page.encoded.lower()  # of ASCII letters alone, and fast
         lorem = self.drop_lorem_ipsum and not self.whole_page
         if self.whole_page:
             for reason, found, on in (
-                ("lorem_ipsum", lowered.count("lorem ipsum"), self.drop_lorem_ipsum),
+                ("lorem_ipsum", lowered.count(b"lorem ipsum"), self.drop_lorem_ipsum),
                 ("curly_bracket", text.count("{"), self.drop_curly_bracket),
             ):
                 yield Check(reason, found, on and found > 0)
@@ -73,13 +72,14 @@ class C4:
             self.require_end_mark,
             -1 if self.min_words_per_line is None else self.min_words_per_line,
             self.drop_curly_bracket and not self.whole_page,
-            _patterns(rules, tuple(sign in lowered for sign in SIGNS)),
+            _patterns(rules, tuple([sign in lowered for sign in SIGNS]) if KELVIN not in lowered else (True,) * len(SIGNS)),
             CITATIONS,
         )
         if gone:
             yield Check("curly_bracket" if gone == CURLY else "lorem_ipsum", line)
             return
-        result = text if np.array_equal(kept[:-1], page.data) else kept.tobytes().decode()[:-1]
+        written = kept.tobytes()[:-1]
+        result = text if written == page.encoded else written.decode()
         if page.splitter.compiled:
             number = sentences(kept, classes(), SHORT_FORMS)
         else:

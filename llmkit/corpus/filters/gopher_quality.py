@@ -11,24 +11,35 @@ gopher_too_many_ellipsis, gopher_too_many_bullets, gopher_too_many_end_ellipsis,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.filters import FILTERS, Check, above, below
+from llmkit.corpus.filters import FILTERS, ByTable, Rule
 from llmkit.corpus.kernels.tokens import summary, tokens_of
 from llmkit.corpus.page import Page
 
-ELLIPSES = ("...", "…")
-
 
 @FILTERS.register("gopher_quality")
-@dataclass(frozen=True, slots=True)
-class GopherQuality:
+@dataclass(frozen=True)
+class GopherQuality(ByTable):
     """Words that are punctuation alone do not count for the number and mean length of words."""
+
+    RULES = (
+        Rule("gopher_short_doc", "min_doc_words", False, "words"),
+        Rule("gopher_long_doc", "max_doc_words", True, "words"),
+        Rule("gopher_below_avg_threshold", "min_avg_word_length", False, "mean_word_length"),
+        Rule("gopher_above_avg_threshold", "max_avg_word_length", True, "mean_word_length"),
+        Rule("gopher_too_many_hashes", "max_symbol_word_ratio", True, "hash_word_ratio"),
+        Rule("gopher_too_many_ellipsis", "max_symbol_word_ratio", True, "ellipsis_word_ratio"),
+        Rule("gopher_too_many_bullets", "max_bullet_lines_ratio", True, "bullet_lines_ratio"),
+        Rule("gopher_too_many_end_ellipsis", "max_ellipsis_lines_ratio", True, "ellipsis_lines_ratio"),
+        Rule("gopher_below_alpha_threshold", "min_alpha_words_ratio", False, "alpha_words_ratio"),
+        Rule("gopher_enough_stop_words", "min_stop_words", False, "stop_words"),
+    )
 
     min_doc_words: int | None = 50
     max_doc_words: int | None = 100_000
@@ -41,35 +52,26 @@ class GopherQuality:
     min_stop_words: int | None = 2  # distinct ones
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-    def __call__(self, page: Page) -> Iterator[Check]:
+    def measure(self, page: Page) -> Sequence[float]:
         text, words = page.text, page.tokens
         total = max(1, len(words.flags))
         count, characters, lettered, found = summary(*words, _hashes(self.stop_words))
-        yield Check("gopher_short_doc", count, below(count, self.min_doc_words), "words")
-        yield Check("gopher_long_doc", count, above(count, self.max_doc_words), "words")
-        mean = characters / max(1, count)
-        yield Check(
-            "gopher_below_avg_threshold", mean, count > 0 and below(mean, self.min_avg_word_length), "mean_word_length"
+        # Without a word there is no mean: a value that passes.
+        mean = characters / count if count else self.min_avg_word_length or 0.0
+        number, bullets, ellipses = page.line_counts
+        number = max(1, number)
+        return (
+            count,
+            count,
+            mean,
+            mean,
+            text.count("#") / total,
+            (text.count("...") + text.count("…")) / total,
+            bullets / number,
+            ellipses / number,
+            lettered / total,
+            found,
         )
-        yield Check(
-            "gopher_above_avg_threshold", mean, count > 0 and above(mean, self.max_avg_word_length), "mean_word_length"
-        )
-        share = text.count("#") / total
-        yield Check("gopher_too_many_hashes", share, above(share, self.max_symbol_word_ratio), "hash_word_ratio")
-        share = sum(map(text.count, ELLIPSES)) / total
-        yield Check("gopher_too_many_ellipsis", share, above(share, self.max_symbol_word_ratio), "ellipsis_word_ratio")
-        lines, bullets, ellipses = page.line_counts
-        share = bullets / max(1, lines)
-        yield Check("gopher_too_many_bullets", share, above(share, self.max_bullet_lines_ratio), "bullet_lines_ratio")
-        share = ellipses / max(1, lines)
-        yield Check(
-            "gopher_too_many_end_ellipsis", share, above(share, self.max_ellipsis_lines_ratio), "ellipsis_lines_ratio"
-        )
-        share = lettered / total
-        yield Check(
-            "gopher_below_alpha_threshold", share, below(share, self.min_alpha_words_ratio), "alpha_words_ratio"
-        )
-        yield Check("gopher_enough_stop_words", found, below(found, self.min_stop_words), "stop_words")
 
 
 @cache

@@ -9,21 +9,29 @@ Datatrove compares duplicate n-grams by their letters alone, so that "ab c" is "
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llmkit.corpus.filters import FILTERS, Check, above
+from llmkit.corpus.filters import FILTERS, ByTable, Rule
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.lines import EMPTY
-from llmkit.corpus.kernels.repetition import DUPLICATED, TOP, line_repeats, paragraph_repeats, repetition
+from llmkit.corpus.kernels.repetition import repetition
 from llmkit.corpus.page import Page
 
 
+SHARES = (
+    *("dup_para_frac", "dup_para_char_frac", "dup_line_frac", "dup_line_char_frac"),
+    *(f"top_{n}_gram" for n in (2, 3, 4)),
+    *(f"duplicated_{n}_n_grams" for n in range(5, 11)),
+)
+
+
 @FILTERS.register("gopher_repetition")
-@dataclass(frozen=True, slots=True)
-class GopherRepetition:
+@dataclass(frozen=True)
+class GopherRepetition(ByTable):
     """Each threshold is the largest share that passes."""
+
+    RULES = tuple(Rule(name, name) for name in SHARES)
 
     dup_para_frac: float | None = 0.30  # of paragraphs that repeat an earlier one
     dup_para_char_frac: float | None = 0.20  # of characters in such paragraphs
@@ -40,37 +48,18 @@ class GopherRepetition:
     duplicated_10_n_grams: float | None = 0.10
     separate_words: bool = True  # whether "ab c" is another 2-gram than "a bc"
 
-    def __call__(self, page: Page) -> Iterator[Check]:
-        size = len(page.text)
-        if size == 0:
-            yield Check("empty")
-            return
-        for unit, (items, copies, characters) in (
-            ("para", paragraph_repeats(page.data, classes())),
-            ("line", _lines(page)),
-        ):
-            for reason, share in (
-                (f"dup_{unit}_frac", copies / max(1, items)),
-                (f"dup_{unit}_char_frac", characters / size),
-            ):
-                yield Check(reason, share, above(share, getattr(self, reason)))
+    def measure(self, page: Page) -> Sequence[float] | None:
+        text = page.text
+        if not text:
+            return None
+        size = len(text)
+        hashes, characters, flags, *_ = page.split_lines
         words = page.tokens
-        found = repetition(words.hashes, words.lengths).tolist()
-        for n in TOP:
-            share = found[n - 2] / size
-            yield Check(reason := f"top_{n}_gram", share, above(share, getattr(self, reason)))
-        for n in DUPLICATED:
-            characters = found[n - 2] if self.separate_words else joined_duplicates(page.words, n)
-            share = characters / size
-            yield Check(reason := f"duplicated_{n}_n_grams", share, above(share, getattr(self, reason)))
-
-
-def _lines(page: Page) -> tuple[int, int, int]:
-    """Parts between runs of newlines, an empty one before a first or behind a last newline included: (items, repeats, their characters)."""
-    hashes, characters, flags, *_ = page.split_lines
-    items, copies, repeated = line_repeats(hashes, characters, flags, EMPTY)
-    ends = (page.text[0] == "\n") + (page.text[-1] == "\n")
-    return items + ends, copies + (ends == 2), repeated
+        ends = (text[0] == "\n") + (text[-1] == "\n")  # an empty line before the first newline, and behind the last
+        found = repetition(page.data, classes(), hashes, characters, flags, ends, words.hashes, words.lengths, size).tolist()
+        if not self.separate_words:
+            found[7:] = [joined_duplicates(page.words, n) / size for n in range(5, 11)]
+        return found
 
 
 def joined_duplicates(words: list[str], n: int) -> int:

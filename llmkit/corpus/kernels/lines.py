@@ -9,9 +9,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.kernels.characters import SPACE, TERMINAL, decode, hash_bytes, start_of
-from llmkit.corpus.kernels.repetition import line_repeats
+from llmkit.corpus.kernels.repetition import EMPTY, line_repeats
 
-EMPTY = 1  # no character at all
 BLANK = 2  # nothing but whitespace
 BULLET = 4  # starts with • or - behind whitespace
 ELLIPSIS = 8  # ends with … or ... before whitespace

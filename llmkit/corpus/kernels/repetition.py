@@ -11,7 +11,7 @@ from numba import njit
 
 from llmkit.corpus.kernels.characters import SPACE, decode, extend, hash_bytes, start_of
 
-TOP, DUPLICATED = (2, 3, 4), (5, 6, 7, 8, 9, 10)
+EMPTY = 1  # a line without any character (kernels/lines.py)
 
 
 @njit(cache=True, nogil=True)
@@ -46,7 +46,7 @@ def group(keys, n):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def repetition(hashes, lengths):  # type: ignore[no-untyped-def]
+def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
     """int64[9]: characters (words joined by a space) of all copies of the most common 2-, 3-, 4-gram; of equally common ones the first. Then
     characters (without spaces) of 5- to 10-grams that occurred before, left to right, going on behind each one found."""
     result = np.zeros(9, np.int64)
@@ -161,3 +161,18 @@ def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
             i += 1
     copies, size = repeats(keys, sizes, n)
     return n, copies, size
+
+
+@njit(cache=True, nogil=True)
+def repetition(data, table, line_hashes, characters, flags, ends, hashes, lengths, size):  # type: ignore[no-untyped-def]
+    """float64[13]: shares of repeated paragraphs and of characters in them, the same of lines (parts between runs of newlines, of which `ends`
+    are empty), then the counts of `ngram_repeats`, all of characters as shares of the text's `size`."""
+    result = np.empty(13, np.float64)
+    n, copies, repeated = paragraph_repeats(data, table)
+    result[0], result[1] = copies / max(1, n), repeated / size
+    n, copies, repeated = line_repeats(line_hashes, characters, flags, EMPTY)
+    result[2], result[3] = (copies + (ends == 2)) / max(1, n + ends), repeated / size
+    counts = ngram_repeats(hashes, lengths)
+    for i in range(9):
+        result[4 + i] = counts[i] / size
+    return result
