@@ -12,6 +12,7 @@ import pytest
 
 from llmkit.corpus.kernels import c4, characters
 from llmkit.corpus.kernels.repetition import group
+from llmkit.corpus.kernels.tokens import fewest_words
 from llmkit.corpus.page import Page
 from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import MARKS, SPLITTERS, TERMINALS, count_sentences
@@ -119,6 +120,17 @@ def test_repetition(words: str) -> None:
         )
         differ += expected != joined
     assert differ > 5
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_a_low_estimate_of_words(words: str) -> None:
+    """Property: never more than there are, and FineWeb decides with it as without."""
+    chain = load_chain([], ["fineweb"], [], words)
+    for text in TEXTS:
+        page = Page(text, SPLITTERS.get(words))
+        assert fewest_words(page.data) <= len(page.words)
+        broken = [check for _, check in chain.measure(page) if check.broken]
+        assert chain.judge(text).drop == (broken[0] if broken else None), repr(text)
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -73,7 +73,10 @@ class ByTable:
 
     def decide(self, page: Page) -> Check | None:
         """The first broken rule, without the cost of a Check for every other."""
-        values = self.measure(page)
+        return self.broken(self.measure(page))
+
+    def broken(self, values: Sequence[float] | None) -> Check | None:
+        """The first broken rule of those that measured these values."""
         if values is None:
             return Check("empty")
         for value, (least, most) in zip(values, self.bounds, strict=True):

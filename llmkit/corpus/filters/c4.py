@@ -16,25 +16,37 @@ from dataclasses import dataclass
 from functools import cache
 
 from llmkit.corpus.filters import FILTERS, Check, below
-from llmkit.corpus.kernels.c4 import CITATIONS, CURLY, JAVASCRIPT, LOREM, POLICY, SHORT_FORMS, edit, packed, sentences
+from llmkit.corpus.kernels.c4 import (
+    CITATIONS,
+    CURLY,
+    JAVASCRIPT,
+    LOREM,
+    POLICY,
+    SHORT_FORMS,
+    SIGNS,
+    anchors,
+    count_signs,
+    edit,
+    packed,
+    sentences,
+)
 from llmkit.corpus.kernels.characters import Bytes, classes
 from llmkit.corpus.page import Page
 
-NOTICES = {  # what a pattern means, and a word without which it cannot be there
+NOTICES = {  # what a pattern means, and the sign without which it cannot be there
     "lorem ipsum": (LOREM, "lorem ipsum"),
     "javascript": (JAVASCRIPT, "javascript"),
     "terms of use": (POLICY, "terms of use"),
     "privacy policy": (POLICY, "privacy policy"),
 } | dict.fromkeys(("cookie policy", "uses cookies", "use of cookies", "use cookies"), (POLICY, "cookie"))
-SIGNS = tuple(dict.fromkeys(sign.encode() for _, sign in NOTICES.values()))
-KELVIN = "\u212a".encode()  # another k for str.lower
+_ANCHORS = anchors()
 
 
 @cache
-def _patterns(rules: int, signs: tuple[bool, ...]) -> Bytes:
+def _patterns(rules: int, present: tuple[bool, ...]) -> Bytes:
     """The notices of these rules, of those whose sign is in the text."""
-    present = dict(zip(SIGNS, signs, strict=True))
-    return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and present[sign.encode()]})
+    signs = dict(zip(SIGNS, present, strict=True))
+    return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and signs[sign]})
 
 
 @FILTERS.register("c4")
@@ -55,11 +67,11 @@ class C4:
 
     def __call__(self, page: Page) -> Iterator[Check]:
         text = page.text
-        lowered = page.encoded.lower()  # of ASCII letters alone, and fast
+        signs = count_signs(page.data, *_ANCHORS).tolist()
         lorem = self.drop_lorem_ipsum and not self.whole_page
         if self.whole_page:
             for reason, found, on in (
-                ("lorem_ipsum", lowered.count(b"lorem ipsum"), self.drop_lorem_ipsum),
+                ("lorem_ipsum", signs[0], self.drop_lorem_ipsum),
                 ("curly_bracket", text.count("{"), self.drop_curly_bracket),
             ):
                 yield Check(reason, found, on and found > 0)
@@ -72,7 +84,7 @@ class C4:
             self.require_end_mark,
             -1 if self.min_words_per_line is None else self.min_words_per_line,
             self.drop_curly_bracket and not self.whole_page,
-            _patterns(rules, tuple([sign in lowered for sign in SIGNS]) if KELVIN not in lowered else (True,) * len(SIGNS)),
+            _patterns(rules, tuple(map(bool, signs))),
             CITATIONS,
         )
         if gone:

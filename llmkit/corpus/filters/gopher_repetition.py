@@ -56,7 +56,9 @@ class GopherRepetition(ByTable):
         hashes, characters, flags, *_ = page.split_lines
         words = page.tokens
         ends = (text[0] == "\n") + (text[-1] == "\n")  # an empty line before the first newline, and behind the last
-        found = repetition(page.data, classes(), hashes, characters, flags, ends, words.hashes, words.lengths, size).tolist()
+        found = repetition(
+            page.data, classes(), hashes, characters, flags, ends, words.hashes, words.lengths, size
+        ).tolist()
         if not self.separate_words:
             found[7:] = [joined_duplicates(page.words, n) / size for n in range(5, 11)]
         return found

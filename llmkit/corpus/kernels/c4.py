@@ -20,6 +20,21 @@ def packed(patterns: Mapping[str, int]) -> Bytes:
     return np.frombuffer(b"".join(bytes([meaning, len(s)]) + s.encode() for s, meaning in patterns.items()), np.uint8)
 
 
+# What cannot be there without its sign, and a letter of that sign by which it is looked for: no letter twice.
+SIGNS = {"lorem ipsum": "m", "javascript": "j", "terms of use": "f", "privacy policy": "v", "cookie": "k"}
+
+
+def anchors() -> tuple[Bytes, Bytes, Bytes]:
+    """Tables for `count_signs`: sign + 1 by byte, place of the letter in the sign, the signs packed one by one."""
+    by_byte, places = (
+        np.zeros(256, np.uint8),
+        np.array([sign.index(letter) for sign, letter in SIGNS.items()], np.uint8),
+    )
+    for number, letter in enumerate(SIGNS.values(), 1):
+        by_byte[ord(letter)] = by_byte[ord(letter.upper())] = number
+    return by_byte, places, packed({sign: number for number, sign in enumerate(SIGNS, 1)})
+
+
 CITATIONS = packed({"[edit]": 1, "[citation needed]": 1})
 SHORT_FORMS = packed(dict.fromkeys(ABBREVIATIONS, 1))
 
@@ -46,6 +61,22 @@ def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
             return int(patterns[p]), i - start
         p += length + 2
     return 0, 0
+
+
+@njit(cache=True, nogil=True)
+def count_signs(data, by_byte, places, signs):  # type: ignore[no-untyped-def]
+    """int64[5]: how often each of SIGNS occurs, in any case; where a Kelvin sign (another k) is about, a cookie is assumed."""
+    counts = np.zeros(len(places), np.int64)
+    size = len(data)
+    for i in range(size):
+        number = by_byte[data[i]]
+        if number:
+            start = i - places[number - 1]
+            if start >= 0 and match(data, start, size, signs, True)[0] == number:
+                counts[number - 1] += 1
+        elif data[i] == 0xE2 and i + 2 < size and data[i + 1] == 0x84 and data[i + 2] == 0xAA:
+            counts[len(places) - 1] += 1
+    return counts
 
 
 @njit(cache=True, nogil=True)

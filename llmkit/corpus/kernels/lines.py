@@ -19,7 +19,7 @@ TERMINATED = 16  # its last character ends a sentence
 
 class Lines(NamedTuple):
     """Lines in order: 64-bit hash, length in characters, flags; how many have BULLET and how many ELLIPSIS; and `strange`: whether
-    text.splitlines() and text.split("\\n") could differ by more than a last empty line."""
+    text.splitlines() and text.split("\\n") could differ by more than a last empty line and carriage returns at the ends of lines."""
 
     hashes: NDArray[np.uint64]
     characters: NDArray[np.int64]
@@ -57,7 +57,7 @@ def lines(data, table, universal):  # type: ignore[no-untyped-def]
                 if suspects and byte & 0xC0 != 0x80:
                     code, width = decode(data, i)
                     if breaks(code):
-                        strange = True
+                        strange |= not (code == 0x0D and i + 1 < size and data[i + 1] == 0x0A)
                         if universal:
                             break
                     width = 1

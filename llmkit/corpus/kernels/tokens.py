@@ -150,6 +150,18 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def fewest_words(data):  # type: ignore[no-untyped-def]
+    """A number of words that the text has at least, for either kind of words: parts between ASCII spaces, and what may be a wider one."""
+    count = 0
+    space = True
+    for byte in data:
+        was = space
+        space = byte <= 0x20 or byte == 0xC2 or (byte >= 0xE1 and byte <= 0xE3)
+        count += was and not space and byte < 0x80
+    return count
+
+
+@njit(cache=True, nogil=True)
 def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
     """(words that are no symbols, characters in them, words with a letter, how many of the `wanted` hashes occur)."""
     proper = characters = lettered = found = 0

@@ -1,0 +1,64 @@
+"""What lines look like: how long, how many words, how many capitals. Cost: one pass, about 2 ns a byte."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from llmkit.corpus.kernels.characters import ALNUM, ALPHA, SPACE, UPPER, decode
+
+BLANK, GONE, DIGITS, SHORT = 1, 2, 4, 8
+
+
+@njit(cache=True, nogil=True)
+def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[no-untyped-def]
+    """For each line of text.split("\\n"): what it is, as bits, and how many words whitespace makes of it; then all bits together, and all words.
+
+    GONE: over the share `max_uppercase` of its characters that are no space are capitals, or it has at most `max_single` words. DIGITS: it has a digit,
+    and no letter or at most three words. SHORT: it has at most `short` words. Negative limits are off.
+    """
+    lines = 1
+    for byte in data:
+        lines += byte == 0x0A
+    bits, counts = np.zeros(lines, np.uint8), np.zeros(lines, np.int32)
+    union = all_words = line = i = 0
+    characters = capitals = alpha = words = digits = 0
+    inside = False
+    while i <= len(data):
+        code, width = decode(data, i) if i < len(data) else (np.int64(0x0A), 1)
+        i += width
+        kind = table[code]
+        if not kind & SPACE:
+            characters += 1
+            capitals += kind & UPPER != 0
+            alpha += kind & ALPHA != 0
+            digits += kind & (ALNUM | ALPHA) == ALNUM
+            words += not inside
+            inside = True
+            continue
+        inside = False
+        if code == 0x0A:
+            bit = BLANK
+            if words:
+                bit = DIGITS * (digits > 0 and (alpha == 0 or words <= 3)) | SHORT * (words <= short)
+                if (max_uppercase >= 0 and capitals > max_uppercase * characters) or words <= max_single:
+                    bit = GONE
+            bits[line], counts[line] = bit, words
+            union |= bit
+            all_words += words
+            line += 1
+            characters = capitals = alpha = words = digits = 0
+    return bits, counts, union, all_words
+
+
+@njit(cache=True, nogil=True)
+def letters(data, table):  # type: ignore[no-untyped-def]
+    """(characters, letters, letters and digits) of a text."""
+    characters = alpha = alnum = i = 0
+    while i < len(data):
+        code, width = decode(data, i)
+        i += width
+        characters += 1
+        alpha += table[code] & ALPHA != 0
+        alnum += table[code] & ALNUM != 0
+    return characters, alpha, alnum
