@@ -208,7 +208,10 @@ class _Script:
             option, _, place = str(item.get("role")).partition(" ")
             if option in flags:  # "rule url.domains=*": the path stands where the star is
                 before, _, after = place.partition("*")
-                words += [flags[option][0], shlex.quote(before) * bool(before) + reference + shlex.quote(after) * bool(after)]
+                words += [
+                    flags[option][0],
+                    shlex.quote(before) * bool(before) + reference + shlex.quote(after) * bool(after),
+                ]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
                 if suffix and reference == STDIN:

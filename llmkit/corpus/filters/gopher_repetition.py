@@ -18,7 +18,6 @@ from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.repetition import repetition
 from llmkit.corpus.page import Page
 
-
 SHARES = (
     *("dup_para_frac", "dup_para_char_frac", "dup_line_frac", "dup_line_char_frac"),
     *(f"top_{n}_gram" for n in (2, 3, 4)),
@@ -56,7 +55,7 @@ class GopherRepetition(ByTable):
         hashes, characters, flags, *_ = page.split_lines
         words = page.tokens
         ends = (text[0] == "\n") + (text[-1] == "\n")  # an empty line before the first newline, and behind the last
-        found = repetition(
+        found: list[float] = repetition(
             page.data, classes(), hashes, characters, flags, ends, words.hashes, words.lengths, size
         ).tolist()
         if not self.separate_words:
