@@ -173,5 +173,6 @@ def test_sentences() -> None:
 def test_groups() -> None:
     """Behaviour: equal keys get one number in order of first occurrence, also where keys differ in their high bits only."""
     keys = np.array([5, 5 << 32, 5, 7, 5 << 32, 1 << 63], np.uint64)
-    numbers, counts, groups = group(keys, len(keys))
-    assert numbers.tolist() == [0, 1, 0, 2, 1, 3] and groups == 4 and counts[:4].tolist() == [2, 2, 1, 1]
+    numbers, counts, places, groups = group(keys, len(keys))
+    assert numbers.tolist() == [0, 1, 0, 2, 1, 3] and groups == 4
+    assert counts[:4].tolist() == [2, 2, 1, 1] and places[:4].tolist() == [0, 1, 3, 5]

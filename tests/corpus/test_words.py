@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,10 +15,11 @@ from llmkit.corpus.words import (
     SPLITTERS,
     TERMINALS,
     count_sentences,
+    splitter,
     unicode_words,
     whitespace_words,
 )
-from llmkit.errors import UsageError
+from llmkit.errors import LlmkitError, UsageError
 
 
 def test_character_sets() -> None:
@@ -95,3 +98,12 @@ def test_unknown_kind_of_words() -> None:
     with pytest.raises(UsageError) as caught:
         SPLITTERS.get("unicod")
     assert "unicode" in caught.value.hint
+
+
+def test_spacy_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: without spaCy, --words spacy says what to install."""
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    splitter.cache_clear()
+    with pytest.raises(LlmkitError) as caught:
+        splitter("spacy")
+    assert "not installed" in caught.value.message and "pip install" in caught.value.hint

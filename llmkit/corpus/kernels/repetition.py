@@ -16,7 +16,7 @@ EMPTY = 1  # a line without any character (kernels/lines.py)
 
 @njit(cache=True, nogil=True)
 def group(keys, n):  # type: ignore[no-untyped-def]
-    """Equal keys get one number, in order of first occurrence: (number of each key, count of each number, how many numbers)."""
+    """Equal keys get one number, in order of first occurrence: (number of each key, count and first place of each number, how many numbers)."""
     size = 4
     while size < 2 * n:
         size *= 2
@@ -25,6 +25,7 @@ def group(keys, n):  # type: ignore[no-untyped-def]
     firsts = np.empty(n, np.uint64)
     numbers = np.empty(n, np.int32)
     counts = np.empty(n, np.int32)
+    places = np.empty(n, np.int32)
     groups = 0
     for i in range(n):
         slot = keys[i] & mask
@@ -34,6 +35,7 @@ def group(keys, n):  # type: ignore[no-untyped-def]
                 table[slot] = groups + 1
                 firsts[groups] = keys[i]
                 counts[groups] = 1
+                places[groups] = i
                 numbers[i] = groups
                 groups += 1
                 break
@@ -42,7 +44,7 @@ def group(keys, n):  # type: ignore[no-untyped-def]
                 numbers[i] = found
                 break
             slot = (slot + np.uint64(1)) & mask
-    return numbers, counts, groups
+    return numbers, counts, places, groups
 
 
 @njit(cache=True, nogil=True)
@@ -62,16 +64,14 @@ def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
     for n in range(2, 11):
         if words < n:
             break
-        numbers, counts, groups = group(keys, left)
+        numbers, counts, firsts, groups = group(keys, left)
         if n <= 4:
             most, characters = 1, upto[n] + n - 1
-            seen = 0  # numbers grow in order of first occurrence
-            for j in range(left):
-                if numbers[j] == seen:
-                    seen += 1
-                    if counts[numbers[j]] > most:
-                        most = counts[numbers[j]]
-                        characters = (upto[places[j] + n] - upto[places[j]] + n - 1) * most
+            for number in range(groups):
+                if counts[number] > most:
+                    most = counts[number]
+                    place = places[firsts[number]]
+                    characters = (upto[place + n] - upto[place] + n - 1) * most
             result[n - 2] = characters
         else:
             met = np.zeros(groups, np.bool_)
@@ -85,18 +85,18 @@ def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
                     free = place + n
                 else:
                     met[numbers[j]] = True
+        # Places whose n-gram and whose neighbour's repeat; written always and kept or not, since such a branch cannot be predicted.
         kept = 0
         for j in range(left - 1):  # the last one has no neighbour
             place = places[j]
-            if (
-                counts[numbers[j]] > 1
-                and places[j + 1] == place + 1
-                and counts[numbers[j + 1]] > 1
-                and place + n < words
-            ):
-                places[kept] = place
-                keys[kept] = extend(keys[j], hashes[place + n])
-                kept += 1
+            keys[kept] = extend(keys[j], hashes[min(place + n, words - 1)])
+            places[kept] = place
+            kept += (
+                (counts[numbers[j]] > 1)
+                & (counts[numbers[j + 1]] > 1)
+                & (places[j + 1] == place + 1)
+                & (place + n < words)
+            )
         left = kept
         if left == 0 and n >= 4:
             break
@@ -106,14 +106,11 @@ def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def repeats(hashes, sizes, n):  # type: ignore[no-untyped-def]
     """Of the first `n` items: (how many occurred before, their sizes together)."""
-    numbers, _, _ = group(hashes, n)
-    seen = copies = size = 0
-    for i in range(n):
-        if numbers[i] == seen:
-            seen += 1
-        else:
-            copies += 1
-            size += sizes[i]
+    _, _, places, groups = group(hashes, n)
+    size = sizes[:n].sum()
+    for number in range(groups):
+        size -= sizes[places[number]]
+    copies = n - groups
     return copies, size
 
 
