@@ -14,16 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import xxhash
+
+HERE = Path(__file__).parent
 
 
-def _find_cache() -> None:
-    """Numba keeps what it compiled beside the source, else in the user's cache directory. Where neither can be written to, for this process alone."""
+def _place_of_cache() -> str:
+    """Where compiled kernels are kept: beside the source, else in the user's cache directory; where neither can be written to, for this process alone.
+
+    In a directory named by all sources together: numba looks for changes in the file of a function alone, not in those of the functions that were
+    compiled into it.
+    """
+    digest = xxhash.xxh3_64()
+    for source in sorted([*HERE.glob("*.py"), *HERE.parent.glob("*.py")]):
+        digest.update(source.read_bytes())
+    name = f"kernels-{digest.hexdigest()}"
+    settings: Any = numba.config
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     exists = next((path for path in (home, *home.parents) if path.exists()), home)
-    settings: Any = numba.config
-    if not (settings.CACHE_DIR or os.access(Path(__file__).parent, os.W_OK) or os.access(exists, os.W_OK)):
-        settings.CACHE_DIR = tempfile.mkdtemp(prefix="llmkit-kernels-")
-        atexit.register(shutil.rmtree, settings.CACHE_DIR, ignore_errors=True)
+    if settings.CACHE_DIR:
+        return str(Path(settings.CACHE_DIR, name))
+    if os.access(HERE, os.W_OK):
+        return str(HERE / "__pycache__" / name)
+    if os.access(exists, os.W_OK):
+        return str(home / "llmkit" / name)
+    directory = tempfile.mkdtemp(prefix="llmkit-kernels-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
-_find_cache()
+numba.config.CACHE_DIR = _place_of_cache()  # type: ignore[attr-defined]

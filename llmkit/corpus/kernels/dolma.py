@@ -32,7 +32,7 @@ def all_copies(hashes, lengths):  # type: ignore[no-untyped-def]
     for n in range(2, 11):
         if words < n:
             break
-        numbers, counts, _ = group(keys, left)
+        numbers, counts, _, _ = group(keys, left)
         if n <= 4:
             result[1, n - 2] = upto[words]
             most, result[0, n - 2] = 1, upto[n]
@@ -74,7 +74,7 @@ def line_copies(hashes, characters, flags, empty):  # type: ignore[no-untyped-de
         if empty or not flags[i] & EMPTY:
             keys[n], sizes[n] = hashes[i], characters[i]
             n += 1
-    numbers, counts, _ = group(keys, n)
+    numbers, counts, _, _ = group(keys, n)
     copies = size = 0
     for i in range(n):
         if counts[numbers[i]] > 1:
