@@ -89,7 +89,7 @@ def main(
             if not run.dry_run:
                 writer = stack.enter_context(run.writer())
                 for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force))
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew))
             bar = stack.enter_context(run.progress(None, "pages"))
             for outcome in extractor.run(_pages(run, job.inputs, html_key, max_page_bytes, verify, read)):
                 for broken in outcome.broken[: max(0, SHOWN - shown)]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine
@@ -103,6 +103,8 @@ class Run:
     # Inputs and outputs.
     def reads(self, role: str, path: str) -> None:
         """Note an input that an option names: `role` is the option, or it and its value with a star for the path (io.lineage.Input)."""
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
         self._paths.append((role, Path(path)))
 
     def lineage(self) -> Lineage:
@@ -126,13 +128,16 @@ class Run:
 
     def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
+        return self.reader_of(self.inputs(given, **expand_options), text_key=text_key)
+
+    def reader_of(self, paths: list[str], *, text_key: str | None = "") -> DocumentReader:
+        """Reader of these files, none at all where there are none."""
         from llmkit.io.atomic import check_output
         from llmkit.io.documents import DocumentReader, Quarantine, ReadOptions
 
         values = self._values
         key = values["text_key"] if text_key == "" else text_key
         options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
-        paths = self.inputs(given, **expand_options)
         if self._quarantine is None and options.quarantine:
             check_output(options.quarantine, self.force)
             self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
@@ -167,8 +172,11 @@ class Run:
             return False
         digests = [digest_path(path) for path in paths]
         for path, header in outputs.items():
-            made_of = [item.get("digest") for item in (found[path] or {}).get("inputs", [])]
-            if made_of != [item.digest for item in header.inputs] + digests:
+            made_of = (found[path] or {}).get("inputs", [])
+            named = [(item.role, item.digest) for item in header.inputs]
+            if [(item.get("role"), item.get("digest")) for item in made_of[: len(named)]] != named or [
+                item.get("digest") for item in made_of[len(named) :]
+            ] != digests:
                 return False
         return True
 

@@ -42,7 +42,8 @@ class Job:
     def __init__(self, run: Run, inputs: list[str], output: str | None, rejects: str | None) -> None:
         from llmkit.io.lineage import Lineage
 
-        self.run, self.inputs, self.output, self.rejects = run, inputs, output, rejects
+        self.run, self.inputs, self.output = run, inputs, output
+        self.anew = False  # whether rejects that are there without their output are to be replaced
         self.beside: dict[str, Lineage] = {}
         if rejects is not None:
             self.beside[rejects] = Lineage(f"{run.command} --rejects", dict(run.options), run.lineage().inputs)
@@ -82,7 +83,9 @@ def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iter
         if directory is not None and not run.dry_run:
             Path(directory).mkdir(parents=True, exist_ok=True)
     for (name, path), output in zip(names.items(), outputs, strict=True):
-        yield Job(run, [path], output, None if rejects is None else os.path.join(rejects, name))
+        job = Job(run, [path], output, None if rejects is None else os.path.join(rejects, name))
+        job.anew = resume and not os.path.exists(output)
+        yield job
     run.output = target
 
 
@@ -116,13 +119,13 @@ def run_stage(
             passed += 1
             continue
         made += 1
-        reader = run.reader(job.inputs, files_from=None)
+        reader = run.reader_of(job.inputs)
         with ExitStack() as stack:
             writer = rejected = None
             if not run.dry_run:
                 writer = stack.enter_context(run.writer())
                 for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force))
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew))
             with run.progress(None, "documents") as bar:
                 for outcome in work(reader):
                     reader.accept(outcome.bad)

@@ -36,10 +36,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Chain:
-    """Named filters in order, with the kind of words that they count."""
+    """Named filters in order, with the kind of words that they count; `functions` holds (name, file) of those from one's own files."""
 
     steps: tuple[tuple[str, Filter], ...]
     splitter: Splitter
+    functions: tuple[tuple[str, str], ...] = ()
 
     def judge(self, text: str, where: object = "text", fields: Mapping[str, Any] | None = None) -> Verdict:
         """Run the filters on `text` up to the first broken rule. LlmkitError naming `where` and the filter if one of them raises."""
@@ -73,11 +74,14 @@ def _checks(name: str, check: Filter, page: Page, where: object) -> Iterator[Che
     try:
         answer = check(page)
         if isinstance(answer, Check):
-            yield answer
-        elif isinstance(answer, bool) or answer is None:
+            answer = iter((answer,))
+        if isinstance(answer, bool) or answer is None:
             yield Check(name.rpartition(":")[2], broken=answer is False)
         else:
-            yield from answer
+            for found in answer:
+                value: Any = found.value  # one of another kind, such as numpy's, is no JSON
+                plain = value is None or isinstance(value, int | float | str)
+                yield found if plain else found._replace(value=float(value))
     except LlmkitError:
         raise
     except Exception as error:
@@ -192,6 +196,10 @@ def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered
         found: dict[str, Any] = {}
         for name, check in checks:
             found.setdefault(name, {})[check.statistic or check.reason] = check.value
+        if "dropped_by" not in document.fields.get("filter", {"dropped_by"}):
+            raise LlmkitError(
+                f"{document}: there is a field 'filter' already", "rename it: --annotate writes one of that name"
+            )
         found["dropped_by"] = [f"{name}.{check.reason}" for name, check in checks if check.broken]
         result.characters += len(document.text)
         document.change(**page.notes, filter=found)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 import tomllib
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -79,28 +82,36 @@ def load_chain(
         specs += _parse_preset(preset)
     specs += [{"name": name} for name in filters]
     settings = [rule for rule in rules if not is_function(rule)]
-    specs += [{"name": rule} for rule in rules if is_function(rule)]
+    # Functions of one's own come last, however they were named: so the record need not hold their place.
+    own = [spec["name"] for spec in specs if is_function(spec["name"])] + [rule for rule in rules if is_function(rule)]
+    specs = [spec for spec in specs if not is_function(spec["name"])] + [{"name": base_name(rule)} for rule in own]
+    files = {base_name(rule): rule.rpartition(":")[0] for rule in own}
     if compat and compat not in COMPAT:
         raise unknown_name("--compat", compat, list(COMPAT))
     for spec in specs:
         spec |= COMPAT[compat].get(_kind(spec["name"]), {}) if compat else {}
     given: dict[str, list[str]] = {}
     for rule in settings:
-        _override(specs, rule, given)
-    steps = tuple((spec["name"], _build(spec)) for spec in specs)
+        _override(specs, rule, given, files)
+    steps = tuple((spec["name"], _build(spec, files)) for spec in specs)
     for name, built in steps:
         if any(other != built for same, other in steps if same == name):
             raise UsageError(
                 f"filter {name!r} comes twice with different thresholds",
                 f"give each a name of its own: {name}@first, {name}@second",
             )
-    return Chain(steps, splitter(words))
+    return Chain(steps, splitter(words), tuple(files.items()))
 
 
 def is_function(rule: str) -> bool:
     """Whether a rule names a function of one's own file: "./rules.py:shouting"."""
     path, colon, function = rule.rpartition(":")
-    return bool(colon) and path.endswith(".py") and function.isidentifier()
+    return bool(colon) and path.endswith(".py") and "=" not in path and function.isidentifier()
+
+
+def base_name(function: str) -> str:
+    """A function of one's own by the name of its file alone: "rules.py:shouting"."""
+    return Path(function).name
 
 
 def _kind(name: str) -> str:
@@ -108,26 +119,30 @@ def _kind(name: str) -> str:
     return name.partition("@")[0]
 
 
-def _entry(name: str) -> Any:
-    """The registered filter, or the function of a file, that `name` stands for."""
-    if not is_function(name):
-        return FILTERS.get(_kind(name))
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+def _entry(name: str, files: dict[str, str]) -> Any:
+    """The registered filter, or the function or class of a file, that `name` stands for."""
+    return _own(files[name], name.rpartition(":")[2]) if name in files else FILTERS.get(_kind(name))
+
+
+@cache
+def _own(path: str, function: str) -> Any:
+    """A function or class of one's own file."""
+    hint = "a rule of one's own is FILE.py:FUNCTION"
+    if not Path(path).is_file():
+        raise LlmkitError(f"{path}: no such file", hint)
+    spec = importlib.util.spec_from_file_location(f"llmkit_rules_{Path(path).stem}_{len(sys.modules)}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-        entry = getattr(module, function)
-    except FileNotFoundError as error:
-        raise LlmkitError(f"{path}: no such file", "a rule of one's own is FILE.py:FUNCTION") from error
-    except AttributeError as error:
-        raise LlmkitError(f"{path}: no function {function!r}", "a rule of one's own is FILE.py:FUNCTION") from error
     except Exception as error:
         raise LlmkitError(
             f"{path}: does not load ({type(error).__name__}: {error})", "the fault is in that file"
         ) from error
-    return entry() if isinstance(entry, type) else entry
+    if not callable(found := getattr(module, function, None)):
+        raise LlmkitError(f"{path}: no function {function!r}", hint)
+    return found
 
 
 def _parse_preset(preset: str) -> list[dict[str, Any]]:
@@ -150,16 +165,16 @@ def _parse_preset(preset: str) -> list[dict[str, Any]]:
     return tables
 
 
-def _build(spec: dict[str, Any]) -> Filter:
+def _build(spec: dict[str, Any], files: dict[str, str]) -> Filter:
     """The filter that a table describes: its class with the thresholds checked against the types of its fields."""
     name = spec["name"]
-    entry = _entry(name)
+    entry = _entry(name, files)
     settings = {key: value for key, value in spec.items() if key != "name"}
     known = thresholds(entry)
     for key, value in settings.items():
         if key not in known:
             raise unknown_name("rule", f"{name}.{key}", [f"{name}.{other}" for other in known])
-        settings[key] = _typed(f"{name}.{key}", value, known[key])
+        settings[key] = _typed(f"{name}.{key}", value, known[key], _kind_of(entry, key))
     built: Filter = entry(**settings) if isinstance(entry, type) else entry
     return built
 
@@ -169,10 +184,11 @@ def thresholds(entry: Any) -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(entry)} if dataclasses.is_dataclass(entry) else {}
 
 
-def _override(specs: list[dict[str, Any]], rule: str, given: dict[str, list[str]]) -> None:
+def _override(specs: list[dict[str, Any]], rule: str, given: dict[str, list[str]], files: dict[str, str]) -> None:
     """Set one threshold. Values of a list of files add up in `given`, any other later one replaces an earlier one."""
     target, equals, value = rule.partition("=")
     name, dot, key = target.strip().rpartition(".")
+    name = base_name(name) if is_function(name) else name
     if not (equals and dot and key):
         raise UsageError(
             f"--rule {rule!r} is not of the form FILTER.THRESHOLD=VALUE", "for example gopher_quality.min_doc_words=20"
@@ -184,16 +200,30 @@ def _override(specs: list[dict[str, Any]], rule: str, given: dict[str, list[str]
             raise UsageError(f"--rule {rule!r}: filter {name!r} is not in this chain", "it has: " + ", ".join(in_chain))
         raise unknown_name("filter", name, in_chain)
     for spec in used:
-        entry = _entry(spec["name"])
+        entry = _entry(spec["name"], files)
         several = key in file_settings(entry) and isinstance(thresholds(entry)[key], tuple)
         spec[key] = given.setdefault(target.strip(), []) + [value.strip()] if several else value.strip()
     given.setdefault(target.strip(), []).append(value.strip())
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """`value` (from TOML, or text from --rule) as the kind that the default shows; "off" is None. UsageError where it cannot be."""
-    if value == "off" and not isinstance(default, bool | tuple):
+def _kind_of(entry: Any, key: str) -> str:
+    """The annotation of a threshold, as text: "int | None"."""
+    return next(str(f.type) for f in dataclasses.fields(entry) if f.name == key)
+
+
+def _typed(name: str, value: Any, default: Any, annotation: str) -> Any:
+    """`value` (from TOML, or text from --rule) as the kind that default and annotation show; "off" is None. UsageError where it cannot be.
+
+    Text that is JSON, a string in quotes or a list in brackets, is taken as such: so values with commas, quotes or outer spaces can be written.
+    """
+    optional = "None" in annotation
+    if value == "off" and optional:
         return None
+    if isinstance(value, str) and value[:1] in ('"', "[") and isinstance(default, str | tuple):
+        with suppress(orjson.JSONDecodeError):
+            value = orjson.loads(value)
+            if isinstance(value, str) and isinstance(default, str):
+                return value
     kind = "a number"
     if isinstance(default, bool):
         choices = {"true": True, "false": False, "on": True, "off": False, True: True, False: False}
@@ -203,18 +233,22 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     elif isinstance(default, tuple):
         items = [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
-            return tuple(items)
+            return tuple(filter(None, items))
         kind = "a list of words"
     elif isinstance(default, str):
         return str(value)
     elif not isinstance(value, bool):
         try:
             number = float(value)
-            if number == number:
-                return int(number) if isinstance(default, int) and number == int(number) else number
+            whole = number == int(number)
+            if "int" not in annotation or "float" in annotation:
+                return int(number) if isinstance(default, int) and whole else number
+            if whole and abs(number) < 2**31:
+                return int(number)
+            kind = "a whole number"
         except (TypeError, ValueError, OverflowError):
             pass
-    raise UsageError(f"{name}: {value!r} is not {kind}", '"off" switches the rule off' if kind == "a number" else "")
+    raise UsageError(f"{name}: {value!r} is not {kind}", '"off" switches the rule off' if optional else "")
 
 
 def file_settings(entry: Any) -> list[str]:
@@ -227,10 +261,9 @@ def file_settings(entry: Any) -> list[str]:
 def files_of(chain: Chain) -> list[tuple[str, str]]:
     """(rule, path) for each file that the chain reads; the rule has a `*` where the path stands: "url.domains=*", "*:shouting"."""
     found = []
+    for name, path in chain.functions:
+        found.append((f"*:{name.rpartition(':')[2]}", path))
     for name, check in chain.steps:
-        if is_function(name):
-            path, _, function = name.rpartition(":")
-            found.append((f"*:{function}", path))
         for key in file_settings(type(check)):
             value = getattr(check, key)
             found += [(f"{name}.{key}=*", path) for path in ((value,) if isinstance(value, str) else value) if path]
@@ -255,11 +288,22 @@ def spell_out(chain: Chain) -> tuple[list[str], list[str]]:
             if key in file_settings(type(check)):
                 continue
             if (value := getattr(check, key)) != default:
-                shown = (
-                    ",".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else _toml(value)
-                )
-                rules[f"{name}.{key}={shown.strip(chr(34))}"] = None
+                rules[f"{name}.{key}={_written(value)}"] = None
     return [name for name, _ in chain.steps if not is_function(name)], list(rules)
+
+
+def _written(value: Any) -> str:
+    """A value as --rule takes it."""
+    if isinstance(value, str):
+        return (
+            orjson.dumps(value).decode()
+            if value in ("", "off") or value[0] in '"[' or value != value.strip()
+            else value
+        )
+    if isinstance(value, tuple):
+        plain = all(item == item.strip() and item and "," not in item and item[0] not in '"[' for item in value)
+        return ",".join(value) if plain else orjson.dumps(value).decode()
+    return "off" if value is None else _toml(value)
 
 
 def _toml(value: Any) -> str:

@@ -215,6 +215,21 @@ def test_statistics(llmkit_here, docs: Path) -> None:
 
 
 RULE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import numpy as np
+from llmkit.corpus.filters import Check
+
+@dataclass(frozen=True)
+class Short:
+    least: int = 1
+
+    def __call__(self, page):
+        yield Check("short", np.int64(len(page.text)), len(page.text) < self.least)
+
+def calm(page):
+    return page.text.islower()
+
 def shouting(page):
     return not page.text.isupper()
 
@@ -253,6 +268,14 @@ def test_a_rule_of_ones_own(llmkit_here, docs: Path) -> None:
         and b"docs.jsonl:8 (id g7): filter 'my_rule.py:fails' raised ZeroDivisionError" in failed.stderr
     )
     assert not (docs / "f.jsonl").exists()
+    # Wherever the file lies, its base name is what stands in outputs and records; another function of it is another call.
+    away = ("filter", "loud.jsonl", "--filter", f"{docs}/my_rule.py:shouting", "-o", "out.jsonl.zst")
+    assert b"up to date" in llmkit_here(*away, cwd=docs).stderr
+    other = ("filter", "loud.jsonl", "--rule", "my_rule.py:calm", "-o", "out.jsonl.zst")
+    assert llmkit_here(*other, cwd=docs).returncode == 1
+    strict = ("--rule", "my_rule.py:Short", "--rule", "./my_rule.py:Short.least=5")
+    kept = llmkit_here("filter", "loud.jsonl", *strict, "--plain", "-q", cwd=docs)
+    assert (kept.returncode, kept.stdout) == (0, b""), kept.stderr
     missing = llmkit_here("filter", "docs.jsonl", "--rule", "my_rule.py:other", cwd=docs)
     assert missing.returncode == 1 and b"no function 'other'" in missing.stderr
     assert b"no such file" in llmkit_here("filter", "docs.jsonl", "--rule", "other.py:other", cwd=docs).stderr
@@ -346,3 +369,35 @@ def test_killed_in_the_middle(llmkit, docs: Path) -> None:
     assert killed > 0
     for path in (docs / "whole").iterdir():
         assert (docs / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_lists_decide_what_is_up_to_date(llmkit_here, docs: Path) -> None:
+    """Behaviour: the same file in another role, or a changed one, is another call; a pipe, which could be read once, is refused."""
+    (docs / "list.txt").write_text("bad.com\n")
+    rows = [{"id": "a", "text": "x", "url": "http://www.bad.com/"}, {"id": "b", "text": "y", "url": "http://good.org/"}]
+    (docs / "u.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+
+    def call(rule: str, *more: str) -> subprocess.CompletedProcess[bytes]:
+        return llmkit_here("filter", "u.jsonl", "--filter", "url", "--rule", rule, "-o", "o.jsonl.zst", *more, cwd=docs)
+
+    assert call("url.domains=list.txt").returncode == 0
+    assert [row["id"] for row in rows_of(docs / "o.jsonl.zst")] == ["b"]
+    assert b"up to date" in call("url.domains=list.txt").stderr
+    assert call("url.hosts=list.txt").returncode == 1
+    (docs / "list.txt").write_text("good.org\n")
+    assert call("url.domains=list.txt").returncode == 1
+    os.mkfifo(docs / "pipe")
+    refused = call("url.domains=pipe", "-f")
+    assert refused.returncode == 2 and b"not a regular file" in refused.stderr
+    quoted = [
+        llmkit_here("filter", "u.jsonl", "--filter", "regex", "--rule", rule, "--plain", cwd=docs).stdout
+        for rule in ("regex.pattern=x", 'regex.pattern="\\"x"')
+    ]
+    assert b'"id":"a"' not in quoted[0] and b'"id":"a"' in quoted[1]
+
+
+def test_empty_list_of_inputs_is_not_stdin(llmkit_here, docs: Path) -> None:
+    """Behaviour: --files-from an empty file reads nothing, whatever is on stdin."""
+    (docs / "empty").write_text("")
+    done = llmkit_here("filter", "--files-from", "empty", "--plain", stdin=(docs / "docs.jsonl").read_bytes(), cwd=docs)
+    assert done.returncode == 0 and done.stdout == b"" and b"no documents were read" in done.stderr

@@ -234,8 +234,8 @@ def test_fineweb(text: str, reason: str, value: float | None) -> None:
 @pytest.mark.parametrize(
     "text",
     ["x" * 1_000_000, "\n" * 1_000_000, " " * 1_000_000, "!?" * 500_000, "-" * 1_000_000, "[" * 1_000_000, "a'" * 500_000, "Mr. " * 250_000,
-     "\u0301" * 1_000_000, "1.," * 300_000],
-    ids=["letters", "newlines", "spaces", "marks", "dashes", "brackets", "apostrophes", "titles", "combining", "numbers"],
+     "\u0301" * 1_000_000, "1.," * 300_000, "A b c " + "!" * 900 + ("\nA b c " + "。" * 900) * 300, ("A b c d " + "!" * 100_000 + "x\n") * 5],
+    ids=["letters", "newlines", "spaces", "marks", "dashes", "brackets", "apostrophes", "titles", "combining", "numbers", "short runs", "long runs"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(text: str) -> None:
     """Behaviour: a megabyte of one pattern is judged in seconds by every filter (0.5 s where it was measured)."""

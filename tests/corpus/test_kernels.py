@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 import unicodedata
 
 import numpy as np
@@ -126,7 +127,7 @@ def test_repetition(words: str) -> None:
 def test_a_low_estimate_of_words(words: str) -> None:
     """Property: never more than there are, and FineWeb decides with it as without."""
     chain = load_chain([], ["fineweb"], [], words)
-    for text in TEXTS:
+    for text in [*TEXTS, *(text.replace(" ", "\x01") for text in TEXTS)]:
         page = Page(text, SPLITTERS.get(words))
         assert fewest_words(page.data) <= len(page.words)
         broken = [check for _, check in chain.measure(page) if check.broken]
@@ -168,6 +169,15 @@ def test_sentences() -> None:
         data = np.frombuffer("".join(line + "\n" for line in lines).encode(), np.uint8)
         found = c4.sentences(data, characters.classes(), c4.SHORT_FORMS)
         assert found == sum(map(count_sentences, lines)), repr(text)
+
+
+@pytest.mark.parametrize("run", ["!", "。", "?)", "...!"])
+def test_sentences_of_a_long_run_in_linear_time(run: str) -> None:
+    """Property: 200,000 marks before a letter or the line's end are counted at once."""
+    data = np.frombuffer(f"a b c {run * 200_000}\na {run * 200_000}x\n".encode(), np.uint8)
+    start = time.process_time()
+    c4.sentences(data, characters.classes(), c4.SHORT_FORMS)
+    assert time.process_time() - start < 3
 
 
 def test_groups() -> None:

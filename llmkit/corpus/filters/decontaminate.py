@@ -3,7 +3,7 @@
 Rule `contaminated`; its value is the item, `set:id` (the id, else the line in its file), the statistic `contaminated_share` how much of the
 nearest item the document holds, whether that is enough or not. Dropping is the default: what stands around an item is often its answer.
 
-    llmkit filter --filter decontaminate --rule decontaminate.files=gsm8k.jsonl.zst,mmlu.jsonl.zst docs.jsonl.zst
+    llmkit filter --filter decontaminate --rule decontaminate.files=gsm8k.jsonl.zst --rule decontaminate.files=mmlu.jsonl.zst docs.jsonl.zst
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Decontaminate:
         from llmkit.corpus.decontaminate import as_bytes, load_index, words_of
 
         if not self.files:
-            raise UsageError("decontaminate.files names no evaluation items", "give JSONL files, separated by commas")
+            raise UsageError(
+                "decontaminate.files names no evaluation items", "give each JSONL file with a rule of its own"
+            )
         found = load_index(self.files, self.fields, self.n, self.min_words).find(page.text, self.min_share)
         yield Check("contaminated", round(found.share, 4), False, "contaminated_share")
         items = nearest_first(found.matches)

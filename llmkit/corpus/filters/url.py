@@ -97,8 +97,10 @@ def host_of(url: str) -> str:
 
 
 def parents(host: str) -> list[str]:
-    """The host and each domain above it: a.b.com, b.com, com. An IP address has none."""
-    labels = host.split(".")
+    """The host and each domain above it: a.b.com, b.com, com. An IP address has none, nor what is too long for a name."""
+    labels = host.split(".") if len(host) <= 253 else []
+    if not labels:
+        return [host]
     if ":" in host or labels[-1].isdigit():
         return [host]
     return [".".join(labels[i:]) for i in range(len(labels))] if host else []

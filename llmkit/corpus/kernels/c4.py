@@ -119,14 +119,17 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
                 i += 1
                 continue
         i += width
-        closing, j = False, i
+        closing, j, marks = False, i, i
         while True:  # up to the newline at the latest
             after, step = decode(data, j)
             if closing or not table[after] & TERMINAL or (after < 0x80) != spaced:
                 closing = True
                 if not (after in (0x29, 0x5D, 0x22, 0x27) or after == 0x201D or after == 0x2019 or after == 0xBB):
                     break
+            else:
+                marks = j + step
             j += step
+        i = marks  # a mark further on in the same run comes to the same end
         if spaced and not table[after] & SPACE:
             continue
         k = j

@@ -156,7 +156,7 @@ def fewest_words(data):  # type: ignore[no-untyped-def]
     space = True
     for byte in data:
         was = space
-        space = byte <= 0x20 or byte == 0xC2 or (byte >= 0xE1 and byte <= 0xE3)
+        space = 0x09 <= byte <= 0x0D or 0x1C <= byte <= 0x20 or byte == 0xC2 or 0xE1 <= byte <= 0xE3
         count += was and not space and byte < 0x80
     return count
 
