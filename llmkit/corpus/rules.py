@@ -202,8 +202,8 @@ def _override(specs: list[dict[str, Any]], rule: str, given: dict[str, list[str]
     for spec in used:
         entry = _entry(spec["name"], files)
         several = key in file_settings(entry) and isinstance(thresholds(entry)[key], tuple)
-        spec[key] = given.setdefault(target.strip(), []) + [value.strip()] if several else value.strip()
-    given.setdefault(target.strip(), []).append(value.strip())
+        spec[key] = given.setdefault(target.strip(), []) + [value] if several else value
+    given.setdefault(target.strip(), []).append(value)
 
 
 def _kind_of(entry: Any, key: str) -> str:
@@ -214,16 +214,17 @@ def _kind_of(entry: Any, key: str) -> str:
 def _typed(name: str, value: Any, default: Any, annotation: str) -> Any:
     """`value` (from TOML, or text from --rule) as the kind that default and annotation show; "off" is None. UsageError where it cannot be.
 
-    Text that is JSON, a string in quotes or a list in brackets, is taken as such: so values with commas, quotes or outer spaces can be written.
+    A text is taken as it stands, quotes and outer spaces too; a list may be JSON, so that its items can hold commas.
     """
+    if isinstance(default, str):
+        return str(value)
     optional = "None" in annotation
+    value = value.strip() if isinstance(value, str) else value
     if value == "off" and optional:
         return None
-    if isinstance(value, str) and value[:1] in ('"', "[") and isinstance(default, str | tuple):
+    if isinstance(default, tuple) and isinstance(value, str) and value.startswith("["):
         with suppress(orjson.JSONDecodeError):
             value = orjson.loads(value)
-            if isinstance(value, str) and isinstance(default, str):
-                return value
     kind = "a number"
     if isinstance(default, bool):
         choices = {"true": True, "false": False, "on": True, "off": False, True: True, False: False}
@@ -235,8 +236,6 @@ def _typed(name: str, value: Any, default: Any, annotation: str) -> Any:
         if isinstance(items, list) and all(isinstance(item, str) for item in items):
             return tuple(filter(None, items))
         kind = "a list of words"
-    elif isinstance(default, str):
-        return str(value)
     elif not isinstance(value, bool):
         try:
             number = float(value)
@@ -295,13 +294,9 @@ def spell_out(chain: Chain) -> tuple[list[str], list[str]]:
 def _written(value: Any) -> str:
     """A value as --rule takes it."""
     if isinstance(value, str):
-        return (
-            orjson.dumps(value).decode()
-            if value in ("", "off") or value[0] in '"[' or value != value.strip()
-            else value
-        )
+        return value
     if isinstance(value, tuple):
-        plain = all(item == item.strip() and item and "," not in item and item[0] not in '"[' for item in value)
+        plain = all(item == item.strip() and item and "," not in item and item[0] != "[" for item in value)
         return ",".join(value) if plain else orjson.dumps(value).decode()
     return "off" if value is None else _toml(value)
 
