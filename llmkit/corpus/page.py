@@ -26,12 +26,14 @@ class Page:
         self.fields = fields or {}
         self.notes: dict[str, Any] = {}
 
-    def edit(self, text: str) -> None:
-        """Replace the text; later rules see the new one, and measure it anew."""
+    def edit(self, text: str, encoded: bytes | None = None) -> None:
+        """Replace the text, also given in UTF-8 where that is at hand; later rules see the new one, and measure it anew."""
         if text != self.text:
             for name in MEASURED:
                 self.__dict__.pop(name, None)
             self.text = text
+            if encoded is not None:
+                self.__dict__["encoded"] = encoded
 
     def note(self, **fields: Any) -> None:
         """Set fields of the document, if it is kept."""

@@ -23,8 +23,9 @@ from llmkit.corpus.kernels.c4 import (
     LOREM,
     POLICY,
     SHORT_FORMS,
+    SIGN_PATTERNS,
+    SIGN_PLACES,
     SIGNS,
-    anchors,
     count_signs,
     edit,
     packed,
@@ -39,7 +40,6 @@ NOTICES = {  # what a pattern means, and the sign without which it cannot be the
     "terms of use": (POLICY, "terms of use"),
     "privacy policy": (POLICY, "privacy policy"),
 } | dict.fromkeys(("cookie policy", "uses cookies", "use of cookies", "use cookies"), (POLICY, "cookie"))
-_ANCHORS = anchors()
 
 
 @cache
@@ -66,17 +66,16 @@ class C4:
     whole_page: bool = True  # "{" and "lorem ipsum" count wherever they stand
 
     def __call__(self, page: Page) -> Iterator[Check]:
-        text = page.text
-        signs = count_signs(page.data, *_ANCHORS).tolist()
+        signs = count_signs(page.data, SIGN_PATTERNS, SIGN_PLACES).tolist()
         lorem = self.drop_lorem_ipsum and not self.whole_page
         if self.whole_page:
             for reason, found, on in (
                 ("lorem_ipsum", signs[0], self.drop_lorem_ipsum),
-                ("curly_bracket", text.count("{"), self.drop_curly_bracket),
+                ("curly_bracket", page.encoded.count(b"{"), self.drop_curly_bracket),
             ):
                 yield Check(reason, found, on and found > 0)
         rules = lorem * LOREM | self.drop_javascript_lines * JAVASCRIPT | self.drop_policy_lines * POLICY
-        kept, lines, gone, line = edit(
+        kept, gone, line = edit(
             page.data,
             classes(),
             -1 if self.max_word_length is None else self.max_word_length,
@@ -90,11 +89,12 @@ class C4:
         if gone:
             yield Check("curly_bracket" if gone == CURLY else "lorem_ipsum", line)
             return
-        written = kept.tobytes()[:-1]
-        result = text if written == page.encoded else written.decode()
         if page.splitter.compiled:
             number = sentences(kept, classes(), SHORT_FORMS)
         else:
-            number = sum(map(page.splitter.sentences, result.split("\n"))) if lines else 0
+            number = sum(map(page.splitter.sentences, kept.tobytes().decode().split("\n")[:-1]))
         yield Check("too_few_sentences", number, below(number, self.min_num_sentences), "sentences")
-        page.edit(result.strip())
+        written = kept.tobytes()[:-1]
+        text = page.text if written == page.encoded else written.decode()
+        stripped = text.strip()
+        page.edit(stripped, written if len(stripped) == len(text) else None)

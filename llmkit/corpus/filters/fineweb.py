@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from llmkit.corpus.filters import FILTERS, ByTable, Check, Rule
 from llmkit.corpus.kernels.lines import fineweb
-from llmkit.corpus.kernels.tokens import fewest_words
+from llmkit.corpus.kernels.tokens import has_words
 from llmkit.corpus.page import Page
 
 
@@ -33,20 +34,19 @@ class FineWeb(ByTable):
     list_ratio: float | None = 0.3  # newlines a word
 
     def measure(self, page: Page) -> Sequence[float] | None:
-        return self._measure(page, None)
+        return self._measure(page, estimate=False)
 
     def decide(self, page: Page) -> Check | None:
-        # Words are costly to find, and there are nearly always enough: look for them only where a low estimate is not.
-        newlines, words = page.text.count("\n"), fewest_words(page.data) if page.splitter.compiled else 0
-        enough = self.list_ratio is not None and words > 0 and newlines / words <= self.list_ratio
-        values = self._measure(page, words if enough else None)
-        return self.broken(values)
+        return self.broken(self._measure(page, estimate=True))
 
-    def _measure(self, page: Page, words: int | None) -> Sequence[float] | None:
+    def _measure(self, page: Page, estimate: bool) -> Sequence[float] | None:
+        """The values; with `estimate`, list_ratio may be an upper bound that passes: words are costly to find, and nearly always plainly enough."""
         hashes, characters, flags, *_ = page.split_lines
         total, terminated, short, repeated = fineweb(hashes, characters, flags, self.short_line_length)
         if total == 0:
             return None
         newlines = len(flags) - 1
-        words = len(page.tokens.lengths) if words is None else words
+        words = ceil(newlines / self.list_ratio) if estimate and self.list_ratio else 0
+        if not (words and page.splitter.compiled and has_words(page.data, words)):
+            words = len(page.tokens.lengths)
         return terminated / total, short / total, repeated / (len(page.text) - newlines), newlines / max(1, words)

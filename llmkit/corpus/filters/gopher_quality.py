@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.filters import FILTERS, ByTable, Rule
-from llmkit.corpus.kernels.tokens import summary, tokens_of
+from llmkit.corpus.kernels.tokens import summary, symbols, tokens_of
 from llmkit.corpus.page import Page
 
 
@@ -53,11 +53,12 @@ class GopherQuality(ByTable):
     stop_words: tuple[str, ...] = ("the", "be", "to", "of", "and", "that", "have", "with")
 
     def measure(self, page: Page) -> Sequence[float]:
-        text, words = page.text, page.tokens
+        words = page.tokens
         total = max(1, len(words.flags))
         count, characters, lettered, found = summary(*words, _hashes(self.stop_words))
         # Without a word there is no mean: a value that passes.
         mean = characters / count if count else self.min_avg_word_length or 0.0
+        signs, dots = symbols(page.data)
         number, bullets, ellipses = page.line_counts
         number = max(1, number)
         return (
@@ -65,8 +66,8 @@ class GopherQuality(ByTable):
             count,
             mean,
             mean,
-            text.count("#") / total,
-            (text.count("...") + text.count("…")) / total,
+            signs / total,
+            dots / total,
             bullets / number,
             ellipses / number,
             lettered / total,

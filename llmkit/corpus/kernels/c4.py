@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import numpy as np
 from numba import njit
 
+from llmkit.corpus.kernels import octets
 from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, Bytes, decode, start_of
-from llmkit.corpus.kernels.lines import breaks
+from llmkit.corpus.kernels.lines import end_of_line, rare_breaks
 from llmkit.corpus.words import ABBREVIATIONS
 
 LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # what a pattern means
 CURLY = 8
+STOPS, EXCLAMATIONS, QUESTIONS, BRACKETS, BRACES = (np.uint64(byte * 0x0101010101010101) for byte in b".!?[{")
 
 
 def packed(patterns: Mapping[str, int]) -> Bytes:
@@ -20,20 +22,14 @@ def packed(patterns: Mapping[str, int]) -> Bytes:
     return np.frombuffer(b"".join(bytes([meaning, len(s)]) + s.encode() for s, meaning in patterns.items()), np.uint8)
 
 
-# What cannot be there without its sign, and a letter of that sign by which it is looked for: no letter twice.
-SIGNS = {"lorem ipsum": "m", "javascript": "j", "terms of use": "f", "privacy policy": "v", "cookie": "k"}
-
-
-def anchors() -> tuple[Bytes, Bytes, Bytes]:
-    """Tables for `count_signs`: sign + 1 by byte, place of the letter in the sign, the signs packed one by one."""
-    by_byte, places = (
-        np.zeros(256, np.uint8),
-        np.array([sign.index(letter) for sign, letter in SIGNS.items()], np.uint8),
-    )
-    for number, letter in enumerate(SIGNS.values(), 1):
-        by_byte[ord(letter)] = by_byte[ord(letter.upper())] = number
-    return by_byte, places, packed({sign: number for number, sign in enumerate(SIGNS, 1)})
-
+# What cannot be there without its sign, and the place of the pair of letters in it that is looked for: one of the PAIRS, in lower case. The last pair
+# begins the Kelvin sign, which is a k for str.lower (of its bytes 84 is A4 in this "lower case").
+SIGNS = {"lorem ipsum": 6, "javascript": 0, "terms of use": 8, "privacy policy": 3, "cookie": 3}
+SIGN_PATTERNS = packed({sign: number for number, sign in enumerate(SIGNS, 1)})
+SIGN_PLACES = np.array(list(SIGNS.values()))
+PAIRS = (b"ip", b"ja", b" u", b"va", b"ki", b"\xe2\xa4")
+FIRSTS, SECONDS = (tuple(np.uint64(pair[k] * 0x0101010101010101) for pair in PAIRS) for k in (0, 1))
+SPACES = np.uint64(0x20 * 0x0101010101010101)
 
 CITATIONS = packed({"[edit]": 1, "[citation needed]": 1})
 SHORT_FORMS = packed(dict.fromkeys(ABBREVIATIONS, 1))
@@ -64,18 +60,23 @@ def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def count_signs(data, by_byte, places, signs):  # type: ignore[no-untyped-def]
-    """int64[5]: how often each of SIGNS occurs, in any case; where a Kelvin sign (another k) is about, a cookie is assumed."""
+def count_signs(data, signs, places):  # type: ignore[no-untyped-def]
+    """int64[5]: how often each of SIGNS occurs, in any case."""
     counts = np.zeros(len(places), np.int64)
     size = len(data)
-    for i in range(size):
-        number = by_byte[data[i]]
-        if number:
-            start = i - places[number - 1]
-            if start >= 0 and match(data, start, size, signs, True)[0] == number:
-                counts[number - 1] += 1
-        elif data[i] == 0xE2 and i + 2 < size and data[i + 1] == 0x84 and data[i + 2] == 0xAA:
-            counts[len(places) - 1] += 1
+    for i in range(0, size, 8):
+        a, b = octets.load(data, i) | SPACES, octets.load(data, i + 1) | SPACES
+        found = np.uint64(0)
+        for k in range(6):
+            differences = a ^ FIRSTS[k] | b ^ SECONDS[k]
+            found |= differences - octets.ONES & ~differences  # a byte of zeros, or perhaps one behind it
+        found &= octets.HIGH
+        while found:
+            place = i + octets.first(found)
+            found &= found - octets.ONE
+            for k in range(len(places)):
+                if place >= places[k] and match(data, place - places[k], size, signs, True)[0] == k + 1:
+                    counts[k] += 1
     return counts
 
 
@@ -102,9 +103,17 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
     """Sentences of lines, each ended by a newline, as llmkit.corpus.words.count_sentences counts them."""
     count = i = 0
     size = len(data)
-    while i < size:
-        if 0x3F < data[i] < 0x80:  # no mark
-            i += 1
+    while True:
+        word = octets.load(data, i)
+        some = word & octets.HIGH | octets.equal(word, octets.NEWLINES) | octets.equal(word, STOPS)
+        some |= octets.equal(word, EXCLAMATIONS) | octets.equal(word, QUESTIONS)
+        if not some:
+            i += 8
+        else:
+            i += octets.first(some)
+        if i >= size:
+            return count
+        if not some:
             continue
         code, width = decode(data, i)
         if not table[code] & TERMINAL:
@@ -139,37 +148,28 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
         if after != 0x0A:  # something follows
             count += 1
             i = j
-    return count
 
 
 @njit(cache=True, nogil=True)
 def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, citation_marks):  # type: ignore[no-untyped-def]
-    """(text of the kept lines, each stripped and ended by a newline, how many lines, why the document goes, at which line).
+    """(text of the kept lines, each stripped and ended by a newline, why the document goes, at which line).
 
     `longest` word and `fewest` words a line (-1: any); `citations`, `end_mark`, `curly`: whether that rule is on; `patterns`: those of the
     notices whose rule is on and that the text may hold.
     """
     size = len(data)
-    out = np.empty(size + 1, np.uint8)
-    o = kept = number = i = 0
+    out = np.empty(size + 9, np.uint8)  # one for a last newline, eight for what `copy` writes over
+    o = number = i = 0
+    rare = rare_breaks(data)
+    brackets = False
+    for byte in data:
+        brackets |= byte == 0x5B
+    brackets &= citations
     while i < size:
         number += 1
-        first, width = i, 1
-        bracket = brace = False
-        while i < size and data[i] != 0x0A:
-            byte = data[i]
-            bracket |= byte == 0x5B
-            brace |= byte == 0x7B
-            if byte < 0x20 or byte == 0xC2 or byte == 0xE2:
-                code, width = decode(data, i)
-                if breaks(code):
-                    break
-                width = 1
-            i += 1
-        last = i
-        if i + 1 < size and data[i] == 0x0D and data[i + 1] == 0x0A:
-            width = 2
-        i += width
+        first = i
+        last, width = end_of_line(data, first, size, rare)
+        i = last + width
         while first < last:
             code, width = decode(data, first)
             if not table[code] & SPACE:
@@ -196,10 +196,9 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
             most = max(most, length)
         if longest >= 0 and most > longest:
             continue
-        start = stop = o  # written behind what is kept; kept itself if `o` moves on
-        if not (bracket and citations):
-            for j in range(first, last):
-                out[stop + j - first] = data[j]
+        begin, start, stop = first, o, o  # written behind what is kept; kept itself if `o` moves on
+        if not brackets or octets.find(data, first, last, BRACKETS) == last:
+            octets.copy(data, first, last, out, o)
             stop += last - first
             first = last
         j = first
@@ -230,14 +229,13 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
             for j in range(start, stop):
                 found |= match(out, j, stop, patterns, True)[0]
         if found & LOREM:
-            return out[:0], kept, LOREM, number
+            return out[:0], LOREM, number
         if found & JAVASCRIPT:
             continue
-        if brace and curly:
-            return out[:0], kept, CURLY, number
+        if curly and octets.find(data, begin, last, BRACES) < last:
+            return out[:0], CURLY, number
         if found & POLICY:
             continue
-        kept += 1
         out[stop] = 0x0A
         o = stop + 1
-    return out[:o], kept, 0, 0
+    return out[:o], 0, 0

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from llmkit.corpus.kernels import octets
 from llmkit.corpus.words import MARKS, TERMINALS
 
 ALNUM = 1  # str.isalnum
@@ -86,24 +87,52 @@ def finish(h):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def extend(h, other):  # type: ignore[no-untyped-def]
-    """Hash of a sequence from that of its beginning and of its next item."""
-    return finish(h * HASH_PRIME + other)
+    """Hash of a sequence from that of its beginning and of its next item, both spread over all bits."""
+    return h * MIX_A + other
+
+
+@njit(cache=True, nogil=True)
+def hash_eight(h, word):  # type: ignore[no-untyped-def]
+    """A hash of bytes, eight bytes further."""
+    h = (h ^ word) * MIX_A
+    return h ^ h >> np.uint64(32)
+
+
+@njit(cache=True, nogil=True)
+def hash_rest(h, word):  # type: ignore[no-untyped-def]
+    """A hash of bytes, one to seven bytes further, the last ones."""
+    return (h ^ word) * MIX_A
 
 
 @njit(cache=True, nogil=True)
 def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
-    """64-bit hash of data[start:stop], eight bytes at a time."""
-    h = HASH_START ^ np.uint64(stop - start)
+    """64-bit hash of data[start:stop]."""
+    h = HASH_START
     i = start
     while i + 8 <= stop:
-        word = np.uint64(0)
-        for k in range(8):
-            word |= np.uint64(data[i + k]) << np.uint64(8 * k)
-        h = (h ^ word) * MIX_A
-        h ^= h >> np.uint64(32)
+        h = hash_eight(h, octets.load(data, i))
         i += 8
-    word = np.uint64(0)
-    while i < stop:
-        word = word << np.uint64(8) | np.uint64(data[i])
-        i += 1
-    return finish((h ^ word) * MIX_A)
+    if i < stop:
+        h = hash_rest(h, octets.load(data, i) & octets.below(stop - i))
+    return finish(h + np.uint64(stop - start))
+
+
+@njit(cache=True, nogil=True)
+def line_at(data, start):  # type: ignore[no-untyped-def]
+    """(end at the next newline or that of the text, characters, `hash_bytes`) of the line that begins at byte `start`."""
+    i, size, inner, h = start, len(data), 0, HASH_START
+    while i < size:
+        word = octets.load(data, i)
+        found = octets.equal(word, octets.NEWLINES)
+        step = min(octets.first(found), size - i)
+        if step < 8:
+            word &= octets.below(step)
+        inner += octets.count(octets.continuations(word))
+        if step < 8:
+            if step > 0:
+                h = hash_rest(h, word)
+            i += step
+            break
+        h = hash_eight(h, word)
+        i += 8
+    return i, i - start - inner, finish(h + np.uint64(i - start))

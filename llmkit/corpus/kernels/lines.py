@@ -8,7 +8,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from llmkit.corpus.kernels.characters import SPACE, TERMINAL, decode, hash_bytes, start_of
+from llmkit.corpus.kernels import octets
+from llmkit.corpus.kernels.characters import (
+    SPACE,
+    TERMINAL,
+    decode,
+    hash_bytes,
+    line_at,
+    start_of,
+)
 from llmkit.corpus.kernels.repetition import EMPTY, line_repeats
 
 BLANK = 2  # nothing but whitespace
@@ -36,33 +44,51 @@ def breaks(code):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def rare_breaks(data):  # type: ignore[no-untyped-def]
+    """Whether there may be line breaks that are no newlines and do not stand before one."""
+    found = len(data) > 0 and 0x0B <= data[-1] < 0x20
+    for i in range(1, len(data)):  # no branches: many bytes at once
+        a, b = data[i - 1], data[i]
+        found |= (a < 0x20) & (a != 0x09) & (a != 0x0A) & ((a != 0x0D) | (b != 0x0A))
+        found |= ((a == 0xC2) & (b == 0x85)) | ((a == 0x80) & ((b | 1) == 0xA9))
+    return found
+
+
+@njit(cache=True, nogil=True)
+def end_of_line(data, start, stop, rare):  # type: ignore[no-untyped-def]
+    """(end of the line that begins at `start`, bytes of its break): at the next newline or, if there may be `rare` breaks, at any."""
+    if not rare:
+        return octets.find(data, start, stop, octets.NEWLINES), 1
+    i = start
+    while i < stop and data[i] != 0x0A:
+        if data[i] < 0x20 or data[i] == 0xC2 or data[i] == 0xE2:
+            code, width = decode(data, i)
+            if breaks(code):
+                return i, 2 if code == 0x0D and i + 1 < stop and data[i + 1] == 0x0A else width
+        i += 1
+    return i, 1
+
+
+@njit(cache=True, nogil=True)
 def lines(data, table, universal):  # type: ignore[no-untyped-def]
     """The fields of `Lines`, for lines as text.splitlines() sees them (`universal`) or text.split("\\n")."""
     size = len(data)
-    room, suspects = 1, 0
-    for byte in data:  # at least as many as there are breaks
+    room, strange = 1, rare_breaks(data)
+    for byte in data:
         room += byte == 0x0A
-        suspects += 0x0B <= byte <= 0x0D or 0x1C <= byte <= 0x1E or byte == 0x85 or byte == 0xA8 or byte == 0xA9
     if universal:
-        room += suspects
+        for byte in data:
+            room += (byte < 0x20) | (byte == 0x85) | (byte == 0xA8) | (byte == 0xA9)
     hashes, characters, flags = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint8)
     n = i = bullets = ellipses = 0
-    strange = False
     while i < size or (not universal and i == size):
-        start, inner, width = i, 0, 1
-        while i < size and data[i] != 0x0A:
-            byte = data[i]
-            if byte < 0x20 or byte >= 0x80:
-                inner += byte & 0xC0 == 0x80
-                if suspects and byte & 0xC0 != 0x80:
-                    code, width = decode(data, i)
-                    if breaks(code):
-                        strange |= not (code == 0x0D and i + 1 < size and data[i + 1] == 0x0A)
-                        if universal:
-                            break
-                    width = 1
-            i += 1
-        hashes[n], characters[n] = hash_bytes(data, start, i), i - start - inner
+        start = i
+        if universal and strange:
+            i, width = end_of_line(data, start, size, strange)
+            hashes[n], characters[n] = hash_bytes(data, start, i), octets.length(data, start, i)
+        else:
+            i, characters[n], hashes[n] = line_at(data, start)
+            width = 1
         flag = EMPTY | BLANK if start == i else 0
         if start < i:
             last = start_of(data, i - 1)
@@ -88,9 +114,7 @@ def lines(data, table, universal):  # type: ignore[no-untyped-def]
                 bullets += 1
         flags[n] = flag
         n += 1
-        if universal and i + 1 < size and data[i] == 0x0D and data[i + 1] == 0x0A:
-            width = 2
-        i += width if i < size else 1
+        i += width
     return hashes[:n], characters[:n], flags[:n], bullets, ellipses, strange
 
 

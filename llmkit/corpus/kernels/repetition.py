@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import SPACE, decode, extend, hash_bytes, start_of
+from llmkit.corpus.kernels.characters import HASH_START, SPACE, decode, extend, line_at, start_of
 
 EMPTY = 1  # a line without any character (kernels/lines.py)
 
@@ -146,13 +146,15 @@ def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
     for k in range(i, stop):
         room += data[k] == 0x0A
     keys, sizes = np.empty(room, np.uint64), np.empty(room, np.int64)
-    n = 0
+    n, text = 0, data[:stop]
     while i < stop:
-        start, inner = i, 0
-        while i < stop and not (data[i] == 0x0A and data[i + 1] == 0x0A):  # the last character is no newline
-            inner += data[i] & 0xC0 == 0x80
+        key, size, more = HASH_START, -1, True
+        while more:
+            i, characters, line = line_at(text, i)
+            key, size = extend(key, line), size + characters + 1
             i += 1
-        keys[n], sizes[n] = hash_bytes(data, start, i), i - start - inner
+            more = i < stop and data[i] != 0x0A
+        keys[n], sizes[n] = key, size
         n += 1
         while i < stop and data[i] == 0x0A:
             i += 1

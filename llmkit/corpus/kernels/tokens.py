@@ -8,11 +8,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from llmkit.corpus.kernels import octets
 from llmkit.corpus.kernels.characters import (
     ALNUM,
     ALPHA,
     COMBINING,
-    HASH_PRIME,
     HASH_START,
     MARK,
     RUN,
@@ -20,8 +20,13 @@ from llmkit.corpus.kernels.characters import (
     classes,
     decode,
     finish,
+    hash_bytes,
+    hash_eight,
+    hash_rest,
     start_of,
 )
+
+JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # those under 0x40 that `joins` knows
 
 
 class Tokens(NamedTuple):
@@ -78,6 +83,55 @@ def end_of_url(data, i, table):  # type: ignore[no-untyped-def]
     return end if end > start else 0
 
 
+@njit(cache=True, nogil=True, inline="always")
+def word_at(data, start, table, whitespace):  # type: ignore[no-untyped-def]
+    """(end, characters, flags) of the word that begins at byte `start`; no characters: there is whitespace, up to the end."""
+    size = len(data)
+    i = start
+    code, width = decode(data, i)
+    kind = table[code]
+    if kind & SPACE:
+        return i + width, 0, 0
+    first, characters, alpha, marks = code, 0, 0, MARK
+    run = same = False
+    if not whitespace:
+        run = kind & ALNUM != 0
+        if not run:
+            same = kind & RUN != 0
+            if (code == 0x27 or code == 0x2019) and 0 < i < size - width:  # perhaps an ending such as 's
+                before, _ = decode(data, start_of(data, i - 1))
+                after, _ = decode(data, i + width)
+                run = table[before] & table[after] & ALNUM != 0
+    whole = 0  # a URL goes on to here
+    while True:
+        characters += 1
+        alpha |= kind & ALPHA
+        marks &= kind
+        i += width
+        if i >= size:
+            break
+        code, width = decode(data, i)
+        kind = table[code]
+        if whitespace:
+            if kind & SPACE:
+                break
+        elif run:
+            if not kind & (ALNUM | COMBINING) and i >= whole and not joins(data, i, table):
+                if whole > 0:
+                    break
+                if code == 0x3A:
+                    whole = end_of_url(data, i, table)
+                    if whole == 0:
+                        break
+                elif code == 0x2E and initial(data, i, table):
+                    run = False  # the full stop is the last
+                else:
+                    break
+        elif not (same and code == first):
+            break
+    return i, characters, alpha | marks
+
+
 @njit(cache=True, nogil=True)
 def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
     """Words as llmkit.corpus.words defines them: `whitespace` or else `unicode`."""
@@ -85,92 +139,108 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
     hashes, lengths, flags = np.empty(size, np.uint64), np.empty(size, np.int32), np.empty(size, np.uint8)
     n = i = 0
     while i < size:
-        code, width = decode(data, i)
-        kind = table[code]
-        if kind & SPACE:
-            i += width
+        byte = data[i]
+        if byte < 0x80 and table[byte] & SPACE:
+            i += 1
             continue
-        h, characters, alpha, marks, first = HASH_START, 0, 0, MARK, code
-        run = same = False
-        if not whitespace:
-            run = kind & ALNUM != 0
-            if not run:
-                same = kind & RUN != 0
-                if (code == 0x27 or code == 0x2019) and 0 < i < size - width:  # perhaps an ending such as 's
-                    before, _ = decode(data, start_of(data, i - 1))
-                    after, _ = decode(data, i + width)
-                    run = table[before] & table[after] & ALNUM != 0
-        whole = 0  # a URL goes on to here
+        # Most words: ASCII characters up to one that ends them for certain, eight at a time.
+        h, letters, digits, stop = HASH_START, np.uint64(0), np.uint64(0), i
         while True:
-            if run and code < 0x80 and kind & ALNUM:  # fast over ASCII letters and digits
-                start = i
-                byte = data[i]
-                while True:
-                    alpha |= table[byte] & ALPHA
-                    h = (h ^ np.uint64(byte)) * HASH_PRIME
-                    i += 1
-                    if i >= size:
-                        break
-                    byte = data[i]
-                    if byte >= 0x80 or not table[byte] & ALNUM:
-                        break
-                characters += i - start
-                marks = 0
+            word = octets.load(data, stop)
+            some_letters, some_digits = octets.letters_and_digits(word)
+            inside = octets.visible(word) if whitespace else some_letters | some_digits
+            step = octets.first(~inside & octets.HIGH)
+            if step < 8:
+                break
+            letters |= some_letters
+            digits |= some_digits
+            h = hash_eight(h, word)
+            stop += 8
+        if stop + step + 1 < size:
+            if step > 0:
+                letters |= some_letters & octets.below(step)
+                digits |= some_digits & octets.below(step)
+                h = hash_rest(h, word & octets.below(step))
+            stop += step
+            mark, after = data[stop], data[stop + 1]
+            if stop == i:  # a mark alone
+                ends = 0x20 < byte < 0x7F and byte != 0x27 and after != byte
+                closed = True
+            elif whitespace:
+                ends = mark < 0x80 and table[mark] & SPACE != 0
+                closed = False
             else:
-                for k in range(i, i + width):
-                    h = (h ^ np.uint64(data[k])) * HASH_PRIME
-                characters += 1
-                alpha |= kind & ALPHA
-                marks &= kind
-                i += width
-            if i >= size:
-                break
-            code, width = decode(data, i)
-            kind = table[code]
-            if whitespace:
-                if kind & SPACE:
-                    break
-            elif run:
-                if not kind & (ALNUM | COMBINING) and i >= whole and not joins(data, i, table):
-                    if whole > 0:
-                        break
-                    if code == 0x3A:
-                        whole = end_of_url(data, i, table)
-                        if whole == 0:
-                            break
-                    elif code == 0x2E and initial(data, i, table):
-                        run = False  # the full stop is the last
-                    else:
-                        break
-            elif not (same and code == first):
-                break
-        hashes[n], lengths[n], flags[n] = finish(h), characters, alpha | marks
-        n += 1
+                joined = mark >= 0x40 or JOINERS >> np.uint64(mark) & octets.ONE != 0
+                closed = mark > 0x20 and after <= 0x20
+                ends = mark < 0x80 and (not joined or (closed and (stop - i > 1 or mark != 0x2E)))
+            if ends:
+                if stop > i:
+                    flag = ALPHA if letters else 0 if digits else MARK
+                    hashes[n], lengths[n], flags[n] = finish(h + np.uint64(stop - i)), stop - i, flag
+                    n += 1
+                i = stop
+                if closed:
+                    h = hash_rest(HASH_START, np.uint64(mark))
+                    hashes[n], lengths[n], flags[n] = finish(h + octets.ONE), 1, MARK
+                    n += 1
+                    i += 1
+                continue
+        start = i
+        i, characters, flag = word_at(data, start, table, whitespace)
+        if characters:
+            hashes[n], lengths[n], flags[n] = hash_bytes(data, start, i), characters, flag
+            n += 1
     return hashes[:n], lengths[:n], flags[:n]
 
 
 @njit(cache=True, nogil=True)
-def fewest_words(data):  # type: ignore[no-untyped-def]
-    """A number of words that the text has at least, for either kind of words: parts between ASCII spaces, and what may be a wider one."""
-    count = 0
-    space = True
-    for byte in data:
-        was = space
-        space = 0x09 <= byte <= 0x0D or 0x1C <= byte <= 0x20 or byte == 0xC2 or 0xE1 <= byte <= 0xE3
-        count += was and not space and byte < 0x80
-    return count
+def has_words(data, wanted):  # type: ignore[no-untyped-def]
+    """Whether the text surely has `wanted` words, of either kind: as many parts begin with an ASCII character behind a space or newline."""
+    count, start = 0, 1
+    while start < len(data) and count < wanted:
+        stop = min(start + 512, len(data))
+        for i in range(start, stop):  # no branches: many bytes at once
+            a, b = data[i - 1], data[i]
+            count += ((a == 0x20) | (a == 0x0A)) & (b > 0x20) & (b < 0x7F)
+        start = stop
+    return count >= wanted
+
+
+@njit(cache=True, nogil=True)
+def symbols(data):  # type: ignore[no-untyped-def]
+    """(number signs, ellipses) as str.count counts "#" and "..." or "…"."""
+    some = False
+    for i in range(1, len(data)):  # no branches: many bytes at once
+        a, b = data[i - 1], data[i]
+        some |= (a == 0x23) | ((a == 0x2E) & (b == 0x2E)) | ((a == 0x80) & (b == 0xA6))
+    signs = ellipses = run = 0
+    for i in range(len(data) if some else 0):
+        byte = data[i]
+        signs += byte == 0x23
+        ellipses += byte == 0xA6 and i >= 2 and data[i - 1] == 0x80 and data[i - 2] == 0xE2
+        run = run + 1 if byte == 0x2E else 0
+        if run == 3:
+            ellipses, run = ellipses + 1, 0
+    return signs + (not some and len(data) > 0 and data[-1] == 0x23), ellipses
 
 
 @njit(cache=True, nogil=True)
 def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
     """(words that are no symbols, characters in them, words with a letter, how many of the `wanted` hashes occur)."""
     proper = characters = lettered = found = 0
-    missing = wanted.copy()
-    for i in range(len(hashes)):
-        if not flags[i] & MARK:
-            proper += 1
-            characters += lengths[i]
+    for i in range(len(flags)):
+        marks = int(flags[i] & MARK != 0)
+        proper += 1 - marks
+        characters += lengths[i] * (1 - marks)
         lettered += flags[i] & ALPHA != 0
+    missing, perhaps = wanted.copy(), np.uint64(0)
+    for h in wanted:
+        perhaps |= octets.ONE << (h & np.uint64(63))
+    for i in range(len(hashes)):
+        if not perhaps >> (hashes[i] & np.uint64(63)) & octets.ONE:
+            continue
+        if found == len(missing):
+            break
         for k in range(len(missing) - found):
             if missing[k] == hashes[i]:
                 found += 1
@@ -186,16 +256,14 @@ def measure(data, ends, table):  # type: ignore[no-untyped-def]
     hashes, lengths, flags = np.empty(n, np.uint64), np.empty(n, np.int32), np.empty(n, np.uint8)
     i = 0
     for word in range(n):
-        h, characters, alpha, marks = HASH_START, 0, 0, MARK
+        start, characters, alpha, marks = i, 0, 0, MARK
         while i < ends[word]:
             code, width = decode(data, i)
-            for k in range(i, i + width):
-                h = (h ^ np.uint64(data[k])) * HASH_PRIME
             characters += 1
             alpha |= table[code] & ALPHA
             marks &= table[code]
             i += width
-        hashes[word], lengths[word], flags[word] = finish(h), characters, alpha | marks
+        hashes[word], lengths[word], flags[word] = hash_bytes(data, start, i), characters, alpha | marks
     return hashes, lengths, flags
 
 

@@ -1,0 +1,190 @@
+"""Eight bytes at a time: kernels that look for few bytes among many step over the others in one go.
+
+A word of eight bytes is a `uint64`, the first byte lowest. Masks have the highest bit of a byte set where the byte is meant. Functions that
+numba cannot write itself (an unaligned load, counting bits) have a plain twin that runs where nothing is compiled.
+
+Source of the comparisons without branches: Warren, Hacker's Delight, chapter 6.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+assert sys.byteorder == "little", "kernels read eight bytes as one little-endian number"
+
+ONES = np.uint64(0x0101010101010101)
+HIGH = np.uint64(0x8080808080808080)
+LOW = np.uint64(0x7F7F7F7F7F7F7F7F)
+ONE = np.uint64(1)
+NEWLINES = np.uint64(0x0A * 0x0101010101010101)
+_CASE = np.uint64(0x20 * 0x0101010101010101)
+_FROM_A, _PAST_Z = (np.uint64(n * 0x0101010101010101) for n in (0x80 - 0x61, 0x7F - 0x7A))
+_FROM_MARK = np.uint64((0x80 - 0x21) * 0x0101010101010101)
+_FROM_0, _PAST_9 = (np.uint64(n * 0x0101010101010101) for n in (0x80 - 0x30, 0x7F - 0x39))
+
+
+_emitted: Any = intrinsic  # written in LLVM's terms
+
+
+@_emitted
+def _load(_, data, place):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.add(builder.ptrtoint(array.data, ir.IntType(64)), arguments[1])
+        return builder.load(builder.inttoptr(address, ir.IntType(64).as_pointer()), align=1)
+
+    return types.uint64(data, types.int64), generate
+
+
+@_emitted
+def _store(_, data, place, word):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        address = builder.add(builder.ptrtoint(array.data, ir.IntType(64)), arguments[1])
+        builder.store(arguments[2], builder.inttoptr(address, ir.IntType(64).as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), generate
+
+
+@_emitted
+def _trailing_zeros(_, word):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.uint64), generate
+
+
+@_emitted
+def _bits(_, word):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), generate
+
+
+def load(data: Any, i: Any) -> Any:
+    """data[i:i+8] as one number; zeros stand behind the end of the array."""
+    return np.uint64(int.from_bytes(bytes(data[i : i + 8]), "little"))
+
+
+def store(data: Any, i: Any, word: Any) -> None:
+    """data[i:i+8] = word; they have to be there."""
+    data[i : i + 8] = np.frombuffer(int(word).to_bytes(8, "little"), np.uint8)
+
+
+def first(mask: Any) -> Any:
+    """Number, 0 to 7, of the first byte meant by a mask; 8 for none."""
+    return ((int(mask) & -int(mask)).bit_length() + 63) % 64 // 8 if mask else 8
+
+
+def count(mask: Any) -> Any:
+    """How many bytes a mask means."""
+    return int(mask).bit_count()
+
+
+@overload(load)
+def _compiled_load(data, i):  # type: ignore[no-untyped-def]
+    def load(data, i):  # type: ignore[no-untyped-def]
+        if i + 8 <= len(data):
+            return _load(data, i)
+        word = np.uint64(0)
+        for k in range(len(data) - i):
+            word |= np.uint64(data[i + k]) << np.uint64(8 * k)
+        return word
+
+    return load
+
+
+@overload(store)
+def _compiled_store(data, i, word):  # type: ignore[no-untyped-def]
+    def store(data, i, word):  # type: ignore[no-untyped-def]
+        if i < 0 or i + 8 > len(data):
+            raise IndexError("store outside the array")
+        _store(data, i, word)
+
+    return store
+
+
+@overload(first)
+def _compiled_first(mask):  # type: ignore[no-untyped-def]
+    return lambda mask: _trailing_zeros(mask) >> 3
+
+
+@overload(count)
+def _compiled_count(mask):  # type: ignore[no-untyped-def]
+    return lambda mask: _bits(mask)
+
+
+@njit(cache=True, nogil=True)
+def below(k):  # type: ignore[no-untyped-def]
+    """All bits of the first `k` bytes, k from 0 to 7."""
+    return (ONE << np.uint64(8 * k)) - ONE
+
+
+@njit(cache=True, nogil=True)
+def equal(word, wanted):  # type: ignore[no-untyped-def]
+    """Mask of the bytes in which two words are equal."""
+    other = word ^ wanted
+    return ~(((other & LOW) + LOW) | other) & HIGH
+
+
+@njit(cache=True, nogil=True)
+def letters_and_digits(word):  # type: ignore[no-untyped-def]
+    """Masks of ASCII letters and of ASCII digits."""
+    low = word & LOW
+    folded = low | _CASE
+    letters = (folded + _FROM_A) & ~(folded + _PAST_Z) & ~word & HIGH
+    return letters, (low + _FROM_0) & ~(low + _PAST_9) & ~word & HIGH
+
+
+@njit(cache=True, nogil=True)
+def continuations(word):  # type: ignore[no-untyped-def]
+    """Mask of the bytes 10xxxxxx, which begin no character."""
+    return word & ~(word << ONE) & HIGH
+
+
+@njit(cache=True, nogil=True)
+def visible(word):  # type: ignore[no-untyped-def]
+    """Mask of the ASCII characters that are no spaces or controls."""
+    low = word & LOW
+    return (low + _FROM_MARK) & ~(low + ONES) & ~word & HIGH
+
+
+@njit(cache=True, nogil=True)
+def find(data, start, stop, wanted):  # type: ignore[no-untyped-def]
+    """First place in data[start:stop] of a byte that `wanted` repeats eight times; `stop` if there is none."""
+    i = start
+    while i < stop:
+        found = equal(load(data, i), wanted)
+        if found:
+            return min(i + first(found), stop)
+        i += 8
+    return stop
+
+
+@njit(cache=True, nogil=True)
+def length(data, start, stop):  # type: ignore[no-untyped-def]
+    """Characters in data[start:stop], whole characters of UTF-8."""
+    characters = stop - start
+    i = start
+    while i + 8 <= stop:
+        characters -= count(continuations(load(data, i)))
+        i += 8
+    if i < stop:
+        characters -= count(continuations(load(data, i) & below(stop - i)))
+    return characters
+
+
+@njit(cache=True, nogil=True)
+def copy(data, start, stop, out, place):  # type: ignore[no-untyped-def]
+    """out[place:] = data[start:stop]; up to eight bytes behind that, which have to be there, are written over."""
+    for i in range(start, stop, 8):
+        store(out, place, load(data, i))
+        place += 8
