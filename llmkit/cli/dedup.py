@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command
-from llmkit.cli.stage import Rejects, run_stage, summary_line
+from llmkit.cli.stage import Rejects, announced, run_stage, summary_line
 from llmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmkit.corpus.dedup.method import Decided
+    from llmkit.io.documents import DocumentReader
 
 NEAR = "Near duplicates (minhash)"
 EXACT = "Exact duplicates (exact)"
@@ -98,6 +103,12 @@ def main(
     }
     methods = tuple(kind(**settings.get(name, {})) for name, kind in zip(names, kinds, strict=True))
     deduplicator = Deduplicator(methods, jobs=run.jobs, remember_ids=rejects is not None)
-    counts = run_stage(run, inputs, rejects, deduplicator.run, deduplicator.counts)
+
+    def work(reader: DocumentReader) -> Iterator[Decided]:
+        with announced(run):
+            deduplicator.warm_up()
+        yield from deduplicator.run(reader)
+
+    counts = run_stage(run, inputs, rejects, work, deduplicator.counts)
     if counts is not None:
         run.finish(counts, summary_line(run, counts, "removed"))

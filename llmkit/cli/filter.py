@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command
-from llmkit.cli.stage import Rejects, Resume, run_stage, summary_line
+from llmkit.cli.stage import Rejects, Resume, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -210,21 +208,9 @@ def _mapped(run: Run, chain: Chain, work: Callable[..., Filtered], reader: Docum
     """`work` on every chunk, the chain made ready before workers fork."""
     from llmkit.engine.local import ordered_map
 
-    with _announced(run):
+    with announced(run):
         chain.warm_up()
     yield from ordered_map(partial(work, options=reader.options, chain=chain), reader.chunks(), run.jobs)
-
-
-@contextmanager
-def _announced(run: Run) -> Iterator[None]:
-    """Say so if the block takes long: kernels are being compiled."""
-    timer = threading.Timer(2.0, run.note, ["compiling text kernels, once on this machine ..."])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _measure(run: Run, chain: Chain, inputs: list[str] | None) -> Statistics:

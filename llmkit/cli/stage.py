@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -144,6 +145,18 @@ def run_stage(
         run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
         return None
     return total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
+
+
+@contextmanager
+def announced(run: Run) -> Iterator[None]:
+    """Say so if the block takes long: kernels are being compiled."""
+    timer = threading.Timer(2.0, run.note, ["compiling text kernels, once on this machine ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def added(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

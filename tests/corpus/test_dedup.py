@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import xxhash
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +20,8 @@ from hypothesis import strategies as st
 from llmkit.corpus.dedup import METHODS, Deduplicator
 from llmkit.corpus.dedup.bands import MAX_CHAIN, BandTable
 from llmkit.corpus.dedup.exact import Exact, text_key
-from llmkit.corpus.dedup.minhash import MinHash, Spool, jaccard, shingles
-from llmkit.corpus.dedup.normalise import loose
+from llmkit.corpus.dedup.minhash import MinHash, Spool
+from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -125,57 +124,12 @@ def test_unknown_names() -> None:
 # ---- minhash
 
 
-def test_shingles_are_the_word_n_grams() -> None:
-    """Parity with the definition: hashes of n words joined by a space, distinct, none for shorter texts."""
-    text = "a b c d e f a b c d e"
-    grams = {" ".join(text.split()[i : i + 5]) for i in range(7)}
-    assert shingles(text).tolist() == sorted({xxhash.xxh3_64_intdigest(gram.encode()) & 0xFFFFFFFF for gram in grams})
-    assert len(shingles("a b c d")) == len(shingles("")) == 0
-    assert len(shingles("a b c d e")) == 1
-    assert len(shingles("日本 語 é d e f")) == 2
+def shingles(text: str) -> Shingles:
+    return sketch(text, 5, functions(0, 112, 32), 14, 32).shingles
 
 
-def test_jaccard() -> None:
-    """Parity with the definition."""
-    a, b = (np.array(values, np.uint32) for values in ([1, 2, 3, 4], [3, 4, 5]))
-    assert jaccard(a, b) == 2 / 5
-    assert jaccard(a, a) == 1 and jaccard(a[:0], a[:0]) == 0
-
-
-def test_hash_functions_are_exact_modular_arithmetic() -> None:
-    """Parity with big integers: minimum of (a·x + b mod 2⁶⁴) div 2³², with no error from wrapping."""
-    method = MinHash(seed=3)
-    a, b = method.functions()
-    assert a.shape == b.shape == (112, 1)
-    values = shingles(" ".join(prose(2000, "modular")))
-    expected = [
-        min((int(a_) * int(x) + int(b_)) % 2**64 >> 32 for x in values.tolist())
-        for a_, b_ in list(zip(a[:, 0], b[:, 0], strict=True))[:20]
-    ]
-    assert method.signature(values)[:20].tolist() == expected
-
-
-@pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
-def test_candidates_follow_the_s_curve(similarity: float) -> None:
-    """Parity with theory: pairs of sets of known Jaccard similarity share a band with probability 1-(1-s⁸)¹⁴, and rows with probability s."""
-    method = MinHash(seed=11)
-    functions = method.functions()
-    random_ = np.random.default_rng(12345)
-    pairs, size = 400, 200
-    shared = round(2 * size * similarity / (1 + similarity))
-    exact = shared / (2 * size - shared)
-    found, rows = 0, 0.0
-    for _ in range(pairs):
-        pool = random_.choice(2**32, 2 * size - shared, replace=False).astype(np.uint32)
-        one, two = (method.signature(part, functions) for part in (pool[:size], pool[size - shared :]))
-        rows += float((one == two).mean()) / pairs
-        found += any(x == y for x, y in zip(method.band_keys(one), method.band_keys(two), strict=True))
-    expected = 1 - (1 - exact**8) ** 14
-    assert abs(found / pairs - expected) < 4 * (expected * (1 - expected) / pairs) ** 0.5 + 1e-3
-    assert abs(rows - exact) < 0.015
-
-
-def test_near_duplicates_are_found_and_verified() -> None:
+@pytest.mark.parametrize("bits", [32, 61])
+def test_near_duplicates_are_found_and_verified(bits: int) -> None:
     """Property, by brute force: copies are all found, near copies mostly, and every removed document has a kept one at the threshold."""
     originals = [prose(150, ("text", i)) for i in range(60)]
     texts = [" ".join(tokens) for tokens in originals]
@@ -183,8 +137,8 @@ def test_near_duplicates_are_found_and_verified() -> None:
     texts += [" ".join(edited(tokens, 0.02, i)) for i, tokens in enumerate(originals[20:40])]
     texts += [" ".join(edited(tokens, 0.3, i)) for i, tokens in enumerate(originals[40:])]
     rows = texts_to_rows(texts)
-    kept, rejects = deduplicate(rows, MinHash(threshold=0.75))
-    sets = {row["id"]: shingles(loose(str(row["text"]))) for row in rows}
+    kept, rejects = deduplicate(rows, MinHash(threshold=0.75, bits=bits))
+    sets = {row["id"]: shingles(str(row["text"])) for row in rows}
     removed = {row["id"]: row for row in rejects}
     assert {f"d{i}" for i in range(60, 80)} <= set(removed)
     near = {f"d{i}": jaccard(sets[f"d{i}"], sets[f"d{i - 60}"]) for i in range(80, 100)}
@@ -250,7 +204,7 @@ def test_order_changes_survivors_not_clusters() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings_", [{"threshold": 0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"rows": 2000}]
+    "settings_", [{"threshold": 0}, {"threshold": 1.1}, {"ngram": 0}, {"bands": 0}, {"rows": 2000}, {"bits": 64}]
 )
 def test_senseless_parameters(settings_: dict[str, float]) -> None:
     """Behaviour: a usage error that names the parameter."""

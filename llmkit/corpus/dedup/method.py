@@ -107,6 +107,13 @@ class Deduplicator:
             for memory in memories:
                 memory.close()
 
+    def warm_up(self) -> None:
+        """Measure a text, so that kernels are compiled before workers fork."""
+        options = ReadOptions()
+        documents, _ = parse(Chunk("warm-up", 1, b'{"text": "enough words for a shingle of five"}'), options)
+        for method in self.methods:
+            method.measure(documents)
+
     def counts(self) -> dict[str, Any]:
         """Documents read, kept and dropped so far, the dropped by reason."""
         dropped = sum(self.dropped.values())

@@ -1,17 +1,16 @@
 """Near duplicates: documents that share most of their word 5-grams, found by MinHash and locality-sensitive hashing, then verified.
 
-1. A text is normalised (`normalise.loose`), and each run of 5 words becomes a shingle: the low 32 bits of xxh3-64 of the words joined by
-   spaces. Shorter texts have no shingles; they are duplicates only of texts with the very same words (in the same sense).
-2. Each of 112 hash functions h(x) = (a·x + b mod 2⁶⁴) div 2³², a and b random 64-bit numbers, is taken over the shingles, and its minimum
-   kept. For 32-bit x this family is exactly pairwise independent (Dietzfelbinger 1996), in plain wrapping 64-bit arithmetic; the multiplication
-   modulo 2⁶¹-1 that is common needs 128 bits, and done in 64 it is no universal family.
+1. A text is normalised (`normalise.loose`), and each run of 5 words becomes a shingle of 32 bits. Shorter texts have no shingles; they are
+   duplicates only of texts with the very same words (in the same sense).
+2. Each of 112 random hash functions is taken over the shingles, and its minimum kept: functions of 32 bits, or with `bits=61` of 61, modulo the prime
+   2⁶¹-1 over wider shingles (kernels/minhash.py). Both follow the curve below (tests/bench/minhash_recall.md).
 3. The minima are cut in 14 bands of 8 rows. Documents equal in a band are candidates: with Jaccard similarity s that happens with
    probability 1-(1-s⁸)¹⁴: 0.77 at 0.75, 0.92 at 0.8, 1 for equal sets.
 4. A candidate is a duplicate if the true Jaccard similarity of the shingle sets reaches `threshold` (0.75, what FineWeb aims at with these bands).
    Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. Set `verify=False` to trust the bands.
 
 Memory: about 350 to 600 bytes a kept document (bands.py), whatever its length; the shingles of kept documents wait in an unnamed temporary file,
-about 0.7 bytes a byte of text, none with verify=False. Cost: about 3 MB of text a second and core, in numpy.
+about 0.7 bytes a byte of text, none with verify=False. Cost: compiled, about 80 MB of text a second and core, half that with bits=61.
 """
 
 from __future__ import annotations
@@ -22,47 +21,15 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from llmkit.corpus.dedup.exact import text_key
 from llmkit.corpus.dedup.method import METHODS, Match
-from llmkit.corpus.dedup.normalise import loose
 from llmkit.errors import UsageError
 from llmkit.io.documents import Document
-from llmkit.seeds import derive
 
 if TYPE_CHECKING:
     import numpy as np
 
     Shingles = np.ndarray[tuple[int], np.dtype[np.uint32]]
-    Signature = np.ndarray[tuple[int], np.dtype[np.uint32]]
-
-BLOCK = 512  # shingles hashed at a time: 112 x 512 x 8 bytes stay in the processor's cache
-
-
-def shingles(normalised: str, ngram: int = 5) -> Shingles:
-    """Distinct hashes (uint32, ascending) of the runs of `ngram` words in a normalised text; empty if it has fewer words."""
-    import numpy as np
-
-    data = normalised.encode("utf-8", "surrogatepass")
-    spaces = np.flatnonzero(np.frombuffer(data, np.uint8) == 0x20)
-    count = len(spaces) + 2 - ngram if data else 0
-    if count <= 0:
-        return np.empty(0, np.uint32)
-    starts = [0, *(spaces + 1).tolist()]
-    ends = [*spaces.tolist(), len(data)]
-    digest = xxhash.xxh3_64_intdigest
-    runs = zip(starts, ends[ngram - 1 :], strict=False)
-    hashes = np.fromiter((digest(data[start:end]) for start, end in runs), np.uint64, count)
-    return np.unique(hashes.astype(np.uint32))
-
-
-def jaccard(a: Shingles, b: Shingles) -> float:
-    """Similarity of two ascending sets: size of the intersection over size of the union. 0 for two empty ones."""
-    import numpy as np
-
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return shared / max(1, len(a) + len(b) - shared)
 
 
 @METHODS.register("minhash")
@@ -77,6 +44,7 @@ class MinHash:
     rows: int = 8
     seed: int = 0
     temporary: str | None = None  # directory of the temporary file
+    bits: int = 32  # of the hash functions: 32 or 61
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -84,46 +52,21 @@ class MinHash:
         for name in ("ngram", "bands", "rows"):
             if not 1 <= getattr(self, name) <= 1024:
                 raise UsageError(f"{name} {getattr(self, name)} is out of range", "give a number from 1 to 1024")
-
-    def functions(self) -> tuple[Any, Any]:
-        """Multipliers and offsets of the hash functions, uint64 [bands·rows, 1] each; a pure function of the seed."""
-        import numpy as np
-
-        count = self.bands * self.rows
-        a, b = ([[derive(self.seed, "minhash", name, i)] for i in range(count)] for name in "ab")
-        return np.array(a, np.uint64), np.array(b, np.uint64)
-
-    def signature(self, hashes: Shingles, functions: tuple[Any, Any] | None = None) -> Signature:
-        """Minimum of each hash function over a set of shingles that is not empty: uint32 [bands·rows]."""
-        import numpy as np
-
-        a, b = functions or self.functions()
-        least = np.full(len(a), 2**64 - 1, np.uint64)
-        wide = hashes.astype(np.uint64)
-        for start in range(0, len(wide), BLOCK):
-            values = a * wide[start : start + BLOCK]  # wraps modulo 2**64, as it is meant to
-            values += b
-            np.minimum(least, values.min(axis=1), out=least)
-        return (least >> np.uint64(32)).astype(np.uint32)
-
-    def band_keys(self, signature: Signature) -> array[int]:
-        """One 64-bit key a band: documents that share one agree in all rows of that band."""
-        rows = signature.tobytes()
-        size = 4 * self.rows
-        return array("Q", (xxhash.xxh3_64_intdigest(rows[i * size : (i + 1) * size], i) for i in range(self.bands)))
+        if self.bits not in (32, 61):
+            raise UsageError(f"bits {self.bits}: there are no such hash functions", "one of: 32, 61")
 
     def measure(self, documents: list[Document]) -> list[Any]:
         """For each document (band keys, shingles), or its exact key (bytes) where it has no shingles."""
-        functions = self.functions()
+        from llmkit.corpus.kernels.minhash import functions, sketch
+
+        drawn = functions(self.seed, self.bands * self.rows, self.bits)
         measures: list[Any] = []
         for document in documents:
-            normalised = loose(document.text)
-            found = shingles(normalised, self.ngram)
-            if len(found):
-                keys = self.band_keys(self.signature(found, functions))
-                measures.append((keys, found if self.verify else None))
+            found = sketch(document.text, self.ngram, drawn, self.bands, self.bits)
+            if len(found.keys):
+                measures.append((array("Q", found.keys.tobytes()), found.shingles if self.verify else None))
             else:
-                measures.append(text_key(normalised or document.text))
+                measures.append(text_key(found.normalised.tobytes().decode() or document.text))
         return measures
 
     def memory(self) -> MinHashMemory:
@@ -135,7 +78,9 @@ class MinHashMemory:
 
     def __init__(self, method: MinHash) -> None:
         from llmkit.corpus.dedup.bands import BandTable
+        from llmkit.corpus.kernels.minhash import jaccard
 
+        self._jaccard = jaccard
         self._method = method
         self._table = BandTable(method.bands)
         self._short: dict[bytes, int] = {}  # documents without shingles: exact key to kept index
@@ -155,7 +100,7 @@ class MinHashMemory:
             size = self._spool.size(row)
             if min(size, len(found)) < self._method.threshold * max(size, len(found)):
                 continue  # sets of such different size cannot be similar enough
-            similarity = jaccard(found, self._spool.read(row))
+            similarity = self._jaccard(found, self._spool.read(row))
             if similarity >= self._method.threshold:
                 return Match("minhash", self._kept[row], similarity)
         return None
