@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.options import InputPaths, Run, command
+from llmkit.cli.options import InputPaths, Run, command, count_option
 from llmkit.cli.stage import Rejects, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
@@ -17,25 +17,63 @@ if TYPE_CHECKING:
 
 NEAR = "Near duplicates (minhash)"
 EXACT = "Exact duplicates (exact)"
+SURVIVORS = "Which stay"
+MACHINE = "Memory and disk"
 
 
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "temp_dir"),
+    neutral=("rejects", "temp_dir", "memory"),
     examples=(
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
-        "llmkit dedup docs.jsonl.zst --method exact --normalise whitespace --plain | wc -l",
-        "llmkit filter docs.jsonl.zst | llmkit dedup --threshold 0.8 -o unique.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
+        "llmkit filter docs.jsonl.zst | llmkit dedup --threshold 0.8 --keep longest -o unique.jsonl.zst",
+        "llmkit dedup tonight.jsonl.zst --against archive/ -o new.jsonl.zst",
     ),
 )
 def main(
     run: Run,
     inputs: InputPaths = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="minhash, exact, or several in order: exact,minhash")
+        str, typer.Option("--method", metavar="NAME", help="minhash, exact, or both: exact,minhash")
     ] = "minhash",
     rejects: Rejects = None,
+    annotate: Annotated[
+        bool, typer.Option("--annotate", help="Drop nothing: write on each document what it duplicates")
+    ] = False,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep", metavar="WHICH", help="first, longest, or best:FIELD (largest number)", rich_help_panel=SURVIVORS
+        ),
+    ] = "first",
+    clusters: Annotated[
+        str,
+        typer.Option(
+            "--clusters", metavar="HOW", help="stars around survivors, or connected components", rich_help_panel=SURVIVORS
+        ),
+    ] = "stars",
+    group: Annotated[
+        str | None,
+        typer.Option(
+            "--group", metavar="FIELD", help="Only within documents that agree in this field", rich_help_panel=SURVIVORS
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", metavar="PATH", help="Also remove what is in these (repeatable)", rich_help_panel=SURVIVORS
+        ),
+    ] = None,
+    counts: Annotated[
+        bool,
+        typer.Option(
+            "--counts/--no-counts",
+            help="Write on survivors for how many they stand; without, exact runs in one pass",
+            rich_help_panel=SURVIVORS,
+        ),
+    ] = True,
     threshold: Annotated[
         float, typer.Option("--threshold", help="Least similarity of duplicates, 0 to 1", rich_help_panel=NEAR)
     ] = 0.75,
@@ -48,14 +86,16 @@ def main(
         ),
     ] = True,
     ngram: Annotated[int, typer.Option("--ngram", help="Words in a shingle", rich_help_panel=NEAR)] = 5,
-    bands: Annotated[int, typer.Option("--bands", help="Bands of the signature", rich_help_panel=NEAR)] = 14,
-    rows: Annotated[int, typer.Option("--rows", help="Hash functions in a band", rich_help_panel=NEAR)] = 8,
-    temp_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--temp-dir", metavar="DIR", help="Where the shingles of kept documents wait", rich_help_panel=NEAR
-        ),
+    bands: Annotated[
+        int | None, typer.Option("--bands", help="Bands of the signature [default: by threshold]", rich_help_panel=NEAR)
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", help="Hash functions in a band [default: by threshold]", rich_help_panel=NEAR),
+    ] = None,
+    bits: Annotated[
+        int, typer.Option("--bits", help="Of the hash functions: 32, or 61 (half as fast)", rich_help_panel=NEAR)
+    ] = 32,
     key: Annotated[
         str | None,
         typer.Option(
@@ -69,46 +109,76 @@ def main(
         str,
         typer.Option("--normalise", metavar="HOW", help="First: none, whitespace, or loose", rich_help_panel=EXACT),
     ] = "none",
+    memory: Annotated[
+        int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)
+    ] = 4 << 30,
+    temp_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--temp-dir", metavar="DIR", help="Where documents and shingles wait", rich_help_panel=MACHINE
+        ),
+    ] = None,
 ) -> None:
-    """Remove duplicates; of each group the first document in input order stays.
+    """Remove duplicates; of each group one document stays, by default the first in input order.
 
     minhash finds documents that share most of their word 5-grams, regardless of case, punctuation, numbers and diacritics. Candidates are
-    found by 112 hash functions in 14 bands of 8 and verified: every removed document has a kept one whose Jaccard similarity is at least
-    --threshold. Pairs just over the threshold may be missed (at 0.8 one in thirteen), equal texts never. Texts of fewer than 5 words are
+    found by 112 hash functions in 14 bands of 8 (other thresholds: other bands) and verified: every removed document has a kept one whose Jaccard
+    similarity is at least --threshold. Pairs just over the threshold may be missed, equal texts never. Texts of fewer than 5 words are
     compared as a whole, in the same normalisation. exact compares texts, or a field, as they are or after --normalise; documents without
     the field stay.
 
-    --rejects keeps what was removed with `reason`, `duplicate_of` (the id of the kept document) and `similarity`. The kept documents are known
-    in memory: about 200 bytes each for exact, 350 to 600 for minhash, whose verification also takes a temporary file of about 0.7 bytes
-    a byte of kept text.
+    A survivor that stands for others gets `duplicates` (how many there were, itself included; numbers from earlier runs add up) and `cluster`. --rejects
+    keeps what was removed with `reason`, `duplicate_of` (the id of the kept document) and `similarity`.
+
+    All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 1.5 bytes a byte of text; memory is 80 bytes a
+    document and at most --memory. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
     """
-    from llmkit.corpus.dedup import METHODS, Deduplicator
+    from llmkit.corpus.dedup.exact import Exact, Stream
+    from llmkit.corpus.dedup.groups import Groups
+    from llmkit.corpus.dedup.minhash import MinHash, bands_for
+    from llmkit.corpus.dedup.method import METHODS
 
     names = [name.strip() for name in method.split(",")]
-    kinds = [METHODS.get(name) for name in names]
+    for name in names:
+        METHODS.get(name)
     for option, value in (("--key", key), ("--normalise", normalise != "none")):
         if value and "exact" not in names:
             raise UsageError(f"{option} is of --method exact", f"add it: --method exact,{method}")
-    settings: dict[str, dict[str, Any]] = {
-        "exact": {"key": key, "normalise": normalise},
-        "minhash": {
-            "threshold": threshold,
-            "verify": verify,
-            "ngram": ngram,
-            "bands": bands,
-            "rows": rows,
-            "seed": run.seed,
-            "temporary": temp_dir,
-        },
-    }
-    methods = tuple(kind(**settings.get(name, {})) for name, kind in zip(names, kinds, strict=True))
-    deduplicator = Deduplicator(methods, jobs=run.jobs, remember_ids=rejects is not None)
+    exact = Exact(key, normalise) if "exact" in names else None
+    shape = bands_for(threshold)
+    near = (
+        MinHash(threshold, verify, ngram, bands or shape[0], rows or shape[1], run.seed, bits) if "minhash" in names else None
+    )
+    simple = keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against)
+    stages = (
+        Stream(exact=exact, rejects=rejects is not None, jobs=run.jobs)
+        if simple and exact
+        else Groups(
+            exact=exact,
+            near=near,
+            keep=keep,
+            clusters=clusters,
+            group=group,
+            annotate=annotate,
+            counts_written=counts,
+            jobs=run.jobs,
+            rejects=rejects is not None,
+            memory=memory,
+            temporary=temp_dir,
+        )
+    )
+    seen = run.inputs(against, files_from=None) if against else []
+    for path in seen:
+        run.reads("against", path)
 
     def work(reader: DocumentReader) -> Iterator[Decided]:
-        with announced(run):
-            deduplicator.warm_up()
-        yield from deduplicator.run(reader)
+        if isinstance(stages, Stream):
+            yield from stages.run(reader)
+        else:
+            with announced(run):
+                stages.warm_up()
+            yield from stages.run(reader, run.reader_of(seen) if seen else None)
 
-    counts = run_stage(run, inputs, rejects, work, deduplicator.counts)
-    if counts is not None:
-        run.finish(counts, summary_line(run, counts, "removed"))
+    found = run_stage(run, inputs, rejects, work, stages.counts)
+    if found is not None:
+        run.finish(found, summary_line(run, found, "removed"))

@@ -3,20 +3,25 @@
 The key is the xxh3-128 of the UTF-8 bytes: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
 nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
 
-Memory: 130 to 200 bytes a kept document. Cost: hashing runs at memory speed; parsing and compression decide.
+`Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: hashing runs at
+memory speed; parsing and compression decide.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import orjson
 import xxhash
 
-from llmkit.corpus.dedup.method import METHODS, Match
+from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.io.documents import Document
+from llmkit.corpus.lists import dotted
+from llmkit.engine.local import ordered_map
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
 
 
 def text_key(text: str, normalise: str = "none") -> bytes:
@@ -36,47 +41,63 @@ class Exact:
     def __post_init__(self) -> None:
         NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
 
-    def measure(self, documents: list[Document]) -> list[bytes | None]:
-        """Keys of documents; None where the field is missing or null."""
-        return [self._key(document) for document in documents]
-
-    def _key(self, document: Document) -> bytes | None:
+    def of(self, document: Document) -> bytes | None:
+        """The document's key of 16 bytes; None where the field is missing or null."""
         if self.key is None:
             return text_key(document.text, self.normalise)
-        value = _field(document.fields, self.key)
+        value = dotted(document.fields, self.key)
         if value is None:
             return None
         if not isinstance(value, str):
             value = orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
         return text_key(value, self.normalise)
 
-    def memory(self) -> ExactMemory:
-        return ExactMemory()
+
+@dataclass(slots=True)
+class _Keyed:
+    """A chunk's lines, keys, and ids if they are wanted."""
+
+    lines: list[bytes]
+    keys: list[bytes | None]
+    ids: list[str]
+    bad: list[BadLine]
 
 
-def _field(fields: Any, path: str) -> Any:
-    """The field of that very name, else the one that the dotted path leads to; None where there is none."""
-    if path in fields:
-        return fields[path]
-    name, dot, rest = path.partition(".")
-    inner = fields.get(name)
-    return _field(inner, rest) if dot and isinstance(inner, dict) else None
+def _keyed(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _Keyed:
+    """Worker side. Pure."""
+    documents, bad = parse(chunk, options)
+    return _Keyed(
+        [document.encode() for document in documents],
+        [exact.of(document) for document in documents],
+        [document.id for document in documents] if ids else [],
+        bad,
+    )
 
 
-class ExactMemory:
-    """Keys of the kept documents."""
+@dataclass
+class Stream(Tally):
+    """The pass. With `rejects` it remembers the ids of kept documents (about 80 bytes more each)."""
 
-    def __init__(self) -> None:
-        self._seen: dict[bytes, int] = {}
+    exact: Exact = field(default_factory=Exact)
+    rejects: bool = False
+    jobs: int = 1
 
-    def find(self, measure: bytes | None) -> Match | None:
-        if measure is None or (kept := self._seen.get(measure)) is None:
-            return None
-        return Match("exact", kept, 1.0)
-
-    def keep(self, measure: bytes | None, index: int) -> None:
-        if measure is not None:
-            self._seen[measure] = index
-
-    def close(self) -> None:
-        self._seen.clear()
+    def run(self, reader: DocumentReader) -> Iterator[Decided]:
+        """Decide every document, a chunk at a time, in order."""
+        seen: dict[bytes, Any] = {}  # key: the kept document's id
+        work = partial(_keyed, self.exact, self.rejects, reader.options)
+        for chunk in ordered_map(work, reader.chunks(), self.jobs):
+            keep: list[bytes] = []
+            rejects: list[bytes] = []
+            for i, (line, key) in enumerate(zip(chunk.lines, chunk.keys, strict=True)):
+                if key is None or key not in seen:
+                    keep.append(line)
+                    if key is not None:
+                        seen[key] = chunk.ids[i] if self.rejects else None
+                elif self.rejects:
+                    rejects.append(with_fields(line, verdict("exact", seen[key], 1.0)))
+            self.documents += len(chunk.lines)
+            self.kept += len(keep)
+            if len(keep) < len(chunk.lines):
+                self.dropped["exact"] += len(chunk.lines) - len(keep)
+            yield Decided(b"".join(keep), b"".join(rejects), chunk.bad, len(chunk.lines))

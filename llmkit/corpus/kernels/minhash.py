@@ -168,7 +168,7 @@ def band_keys(signature, bands):  # type: ignore[no-untyped-def]
         h = finish(np.uint64(band))
         for j in range(band * rows, band * rows + rows):
             h = extend(h, signature[j])
-        keys[band] = h
+        keys[band] = finish(h)
     return keys
 
 

@@ -1,0 +1,149 @@
+"""Which documents are duplicates of which: candidates from equal band keys, and the choice of survivors, compiled.
+
+Documents are numbered by rank, the order in which they are preferred as survivors. Candidate pairs are `uint64`: the later document in the upper 32
+bits, the earlier one in the lower.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from llmkit.corpus.kernels.minhash import jaccard
+
+NONE = -1  # no match
+S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+
+@njit(cache=True, nogil=True)
+def firsts(keys, order, result):  # type: ignore[no-untyped-def]
+    """result[i] = the lowest of the documents with the key of i; `order` sorts the `keys`, equal ones by rank."""
+    for i in range(len(order)):
+        same = i > 0 and keys[order[i]] == keys[order[i - 1]]
+        result[order[i]] = result[order[i - 1]] if same else order[i]
+
+
+@njit(cache=True, nogil=True)
+def pairs(keys, documents, limit):  # type: ignore[no-untyped-def]
+    """Candidate pairs of `documents` with equal keys, sorted by key, then rank: each with the `limit` first ones of its group and the `limit` before it.
+
+    So the cost is linear, however many documents share a key.
+    """
+    total = 0
+    result = np.empty(0, np.uint64)
+    for fill in range(2):
+        total = start = 0
+        for i in range(1, len(keys)):
+            if keys[i] != keys[i - 1]:
+                start = i
+                continue
+            later = np.uint64(documents[i]) << S32
+            near = max(start, i - limit)
+            for j in range(near, i):
+                if fill:
+                    result[total] = later | np.uint64(documents[j])
+                total += 1
+            for j in range(start, min(near, start + limit)):
+                if fill:
+                    result[total] = later | np.uint64(documents[j])
+                total += 1
+        if not fill:
+            result = np.empty(total, np.uint64)
+    return result
+
+
+@njit(cache=True, nogil=True)
+def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped-def]
+    """Jaccard similarity of two documents' shingles, shingles[starts[i]:starts[i + 1]]; 0 where their numbers alone keep it under the threshold."""
+    a, b = shingles[starts[i] : starts[i + 1]], shingles[starts[j] : starts[j + 1]]
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+        return 0.0
+    return jaccard(a, b)
+
+
+@njit(cache=True, nogil=True)
+def stars(given, exact, same, candidates, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
+    """Choose survivors by rank: a document goes if a kept one matches it, the first such. Fills `matches` (NONE: kept), `similarities`, `reasons`
+    (1: equal key, 2: equal or near text); what `matches` holds already stays (documents that are seen elsewhere, their reasons given).
+
+    The first `given` documents stay in any case. `exact`, `same`: lowest document with the same key and with the same words (empty: that is not asked).
+    `places[i]` is where the `shingles` of document i are; with threshold < 0, candidates are believed (similarity -1).
+    """
+    n = len(matches)
+    kept_exact = np.full(len(exact), NONE, np.int64)
+    kept_same = np.full(len(same), NONE, np.int64)  # the kept document with these words
+    near = np.full(len(same), NONE, np.int64)  # what matched the first document with these words
+    p = 0
+    for i in range(n):
+        if i >= given and matches[i] == NONE:
+            if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] >= 0:
+                matches[i], similarities[i], reasons[i] = kept_exact[exact[i]], 1, 1
+            elif len(same):
+                first = same[i]
+                if kept_same[first] >= 0:
+                    matches[i], similarities[i], reasons[i] = kept_same[first], 1, 2
+                elif near[first] >= 0:
+                    matches[i], similarities[i], reasons[i] = near[first], similarities[first], 2
+        if matches[i] != NONE:
+            continue
+        if len(same) and same[i] == i and i >= given:
+            while p < len(candidates) and np.int64(candidates[p] >> S32) < i:
+                p += 1
+            while p < len(candidates) and np.int64(candidates[p] >> S32) == i:
+                earlier = np.int64(candidates[p] & LOW_32)
+                p += 1
+                survivor = kept_same[earlier]
+                if survivor < 0:
+                    continue
+                similarity = -1.0
+                if threshold >= 0:
+                    similarity = similarity_of(places[i], places[earlier], shingles, starts, threshold)
+                    if similarity < threshold:
+                        continue
+                matches[i], similarities[i], reasons[i] = survivor, similarity, 2
+                near[i] = survivor
+                break
+        if matches[i] == NONE:
+            if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] < 0:
+                kept_exact[exact[i]] = i
+            if len(same) and kept_same[same[i]] < 0:
+                kept_same[same[i]] = i
+
+
+@njit(cache=True, nogil=True)
+def find_root(parents, i):  # type: ignore[no-untyped-def]
+    """Lowest document of i's component."""
+    while parents[i] != i:
+        parents[i] = parents[parents[i]]
+        i = parents[i]
+    return i
+
+
+@njit(cache=True, nogil=True)
+def components(given, exact, same, candidates, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
+    """As `stars`, but whatever is connected by verified pairs is one group, of which the first document stays: the field's usual union-find."""
+    n = len(matches)
+    parents = np.arange(n)
+    for i in range(n):
+        for first, reason in ((exact[i] if len(exact) else NONE, 1), (same[i] if len(same) else NONE, 2)):
+            if first >= 0 and first != i:
+                a, b = find_root(parents, i), find_root(parents, first)
+                parents[max(a, b)] = min(a, b)
+                reasons[i], similarities[i] = reason, 1
+    for pair in candidates:
+        i, j = np.int64(pair >> S32), np.int64(pair & LOW_32)
+        similarity = -1.0
+        if threshold >= 0:
+            similarity = similarity_of(places[i], places[j], shingles, starts, threshold)
+            if similarity < threshold:
+                continue
+        a, b = find_root(parents, i), find_root(parents, j)
+        parents[max(a, b)] = min(a, b)
+        if reasons[i] == 0:
+            reasons[i], similarities[i] = 2, similarity
+    for i in range(given, n):
+        root = find_root(parents, i)
+        if root != i and matches[i] == NONE:
+            matches[i] = root
+            if reasons[i] == 0:  # connected by later documents alone
+                reasons[i], similarities[i] = 2, -1
