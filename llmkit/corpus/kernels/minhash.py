@@ -11,8 +11,8 @@ the next (all arithmetic modulo 2⁶⁴), so that its cost does not depend on `n
 
 The sets that verification compares are the upper 32 bits at either width: two texts of 1,000 shingles have 0.0002 of them in common by chance.
 
-Shapes: shingles uint32 [distinct], ascending; signature uint64 [bands · rows]; keys uint64 [bands]. Cost: linear; about 10 µs and 5 ns a byte of
-English text for 112 functions of 32 bits, 12 ns for 61 (tests/bench/minhash_recall.md).
+Shapes: shingles uint32 [distinct], ascending; signature uint64 [bands · rows]; keys uint64 [bands]. Cost: linear; about 11 ns a byte
+of English text for 112 functions of 32 bits, 24 for 61 (tests/bench/minhash_recall.md), and twice to thrice the text in memory.
 """
 
 from __future__ import annotations
