@@ -51,7 +51,10 @@ def main(
     clusters: Annotated[
         str,
         typer.Option(
-            "--clusters", metavar="HOW", help="stars around survivors, or connected components", rich_help_panel=SURVIVORS
+            "--clusters",
+            metavar="HOW",
+            help="stars around survivors, or connected components",
+            rich_help_panel=SURVIVORS,
         ),
     ] = "stars",
     group: Annotated[
@@ -109,14 +112,10 @@ def main(
         str,
         typer.Option("--normalise", metavar="HOW", help="First: none, whitespace, or loose", rich_help_panel=EXACT),
     ] = "none",
-    memory: Annotated[
-        int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)
-    ] = 4 << 30,
+    memory: Annotated[int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)] = 4 << 30,
     temp_dir: Annotated[
         str | None,
-        typer.Option(
-            "--temp-dir", metavar="DIR", help="Where documents and shingles wait", rich_help_panel=MACHINE
-        ),
+        typer.Option("--temp-dir", metavar="DIR", help="Where documents and shingles wait", rich_help_panel=MACHINE),
     ] = None,
 ) -> None:
     """Remove duplicates; of each group one document stays, by default the first in input order.
@@ -135,8 +134,8 @@ def main(
     """
     from llmkit.corpus.dedup.exact import Exact, Stream
     from llmkit.corpus.dedup.groups import Groups
-    from llmkit.corpus.dedup.minhash import MinHash, bands_for
     from llmkit.corpus.dedup.method import METHODS
+    from llmkit.corpus.dedup.minhash import MinHash, bands_for
 
     names = [name.strip() for name in method.split(",")]
     for name in names:
@@ -145,10 +144,9 @@ def main(
         if value and "exact" not in names:
             raise UsageError(f"{option} is of --method exact", f"add it: --method exact,{method}")
     exact = Exact(key, normalise) if "exact" in names else None
-    shape = bands_for(threshold)
-    near = (
-        MinHash(threshold, verify, ngram, bands or shape[0], rows or shape[1], run.seed, bits) if "minhash" in names else None
-    )
+    chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
+    shape = {"bands": chosen[0] if bands is None else bands, "rows": chosen[1] if rows is None else rows}
+    near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits) if "minhash" in names else None
     simple = keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against)
     stages = (
         Stream(exact=exact, rejects=rejects is not None, jobs=run.jobs)

@@ -41,9 +41,11 @@ SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "
 
 
 def parse_count(text: Any) -> int:
-    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500."""
+    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB, TB."""
     if isinstance(text, int):
         return text
+    if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):
+        text = text[:-1]
     number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
     try:
         value = Decimal(number.replace("_", "")) * SUFFIXES[suffix]  # 2.3k is no whole number in binary

@@ -32,7 +32,7 @@ def rows_of(data: bytes) -> list[dict[str, object]]:
 
 def test_minhash_is_the_default(llmkit, docs: Path) -> None:
     """Behaviour: copies and near copies go, each with the id of its kept document and the true similarity; the rest is untouched."""
-    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", "--rejects", "r.jsonl", "--json", cwd=docs)
+    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", "--no-counts", "--rejects", "r.jsonl", "--json", cwd=docs)
     assert done.returncode == 0, done.stderr
     lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
     assert (docs / "out.jsonl").read_bytes() == b"".join(lines[:20])
@@ -48,6 +48,25 @@ def test_minhash_is_the_default(llmkit, docs: Path) -> None:
     assert counts["reasons"] == {"minhash": 10}
 
 
+def test_survivors_carry_numbers(llmkit, docs: Path) -> None:
+    """Behaviour: a survivor says for how many it stands, others keep their bytes; --annotate keeps all; what is in --against goes."""
+    assert llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", cwd=docs).returncode == 0
+    lines = (docs / "docs.jsonl").read_bytes().splitlines()
+    kept = (docs / "out.jsonl").read_bytes().splitlines()
+    assert kept[10:] == lines[10:20] and [orjson.loads(line)["duplicates"] for line in kept[:10]] == [2] * 10
+    done = llmkit("dedup", "docs.jsonl", "--annotate", "--plain", cwd=docs)
+    rows = rows_of(done.stdout)
+    assert len(rows) == 30 and sum("duplicate_of" in row for row in rows) == 10 and b"removed 0" in done.stderr
+    done = llmkit("dedup", "docs.jsonl", "--against", "out.jsonl", "--plain", "--rejects", "r.jsonl", cwd=docs)
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    assert {row["duplicate_of"] for row in rows_of((docs / "r.jsonl").read_bytes())} == {f"d{i}" for i in range(20)}
+    done = llmkit("dedup", "docs.jsonl", "--against", "nowhere.jsonl", "-o", "x.jsonl", cwd=docs)
+    assert done.returncode == 1 and b"nowhere.jsonl" in done.stderr
+    done = llmkit("dedup", "docs.jsonl", "--keep", "best:score", "-o", "x.jsonl", cwd=docs)
+    assert done.returncode == 1 and b"docs.jsonl:1 (id d0): --keep best:score: no such field" in done.stderr
+    assert not (docs / "x.jsonl").exists()
+
+
 def test_exact_and_keys(llmkit, docs: Path) -> None:
     """Behaviour: exact removes copies alone; --key another field; both methods in order."""
 
@@ -56,11 +75,11 @@ def test_exact_and_keys(llmkit, docs: Path) -> None:
         assert done.returncode == 0, done.stderr
         return len(done.stdout.splitlines())
 
-    assert kept("--method", "exact") == 25
+    assert kept("--method", "exact") == kept("--method", "exact", "--no-counts") == 25
     assert kept("--method", "exact", "--key", "url") == 15 + 10
     assert kept("--method", "exact,minhash", "--key", "url") == 15
     assert kept("--method", "minhash", "--threshold", "0.99") == 25
-    assert kept("--method", "minhash", "--threshold", "0.99", "--no-verify") == 20
+    assert kept("--method", "minhash", "--threshold", "0.99", "--no-verify", "--bands", "14", "--rows", "8") == 20
 
 
 def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
@@ -97,6 +116,9 @@ def test_seed_is_recorded_and_changes_only_the_hash_functions(llmkit, docs: Path
         (["--key", "url"], "exact,minhash"),
         (["--threshold", "1.5"], "similarity"),
         (["--rows", "0"], "rows"),
+        (["--bits", "16"], "32, 61"),
+        (["--keep", "last"], "longest"),
+        (["--clusters", "cliques"], "components"),
     ],
 )
 def test_usage_errors(llmkit, docs: Path, arguments: list[str], message: str) -> None:

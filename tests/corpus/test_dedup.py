@@ -6,7 +6,7 @@ import gzip
 import io
 import random
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -17,12 +17,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.dedup import METHODS, Deduplicator
-from llmkit.corpus.dedup.bands import MAX_CHAIN, BandTable
-from llmkit.corpus.dedup.exact import Exact, text_key
-from llmkit.corpus.dedup.minhash import MinHash, Spool
+from llmkit.corpus.dedup.exact import Exact, Stream, text_key
+from llmkit.corpus.dedup.groups import CHAIN, Groups
+from llmkit.corpus.dedup.method import METHODS, Decided
+from llmkit.corpus.dedup.minhash import MinHash, bands_for
+from llmkit.corpus.dedup.spool import Blobs, Column
+from llmkit.corpus.kernels import groups as kernels
 from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
-from llmkit.errors import UsageError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
 
@@ -39,13 +41,31 @@ class Rows:
             yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
-def deduplicate(rows: list[dict[str, object]], *methods: object, jobs: int = 1) -> tuple[list[dict], list[dict]]:
-    """Kept and rejected rows."""
-    done = list(Deduplicator(methods, jobs, remember_ids=True).run(Rows(rows)))  # type: ignore[arg-type]
-    return (
-        [orjson.loads(line) for part in done for line in part.kept.splitlines()],
-        [orjson.loads(line) for part in done for line in part.rejects.splitlines()],
-    )
+def deduplicate(
+    rows: list[dict[str, object]],
+    exact: Exact | None = None,
+    near: MinHash | None = None,
+    against: object = None,
+    **more: object,
+) -> tuple[list[dict], list[dict]]:
+    """Kept and rejected rows of the two passes."""
+    groups = Groups(exact=exact, near=near, rejects=True, **more)  # type: ignore[arg-type]
+    seen = None if against is None else Rows(against)  # type: ignore[arg-type]
+    return outcome(groups, groups.run(Rows(rows), seen))  # type: ignore[arg-type]
+
+
+def streamed(rows: list[dict[str, object]], exact: Exact, **more: object) -> tuple[list[dict], list[dict]]:
+    """Kept and rejected rows of one pass."""
+    stream = Stream(exact=exact, rejects=True, **more)  # type: ignore[arg-type]
+    return outcome(stream, stream.run(Rows(rows)))  # type: ignore[arg-type]
+
+
+def outcome(tally: Groups | Stream, run: Iterable[Decided]) -> tuple[list[dict], list[dict]]:
+    done = list(run)
+    kept = [orjson.loads(line) for part in done for line in part.kept.splitlines()]
+    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
+    assert tally.kept == len(kept) and sum(part.documents for part in done) == tally.documents
+    return kept, rejects
 
 
 def texts_to_rows(texts: Iterable[str]) -> list[dict[str, object]]:
@@ -70,9 +90,10 @@ def prose(count: int, seed: object) -> list[str]:
 # ---- exact
 
 
-def test_exact_keeps_the_first_and_names_it() -> None:
+@pytest.mark.parametrize("run", [deduplicate, streamed])
+def test_exact_keeps_the_first_and_names_it(run: Callable[..., tuple[list[dict], list[dict]]]) -> None:
     """Behaviour: the first of equal texts stays, in input order; rejects say which."""
-    kept, rejects = deduplicate(texts_to_rows(["a", "b", "a", "c", "b", "A"]), Exact())
+    kept, rejects = run(texts_to_rows(["a", "b", "a", "c", "b", "A"]), Exact())
     assert [row["id"] for row in kept] == ["d0", "d1", "d3", "d5"]
     assert [(row["id"], row["duplicate_of"], row["reason"], row["similarity"]) for row in rejects] == [
         ("d2", "d0", "exact", 1.0),
@@ -86,6 +107,7 @@ def test_exact_after_normalisation(normalise: str, left: int) -> None:
     rows = texts_to_rows(["Hello  world 1", "Hello world 1", "hello, wörld 23!", "!!!", "???"])
     expected = left + (1 if normalise == "loose" else 0)
     assert len(deduplicate(rows, Exact(normalise=normalise))[0]) == expected
+    assert len(streamed(rows, Exact(normalise=normalise))[0]) == expected
 
 
 def test_exact_by_another_field() -> None:
@@ -98,17 +120,20 @@ def test_exact_by_another_field() -> None:
         {"text": "d", "url": {"x": 1, "y": 2}},
         {"text": "e", "url": {"y": 2, "x": 1}},
     ]
-    kept, rejects = deduplicate(rows, Exact(key="url"))
-    assert [row["text"] for row in kept] == ["a", "c", "c", "d"]
-    assert len(rejects) == 2
+    for run in (deduplicate, streamed):
+        kept, rejects = run(rows, Exact(key="url"))
+        assert [row["text"] for row in kept] == ["a", "c", "c", "d"]
+        assert len(rejects) == 2
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(max_size=3), max_size=30))
 def test_exact_is_what_a_dictionary_does(texts: list[str]) -> None:
     """Property: the kept texts are the distinct ones in order of first occurrence."""
-    kept, rejects = deduplicate(texts_to_rows(texts), Exact())
-    assert [row["text"] for row in kept] == list(dict.fromkeys(texts))
-    assert len(kept) + len(rejects) == len(texts)
+    for run in (deduplicate, streamed):
+        kept, rejects = run(texts_to_rows(texts), Exact())
+        assert [row["text"] for row in kept] == list(dict.fromkeys(texts))
+        assert len(kept) + len(rejects) == len(texts)
 
 
 def test_unknown_names() -> None:
@@ -137,7 +162,7 @@ def test_near_duplicates_are_found_and_verified(bits: int) -> None:
     texts += [" ".join(edited(tokens, 0.02, i)) for i, tokens in enumerate(originals[20:40])]
     texts += [" ".join(edited(tokens, 0.3, i)) for i, tokens in enumerate(originals[40:])]
     rows = texts_to_rows(texts)
-    kept, rejects = deduplicate(rows, MinHash(threshold=0.75, bits=bits))
+    kept, rejects = deduplicate(rows, near=MinHash(threshold=0.75, bits=bits))
     sets = {row["id"]: shingles(str(row["text"])) for row in rows}
     removed = {row["id"]: row for row in rejects}
     assert {f"d{i}" for i in range(60, 80)} <= set(removed)
@@ -156,8 +181,8 @@ def test_without_verification_candidates_go() -> None:
     """Behaviour: verify=False removes every document that shares a band, and measures no similarity."""
     base = prose(400, 1)
     rows = texts_to_rows([" ".join(base), *(" ".join(edited(base, 0.08, i)) for i in range(60))])
-    _, verified = deduplicate(rows, MinHash(threshold=0.95))
-    _, trusted = deduplicate(rows, MinHash(threshold=0.95, verify=False))
+    _, verified = deduplicate(rows, near=MinHash(threshold=0.95))
+    _, trusted = deduplicate(rows, near=MinHash(threshold=0.95, verify=False))
     assert len(verified) < len(trusted)
     assert {row["similarity"] for row in trusted} == {None}
 
@@ -165,10 +190,10 @@ def test_without_verification_candidates_go() -> None:
 def test_short_documents_are_compared_as_a_whole() -> None:
     """Behaviour: below five words there is no shingle; the same words, in the sense of the normalisation, are duplicates."""
     kept, rejects = deduplicate(
-        texts_to_rows(["Read more...", "read more", "Read less", "", "", "!!!", "???", "!!!"]), MinHash()
+        texts_to_rows(["Read more...", "read more", "Read less", "", "", "!!!", "???", "!!!"]), near=MinHash()
     )
     assert [row["id"] for row in kept] == ["d0", "d2", "d3", "d5", "d6"]
-    assert {row["reason"] for row in rejects} == {"exact"}
+    assert {(row["reason"], row["similarity"]) for row in rejects} == {("minhash", 1.0)}
 
 
 def test_methods_in_order_share_their_survivors() -> None:
@@ -181,13 +206,13 @@ def test_methods_in_order_share_their_survivors() -> None:
     assert [(row["reason"], row["duplicate_of"]) for row in rejects] == [("minhash", "d0"), ("minhash", "d0")]
 
 
-@pytest.mark.parametrize("method", [Exact(normalise="loose"), MinHash()])
-def test_any_number_of_jobs_gives_the_same(method: object) -> None:
+@pytest.mark.parametrize("method", [{"exact": Exact(normalise="loose")}, {"near": MinHash()}])
+def test_any_number_of_jobs_gives_the_same(method: dict[str, object]) -> None:
     """Property: -j decides nothing."""
     base = [prose(60, i % 17) for i in range(80)]
     rows = texts_to_rows(" ".join(edited(tokens, 0.005, i)) for i, tokens in enumerate(base))
-    assert deduplicate(rows, method) == deduplicate(rows, method, jobs=3)
-    assert len(deduplicate(rows, method)[0]) < 80
+    assert deduplicate(rows, **method) == deduplicate(rows, **method, jobs=3)
+    assert len(deduplicate(rows, **method)[0]) < 80
 
 
 def test_order_changes_survivors_not_clusters() -> None:
@@ -195,7 +220,7 @@ def test_order_changes_survivors_not_clusters() -> None:
     rows = texts_to_rows(" ".join(edited(prose(300, i % 10), 0.001, i)) for i in range(50))
     for seed in range(3):
         random.Random(seed).shuffle(rows)
-        kept, rejects = deduplicate(rows, MinHash())
+        kept, rejects = deduplicate(rows, near=MinHash())
         group = {row["id"]: int(str(row["id"])[1:]) % 10 for row in rows}
         assert sorted(group[row["id"]] for row in kept) == list(range(10))
         assert all(group[row["id"]] == group[row["duplicate_of"]] for row in rejects)
@@ -212,42 +237,159 @@ def test_senseless_parameters(settings_: dict[str, float]) -> None:
         MinHash(**settings_)  # type: ignore[arg-type]
 
 
-# ---- table of bands
+# ---- survivors
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(*[st.integers(0, 5)] * 3), max_size=MAX_CHAIN))
-def test_band_table_is_what_dictionaries_do(documents: list[tuple[int, int, int]]) -> None:
-    """Property: candidates are the documents that share a key, more shared keys first, then earlier; key 0 and growth included."""
-    table = BandTable(3, slots=4)
-    spread = [0, 2**63, 2**64 - 1, 4, 8, 5]  # keys that want the same slots
-    filed: list[tuple[int, ...]] = []
-    for values in documents:
-        keys = tuple((spread[value] + (band << 32)) % 2**64 for band, value in enumerate(values))
-        met = {i: sum(x == y for x, y in zip(keys, other, strict=True)) for i, other in enumerate(filed)}
-        expected = sorted((i for i in met if met[i]), key=lambda i: (-met[i], i))
-        assert table.candidates(keys) == expected
-        table.add(keys)
-        filed.append(keys)
+def family(count: int) -> list[dict[str, object]]:
+    """A chain of texts, each like the next and unlike those far from it; `rank` and length grow with the number."""
+    tokens = prose(300, "family")
+    return [
+        {
+            "id": f"d{i}",
+            "text": " ".join(tokens[8 * i : 8 * i + 200] + ["end"] * 5 * i),
+            "rank": i % 4,
+            "source": f"s{i % 2}",
+        }
+        for i in range(count)
+    ]
 
 
-def test_many_unlike_documents_in_one_band_stay_bounded() -> None:
-    """Behaviour: a band that everyone shares costs a bounded number of comparisons."""
-    table = BandTable(2)
-    for number in range(3000):
-        table.add([7, 1000 + number])
-    assert len(table.candidates([7, 5])) == MAX_CHAIN
+def test_which_survives() -> None:
+    """Behaviour: the first, the longest or the best by a field, ties to the first; a field that is missing is named."""
+    rows = [
+        {"id": f"d{i}", "text": " ".join(prose(150, "one") + ["x"] * extra), "n": n}
+        for i, (extra, n) in enumerate([(0, 1), (2, 5), (2, 5), (1, 2)])
+    ]
+    for keep, survivor in (("first", "d0"), ("longest", "d1"), ("best:n", "d1")):
+        kept, rejects = deduplicate(rows, near=MinHash(), keep=keep)
+        assert [row["id"] for row in kept] == [survivor]
+        assert {row["duplicate_of"] for row in rejects} == {survivor}
+        assert [row["id"] for row in rejects] == [row["id"] for row in rows if row["id"] != survivor]
+    with pytest.raises(LlmkitError, match="best:m: no such field"):
+        deduplicate(rows, near=MinHash(), keep="best:m")
+    for wrong in ({"keep": "last"}, {"keep": "best:"}, {"clusters": "cliques"}):
+        with pytest.raises(UsageError):
+            Groups(**wrong)  # type: ignore[arg-type]
 
 
-def test_spool_gives_back_what_was_put_in() -> None:
-    """Behaviour: arrays of any length, in any order."""
-    spool = Spool(None)
-    arrays = [np.arange(n, dtype=np.uint32) * 7 for n in (0, 5, 1, 3000, 0, 2)] * 300
-    for values in arrays:
-        spool.append(values)
+def test_stars_and_components() -> None:
+    """Property: around survivors every removed document is like a kept one; components remove whatever a chain of pairs connects."""
+    rows = family(10)
+    near = MinHash(threshold=0.6, bands=50, rows=2)
+    stars, removed = deduplicate(rows, near=near)
+    sets = {row["id"]: shingles(str(row["text"])) for row in rows}
+    assert 1 < len(stars) < 10
+    for row in removed:
+        assert jaccard(sets[row["id"]], sets[row["duplicate_of"]]) == row["similarity"] >= 0.6
+    components, _ = deduplicate(rows, near=near, clusters="components")
+    assert [row["id"] for row in components] == ["d0"] and components[0]["duplicates"] == 10
+
+
+def test_components_are_what_union_find_makes() -> None:
+    """Parity with a plain union-find over all pairs at the threshold, and stars with a plain loop over survivors."""
+    random_ = random.Random(5)
+    base = [prose(80, i) for i in range(12)]
+    rows = texts_to_rows(" ".join(edited(random_.choice(base), random_.choice([0, 0.01, 0.04]), i)) for i in range(90))
+    sets = [shingles(str(row["text"])) for row in rows]
+    near = MinHash(threshold=0.6, bands=100, rows=1)  # finds every such pair
+    parents = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        return i if parents[i] == i else root(parents[i])
+
+    survivors: list[int] = []
+    for i in range(len(rows)):
+        like = [j for j in range(i) if jaccard(sets[i], sets[j]) >= 0.6]
+        if not set(like) & set(survivors):
+            survivors.append(i)
+        for j in like:
+            a, b = sorted((root(i), root(j)))
+            parents[b] = a
+    kept, _ = deduplicate(rows, near=near)
+    assert [row["id"] for row in kept] == [f"d{i}" for i in survivors]
+    kept, _ = deduplicate(rows, near=near, clusters="components")
+    assert [row["id"] for row in kept] == [f"d{i}" for i in range(len(rows)) if root(i) == i]
+
+
+def test_what_is_written_on_documents() -> None:
+    """Behaviour: numbers add up over runs; --annotate drops nothing and names cluster, survivor and similarity on all of a group."""
+    rows = texts_to_rows(["a text of some six words", "A text of some six words!", "another text of six other words"])
+    kept, _ = deduplicate(rows, near=MinHash())
+    assert [row.get("duplicates") for row in kept] == [2, None] and "cluster" not in kept[1]
+    again, _ = deduplicate([*kept, rows[0]], near=MinHash())
+    assert [row.get("duplicates") for row in again] == [3, None] and again[0]["cluster"] == kept[0]["cluster"]
+    plain, _ = deduplicate(rows, near=MinHash(), counts_written=False)
+    assert plain == [rows[0], rows[2]]
+    marked, rejects = deduplicate(rows, near=MinHash(), annotate=True)
+    assert rejects == [] and [row["id"] for row in marked] == ["d0", "d1", "d2"]
+    assert marked[0] == rows[0] | {"duplicates": 2, "cluster": kept[0]["cluster"]}
+    assert marked[1] == marked[0] | rows[1] | {"reason": "minhash", "duplicate_of": "d0", "similarity": 1.0}
+    assert marked[2] == rows[2]
+
+
+@pytest.mark.parametrize("method", [{"exact": Exact()}, {"near": MinHash()}])
+def test_groups_and_documents_seen_elsewhere(method: dict[str, object]) -> None:
+    """Behaviour: only documents that agree in a field are compared; those of --against go first, whatever is preferred, and are not written."""
+    rows = [{"id": f"d{i}", "text": "the same six words as ever", "source": source} for i, source in enumerate("aabb")]
+    kept, rejects = deduplicate(rows, **method, group="source")
+    assert [row["id"] for row in kept] == ["d0", "d2"] and [row["duplicate_of"] for row in rejects] == ["d0", "d2"]
+    kept, rejects = deduplicate(
+        rows, **method, against=[{"id": "old", "text": "the same six words as ever"}], keep="longest"
+    )
+    assert kept == [] and [row["duplicate_of"] for row in rejects] == ["old"] * 4
+    other = {"id": "new", "text": "six words that nobody wrote before"}
+    kept, _ = deduplicate([other], **method, against=rows)
+    assert kept == [other]
+
+
+def test_parts_of_bands_find_the_same() -> None:
+    """Property: sorting in parts, for little memory, changes nothing."""
+    rows = texts_to_rows(" ".join(edited(prose(60, i % 17), 0.005, i)) for i in range(80))
+    assert deduplicate(rows, near=MinHash()) == deduplicate(rows, near=MinHash(), memory=200)
+
+
+def test_pairs_of_a_band() -> None:
+    """Parity with a plain loop: in a group each with the first ones and the ones just before; bounded, however many agree."""
+    keys = np.sort(np.random.default_rng(1).integers(0, 6, 300)).astype(np.uint64)
+    documents = np.arange(300) * 3
+    expected = set()
+    for i in range(300):
+        group = [j for j in range(i) if keys[j] == keys[i]]
+        expected |= {(int(documents[i]), int(documents[j])) for j in group[:5] + group[-5:]}
+    found = kernels.pairs(keys, documents, 5).tolist()
+    assert len(found) == len(set(found)) and {(pair >> 32, pair & 0xFFFFFFFF) for pair in found} == expected
+    assert len(kernels.pairs(np.zeros(3000, np.uint64), np.arange(3000), CHAIN)) < 3000 * 2 * CHAIN
+
+
+def test_a_hundred_thousand_copies() -> None:
+    """Behaviour: one text again and again costs no more than as many different ones."""
+    rows = [{"id": "copy", "text": "one short text that everybody copies from everybody else"}] * 100_000
+    kept, rejects = deduplicate(rows, near=MinHash())
+    assert len(kept) == 1 and kept[0]["duplicates"] == 100_000 and len(rejects) == 99_999
+
+
+def test_bands_by_threshold() -> None:
+    """Behaviour: FineWeb's shape at 0.75; any other finds at least as much at its threshold with at most 112 functions."""
+    assert bands_for(0.75) == (14, 8)
+    for threshold in (0.05, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1):
+        bands, rows = bands_for(threshold)
+        assert bands * rows <= 112 and (rows == 1 or 1 - (1 - threshold**rows) ** bands >= 0.77)
+
+
+def test_spools_give_back_what_was_put_in() -> None:
+    """Behaviour: numbers and byte strings of any length, in any order."""
+    column, blobs = Column(np.uint32), Blobs()
+    assert len(column.array()) == 0
+    parts = [np.arange(n, dtype=np.uint32) * 7 for n in (0, 5, 1, 3000, 0, 2)] * 300
+    for values in parts:
+        column.append(values)
+        blobs.append([values.tobytes(), b"x"])
+    assert column.array().tolist() == np.concatenate(parts).tolist()
+    read = blobs.read()
     for number in (1799, 0, 3, 900, 1):
-        assert spool.read(number).tolist() == arrays[number].tolist()
-    spool.close()
+        assert read[2 * number] == parts[number].tobytes() and read[2 * number + 1] == b"x"
+    column.close()
+    blobs.close()
 
 
 # ---- real text
@@ -268,7 +410,7 @@ def test_near_duplicate_licences(shared_data: Path) -> None:
     found = unpack(shared_data / "text" / "cs336_data_fixtures.tar.zst")
     names = ["rails_mit_license.txt", "react_mit_license.txt", "pytorch_license.txt"]
     rows = [{"id": name, "text": found[name].decode()} for name in names]
-    kept, rejects = deduplicate(rows, MinHash(threshold=0.75))
+    kept, rejects = deduplicate(rows, near=MinHash(threshold=0.75))
     assert [row["id"] for row in kept] == [names[0], names[2]]
     assert [row["duplicate_of"] for row in rejects] == [names[0]] and rejects[0]["similarity"] > 0.75
 

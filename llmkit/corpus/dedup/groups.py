@@ -163,8 +163,10 @@ class Waiting:
 
     def close(self) -> None:
         """Give the temporary files back."""
-        for spool in (self.ids, self._packed, *self._columns.values()):
-            spool.close()
+        self.ids.close()
+        self._packed.close()
+        for column in self._columns.values():
+            column.close()
 
     def column(self, name: str) -> NDArray[Any]:
         """One value a document, by rank; empty where that was not measured."""
@@ -173,7 +175,7 @@ class Waiting:
         values = self._columns[name].array()
         return values if self._order is None else values[self._order]
 
-    def decided(self) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.uint8]]:
+    def decided(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
         """For each document the one that it duplicates (-1: it stays), how similar they are (-1: not measured), and the number of the reason."""
         groups, total = self.groups, len(self.ids)
         self._order = None
@@ -181,7 +183,7 @@ class Waiting:
             worth = -self.column("worth")
             worth[: self.given] = -np.inf
             self._order = np.argsort(worth, kind="stable")
-        matches, similarities = np.full(total, -1, np.int64), np.zeros(total, np.float32)
+        matches, similarities = np.full(total, -1, np.int64), np.zeros(total)
         reasons = np.zeros(total, np.uint8)
         exact = self._firsts("exact")
         if len(exact):
@@ -194,7 +196,17 @@ class Waiting:
         shingles = self._columns["shingles"].array() if groups.near else np.empty(0, np.uint32)
         choose = kernels.stars if groups.clusters == "stars" else kernels.components
         choose(
-            self.given, exact, same, self._candidates(same), places, shingles, starts, threshold, matches, similarities, reasons
+            self.given,
+            exact,
+            same,
+            self._candidates(same),
+            places,
+            shingles,
+            starts,
+            threshold,
+            matches,
+            similarities,
+            reasons,
         )
         if self._order is None:
             return matches, similarities, reasons
@@ -231,9 +243,12 @@ class Waiting:
     def written(self) -> Iterator[Decided]:
         """The documents, chunk by chunk, with what becomes of them."""
         groups = self.groups
+        if not len(self.ids):
+            return
         matches, similarities, reasons = self.decided()
         survivors = np.where(matches >= 0, matches, np.arange(len(matches)))
-        numbers = np.bincount(survivors, self._columns["weights"].array(), len(matches)).astype(np.int64) if len(matches) else matches
+        weights = self._columns["weights"].array()
+        numbers = np.bincount(survivors, weights, len(matches)).astype(np.int64)
         sizes, ids, packed = self._columns["sizes"].array(), self.ids.read(), self._packed.read()
         clusters = self._columns.get("same") or self._columns["exact"]
         names = clusters.array()
@@ -252,7 +267,7 @@ class Waiting:
                 if survivor != i:
                     reason = REASONS[reasons[i]]
                     groups.dropped[reason] += 1
-                    similarity = round(float(similarities[i]), 6)
+                    similarity = float(similarities[i])
                     kept_id = ids[survivor].decode("utf-8", "surrogatepass")
                     said = verdict(reason, kept_id, None if similarity < 0 else similarity)
                     if groups.annotate:

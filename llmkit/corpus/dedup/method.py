@@ -35,7 +35,12 @@ class Tally:
     def counts(self) -> dict[str, Any]:
         """For summary and lineage."""
         reasons = dict(sorted(self.dropped.items()))
-        return {"documents": self.documents, "kept": self.kept, "dropped": self.documents - self.kept, "reasons": reasons}
+        return {
+            "documents": self.documents,
+            "kept": self.kept,
+            "dropped": self.documents - self.kept,
+            "reasons": reasons,
+        }
 
 
 def verdict(reason: str, kept_id: str, similarity: float | None) -> dict[str, Any]:

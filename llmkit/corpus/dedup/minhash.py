@@ -26,7 +26,6 @@ from llmkit.corpus.kernels.minhash import functions, sketch
 from llmkit.errors import UsageError
 from llmkit.io.documents import Document
 
-
 FUNCTIONS = 112  # at most, where the shape is chosen by threshold
 FOUND = 0.77  # of the pairs right at the threshold
 

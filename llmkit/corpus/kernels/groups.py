@@ -131,16 +131,16 @@ def components(given, exact, same, candidates, places, shingles, starts, thresho
                 parents[max(a, b)] = min(a, b)
                 reasons[i], similarities[i] = reason, 1
     for pair in candidates:
-        i, j = np.int64(pair >> S32), np.int64(pair & LOW_32)
+        later, earlier = np.int64(pair >> S32), np.int64(pair & LOW_32)
         similarity = -1.0
         if threshold >= 0:
-            similarity = similarity_of(places[i], places[j], shingles, starts, threshold)
+            similarity = similarity_of(places[later], places[earlier], shingles, starts, threshold)
             if similarity < threshold:
                 continue
-        a, b = find_root(parents, i), find_root(parents, j)
+        a, b = find_root(parents, later), find_root(parents, earlier)
         parents[max(a, b)] = min(a, b)
-        if reasons[i] == 0:
-            reasons[i], similarities[i] = 2, similarity
+        if reasons[later] == 0:
+            reasons[later], similarities[later] = 2, similarity
     for i in range(given, n):
         root = find_root(parents, i)
         if root != i and matches[i] == NONE:
