@@ -143,11 +143,13 @@ class Run:
             self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
         return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
 
-    def writer(self) -> DocumentWriter:
-        """Writer of the command's output; a context manager."""
+    def writer(self, force: bool = False) -> DocumentWriter:
+        """Writer of the command's output, which `force` replaces as -f does; a context manager."""
         from llmkit.io.documents import DocumentWriter
 
-        return DocumentWriter(self.output, self.lineage(), force=self.force, plain=self._values.get("plain", False))
+        return DocumentWriter(
+            self.output, self.lineage(), force=self.force or force, plain=self._values.get("plain", False)
+        )
 
     def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
         """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do."""
@@ -172,7 +174,7 @@ class Run:
             return False
         digests = [digest_path(path) for path in paths]
         for path, header in outputs.items():
-            made_of = (found[path] or {}).get("inputs", [])
+            made_of = [item for item in (found[path] or {}).get("inputs", []) if item.get("role") != "index"]
             named = [(item.role, item.digest) for item in header.inputs]
             if [(item.get("role"), item.get("digest")) for item in made_of[: len(named)]] != named or [
                 item.get("digest") for item in made_of[len(named) :]

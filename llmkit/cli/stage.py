@@ -105,18 +105,22 @@ def run_stage(
     work: Callable[[DocumentReader], Iterable[Outcome]],
     count: Callable[[], dict[str, Any]],
     resume: bool = False,
+    known: Callable[[list[str]], bool] | None = None,
+    durable: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """Run `work` over the inputs, write what it keeps and rejects, and return the counts; None if the output was up to date.
 
     `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew. With --dry-run everything
-    is done but the writing.
+    is done but the writing. `durable` is called when an output is complete and in its place; `known` says of the inputs of an output that is there
+    whether that call came to its end: if not, the output is made anew.
     """
     from llmkit.io.documents import DocumentWriter
 
     total: dict[str, Any] = {}
     made = passed = 0
     for job in jobs(run, run.inputs(inputs), rejects, resume):
-        if job.done:
+        done = job.done
+        if done and (known is None or known(job.inputs)):
             passed += 1
             continue
         made += 1
@@ -124,9 +128,9 @@ def run_stage(
         with ExitStack() as stack:
             writer = rejected = None
             if not run.dry_run:
-                writer = stack.enter_context(run.writer())
+                writer = stack.enter_context(run.writer(force=done))
                 for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew))
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew or done))
             with run.progress(None, "documents") as bar:
                 for outcome in work(reader):
                     reader.accept(outcome.bad)
@@ -140,6 +144,8 @@ def run_stage(
                 rejected.finish({"documents": counts["dropped"]}, list(reader.inputs))
             if writer:
                 writer.finish(counts, reader.inputs)
+        if durable and not run.dry_run:
+            durable()
         total = added(total, counts)
     if made == 0:
         run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")

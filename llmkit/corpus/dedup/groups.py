@@ -16,7 +16,7 @@ about 1 byte a byte of text for shingles. Cost: beyond measuring, some 5 microse
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
+from llmkit.corpus.dedup.index import Index, run_key
 from llmkit.corpus.dedup.method import Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.spool import Blobs, Column
@@ -36,9 +37,11 @@ from llmkit.corpus.lists import dotted
 from llmkit.engine.local import ordered_map
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
+from llmkit.io.lineage import Input
 
 REASONS = ("", "exact", "minhash")
 CHAIN = 16  # documents of a band that each is compared with: the first ones, and as many before it
+BATCH = 1 << 15  # documents that go into the index at once
 LEVEL = -5  # of the lines that wait
 
 
@@ -67,12 +70,20 @@ class Groups(Tally):
     rejects: bool = False
     memory: int = 4 << 30  # bytes for the sorting of a band
     temporary: str | None = None
+    index: Index | None = None
+    _commit: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if self.keep not in ("first", "longest") and not (self.keep.startswith("best:") and self.keep[5:]):
             raise UsageError(f"--keep {self.keep}", "one of: first, longest, best:FIELD")
         if self.clusters not in ("stars", "components"):
             raise UsageError(f"--clusters {self.clusters}", "one of: stars, components")
+
+    def commit(self) -> None:
+        """Call it once the output is durable: what was kept is then in the index."""
+        if self._commit:
+            self._commit()
+            self._commit = None
 
     def warm_up(self) -> None:
         """Compile before workers fork."""
@@ -84,12 +95,13 @@ class Groups(Tally):
         waiting = Waiting(self)
         try:
             if against is not None:
-                for part in waiting.measured(against):
+                for part in waiting.measured(against, written=False):
                     yield Decided(b"", b"", part.bad, 0)
                 waiting.given = len(waiting.ids)
-                waiting.lines.clear()
             for part in waiting.measured(reader):
                 yield Decided(b"", b"", part.bad, len(part.ids))
+            if self.index:
+                waiting.seen(self.index, reader)
             yield from waiting.written()
         finally:
             waiting.close()
@@ -113,6 +125,9 @@ def measure(groups: Groups, options: ReadOptions, chunk: Chunk) -> Part:
         near = groups.near.sketches(documents)
         columns |= {"same": near.same ^ divided, "shingles": near.shingles, "shingled": near.sizes}
         columns |= {f"band{i}": column ^ divided for i, column in enumerate(near.keys.T)}
+        if groups.index:
+            width = np.uint8 if groups.index.settings["signature bits"] == 8 else np.uint32
+            columns["signature"] = near.signatures.astype(width).ravel()
     weights = (document.fields.get("duplicates", 1) for document in documents)
     columns["weights"] = np.fromiter(
         (n if type(n) is int and 0 < n < 2**31 else 1 for n in weights), np.int64, len(lines)
@@ -144,12 +159,15 @@ class Waiting:
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.given = 0  # the first documents are seen already, and not written
+        self._seen: tuple[NDArray[Any], ...] | None = None  # row of the index, similarity, reason
+        self._pending: tuple[int, str] | None = None  # the run, and what it is known by
+        self._order: NDArray[np.int64] | None = None  # documents by rank, where that is not the order of the input
         self.lines: list[int] = []  # documents of each chunk
         self.ids = Blobs(groups.temporary)
         self._packed = Blobs(groups.temporary)
         self._columns: dict[str, Column] = {}
 
-    def measured(self, reader: DocumentReader) -> Iterator[Part]:
+    def measured(self, reader: DocumentReader, written: bool = True) -> Iterator[Part]:
         """Measure the documents of a reader, chunk by chunk."""
         for part in ordered_map(partial(measure, self.groups, reader.options), reader.chunks(), self.groups.jobs):
             for name, values in part.columns.items():
@@ -157,8 +175,9 @@ class Waiting:
                     self._columns[name] = Column(values.dtype, self.groups.temporary)
                 self._columns[name].append(values)
             self.ids.append(part.ids)
-            self._packed.append([part.lines])
-            self.lines.append(len(part.ids))
+            if written:
+                self._packed.append([part.lines])
+                self.lines.append(len(part.ids))
             yield part
 
     def close(self) -> None:
@@ -168,23 +187,50 @@ class Waiting:
         for column in self._columns.values():
             column.close()
 
+    def plain(self, name: str) -> NDArray[Any]:
+        """One value a document, in input order; empty where that was not measured."""
+        return self._columns[name].array() if name in self._columns else np.empty(0, np.int64)
+
     def column(self, name: str) -> NDArray[Any]:
-        """One value a document, by rank; empty where that was not measured."""
-        if name not in self._columns:
-            return np.empty(0, np.int64)
-        values = self._columns[name].array()
+        """The same by rank."""
+        values = self.plain(name)
         return values if self._order is None else values[self._order]
 
+    def _part(self, chosen: Any) -> dict[str, NDArray[Any]]:
+        """Columns as the index takes them, of some documents."""
+        names = [
+            name for name in self._columns if name in ("exact", "keyed", "same", "shingled") or name.startswith("band")
+        ]
+        found = {name: self.plain(name)[chosen] for name in names}
+        if "signature" in self._columns and self.groups.near:
+            functions = self.groups.near.bands * self.groups.near.rows
+            found["signature"] = self.plain("signature").reshape(-1, functions)[chosen]
+        return found
+
+    def seen(self, index: Index, reader: DocumentReader) -> None:
+        """Ask the index for what earlier runs kept, and begin to add to it."""
+        key = run_key([item.digest for item in reader.inputs])
+        run = index.run_of(key)
+        reader.inputs.append(Input("index", index.name, index.history(run)))
+        if len(self.ids):
+            near = self.groups.near
+            self._seen = index.find(run, self._part(slice(None)), near.threshold if near and near.verify else -1.0)
+        if not index.has(key):
+            self._pending = (run, key)
+
     def decided(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
-        """For each document the one that it duplicates (-1: it stays), how similar they are (-1: not measured), and the number of the reason."""
+        """For each document the one that it duplicates (-1: it stays; -2 - r: row r of the index), how similar they are (-1: not measured), and the number of the reason."""
         groups, total = self.groups, len(self.ids)
-        self._order = None
         if groups.keep != "first" and total:
             worth = -self.column("worth")
             worth[: self.given] = -np.inf
             self._order = np.argsort(worth, kind="stable")
         matches, similarities = np.full(total, -1, np.int64), np.zeros(total)
         reasons = np.zeros(total, np.uint8)
+        if self._seen is not None:
+            rows, alike, why = self._seen if self._order is None else (part[self._order] for part in self._seen)
+            found = np.flatnonzero(rows >= 0)
+            matches[found], similarities[found], reasons[found] = -2 - rows[found], alike[found], why[found]
         exact = self._firsts("exact")
         if len(exact):
             exact[~self.column("keyed")] = -1
@@ -212,7 +258,7 @@ class Waiting:
             return matches, similarities, reasons
         back = np.empty_like(self._order)
         back[self._order] = np.arange(total)
-        matches = np.where(matches >= 0, self._order[matches], -1)
+        matches = np.where(matches >= 0, self._order[matches], matches)
         return matches[back], similarities[back], reasons[back]
 
     def _firsts(self, name: str) -> NDArray[np.int64]:
@@ -242,41 +288,57 @@ class Waiting:
 
     def written(self) -> Iterator[Decided]:
         """The documents, chunk by chunk, with what becomes of them."""
+        matches = np.empty(0, np.int64)
+        if len(self.ids):
+            matches, similarities, reasons = self.decided()
+            yield from self._written(matches, similarities, reasons)
+        if self.groups.index and self._pending:
+            self._add(self.groups.index, *self._pending, np.flatnonzero(matches[self.given :] == -1) + self.given)
+
+    def _add(self, index: Index, run: int, key: str, kept: NDArray[np.int64]) -> None:
+        """Add the documents to the index that stay; they are there once `Groups.commit` is called."""
+        index.begin()
+        ids = self.ids.read()
+        for start in range(0, len(kept), BATCH):
+            part = kept[start : start + BATCH]
+            index.add(run, [ids[i].decode("utf-8", "replace") for i in part.tolist()], self._part(part))
+        self.groups._commit = partial(index.commit, run, key, len(self.ids) - self.given, len(kept))
+
+    def _written(
+        self, matches: NDArray[np.int64], similarities: NDArray[np.float64], reasons: NDArray[np.uint8]
+    ) -> Iterator[Decided]:
         groups = self.groups
-        if not len(self.ids):
-            return
-        matches, similarities, reasons = self.decided()
         survivors = np.where(matches >= 0, matches, np.arange(len(matches)))
-        weights = self._columns["weights"].array()
-        numbers = np.bincount(survivors, weights, len(matches)).astype(np.int64)
-        sizes, ids, packed = self._columns["sizes"].array(), self.ids.read(), self._packed.read()
-        clusters = self._columns.get("same") or self._columns["exact"]
-        names = clusters.array()
-        document, first_chunk = self.given, len(self._packed) - len(self.lines)
-        for chunk, count in enumerate(self.lines, first_chunk):
+        numbers = np.bincount(survivors, self.plain("weights"), len(matches)).astype(np.int64)
+        sizes, ids, packed = self.plain("sizes"), self.ids.read(), self._packed.read()
+        names = self.plain("same" if groups.near else "exact")
+        told = groups.annotate or groups.rejects
+        indexed = groups.index.ids(-2 - matches[matches < -1]) if groups.index and told else {}
+        first = self.given
+        for chunk, count in enumerate(self.lines):
             lines = zstandard.ZstdDecompressor().decompress(packed[chunk])
             kept: list[bytes] = []
             rejects: list[bytes] = []
             end = 0
-            for i in range(document, document + count):
+            for i in range(first, first + count):
                 start, end = end, end + int(sizes[i])
-                line, survivor = lines[start:end], int(survivors[i])
+                line, match = lines[start:end], int(matches[i])
+                survivor = int(survivors[i])
                 fields: dict[str, Any] = {}
-                if numbers[survivor] > 1 and (groups.annotate or (survivor == i and groups.counts_written)):
+                if numbers[survivor] > 1 and (groups.annotate or (match == -1 and groups.counts_written)):
                     fields = {"duplicates": int(numbers[survivor]), "cluster": f"{names[survivor]:016x}"}
-                if survivor != i:
+                if match != -1:
                     reason = REASONS[reasons[i]]
                     groups.dropped[reason] += 1
-                    similarity = float(similarities[i])
-                    kept_id = ids[survivor].decode("utf-8", "surrogatepass")
-                    said = verdict(reason, kept_id, None if similarity < 0 else similarity)
-                    if groups.annotate:
-                        fields |= said
-                    elif groups.rejects:
-                        rejects.append(with_fields(line, said))
-                if survivor == i or groups.annotate:
+                    if told:
+                        similarity = float(similarities[i])
+                        kept_id = ids[match].decode("utf-8", "surrogatepass") if match >= 0 else indexed[-2 - match]
+                        fields |= verdict(reason, kept_id, None if similarity < 0 else similarity)
+                        if not groups.annotate:
+                            rejects.append(with_fields(line, fields))
+                if match == -1 or groups.annotate:
                     groups.kept += 1
                     kept.append(with_fields(line, fields) if fields else line)
-            document += count
+            first += count
             groups.documents += count
             yield Decided(b"".join(kept), b"".join(rejects), [], 0)

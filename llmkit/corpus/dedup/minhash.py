@@ -37,10 +37,11 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 
 class Sketches(NamedTuple):
-    """Of n documents: a hash of the words, uint64 [n]; band keys, uint64 [n, bands]; and the shingles of all, uint32, with their number, int64 [n]."""
+    """Of n documents: a hash of the words, uint64 [n]; band keys, uint64 [n, bands]; signatures, uint64 [n, functions]; and the shingles of all, uint32, with their number, int64 [n]."""
 
     same: NDArray[np.uint64]
     keys: NDArray[np.uint64]
+    signatures: NDArray[np.uint64]
     shingles: NDArray[np.uint32]
     sizes: NDArray[np.int64]
 
@@ -76,8 +77,12 @@ class MinHash:
             for one, document in zip(found, documents, strict=True)
         ]
         keys = np.zeros((len(found), self.bands), np.uint64)
-        for row, one in zip(keys, found, strict=True):
-            row[: len(one.keys)] = one.keys
+        signatures = np.zeros((len(found), self.bands * self.rows), np.uint64)
+        for i, one in enumerate(found):
+            if len(one.keys):
+                keys[i], signatures[i] = one.keys, one.signature
         shingles = [one.shingles for one in found]
         sizes = np.fromiter(map(len, shingles), np.int64, len(shingles))
-        return Sketches(np.array(same, np.uint64), keys, np.concatenate([np.empty(0, np.uint32), *shingles]), sizes)
+        return Sketches(
+            np.array(same, np.uint64), keys, signatures, np.concatenate([np.empty(0, np.uint32), *shingles]), sizes
+        )

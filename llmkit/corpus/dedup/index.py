@@ -1,0 +1,288 @@
+"""Documents seen in earlier runs, in one DuckDB file: a nightly run removes what any earlier night kept, and adds what it keeps itself.
+
+    with Index("seen.duckdb", settings_of(near, exact, full=False)) as index:
+        run = index.run_of(key)                         # this call: rows of it and of later runs do not count as seen
+        rows, similarities, reasons = index.find(run, columns, threshold)
+        index.begin()
+        index.add(run, ids, columns)                    # as often as there are parts
+        index.commit(run, key, documents, kept)         # once the output is durable
+
+A row a kept document: its id, the hash of its words, 32 bits of each band key, and its signature, 8 bits a function (or 32: `full`). Candidates share
+a band key; they are verified by the share of equal functions, corrected for those equal by chance (Li and Koenig 2010, b-bit minwise hashing), since
+the texts are no longer there: with 112 functions the estimate has a standard error of 0.04 at 0.75 (tests/bench/dedup_index.md).
+
+A run is known by the digests of its inputs: repeated, it sees what it saw the first time and makes the same output. Where it was killed before
+`commit`, nothing of it is there. DuckDB locks the file: a second run at the same time is a LockedError.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from llmkit.corpus.dedup.exact import Exact
+from llmkit.corpus.dedup.minhash import MinHash
+from llmkit.errors import LlmkitError, LockedError
+
+VERSION = 1
+PER_KEY = 16  # indexed documents that share a band key and are compared, the earliest
+Columns = dict[str, NDArray[Any]]
+
+
+def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[str, Any]:
+    """What two runs on one index have to agree in."""
+    settings: dict[str, Any] = {"version": VERSION, "minhash": near is not None, "exact": exact is not None}
+    if near:
+        settings |= {name: getattr(near, name) for name in ("ngram", "bands", "rows", "bits", "seed")}
+        settings["signature bits"] = 32 if full else 8
+    if exact:
+        settings |= {"key": exact.key, "normalise": exact.normalise}
+    return settings
+
+
+def run_key(digests: list[str]) -> str:
+    """What a run is known by: the digests of its inputs, in order."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
+
+
+class Index:
+    """The file, locked; made where there is none, if `settings` are given. A context manager."""
+
+    def __init__(self, path: str, settings: dict[str, Any] | None, temporary: str | None = None) -> None:
+        self.path, self.name = path, os.path.basename(path)
+        if settings is None and not os.path.exists(path):
+            raise LlmkitError(f"{path} does not exist", "a run with --index makes it")
+        if not Path(os.path.realpath(path)).parent.is_dir():
+            raise LlmkitError(f"{Path(path).parent} is not a directory", "make it first")
+        config: dict[str, Any] = {"threads": "1", "preserve_insertion_order": "true"} | (
+            {"temp_directory": temporary} if temporary else {}
+        )
+        try:
+            self._sql = duckdb.connect(path, config=config)
+        except duckdb.Error as error:
+            self._refuse(error)
+        try:
+            self.settings = self._opened(settings)
+        except duckdb.Error as error:
+            self._sql.close()
+            self._refuse(error)
+        except LlmkitError:
+            self._sql.close()
+            raise
+
+    def _refuse(self, error: duckdb.Error) -> None:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "could not set lock" in said.lower():
+            raise LockedError(f"{self.path} is used by another run", "wait for it to end") from None
+        raise LlmkitError(
+            f"{self.path} cannot be read as an index ({said:.150})",
+            "restore a copy of it, or begin a new one under another name",
+        ) from None
+
+    def _opened(self, wanted: dict[str, Any] | None) -> dict[str, Any]:
+        """The settings in the file, the wanted ones where it is new. LlmkitError where they differ."""
+        tables = {name for (name,) in self._sql.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
+        if not tables and wanted is not None:
+            self._create(wanted)
+            return wanted
+        if not {"llmkit", "runs", "seen"} <= tables:
+            raise LlmkitError(f"{self.path} is no index of llmkit dedup", "name another file")
+        (text,) = self._sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
+        found: dict[str, Any] = json.loads(text)
+        for name, value in (wanted or {"version": VERSION}).items():
+            if found.get(name) != value:
+                raise LlmkitError(
+                    f"{self.path} was made with {name} {found.get(name)}, this call has {value}",
+                    "give the same options, or begin a new index under another name",
+                )
+        return found
+
+    def _create(self, settings: dict[str, Any]) -> None:
+        columns = ["run INTEGER", "id VARCHAR"]
+        columns += ["exact UBIGINT", "keyed BOOLEAN"] if settings["exact"] else []
+        if settings["minhash"]:
+            columns += ["same UBIGINT", *(f"band{i} UINTEGER" for i in range(settings["bands"])), "signature BLOB"]
+        self._sql.execute("BEGIN")
+        self._sql.execute("CREATE TABLE llmkit (settings VARCHAR)")
+        self._sql.execute("INSERT INTO llmkit VALUES (?)", [json.dumps(settings)])
+        self._sql.execute("CREATE TABLE runs (run INTEGER, inputs VARCHAR, documents BIGINT, kept BIGINT)")
+        self._sql.execute(f"CREATE TABLE seen ({', '.join(columns)})")
+        self._sql.execute("COMMIT")
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sql.close()
+        if isinstance(error, duckdb.Error):
+            said = str(error).splitlines()[0]
+            raise LlmkitError(f"{self.path}: {said:.200}", "nothing of this run is in the index") from error
+
+    def run_of(self, key: str) -> int:
+        """Number of the run with these inputs; the next one for a new run."""
+        known = self._sql.execute("SELECT run FROM runs WHERE inputs = ?", [key]).fetchone()
+        if known:
+            return int(known[0])
+        (last,) = self._sql.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone() or (0,)
+        return int(last) + 1
+
+    def has(self, key: str) -> bool:
+        """Whether the run with these inputs is there."""
+        return self._sql.execute("SELECT 1 FROM runs WHERE inputs = ?", [key]).fetchone() is not None
+
+    def knows(self, paths: list[str]) -> bool:
+        """Whether the run with these input files is there."""
+        from llmkit.io.lineage import digest_path
+
+        return self.has(run_key([digest_path(path) for path in paths]))
+
+    def history(self, run: int) -> str:
+        """What the runs before this one were: equal histories are equal indexes, whatever the files' bytes."""
+        keys = self._sql.execute("SELECT inputs FROM runs WHERE run < ? ORDER BY run", [run]).fetchall()
+        return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([self.settings, keys], sort_keys=True).encode())
+
+    def find(
+        self, run: int, columns: Columns, threshold: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
+        """For each document the row that it duplicates (-1: none), the similarity, and the reason (1: exact, 2: minhash).
+
+        `columns`: exact uint64 [n] and keyed bool [n]; same uint64 [n], shingled int64 [n], band0... uint64 [n],
+        signature [n, functions]. A threshold below 0
+        believes candidates.
+        """
+        n = len(next(iter(columns.values())))
+        rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
+        numbers = pa.array(np.arange(n))
+        if self.settings["minhash"]:
+            chosen = np.flatnonzero(columns["shingled"] > 0)
+            pairs = [
+                self._sharing(run, name, pa.array(chosen), _low(columns[name])[chosen], PER_KEY)
+                for name in (f"band{band}" for band in range(self.settings["bands"]))
+            ]
+            documents, candidates = np.unique(np.concatenate(pairs), axis=0).T if n else np.empty((2, 0), np.int64)
+            estimates = (
+                self._estimates(columns["signature"], documents, candidates)
+                if threshold >= 0
+                else np.full(len(documents), -1.0)
+            )
+            good = estimates >= threshold if threshold >= 0 else np.ones(len(documents), bool)
+            documents, candidates, estimates = documents[good], candidates[good], estimates[good]
+            first = np.unique(documents, return_index=True)[1]  # the earliest row
+            rows[documents[first]], similarities[documents[first]], reasons[documents[first]] = (
+                candidates[first],
+                estimates[first],
+                2,
+            )
+            self._equal(run, "same", numbers, columns["same"], rows, similarities, reasons, 2)
+        if self.settings["exact"]:
+            chosen = columns["keyed"]
+            self._equal(
+                run, "exact", pa.array(np.flatnonzero(chosen)), columns["exact"][chosen], rows, similarities, reasons, 1
+            )
+        return rows, similarities, reasons
+
+    def _equal(
+        self,
+        run: int,
+        name: str,
+        numbers: pa.Array,
+        keys: NDArray[Any],
+        rows: Any,
+        similarities: Any,
+        reasons: Any,
+        reason: int,
+    ) -> None:
+        found = self._sharing(run, name, numbers, keys, 1)
+        rows[found[:, 0]], similarities[found[:, 0]], reasons[found[:, 0]] = found[:, 1], 1.0, reason
+
+    def _sharing(self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int) -> NDArray[np.int64]:
+        """(document, row) of equal keys, int64 [pairs, 2]: of each key the earliest rows."""
+        new = pa.table({"n": numbers, "key": pa.array(keys)})  # noqa: F841 - DuckDB finds it by name
+        condition = "AND s.keyed" if name == "exact" else ""
+        found = self._sql.execute(
+            f"""WITH few AS (
+                SELECT s.rowid AS number, s.{name} AS key FROM seen s WHERE s.run < ? {condition} AND s.{name} IN (SELECT key FROM new)
+                QUALIFY row_number() OVER (PARTITION BY s.{name} ORDER BY s.rowid) <= {limit}
+            ) SELECT n, number FROM new JOIN few USING (key)""",
+            [run],
+        ).fetchnumpy()
+        return np.stack([found["n"].astype(np.int64), found["number"].astype(np.int64)], axis=1)
+
+    def _estimates(
+        self, signatures: NDArray[Any], documents: NDArray[np.int64], candidates: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Similarity of documents and rows by the share of equal functions."""
+        bits = self.settings["signature bits"]
+        wanted = pa.table({"number": pa.array(np.unique(candidates))})  # noqa: F841 - DuckDB finds it by name
+        found = self._sql.execute(
+            "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid"
+        ).fetchall()
+        kind = np.uint8 if bits == 8 else np.uint32
+        stored = np.frombuffer(b"".join(signature for _, signature in found), kind).reshape(
+            len(found), signatures.shape[1]
+        )
+        places = np.searchsorted(np.array([number for number, _ in found], np.int64), candidates)
+        equal = np.zeros(len(documents))
+        for start in range(0, len(documents), 1 << 16):
+            part = slice(start, start + (1 << 16))
+            equal[part] = (signatures[documents[part]] == stored[places[part]]).mean(axis=1)
+        chance = 2.0**-bits
+        corrected: NDArray[np.float64] = (equal - chance) / (1 - chance)
+        return corrected
+
+    def begin(self) -> None:
+        """What is added from here on is there for others after `commit`, all of it or nothing."""
+        self._sql.execute("BEGIN")
+
+    def add(self, run: int, ids: list[str], columns: Columns) -> None:
+        """Add kept documents of a run."""
+        table = {"run": pa.array(np.full(len(ids), run, np.int32)), "id": pa.array(ids, pa.string())}
+        if self.settings["exact"]:
+            table |= {"exact": pa.array(columns["exact"]), "keyed": pa.array(columns["keyed"])}
+        if self.settings["minhash"]:
+            table["same"] = pa.array(columns["same"])
+            table |= {f"band{i}": pa.array(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
+            table["signature"] = pa.array([row.tobytes() for row in columns["signature"]], pa.binary())
+        new = pa.table(table)  # noqa: F841 - DuckDB finds it by name
+        self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new")
+
+    def commit(self, run: int, key: str, documents: int, kept: int) -> None:
+        """Make what was added durable, with the run."""
+        self._sql.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", [run, key, documents, kept])
+        self._sql.execute("COMMIT")
+
+    def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
+        """Ids of rows."""
+        wanted = pa.table({"number": pa.array(np.unique(rows))})  # noqa: F841 - DuckDB finds it by name
+        found = self._sql.execute("SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number").fetchall()
+        return dict(found)
+
+    def stats(self) -> dict[str, Any]:
+        """Runs, documents and size."""
+        runs = self._sql.execute("SELECT run, documents, kept FROM runs ORDER BY run").fetchall()
+        kept = sum(row[2] for row in runs)
+        size = os.path.getsize(self.path)
+        return {
+            "settings": self.settings,
+            "runs": [{"run": run, "documents": documents, "kept": kept} for run, documents, kept in runs],
+            "documents": sum(row[1] for row in runs),
+            "kept": kept,
+            "bytes": size,
+            "bytes_per_document": round(size / max(1, kept), 1),
+        }
+
+
+def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:
+    """The lower 32 bits of band keys, which are hashes."""
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)

@@ -1,0 +1,243 @@
+"""Documents of earlier runs: what the index finds, refuses and survives."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import zstandard
+
+from llmkit.corpus.dedup.exact import Exact
+from llmkit.corpus.dedup.index import Index, run_key, settings_of
+from llmkit.corpus.dedup.minhash import MinHash
+from llmkit.errors import LlmkitError, LockedError
+
+
+def text(seed: int, count: int = 120, changed: int = 0) -> str:
+    random_ = random.Random(seed)
+    words = ["".join(random_.choices("abcdefghij", k=6)) for _ in range(count)]
+    return " ".join(words[: count - changed] + [f"{word}x" for word in words[count - changed :]])
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_bytes(b"".join(orjson.dumps({"id": name, "text": body}) + b"\n" for name, body in rows))
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, object]]:
+    data = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
+    return [orjson.loads(line) for line in data.splitlines()]
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Path:
+    """Three nights: fifty texts, some of which come again, the same or nearly, and short ones."""
+    write(tmp_path / "n1.jsonl", [(f"a{i}", text(i)) for i in range(50)] + [("short", "Hello, world")])
+    again = [(f"b{i}", text(i, changed=i % 3)) for i in range(25, 75)]
+    write(tmp_path / "n2.jsonl", [*again, ("short2", "hello world!"), ("short3", "other words")])
+    write(tmp_path / "n3.jsonl", [(f"c{i}", text(i % 80)) for i in range(60, 140)] + [("short4", "other, words")])
+    return tmp_path
+
+
+@pytest.mark.parametrize("more", [(), ("--index-full", "--bits", "61"), ("--method", "exact,minhash", "-j", "2")])
+def test_nights_are_one_run_in_parts(llmkit_here, nights: Path, more: tuple[str, ...]) -> None:
+    """Parity with one run over all nights: the same documents stay; an earlier night wins, whatever is kept; rejects name the document of that night."""
+    files = ["n1.jsonl", "n2.jsonl", "n3.jsonl"]
+    for i, name in enumerate(files):
+        done = llmkit_here(
+            "dedup",
+            name,
+            "--index",
+            "seen.duckdb",
+            "-o",
+            f"o{i}.jsonl.zst",
+            "--rejects",
+            f"r{i}.jsonl.zst",
+            *more,
+            cwd=nights,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (
+        llmkit_here(
+            "dedup", *files, "-o", "all.jsonl.zst", *(m for m in more if m != "--index-full"), cwd=nights
+        ).returncode
+        == 0
+    )
+    kept = [row["id"] for i in range(3) for row in rows_of(nights / f"o{i}.jsonl.zst")]
+    assert kept == [row["id"] for row in rows_of(nights / "all.jsonl.zst")] and len(kept) == 82
+    found = {row["id"]: row["duplicate_of"] for i in range(3) for row in rows_of(nights / f"r{i}.jsonl.zst")}
+    assert (found["b30"], found["c70"]) == ("a30", "b70") and "c79" not in found
+    assert (found["short2"], found["short4"]) == ("short", "short3")
+
+
+def test_repeated_nights(llmkit_here, nights: Path) -> None:
+    """Behaviour: a night that is repeated makes the same output, later nights or not, and is in the index once."""
+    calls = [("dedup", f"n{i}.jsonl", "--index", "seen.duckdb", "-o", f"o{i}.jsonl.zst") for i in (1, 2, 3)]
+    assert all(llmkit_here(*call, cwd=nights).returncode == 0 for call in calls)
+    before = (nights / "o2.jsonl.zst").read_bytes()
+    assert b"up to date" in llmkit_here(*calls[1], cwd=nights).stderr
+    (nights / "o2.jsonl.zst").unlink()
+    assert llmkit_here(*calls[1], cwd=nights).returncode == 0
+    assert (nights / "o2.jsonl.zst").read_bytes() == before
+    done = llmkit_here("dedup", "--index", "seen.duckdb", "--stats", "--json", "-q", cwd=nights)
+    counts = orjson.loads(done.stderr.splitlines()[-1])
+    assert [row["run"] for row in counts["runs"]] == [1, 2, 3] and counts["documents"] == 51 + 52 + 81
+    assert counts["kept"] == 82 and (done.returncode, done.stdout) == (0, b"")
+    assert llmkit_here("lineage", "--check", "o3.jsonl.zst", cwd=nights).returncode == 0
+
+
+def test_dry_run_and_annotate(llmkit_here, nights: Path) -> None:
+    """Behaviour: --dry-run adds nothing; --annotate drops nothing and adds only what is new."""
+    assert llmkit_here("dedup", "n1.jsonl", "--index", "i.duckdb", "--dry-run", cwd=nights).returncode == 0
+    with Index(str(nights / "i.duckdb"), None) as index:
+        assert index.stats()["kept"] == 0
+    for name in ("n1", "n2"):
+        call = ("dedup", f"{name}.jsonl", "--index", "i.duckdb", "--annotate", "-o", f"{name}.jsonl.zst")
+        assert llmkit_here(*call, cwd=nights).returncode == 0
+    rows = rows_of(nights / "n2.jsonl.zst")
+    assert len(rows) == 52 and [row.get("duplicate_of") for row in rows[:26]] == [
+        *(f"a{i}" for i in range(25, 50)),
+        None,
+    ]
+    with Index(str(nights / "i.duckdb"), None) as index:
+        assert index.stats()["kept"] == 51 + 26
+
+
+def test_what_is_refused(llmkit_here, nights: Path) -> None:
+    """Behaviour: other parameters, other files, damaged ones and places that are not there: one line, exit 1, nothing written."""
+    call = ("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst")
+    assert llmkit_here(*call, cwd=nights).returncode == 0
+    for more, message in (
+        (("--ngram", "4"), b"made with ngram 5, this call has 4"),
+        (("--method", "exact"), b"made with minhash True, this call has False"),
+        (("--index-full",), b"signature bits 8, this call has 32"),
+        (("--seed", "1"), b"seed 0"),
+    ):
+        done = llmkit_here("dedup", "n2.jsonl", "--index", "seen.duckdb", "-o", "x.jsonl.zst", *more, cwd=nights)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+    (nights / "text.duckdb").write_text("no database")
+    whole = (nights / "seen.duckdb").read_bytes()
+    (nights / "cut.duckdb").write_bytes(whole[: len(whole) // 3])
+    (nights / "bits.duckdb").write_bytes(whole[:4096] + bytes(b ^ 0x55 for b in whole[4096:20000]) + whole[20000:])
+    for name in ("text", "cut", "bits"):
+        done = llmkit_here("dedup", "n2.jsonl", "--index", f"{name}.duckdb", "-o", "x.jsonl.zst", cwd=nights)
+        assert done.returncode == 1 and f"{name}.duckdb".encode() in done.stderr and b"internal" not in done.stderr
+    done = llmkit_here("dedup", "n2.jsonl", "--index", "no/where.duckdb", "-o", "x.jsonl.zst", cwd=nights)
+    assert done.returncode == 1 and b"not a directory" in done.stderr
+    for arguments in (["--stats"], ["n2.jsonl", "--index", "seen.duckdb", "--clusters", "components"]):
+        assert llmkit_here("dedup", *arguments, cwd=nights).returncode == 2
+    assert llmkit_here("dedup", "--index", "none.duckdb", "--stats", cwd=nights).returncode == 1
+    assert not (nights / "x.jsonl.zst").exists() and not (nights / "none.duckdb").exists()
+
+
+def test_two_runs_at_once(llmkit, nights: Path) -> None:
+    """Behaviour: the second stops with 75 while the first holds the index, and nothing of it is written."""
+    settings = settings_of(MinHash(), None, False) | {"group": None}
+    with Index(str(nights / "seen.duckdb"), settings):
+        done = llmkit("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst", cwd=nights)
+    assert done.returncode == 75 and b"used by another run" in done.stderr, done.stderr
+    assert not (nights / "o.jsonl.zst").exists() and issubclass(LockedError, LlmkitError)
+
+
+def test_kill_at_any_moment(nights: Path) -> None:
+    """Property: after kill -9 the same call is repeated to its end, and outputs and index are those of nights without a kill."""
+    random_ = random.Random(4)
+    seconds = 1.0
+    for name, kills in (("whole", 0), ("killed", 4)):
+        (nights / name).mkdir()
+        for i in (1, 2):
+            call = ("dedup", f"../n{i}.jsonl", "--index", "seen.duckdb", "-o", f"o{i}.jsonl.zst", "-q")
+            command = [sys.executable, "-m", "llmkit", *call]
+            for _ in range(kills if i == 2 else 0):
+                process = subprocess.Popen(command, cwd=nights / name)
+                time.sleep(random_.uniform(0.3, 1.1) * seconds)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            start = time.monotonic()
+            assert subprocess.run(command, cwd=nights / name).returncode == 0
+            seconds = time.monotonic() - start
+    for i in (1, 2):
+        assert (nights / "killed" / f"o{i}.jsonl.zst").read_bytes() == (
+            nights / "whole" / f"o{i}.jsonl.zst"
+        ).read_bytes()
+    with (
+        Index(str(nights / "whole/seen.duckdb"), None) as whole,
+        Index(str(nights / "killed/seen.duckdb"), None) as killed,
+    ):
+        assert whole.stats()["runs"] == killed.stats()["runs"] and whole.history(9) == killed.history(9)
+
+
+def test_killed_between_output_and_index(llmkit_here, nights: Path) -> None:
+    """Behaviour: an output whose run is not in the index is no finished night: it is made again, the same, and added."""
+    call = ("dedup", "n2.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst")
+    assert (
+        llmkit_here("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "first.jsonl.zst", cwd=nights).returncode == 0
+    )
+    saved = (nights / "seen.duckdb").read_bytes()
+    assert llmkit_here(*call, cwd=nights).returncode == 0
+    output, after = (nights / "o.jsonl.zst").read_bytes(), Index(str(nights / "seen.duckdb"), None)
+    with after:
+        expected = after.stats()["runs"]
+    (nights / "seen.duckdb").write_bytes(saved)
+    done = llmkit_here(*call, cwd=nights)
+    assert done.returncode == 0 and b"up to date" not in done.stderr
+    assert (nights / "o.jsonl.zst").read_bytes() == output
+    with Index(str(nights / "seen.duckdb"), None) as index:
+        assert index.stats()["runs"] == expected
+
+
+def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
+    """Property: the estimate of a similarity is right on average at either width; of one band that everyone shares a few documents are compared."""
+    random_ = np.random.default_rng(3)
+    n, functions = 400, 112
+    for full in (False, True):
+        near = MinHash()
+        width = np.uint32 if full else np.uint8
+        limit = 2**32 if full else 256
+        first = random_.integers(0, limit, (n, functions)).astype(width)
+        second = np.where(
+            random_.random((n, functions)) < 0.8, first, random_.integers(0, limit, (n, functions))
+        ).astype(width)
+        columns = {"same": np.arange(n).astype(np.uint64), "shingled": np.ones(n, np.int64), "signature": first}
+        columns |= {f"band{i}": np.arange(n).astype(np.uint64) + np.uint64(1000 * i) for i in range(14)}
+        columns["band3"] = np.zeros(n, np.uint64)
+        with Index(str(tmp_path / f"{full}.duckdb"), settings_of(near, None, full)) as index:
+            index.begin()
+            index.add(1, [f"d{i}" for i in range(n)], columns)
+            index.commit(1, run_key(["x"]), n, n)
+            new = columns | {"same": columns["same"] + np.uint64(n), "signature": second}
+            rows, similarities, reasons = index.find(2, new, 0.5)
+            assert rows.tolist() == list(range(n)) and set(reasons.tolist()) == {2}
+            assert abs(similarities.mean() - 0.8) < 4 * (0.8 * 0.2 / functions / n) ** 0.5
+            assert (index.find(1, new, 0.5)[0] == -1).all()  # the run itself and later ones are not seen
+            assert index.ids(np.array([3, 7])) == {3: "d3", 7: "d7"}
+
+
+def test_exact_alone(llmkit_here, nights: Path) -> None:
+    """Behaviour: an index of one field; documents without it stay, every night."""
+    rows = [{"text": "a", "url": "u"}, {"text": "b"}]
+    for i in (1, 2):
+        (nights / f"e{i}.jsonl").write_bytes(b"".join(orjson.dumps(row | {"n": i}) + b"\n" for row in rows))
+        call = (
+            "dedup",
+            f"e{i}.jsonl",
+            "--method",
+            "exact",
+            "--key",
+            "url",
+            "--index",
+            "e.duckdb",
+            "-o",
+            f"e{i}.jsonl.zst",
+        )
+        assert llmkit_here(*call, cwd=nights).returncode == 0
+    assert [row["text"] for row in rows_of(nights / "e2.jsonl.zst")] == ["b"]
+    with pytest.raises(LlmkitError, match="normalise none, this call has loose"):
+        Index(str(nights / "e.duckdb"), settings_of(None, Exact("url", "loose"), False) | {"group": None})
