@@ -36,7 +36,7 @@ FEED = 8 << 10
 BLOCK = 1 << 20
 
 PIPE_LEVEL = -1000  # nearly raw: 720 MB/s in, 4,000 MB/s out
-FILE_LEVEL = 3
+FILE_LEVEL = 1  # nearly twice as fast as level 3, and a tenth larger
 
 
 def is_zstd(magic: bytes) -> bool:

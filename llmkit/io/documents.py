@@ -300,7 +300,7 @@ class DocumentReader:
 class DocumentWriter:
     """JSON lines to a file (format by suffix) or stdout, with lineage, whole or not at all.
 
-    stdout is one zstd stream: nearly raw into a pipe, level 3 into a regular file; plain on a terminal or with `plain`. Leaving the
+    stdout is one zstd stream: nearly raw into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
     block normally without `finish`, or by an exception, leaves no file.
     """
 

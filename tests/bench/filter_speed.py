@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
 
 import orjson
 import zstandard
 from filter_parity import REQUIREMENTS, all_sources
+from peers import ROOT, Peer, environment_of, store
 
-ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"datatrove": REQUIREMENTS, "dolma": ["dolma==1.2.1", "orjson", "zstandard"]}
 SAMPLE_BYTES = 3_000_000
 REPEATED = 8  # how often the whole command meets all documents: start-up then is a small part
@@ -69,52 +68,6 @@ def work(source, target):
             for tagger in taggers: tagger.predict(document)
 """,
 }
-LOOP = """
-print("ready", flush=True)
-for line in sys.stdin:
-    begin = time.process_time()
-    work(*line.split())
-    print(time.process_time() - begin, flush=True)
-"""
-
-
-class Peer:
-    """A process that does one tool's work on a file, again and again."""
-
-    def __init__(self, name: str, python: str, core: int) -> None:
-        command = ["taskset", "-c", str(core), python, "-c", WORKER[name] + LOOP]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        assert self.process.stdout is not None and self.process.stdin is not None
-        self.out, self.into = self.process.stdout, self.process.stdin
-        assert self.out.readline() == "ready\n", f"{name} does not start"
-
-    def run(self, source: Path, target: Path) -> float:
-        """CPU seconds."""
-        print(source, target, file=self.into, flush=True)
-        return float(self.out.readline())
-
-    def memory(self) -> float:
-        """Peak resident megabytes."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def environment_of(name: str) -> str:
-    """Python of the peer's own environment, made on first use."""
-    directory = ROOT / ".cache" / f"{name}-speed"
-    if not (directory / "complete").exists():
-        venv.create(directory, with_pip=True)
-        subprocess.run([directory / "bin" / "python", "-m", "pip", "install", "-q", *PEERS[name]], check=True)
-        (directory / "complete").touch()
-    return str(directory / "bin" / "python")
 
 
 def documents(shared: Path) -> list[dict[str, str]]:
@@ -127,12 +80,6 @@ def documents(shared: Path) -> list[dict[str, str]]:
     ]
     random.Random(0).shuffle(rows)
     return rows
-
-
-def store(rows: list[dict[str, str]], path: Path) -> float:
-    """Write JSONL.zst; megabytes of text."""
-    path.write_bytes(zstandard.compress(b"".join(orjson.dumps(row) + b"\n" for row in rows), 3))
-    return sum(len(row["text"].encode()) for row in rows) / 1e6
 
 
 def command(arguments: list[str], stdout: int | None = None) -> tuple[float, float, float]:
@@ -156,7 +103,9 @@ def main() -> None:
     for name in PEERS:
         parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
     given = parser.parse_args()
-    pythons = {"llmkit": sys.executable} | {name: getattr(given, name) or environment_of(name) for name in PEERS}
+    pythons = {"llmkit": sys.executable} | {
+        name: getattr(given, name) or environment_of(name, PEERS[name]) for name in PEERS
+    }
     rows = documents(given.shared)
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
@@ -167,7 +116,7 @@ def main() -> None:
             size += len(sample[-1]["text"].encode())
         megabytes = store(sample, here / "sample.jsonl.zst")
         (here / "warm.jsonl.zst").write_bytes(zstandard.compress(orjson.dumps(sample[0]) + b"\n"))
-        peers = {name: Peer(name, python, 0) for name, python in pythons.items()}
+        peers = {name: Peer(name, python, WORKER[name]) for name, python in pythons.items()}
         seconds: dict[str, list[float]] = {name: [] for name in peers}
         for round_ in range(given.pairs + 1):
             for name, peer in peers.items():
@@ -210,6 +159,7 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
         "to a file": ([source, "--preset", "fineweb", "-f", "-o", str(here / "o.jsonl.zst")], None),
         "into a pipe": ([source, "--preset", "fineweb"], subprocess.PIPE),
     }
+    command([str(here / "warm.jsonl.zst"), "--preset", "fineweb"], subprocess.PIPE)  # compile
     runs = {kind: [command(*call) for _ in range(3)] for kind, call in kinds.items()}
     print(
         f"\nThe whole command, start-up included, {len(rows) * REPEATED:,} documents, {megabytes:.0f} MB of text, one core, 3 runs:\n"
