@@ -31,8 +31,8 @@ MACHINE = "Memory and disk"
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
         "llmkit filter docs.jsonl.zst | llmkit dedup --threshold 0.8 --keep longest -o unique.jsonl.zst",
-        "llmkit dedup tonight.jsonl.zst --against archive/ -o new.jsonl.zst",
-        "llmkit dedup tonight.jsonl.zst --index seen.duckdb -o new.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --against heldout.jsonl -o new.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --index seen.duckdb -o new.jsonl.zst",
         "llmkit dedup --index seen.duckdb --stats",
     ),
 )
