@@ -194,7 +194,7 @@ class Waiting:
     def column(self, name: str) -> NDArray[Any]:
         """The same by rank."""
         values = self.plain(name)
-        return values if self._order is None else values[self._order]
+        return values if self._order is None or not len(values) else values[self._order]
 
     def _part(self, chosen: Any) -> dict[str, NDArray[Any]]:
         """Columns as the index takes them, of some documents."""
