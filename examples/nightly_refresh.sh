@@ -5,8 +5,9 @@
 #
 # INCOMING gets *.jsonl, *.jsonl.gz, *.jsonl.zst files dropped into it; nothing in it is touched. A file counts as new by its content, not by its
 # name, once it has not changed for SETTLE minutes (default 5). STORE is filled with
-#   clean/ID.jsonl.zst           each batch of new files, filtered; batches are never filtered again
-#   unique.jsonl.zst, shards/    all batches without near duplicates, and its tokens: replaced whole, so readers always see a complete corpus
+#   clean/ID.jsonl.zst           each batch of new files, filtered
+#   unique/ID.jsonl.zst          of those, what no earlier batch had; shards/ID/ their tokens: `llmkit mix STORE/shards/*` takes all nights together
+#   seen.duckdb                  what the batches have kept: a night costs what is new, however much there is
 #   quarantine/ID.jsonl          lines that could not be read, with file, line and reason
 #   rejects/ID.jsonl.zst         what the filter dropped, with its reason
 #   seen.txt, log.jsonl          digests of the files taken in; one line of counts a run
@@ -18,7 +19,7 @@ if [ $# -ne 3 ]; then
     exit 2
 fi
 INCOMING=$1 STORE=$2 TOKENIZER=$3
-mkdir -p "$STORE"/{clean,quarantine,rejects}
+mkdir -p "$STORE"/{clean,quarantine,rejects,shards,unique}
 
 exec 9> "$STORE/.refresh.lock"
 if ! flock --nonblock 9; then
@@ -47,8 +48,8 @@ rm -f "$counts" "$STORE/quarantine/$ID.jsonl"
 # -f: what a failed run left under these names is made again.
 llmkit filter "${files[@]}" --preset "${PRESET:-gopher}" --on-bad-line "quarantine=$STORE/quarantine/$ID.jsonl" \
     --rejects "$STORE/rejects/$ID.jsonl.zst" --summary "$counts.filter" -q -f -o "$STORE/clean/$ID.jsonl.zst"
-llmkit dedup "$STORE"/clean/*.jsonl.zst --method minhash --summary "$counts.dedup" -q -f -o "$STORE/unique.jsonl.zst"
-llmkit tokenize "$STORE/unique.jsonl.zst" -t "$TOKENIZER" --summary "$counts.tokenize" -q -f -o "$STORE/shards"
+llmkit dedup "$STORE/clean/$ID.jsonl.zst" --index "$STORE/seen.duckdb" --summary "$counts.dedup" -q -f -o "$STORE/unique/$ID.jsonl.zst"
+llmkit tokenize "$STORE/unique/$ID.jsonl.zst" -t "$TOKENIZER" --summary "$counts.tokenize" -q -f -o "$STORE/shards/$ID"
 
 printf '%s\n' "${digests[@]}" >> "$STORE/seen.txt"
 printf '{"batch": "%s", "files": %d, "filter": %s, "dedup": %s, "tokenize": %s}\n' \

@@ -76,7 +76,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_refresh_takes_new_files_only(place: Path) -> None:
-    """Behaviour: the first night takes the file; the next finds nothing; a new file joins the old ones; its copy under another name does not."""
+    """Behaviour: the first night takes the file; the next finds nothing; of a new file what is new is added; its copy under another name is passed over;
+    a night of nothing but known documents adds none."""
     arguments = [place / "incoming", place / "store", place / "tok"]
     first = script("nightly_refresh.sh", *arguments)
     assert first.returncode == 0, first.stderr
@@ -88,9 +89,13 @@ def test_refresh_takes_new_files_only(place: Path) -> None:
     write(place / "incoming/second.jsonl", rows)
     write(place / "incoming/copy.jsonl", rows)
     counts = json.loads(script("nightly_refresh.sh", *arguments).stdout)
-    assert (counts["files"], counts["filter"]["documents"], counts["dedup"]["kept"]) == (1, 3, 8)
-    assert counts["tokenize"]["documents"] == 8
+    assert (counts["files"], counts["filter"]["documents"], counts["dedup"]["kept"]) == (1, 3, 2)
+    assert counts["tokenize"]["documents"] == 2
     assert len((place / "store/seen.txt").read_text().split()) == 2
+    write(place / "incoming/third.jsonl", [document(6), document(1)])
+    done = script("nightly_refresh.sh", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["dedup"]["kept"] == 0 and len(list((place / "store/shards").iterdir())) == 3
 
 
 def test_refresh_puts_bad_lines_aside(place: Path) -> None:
