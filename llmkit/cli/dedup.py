@@ -1,9 +1,9 @@
-"""`llmkit dedup`: remove exact and near duplicates, and cut repeated lines and paragraphs out of texts."""
+"""`llmkit dedup`: remove exact and near duplicates, and cut repeats out of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from llmkit.corpus.dedup.groups import Groups
     from llmkit.corpus.dedup.method import Decided
     from llmkit.corpus.dedup.passages import Passages
+    from llmkit.corpus.dedup.substring import Substring
     from llmkit.io.documents import DocumentReader
 
 NEAR = "Near duplicates (minhash)"
 EXACT = "Exact duplicates (exact)"
-PASSAGES = "Repeats inside texts (lines, paragraphs)"
+PASSAGES = "Repeats inside texts (lines, paragraphs, substring)"
 SURVIVORS = "Which stay"
 MACHINE = "Memory and disk"
-EDITING = ("lines", "paragraphs")
+REMOVING, KINDS = ("exact", "minhash"), ("lines", "paragraphs")
+EDITING = (*KINDS, "substring")
 
 
 @command(
@@ -35,6 +37,7 @@ EDITING = ("lines", "paragraphs")
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
         "llmkit filter docs.jsonl.zst | llmkit dedup --threshold 0.8 --keep longest -o unique.jsonl.zst",
         "llmkit dedup tonight.jsonl.zst --against archive/ -o new.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --method substring | llmkit dedup -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method lines --repeated 100 --min-characters 10 -o clean.jsonl.zst",
     ),
 )
@@ -44,7 +47,9 @@ def main(
     method: Annotated[
         str,
         typer.Option(
-            "--method", metavar="NAME", help="minhash, exact, or both: exact,minhash; or one of lines, paragraphs"
+            "--method",
+            metavar="NAME",
+            help="minhash, exact, or both: exact,minhash; or one of lines, paragraphs, substring",
         ),
     ] = "minhash",
     rejects: Rejects = None,
@@ -143,6 +148,15 @@ def main(
     min_characters: Annotated[
         int, typer.Option("--min-characters", min=1, help="Shorter ones always stay", rich_help_panel=PASSAGES)
     ] = 1,
+    length: Annotated[
+        int,
+        typer.Option(
+            "--length", metavar="N", help="Units of the shortest repeat that is cut", rich_help_panel=PASSAGES
+        ),
+    ] = 50,
+    unit: Annotated[
+        str, typer.Option("--unit", metavar="UNIT", help="words or bytes: of substring", rich_help_panel=PASSAGES)
+    ] = "words",
     memory: Annotated[int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)] = 4 << 30,
     temp_dir: Annotated[
         str | None,
@@ -164,13 +178,15 @@ def main(
     document and at most --memory. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
 
     lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
-    nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34.
+    nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34. substring cuts any run of
+    --length words or bytes that stood before, wherever it stands; documents wait in --temp-dir, as words in 8 bytes each.
     """
     from llmkit.corpus.dedup.exact import Exact, Stream
     from llmkit.corpus.dedup.groups import Groups
     from llmkit.corpus.dedup.method import METHODS
     from llmkit.corpus.dedup.minhash import MinHash, bands_for
     from llmkit.corpus.dedup.passages import Passages
+    from llmkit.corpus.dedup.substring import Substring
 
     names = [name.strip() for name in method.split(",")]
     for name in names:
@@ -183,23 +199,28 @@ def main(
         )
     for option, given, of in (
         ("--key", key, ("exact",)),
-        ("--normalise", normalise, ("exact", *EDITING)),
-        ("--repeated", repeated is not None, EDITING),
-        ("--boilerplate", boilerplate, EDITING),
-        ("--min-characters", min_characters > 1, EDITING),
-        ("--annotate", annotate, ("exact", "minhash")),
-        ("--keep", keep != "first", ("exact", "minhash")),
-        ("--clusters", clusters != "stars", ("exact", "minhash")),
-        ("--group", group, ("exact", "minhash")),
-        ("--against", against, ("exact", "minhash")),
+        ("--normalise", normalise, ("exact", *KINDS)),
+        ("--repeated", repeated is not None, KINDS),
+        ("--boilerplate", boilerplate, KINDS),
+        ("--min-characters", min_characters > 1, KINDS),
+        ("--length", length != 50, ("substring",)),
+        ("--unit", unit != "words", ("substring",)),
+        ("--annotate", annotate, REMOVING),
+        ("--keep", keep != "first", REMOVING),
+        ("--clusters", clusters != "stars", REMOVING),
+        ("--group", group, REMOVING),
+        ("--against", against, REMOVING),
     ):
         if given and not set(of) & set(names):
             more = f"{of[0]},{method}" if of[0] == "exact" and not editing else of[0]
             raise UsageError(f"{option} is of --method {', '.join(of)}", f"give --method {more}")
     listed = run.inputs(boilerplate, files_from=None) if boilerplate else []
 
-    def start() -> Groups | Passages | Stream:
+    def start() -> Groups | Passages | Stream | Substring:
         """The stage, with nothing counted yet."""
+        common: dict[str, Any] = {"jobs": run.jobs, "rejects": rejects is not None}
+        if editing == "substring":
+            return Substring(length=length, unit=unit, memory=memory, temporary=temp_dir, **common)
         if editing:
             return Passages(
                 by=editing,
@@ -207,9 +228,8 @@ def main(
                 repeated=repeated or 0,
                 boilerplate=tuple(listed),
                 min_characters=min_characters,
-                jobs=run.jobs,
-                rejects=rejects is not None,
                 temporary=temp_dir,
+                **common,
             )
         exact = Exact(key, normalise or "none") if "exact" in names else None
         chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
@@ -217,7 +237,7 @@ def main(
         near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits) if "minhash" in names else None
         simple = keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against)
         if simple and exact:
-            return Stream(exact=exact, rejects=rejects is not None, jobs=run.jobs)
+            return Stream(exact=exact, **common)
         return Groups(
             exact=exact,
             near=near,
@@ -226,10 +246,9 @@ def main(
             group=group,
             annotate=annotate,
             counts_written=counts,
-            jobs=run.jobs,
-            rejects=rejects is not None,
             memory=memory,
             temporary=temp_dir,
+            **common,
         )
 
     stage = start()  # senseless options are refused before anything is read

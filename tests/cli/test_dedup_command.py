@@ -111,10 +111,27 @@ def test_lines_and_paragraphs(llmkit_here, docs: Path) -> None:
     assert record is not None and record["counts"]["characters_cut"] > 0 and "list.txt" in str(record["inputs"])
 
 
+def test_substring(llmkit_here, docs: Path) -> None:
+    """Behaviour: of a repeat of 50 words the later copy is cut, wherever it stands; by --length and --unit less or more; the same bytes for -j 2."""
+    long, short = text(90, 60), text(91, 20)
+    rows = [{"id": str(i), "text": f"{text(i)} {long} {text(i + 50)}\n{short}"} for i in range(3)]
+    (docs / "pages.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in [*rows, {"text": long}]))
+
+    def texts(*arguments: str) -> list[object]:
+        done = llmkit_here("dedup", "pages.jsonl", "--method", "substring", "--plain", *arguments, cwd=docs)
+        assert done.returncode == 0 and b"removed 1;" in done.stderr, done.stderr
+        return [row["text"] for row in rows_of(done.stdout)]
+
+    without = [f"{text(i)} {text(i + 50)}" for i in (1, 2)]
+    assert texts() == texts("-j", "2", "--memory", "1k") == [rows[0]["text"], *(f"{rest}\n{short}" for rest in without)]
+    assert texts("--length", "20") == [rows[0]["text"], *without]
+    assert texts("--length", "300", "--unit", "bytes")[1] == f"{text(1)}{text(51)}\n{short}"
+
+
 def test_one_output_a_file(llmkit_here, docs: Path) -> None:
     """Behaviour: into a directory each input is deduplicated by itself, and counted by itself."""
     (docs / "other.jsonl").write_bytes((docs / "docs.jsonl").read_bytes())
-    for method in ("exact", "minhash", "lines"):
+    for method in ("exact", "minhash", "lines", "substring"):
         call = ("dedup", "docs.jsonl", "other.jsonl", "--method", method, "-o", f"{method}/")
         done = llmkit_here(*call, "--json", cwd=docs)
         assert done.returncode == 0 and json.loads(done.stderr.splitlines()[-1])["documents"] == 60
@@ -165,11 +182,15 @@ def test_seed_is_recorded_and_changes_only_the_hash_functions(llmkit, docs: Path
         (["--method", "lines", "--repeated", "1"], "2 or more"),
         (["--method", "paragraphs", "--normalise", "lose"], "loose"),
         (["--boilerplate", "docs.jsonl"], "lines"),
+        (["--method", "exact,substring"], "--method substring | llmkit dedup"),
+        (["--method", "substring", "--repeated", "3"], "lines, paragraphs"),
+        (["--method", "substring", "--unit", "tokens"], "words, bytes"),
+        (["--length", "20"], "--method substring"),
     ],
 )
-def test_usage_errors(llmkit, docs: Path, arguments: list[str], message: str) -> None:
+def test_usage_errors(llmkit_here, docs: Path, arguments: list[str], message: str) -> None:
     """Behaviour: exit 2 and a hint, before any output."""
-    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
+    done = llmkit_here("dedup", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
     assert done.returncode == 2 and message in done.stderr.decode()
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
 

@@ -156,7 +156,7 @@ def test_hostile_documents(repeated: int) -> None:
 def test_the_table_grows() -> None:
     """Parity with a Python set and Counter, over growth from 4,096 slots; a slot of 8 bytes is used to at least 35 %."""
     random = np.random.default_rng(0)
-    seen, plain, counts = Seen(counted=True), set(), Counter()
+    seen, plain, counts = Seen(np.uint32), set(), Counter()
     for size in [0, 1, 10, 5000, 3, 40_000, 1000]:
         hashes = random.integers(0, 30_000, size).astype(np.uint64) << np.uint64(20)
         expected = [h != 0 and (h in plain or plain.add(h) is not None) for h in hashes.tolist()]

@@ -89,7 +89,10 @@ class Edits(Tally):
                 continue
             fields = orjson.loads(line)
             before, data = fields[key], fields[key].encode()
-            text = without(data, *split(np.frombuffer(data, np.uint8)), cut).decode()
+            starts, stops = split(np.frombuffer(data, np.uint8))
+            if len(cut) > len(starts):  # flags of bytes, pieces that are characters: one goes if all of it is cut
+                cut = np.logical_and.reduceat(cut, starts)
+            text = without(data, starts, stops, cut).decode()
             if text and not text.isspace():
                 self.edited += 1
                 self.characters_cut += len(before) - len(text)

@@ -24,7 +24,7 @@ from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.edits import Edits, Ends, Spool
 from llmkit.corpus.dedup.method import METHODS, Decided
@@ -45,30 +45,34 @@ EMPTY = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)  # tables of 
 
 
 class Seen:
-    """A growing set of hashes; with `counted`, how often each was added."""
+    """A growing set of hashes; with `values`, a number for each: of times that it was added, unless others put something else there."""
 
-    def __init__(self, counted: bool = False) -> None:
+    def __init__(self, values: DTypeLike | None = None) -> None:
         self.keys = np.zeros(1 << 12, np.uint64)
-        self.counts = np.zeros(len(self.keys) if counted else 0, np.uint32)
+        self.values = np.zeros(0 if values is None else len(self.keys), values or np.uint32)
         self.used = 0
+
+    def reserve(self, more: int) -> None:
+        """Make room for so many more."""
+        size = len(self.keys)
+        while self.used + more > kernels.FULL * size:
+            size *= 2
+        if size > len(self.keys):
+            keys, values = np.zeros(size, np.uint64), np.zeros(size if len(self.values) else 0, self.values.dtype)
+            kernels.move(self.keys, self.values, keys, values)
+            self.keys, self.values = keys, values
 
     def add(self, hashes: Hashes) -> NDArray[np.bool_]:
         """Add hashes in order, 0 apart; whether each was there."""
-        size = len(self.keys)
-        while self.used + len(hashes) > kernels.FULL * size:
-            size *= 2
-        if size > len(self.keys):
-            keys, counts = np.zeros(size, np.uint64), np.zeros(size if len(self.counts) else 0, np.uint32)
-            kernels.move(self.keys, self.counts, keys, counts)
-            self.keys, self.counts = keys, counts
+        self.reserve(len(hashes))
         seen = np.zeros(len(hashes), np.bool_)
-        self.used += kernels.add(self.keys, self.counts, hashes, seen)
+        self.used += kernels.add(self.keys, self.values, hashes, seen)
         return seen
 
     def frequent(self, hashes: Hashes, least: int) -> NDArray[np.bool_]:
         """Which hashes, all of them added before, were so `least` times."""
         found = np.zeros(len(hashes), np.bool_)
-        kernels.frequent(self.keys, self.counts, hashes, least, found)
+        kernels.frequent(self.keys, self.values, hashes, least, found)
         return found
 
 
@@ -141,14 +145,17 @@ class Passages(Edits):
 
     def warm_up(self) -> None:
         """Compile before workers fork, and read the lists."""
-        table, found = Seen(self.repeated > 0), self.hashes("a line\n\nanother\n") | self.listed[:1].sum()
+        table, found = (
+            Seen(np.uint32 if self.repeated else None),
+            self.hashes("a line\n\nanother\n") | self.listed[:1].sum(),
+        )
         table.add(np.resize(found, 1 << 13))
         if self.repeated:
             table.frequent(found, self.repeated)
 
     def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Outcomes of chunks in order; with `repeated` all documents are read before the first is written."""
-        key, table = reader.options.text_key or "text", Seen(self.repeated > 0)
+        key, table = reader.options.text_key or "text", Seen(np.uint32 if self.repeated else None)
         hashed = ordered_map(partial(_hashed, self, reader.options), reader.chunks(), self.jobs)
         if not self.repeated:
             for part in hashed:

@@ -114,14 +114,14 @@ def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def move(keys, counts, larger, larger_counts):  # type: ignore[no-untyped-def]
+def move(keys, values, larger, larger_values):  # type: ignore[no-untyped-def]
     """Enter all of a table into a larger one."""
     for i in range(len(keys)):
         if keys[i] != 0:
             place = slot(larger, keys[i])
             larger[place] = keys[i]
-            if len(counts):
-                larger_counts[place] = counts[i]
+            if len(values):
+                larger_values[place] = values[i]
 
 
 @njit(cache=True, nogil=True)
