@@ -39,20 +39,20 @@ from llmkit.errors import UsageError
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 
 Units = NDArray[Any]
+Hashes = NDArray[np.uint64]
 DTYPES: dict[str, np.dtype[Any]] = {"words": np.dtype(np.uint64), "bytes": np.dtype(np.uint8)}
-BLOCK = 1 << 16  # windows for which the table has room at a time
-ROOM = 70  # bytes of memory that a window in the table takes while it grows
+BLOCK = 1 << 16  # fingerprints, or windows, at a time
+SORTED, GROWING = 40, 70  # bytes of memory that a fingerprint takes while it is counted, a window while the table grows
 
 
 @dataclass(slots=True)
 class _Measured:
-    """A chunk's documents: lines, units with a fence behind each document, how many, fingerprints, how many, and characters."""
+    """A chunk's documents: lines, units with a fence behind each document, how many, fingerprints, and characters."""
 
     lines: list[bytes]
     units: Units
     sizes: Ends
-    prints: NDArray[np.uint64]
-    printed: Ends
+    prints: Hashes
     characters: int
     bad: list[BadLine]
 
@@ -85,64 +85,72 @@ class Substring(Edits):
     def units(self, text: str) -> Units:
         """What is compared."""
         data = np.frombuffer(text.encode(), np.uint8)
-        return data if self.unit == "bytes" else kernels.words(data, classes())[2]
+        units = data if self.unit == "bytes" else kernels.words(data, classes())[2]
+        units.setflags(write=False)  # as those of the spool, so that kernels are compiled for one kind of array
+        return units
 
     def warm_up(self) -> None:
         """Compile before workers fork."""
         part = _measured(self, ReadOptions(), Chunk("warm-up", 1, b'{"text": "%s"}\n' % (b"a " * 4 * self.length)))
-        self._marked(part.units, part.sizes, part.prints, part.printed)
+        part.units.setflags(write=False)
+        self._marked(part.units, part.sizes, part.prints)
 
     def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Outcomes of chunks: bad lines and numbers while they are measured, then the lines to keep and to reject."""
         key = reader.options.text_key or "text"
         with ExitStack() as stack:
             waiting = stack.enter_context(closing(Spool(self.temporary)))
-            units, sizes, prints, printed = (
+            units, sizes, prints = (
                 stack.enter_context(closing(Column(dtype, self.temporary)))
-                for dtype in (DTYPES[self.unit], np.int64, np.uint64, np.int64)
+                for dtype in (DTYPES[self.unit], np.int64, np.uint64)
             )
             for part in ordered_map(partial(_measured, self, reader.options), reader.chunks(), self.jobs):
                 self.characters += part.characters
                 waiting.append(part.lines, part.sizes)
-                for column, values in (
-                    (units, part.units),
-                    (sizes, part.sizes),
-                    (prints, part.prints),
-                    (printed, part.printed),
-                ):
-                    column.append(values)
+                units.append(part.units)
+                sizes.append(part.sizes)
+                prints.append(part.prints)
                 yield Decided(b"", b"", part.bad, len(part.lines))
-            marks = self._marked(units.array(), sizes.array(), prints.array(), printed.array())
+            with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
+                marks = self._marked(units.array(), sizes.array(), prints.array())
             for lines, counts, start, stop in waiting:
                 flags = np.unpackbits(marks[start >> 3 : (stop >> 3) + 1])[start & 7 :].view(np.bool_)
                 ends = np.cumsum(counts).tolist()
                 cuts = (flags[end - size : end - 1] for end, size in zip(ends, counts.tolist(), strict=True))
                 yield Decided(*self.edit(lines, cuts, self.split, key, "substring"), [], 0)
 
-    def _marked(self, units: Units, sizes: Ends, prints: NDArray[np.uint64], printed: Ends) -> Bytes:
+    def _common(self, prints: Hashes) -> tuple[Seen, int]:
+        """The fingerprints of which there are several, and how many windows they stand for at most."""
+        common, windows = Seen(), 0
+        parts = np.uint64(max(1, -(-len(prints) * SORTED // self.memory)))
+        blocks = [prints[i : i + BLOCK] for i in range(0, len(prints), BLOCK)] or [prints]
+        for part in range(int(parts)):
+            values, counts = np.unique(
+                np.concatenate([block[block % parts == part] for block in blocks]), return_counts=True
+            )
+            common.add(values[counts > 1])
+            windows += int(counts[counts > 1].sum()) * (self.length - kernels.run_of(self.length) + 1)
+        return common, windows
+
+    def _marked(self, units: Units, sizes: Ends, prints: Hashes) -> Bytes:
         """A bit for each unit: whether it is to be cut."""
         marks = np.zeros((len(units) >> 3) + 1, np.uint8)
-        met = np.zeros(1 << max(12, (4 * len(prints)).bit_length()), np.uint8)
-        found = np.zeros(len(sizes), np.bool_)
-        with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
-            kernels.note(prints, met)
-            kernels.any_twice(prints, printed, met, found)
-            rest, stops = np.flatnonzero(found), np.cumsum(sizes) - 1
-            parts = max(1, -(-int(sizes[rest].sum()) * ROOM // self.memory))
-            for part in range(parts):
-                table = Seen(np.int64)
-                for document in rest.tolist():
-                    start, stop = int(stops[document] + 1 - sizes[document]), int(stops[document])
-                    mine, window = units[start:stop], 0
-                    prints, hashes = kernels.of_windows(mine, self.length), kernels.hashes_of_runs(mine, self.length)
-                    while window < len(hashes):
-                        until = min(len(hashes), window + BLOCK)
-                        table.reserve(until - window)
-                        window, new = kernels.repeats(
-                            *(units, start, stop, self.length, prints, hashes, window, until),
-                            *(met, table.keys, table.values, part, parts, marks),
-                        )
-                        table.used += new
+        common, windows = self._common(prints)
+        stops = np.cumsum(sizes) - 1
+        starts, parts = stops + 1 - sizes, max(1, -(-windows * GROWING // self.memory))
+        for part in range(parts if windows else 0):
+            table = Seen(np.int64)
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                mine, window = units[start:stop], 0
+                found, hashes = kernels.of_windows(mine, self.length), kernels.hashes_of_runs(mine, self.length)
+                while window < len(hashes):
+                    until = min(len(hashes), window + BLOCK)
+                    table.reserve(until - window)
+                    window, new = kernels.repeats(
+                        *(units, start, stop, self.length, found, hashes, window, until),
+                        *(common.keys, table.keys, table.values, part, parts, marks),
+                    )
+                    table.used += new
         return marks
 
 
@@ -159,7 +167,6 @@ def _measured(substring: Substring, options: ReadOptions, chunk: Chunk) -> _Meas
         np.concatenate([np.empty(0, dtype), *(piece for one in units for piece in (one, fence))]),
         np.fromiter((len(one) + 1 for one in units), np.int64, len(units)),
         np.concatenate([np.empty(0, np.uint64), *prints]),
-        np.fromiter(map(len, prints), np.int64, len(prints)),
         sum(len(document.text) for document in documents),
         bad,
     )

@@ -29,25 +29,29 @@ def words(data, table):  # type: ignore[no-untyped-def]
     """(first byte, byte behind, hash) of each word between whitespace: int64 [words] twice, uint64 [words]."""
     starts = np.empty(len(data) // 2 + 1, np.int64)
     stops, hashes = np.empty_like(starts), np.empty(len(starts), np.uint64)
-    n, start, i = 0, -1, 0
-    while i <= len(data):
-        code, width = 0x20, 1
-        if i < len(data):
-            code, width = decode(data, i)
-        if not table[code] & SPACE:
-            if start < 0:
-                start = i
-        elif start >= 0:
-            starts[n], stops[n], hashes[n] = start, i, min(hash_bytes(data, start, i), FENCE - octets.ONE)
+    n, i, size = 0, 0, len(data)
+    while i < size:
+        start = i
+        while i < size:  # a word, maybe empty, and the character behind it
+            stop, byte = i, data[i]
+            i += 1
+            if 0x20 < byte < 0x7F:
+                stop = i
+                continue
+            code, width = decode(data, stop)
+            i = stop + width
+            if table[code] & SPACE:
+                break
+            stop = i
+        if stop > start:
+            starts[n], stops[n], hashes[n] = start, stop, min(hash_bytes(data, start, stop), FENCE - octets.ONE)
             n += 1
-            start = -1
-        i += width
     return starts[:n], stops[:n], hashes[:n]
 
 
 @njit(cache=True, nogil=True)
 def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
-    """Hash of every run of so many units: uint64 [units - length + 1], empty where there are fewer. A polynomial that rolls on, modulo 2⁶⁴."""
+    """Hash of every run of so many units: uint64 [units - length + 1], empty where there are fewer; never 0. A polynomial that rolls on."""
     n = len(units) - length + 1
     hashes = np.empty(max(0, n), np.uint64)
     power, h = octets.ONE, np.uint64(0)
@@ -58,7 +62,7 @@ def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
         else:
             h -= power * finish(np.uint64(units[i - length]))
         if i >= length - 1:
-            hashes[i - length + 1] = finish(h)
+            hashes[i - length + 1] = max(finish(h), octets.ONE)
     return hashes
 
 
@@ -102,34 +106,20 @@ def fingerprints(units, length):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def note(fingerprints, met):  # type: ignore[no-untyped-def]
-    """met[h mod slots], uint8: how often fingerprints of that slot were met, 2 at most. Slots are a power of two."""
-    for h in fingerprints:
-        i = h & np.uint64(len(met) - 1)
-        met[i] = min(2, met[i] + 1)
-
-
-@njit(cache=True, nogil=True)
-def any_twice(fingerprints, sizes, met, found):  # type: ignore[no-untyped-def]
-    """found[d]: one of the sizes[d] fingerprints of document d was met twice."""
-    n = 0
-    for d in range(len(sizes)):
-        for h in fingerprints[n : n + sizes[d]]:
-            found[d] |= met[h & np.uint64(len(met) - 1)] == 2
-        n += sizes[d]
-
-
-@njit(cache=True, nogil=True)
-def repeats(units, start, stop, length, prints, hashes, i, until, met, keys, places, part, parts, marks):  # type: ignore[no-untyped-def]
+def repeats(units, start, stop, length, prints, hashes, i, until, common, keys, places, part, parts, marks):  # type: ignore[no-untyped-def]
     """Mark, a bit a unit, what of units[start:stop], a document, stands in a window that stood before; of its windows from `i` to about `until`.
 
-    `prints` and `hashes` are those of its windows, `keys` and `places` a table of the first window of each kind, of the kinds that are of this `part`.
+    `prints` and `hashes` are those of its windows, `common` a table of fingerprints of which there are several, `keys` and `places` one of the first
+    window of each kind, of the kinds that are of this `part`.
     A repeat is followed as far as it goes, unit by unit; the windows in it need not be looked up. Returns (next window to do, new ones in the table).
     """
-    new = 0
+    new, last, several = 0, np.uint64(0), False
     while i < until:
-        h = max(hashes[i], octets.ONE)
-        if met[prints[i] & np.uint64(len(met) - 1)] < 2 or (h >> np.uint64(40)) % np.uint64(parts) != part:
+        h = hashes[i]
+        if prints[i] != last:
+            last = prints[i]
+            several = common[slot(common, last)] == last
+        if not several or (parts > 1 and (h >> np.uint64(40)) % np.uint64(parts) != part):
             i += 1
             continue
         k = slot(keys, h)
