@@ -9,38 +9,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 import zstandard
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.method import Tally, with_fields
 from llmkit.corpus.dedup.spool import Blobs, Column
 from llmkit.corpus.kernels.characters import Bytes
+from llmkit.engine.local import ordered_map
+from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 
 Ends = NDArray[np.int64]
+Hashes = NDArray[np.uint64]
+Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for each of its pieces, and further hashes
 Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
 LEVEL = -5  # of the lines that wait
 
 
-class Spool:
-    """Chunks of documents that wait in temporary files for the second pass, and how many pieces each document has."""
+class Part(NamedTuple):
+    """A measured chunk: lines, numbers of all pieces, how many of them each document has, further hashes, characters."""
 
-    def __init__(self, directory: str | None = None) -> None:
-        self._packed, self._sizes = Blobs(directory), Column(np.int64, directory)
+    lines: list[bytes]
+    pieces: NDArray[Any]
+    sizes: Ends
+    more: Hashes
+    characters: int
+    bad: list[BadLine]
+
+
+def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Part:
+    """Worker side. Pure."""
+    documents, bad = parse(chunk, options)
+    with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
+        found = [measure(document.text) for document in documents]
+        none = measure("")
+    pieces, more = (np.concatenate([one[i][:0], *(one[i] for one in found)]) for i, one in ((0, none), (1, none)))
+    lines, characters = [document.encode() for document in documents], sum(len(document.text) for document in documents)
+    return Part(lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad)
+
+
+class Spool:
+    """Parts that wait in temporary files for the second pass, without their further hashes."""
+
+    def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
+        self.packed, self.sizes, self.pieces = Blobs(directory), Column(np.int64, directory), Column(dtype, directory)
         self._chunks: list[int] = []
 
-    def append(self, lines: list[bytes], sizes: Ends) -> None:
+    def append(self, part: Part) -> None:
         """Add a chunk."""
-        self._packed.append([zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(lines))])
-        self._sizes.append(sizes)
-        self._chunks.append(len(lines))
+        self.packed.append([zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(part.lines))])
+        self.sizes.append(part.sizes)
+        self.pieces.append(part.pieces)
+        self._chunks.append(len(part.lines))
 
     def __iter__(self) -> Iterator[tuple[list[bytes], Ends, int, int]]:
         """Lines and sizes of each chunk, with the numbers of its first piece and of the one behind its last."""
-        packed, sizes, document, start = self._packed.read(), self._sizes.array(), 0, 0
+        packed, sizes, document, start = self.packed.read(), self.sizes.array(), 0, 0
         for chunk, count in enumerate(self._chunks):
             data = zstandard.ZstdDecompressor().decompress(packed[chunk])
             mine = sizes[document : document + count]
@@ -49,8 +77,8 @@ class Spool:
             start = stop
 
     def close(self) -> None:
-        self._packed.close()
-        self._sizes.close()
+        for file in (self.packed, self.sizes, self.pieces):
+            file.close()
 
 
 def without(data: bytes, starts: Ends, stops: Ends, cut: NDArray[np.bool_]) -> bytes:
@@ -65,24 +93,42 @@ def without(data: bytes, starts: Ends, stops: Ends, cut: NDArray[np.bool_]) -> b
 
 @dataclass
 class Edits(Tally):
-    """Counts of documents and of characters. `rejects`: whether dropped documents are wanted."""
+    """Counts of documents and of characters. `rejects`: whether dropped documents are wanted; `temporary`: where documents wait."""
 
     edited: int = 0
     characters: int = 0
     characters_cut: int = 0
     rejects: bool = False
+    jobs: int = 1
+    temporary: str | None = None
+
+    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Part]:
+        """The documents of a reader, chunk by chunk."""
+        for part in ordered_map(partial(measure_chunk, measure, reader.options), reader.chunks(), self.jobs):
+            self.characters += part.characters
+            yield part
 
     def counts(self) -> dict[str, Any]:
         more = {"edited": self.edited, "characters": self.characters, "characters_cut": self.characters_cut}
         return super().counts() | more
 
     def edit(
-        self, lines: Iterable[bytes], cuts: Iterable[NDArray[np.bool_]], split: Split, key: str, reason: str
+        self,
+        lines: Iterable[bytes],
+        sizes: Ends,
+        flags: NDArray[np.bool_],
+        split: Split,
+        key: str,
+        reason: str,
+        fences: int = 0,
     ) -> tuple[bytes, bytes]:
-        """Lines to keep and to reject of documents with a flag for each of their pieces; their text is the field `key`."""
+        """Lines to keep and to reject of documents with so many flags each: of its pieces, whether they are cut. `fences` at the end of each are of none."""
         kept: list[bytes] = []
         rejects: list[bytes] = []
-        for line, cut in zip(lines, cuts, strict=True):
+        stop = 0
+        for line, size in zip(lines, sizes.tolist(), strict=True):
+            start, stop = stop, stop + size
+            cut = flags[start : stop - fences]
             self.documents += 1
             if not cut.any():
                 kept.append(line)

@@ -19,26 +19,23 @@ When the table of hashes doubles, both are there for a moment. Cost: compiled, s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmkit.corpus.dedup.edits import Edits, Ends, Spool
+from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.dedup.spool import Column
 from llmkit.corpus.kernels import passages as kernels
 from llmkit.corpus.kernels.characters import Bytes, classes, hash_bytes
 from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries
-from llmkit.engine.local import ordered_map
 from llmkit.errors import UsageError
-from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
+from llmkit.io.documents import DocumentReader
 
-Hashes = NDArray[np.uint64]
 KINDS = ("lines", "paragraphs")
 HOW = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}
 EMPTY = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)  # tables of no use
@@ -69,6 +66,15 @@ class Seen:
         self.used += kernels.add(self.keys, self.values, hashes, seen)
         return seen
 
+    def where(self, kept: NDArray[np.bool_]) -> Seen:
+        """Another set, of what is in the slots that are `kept`."""
+        other = Seen(self.values.dtype if len(self.values) else None)
+        used = int((kept & (self.keys != 0)).sum())
+        other.reserve(used)
+        other.used = used
+        kernels.move(np.where(kept, self.keys, 0), self.values, other.keys, other.values)
+        return other
+
     def frequent(self, hashes: Hashes, least: int) -> NDArray[np.bool_]:
         """Which hashes, all of them added before, were so `least` times."""
         found = np.zeros(len(hashes), np.bool_)
@@ -76,29 +82,15 @@ class Seen:
         return found
 
 
-@dataclass(slots=True)
-class _Hashed:
-    """A chunk's documents: lines, number of passages, hashes of them all, the distinct ones of each document, and characters."""
-
-    lines: list[bytes]
-    sizes: Ends
-    hashes: Hashes
-    distinct: Hashes
-    characters: int
-    bad: list[BadLine]
-
-
 @dataclass
 class Passages(Edits):
-    """The stage. `boilerplate`: files of one line each; `temporary`: where documents wait, with `repeated`."""
+    """The stage. `boilerplate`: files of one line each."""
 
     by: str = "lines"
     normalise: str = "whitespace"
     repeated: int = 0  # documents; 0: the first occurrence stays
     boilerplate: tuple[str, ...] = ()
     min_characters: int = 1
-    jobs: int = 1
-    temporary: str | None = None
 
     def __post_init__(self) -> None:
         NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
@@ -124,16 +116,18 @@ class Passages(Edits):
         """One hash a passage; 0 for those that stay."""
         data, how = np.frombuffer(text.encode(), np.uint8), HOW[self.normalise]
         loosely = how == kernels.LOOSE
-        with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
-            if not (loosely and "Σ" in text):  # whose lower case depends on what is beside it
-                found: Hashes
-                more = tables() if loosely else EMPTY
-                found, done = kernels.hashes_of(
-                    data, self.by == "paragraphs", how, self.min_characters, classes(), *more
-                )
-                if done:
-                    return found
-            return np.array([self._hash(data[a:b].tobytes().decode()) for a, b in zip(*self.split(data), strict=True)])
+        if not (loosely and "Σ" in text):  # whose lower case depends on what is beside it
+            found: Hashes
+            more = classes(), *(tables() if loosely else EMPTY)
+            found, done = kernels.hashes_of(data, self.by == "paragraphs", how, self.min_characters, *more)
+            if done:
+                return found
+        return np.array([self._hash(data[a:b].tobytes().decode()) for a, b in zip(*self.split(data), strict=True)])
+
+    def measure(self, text: str) -> tuple[Hashes, Hashes]:
+        """Hashes of all passages; of the distinct ones, where documents are counted."""
+        found = self.hashes(text)
+        return found, np.unique(found) if self.repeated else found[:0]
 
     def _hash(self, passage: str) -> np.uint64:
         """The definition: the normalised passage, hashed."""
@@ -155,56 +149,31 @@ class Passages(Edits):
 
     def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Outcomes of chunks in order; with `repeated` all documents are read before the first is written."""
-        key, table = reader.options.text_key or "text", Seen(np.uint32 if self.repeated else None)
-        hashed = ordered_map(partial(_hashed, self, reader.options), reader.chunks(), self.jobs)
+        table = Seen(np.uint32 if self.repeated else None)
+        decided = partial(self._decided, reader.options.text_key or "text")
+        measured = self.measured(reader, self.measure)
         if not self.repeated:
-            for part in hashed:
-                self.characters += part.characters
-                done = self._decided(part.lines, part.sizes, part.hashes, table.add(part.hashes), key)
+            for part in measured:
+                done = decided(part.lines, part.sizes, part.pieces, table.add(part.pieces))
                 yield Decided(*done, part.bad, len(part.lines))
             return
-        hashes, waiting = Column(np.uint64, self.temporary), Spool(self.temporary)
-        try:
-            for part in hashed:
-                self.characters += part.characters
-                table.add(part.distinct)
-                hashes.append(part.hashes)
-                waiting.append(part.lines, part.sizes)
+        with closing(Spool(np.uint64, self.temporary)) as waiting:
+            for part in measured:
+                table.add(part.more)
+                waiting.append(part)
                 yield Decided(b"", b"", part.bad, len(part.lines))
             for lines, sizes, start, stop in waiting:
-                mine = hashes.array()[start:stop]
-                done = self._decided(lines, sizes, mine, table.frequent(mine, self.repeated), key)
-                yield Decided(*done, [], 0)
-        finally:
-            hashes.close()
-            waiting.close()
+                mine = waiting.pieces.array()[start:stop]
+                yield Decided(*decided(lines, sizes, mine, table.frequent(mine, self.repeated)), [], 0)
 
     def _decided(
-        self, lines: list[bytes], sizes: Ends, hashes: Hashes, cut: NDArray[np.bool_], key: str
+        self, key: str, lines: list[bytes], sizes: Ends, hashes: Hashes, cut: NDArray[np.bool_]
     ) -> tuple[bytes, bytes]:
         """Documents of so many passages each, without those that are to be cut."""
         if len(self.listed):
             cut |= np.isin(hashes, self.listed) & (hashes != 0)
-        ends = np.cumsum(sizes, dtype=np.int64).tolist()
-        return self.edit(lines, (cut[a:b] for a, b in pairwise([0, *ends])), self.split, key, self.by)
+        return self.edit(lines, sizes, cut, self.split, key, self.by)
 
 
 for _kind in KINDS:
     METHODS.register(_kind)(partial(Passages, by=_kind))
-
-
-def _hashed(passages: Passages, options: ReadOptions, chunk: Chunk) -> _Hashed:
-    """Worker side. Pure."""
-    documents, bad = parse(chunk, options)
-    texts = [document.text for document in documents]
-    found = [passages.hashes(text) for text in texts]
-    none = np.empty(0, np.uint64)
-    distinct = [np.unique(hashes) for hashes in found] if passages.repeated else []
-    return _Hashed(
-        [document.encode() for document in documents],
-        np.fromiter(map(len, found), np.int64, len(found)),
-        np.concatenate([none, *found]),
-        np.concatenate([none, *distinct]),
-        sum(map(len, texts)),
-        bad,
-    )

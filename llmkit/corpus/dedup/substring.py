@@ -20,57 +20,41 @@ of the longest document. Disk: 8 bytes a word, or 1 a byte; fingerprints; the li
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.edits import Edits, Ends, Spool
+from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.passages import Seen
 from llmkit.corpus.dedup.spool import Column
 from llmkit.corpus.kernels import substring as kernels
 from llmkit.corpus.kernels.characters import Bytes, classes
-from llmkit.engine.local import ordered_map
 from llmkit.errors import UsageError
-from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
+from llmkit.io.documents import DocumentReader
 
 Units = NDArray[Any]
-Hashes = NDArray[np.uint64]
-DTYPES: dict[str, np.dtype[Any]] = {"words": np.dtype(np.uint64), "bytes": np.dtype(np.uint8)}
+FENCES: dict[str, Any] = {"words": kernels.FENCE, "bytes": np.uint8(0xFF)}  # behind each document
 BLOCK = 1 << 16  # fingerprints, or windows, at a time
-SORTED, GROWING = 40, 70  # bytes of memory that a fingerprint takes while it is counted, a window while the table grows
-
-
-@dataclass(slots=True)
-class _Measured:
-    """A chunk's documents: lines, units with a fence behind each document, how many, fingerprints, and characters."""
-
-    lines: list[bytes]
-    units: Units
-    sizes: Ends
-    prints: Hashes
-    characters: int
-    bad: list[BadLine]
+MOST_PARTS = 1 << 20
+SORTED, GROWING = 24, 70  # bytes of memory that a fingerprint takes while it is counted, a window while the table grows
 
 
 @METHODS.register("substring")
 @dataclass
 class Substring(Edits):
-    """The stage; `memory` bounds the table of windows, in bytes; `temporary`: where documents wait."""
+    """The stage; `memory` bounds the table of windows, in bytes."""
 
     length: int = 50
     unit: str = "words"
-    jobs: int = 1
     memory: int = 4 << 30
-    temporary: str | None = None
 
     def __post_init__(self) -> None:
-        if self.unit not in DTYPES:
-            raise UsageError(f"--unit {self.unit}", "one of: " + ", ".join(DTYPES))
+        if self.unit not in FENCES:
+            raise UsageError(f"--unit {self.unit}", "one of: " + ", ".join(FENCES))
         if not 2 <= self.length <= 1 << 20:
             raise UsageError(f"--length {self.length} is out of range", "give a number from 2 to 1048576")
 
@@ -82,65 +66,52 @@ class Substring(Edits):
         starts = np.flatnonzero(data & 0xC0 != 0x80)
         return starts, np.append(starts[1:], len(data))
 
-    def units(self, text: str) -> Units:
-        """What is compared."""
+    def measure(self, text: str) -> tuple[Units, Hashes]:
+        """What is compared, with a fence behind it, and its fingerprints."""
         data = np.frombuffer(text.encode(), np.uint8)
-        units = data if self.unit == "bytes" else kernels.words(data, classes())[2]
+        units = np.append(data if self.unit == "bytes" else kernels.words(data, classes())[2], FENCES[self.unit])
         units.setflags(write=False)  # as those of the spool, so that kernels are compiled for one kind of array
-        return units
+        return units, kernels.fingerprints(units[:-1], self.length)
 
     def warm_up(self) -> None:
         """Compile before workers fork."""
-        part = _measured(self, ReadOptions(), Chunk("warm-up", 1, b'{"text": "%s"}\n' % (b"a " * 4 * self.length)))
-        part.units.setflags(write=False)
-        self._marked(part.units, part.sizes, part.prints)
+        units, prints = self.measure("a " * 4 * self.length)
+        self._marked(units, np.array([len(units)]), prints)
 
     def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Outcomes of chunks: bad lines and numbers while they are measured, then the lines to keep and to reject."""
-        key = reader.options.text_key or "text"
-        with ExitStack() as stack:
-            waiting = stack.enter_context(closing(Spool(self.temporary)))
-            units, sizes, prints = (
-                stack.enter_context(closing(Column(dtype, self.temporary)))
-                for dtype in (DTYPES[self.unit], np.int64, np.uint64)
-            )
-            for part in ordered_map(partial(_measured, self, reader.options), reader.chunks(), self.jobs):
-                self.characters += part.characters
-                waiting.append(part.lines, part.sizes)
-                units.append(part.units)
-                sizes.append(part.sizes)
-                prints.append(part.prints)
+        key, temporary = reader.options.text_key or "text", self.temporary
+        dtype = FENCES[self.unit].dtype
+        with closing(Spool(dtype, temporary)) as waiting, closing(Column(np.uint64, temporary)) as prints:
+            for part in self.measured(reader, self.measure):
+                waiting.append(part)
+                prints.append(part.more)
                 yield Decided(b"", b"", part.bad, len(part.lines))
-            with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
-                marks = self._marked(units.array(), sizes.array(), prints.array())
-            for lines, counts, start, stop in waiting:
+            marks = self._marked(waiting.pieces.array(), waiting.sizes.array(), prints.array())
+            for lines, sizes, start, stop in waiting:
                 flags = np.unpackbits(marks[start >> 3 : (stop >> 3) + 1])[start & 7 :].view(np.bool_)
-                ends = np.cumsum(counts).tolist()
-                cuts = (flags[end - size : end - 1] for end, size in zip(ends, counts.tolist(), strict=True))
-                yield Decided(*self.edit(lines, cuts, self.split, key, "substring"), [], 0)
+                yield Decided(*self.edit(lines, sizes, flags, self.split, key, "substring", fences=1), [], 0)
 
-    def _common(self, prints: Hashes) -> tuple[Seen, int]:
-        """The fingerprints of which there are several, and how many windows they stand for at most."""
-        common, windows = Seen(), 0
+    def _common(self, prints: Hashes) -> Seen:
+        """The fingerprints of which there are several; sorted in parts."""
+        common = Seen()
         parts = np.uint64(max(1, -(-len(prints) * SORTED // self.memory)))
-        blocks = [prints[i : i + BLOCK] for i in range(0, len(prints), BLOCK)] or [prints]
-        for part in range(int(parts)):
-            values, counts = np.unique(
-                np.concatenate([block[block % parts == part] for block in blocks]), return_counts=True
-            )
-            common.add(values[counts > 1])
-            windows += int(counts[counts > 1].sum()) * (self.length - kernels.run_of(self.length) + 1)
-        return common, windows
+        blocks = [prints[i : i + BLOCK] for i in range(0, len(prints), BLOCK)]
+        for part in range(int(parts) if blocks else 0):
+            mine = np.sort(np.concatenate([block[block % parts == part] for block in blocks]))
+            common.add(np.unique(mine[1:][mine[1:] == mine[:-1]]))
+        return common
 
+    @np.errstate(over="ignore")  # unsigned arithmetic that wraps, where nothing is compiled
     def _marked(self, units: Units, sizes: Ends, prints: Hashes) -> Bytes:
         """A bit for each unit: whether it is to be cut."""
         marks = np.zeros((len(units) >> 3) + 1, np.uint8)
-        common, windows = self._common(prints)
-        stops = np.cumsum(sizes) - 1
-        starts, parts = stops + 1 - sizes, max(1, -(-windows * GROWING // self.memory))
-        for part in range(parts if windows else 0):
-            table = Seen(np.int64)
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        common, stops = self._common(prints), np.cumsum(sizes) - 1
+        ends = list(zip((stops + 1 - sizes).tolist(), stops.tolist(), strict=True))
+        todo = [(0, 1)] if common.used else []  # (part, parts) of the hashes of windows
+        while todo:
+            (part, parts), table = todo.pop(), Seen(np.int64)
+            for start, stop in ends:
                 mine, window = units[start:stop], 0
                 found, hashes = kernels.of_windows(mine, self.length), kernels.hashes_of_runs(mine, self.length)
                 while window < len(hashes):
@@ -151,22 +122,8 @@ class Substring(Edits):
                         *(common.keys, table.keys, table.values, part, parts, marks),
                     )
                     table.used += new
+                    while table.used * GROWING > self.memory and parts < MOST_PARTS:  # go on with half of them
+                        todo.append((part + parts, 2 * parts))
+                        parts *= 2
+                        table = table.where((table.keys >> np.uint64(40)) % np.uint64(parts) == part)
         return marks
-
-
-def _measured(substring: Substring, options: ReadOptions, chunk: Chunk) -> _Measured:
-    """Worker side. Pure."""
-    documents, bad = parse(chunk, options)
-    dtype = DTYPES[substring.unit]
-    fence = np.array([np.iinfo(dtype).max], dtype)
-    with np.errstate(over="ignore"):
-        units = [substring.units(document.text) for document in documents]
-        prints = [kernels.fingerprints(one, substring.length) for one in units]
-    return _Measured(
-        [document.encode() for document in documents],
-        np.concatenate([np.empty(0, dtype), *(piece for one in units for piece in (one, fence))]),
-        np.fromiter((len(one) + 1 for one in units), np.int64, len(units)),
-        np.concatenate([np.empty(0, np.uint64), *prints]),
-        sum(len(document.text) for document in documents),
-        bad,
-    )
