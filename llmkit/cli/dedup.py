@@ -157,7 +157,10 @@ def main(
     unit: Annotated[
         str, typer.Option("--unit", metavar="UNIT", help="words or bytes: of substring", rich_help_panel=PASSAGES)
     ] = "words",
-    memory: Annotated[int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)] = 4 << 30,
+    memory: Annotated[
+        int,
+        count_option("--memory", help="Bytes for sorting and for the windows of substring", rich_help_panel=MACHINE),
+    ] = 4 << 30,
     temp_dir: Annotated[
         str | None,
         typer.Option("--temp-dir", metavar="DIR", help="Where documents and shingles wait", rich_help_panel=MACHINE),

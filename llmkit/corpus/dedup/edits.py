@@ -122,7 +122,7 @@ class Edits(Tally):
         reason: str,
         fences: int = 0,
     ) -> tuple[bytes, bytes]:
-        """Lines to keep and to reject of documents with so many flags each: of its pieces, whether they are cut. `fences` at the end of each are of none."""
+        """Lines to keep and to reject. `flags`: for each of the pieces, `sizes[i]` of document i, whether it is cut; the last `fences` are of none."""
         kept: list[bytes] = []
         rejects: list[bytes] = []
         stop = 0
