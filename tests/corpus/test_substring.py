@@ -86,6 +86,7 @@ TEXTS = st.lists(
 @pytest.mark.parametrize("unit", ["words", "bytes"])
 @settings(deadline=None, max_examples=80)
 @given(TEXTS, st.integers(2, 9), st.sampled_from([4 << 30, 300]))
+@example(["x a b c", "y x a b c z", "a b c z"], 3, 300)
 @example(["a b c d e f", "x a b c d e f y", "d e f a b c"], 3, 4 << 30)
 @example(["a " * 40, " a" * 40 + " "], 4, 300)
 def test_it_is_what_plain_python_makes(unit: str, texts: list[str], length: int, memory: int) -> None:
@@ -130,11 +131,13 @@ def test_least_of_windows() -> None:
             assert kernels.least_in_windows(values[:size].copy(), width).tolist() == expected
 
 
+@settings(deadline=None)
 @given(st.text(st.sampled_from("ab é日\u3000\n\x1c\u2028🙂"), max_size=30))
 def test_words_are_those_of_python(text: str) -> None:
     """Parity with str.split: the same words, equal hashes for equal words alone."""
     data = text.encode()
-    starts, stops, hashes = kernels.words(np.frombuffer(data, np.uint8), classes())
+    with np.errstate(over="ignore"):
+        starts, stops, hashes = kernels.words(np.frombuffer(data, np.uint8), classes())
     found = [data[a:b].decode() for a, b in zip(starts, stops, strict=True)]
     assert found == text.split() and len(set(hashes.tolist())) == len(set(found))
 

@@ -112,6 +112,7 @@ class Passages(Edits):
         starts, stops = kernels.spans(data, self.by == "paragraphs")
         return starts, stops
 
+    @np.errstate(over="ignore")  # unsigned arithmetic that wraps, where nothing is compiled
     def hashes(self, text: str) -> Hashes:
         """One hash a passage; 0 for those that stay."""
         data, how = np.frombuffer(text.encode(), np.uint8), HOW[self.normalise]

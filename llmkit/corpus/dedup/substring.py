@@ -59,6 +59,7 @@ class Substring(Edits):
         if not 2 <= self.length <= 1 << 20:
             raise UsageError(f"--length {self.length} is out of range", "give a number from 2 to 1048576")
 
+    @np.errstate(over="ignore")  # unsigned arithmetic that wraps, where nothing is compiled
     def split(self, data: Bytes) -> tuple[Ends, Ends]:
         """Where words or characters begin and end, in bytes."""
         if self.unit == "words":
@@ -103,7 +104,7 @@ class Substring(Edits):
             common.add(np.unique(mine[1:][mine[1:] == mine[:-1]]))
         return common
 
-    @np.errstate(over="ignore")  # unsigned arithmetic that wraps, where nothing is compiled
+    @np.errstate(over="ignore")
     def _marked(self, units: Units, sizes: Ends, prints: Hashes) -> Bytes:
         """A bit for each unit: whether it is to be cut."""
         marks = np.zeros((len(units) >> 3) + 1, np.uint8)
