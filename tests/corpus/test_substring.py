@@ -86,6 +86,7 @@ TEXTS = st.lists(
 @pytest.mark.parametrize("unit", ["words", "bytes"])
 @settings(deadline=None, max_examples=80)
 @given(TEXTS, st.integers(2, 9), st.sampled_from([4 << 30, 300]))
+@example(["abé", "xabã", "日本x", "月本x"], 3, 4 << 30)
 @example(["x a b c", "y x a b c z", "a b c z"], 3, 300)
 @example(["a b c d e f", "x a b c d e f y", "d e f a b c"], 3, 4 << 30)
 @example(["a " * 40, " a" * 40 + " "], 4, 300)
