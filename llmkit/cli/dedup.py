@@ -1,4 +1,4 @@
-"""`llmkit dedup`: remove exact and near duplicates."""
+"""`llmkit dedup`: remove exact and near duplicates, and cut repeats out of texts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from llmkit.cli.stage import Rejects, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmkit.corpus.dedup.exact import Stream
+    from llmkit.corpus.dedup.groups import Groups
     from llmkit.corpus.dedup.method import Decided
+    from llmkit.corpus.dedup.passages import Passages
+    from llmkit.corpus.dedup.substring import Substring
     from llmkit.io.documents import DocumentReader
 
 NEAR = "Near duplicates (minhash)"
 EXACT = "Exact duplicates (exact)"
+PASSAGES = "Repeats inside texts (lines, paragraphs, substring)"
 SURVIVORS = "Which stay"
 INDEX = "Documents of earlier runs"
 MACHINE = "Memory and disk"
+REMOVING, KINDS = ("exact", "minhash"), ("lines", "paragraphs")
+EDITING = (*KINDS, "substring")
 
 
 @command(
@@ -34,13 +41,20 @@ MACHINE = "Memory and disk"
         "llmkit dedup docs.jsonl.zst --against heldout.jsonl -o new.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --index seen.duckdb -o new.jsonl.zst",
         "llmkit dedup --index seen.duckdb --stats",
+        "llmkit dedup docs.jsonl.zst --method substring | llmkit dedup -o unique.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --method lines --repeated 100 --min-characters 10 -o clean.jsonl.zst",
     ),
 )
 def main(
     run: Run,
     inputs: InputPaths = None,
     method: Annotated[
-        str, typer.Option("--method", metavar="NAME", help="minhash, exact, or both: exact,minhash")
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="minhash, exact, or both: exact,minhash; or one of lines, paragraphs, substring",
+        ),
     ] = "minhash",
     rejects: Rejects = None,
     annotate: Annotated[
@@ -113,9 +127,14 @@ def main(
         ),
     ] = None,
     normalise: Annotated[
-        str,
-        typer.Option("--normalise", metavar="HOW", help="First: none, whitespace, or loose", rich_help_panel=EXACT),
-    ] = "none",
+        str | None,
+        typer.Option(
+            "--normalise",
+            metavar="HOW",
+            help="First: none (default for texts), whitespace (for lines, paragraphs), or loose",
+            rich_help_panel=EXACT,
+        ),
+    ] = None,
     index: Annotated[
         str | None,
         typer.Option(
@@ -134,7 +153,36 @@ def main(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show what is in the index, and do nothing else", rich_help_panel=INDEX)
     ] = False,
-    memory: Annotated[int, count_option("--memory", help="Bytes for sorting", rich_help_panel=MACHINE)] = 4 << 30,
+    repeated: Annotated[
+        int | None,
+        count_option(
+            "--repeated",
+            help="Cut all copies of what stands in so many documents [default: the first copy of anything stays]",
+            rich_help_panel=PASSAGES,
+        ),
+    ] = None,
+    boilerplate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--boilerplate", metavar="FILE", help="Cut these lines everywhere (repeatable)", rich_help_panel=PASSAGES
+        ),
+    ] = None,
+    min_characters: Annotated[
+        int, typer.Option("--min-characters", min=1, help="Shorter ones always stay", rich_help_panel=PASSAGES)
+    ] = 1,
+    length: Annotated[
+        int,
+        typer.Option(
+            "--length", metavar="N", help="Units of the shortest repeat that is cut", rich_help_panel=PASSAGES
+        ),
+    ] = 50,
+    unit: Annotated[
+        str, typer.Option("--unit", metavar="UNIT", help="words or bytes: of substring", rich_help_panel=PASSAGES)
+    ] = "words",
+    memory: Annotated[
+        int,
+        count_option("--memory", help="Bytes for sorting and for the windows of substring", rich_help_panel=MACHINE),
+    ] = 4 << 30,
     temp_dir: Annotated[
         str | None,
         typer.Option("--temp-dir", metavar="DIR", help="Where documents and shingles wait", rich_help_panel=MACHINE),
@@ -156,6 +204,10 @@ def main(
 
     All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 1.5 bytes a byte of text; memory is 80 bytes a
     document and at most --memory. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
+
+    lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
+    nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34. substring cuts any run of
+    --length words or bytes that stood before, wherever it stands; documents wait in --temp-dir, as words in 8 bytes each.
     """
     if stats:
         if index is None:
@@ -167,59 +219,115 @@ def main(
     from llmkit.corpus.dedup.index import Index, settings_of
     from llmkit.corpus.dedup.method import METHODS
     from llmkit.corpus.dedup.minhash import MinHash, bands_for
+    from llmkit.corpus.dedup.passages import Passages
+    from llmkit.corpus.dedup.substring import Substring
 
     names = [name.strip() for name in method.split(",")]
     for name in names:
         METHODS.get(name)
-    for option, value in (("--key", key), ("--normalise", normalise != "none")):
-        if value and "exact" not in names:
-            raise UsageError(f"{option} is of --method exact", f"add it: --method exact,{method}")
-    exact = Exact(key, normalise) if "exact" in names else None
-    chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
-    shape = {"bands": chosen[0] if bands is None else bands, "rows": chosen[1] if rows is None else rows}
-    near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits) if "minhash" in names else None
+    editing = next((name for name in names if name in EDITING), None)
+    if editing and len(names) > 1:
+        raise UsageError(
+            f"--method {method}: {editing} edits texts, alone",
+            f"in a pipe: llmkit dedup --method {editing} | llmkit dedup",
+        )
+    for option, given, of in (
+        ("--key", key, ("exact",)),
+        ("--normalise", normalise, ("exact", *KINDS)),
+        ("--repeated", repeated is not None, KINDS),
+        ("--boilerplate", boilerplate, KINDS),
+        ("--min-characters", min_characters > 1, KINDS),
+        ("--length", length != 50, ("substring",)),
+        ("--unit", unit != "words", ("substring",)),
+        ("--annotate", annotate, REMOVING),
+        ("--keep", keep != "first", REMOVING),
+        ("--clusters", clusters != "stars", REMOVING),
+        ("--group", group, REMOVING),
+        ("--against", against, REMOVING),
+        ("--index", index, REMOVING),
+    ):
+        if given and not set(of) & set(names):
+            more = f"{of[0]},{method}" if of[0] == "exact" and not editing else of[0]
+            raise UsageError(f"{option} is of --method {', '.join(of)}", f"give --method {more}")
     if index and clusters != "stars":
         raise UsageError("--index goes with --clusters stars", "a chain through earlier nights has no end")
-    simple = keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against or index)
+    listed = run.inputs(boilerplate, files_from=None) if boilerplate else []
+
+    def start() -> Groups | Passages | Stream | Substring:
+        """The stage, with nothing counted yet."""
+        common: dict[str, Any] = {"jobs": run.jobs, "rejects": rejects is not None}
+        if editing == "substring":
+            return Substring(length=length, unit=unit, memory=memory, temporary=temp_dir, **common)
+        if editing:
+            return Passages(
+                by=editing,
+                normalise=normalise or "whitespace",
+                repeated=repeated or 0,
+                boilerplate=tuple(listed),
+                min_characters=min_characters,
+                temporary=temp_dir,
+                **common,
+            )
+        exact = Exact(key, normalise or "none") if "exact" in names else None
+        chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
+        shape = {"bands": chosen[0] if bands is None else bands, "rows": chosen[1] if rows is None else rows}
+        near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits) if "minhash" in names else None
+        simple = (
+            keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against or index)
+        )
+        if simple and exact:
+            return Stream(exact=exact, **common)
+        return Groups(
+            exact=exact,
+            near=near,
+            keep=keep,
+            clusters=clusters,
+            group=group,
+            annotate=annotate,
+            counts_written=counts,
+            memory=memory,
+            temporary=temp_dir,
+            index=seen_before,
+            **common,
+        )
+
+    seen_before: Index | None = None
+    stage = start()  # senseless options are refused before anything is read
     seen = run.inputs(against, files_from=None) if against else []
-    for path in seen:
-        run.reads("against", path)
-    if simple and exact:
-        stream = Stream(exact=exact, rejects=rejects is not None, jobs=run.jobs)
-        _finish(run, run_stage(run, inputs, rejects, stream.run, stream.counts))
-        return
-    groups = Groups(
-        exact=exact,
-        near=near,
-        keep=keep,
-        clusters=clusters,
-        group=group,
-        annotate=annotate,
-        counts_written=counts,
-        jobs=run.jobs,
-        rejects=rejects is not None,
-        memory=memory,
-        temporary=temp_dir,
-    )
+    for role, paths in (("against", seen), ("boilerplate", listed)):
+        for path in paths:
+            run.reads(role, path)
 
     def work(reader: DocumentReader) -> Iterator[Decided]:
-        with announced(run):
-            groups.warm_up()
-        return groups.run(reader, run.reader_of(seen) if seen else None)
+        nonlocal stage
+        stage = start()
+        if not isinstance(stage, Stream):
+            with announced(run):
+                stage.warm_up()
+        if isinstance(stage, Groups) and seen:
+            yield from stage.run(reader, run.reader_of(seen))
+        else:
+            yield from stage.run(reader)
 
     with ExitStack() as stack:
-        if index is None:
-            known = durable = None
-        else:
-            settings = settings_of(near, exact, index_full) | {"group": group}
-            groups.index = stack.enter_context(Index(index, settings, temp_dir))
-            known, durable = groups.index.knows, groups.commit
-        _finish(run, run_stage(run, inputs, rejects, work, groups.counts, known=known, durable=durable))
-
-
-def _finish(run: Run, counts: dict[str, Any] | None) -> None:
-    if counts is not None:
-        run.finish(counts, summary_line(run, counts, "removed"))
+        if index and isinstance(stage, Groups):
+            settings = settings_of(stage.near, stage.exact, index_full) | {"group": group}
+            seen_before = stack.enter_context(Index(index, settings, temp_dir))
+        found = run_stage(
+            run,
+            inputs,
+            rejects,
+            work,
+            lambda: stage.counts(),
+            known=seen_before.knows if seen_before else None,
+            durable=lambda: stage.commit() if isinstance(stage, Groups) else None,
+        )
+    if found is not None:
+        verb = "removed"
+        if editing:
+            share = 100 * found["characters_cut"] / max(1, found["characters"])
+            verb = f"edited {found['edited']:,}, cut {share:.1f} % of the characters, removed"
+        run.finish(found, summary_line(run, found, verb))
 
 
 def _show(run: Run, path: str) -> None:

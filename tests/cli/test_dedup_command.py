@@ -82,6 +82,63 @@ def test_exact_and_keys(llmkit, docs: Path) -> None:
     assert kept("--method", "minhash", "--threshold", "0.99", "--no-verify", "--bands", "14", "--rows", "8") == 20
 
 
+def test_lines_and_paragraphs(llmkit_here, docs: Path) -> None:
+    """Behaviour: repeats are cut out of texts, what is emptied goes to the rejects, a list is an input of the lineage; the summary says how much."""
+    rows = [{"id": str(i), "text": f"Menu\nShare this\n\n{text(i)}\n\nShare this"} for i in range(4)]
+    rows.append({"id": "empty", "text": "Menu\nShare this\n\nShare this"})
+    (docs / "pages.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    (docs / "list.txt").write_text("share  this\n")
+
+    def texts(*arguments: str) -> list[object]:
+        """Texts that are kept, and the ids of the rest."""
+        files = ("-f", "-o", "out.jsonl", "--rejects", "r.jsonl")
+        done = llmkit_here("dedup", "pages.jsonl", *files, *arguments, cwd=docs)
+        assert done.returncode == 0 and b"% of the characters" in done.stderr, done.stderr
+        rejects = rows_of((docs / "r.jsonl").read_bytes())
+        assert {row["reason"] for row in rejects} <= {arguments[1]}
+        return [row["text"] for row in rows_of((docs / "out.jsonl").read_bytes())] + [row["id"] for row in rejects]
+
+    menu = "Menu\nShare this"
+    assert texts("--method", "lines") == [f"{menu}\n\n{text(0)}\n", *(f"\n{text(i)}\n" for i in range(1, 4)), "empty"]
+    first = f"{menu}\n\n{text(0)}\n\nShare this"
+    assert texts("--method", "paragraphs") == [first, *(text(i) for i in range(1, 4)), "empty"]
+    frequent = ("--repeated", "5", "--min-characters", "5")
+    assert texts("--method", "lines", *frequent) == [*(f"Menu\n\n{text(i)}\n" for i in range(4)), "Menu\n"]
+    listed = ("--boilerplate", "list.txt", "--normalise", "loose", "--repeated", "100")
+    done = llmkit_here("dedup", "pages.jsonl", "--method", "lines", *listed, "-o", "listed.jsonl.zst", cwd=docs)
+    assert done.returncode == 0 and b"kept 5 of 5" in done.stderr and b"edited 5" in done.stderr
+    record = read_lineage(docs / "listed.jsonl.zst")
+    assert record is not None and record["counts"]["characters_cut"] > 0 and "list.txt" in str(record["inputs"])
+
+
+def test_substring(llmkit_here, docs: Path) -> None:
+    """Behaviour: of a repeat of 50 words the later copy is cut, wherever it stands; by --length and --unit less or more; the same bytes for -j 2."""
+    long, short = text(90, 60), text(91, 20)
+    rows = [{"id": str(i), "text": f"{text(i)} {long} {text(i + 50)}\n{short}"} for i in range(3)]
+    (docs / "pages.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in [*rows, {"text": long}]))
+
+    def texts(*arguments: str) -> list[object]:
+        done = llmkit_here("dedup", "pages.jsonl", "--method", "substring", "--plain", *arguments, cwd=docs)
+        assert done.returncode == 0 and b"removed 1;" in done.stderr, done.stderr
+        return [row["text"] for row in rows_of(done.stdout)]
+
+    without = [f"{text(i)} {text(i + 50)}" for i in (1, 2)]
+    assert texts() == texts("-j", "2", "--memory", "1k") == [rows[0]["text"], *(f"{rest}\n{short}" for rest in without)]
+    assert texts("--length", "20") == [rows[0]["text"], *without]
+    assert texts("--length", "300", "--unit", "bytes")[1] == f"{text(1)}{text(51)}\n{short}"
+
+
+def test_one_output_a_file(llmkit_here, docs: Path) -> None:
+    """Behaviour: into a directory each input is deduplicated by itself, and counted by itself."""
+    (docs / "other.jsonl").write_bytes((docs / "docs.jsonl").read_bytes())
+    for method in ("exact", "minhash", "lines", "substring"):
+        call = ("dedup", "docs.jsonl", "other.jsonl", "--method", method, "-o", f"{method}/")
+        done = llmkit_here(*call, "--json", cwd=docs)
+        assert done.returncode == 0 and json.loads(done.stderr.splitlines()[-1])["documents"] == 60
+        record = read_lineage(docs / method / "other.jsonl.zst")
+        assert record is not None and record["counts"]["documents"] == 30
+
+
 def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
     """Property: the same bytes for -j 1 and -j 2, rejects too, over several chunks."""
     rows = [{"id": str(i), "text": text(i % 1900, 150) + f" {'tail ' * (i % 3)}"} for i in range(2500)]
@@ -119,11 +176,21 @@ def test_seed_is_recorded_and_changes_only_the_hash_functions(llmkit, docs: Path
         (["--bits", "16"], "32, 61"),
         (["--keep", "last"], "longest"),
         (["--clusters", "cliques"], "components"),
+        (["--method", "lines,exact"], "--method lines | llmkit dedup"),
+        (["--method", "lines", "--annotate"], "exact, minhash"),
+        (["--method", "lines", "--key", "url"], "--method exact"),
+        (["--method", "lines", "--repeated", "1"], "2 or more"),
+        (["--method", "paragraphs", "--normalise", "lose"], "loose"),
+        (["--boilerplate", "docs.jsonl"], "lines"),
+        (["--method", "exact,substring"], "--method substring | llmkit dedup"),
+        (["--method", "substring", "--repeated", "3"], "lines, paragraphs"),
+        (["--method", "substring", "--unit", "tokens"], "words, bytes"),
+        (["--length", "20"], "--method substring"),
     ],
 )
-def test_usage_errors(llmkit, docs: Path, arguments: list[str], message: str) -> None:
+def test_usage_errors(llmkit_here, docs: Path, arguments: list[str], message: str) -> None:
     """Behaviour: exit 2 and a hint, before any output."""
-    done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
+    done = llmkit_here("dedup", "docs.jsonl", "-o", "out.jsonl", *arguments, cwd=docs)
     assert done.returncode == 2 and message in done.stderr.decode()
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
 

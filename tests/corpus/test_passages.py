@@ -1,0 +1,194 @@
+"""Repeated lines and paragraphs: parity with a plain Python definition, hostile input, any number of jobs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import zstandard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmkit.corpus.dedup.method import METHODS
+from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.passages import Passages, Seen
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.documents import Chunk, ReadOptions
+
+
+class Rows:
+    """A reader of texts in memory, cut into chunks."""
+
+    def __init__(self, texts: Iterable[str], chunk: int = 3) -> None:
+        self.options = ReadOptions(max_line_bytes=100 << 20)
+        self._lines = [orjson.dumps({"id": str(i), "text": text}) + b"\n" for i, text in enumerate(texts)]
+        self._chunk = chunk
+
+    def chunks(self) -> Iterable[Chunk]:
+        for start in range(0, len(self._lines), self._chunk):
+            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
+
+
+def outcome(stage: Passages, texts: Iterable[str], chunk: int = 3) -> tuple[list[str], list[str]]:
+    """Texts that are kept, and those that are dropped, with the counts checked against both."""
+    rows = list(texts)
+    stage.rejects = True
+    done = list(stage.run(Rows(rows, chunk)))  # type: ignore[arg-type]
+    kept = [orjson.loads(line)["text"] for part in done for line in part.kept.splitlines()]
+    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
+    counts = stage.counts()
+    assert sum(part.documents for part in done) == counts["documents"] == len(rows) == len(kept) + len(rejects)
+    assert {row["reason"] for row in rejects} <= {stage.by} and counts["dropped"] == len(rejects)
+    assert counts["characters"] == sum(map(len, rows))
+    assert counts["characters"] - counts["characters_cut"] == sum(map(len, kept))
+    return kept, [row["text"] for row in rejects]
+
+
+def plainly(
+    texts: list[str], by: str, normalise: str, repeated: int = 0, shortest: int = 1, listed: Iterable[str] = ()
+) -> list[str]:
+    """The definition: the texts that stay, whole or edited."""
+
+    def split(text: str) -> list[str]:
+        """Passages and what follows each, in turn."""
+        return re.split("(\n)" if by == "lines" else "(\n{2,})", text)
+
+    def key(passage: str) -> str | None:
+        collapsed = " ".join(passage.split())
+        return (NORMALISERS.get(normalise)(passage) or collapsed) if len(collapsed) >= max(1, shortest) else None
+
+    stand = Counter(name for text in texts for name in {key(passage) for passage in split(text)[::2]})
+    always, seen, result = {key(entry) for entry in listed} - {None}, set(), []
+    for text in texts:
+        pieces = split(text)
+        kept: list[str] = []
+        for passage, gap in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+            name = key(passage)
+            cut = name is not None and (name in always or (stand[name] >= repeated if repeated else name in seen))
+            seen.add(name)
+            if not cut:
+                kept += [passage, gap]
+        edited = "".join(kept[:-1])
+        if edited == text or edited.strip():
+            result.append(edited)
+    return result
+
+
+PIECES = st.sampled_from(
+    ["a", "b", "Ab", " a", "a ", "ab", "A  b", "12", "3.5", "-", "--", "é", "Σας", "ΣΑΣ", "\u3000", "\r", "\x1c", "日"]
+    + ["\n"] * 6
+    + ["\n\n", "\n\n\n", "\u1b35", "\U0001d15e", "a b c d e f g h i j k"]
+)
+TEXTS = st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=10)
+
+
+@pytest.mark.parametrize("by", ["lines", "paragraphs"])
+@pytest.mark.parametrize("normalise", ["none", "whitespace", "loose"])
+@settings(deadline=None, max_examples=60)
+@given(TEXTS, st.sampled_from([0, 2, 3]), st.sampled_from([1, 2, 4]))
+@example(["x\n\ny", "", "\n", "y\n\n", "\n\ny"], 0, 1)
+def test_it_is_what_plain_python_makes(by: str, normalise: str, texts: list[str], repeated: int, shortest: int) -> None:
+    """Parity with the definition above: first occurrences, passages of many documents, every normalisation and separator."""
+    stage = Passages(by=by, normalise=normalise, repeated=repeated, min_characters=shortest)
+    assert outcome(stage, texts)[0] == plainly(texts, by, normalise, repeated, shortest)
+
+
+def test_what_is_edited_and_what_keeps_its_bytes() -> None:
+    """Behaviour: the first of equal lines stays; an edited document keeps its other fields; blank lines neither count nor go; an empty one stays."""
+    texts = ["Menu\n\nfirst\nend", "Menu\n\nsecond\n end", "", "\n \n", "Menu\n \nend", "Menu"]
+    kept, dropped = outcome(Passages(), texts)
+    assert kept == ["Menu\n\nfirst\nend", "\nsecond", "", "\n \n"]
+    assert dropped == ["Menu\n \nend", "Menu"]
+    odd = b'{"text":   "own spaces",  "n": 1.50}\n'
+    reader = Rows([])
+    reader._lines = [odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']
+    (done,) = Passages().run(reader)  # type: ignore[arg-type]
+    assert done.kept == odd + b'{"n":1,"text":"more","z":[1]}\n'
+
+
+def test_documents_count_not_occurrences() -> None:
+    """Behaviour: --repeated cuts every copy of a line that is in so many documents, the first included, and no other repeat."""
+    texts = ["menu\na\na\na", "menu\nb", "b\nmenu\nc"]
+    assert outcome(Passages(repeated=3), texts)[0] == ["a\na\na", "b", "b\nc"]
+    assert outcome(Passages(repeated=2), texts) == (["a\na\na", "c"], ["menu\nb"])
+
+
+def test_lists_of_boilerplate(tmp_path: Path) -> None:
+    """Behaviour: listed lines go wherever they stand, in either mode; a list that is not there is named."""
+    (tmp_path / "list.txt").write_text("# menus\nRead   more\n\nCookies\n")
+    listed = (str(tmp_path / "list.txt"),)
+    texts = ["read more\na", "Read more\nb", "Cookies\nb", "c"]
+    assert outcome(Passages(boilerplate=listed), texts)[0] == ["read more\na", "b", "c"]
+    assert outcome(Passages(boilerplate=listed, normalise="loose"), texts)[0] == ["a", "b", "c"]
+    assert outcome(Passages(boilerplate=listed, repeated=4), texts)[0] == ["read more\na", "b", "b", "c"]
+    with pytest.raises(LlmkitError, match=r"nowhere\.txt"):
+        Passages(boilerplate=(str(tmp_path / "nowhere.txt"),)).warm_up()
+
+
+@pytest.mark.parametrize("more", [{}, {"repeated": 3}, {"by": "paragraphs", "normalise": "loose"}])
+def test_any_number_of_jobs_gives_the_same(more: dict[str, object]) -> None:
+    """Property: -j decides nothing, nor does the size of chunks."""
+    texts = ["\n\n".join(f"line {chr(97 + i * j % 23)} {'x' * (i % 7)}" for j in range(9)) for i in range(200)]
+    once = outcome(Passages(**more), texts)  # type: ignore[arg-type]
+    assert once == outcome(Passages(jobs=3, **more), texts) == outcome(Passages(**more), texts, 200)  # type: ignore[arg-type]
+    assert sum(map(len, once[0])) < 0.9 * sum(map(len, texts))
+
+
+@pytest.mark.parametrize("repeated", [0, 2])
+def test_hostile_documents(repeated: int) -> None:
+    """Behaviour: a million equal lines, a document of 20 MB in one line, one of newlines alone: no more than linear time."""
+    texts = ["same line\n" * 10**6, "word " * 4_000_000, "\n" * 10**6, "same line", "word " * 4_000_000 + "end"]
+    kept, dropped = outcome(Passages(repeated=repeated), texts, 1)
+    if repeated:
+        assert kept == texts[1:3] + texts[4:] and dropped == [texts[0], "same line"]
+    else:
+        assert kept[0] == "same line\n" and kept[1:] == texts[1:3] + texts[4:] and dropped == ["same line"]
+
+
+def test_the_table_grows() -> None:
+    """Parity with a Python set and Counter, over growth from 4,096 slots; a slot of 8 bytes is used to at least 35 %."""
+    random = np.random.default_rng(0)
+    seen, plain, counts = Seen(np.uint32), set(), Counter()
+    for size in [0, 1, 10, 5000, 3, 40_000, 1000]:
+        hashes = random.integers(0, 30_000, size).astype(np.uint64) << np.uint64(20)
+        expected = [h != 0 and (h in plain or plain.add(h) is not None) for h in hashes.tolist()]
+        counts.update(hashes.tolist())
+        assert seen.add(hashes).tolist() == expected
+    assert seen.used == len(plain) and 0.35 * len(seen.keys) < seen.used < 0.7 * len(seen.keys)
+    names = np.array(sorted(plain), np.uint64)
+    assert seen.frequent(names, 2).tolist() == [counts[h] >= 2 for h in names.tolist()]
+
+
+def test_senseless_parameters() -> None:
+    """Behaviour: usage errors that name the option; both methods are found by name."""
+    for wrong in ({"repeated": 1}, {"repeated": -3}, {"normalise": "lose"}, {"by": "sentences"}):
+        with pytest.raises(UsageError):
+            Passages(**wrong)  # type: ignore[arg-type]
+    assert METHODS.get("paragraphs")(jobs=2).by == "paragraphs"
+
+
+def test_dolma_paragraphs(shared_data: Path) -> None:
+    """Parity with dolma's expected output of deduplication by paragraph (our lines): the same lines are marked as repeats."""
+    path = shared_data / "text" / "dolma_tests_provided_expected.tar.zst"
+    packed = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        files = [
+            archive.extractfile(f"tests/data/{name}.json.gz").read()  # type: ignore[union-attr]
+            for name in ("provided/deduper/documents/000", "expected/dedupe-paragraphs")
+        ]
+    provided, expected = ([orjson.loads(line) for line in gzip.decompress(data).splitlines()] for data in files)
+    stage, seen = Passages(normalise="none"), Seen()
+    for row, marked in zip(provided, expected, strict=True):
+        data = row["text"].encode()
+        starts, _ = stage.split(np.frombuffer(data, np.uint8))
+        found = [len(data[: starts[i]].decode()) for i in np.flatnonzero(seen.add(stage.hashes(row["text"])))]
+        assert found == [start for start, _, _ in marked["attributes"]["bff_duplicate_paragraph_spans"]]
+    assert any(row["attributes"]["bff_duplicate_paragraph_spans"] for row in expected)
