@@ -105,6 +105,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from filter-train' -l version -s V
 complete -c llmkit -n '__fish_seen_subcommand_from filter-train' -s h -l help -d 'Show the help'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l method -r -d 'minhash, exact, or both: exact,minhash; or one of lines, paragraphs, substring'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l rejects -r -d 'Write the dropped documents here, each with its `reason`'
+complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l resume -d 'With -o DIR/, a file for each input: make only those that are missing'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l annotate -d 'Drop nothing: write on each document what it duplicates'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l keep -r -d 'first, longest, or best:FIELD (largest number)'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l clusters -r -d 'stars around survivors, or connected components'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
-from llmkit.cli.stage import Rejects, announced, run_stage, summary_line
+from llmkit.cli.stage import Rejects, Resume, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ INDEX = "Documents of earlier runs"
 MACHINE = "Memory and disk"
 REMOVING, KINDS = ("exact", "minhash"), ("lines", "paragraphs")
 EDITING = (*KINDS, "substring")
+THRESHOLD = 0.75
 
 
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "temp_dir", "memory", "index", "stats"),
+    neutral=("rejects", "temp_dir", "memory", "index", "stats", "against", "boilerplate", "resume"),
     examples=(
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
@@ -57,6 +59,7 @@ def main(
         ),
     ] = "minhash",
     rejects: Rejects = None,
+    resume: Resume = False,
     annotate: Annotated[
         bool, typer.Option("--annotate", help="Drop nothing: write on each document what it duplicates")
     ] = False,
@@ -97,7 +100,7 @@ def main(
     ] = True,
     threshold: Annotated[
         float, typer.Option("--threshold", help="Least similarity of duplicates, 0 to 1", rich_help_panel=NEAR)
-    ] = 0.75,
+    ] = THRESHOLD,
     verify: Annotated[
         bool,
         typer.Option(
@@ -196,14 +199,16 @@ def main(
     compared as a whole, in the same normalisation. exact compares texts, or a field, as they are or after --normalise; documents without
     the field stay.
 
-    A survivor that stands for others gets `duplicates` (how many there were, itself included; numbers from earlier runs add up) and `cluster`. --rejects
+    A survivor that stands for others gets `duplicates` (how many there were, itself included; numbers from earlier runs add up) and `cluster`; with
+    --annotate the others get `cluster` too. --rejects
     keeps what was removed with `reason`, `duplicate_of` (the id of the kept document) and `similarity`.
 
     --index keeps a DuckDB file over many runs: an earlier night always wins. The run is added once its output is complete and in its place; killed before,
-    nothing of it is there, and a repeated call makes the same output. About 250 bytes a document.
+    nothing of it is there, and a repeated call makes the same output. About 200 bytes a document. It holds signatures, not texts: similarity to
+    documents of earlier nights is an estimate, with a standard error of 0.04.
 
     All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 1.5 bytes a byte of text; memory is 80 bytes a
-    document and at most --memory. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
+    document and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
 
     lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
     nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34. substring cuts any run of
@@ -216,11 +221,12 @@ def main(
         return
     from llmkit.corpus.dedup.exact import Exact, Stream
     from llmkit.corpus.dedup.groups import Groups
-    from llmkit.corpus.dedup.index import Index, settings_of
+    from llmkit.corpus.dedup.index import Index, run_key, settings_of
     from llmkit.corpus.dedup.method import METHODS
     from llmkit.corpus.dedup.minhash import MinHash, bands_for
     from llmkit.corpus.dedup.passages import Passages
     from llmkit.corpus.dedup.substring import Substring
+    from llmkit.io.lineage import digest_path, read_lineage
 
     names = [name.strip() for name in method.split(",")]
     for name in names:
@@ -245,12 +251,24 @@ def main(
         ("--group", group, REMOVING),
         ("--against", against, REMOVING),
         ("--index", index, REMOVING),
+        ("--threshold", threshold != THRESHOLD, ("minhash",)),
+        ("--no-verify", not verify, ("minhash",)),
+        ("--ngram", ngram != 5, ("minhash",)),
+        ("--bands", bands is not None, ("minhash",)),
+        ("--rows", rows is not None, ("minhash",)),
+        ("--bits", bits != 32, ("minhash",)),
     ):
         if given and not set(of) & set(names):
             more = f"{of[0]},{method}" if of[0] == "exact" and not editing else of[0]
             raise UsageError(f"{option} is of --method {', '.join(of)}", f"give --method {more}")
     if index and clusters != "stars":
         raise UsageError("--index goes with --clusters stars", "a chain through earlier nights has no end")
+    if index and not verify:
+        raise UsageError("--index verifies by signatures: --no-verify does not go with it", "leave one of them out")
+    if index_full and not index:
+        raise UsageError("--index-full is of an index", "name it: --index FILE")
+    if annotate and rejects is not None:
+        raise UsageError("--annotate drops nothing, so there is nothing for --rejects", "leave one of them out")
     listed = run.inputs(boilerplate, files_from=None) if boilerplate else []
 
     def start() -> Groups | Passages | Stream | Substring:
@@ -288,10 +306,12 @@ def main(
             memory=memory,
             temporary=temp_dir,
             index=seen_before,
+            options=options,
             **common,
         )
 
     seen_before: Index | None = None
+    options: dict[str, Any] = {}
     stage = start()  # senseless options are refused before anything is read
     seen = run.inputs(against, files_from=None) if against else []
     for role, paths in (("against", seen), ("boilerplate", listed)):
@@ -309,8 +329,17 @@ def main(
         else:
             yield from stage.run(reader)
 
+    def finished(paths: list[str]) -> bool | None:
+        """Of an output that this call has made: whether its run is in the index; None where it was made with another index, or state of it."""
+        assert seen_before is not None and run.output is not None
+        key = run_key([digest_path(path) for path in paths], options)
+        made_with = [item["digest"] for item in (read_lineage(run.output) or {})["inputs"] if item["role"] == "index"]
+        return seen_before.has(key) if made_with == [seen_before.history(seen_before.run_of(key))] else None
+
     with ExitStack() as stack:
         if index and isinstance(stage, Groups):
+            options = dict(run.options) | {"seen": [item.digest for item in run.lineage().inputs]}
+            run.options["index"] = os.path.basename(index)
             settings = settings_of(stage.near, stage.exact, index_full) | {"group": group}
             seen_before = stack.enter_context(Index(index, settings, temp_dir))
         found = run_stage(
@@ -319,7 +348,8 @@ def main(
             rejects,
             work,
             lambda: stage.counts(),
-            known=seen_before.knows if seen_before else None,
+            resume,
+            known=finished if seen_before else None,
             durable=lambda: stage.commit() if isinstance(stage, Groups) else None,
         )
     if found is not None:

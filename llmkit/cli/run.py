@@ -151,6 +151,10 @@ class Run:
             self.output, self.lineage(), force=self.force or force, plain=self._values.get("plain", False)
         )
 
+    def made(self, path: str, lineage: Lineage) -> bool:
+        """Whether a file was made by the command, version and options of `lineage`."""
+        return _record_of(path, lineage) is not None
+
     def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
         """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do."""
         if not self.has_made(paths, beside):

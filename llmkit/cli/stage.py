@@ -105,32 +105,35 @@ def run_stage(
     work: Callable[[DocumentReader], Iterable[Outcome]],
     count: Callable[[], dict[str, Any]],
     resume: bool = False,
-    known: Callable[[list[str]], bool] | None = None,
+    known: Callable[[list[str]], bool | None] | None = None,
     durable: Callable[[], None] | None = None,
 ) -> dict[str, Any] | None:
     """Run `work` over the inputs, write what it keeps and rejects, and return the counts; None if the output was up to date.
 
     `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew. With --dry-run everything
     is done but the writing. `durable` is called when an output is complete and in its place; `known` says of the inputs of an output that is there
-    whether that call came to its end: if not, the output is made anew.
+    whether that call came to its end: if not (False), the output is made anew; None: it is another call's.
     """
     from llmkit.io.documents import DocumentWriter
 
     total: dict[str, Any] = {}
     made = passed = 0
     for job in jobs(run, run.inputs(inputs), rejects, resume):
-        done = job.done
-        if done and (known is None or known(job.inputs)):
+        state = (known(job.inputs) if known else True) if job.done else None
+        if state:
             passed += 1
             continue
+        again = state is False
         made += 1
         reader = run.reader_of(job.inputs)
         with ExitStack() as stack:
             writer = rejected = None
             if not run.dry_run:
-                writer = stack.enter_context(run.writer(force=done))
+                writer = stack.enter_context(run.writer(force=again))
                 for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew or done))
+                    left = job.output is not None and not os.path.exists(job.output) and run.made(path, lineage)
+                    force = run.force or job.anew or again or left  # `left`: by this very call, which was killed then
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=force))
             with run.progress(None, "documents") as bar:
                 for outcome in work(reader):
                     reader.accept(outcome.bad)

@@ -323,7 +323,8 @@ def test_what_is_written_on_documents() -> None:
     marked, rejects = deduplicate(rows, near=MinHash(), annotate=True)
     assert rejects == [] and [row["id"] for row in marked] == ["d0", "d1", "d2"]
     assert marked[0] == rows[0] | {"duplicates": 2, "cluster": kept[0]["cluster"]}
-    assert marked[1] == marked[0] | rows[1] | {"reason": "minhash", "duplicate_of": "d0", "similarity": 1.0}
+    said = {"cluster": kept[0]["cluster"], "reason": "minhash", "duplicate_of": "d0", "similarity": 1.0}
+    assert marked[1] == rows[1] | said
     assert marked[2] == rows[2]
 
 
@@ -340,6 +341,27 @@ def test_groups_and_documents_seen_elsewhere(method: dict[str, object]) -> None:
     other = {"id": "new", "text": "six words that nobody wrote before"}
     kept, _ = deduplicate([other], **method, against=rows)
     assert kept == [other]
+
+
+def test_words_whose_first_document_went_by_its_key() -> None:
+    """Behaviour: documents of the same words look for near duplicates even where the first of them is a duplicate by its key; --annotate with --no-counts
+    writes no numbers; a document without key is in no cluster."""
+    body = " ".join(prose(150, "key"))
+    rows = [
+        {"id": "k", "url": "a", "text": body},
+        {"id": "f", "url": "a", "text": body + " zzz"},
+        {"id": "d", "url": "b", "text": body + " zzz"},
+    ]
+    kept, rejects = deduplicate(rows, exact=Exact(key="url"), near=MinHash())
+    assert [row["id"] for row in kept] == ["k"] and [row["reason"] for row in rejects] == ["exact", "minhash"]
+    plain, _ = deduplicate(rows, near=MinHash(), annotate=True, counts_written=False)
+    assert not any("cluster" in row or "duplicates" in row for row in plain)
+    rows = [{"id": f"n{i}", "text": "a b", "duplicates": 3} for i in range(2)]
+    assert deduplicate(rows, exact=Exact(key="url"))[0] == rows
+    _, rejects = deduplicate(family(10), near=MinHash(threshold=0.6, bands=50, rows=2), clusters="components")
+    assert {row["similarity"] for row in rejects} == {None}
+    seen = [{"id": "old", "text": body}]
+    assert deduplicate([{"id": "x", "text": body, "n": 1}], near=MinHash(), against=seen, keep="best:n")[0] == []
 
 
 def test_parts_of_bands_find_the_same() -> None:

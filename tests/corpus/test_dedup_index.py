@@ -96,8 +96,7 @@ def test_repeated_nights(llmkit_here, nights: Path) -> None:
 def test_dry_run_and_annotate(llmkit_here, nights: Path) -> None:
     """Behaviour: --dry-run adds nothing; --annotate drops nothing and adds only what is new."""
     assert llmkit_here("dedup", "n1.jsonl", "--index", "i.duckdb", "--dry-run", cwd=nights).returncode == 0
-    with Index(str(nights / "i.duckdb"), None) as index:
-        assert index.stats()["kept"] == 0
+    assert not (nights / "i.duckdb").exists()
     for name in ("n1", "n2"):
         call = ("dedup", f"{name}.jsonl", "--index", "i.duckdb", "--annotate", "-o", f"{name}.jsonl.zst")
         assert llmkit_here(*call, cwd=nights).returncode == 0
@@ -131,10 +130,40 @@ def test_what_is_refused(llmkit_here, nights: Path) -> None:
         assert done.returncode == 1 and f"{name}.duckdb".encode() in done.stderr and b"internal" not in done.stderr
     done = llmkit_here("dedup", "n2.jsonl", "--index", "no/where.duckdb", "-o", "x.jsonl.zst", cwd=nights)
     assert done.returncode == 1 and b"not a directory" in done.stderr
-    for arguments in (["--stats"], ["n2.jsonl", "--index", "seen.duckdb", "--clusters", "components"]):
+    for arguments in (
+        ["--stats"],
+        ["n2.jsonl", "--index", "seen.duckdb", "--clusters", "components"],
+        ["n2.jsonl", "--index", "seen.duckdb", "--no-verify"],
+        ["n2.jsonl", "--index-full"],
+        ["n2.jsonl", "--annotate", "--rejects", "r.jsonl"],
+        ["n2.jsonl", "--method", "exact", "--threshold", "0.9"],
+    ):
         assert llmkit_here("dedup", *arguments, cwd=nights).returncode == 2
     assert llmkit_here("dedup", "--index", "none.duckdb", "--stats", cwd=nights).returncode == 1
     assert not (nights / "x.jsonl.zst").exists() and not (nights / "none.duckdb").exists()
+
+
+def test_what_an_output_was_made_with(llmkit_here, nights: Path) -> None:
+    """Behaviour: without the index, with another one, or with other options it is another call, which neither is up to date nor replaces anything."""
+    call = ("dedup", "n2.jsonl", "-o", "o.jsonl.zst", "--index")
+    assert llmkit_here("dedup", "n1.jsonl", "--index", "a.duckdb", "-o", "first.jsonl.zst", cwd=nights).returncode == 0
+    assert llmkit_here(*call, "a.duckdb", cwd=nights).returncode == 0
+    (nights / "other").mkdir()
+    for more in (
+        call[:-1],
+        (*call, "b.duckdb"),
+        (*call, "other/a.duckdb"),
+        (*call, "a.duckdb", "--threshold", "0.76", "--bands", "14", "--rows", "8"),
+    ):
+        done = llmkit_here(*more, cwd=nights)
+        assert done.returncode == 1 and b"exists" in done.stderr, (more, done.stderr)
+    assert b"up to date" in llmkit_here(*call, "a.duckdb", cwd=nights).stderr
+    assert not (nights / "b.duckdb").exists()
+    (nights / "o.jsonl.zst").unlink()  # as if killed when the rejects were in their place and the output was not
+    rejects = (*call, "a.duckdb", "--rejects", "r.jsonl.zst")
+    assert llmkit_here(*rejects, cwd=nights).returncode == 0
+    (nights / "o.jsonl.zst").unlink()
+    assert llmkit_here(*rejects, cwd=nights).returncode == 0
 
 
 def test_two_runs_at_once(llmkit, nights: Path) -> None:
@@ -211,7 +240,7 @@ def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
         with Index(str(tmp_path / f"{full}.duckdb"), settings_of(near, None, full)) as index:
             index.begin()
             index.add(1, [f"d{i}" for i in range(n)], columns)
-            index.commit(1, run_key(["x"]), n, n)
+            index.commit(1, run_key(["x"], {}), n, n)
             new = columns | {"same": columns["same"] + np.uint64(n), "signature": second}
             rows, similarities, reasons = index.find(2, new, 0.5)
             assert rows.tolist() == list(range(n)) and set(reasons.tolist()) == {2}

@@ -6,7 +6,7 @@
 Knowing every document before the first is written, it can keep the longest or the best of a group rather than the first, write on a survivor for how
 many documents it stands, and bound memory: measures and lines wait in unnamed temporary files, and bands are sorted one by one.
 
-The promise: with `clusters="stars"` every removed document has a kept one that it matches, with a similarity at or over the threshold. `components` removes
+Equality is that of 64-bit hashes here: among 10⁸ documents the chance of one false match is about 10⁻⁴. The promise: with `clusters="stars"` every removed document has a kept one that it matches, with a similarity at or over the threshold. `components` removes
 what is connected by a chain of such pairs, as the field usually does; ends of a chain can be quite unlike.
 
 Memory: 80 bytes a document and 8 a candidate pair, and the sorting of one band in parts within `memory` bytes. Disk: the lines, compressed fast, and
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -41,6 +41,7 @@ from llmkit.io.lineage import Input
 
 REASONS = ("", "exact", "minhash")
 CHAIN = 16  # documents of a band that each is compared with: the first ones, and as many before it
+LEAST = 1 << 12  # bytes: less is no memory for a sort
 BATCH = 1 << 15  # documents that go into the index at once
 LEVEL = -5  # of the lines that wait
 
@@ -71,6 +72,7 @@ class Groups(Tally):
     memory: int = 4 << 30  # bytes for the sorting of a band
     temporary: str | None = None
     index: Index | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of the call: what else a run in the index is known by
     _commit: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -169,7 +171,10 @@ class Waiting:
 
     def measured(self, reader: DocumentReader, written: bool = True) -> Iterator[Part]:
         """Measure the documents of a reader, chunk by chunk."""
-        for part in ordered_map(partial(measure, self.groups, reader.options), reader.chunks(), self.groups.jobs):
+        groups = self.groups if written else dataclasses.replace(self.groups, keep="first")
+        for part in ordered_map(partial(measure, groups, reader.options), reader.chunks(), groups.jobs):
+            if groups is not self.groups and self.groups.keep != "first":
+                part.columns["worth"] = np.zeros(len(part.ids))  # they stay in any case
             for name, values in part.columns.items():
                 if name not in self._columns:
                     self._columns[name] = Column(values.dtype, self.groups.temporary)
@@ -209,12 +214,14 @@ class Waiting:
 
     def seen(self, index: Index, reader: DocumentReader) -> None:
         """Ask the index for what earlier runs kept, and begin to add to it."""
-        key = run_key([item.digest for item in reader.inputs])
+        key = run_key([item.digest for item in reader.inputs], self.groups.options)
         run = index.run_of(key)
         reader.inputs.append(Input("index", index.name, index.history(run)))
         if len(self.ids):
             near = self.groups.near
-            self._seen = index.find(run, self._part(slice(None)), near.threshold if near and near.verify else -1.0)
+            rows, similarities, reasons = index.find(run, self._part(slice(None)), near.threshold if near else 0.0)
+            rows[: self.given] = -1  # what is seen already stays as it is
+            self._seen = rows, similarities, reasons
         if not index.has(key):
             self._pending = (run, key)
 
@@ -275,7 +282,7 @@ class Waiting:
         if not groups.near:
             return found
         joined = np.flatnonzero((same == np.arange(len(same))) & (self.column("shingled") > 0))
-        parts = max(1, -(-len(joined) * 40 // groups.memory))
+        parts = -(-len(joined) * 40 // max(groups.memory, LEAST)) or 1
         for band in range(groups.near.bands):
             keys = self.column(f"band{band}")[joined]
             for part in range(parts):
@@ -310,6 +317,7 @@ class Waiting:
         groups = self.groups
         survivors = np.where(matches >= 0, matches, np.arange(len(matches)))
         numbers = np.bincount(survivors, self.plain("weights"), len(matches)).astype(np.int64)
+        grouped = np.bincount(survivors, minlength=len(matches)) > 1
         sizes, ids, packed = self.plain("sizes"), self.ids.read(), self._packed.read()
         names = self.plain("same" if groups.near else "exact")
         told = groups.annotate or groups.rejects
@@ -325,8 +333,10 @@ class Waiting:
                 line, match = lines[start:end], int(matches[i])
                 survivor = int(survivors[i])
                 fields: dict[str, Any] = {}
-                if numbers[survivor] > 1 and (groups.annotate or (match == -1 and groups.counts_written)):
-                    fields = {"duplicates": int(numbers[survivor]), "cluster": f"{names[survivor]:016x}"}
+                if grouped[survivor] and groups.counts_written and (match == -1 or groups.annotate):
+                    fields = {"cluster": f"{names[survivor]:016x}"}
+                    if match == -1:
+                        fields["duplicates"] = int(numbers[i])
                 if match != -1:
                     reason = REASONS[reasons[i]]
                     groups.dropped[reason] += 1

@@ -34,6 +34,7 @@ from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.errors import LlmkitError, LockedError
 
 VERSION = 1
+S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
 PER_KEY = 16  # indexed documents that share a band key and are compared, the earliest
 Columns = dict[str, NDArray[Any]]
 
@@ -49,9 +50,9 @@ def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[s
     return settings
 
 
-def run_key(digests: list[str]) -> str:
-    """What a run is known by: the digests of its inputs, in order."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())
+def run_key(digests: list[str], options: dict[str, Any]) -> str:
+    """What a run is known by: the digests of its inputs, in order, and the options that decide its output."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([digests, options], sort_keys=True).encode())
 
 
 class Index:
@@ -59,6 +60,7 @@ class Index:
 
     def __init__(self, path: str, settings: dict[str, Any] | None, temporary: str | None = None) -> None:
         self.path, self.name = path, os.path.basename(path)
+        self._empty = not os.path.exists(path)  # made by this call, and nothing in it yet
         if settings is None and not os.path.exists(path):
             raise LlmkitError(f"{path} does not exist", "a run with --index makes it")
         if not Path(os.path.realpath(path)).parent.is_dir():
@@ -125,6 +127,9 @@ class Index:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sql.close()
+        if self._empty:
+            Path(self.path).unlink(missing_ok=True)
+            Path(self.path + ".wal").unlink(missing_ok=True)
         if isinstance(error, duckdb.Error):
             said = str(error).splitlines()[0]
             raise LlmkitError(f"{self.path}: {said:.200}", "nothing of this run is in the index") from error
@@ -141,12 +146,6 @@ class Index:
         """Whether the run with these inputs is there."""
         return self._sql.execute("SELECT 1 FROM runs WHERE inputs = ?", [key]).fetchone() is not None
 
-    def knows(self, paths: list[str]) -> bool:
-        """Whether the run with these input files is there."""
-        from llmkit.io.lineage import digest_path
-
-        return self.has(run_key([digest_path(path) for path in paths]))
-
     def history(self, run: int) -> str:
         """What the runs before this one were: equal histories are equal indexes, whatever the files' bytes."""
         keys = self._sql.execute("SELECT inputs FROM runs WHERE run < ? ORDER BY run", [run]).fetchall()
@@ -158,32 +157,29 @@ class Index:
         """For each document the row that it duplicates (-1: none), the similarity, and the reason (1: exact, 2: minhash).
 
         `columns`: exact uint64 [n] and keyed bool [n]; same uint64 [n], shingled int64 [n], band0... uint64 [n],
-        signature [n, functions]. A threshold below 0
-        believes candidates.
+        signature [n, functions].
         """
         n = len(next(iter(columns.values())))
         rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
         numbers = pa.array(np.arange(n))
         if self.settings["minhash"]:
-            chosen = np.flatnonzero(columns["shingled"] > 0)
-            pairs = [
-                self._sharing(run, name, pa.array(chosen), _low(columns[name])[chosen], PER_KEY)
-                for name in (f"band{band}" for band in range(self.settings["bands"]))
-            ]
-            documents, candidates = np.unique(np.concatenate(pairs), axis=0).T if n else np.empty((2, 0), np.int64)
-            estimates = (
-                self._estimates(columns["signature"], documents, candidates)
-                if threshold >= 0
-                else np.full(len(documents), -1.0)
-            )
-            good = estimates >= threshold if threshold >= 0 else np.ones(len(documents), bool)
+            _, firsts, groups = np.unique(columns["same"], return_index=True, return_inverse=True)
+            chosen = firsts[columns["shingled"][firsts] > 0]  # of equal words one is asked for
+            pairs = np.empty(0, np.uint64)
+            for name in (f"band{band}" for band in range(self.settings["bands"])):
+                found = self._sharing(run, name, pa.array(chosen), _low(columns[name])[chosen], PER_KEY).astype(
+                    np.uint64
+                )
+                pairs = np.unique(np.concatenate([pairs, found[:, 0] << S32 | found[:, 1]]))
+            documents, candidates = (pairs >> S32).astype(np.int64), (pairs & LOW_32).astype(np.int64)
+            estimates = self._estimates(columns["signature"], documents, candidates)
+            good = estimates >= threshold
             documents, candidates, estimates = documents[good], candidates[good], estimates[good]
-            first = np.unique(documents, return_index=True)[1]  # the earliest row
-            rows[documents[first]], similarities[documents[first]], reasons[documents[first]] = (
-                candidates[first],
-                estimates[first],
-                2,
-            )
+            earliest = np.unique(documents, return_index=True)[1]
+            documents, candidates, estimates = documents[earliest], candidates[earliest], estimates[earliest]
+            rows[documents], similarities[documents], reasons[documents] = candidates, estimates, 2
+            spread = firsts[groups]
+            rows, similarities, reasons = rows[spread], similarities[spread], reasons[spread]
             self._equal(run, "same", numbers, columns["same"], rows, similarities, reasons, 2)
         if self.settings["exact"]:
             chosen = columns["keyed"]
@@ -261,6 +257,7 @@ class Index:
         """Make what was added durable, with the run."""
         self._sql.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", [run, key, documents, kept])
         self._sql.execute("COMMIT")
+        self._empty = False
 
     def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
         """Ids of rows."""
@@ -285,4 +282,4 @@ class Index:
 
 def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:
     """The lower 32 bits of band keys, which are hashes."""
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    return (keys & LOW_32).astype(np.uint32)

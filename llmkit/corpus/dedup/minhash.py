@@ -63,8 +63,8 @@ class MinHash:
         if not 0 < self.threshold <= 1:
             raise UsageError(f"threshold {self.threshold} is not a similarity", "give a number above 0, at most 1")
         for name in ("ngram", "bands", "rows"):
-            if not 1 <= getattr(self, name) <= 1024:
-                raise UsageError(f"{name} {getattr(self, name)} is out of range", "give a number from 1 to 1024")
+            if not 1 <= getattr(self, name) <= 512:
+                raise UsageError(f"{name} {getattr(self, name)} is out of range", "give a number from 1 to 512")
         if self.bits not in (32, 61):
             raise UsageError(f"bits {self.bits}: there are no such hash functions", "one of: 32, 61")
 

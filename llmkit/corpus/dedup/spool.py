@@ -4,17 +4,30 @@
     column.append(np.arange(3, dtype=np.uint64))
     column.array()                                # read-only, mapped: the kernel holds what is used
 
-Memory: none that grows. The files need no room that is not there: a full disk is an OSError of the `append` that meets it.
+Memory: none that grows. The files need no room that is not there: a full disk is a LlmkitError of the `append` that meets it.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from llmkit.errors import LlmkitError
+
+
+@contextmanager
+def _spilling(directory: str | None) -> Iterator[None]:
+    """LlmkitError that names the directory where it has no room, or is not there."""
+    try:
+        yield
+    except OSError as error:
+        place = directory or tempfile.gettempdir()
+        raise LlmkitError(f"{place}: {error.strerror}", "name a directory with more room: --temp-dir DIR") from error
 
 
 class Column:
@@ -22,12 +35,15 @@ class Column:
 
     def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
         self.dtype = np.dtype(dtype)
-        self._file = tempfile.TemporaryFile(dir=directory)
+        self._directory = directory
+        with _spilling(directory):
+            self._file = tempfile.TemporaryFile(dir=directory)
         self._size = 0
 
     def append(self, values: NDArray[Any]) -> None:
         """Add values at the end."""
-        self._file.write(np.ascontiguousarray(values, self.dtype).data)
+        with _spilling(self._directory):
+            self._file.write(np.ascontiguousarray(values, self.dtype).data)
         self._size += len(values)
 
     def __len__(self) -> int:
@@ -35,7 +51,8 @@ class Column:
 
     def array(self) -> NDArray[Any]:
         """All values so far, read-only."""
-        self._file.flush()
+        with _spilling(self._directory):
+            self._file.flush()
         if not self._size:
             return np.empty(0, self.dtype)
         return np.asarray(np.memmap(self._file, self.dtype, "r", shape=(self._size,)))
@@ -48,13 +65,16 @@ class Blobs:
     """Byte strings, by place; in order or at random."""
 
     def __init__(self, directory: str | None = None) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)
+        self._directory = directory
+        with _spilling(directory):
+            self._file = tempfile.TemporaryFile(dir=directory)
         self._ends = Column(np.int64, directory)
         self._end = 0
 
     def append(self, blobs: Sequence[bytes]) -> None:
         """Add byte strings at the end."""
-        self._file.writelines(blobs)
+        with _spilling(self._directory):
+            self._file.writelines(blobs)
         ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64) + self._end
         self._ends.append(ends)
         self._end = int(ends[-1]) if len(ends) else self._end
@@ -64,7 +84,8 @@ class Blobs:
 
     def read(self) -> _Reader:
         """What gives each of them by its number; nothing may be added any more."""
-        self._file.flush()
+        with _spilling(self._directory):
+            self._file.flush()
         return _Reader(self._file, self._ends.array())
 
     def close(self) -> None:

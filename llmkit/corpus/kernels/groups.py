@@ -56,7 +56,7 @@ def pairs(keys, documents, limit):  # type: ignore[no-untyped-def]
 def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped-def]
     """Jaccard similarity of two documents' shingles, shingles[starts[i]:starts[i + 1]]; 0 where their numbers alone keep it under the threshold."""
     a, b = shingles[starts[i] : starts[i + 1]], shingles[starts[j] : starts[j + 1]]
-    if min(len(a), len(b)) < threshold * max(len(a), len(b)):
+    if min(len(a), len(b)) < threshold * max(len(a), len(b)) - 1e-9:
         return 0.0
     return jaccard(a, b)
 
@@ -72,37 +72,34 @@ def stars(given, exact, same, candidates, places, shingles, starts, threshold, m
     n = len(matches)
     kept_exact = np.full(len(exact), NONE, np.int64)
     kept_same = np.full(len(same), NONE, np.int64)  # the kept document with these words
-    near = np.full(len(same), NONE, np.int64)  # what matched the first document with these words
-    p = 0
+    near = np.full(len(same), NONE, np.int64)  # the kept document that is like these words, and how much
+    alike = np.zeros(len(same))
+    searched = np.zeros(len(same), np.bool_)
     for i in range(n):
         if i >= given and matches[i] == NONE:
             if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] >= 0:
                 matches[i], similarities[i], reasons[i] = kept_exact[exact[i]], 1, 1
             elif len(same):
                 first = same[i]
+                if kept_same[first] < 0 and not searched[first]:
+                    searched[first] = True
+                    p = np.searchsorted(candidates, np.uint64(first) << S32)
+                    while p < len(candidates) and np.int64(candidates[p] >> S32) == first:
+                        earlier = np.int64(candidates[p] & LOW_32)
+                        p += 1
+                        if kept_same[earlier] < 0:
+                            continue
+                        similarity = -1.0
+                        if threshold >= 0:
+                            similarity = similarity_of(places[first], places[earlier], shingles, starts, threshold)
+                            if similarity < threshold:
+                                continue
+                        near[first], alike[first] = kept_same[earlier], similarity
+                        break
                 if kept_same[first] >= 0:
                     matches[i], similarities[i], reasons[i] = kept_same[first], 1, 2
                 elif near[first] >= 0:
-                    matches[i], similarities[i], reasons[i] = near[first], similarities[first], 2
-        if matches[i] != NONE:
-            continue
-        if len(same) and same[i] == i and i >= given:
-            while p < len(candidates) and np.int64(candidates[p] >> S32) < i:
-                p += 1
-            while p < len(candidates) and np.int64(candidates[p] >> S32) == i:
-                earlier = np.int64(candidates[p] & LOW_32)
-                p += 1
-                survivor = kept_same[earlier]
-                if survivor < 0:
-                    continue
-                similarity = -1.0
-                if threshold >= 0:
-                    similarity = similarity_of(places[i], places[earlier], shingles, starts, threshold)
-                    if similarity < threshold:
-                        continue
-                matches[i], similarities[i], reasons[i] = survivor, similarity, 2
-                near[i] = survivor
-                break
+                    matches[i], similarities[i], reasons[i] = near[first], alike[first], 2
         if matches[i] == NONE:
             if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] < 0:
                 kept_exact[exact[i]] = i
@@ -125,25 +122,22 @@ def components(given, exact, same, candidates, places, shingles, starts, thresho
     n = len(matches)
     parents = np.arange(n)
     for i in range(n):
-        for first, reason in ((exact[i] if len(exact) else NONE, 1), (same[i] if len(same) else NONE, 2)):
+        for first in (exact[i] if len(exact) else NONE, same[i] if len(same) else NONE):
             if first >= 0 and first != i:
                 a, b = find_root(parents, i), find_root(parents, first)
                 parents[max(a, b)] = min(a, b)
-                reasons[i], similarities[i] = reason, 1
     for pair in candidates:
         later, earlier = np.int64(pair >> S32), np.int64(pair & LOW_32)
-        similarity = -1.0
-        if threshold >= 0:
-            similarity = similarity_of(places[later], places[earlier], shingles, starts, threshold)
-            if similarity < threshold:
-                continue
+        if threshold >= 0 and similarity_of(places[later], places[earlier], shingles, starts, threshold) < threshold:
+            continue
         a, b = find_root(parents, later), find_root(parents, earlier)
         parents[max(a, b)] = min(a, b)
-        if reasons[later] == 0:
-            reasons[later], similarities[later] = 2, similarity
     for i in range(given, n):
         root = find_root(parents, i)
-        if root != i and matches[i] == NONE:
-            matches[i] = root
-            if reasons[i] == 0:  # connected by later documents alone
-                reasons[i], similarities[i] = 2, -1
+        if root == i or matches[i] != NONE:
+            continue
+        matches[i], reasons[i], similarities[i] = root, 2, -1  # it may be like another member only
+        if len(exact) and exact[i] >= 0 and exact[i] == exact[root]:
+            reasons[i], similarities[i] = 1, 1
+        elif len(same) and same[i] == same[root]:
+            similarities[i] = 1
