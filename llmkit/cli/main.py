@@ -122,4 +122,8 @@ def _fail(program: str, message: str, hint: str, code: int) -> int:
                 print(line, file=sys.stderr, flush=True)
             except OSError:
                 break
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk: what is still held back cannot go there, and must not end the interpreter with another code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
