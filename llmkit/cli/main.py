@@ -124,6 +124,6 @@ def _fail(program: str, message: str, hint: str, code: int) -> int:
                 break
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk: what is still held back cannot go there, and must not end the interpreter with another code
+    except OSError:  # a full disk: what is held back must not end the interpreter with a code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
