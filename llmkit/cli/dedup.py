@@ -44,7 +44,7 @@ THRESHOLD = 0.75
         "llmkit dedup docs.jsonl.zst --index seen.duckdb -o new.jsonl.zst",
         "llmkit dedup --index seen.duckdb --stats",
         "llmkit dedup docs.jsonl.zst --method substring | llmkit dedup -o unique.jsonl.zst",
-        "llmkit dedup docs.jsonl.zst --method lines --repeated 100 --min-characters 10 -o clean.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --method lines --repeated 100 --min-characters 10 -o fresh.jsonl.zst",
     ),
 )
 def main(

@@ -26,7 +26,7 @@ def test_what_hangs_or_crashes_is_named_and_the_rest_is_done(jobs: int) -> None:
     """Behaviour: results in order; an item that takes too long, one that crashes, and one that asks for too much memory are failures."""
     batches = [list(range(start, start + 5)) for start in range(0, 30, 5)]
     found = [
-        result for results in guarded_map(work, batches, jobs=jobs, seconds=0.5, memory=1 << 28) for result in results
+        result for results in guarded_map(work, batches, jobs=jobs, seconds=2, memory=1 << 28) for result in results
     ]
     bad = {13: Failure("time limit"), 17: Failure("crashed"), 19: Failure("memory limit")}
     assert found == [bad.get(x, x * x) for x in range(30)]
