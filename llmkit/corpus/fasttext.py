@@ -10,8 +10,8 @@ a sigmoid for each label (one-vs-all and negative sampling, by the library's tab
 As in the library 1e-5 is added to each probability, and a word `</s>` in the text ends it.
 
 Nothing in a file is executed, and every length is compared with the size of the file before anything is allocated. Dense matrices stay in the
-file, mapped. Cost of lid.176.ftz: 15 MB a second of CPU for a text of 5 kB, some four times the library's speed, and 50 microseconds for the
-shortest (tests/bench/language.md); memory for a text of some 40 times its bytes.
+file, mapped. Speed beside the library's: tests/bench/language.md;
+memory for a text of some 40 times its bytes.
 Format: magic 793712314, version 12 (11: no character n-grams); 12 int32 and one double of settings; dictionary; input, output matrix.
 Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (2017) and "FastText.zip" (2016); the layout is the library's own.
 """

@@ -12,7 +12,7 @@ with linguistic tokens agree on only about 85 % of documents. `--words` names th
 `unicode` stands in for a linguistic tokeniser: like spaCy's rules for English it keeps together `3.5`, `10:30`, `U.S.`, `covid-19`, `a_b`, URLs and
 addresses, and takes apart `well-known` and `and/or`. Agreement of decisions: tests/bench/filter_parity.md.
 
-Kernels do the same at 100 MB/s and more. Character sets: `TERMINALS` is Unicode 15's Sentence_Terminal property with
+Kernels do the same. Character sets: `TERMINALS` is Unicode 15's Sentence_Terminal property with
 three Khmer signs; `PUNCTUATION` is the table that CCNet and the tools after it strip (ASCII marks, common quotes and CJK marks, control
 characters; also, by an old slip that all of them share, the full-width digit one).
 """

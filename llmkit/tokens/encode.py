@@ -5,7 +5,7 @@ and are encoded letter by letter, unless `allow_special`: else a document could 
 front (a tokenizer's post-processor is not applied), and a tokenizer's truncation and padding are off.
 
 A chunk of JSON lines in, its documents' ids as one flat array out: the unit of work that `engine` hands to worker processes. Each is one
-core: the library's own threads stay off, since they do not survive a fork. Cost: 1 MB of text a second and core.
+core: the library's own threads stay off, since they do not survive a fork.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """Deduplication in two passes: all documents are measured first, then the survivors chosen, then the documents written.
 
-    groups = Groups((MinHash(),), keep="longest")
+    groups = Groups(near=MinHash(), keep="longest")
     for outcome in groups.run(reader): ...            # kept and rejected lines, in input order
 
 Knowing every document before the first is written, it can keep the longest or the best of a group rather than the first, write on a survivor for how
 many documents it stands, and bound memory: measures and lines wait in unnamed temporary files, and bands are sorted one by one.
 
-Equality is that of 64-bit hashes here: among 10⁸ documents the chance of one false match is about 10⁻⁴. The promise: with `clusters="stars"` every removed document has a kept one that it matches, with a similarity at or over the threshold. `components` removes
-what is connected by a chain of such pairs, as the field usually does; ends of a chain can be quite unlike.
+The promise: with `clusters="stars"` every removed document has a kept one that it matches, with a similarity at or over the threshold. `components`
+removes what is connected by a chain of such pairs, as the field usually does; ends of a chain can be quite unlike. Equal keys are equal 64-bit
+hashes here: among 10⁸ documents the chance of one false match is about 3·10⁻⁴.
 
-Memory: 80 bytes a document and 8 a candidate pair, and the sorting of one band in parts within `memory` bytes. Disk: the lines, compressed fast, and
-about 1 byte a byte of text for shingles. Cost: beyond measuring, some 5 microseconds a document.
+Memory: some arrays of 8 bytes a document and candidate pair, and the sorting of one band in parts within `memory` bytes (figures, time too:
+tests/bench/dedup_scale.md). Disk: the lines, compressed fast, 4 bytes a distinct shingle, 8 a band, 1 or 4 a hash function for an index.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Part:
 
 @dataclass
 class Groups(Tally):
-    """The two passes. `group` names a field whose values divide the documents; `against` holds readers of documents that are seen already."""
+    """The two passes. `group` names a field whose values divide the documents, which are compared with their own kind only."""
 
     exact: Exact | None = None
     near: MinHash | None = None
@@ -226,7 +227,9 @@ class Waiting:
             self._pending = (run, key)
 
     def decided(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
-        """For each document the one that it duplicates (-1: it stays; -2 - r: row r of the index), how similar they are (-1: not measured), and the number of the reason."""
+        """For each document the one that it duplicates (-1: it stays; -2 - r: row r of the index), how similar they are (-1: not measured), and
+        the number of the reason.
+        """
         groups, total = self.groups, len(self.ids)
         if groups.keep != "first" and total:
             worth = -self.column("worth")

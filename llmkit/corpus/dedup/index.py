@@ -9,9 +9,10 @@
 
 A row a kept document: its id, the hash of its words, 32 bits of each band key, and its signature, 8 bits a function (or 32: `full`). Candidates share
 a band key; they are verified by the share of equal functions, corrected for those equal by chance (Li and Koenig 2010, b-bit minwise hashing), since
-the texts are no longer there: with 112 functions the estimate has a standard error of 0.04 at 0.75 (tests/bench/dedup_index.md).
+the texts are no longer there: with 112 functions the estimate has a standard error of √(0.75·0.25/112) = 0.04 at 0.75 (what that does to decisions:
+tests/bench/dedup_scale.md).
 
-A run is known by the digests of its inputs: repeated, it sees what it saw the first time and makes the same output. Where it was killed before
+A run is known by the digests of its inputs and its options: repeated, it sees what it saw the first time and makes the same output. Where it was killed before
 `commit`, nothing of it is there. DuckDB locks the file: a second run at the same time is a LockedError.
 """
 
@@ -60,7 +61,7 @@ class Index:
 
     def __init__(self, path: str, settings: dict[str, Any] | None, temporary: str | None = None) -> None:
         self.path, self.name = path, os.path.basename(path)
-        self._empty = not os.path.exists(path)  # made by this call, and nothing in it yet
+        self._empty = False  # made by this call, and nothing in it yet
         if settings is None and not os.path.exists(path):
             raise LlmkitError(f"{path} does not exist", "a run with --index makes it")
         if not Path(os.path.realpath(path)).parent.is_dir():
@@ -94,6 +95,7 @@ class Index:
         """The settings in the file, the wanted ones where it is new. LlmkitError where they differ."""
         tables = {name for (name,) in self._sql.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
         if not tables and wanted is not None:
+            self._empty = True  # known only now, under DuckDB's lock
             self._create(wanted)
             return wanted
         if not {"llmkit", "runs", "seen"} <= tables:

@@ -9,7 +9,7 @@
 4. A candidate is a duplicate if the true Jaccard similarity of the shingle sets reaches `threshold` (0.75, what FineWeb aims at with these bands).
    Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. Set `verify=False` to trust the bands.
 
-Cost: compiled, about 80 MB of text a second and core, half that with bits=61.
+Cost: compiled; figures for both widths stand in tests/bench/minhash_recall.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 
 `loose`, in this order: lower case; each number (a run of decimal digits of any script, with at most one decimal part) becomes `0`; each of the
 129 marks in `words.PUNCTUATION` a space; canonical decomposition without combining marks; runs of whitespace one space, none at the
-ends. Cost: linear; 20 MB/s for ASCII, a third of that else.
+ends. Cost: linear.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ that of another window, of 10⁹ different ones with a chance of 5·10⁻¹¹.
 
 Memory: `memory` for sorting and for the table (70 bytes a distinct window while it grows), up to 12 bytes a fingerprint that stands twice, a bit a unit
 for marks, 24 bytes a unit of the longest document. Disk: 8 bytes a word, or 1 a byte; fingerprints; the lines, compressed. Cost: linear, but for
-`length` comparisons for each of the repeats that could not be followed; a pass over the units is some 40 ns a word and 30 a byte.
+`length` comparisons for each of the repeats that could not be followed.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from math import inf
@@ -54,7 +55,7 @@ class Rule(NamedTuple):
     statistic: str = ""
 
 
-class ByTable:
+class ByTable(ABC):
     """A filter that measures a page once and holds the values against its table of rules, in order.
 
     `measure` gives a value for each rule, or None for a document without any content, which goes as `empty`.
@@ -62,8 +63,8 @@ class ByTable:
 
     RULES: ClassVar[tuple[Rule, ...]]
 
-    def measure(self, page: Page) -> Sequence[float] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def measure(self, page: Page) -> Sequence[float] | None: ...
 
     @cached_property
     def bounds(self) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ hexadecimal bytes or \\u escapes, found as by The Stack v2's expressions but for
 
 Chosen here where the sources differ or leave it open: 100 to 5,000 characters for data are those of StarCoder's script, 512 lines The Stack v2's; both are
 far below other code, so set them `off` to keep configuration files. Visible text is what stands outside tags, comments, scripts and styles, with
-its whitespace as one space each. go-enry's list of generated files is not included. Cost: 54 MB/s of source files, 24 MB/s of short documents.
+its whitespace as one space each. go-enry's list of generated files is not included.
 """
 
 from __future__ import annotations

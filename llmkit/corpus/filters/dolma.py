@@ -9,8 +9,6 @@ start with * or - as written; shares are of the characters in words. From `c4`: 
 Those mixers ask for `..._in_most_common_2gram` where the tagger writes `..._2grams`, so that as published the three top n-gram rules never drop anything;
 here they do, with the thresholds given there. `top_2_gram = off` and so on is what they do. Lines of gopher_v1 include empty ones, which are then copies
 of each other: `empty_lines = true`; gopher_v2, the default here, leaves them out. Parity: tests/bench/dolma_parity.md.
-
-Cost: `dolma` 21 MB/s (in the same run `gopher_quality` 36 and `gopher_repetition` 22), `dolma_c4` 59 MB/s.
 """
 
 from __future__ import annotations

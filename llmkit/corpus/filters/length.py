@@ -3,7 +3,7 @@
     llmkit filter docs.jsonl --filter length --rule length.min_words=50 --rule length.max_characters=1000000
 
 Words are those of --words, marks apart; lines those of `str.splitlines`. Reasons, in order: too_short, too_long (characters), too_few_words,
-too_many_words, too_few_lines, too_many_lines. Cost: that of the words and lines (40 MB/s), which other filters share.
+too_many_words, too_few_lines, too_many_lines. Cost: that of the words and lines, which other filters share.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ probability of the positive label, and where the model has more than two labels 
     llmkit filter-train good.jsonl bad.jsonl -o model.bin
     llmkit filter docs.jsonl --filter quality --rule quality.model=model.bin --rule quality.min_score=0.3
 
-Cost: 16 MB/s. How far such a score agrees with people: tests/bench/quality_classifier.md.
+How far such a score agrees with people: tests/bench/quality_classifier.md.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ TxT360 looked at curly brackets and left them alone; `max_curly_brackets` sets a
 (`curly_brackets`). Its rule for toxic words needs a list: that is the filter `bad_words`.
 
 Chosen here where the page is silent: words are what whitespace separates, sentences those of --words (TxT360: NLTK's), blank lines stay. The words and the
-unit are English: give others for another language; for one without spaces between words set `max_single_words = off`. Cost: 30 MB/s.
+unit are English: give others for another language; for one without spaces between words set `max_single_words = off`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ written, any whitespace between two words is one. Entries in scripts that write 
 they stand. For other languages give another file. Words here are letters and digits in a row, whatever --words says.
 
 C4 drops a document with one such word (`max_count = 0`, Raffel et al. 2020), which takes much of medicine and of minorities' own writing along (Dodge
-et al. 2021, arXiv:2104.08758): the count is a statistic, so that another limit can be chosen. Cost: 70 MB/s.
+et al. 2021, arXiv:2104.08758): the count is a statistic, so that another limit can be chosen.
 """
 
 from __future__ import annotations

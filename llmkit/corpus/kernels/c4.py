@@ -1,4 +1,4 @@
-"""The C4 rules for lines, compiled: which lines of a text stay, and how many sentences they hold. Cost: one pass, about 3 ns a byte."""
+"""The C4 rules for lines, compiled: which lines of a text stay, and how many sentences they hold. A few passes."""
 
 from __future__ import annotations
 

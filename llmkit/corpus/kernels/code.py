@@ -1,4 +1,4 @@
-"""Data written into source code as text: base64, hexadecimal bytes, \\u escapes. Cost: one pass, about 2 ns a byte."""
+"""Data written into source code as text: base64, hexadecimal bytes, \\u escapes. One pass."""
 
 from __future__ import annotations
 

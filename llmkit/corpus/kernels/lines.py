@@ -1,4 +1,4 @@
-"""Lines of a text as arrays: a hash, a length and flags for each. Cost: one pass, about 1 ns a byte."""
+"""Lines of a text as arrays: a hash, a length and flags for each. One pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words of a text as arrays: a hash, a length and flags for each. Cost: one pass, about 4 ns a byte."""
+"""Words of a text as arrays: a hash, a length and flags for each. One pass."""
 
 from __future__ import annotations
 
