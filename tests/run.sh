@@ -10,7 +10,7 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 # Install when pyproject.toml is newer than the last installation.
 if [ ! -e "$VENV/.llmkit-installed" ] || [ pyproject.toml -nt "$VENV/.llmkit-installed" ]; then
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test,web]'
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test,web,ray]'
     touch "$VENV/.llmkit-installed"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"

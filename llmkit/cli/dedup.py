@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
+from llmkit.cli.spread import EngineName, engine_of
 from llmkit.cli.stage import Rejects, Resume, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
@@ -35,7 +36,7 @@ THRESHOLD = 0.75
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "temp_dir", "memory", "index", "stats", "against", "boilerplate", "resume"),
+    neutral=("rejects", "temp_dir", "memory", "index", "stats", "against", "boilerplate", "resume", "engine"),
     examples=(
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
@@ -60,6 +61,7 @@ def main(
     ] = "minhash",
     rejects: Rejects = None,
     resume: Resume = False,
+    engine: EngineName = "local",
     annotate: Annotated[
         bool, typer.Option("--annotate", help="Drop nothing: write on each document what it duplicates")
     ] = False,
@@ -270,10 +272,11 @@ def main(
     if annotate and rejects is not None:
         raise UsageError("--annotate drops nothing, so there is nothing for --rejects", "leave one of them out")
     listed = run.inputs(boilerplate, files_from=None) if boilerplate else []
+    where = engine_of(run, engine)
 
     def start() -> Groups | Passages | Stream | Substring:
         """The stage, with nothing counted yet."""
-        common: dict[str, Any] = {"jobs": run.jobs, "rejects": rejects is not None}
+        common: dict[str, Any] = {"engine": where, "rejects": rejects is not None}
         if editing == "substring":
             return Substring(length=length, unit=unit, memory=memory, temporary=temp_dir, **common)
         if editing:
@@ -351,6 +354,7 @@ def main(
             resume,
             known=finished if seen_before else None,
             durable=lambda: stage.commit() if isinstance(stage, Groups) else None,
+            spread=engine == "ray" and not index,
         )
     if found is not None:
         verb = "removed"

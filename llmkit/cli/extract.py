@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
-from llmkit.cli.stage import Resume, added, jobs
+from llmkit.cli.stage import Job, Resume, added, is_directory, jobs, over_cluster
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
-    from llmkit.corpus.extract.archives import Broken, Page
+    from llmkit.corpus.extract.extractor import Extracted, Extractor, Reading
+    from llmkit.io.documents import DocumentReader
     from llmkit.io.lineage import Input
 
-ROWS = (*DOCUMENT_SUFFIXES, ".parquet")  # rows with HTML in a field, by name; everything else says itself what it is
 ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in ("", ".gz", ".zst"))
-SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *ROWS)
+SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *DOCUMENT_SUFFIXES)
 SHOWN = 5  # broken records that get a line of their own
 
 
@@ -38,7 +39,12 @@ def main(
     run: Run,
     inputs: InputPaths = None,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="resiliparse, trafilatura, or plain (all visible text)")
+        str,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="resiliparse, trafilatura, or plain (all visible text); ray: on a cluster; or both: plain,ray",
+        ),
     ] = "resiliparse",
     html_key: Annotated[
         str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows that holds the page")
@@ -64,25 +70,34 @@ def main(
     """
     from llmkit.corpus.extract.engines import ENGINES
 
+    engine, place = _parser_and_place(engine)
     if engine not in ENGINES:
-        raise unknown_name("--engine", engine, list(ENGINES))
+        raise unknown_name("--engine", engine, [*ENGINES, "ray"])
+    run.options["engine"] = engine
     if not 0 < time_limit < 86_400:
         raise UsageError(f"--time-limit {time_limit} is not between 0 and a day", "give seconds")
     if run.options["text_key"] != "text":
         raise UsageError("--text-key is of no use here", "--html-key names the field that holds the page")
     _check_libraries(engine)
-    from llmkit.corpus.extract.extractor import Extractor
+    from llmkit.corpus.extract.extractor import Extractor, Reading
     from llmkit.io.documents import DocumentWriter
 
+    paths = run.inputs(inputs, suffixes=SUFFIXES)
+    if place == "ray" and STDIN in paths:
+        raise UsageError("stdin cannot be read on a cluster", "name files, or leave out ray")
     total: dict[str, Any] = {}
     made = passed = shown = 0
-    reasons: Counter[str] = Counter()
-    for job in jobs(run, run.inputs(inputs, suffixes=SUFFIXES), rejects, resume):
+    todo: Iterable[Job] = jobs(run, paths, rejects, resume)
+    if place == "ray" and is_directory(run.output) and not run.dry_run:
+        found, passed = over_cluster(run, todo, "--engine", engine)
+        made, total, todo = len(found), reduce(added, found, {}), ()
+    for job in todo:
         if job.done:
             passed += 1
             continue
         made += 1
-        extractor = Extractor(engine, run.jobs, time_limit, max_page_bytes)
+        counts: Counter[str] = Counter(pages=0, documents=0, broken=0, characters=0)
+        skipped: Counter[str] = Counter()
         read: list[Input] = []
         with ExitStack() as stack:
             writer = rejected = None
@@ -91,52 +106,68 @@ def main(
                 for path, lineage in job.beside.items():
                     rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew))
             bar = stack.enter_context(run.progress(None, "pages"))
-            for outcome in extractor.run(_pages(run, job.inputs, html_key, max_page_bytes, verify, read)):
+            extractor = Extractor(engine, time_limit, max_page_bytes)
+            reading = Reading(run.read_options(html_key), max_page_bytes, verify)
+            for outcome in _extracted(run, extractor, reading, job.inputs, read, place):
                 for broken in outcome.broken[: max(0, SHOWN - shown)]:
                     run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
                 shown += len(outcome.broken)
+                counts.update(pages=outcome.pages, documents=outcome.documents, characters=outcome.characters)
+                counts["broken"] += len(outcome.broken)
+                skipped += outcome.skipped
                 if writer:
                     writer.write(outcome.kept)
                 if rejected:
                     rejected.write(outcome.rejected)
-                bar.advance(outcome.pages)
-            counts = extractor.counts | {"skipped": dict(sorted(extractor.reasons.items()))}
+                bar.advance(outcome.pages + len(outcome.broken))
+            told = dict(counts) | {"skipped": dict(sorted(skipped.items()))}
             if rejected:
                 rejected.finish({"documents": counts["pages"] + counts["broken"] - counts["documents"]}, read)
             if writer:
-                writer.finish(counts, read)
-        reasons.update(extractor.reasons)
-        total = added(total, counts)
+                writer.finish(told, read)
+        total = added(total, told)
     if made == 0:
         run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
         return
-    counts = total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-    line = f"{counts['documents']:,} documents of {counts['pages']:,} pages" + (f" (not: {skipped})" if skipped else "")
-    line += f", {counts['broken']:,} broken records" if counts["broken"] else ""
-    run.finish(
-        counts, f"{line}; " + ("nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}")
-    )
+    every = total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
+    most = sorted(total["skipped"].items(), key=lambda item: -item[1])
+    not_ = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in most)})" if most else ""
+    broken_ = f", {total['broken']:,} broken records" if total["broken"] else ""
+    where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
+    run.finish(every, f"{total['documents']:,} documents of {total['pages']:,} pages{not_}{broken_}; {where}")
 
 
-def _pages(
-    run: Run, paths: list[str], html_key: str, max_bytes: int, verify: bool, read: list[Input]
-) -> Iterator[Page | Broken]:
-    """The pages of all inputs; `read` takes the inputs for the lineage as they are done with."""
-    from llmkit.corpus.extract.archives import Page, read_pages
-    from llmkit.io.lineage import Input, base_name, digest_path
+def _parser_and_place(engine: str) -> tuple[str, str]:
+    """What reads the pages, and where: `ray` and `trafilatura,ray` are on a cluster."""
+    names = engine.split(",")
+    if "ray" not in names:
+        return engine, "local"
+    names.remove("ray")
+    return ",".join(names) or "resiliparse", "ray"
 
-    for path in paths:
-        if path.endswith(ROWS):
-            reader = run.reader([path], text_key=html_key, files_from=None)
-            for document in reader.documents():
-                rest = {key: value for key, value in document.fields.items() if key not in (html_key, "id")}
-                yield Page(document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=rest)
-            read += reader.inputs
-            continue
-        digest: list[str] | None = [] if path == STDIN else None  # a file's can be had later
-        yield from read_pages(path, max_bytes=max_bytes, verify=verify, digest=digest)
-        read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
+
+def _extracted(
+    run: Run, extractor: Extractor, reading: Reading, paths: list[str], read: list[Input], place: str
+) -> Iterator[Extracted]:
+    """What becomes of the pages of all files; `read` takes their lineage."""
+    from llmkit.corpus.extract.extractor import extract_files, tasks
+
+    if place == "local":
+
+        def reader_of(path: str) -> DocumentReader:
+            return run.reader_of([path], text_key=reading.rows.text_key)
+
+        yield from extractor.run((page for path in paths for page in reading.pages(path, read, reader_of)), run.jobs)
+        return
+    if reading.rows.quarantine:
+        raise UsageError("a cluster has no one file for bad lines", "--on-bad-line skip, or stop")
+    from llmkit.engine.cluster import Cluster
+
+    for found in Cluster().streams(partial(extract_files, extractor, reading), tasks(paths)):
+        if isinstance(found, list):
+            read += found
+        else:
+            yield found
 
 
 def _check_libraries(engine: str) -> None:

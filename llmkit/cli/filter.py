@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command
+from llmkit.cli.spread import EngineName, engine_of
 from llmkit.cli.stage import Rejects, Resume, announced, run_stage, summary_line
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.corpus.chain import Chain, Filtered, Statistics
+    from llmkit.engine.local import Engine
     from llmkit.io.documents import DocumentReader
 
 SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the documents, for the distribution that --stats prints
@@ -29,7 +31,7 @@ def _filter(*names: str, metavar: str, help: str) -> Any:
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "print_preset", "resume", "stats"),
+    neutral=("rejects", "print_preset", "resume", "stats", "engine"),
     examples=(
         "llmkit filter docs.jsonl.zst --preset fineweb --rejects dropped.jsonl.zst -o clean.jsonl.zst",
         "llmkit filter < docs.jsonl.zst --rule gopher_quality.min_doc_words=20 --plain | head -1",
@@ -97,6 +99,7 @@ def main(
     ] = False,
     rejects: Rejects = None,
     resume: Resume = False,
+    engine: EngineName = "local",
     print_preset: Annotated[bool, typer.Option("--print-preset", help="Print the rules as TOML and stop")] = False,
 ) -> None:
     """Keep the documents that pass quality rules; a document goes at its first failing rule.
@@ -135,10 +138,11 @@ def main(
         sys.stdout.write("\n".join(map(rules.preset_text, presets)) if plain else rules.describe_chain(chain))
         return
     _record(run, chain, presets)
+    where = engine_of(run, engine)
     if stats:
         if annotate or rejects or run.output:
             raise UsageError("--stats writes no documents", "leave out --annotate, --rejects and -o")
-        _print_statistics(run, chain, _measure(run, chain, inputs))
+        _print_statistics(run, chain, _measure(run, chain, inputs, where))
         return
     if annotate and rejects:
         raise UsageError("--annotate drops nothing", "leave out --rejects")
@@ -151,7 +155,7 @@ def main(
 
         totals.clear()
         reasons.clear()
-        for result in _mapped(run, chain, annotate_chunk if annotate else filter_chunk, reader):
+        for result in _mapped(run, chain, annotate_chunk if annotate else filter_chunk, reader, where):
             for name in ("documents", "edited", "characters", "characters_kept"):
                 totals[name] += getattr(result, name)
             reasons.update(result.dropped)
@@ -169,7 +173,7 @@ def main(
             "reasons": {f"{name}.{reason}": n for (name, reason), n in sorted(reasons.items())},
         }
 
-    counts = run_stage(run, inputs, rejects, work, count, resume)
+    counts = run_stage(run, inputs, rejects, work, count, resume, spread=engine == "ray")
     if counts is None:
         return
     if counts["reasons"] and not run.as_json:
@@ -204,22 +208,22 @@ def _record(run: Run, chain: Chain, presets: list[str]) -> None:
         run.reads(f"rule {place}", path)
 
 
-def _mapped(run: Run, chain: Chain, work: Callable[..., Filtered], reader: DocumentReader) -> Iterator[Filtered]:
+def _mapped(
+    run: Run, chain: Chain, work: Callable[..., Filtered], reader: DocumentReader, engine: Engine
+) -> Iterator[Filtered]:
     """`work` on every chunk, the chain made ready before workers fork."""
-    from llmkit.engine.local import ordered_map
-
     with announced(run):
         chain.warm_up()
-    yield from ordered_map(partial(work, options=reader.options, chain=chain), reader.chunks(), run.jobs)
+    yield from engine.map(partial(work, options=reader.options, chain=chain), reader)
 
 
-def _measure(run: Run, chain: Chain, inputs: list[str] | None) -> Statistics:
+def _measure(run: Run, chain: Chain, inputs: list[str] | None, engine: Engine) -> Statistics:
     from llmkit.corpus.chain import Statistics, measure_chunk
 
     total = Statistics()
     reader = run.reader(inputs)
     with run.progress(None, "documents") as bar:
-        for result in _mapped(run, chain, measure_chunk, reader):
+        for result in _mapped(run, chain, measure_chunk, reader, engine):
             reader.accept(result.bad)
             total.merge(result.statistics)
             bar.advance(result.documents)

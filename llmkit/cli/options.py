@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -169,6 +170,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         }
         paths = {key: value for key, value in decides.items() if isinstance(value, Path)}
         run = Run(name, values, {key: _recordable(value) for key, value in decides.items() if value is not None}, paths)
+        run.config = partial(_as_toml, context)
         with run._stack:
             function(run, **own)
 
@@ -279,10 +281,10 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
     return path
 
 
-def _as_toml(context: Any) -> str:
-    """The resolved options as a TOML file that --config reads; where each came from stands in a comment."""
+def _as_toml(context: Any, without: Collection[str] = ()) -> str:
+    """The resolved options, but for some, as a TOML file that --config reads; where each came from stands in a comment."""
     lines = [f"# llmkit {context.info_name.split()[-1]}, resolved"]
-    skipped = {"config", "print_config", "help", "version", "debug"}
+    skipped = {"config", "print_config", "help", "version", "debug", *without}
     for parameter in context.command.params:
         value = context.params.get(parameter.name)
         if parameter.name in skipped or parameter.param_type_name != "option":

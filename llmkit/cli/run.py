@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine
+    from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine, ReadOptions
     from llmkit.io.lineage import Lineage
 
 
@@ -33,6 +33,7 @@ class Run:
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
         self.files_from: str | None = values.get("files_from")
+        self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, without some
         self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
         self._paths = list(paths.items())  # (option, path): inputs that options name, for the lineage
@@ -133,15 +134,21 @@ class Run:
     def reader_of(self, paths: list[str], *, text_key: str | None = "") -> DocumentReader:
         """Reader of these files, none at all where there are none."""
         from llmkit.io.atomic import check_output
-        from llmkit.io.documents import DocumentReader, Quarantine, ReadOptions
+        from llmkit.io.documents import DocumentReader, Quarantine
 
-        values = self._values
-        key = values["text_key"] if text_key == "" else text_key
-        options = ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
+        options = self.read_options(text_key)
         if self._quarantine is None and options.quarantine:
             check_output(options.quarantine, self.force)
             self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
         return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
+
+    def read_options(self, text_key: str | None = "") -> ReadOptions:
+        """How lines become documents, as the reading options say."""
+        from llmkit.io.documents import ReadOptions
+
+        values = self._values
+        key = values["text_key"] if text_key == "" else text_key
+        return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
 
     def writer(self, force: bool = False) -> DocumentWriter:
         """Writer of the command's output, which `force` replaces as -f does; a context manager."""

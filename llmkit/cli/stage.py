@@ -6,12 +6,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from llmkit.cli.options import Run
+from llmkit.cli.spread import by_file
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import COMPRESSIONS, STDIN
 
@@ -65,10 +67,10 @@ def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iter
     if rejects is not None and rejects in (run.output, STDIN):
         raise UsageError(f"--rejects {rejects}: this is where the documents go", "name another file")
     target = run.output
-    if target is None or not (target.endswith("/") or os.path.isdir(target)):
+    if target is None or not is_directory(target):
         yield Job(run, inputs, target, rejects)
         return
-    if rejects is not None and not (rejects.endswith("/") or os.path.isdir(rejects)):
+    if rejects is not None and not is_directory(rejects):
         raise UsageError(f"--rejects {rejects}: -o {target} is a directory", "let this be one too: end it in /")
     names: dict[str, str] = {}
     for path in inputs:
@@ -90,6 +92,25 @@ def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iter
     run.output = target
 
 
+def is_directory(path: str | None) -> bool:
+    """Whether an output is a directory, there already or not."""
+    return path is not None and (path.endswith("/") or os.path.isdir(path))
+
+
+def over_cluster(run: Run, todo: Iterable[Job], *more: str) -> tuple[list[dict[str, Any]], int]:
+    """Make outputs by calls on a cluster: what each counted, and how many were there already."""
+    every = list(todo)
+    waiting = [job for job in every if not job.done]
+    run.output = os.path.dirname(str(every[0].output))
+    found: list[dict[str, Any]] = []
+    with run.progress(len(waiting), "files") as bar:
+        for counts in by_file(run, waiting, *more):
+            bar.advance()
+            if "up_to_date" not in counts:  # by a worker that was lost before it could tell
+                found.append(counts)
+    return found, len(every) - len(found)
+
+
 def _stem(path: str) -> str:
     """Base name of an input without the suffixes of its format and compression."""
     name = os.path.basename(path)
@@ -107,18 +128,24 @@ def run_stage(
     resume: bool = False,
     known: Callable[[list[str]], bool | None] | None = None,
     durable: Callable[[], None] | None = None,
+    spread: bool = False,
 ) -> dict[str, Any] | None:
     """Run `work` over the inputs, write what it keeps and rejects, and return the counts; None if the output was up to date.
 
     `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew. With --dry-run everything
     is done but the writing. `durable` is called when an output is complete and in its place; `known` says of the inputs of an output that is there
-    whether that call came to its end: if not (False), the output is made anew; None: it is another call's.
+    whether that call came to its end: if not (False), the output is made anew; None: it is another call's. `spread`: several outputs are made by as
+    many calls on a cluster.
     """
     from llmkit.io.documents import DocumentWriter
 
     total: dict[str, Any] = {}
     made = passed = 0
-    for job in jobs(run, run.inputs(inputs), rejects, resume):
+    todo: Iterable[Job] = jobs(run, run.inputs(inputs), rejects, resume)
+    if spread and is_directory(run.output) and not run.dry_run:
+        found, passed = over_cluster(run, todo)
+        made, total, todo = len(found), reduce(added, found, {}), ()
+    for job in todo:
         state = (known(job.inputs) if known else True) if job.done else None
         if state:
             passed += 1

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
+from llmkit.cli.spread import EngineName, engine_of
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmkit.engine.local import Engine
     from llmkit.io.tokenizer import TokenizerInfo
 
 
 @command(
     reads=True,
     writes=True,
+    neutral=("engine",),
     examples=(
         "llmkit tokenize docs.jsonl.zst -t tok/ -o shards2/",
         "llmkit filter < docs.jsonl.zst | llmkit tokenize -t tok/ > tokens.arrow",
@@ -46,6 +49,7 @@ def main(
         int, count_option("--max-tokens-per-shard", help="Tokens in one part of a directory")
     ] = 1 << 27,
     decode: Annotated[bool, typer.Option("--decode", help="Turn token shards back into documents")] = False,
+    engine: EngineName = "local",
 ) -> None:
     """Encode documents with any Hugging Face tokenizer and store them as token shards.
 
@@ -65,7 +69,7 @@ def main(
     info = load_tokenizer_info(tokenizer)
     if not run.dry_run and run.up_to_date(run.inputs(inputs)):
         return
-    counts = _encode(run, inputs, info, source, allow_special, max_tokens_per_shard)
+    counts = _encode(run, inputs, info, source, allow_special, max_tokens_per_shard, engine_of(run, engine))
     empty = f", dropped {counts['empty']:,} without text" if counts["empty"] else ""
     bad = f", {counts['bad_lines']:,} bad lines passed over" if counts.get("bad_lines") else ""
     ratio = f" ({counts['bytes'] / counts['tokens']:.2f} bytes each)" if counts["tokens"] else ""
@@ -83,11 +87,11 @@ def _encode(
     source: str | None,
     allow_special: bool,
     max_tokens_per_shard: int,
+    engine: Engine,
 ) -> dict[str, Any]:
     """Encode every document into shards; the counts for lineage and summary."""
     from contextlib import ExitStack
 
-    from llmkit.engine.local import ordered_map
     from llmkit.io.shards import ShardWriter
     from llmkit.tokens.encode import Encoder
 
@@ -101,7 +105,7 @@ def _encode(
                 ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=max_tokens_per_shard)
             )
         bar = stack.enter_context(run.progress(None, "documents"))
-        for part in ordered_map(work, reader.chunks(), run.jobs):
+        for part in engine.map(work, reader):
             reader.accept(part.bad)
             if writer:
                 for tokens, id, name in part.documents():

@@ -18,9 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from llmkit.errors import LlmkitError
+from llmkit.io.documents import Chunk, DocumentReader
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,6 +30,25 @@ Result = TypeVar("Result")
 IN_FLIGHT = 3  # items a worker: one being worked on, one waiting, one result not yet taken
 
 _work: Callable[[Any], Any] | None = None
+
+
+class Engine(Protocol):
+    """Where the chunks of documents are worked on: `Local` or engine.cluster's `Cluster`, with the same results."""
+
+    def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
+        """`work` of each chunk of a reader, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """`jobs` processes of this machine."""
+
+    jobs: int = 1
+
+    def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
+        """`work` of each chunk of a reader, in order."""
+        return ordered_map(work, reader.chunks(), self.jobs)
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int = 1) -> Iterator[Result]:

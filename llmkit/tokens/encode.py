@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,16 @@ class Encoder:
     def __init__(
         self, tokenizer: TokenizerInfo, options: ReadOptions, *, allow_special: bool = False, source: str | None = None
     ) -> None:
+        self._made_of = tokenizer, options, allow_special, source
         self._tokenizer = load(tokenizer, allow_special=allow_special)
         self._options = options
         self._source = source
         self._end = tokenizer.eos_id
         self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+    def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
+        info, options, allow_special, source = self._made_of
+        return partial(Encoder, info, options, allow_special=allow_special, source=source), ()
 
     def __call__(self, chunk: Chunk) -> Encoded:
         documents, bad = parse(chunk, self._options)

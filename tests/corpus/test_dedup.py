@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.corpus.dedup.exact import Exact, Stream, text_key
-from llmkit.corpus.dedup.groups import CHAIN, Groups
+from llmkit.corpus.dedup.groups import Groups
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.minhash import MinHash, bands_for
 from llmkit.corpus.dedup.spool import Blobs, Column
+from llmkit.corpus.dedup.waiting import CHAIN
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
+from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -211,7 +213,7 @@ def test_any_number_of_jobs_gives_the_same(method: dict[str, object]) -> None:
     """Property: -j decides nothing."""
     base = [prose(60, i % 17) for i in range(80)]
     rows = texts_to_rows(" ".join(edited(tokens, 0.005, i)) for i, tokens in enumerate(base))
-    assert deduplicate(rows, **method) == deduplicate(rows, **method, jobs=3)
+    assert deduplicate(rows, **method) == deduplicate(rows, **method, engine=Local(3))
     assert len(deduplicate(rows, **method)[0]) < 80
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -270,11 +271,11 @@ def test_hostile_pages_cost_no_more_than_the_limit() -> None:
     wide = Page("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
     given = [Page("a", HTML.encode()), deep, wide, Page("b", HTML.encode())]
     for jobs in (1, 2):
-        extractor = Extractor("resiliparse", jobs, seconds=1.0, max_bytes=4 << 20)
-        outcomes = list(extractor.run(given))
+        extractor = Extractor("resiliparse", seconds=1.0, max_bytes=4 << 20)
+        outcomes = list(extractor.run(given, jobs))
         kept = b"".join(outcome.kept for outcome in outcomes)
         assert [line.split(b'"')[3] for line in kept.splitlines()] == [b"a", b"wide", b"b"]
-        assert dict(extractor.reasons) == {"time limit": 1}
+        assert sum((outcome.skipped for outcome in outcomes), Counter()) == {"time limit": 1}
 
 
 def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,9 +287,9 @@ def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> 
         return source
 
     monkeypatch.setitem(ENGINES, "fragile", fragile)
-    extractor = Extractor("fragile", 1, seconds=5.0, max_bytes=1 << 20)
-    kept = b"".join(outcome.kept for outcome in extractor.run([Page("a", b"bad"), Page("b", b"good")]))
-    assert kept.count(b"\n") == 1 and dict(extractor.reasons) == {"engine failed (LookupError)": 1}
+    extractor = Extractor("fragile", seconds=5.0, max_bytes=1 << 20)
+    (outcome,) = extractor.run([Page("a", b"bad"), Page("b", b"good")])
+    assert outcome.kept.count(b"\n") == 1 and outcome.skipped == {"engine failed (LookupError)": 1}
 
 
 def test_digest_of_a_stream_that_is_read_twice(tmp_path: Path) -> None:
@@ -314,11 +315,13 @@ def test_real_archives(shared_data: Path) -> None:
     """Behaviour: every record of the real archives becomes a document or is counted; nothing is lost."""
     counts = {}
     for name in ("aut_example.warc.gz", "cc_whirlwind.warc.wet.gz", "resiliparse_warcfile.warc.gz"):
-        extractor = Extractor("resiliparse", 1, 10.0, 16 << 20)
-        for _ in extractor.run(read_pages(str(shared_data / "web" / "warc" / name))):
-            pass
-        assert extractor.counts["documents"] + extractor.reasons.total() == extractor.counts["pages"]
-        counts[name] = (extractor.counts["documents"], extractor.counts["pages"], extractor.counts["broken"])
+        extractor = Extractor("resiliparse", 10.0, 16 << 20)
+        found = list(extractor.run(read_pages(str(shared_data / "web" / "warc" / name))))
+        documents, pages_, broken = (
+            sum(map(of, found)) for of in (lambda o: o.documents, lambda o: o.pages, lambda o: len(o.broken))
+        )
+        assert documents + sum(outcome.skipped.total() for outcome in found) == pages_
+        counts[name] = (documents, pages_, broken)
     assert counts == {
         "aut_example.warc.gz": (137, 299, 0),
         "cc_whirlwind.warc.wet.gz": (1, 1, 0),

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.passages import Passages, Seen
+from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -138,7 +139,7 @@ def test_any_number_of_jobs_gives_the_same(more: dict[str, object]) -> None:
     """Property: -j decides nothing, nor does the size of chunks."""
     texts = ["\n\n".join(f"line {chr(97 + i * j % 23)} {'x' * (i % 7)}" for j in range(9)) for i in range(200)]
     once = outcome(Passages(**more), texts)  # type: ignore[arg-type]
-    assert once == outcome(Passages(jobs=3, **more), texts) == outcome(Passages(**more), texts, 200)  # type: ignore[arg-type]
+    assert once == outcome(Passages(engine=Local(3), **more), texts) == outcome(Passages(**more), texts, 200)  # type: ignore[arg-type]
     assert sum(map(len, once[0])) < 0.9 * sum(map(len, texts))
 
 
@@ -172,7 +173,7 @@ def test_senseless_parameters() -> None:
     for wrong in ({"repeated": 1}, {"repeated": -3}, {"normalise": "lose"}, {"by": "sentences"}):
         with pytest.raises(UsageError):
             Passages(**wrong)  # type: ignore[arg-type]
-    assert METHODS.get("paragraphs")(jobs=2).by == "paragraphs"
+    assert METHODS.get("paragraphs")(engine=Local(2)).by == "paragraphs"
 
 
 def test_dolma_paragraphs(shared_data: Path) -> None:

@@ -17,6 +17,7 @@ from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.substring import Substring
 from llmkit.corpus.kernels import substring as kernels
 from llmkit.corpus.kernels.characters import classes
+from llmkit.engine.local import Local
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -118,7 +119,7 @@ def test_any_number_of_jobs_gives_the_same(unit: str) -> None:
     random_ = random.Random(4)
     texts = [" ".join(random_.choices("abcd", k=120)) for _ in range(150)]
     once = outcome(Substring(length=9, unit=unit), texts)
-    for more, chunk in (({"jobs": 3}, 5), ({}, 150), ({"memory": 10_000}, 3)):
+    for more, chunk in (({"engine": Local(3)}, 5), ({}, 150), ({"memory": 10_000}, 3)):
         assert outcome(Substring(length=9, unit=unit, **more), texts, chunk) == once  # type: ignore[arg-type]
     assert sum(map(len, once)) < sum(map(len, texts))
 

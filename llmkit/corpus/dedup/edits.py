@@ -8,7 +8,7 @@ dropped, whole; one without a cut keeps its bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from llmkit.corpus.dedup.method import Tally, with_fields
 from llmkit.corpus.dedup.spool import Blobs, Column
 from llmkit.corpus.kernels.characters import Bytes
-from llmkit.engine.local import ordered_map
+from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 
 Ends = NDArray[np.int64]
@@ -99,12 +99,12 @@ class Edits(Tally):
     characters: int = 0
     characters_cut: int = 0
     rejects: bool = False
-    jobs: int = 1
+    engine: Engine = field(default_factory=Local)
     temporary: str | None = None
 
     def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Part]:
         """The documents of a reader, chunk by chunk."""
-        for part in ordered_map(partial(measure_chunk, measure, reader.options), reader.chunks(), self.jobs):
+        for part in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
             self.characters += part.characters
             yield part
 

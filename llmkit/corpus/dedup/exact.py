@@ -20,7 +20,7 @@ import xxhash
 from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.lists import dotted
-from llmkit.engine.local import ordered_map
+from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
 
 
@@ -80,13 +80,13 @@ class Stream(Tally):
 
     exact: Exact = field(default_factory=Exact)
     rejects: bool = False
-    jobs: int = 1
+    engine: Engine = field(default_factory=Local)
 
     def run(self, reader: DocumentReader) -> Iterator[Decided]:
         """Decide every document, a chunk at a time, in order."""
         seen: dict[bytes, Any] = {}  # key: the kept document's id
         work = partial(_keyed, self.exact, self.rejects, reader.options)
-        for chunk in ordered_map(work, reader.chunks(), self.jobs):
+        for chunk in self.engine.map(work, reader):
             keep: list[bytes] = []
             rejects: list[bytes] = []
             for i, (line, key) in enumerate(zip(chunk.lines, chunk.keys, strict=True)):

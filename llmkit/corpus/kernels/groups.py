@@ -62,12 +62,22 @@ def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def stars(given, exact, same, candidates, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
+def similarities_of(later, earlier, shingles, starts, threshold):  # type: ignore[no-untyped-def]
+    """`similarity_of` each pair."""
+    result = np.empty(len(later))
+    for p in range(len(later)):
+        result[p] = similarity_of(later[p], earlier[p], shingles, starts, threshold)
+    return result
+
+
+@njit(cache=True, nogil=True)
+def stars(given, exact, same, candidates, known, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
     """Choose survivors by rank: a document goes if a kept one matches it, the first such. Fills `matches` (NONE: kept), `similarities`, `reasons`
     (1: equal key, 2: equal or near text); what `matches` holds already stays (documents that are seen elsewhere, their reasons given).
 
     The first `given` documents stay in any case. `exact`, `same`: lowest document with the same key and with the same words (empty: that is not asked).
-    `places[i]` is where the `shingles` of document i are; with threshold < 0, candidates are believed (similarity -1).
+    `known` holds the similarity of each candidate, or nothing: then they are measured as they are needed, from the `shingles` of document i at
+    `places[i]`. With threshold < 0, candidates are believed (similarity -1).
     """
     n = len(matches)
     kept_exact = np.full(len(exact), NONE, np.int64)
@@ -91,7 +101,10 @@ def stars(given, exact, same, candidates, places, shingles, starts, threshold, m
                             continue
                         similarity = -1.0
                         if threshold >= 0:
-                            similarity = similarity_of(places[first], places[earlier], shingles, starts, threshold)
+                            if len(known):
+                                similarity = known[p - 1]
+                            else:
+                                similarity = similarity_of(places[first], places[earlier], shingles, starts, threshold)
                             if similarity < threshold:
                                 continue
                         near[first], alike[first] = kept_same[earlier], similarity
@@ -117,7 +130,9 @@ def find_root(parents, i):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def components(given, exact, same, candidates, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
+def components(  # type: ignore[no-untyped-def]
+    given, exact, same, candidates, known, places, shingles, starts, threshold, matches, similarities, reasons
+):
     """As `stars`, but whatever is connected by verified pairs is one group, of which the first document stays: the field's usual union-find."""
     n = len(matches)
     parents = np.arange(n)
@@ -126,10 +141,15 @@ def components(given, exact, same, candidates, places, shingles, starts, thresho
             if first >= 0 and first != i:
                 a, b = find_root(parents, i), find_root(parents, first)
                 parents[max(a, b)] = min(a, b)
-    for pair in candidates:
-        later, earlier = np.int64(pair >> S32), np.int64(pair & LOW_32)
-        if threshold >= 0 and similarity_of(places[later], places[earlier], shingles, starts, threshold) < threshold:
-            continue
+    for p in range(len(candidates)):
+        later, earlier = np.int64(candidates[p] >> S32), np.int64(candidates[p] & LOW_32)
+        if threshold >= 0:
+            if len(known):
+                similarity = known[p]
+            else:
+                similarity = similarity_of(places[later], places[earlier], shingles, starts, threshold)
+            if similarity < threshold:
+                continue
         a, b = find_root(parents, later), find_root(parents, earlier)
         parents[max(a, b)] = min(a, b)
     for i in range(given, n):

@@ -1,0 +1,201 @@
+"""`--engine ray` on a cluster of two machines, which this one plays: the same bytes, whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+store = {"num_cpus": 1, "object_store_memory": 100 << 20}
+cluster = Cluster(initialize_head=True, head_node_args=store | {"include_dashboard": False})
+cluster.add_node(**store)
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+class Machines:
+    """The cluster: its address, and the processes that belong to it."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HEAD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        assert self._process.stdout
+        self.address = self._process.stdout.readline().decode().strip()
+
+    def processes(self, named: str) -> list[int]:
+        """Descendants whose command line begins so."""
+        parents, names = {}, {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(") ")[2].split()[1])
+                    names[int(entry.name)] = (entry / "cmdline").read_text()
+                except (OSError, ValueError):
+                    continue
+        found = []
+        for pid, name in names.items():
+            at = pid
+            while at in parents and at != self._process.pid:
+                at = parents[at]
+            if at == self._process.pid and named in name[: name.find("\0")]:
+                found.append(pid)
+        return sorted(found)
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    pytest.importorskip("ray")
+    found = Machines()
+    yield found
+    found.close()
+
+
+def text(seed: int, count: int = 90) -> str:
+    random_ = random.Random(seed)
+    return " ".join("".join(random_.choices("abcdefghijklmnop", k=6)) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six files, 4 MB: every fifth document is a copy of an earlier one, every seventh nearly."""
+    directory = tmp_path_factory.mktemp("files")
+    for number in range(6):
+        lines = []
+        for i in range(number * 1000, number * 1000 + 1000):
+            of, more = (i // 2, "") if i % 5 == 4 else (i // 3, " and so on") if i % 7 == 6 else (i, "")
+            row = {"id": f"d{i}", "text": text(of) + more, "site": of % 3, "score": i * 7 % 11}
+            lines.append(orjson.dumps(row))
+        (directory / f"in{number}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return directory
+
+
+@pytest.fixture
+def both(llmkit, machines: Machines, files: Path, tmp_path: Path):
+    """Run a command here and on the cluster: what each wrote, by name."""
+
+    def run(*arguments: str, stdin: bytes | None = None) -> list[dict[str, bytes]]:
+        found = []
+        for name, engine in (("local", []), ("ray", ["--engine", "ray"])):
+            here = tmp_path / name
+            here.mkdir()
+            done = llmkit(
+                *arguments,
+                *engine,
+                "-q",
+                cwd=here,
+                stdin=stdin,
+                env={"RAY_ADDRESS": machines.address},
+            )
+            assert done.returncode == 0, done.stderr.decode()
+            written = {path.name: path.read_bytes() for path in sorted(here.rglob("*")) if path.is_file()}
+            found.append(written | ({"stdout": done.stdout} if done.stdout else {}))
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("dedup", "--rejects", "r.jsonl.zst"),
+        ("dedup", "--keep", "best:score", "--clusters", "components", "--annotate", "--group", "site"),
+        ("dedup", "--method", "exact,minhash", "--index", "seen.duckdb", "--against", "in3.jsonl", "--memory", "200k"),
+        ("dedup", "--method", "lines"),
+        ("filter", "--rule", "gopher_quality.min_stop_words=off", "--rejects", "r.jsonl.zst"),
+    ],
+    ids=lambda arguments: "_".join(arguments[1:5]),
+)
+def test_the_same_bytes_as_here(both, files: Path, arguments: tuple[str, ...]) -> None:
+    """Behaviour: documents, rejects and lineage are byte for byte those of one process."""
+    named = [str(files / argument) if argument.startswith("in") else argument for argument in arguments]
+    here, there = both(*named, str(files), "-o", "out.jsonl.zst")
+    for name in here.keys() - {"seen.duckdb"}:
+        assert here[name] == there[name], name
+    assert here.keys() == there.keys()
+
+
+def test_tokens_and_stdin(both, llmkit, files: Path, tmp_path: Path) -> None:
+    """Behaviour: shards are the same, of what comes on stdin too, which is read where the command runs."""
+    assert llmkit("vocab", str(files / "in0.jsonl"), "--size", "512", "-o", "tok/", "-q", cwd=tmp_path).returncode == 0
+    data = b"".join(path.read_bytes() for path in sorted(files.iterdir())[:3])
+    here, there = both("tokenize", "-t", str(tmp_path / "tok"), "-o", "shards/", stdin=data)
+    assert here == there and "part-00000.arrow" in here
+
+
+def test_a_directory_is_made_file_by_file(both, files: Path) -> None:
+    """Behaviour: with -o DIRECTORY each machine makes whole files; the files are those that one process makes."""
+    here, there = both(
+        "filter", str(files), "--filter", "sample", "--rule", "sample.rate=0.5", "-o", "out/", "--rejects", "gone/"
+    )
+    assert here == there and len(here) == 6
+
+
+def test_an_error_is_named_as_here(llmkit, machines: Machines, files: Path, tmp_path: Path) -> None:
+    """Behaviour: a bad line on another machine, and an unknown engine, are one line each; nothing is left under the final name."""
+    (tmp_path / "bad.jsonl").write_bytes((files / "in0.jsonl").read_bytes() + b"no JSON\n")
+    for output in ("o.jsonl.zst", "d/"):
+        done = llmkit(
+            "dedup", "bad.jsonl", "--engine", "ray", "-o", output, cwd=tmp_path, env={"RAY_ADDRESS": machines.address}
+        )
+        assert done.returncode == 1 and b"error: bad.jsonl:1001: invalid JSON" in done.stderr
+        assert b"Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.zst"))
+    done = llmkit("filter", "bad.jsonl", "--engine", "dask", cwd=tmp_path)
+    assert done.returncode == 2 and b"unknown --engine 'dask'" in done.stderr
+
+
+def test_what_dies_is_done_again(llmkit, machines: Machines, files: Path, tmp_path: Path) -> None:
+    """Property: with workers killed again and again, and then a machine lost with all that lay there, the output is the same."""
+    call = ("dedup", str(files), "--rejects", "r.jsonl.zst", "-o", "out.jsonl.zst", "-q")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert llmkit(*call, cwd=tmp_path / "whole").returncode == 0
+    killed: list[int] = []
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.wait(0.1) and len(killed) < 3:
+            working = machines.processes("ray::_")
+            if working:
+                killed.append(random.choice(working))
+                os.kill(killed[-1], signal.SIGKILL)
+        if killed and not ended.is_set():
+            raylets = machines.processes("raylet")
+            killed.append(raylets[-1])
+            os.kill(raylets[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    started = time.monotonic()
+    done = llmkit(*call, "--engine", "ray", cwd=tmp_path / "killed", env={"RAY_ADDRESS": machines.address})
+    ended.set()
+    killer.join()
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(killed) == 4, f"{len(killed)} killed in {time.monotonic() - started:.1f} s"
+    for name in ("out.jsonl.zst", "r.jsonl.zst"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
