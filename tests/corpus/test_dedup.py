@@ -16,6 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import Rows, texts_to_rows
 
 from llmkit.corpus.dedup.exact import Exact, Stream, text_key
 from llmkit.corpus.dedup.groups import CHAIN, Groups
@@ -25,20 +26,6 @@ from llmkit.corpus.dedup.spool import Blobs, Column
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.documents import Chunk, ReadOptions
-
-
-class Rows:
-    """A reader of rows in memory, cut into chunks."""
-
-    def __init__(self, rows: Iterable[dict[str, object]], chunk: int = 7) -> None:
-        self.options = ReadOptions()
-        self._lines = [orjson.dumps(row) + b"\n" for row in rows]
-        self._chunk = chunk
-
-    def chunks(self) -> Iterable[Chunk]:
-        for start in range(0, len(self._lines), self._chunk):
-            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
 def deduplicate(
@@ -66,10 +53,6 @@ def outcome(tally: Groups | Stream, run: Iterable[Decided]) -> tuple[list[dict],
     rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
     assert tally.kept == len(kept) and sum(part.documents for part in done) == tally.documents
     return kept, rejects
-
-
-def texts_to_rows(texts: Iterable[str]) -> list[dict[str, object]]:
-    return [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)]
 
 
 def spell(number: int) -> str:

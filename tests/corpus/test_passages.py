@@ -16,40 +16,18 @@ import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows import Rows, outcome_of
 
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.dedup.passages import Passages, Seen
+from llmkit.corpus.dedup.passages import Passages
+from llmkit.corpus.dedup.seen import Seen
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.documents import Chunk, ReadOptions
-
-
-class Rows:
-    """A reader of texts in memory, cut into chunks."""
-
-    def __init__(self, texts: Iterable[str], chunk: int = 3) -> None:
-        self.options = ReadOptions(max_line_bytes=100 << 20)
-        self._lines = [orjson.dumps({"id": str(i), "text": text}) + b"\n" for i, text in enumerate(texts)]
-        self._chunk = chunk
-
-    def chunks(self) -> Iterable[Chunk]:
-        for start in range(0, len(self._lines), self._chunk):
-            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
 def outcome(stage: Passages, texts: Iterable[str], chunk: int = 3) -> tuple[list[str], list[str]]:
-    """Texts that are kept, and those that are dropped, with the counts checked against both."""
-    rows = list(texts)
-    stage.rejects = True
-    done = list(stage.run(Rows(rows, chunk)))  # type: ignore[arg-type]
-    kept = [orjson.loads(line)["text"] for part in done for line in part.kept.splitlines()]
-    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
-    counts = stage.counts()
-    assert sum(part.documents for part in done) == counts["documents"] == len(rows) == len(kept) + len(rejects)
-    assert {row["reason"] for row in rejects} <= {stage.by} and counts["dropped"] == len(rejects)
-    assert counts["characters"] == sum(map(len, rows))
-    assert counts["characters"] - counts["characters_cut"] == sum(map(len, kept))
-    return kept, [row["text"] for row in rejects]
+    """Texts that are kept, and those that are dropped."""
+    return outcome_of(stage, stage.by, texts, chunk)
 
 
 def plainly(
@@ -108,9 +86,7 @@ def test_what_is_edited_and_what_keeps_its_bytes() -> None:
     assert kept == ["Menu\n\nfirst\nend", "\nsecond", "", "\n \n"]
     assert dropped == ["Menu\n \nend", "Menu"]
     odd = b'{"text":   "own spaces",  "n": 1.50}\n'
-    reader = Rows([])
-    reader._lines = [odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']
-    (done,) = Passages().run(reader)  # type: ignore[arg-type]
+    (done,) = Passages().run(Rows([odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']))  # type: ignore[arg-type]
     assert done.kept == odd + b'{"n":1,"text":"more","z":[1]}\n'
 
 
