@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed import files_of
 from rows import Rows, outcome_of
 
 from llmkit.corpus.dedup.method import METHODS
@@ -153,14 +151,11 @@ def test_senseless_parameters() -> None:
 
 def test_dolma_paragraphs(shared_data: Path) -> None:
     """Parity with dolma's expected output of deduplication by paragraph (our lines): the same lines are marked as repeats."""
-    path = shared_data / "text" / "dolma_tests_provided_expected.tar.zst"
-    packed = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        files = [
-            archive.extractfile(f"tests/data/{name}.json.gz").read()  # type: ignore[union-attr]
-            for name in ("provided/deduper/documents/000", "expected/dedupe-paragraphs")
-        ]
-    provided, expected = ([orjson.loads(line) for line in gzip.decompress(data).splitlines()] for data in files)
+    files = files_of(shared_data / "text" / "dolma_tests_provided_expected.tar.zst")
+    provided, expected = (
+        [orjson.loads(line) for line in gzip.decompress(files[f"tests/data/{name}.json.gz"]).splitlines()]
+        for name in ("provided/deduper/documents/000", "expected/dedupe-paragraphs")
+    )
     stage, seen = Passages(normalise="none"), Seen()
     for row, marked in zip(provided, expected, strict=True):
         data = row["text"].encode()
