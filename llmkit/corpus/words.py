@@ -1,13 +1,13 @@
 """Words and sentences of a text: the choice that decides most in quality rules.
 
 Every rule counts words, so what a word is moves a document over a threshold or back: on web text the same rules with whitespace words and
-with linguistic tokens agree on only about 85 % of documents. `--words` names the choice:
+with linguistic tokens agree on only about 87 % of documents (tests/bench/filter_parity.md). `--words` names the choice:
 
 | name | words of `Don't stop -- (now).` | |
 |---|---|---|
 | unicode | `Don` `'t` `stop` `--` `(` `now` `)` `.` | runs of letters and digits, endings behind an apostrophe, runs of one mark |
 | whitespace | `Don't` `stop` `--` `(now).` | as in the Gopher paper |
-| spacy | `Do` `n't` `stop` `--` `(` `now` `)` `.` | spaCy's English tokens and sentences, as datatrove counts them; 40 times slower |
+| spacy | `Do` `n't` `stop` `--` `(` `now` `)` `.` | spaCy's English tokens and sentences, as datatrove counts them; by far the slowest, since it makes an object of every word |
 
 `unicode` stands in for a linguistic tokeniser: like spaCy's rules for English it keeps together `3.5`, `10:30`, `U.S.`, `covid-19`, `a_b`, URLs and
 addresses, and takes apart `well-known` and `and/or`. Agreement of decisions: tests/bench/filter_parity.md.

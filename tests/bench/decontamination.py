@@ -13,27 +13,21 @@ Makes its own environment with the pinned datatrove under .cache/ on first use (
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
-import io
-import os
 import random
 import re
 import statistics
-import subprocess
 import sys
-import sysconfig
-import tarfile
 import time
-import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".cache" / "datatrove-decontamination"
+from filter_parity import archive, python_modules
+from peers import SHARED, in_turn, inside, members, ratios, rows_of, seconds
+
 REQUIREMENTS = ["datatrove==0.10.1", "spacy==3.8.*", "nltk", "regex", "orjson", "zstandard", "xxhash<4", "numba>=0.61"]
-INSIDE = "LLMKIT_DECONTAMINATION_INSIDE"
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 A_SOURCE = 2000  # documents of each, at most
 PIECE = 4000  # characters of a book that make a document
@@ -42,15 +36,12 @@ Flag = Callable[[str], bool]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--pairs", type=int, default=7, help="turns of the speed comparison")
     parser.add_argument("--show", type=int, default=0, help="flagged documents of part 2 to print, a set and source")
     parser.add_argument("--python", help="interpreter that has datatrove and numba (default: make an environment)")
     arguments = parser.parse_args()
-    if not os.environ.get(INSIDE):
-        python = arguments.python or str(make_environment())
-        environment = os.environ | {INSIDE: "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run([python, __file__, *sys.argv[1:]], env=environment).returncode)
+    inside("datatrove-decontamination", REQUIREMENTS, arguments.python)
     from importlib.metadata import version
 
     from llmkit import __version__
@@ -67,43 +58,15 @@ def main() -> None:
     speed(arguments.shared, negatives, arguments.pairs)
 
 
-def make_environment() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return python
-
-
 # ---- documents
-
-
-def decompress(path: Path) -> bytes:
-    import zstandard
-
-    with open(path, "rb") as file:
-        return zstandard.ZstdDecompressor().stream_reader(file).read()
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    import orjson
-
-    return [orjson.loads(line) for line in decompress(path).splitlines()]
-
-
-def archive(path: Path) -> Iterator[tuple[str, str]]:
-    with tarfile.open(fileobj=io.BytesIO(decompress(path))) as packed:
-        for member in packed:
-            if (file := packed.extractfile(member)) is not None:
-                yield member.name, file.read().decode(errors="replace")
 
 
 def flan(shared: Path) -> dict[str, list[tuple[str, str]]]:
     """(question, reasoning and answer) of FLAN's chain-of-thought rows, by task."""
     tasks = {}
-    for name, content in archive(shared / "instruct" / "flan_cot_tsv.tar.zst"):
-        cells = [line.replace("\\n", "\n").split("\t") for line in content.split("\n") if line]
+    for name, content in members(shared / "instruct" / "flan_cot_tsv.tar.zst"):
+        lines = content.decode(errors="replace").split("\n")
+        cells = [line.replace("\\n", "\n").split("\t") for line in lines if line]
         tasks[name.removesuffix(".tsv")] = [(cell[0], f"{cell[2]}\n{cell[1]}") for cell in cells]
     return tasks
 
@@ -116,22 +79,15 @@ def unrelated(shared: Path) -> dict[str, list[str]]:
         if "gsm8k" not in name
     }
     for name in ("bench/svamp_test", "bench/basic_arithmetic", "bench/mmlu", "instruct/dolly15k_from_docx", "instruct/t0_p3_sample", "instruct/gpteacher_codegen-instruct", "text/dclm_majority_data"):  # fmt: skip
-        found[Path(name).name] = ["\n".join(map(str, row.values())) for row in rows(shared / f"{name}.jsonl.zst")]
-    books = (book for _, book in archive(shared / "text" / "gutenberg_17_books.tar.zst"))
+        found[Path(name).name] = ["\n".join(map(str, row.values())) for row in rows_of(shared / f"{name}.jsonl.zst")]
+    books = archive(shared / "text" / "gutenberg_17_books.tar.zst")
     found["books"] = [book[i : i + PIECE] for book in books for i in range(0, len(book), PIECE)]
-    found["reviews"] = [review for _, review in archive(shared / "text" / "nltk_movie_reviews.tar.zst")]
-    found["python docs"] = list(docstrings())
+    found["reviews"] = list(archive(shared / "text" / "nltk_movie_reviews.tar.zst"))
+    found["python docs"] = [documentation for documentation, _ in python_modules()]
     for name, texts in found.items():
         random.Random(name).shuffle(texts)
         del texts[A_SOURCE:]
     return found
-
-
-def docstrings() -> Iterator[str]:
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        yield "\n\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))))
 
 
 def held_out(text: str) -> bool:
@@ -322,7 +278,7 @@ def speed(shared: Path, negatives: dict[str, list[str]], pairs: int) -> None:
     from llmkit.corpus.decontaminate import load_index
 
     index = load_index((str(shared / "bench" / "gsm8k_train.jsonl.zst"),))
-    gsm8k = [(row["question"], row["answer"]) for row in rows(shared / "bench" / "gsm8k_train.jsonl.zst")]
+    gsm8k = [(row["question"], row["answer"]) for row in rows_of(shared / "bench" / "gsm8k_train.jsonl.zst")]
     datatrove = Datatrove(gsm8k, True)
     texts = negatives["books"][:100] + negatives["reviews"][:100] + negatives["python docs"][:20]
     small = negatives["flan creak_train"][:1000]
@@ -333,27 +289,20 @@ def speed(shared: Path, negatives: dict[str, list[str]], pairs: int) -> None:
         ("claims of some 200 characters (FLAN creak)", small),
     ):
         size = sum(len(text.encode()) for text in chosen) / 1e6
-        measured = []
-        for turn in range(pairs + 1):
-            theirs = cpu(lambda chosen=chosen: [datatrove(text) for text in chosen])
-            ours = cpu(lambda chosen=chosen: [index.find(text, 0.4) for text in chosen], 20)
-            if turn:  # the first warms up
-                measured.append((theirs, ours))
-        ratios = [theirs / ours for theirs, ours in measured]
-        rates = [size / statistics.median(column) for column in zip(*measured, strict=True)]
+        ways = {
+            "datatrove": partial(seconds, datatrove, chosen),
+            "llmkit": partial(seconds, lambda text: index.find(text, 0.4), chosen, 20),
+        }
+        in_turn(ways, 1)  # warms up
+        times = in_turn(ways, pairs)
+        rates = [size / statistics.median(taken) for taken in times.values()]
+        beside = ratios(times["datatrove"], times["llmkit"])
         print(
-            f"| {name}: {len(chosen)}, {size:.2f} MB | {rates[0]:.2f} | {rates[1]:.0f} | {statistics.median(ratios):.0f} "
-            f"| {min(ratios):.0f} | {max(ratios):.0f} |",
+            f"| {name}: {len(chosen)}, {size:.2f} MB | {rates[0]:.2f} | {rates[1]:.0f} | {statistics.median(beside):.0f} "
+            f"| {min(beside):.0f} | {max(beside):.0f} |",
             flush=True,
         )
     print(f"\n{pairs} turns; llmkit's share of a turn is 20 passes, averaged.")
-
-
-def cpu(work: Callable[[], Any], times: int = 1) -> float:
-    begin = time.process_time()
-    for _ in range(times):
-        work()
-    return (time.process_time() - begin) / times
 
 
 if __name__ == "__main__":

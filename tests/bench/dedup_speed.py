@@ -21,11 +21,9 @@ import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import orjson
-import zstandard
 from filter_parity import REQUIREMENTS
 from filter_speed import documents
-from peers import ROOT, Peer, environment_of, store
+from peers import ROOT, SHARED, compete, environment_of, ratios, rows_of, spread, store
 
 from llmkit.corpus.dedup.normalise import loose
 
@@ -143,8 +141,7 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 def found(rows: list[dict[str, str]], sets: dict[str, frozenset[str]], output: Path) -> tuple[str, str, str]:
     """Recall of copies, recall of edited ones at or over the threshold, precision."""
-    data = zstandard.ZstdDecompressor().stream_reader(output.read_bytes(), read_across_frames=True).read()
-    kept = {orjson.loads(line)["id"] for line in data.splitlines()}
+    kept = {row["id"] for row in rows_of(output)}
     holders = defaultdict(list)  # kept documents by 5-gram
     for name in kept:
         for gram in sets[name]:
@@ -170,29 +167,20 @@ def found(rows: list[dict[str, str]], sets: dict[str, frozenset[str]], output: P
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--pairs", type=int, default=5)
     for name in PEERS:
         parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
     given = parser.parse_args()
-    pythons = {name: getattr(given, name) or environment_of(name, PEERS[name]) for name in PEERS}
+    pythons = {name: getattr(given, name) or environment_of(f"{name}-speed", PEERS[name]) for name in PEERS}
     rows = corpus(given.shared)
     sets = {row["id"]: grams(row["text"]) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
         megabytes = store(rows, here / "corpus.jsonl.zst")
         store(rows[:20], here / "warm.jsonl.zst")
-        peers = {name: Peer(name, pythons.get(name, sys.executable), WORKER[name]) for name in WHAT}
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        for round_ in range(given.pairs + 1):
-            for name, peer in peers.items():
-                took = peer.run(here / ("corpus.jsonl.zst" if round_ else "warm.jsonl.zst"), here / f"{name}.jsonl.zst")
-                if round_:
-                    seconds[name].append(took)
-        memory = {name: peer.memory() for name, peer in peers.items()}
-        for peer in peers.values():
-            peer.into.close()
-            peer.process.wait()
+        workers = {name: (pythons.get(name, sys.executable), WORKER[name]) for name in WHAT}
+        seconds, memory = compete(workers, given.pairs, here / "corpus.jsonl.zst", here / "warm.jsonl.zst")
         arguments = " ".join(sys.argv[1:]).replace(str(ROOT.parent), "..")
         print(
             f"# Deduplication: what is found, and at what cost\n\n{datetime.date.today()}, Python {platform.python_version()}, ",
@@ -206,8 +194,7 @@ def main() -> None:
             "| what | MB/s, median | CPU time beside llmkit's minhash, median (minimum to maximum) | peak MB |\n|---|---:|---:|---:|"
         )
         for name, runs in seconds.items():
-            ratios = [other / ours for other, ours in zip(runs, seconds["llmkit"], strict=True)]
-            ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            ratio = spread(ratios(runs, seconds["llmkit"]), 2)
             print(f"| {WHAT[name]} | {megabytes / statistics.median(runs):.2f} | {ratio} | {memory[name]:.0f} |")
         print(
             "\n| what | exact copies found | edited copies at 0.75 or more found | removed with a kept one at 0.75 |\n|---|---:|---:|---:|"

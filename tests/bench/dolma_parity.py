@@ -17,16 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import orjson
 from filter_parity import collect
+from peers import SHARED, environment_of
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".cache" / "dolma-speed"
+REQUIREMENTS = ["dolma==1.2.1", "orjson", "zstandard"]
 TAGS = ("gopher_v1", "gopher_v2", "c4_v2")
 
 PEER = """
@@ -95,12 +94,13 @@ SIGNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--documents", type=int, default=3000, help="at most so many, an even share of each source")
     parser.add_argument("--python", help="interpreter that has dolma (default: make an environment)")
     arguments = parser.parse_args()
     documents = collect(arguments.shared, arguments.documents)
-    tags, excluded, cut, version = dolma(arguments.python or make_environment(), [text for _, text in documents])
+    python = arguments.python or environment_of("dolma-speed", REQUIREMENTS)
+    tags, excluded, cut, version = dolma(python, [text for _, text in documents])
     print(f"# Filter decisions beside dolma\n\n{time.strftime('%Y-%m-%d')}, dolma {version}, ", end="")
     shown = [
         word for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if "--python" not in (flag, word)
@@ -112,15 +112,6 @@ def main() -> None:
     print(", ".join(f"{source} {n}" for source, n in counts.items()) + ".\n")
     wrong = compare(documents, tags, excluded, cut)
     sys.exit(1 if wrong else 0)
-
-
-def make_environment() -> str:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "dolma==1.2.1", "orjson", "zstandard"], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return str(python)
 
 
 def dolma(python: str, texts: list[str]) -> tuple[list[dict[str, Any]], dict[str, str], dict[str, str], str]:

@@ -9,38 +9,33 @@ text, all pages together. Speed: megabytes of HTML a CPU second, median of 5 rou
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import platform
 import re
 import statistics
 import sys
-import tarfile
-import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
-import zstandard
+from peers import SHARED, in_turn, members, ratios, seconds, spread
 
 from llmkit.corpus.extract.archives import Page
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 
-WEB = Path(__file__).resolve().parents[3] / "shared" / "data" / "web"
+WEB = SHARED / "web"
 ROUNDS = 5
 Pairs = list[tuple[bytes, str]]
 
 
-def members(name: str) -> dict[str, bytes]:
+def files_of(name: str) -> dict[str, bytes]:
     """Path -> content of a packed set."""
-    packed = io.BytesIO(zstandard.ZstdDecompressor().stream_reader((WEB / f"{name}.tar.zst").open("rb")).read())
-    with tarfile.open(fileobj=packed) as archive:
-        return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
+    return {path.removeprefix("./"): content for path, content in members(WEB / f"{name}.tar.zst")}
 
 
 def scrapinghub() -> Pairs:
-    files = members("scrapinghub_article_extraction")
+    files = files_of("scrapinghub_article_extraction")
     gold = json.loads(files["ground-truth.json"])
     return [
         (files[f"html/{key}.html"], row["articleBody"])
@@ -51,7 +46,7 @@ def scrapinghub() -> Pairs:
 
 def with_gold_lines(name: str) -> Pairs:
     """Sets in the form of CleanEval: input/N.html, GoldStandard/N.txt whose lines begin with <p>, <h> or <l>."""
-    files = members(name)
+    files = files_of(name)
     pairs = []
     for path, content in sorted(files.items()):
         page = path.replace("/GoldStandard/", "/input/").removesuffix(".txt") + ".html"
@@ -78,7 +73,7 @@ def f1(found: str, gold: str) -> tuple[float, float, float]:
 
 def strings(engine: Callable[..., str]) -> tuple[float, float, float]:
     """F1, precision and recall of the strings of trafilatura_eval."""
-    files = members("trafilatura_eval")
+    files = files_of("trafilatura_eval")
     hits = wrong = missed = 0
     for row in json.loads(files["evaldata.json"]).values():
         if f"html/{row['file']}" not in files:
@@ -101,14 +96,9 @@ def main() -> None:
     }
     first = [page for page, _ in sets["scrapinghub"]]
     size = sum(map(len, first)) / 1e6
-    speeds: dict[str, list[float]] = {name: [] for name in ENGINES}
-    for number in range(ROUNDS + 1):
-        for name, engine in ENGINES.items():
-            start = time.process_time()
-            for page in first:
-                extracted(page, engine)
-            if number:  # the first round warms up
-                speeds[name].append(size / (time.process_time() - start))
+    ways = {name: partial(seconds, partial(extracted, engine=engine), first) for name, engine in ENGINES.items()}
+    in_turn(ways, 1)  # warms up
+    speeds = {name: [size / took for took in taken] for name, taken in in_turn(ways, ROUNDS).items()}
     print("# Main content of web pages: quality and speed\n")
     print(
         f"`taskset -c 0 python tests/bench/extraction.py`, {datetime.date.today()}, Python {platform.python_version()}, ",
@@ -131,14 +121,9 @@ def main() -> None:
             cells.append(tuple(statistics.fmean(column) for column in zip(*scores, strict=True)))
         cells.append(strings(engine))
         shown = " | ".join(f"{f:.3f} ({p:.3f} / {r:.3f})" for f, p, r in cells)
-        speed = speeds[name]
-        print(
-            f"| {name} | {shown} | {statistics.median(speed):.1f} ({min(speed):.1f} to {max(speed):.1f}) |", flush=True
-        )
-    ratios = [a / b for a, b in zip(speeds["resiliparse"], speeds["trafilatura"], strict=True)]
-    print(
-        f"\nresiliparse beside trafilatura: {statistics.median(ratios):.1f} times the speed ({min(ratios):.1f} to {max(ratios):.1f}), {ROUNDS} pairs."
-    )
+        print(f"| {name} | {shown} | {spread(speeds[name])} |", flush=True)
+    faster = spread(ratios(speeds["resiliparse"], speeds["trafilatura"]))
+    print(f"\nresiliparse beside trafilatura: {faster} times the speed, {ROUNDS} pairs.")
 
 
 if __name__ == "__main__":

@@ -14,50 +14,31 @@ from __future__ import annotations
 
 import argparse
 import ast
-import io
-import os
 import random
 import shlex
-import subprocess
 import sys
 import sysconfig
-import tarfile
 import time
-import venv
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = ROOT / ".cache" / "datatrove-0.10.1"
+from peers import SHARED, decompress, inside, members, rows_of
+
 REQUIREMENTS = ["datatrove==0.10.1", "spacy==3.8.*", "nltk", "regex", "orjson", "zstandard", "xxhash", "numba==0.68.*"]
-INSIDE = "LLMKIT_PARITY_INSIDE"
 MAX_CHARACTERS = 20_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--documents", type=int, default=2000, help="at most so many, an even share of each source")
     parser.add_argument("--python", help="interpreter that has datatrove (default: make an environment)")
     arguments = parser.parse_args()
-    if not os.environ.get(INSIDE):
-        python = arguments.python or str(make_environment())
-        environment = os.environ | {INSIDE: "1", "PYTHONPATH": str(ROOT)}
-        sys.exit(subprocess.run([python, __file__, *sys.argv[1:]], env=environment).returncode)
+    inside("datatrove-0.10.1", REQUIREMENTS, arguments.python)
     compare(collect(arguments.shared, arguments.documents))
-
-
-def make_environment() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return python
 
 
 # ---- documents
@@ -81,65 +62,41 @@ def all_sources(shared: Path) -> dict[str, Iterator[str]]:
         "dolma web": json_texts(text / "dolma_cc_en_head_0091.jsonl.zst", text / "dolma_documents_000.jsonl.zst"),
         "c4 web": json_texts(text / "olmo_c4_sample.jsonl.zst"),
         "garbage": excerpts(decompress(text / "ungoliant_garbage.txt.zst").decode(errors="replace"), 3000),
-        "books": (
-            part for book in archive(text / "gutenberg_17_books.tar.zst", ".txt") for part in excerpts(book, 6000)
-        ),
-        "reviews": archive(text / "nltk_movie_reviews.tar.zst", ".txt"),
+        "books": (part for book in archive(text / "gutenberg_17_books.tar.zst") for part in excerpts(book, 6000)),
+        "reviews": archive(text / "nltk_movie_reviews.tar.zst"),
         "instructions": instructions(shared / "instruct" / "dolly15k_from_docx.jsonl.zst"),
         "languages": json_texts(shared / "lang" / "udhr_xml_text.jsonl.zst"),
-        "python": python_texts(),
+        "python": (text for pair in python_modules() for text in pair),
         "made": made(),
     }
 
 
-def decompress(path: Path) -> bytes:
-    import zstandard
-
-    with open(path, "rb") as file:
-        return zstandard.ZstdDecompressor().stream_reader(file).read()
-
-
 def json_texts(*paths: Path) -> Iterator[str]:
-    import orjson
-
     for path in paths:
-        for line in decompress(path).splitlines():
-            yield orjson.loads(line)["text"]
+        yield from (row["text"] for row in rows_of(path))
 
 
 def instructions(path: Path) -> Iterator[str]:
-    import orjson
-
-    for line in decompress(path).splitlines():
-        row = orjson.loads(line)
+    for row in rows_of(path):
         yield "\n\n".join(row[key] for key in ("instruction", "context", "response") if row.get(key))
 
 
-def archive(path: Path, suffix: str) -> Iterator[str]:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path) as packed:
-            yield from (
-                packed.read(name).decode(errors="replace") for name in packed.namelist() if name.endswith(suffix)
-            )
-        return
-    with tarfile.open(fileobj=io.BytesIO(decompress(path))) as packed:
-        for member in packed:
-            if member.isfile() and member.name.endswith(suffix):
-                yield packed.extractfile(member).read().decode(errors="replace")  # type: ignore[union-attr]
+def archive(path: Path) -> Iterator[str]:
+    yield from (content.decode(errors="replace") for name, content in members(path) if name.endswith(".txt"))
 
 
 def excerpts(text: str, size: int) -> Iterator[str]:
     yield from (text[start : start + size] for start in range(0, len(text), size))
 
 
-def python_texts() -> Iterator[str]:
-    """Docstrings of the standard library's modules, joined a module, and the sources themselves."""
+def python_modules() -> Iterator[tuple[str, str]]:
+    """Docstrings of the standard library's modules, joined a module, each with its source."""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
         tree = ast.parse(source)
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        yield "\n\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))))
-        yield source
+        found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))
+        yield "\n\n".join(filter(None, found)), source
 
 
 def made() -> Iterator[str]:

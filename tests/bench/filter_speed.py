@@ -24,10 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import orjson
-import zstandard
 from filter_parity import REQUIREMENTS, all_sources
-from peers import ROOT, Peer, environment_of, store
+from peers import ROOT, SHARED, compete, environment_of, ratios, spread, store
 
 PEERS = {"datatrove": REQUIREMENTS, "dolma": ["dolma==1.2.1", "orjson", "zstandard"]}
 SAMPLE_BYTES = 3_000_000
@@ -98,13 +96,13 @@ def command(arguments: list[str], stdout: int | None = None) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--pairs", type=int, default=5)
     for name in PEERS:
         parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
     given = parser.parse_args()
     pythons = {"llmkit": sys.executable} | {
-        name: getattr(given, name) or environment_of(name, PEERS[name]) for name in PEERS
+        name: getattr(given, name) or environment_of(f"{name}-speed", PEERS[name]) for name in PEERS
     }
     rows = documents(given.shared)
     with tempfile.TemporaryDirectory() as temporary:
@@ -115,18 +113,9 @@ def main() -> None:
             sample.append(rows[len(sample)])
             size += len(sample[-1]["text"].encode())
         megabytes = store(sample, here / "sample.jsonl.zst")
-        (here / "warm.jsonl.zst").write_bytes(zstandard.compress(orjson.dumps(sample[0]) + b"\n"))
-        peers = {name: Peer(name, python, WORKER[name]) for name, python in pythons.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in peers}
-        for round_ in range(given.pairs + 1):
-            for name, peer in peers.items():
-                took = peer.run(here / ("sample.jsonl.zst" if round_ else "warm.jsonl.zst"), here / f"{name}.jsonl.zst")
-                if round_:
-                    seconds[name].append(took)
-        memory = {name: peer.memory() for name, peer in peers.items()}
-        for peer in peers.values():
-            peer.into.close()
-            peer.process.wait()
+        store(sample[:1], here / "warm.jsonl.zst")
+        workers = {name: (python, WORKER[name]) for name, python in pythons.items()}
+        seconds, memory = compete(workers, given.pairs, here / "sample.jsonl.zst", here / "warm.jsonl.zst")
         print(
             f"# Speed of `llmkit filter`\n\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores; ",
             end="",
@@ -137,15 +126,12 @@ def main() -> None:
         )
         print("| what | MB/s, median | ratio to ours, median (minimum to maximum) | peak MB |\n|---|---:|---:|---:|")
         for name, runs in seconds.items():
-            ratios = [other / ours for other, ours in zip(runs, seconds["llmkit"], strict=True)]
             what = {
                 "llmkit": "llmkit filter --preset fineweb, to a file",
                 "datatrove": "datatrove 0.10.1: reader, the same four filters, writer",
                 "dolma": "dolma 1.2.1: gopher_v2 and c4_v2, tags not written",
             }[name]
-            ratio = (
-                f"{statistics.median(ratios):.0f} ({min(ratios):.0f} to {max(ratios):.0f})" if name != "llmkit" else "1"
-            )
+            ratio = spread(ratios(runs, seconds["llmkit"]), 0) if name != "llmkit" else "1"
             print(f"| {what} | {megabytes / statistics.median(runs):.2f} | {ratio} | {memory[name]:.0f} |")
         whole(rows, here)
 
@@ -167,9 +153,7 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
     print("| | MB a CPU second, median (minimum to maximum) | peak MB |\n|---|---:|---:|")
     for kind, found in runs.items():
         speeds = [megabytes / cpu for cpu, _, _ in found]
-        print(
-            f"| {kind} | {statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f}) | {max(peak for _, _, peak in found):.0f} |"
-        )
+        print(f"| {kind} | {spread(speeds)} | {max(peak for _, _, peak in found):.0f} |")
     os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
     shares = []
     for _ in range(3):

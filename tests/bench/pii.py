@@ -20,13 +20,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from filter_parity import all_sources
+from peers import ROOT, SHARED, environment_of, in_turn, ratios, seconds, spread
+
 COMPARED = ("llmkit", "datatrove", "dolma")
 SIDES = {
     "llmkit": [],
@@ -40,7 +42,7 @@ Found = list[tuple[str, int, int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--python",
@@ -54,7 +56,8 @@ def main() -> None:
     if arguments.side:
         return answer(arguments.side)
     given = dict(item.split("=", 1) for item in arguments.python)
-    every = {name: Side(name, given.get(name) or str(make_environment(name))) for name in SIDES}
+    pythons = {"llmkit": sys.executable} | given
+    every = {name: Side(name, pythons.get(name) or environment_of(f"pii-{name}", SIDES[name])) for name in SIDES}
     sides, makers = {name: every[name] for name in COMPARED}, every["makers"]
     versions = ", ".join(f"{name} {side.ask('version')}" for name, side in sides.items())
     print(
@@ -65,17 +68,6 @@ def main() -> None:
     made_by_others(sides["llmkit"], makers.ask("others"))
     real(sides, arguments.shared, arguments.rounds)
     hostile(sides["llmkit"])
-
-
-def make_environment(name: str) -> Path:
-    if not SIDES[name]:
-        return Path(sys.executable)
-    place = ROOT / ".cache" / f"pii-{name}"
-    if not (place / "complete").exists():
-        venv.create(place, with_pip=True)
-        subprocess.run([place / "bin" / "python", "-m", "pip", "install", "-q", *SIDES[name]], check=True)
-        (place / "complete").touch()
-    return place / "bin" / "python"
 
 
 class Side:
@@ -108,10 +100,7 @@ def answer(name: str) -> None:
         if request == "find":
             result: Any = [find(text) for text in texts]
         elif request == "time":
-            started = time.process_time()
-            for text in texts:
-                work(text)
-            result = time.process_time() - started
+            result = seconds(work, texts)
         else:
             result = version if request == "version" else others()
         print(json.dumps(result), file=out, flush=True)
@@ -265,9 +254,6 @@ def made_by_others(side: Side, made: list[tuple[str, str, list[str]]]) -> None:
 
 
 def real(sides: dict[str, Side], shared: Path, rounds: int) -> None:
-    sys.path.insert(0, str(ROOT / "tests" / "bench"))
-    from filter_parity import all_sources
-
     sources = {name: list(texts) for name, texts in all_sources(shared).items() if name != "made"}
     sources["web"] = [text for name in ("dclm web", "dolma web", "c4 web") for text in sources.pop(name)]
     print(
@@ -279,15 +265,12 @@ def real(sides: dict[str, Side], shared: Path, rounds: int) -> None:
     )
     for name, texts in sources.items():
         size = sum(len(text.encode()) for text in texts) / 1e6
-        times = [{side: sides[side].ask("time", texts) for side in sides} for _ in range(rounds)]
-        speed = [f"{size / statistics.median(t[side] for t in times):.1f}" for side in sides]
-        ratios = []
-        for other in ("datatrove", "dolma"):
-            ratio = sorted(t[other] / t["llmkit"] for t in times)
-            ratios.append(f"{statistics.median(ratio):.1f} ({ratio[0]:.1f} to {ratio[-1]:.1f})")
+        times = in_turn({name: partial(side.ask, "time", texts) for name, side in sides.items()}, rounds)
+        speed = [f"{size / statistics.median(times[side]):.1f}" for side in sides]
+        beside = [spread(ratios(times[other], times["llmkit"])) for other in ("datatrove", "dolma")]
         found = Counter(kind for spans in sides["llmkit"].ask("find", texts) for kind, _, _ in spans)
         rates = ", ".join(f"{kind} {found[kind] / size:.1f}" for kind in KINDS if found[kind]) or "nothing"
-        print(f"| {name} | {size:.1f} | " + " | ".join(speed + ratios) + f" | {rates} |")
+        print(f"| {name} | {size:.1f} | " + " | ".join(speed + beside) + f" | {rates} |")
 
 
 def hostile(side: Side) -> None:
@@ -297,7 +280,7 @@ def hostile(side: Side) -> None:
         ((side.ask("time", [(unit * (1_000_000 // len(unit) + 1))[:1_000_000]]), unit) for unit in HOSTILE),
         reverse=True,
     )
-    shown = ", ".join(f"{seconds:.1f} s for {unit!r}" for seconds, unit in worst[:5])
+    shown = ", ".join(f"{took:.1f} s for {unit!r}" for took, unit in worst[:5])
     print(
         f"\n## Hostile text\n\n1 MB of one thing repeated, {len(HOSTILE)} different ones, CPU time of llmkit; the slowest: {shown}."
     )

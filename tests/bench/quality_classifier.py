@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from peers import SHARED, inside, rows_of
+
 REQUIREMENTS = [
     "fasttext-wheel==0.9.2",
     "scikit-learn==1.9.1",
@@ -33,30 +31,17 @@ REQUIREMENTS = [
     "zstandard",
     "xxhash",
 ]
-ENVIRONMENT = ROOT / ".cache" / "quality-1"
-INSIDE = "LLMKIT_QUALITY_INSIDE"
 FOLDS = 10
 LABELS = ("good", "bad")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=SHARED)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
-    if not os.environ.get(INSIDE):
-        environment = os.environ | {INSIDE: "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        sys.exit(subprocess.run([str(make_environment()), __file__, *sys.argv[1:]], env=environment).returncode)
+    inside("quality-1", REQUIREMENTS)
     report(arguments.shared, arguments.seeds)
-
-
-def make_environment() -> Path:
-    python = ENVIRONMENT / "bin" / "python"
-    if not (ENVIRONMENT / "complete").exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
-        (ENVIRONMENT / "complete").touch()
-    return python
 
 
 # A judge learns from texts and targets (0 good, 1 bad) and scores other texts; the higher, the better.
@@ -109,15 +94,12 @@ def report(shared: Path, seeds: int) -> None:
     from importlib.metadata import version
 
     import numpy as np
-    import orjson
-    import zstandard
 
     from llmkit import __version__
     from llmkit.corpus.classifier_training import auc, stratify, wilson
     from llmkit.corpus.rules import load_chain
 
-    with open(shared / "text" / "dclm_majority_data.jsonl.zst", "rb") as file:
-        rows = [orjson.loads(line) for line in zstandard.ZstdDecompressor().stream_reader(file).read().splitlines()]
+    rows = rows_of(shared / "text" / "dclm_majority_data.jsonl.zst")
     texts = [row["text"] for row in rows]
     targets = [0 if row["label"] else 1 for row in rows]
     good = np.asarray(targets) == 0

@@ -165,6 +165,8 @@ def test_an_error_is_named_as_here(llmkit, machines: Machines, files: Path, tmp_
         assert done.returncode == 1 and b"error: bad.jsonl:1001: invalid JSON" in done.stderr
         assert b"Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.zst"))
+    done = llmkit("filter", "bad.jsonl", "--engine", "ray", cwd=tmp_path, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert done.returncode == 1 and b"error: no Ray cluster at 127.0.0.1:1: " in done.stderr
     done = llmkit("filter", "bad.jsonl", "--engine", "dask", cwd=tmp_path)
     assert done.returncode == 2 and b"unknown --engine 'dask'" in done.stderr
 

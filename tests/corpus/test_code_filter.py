@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chains import chain_of, reason_of
 
-from llmkit.corpus.chain import Chain
 from llmkit.corpus.filters.code import visible_text
 from llmkit.corpus.kernels.code import encoded_runs
 from llmkit.corpus.page import Page
@@ -34,13 +34,8 @@ PUBLISHED = (  # The Stack v2's expressions; the second misses a first byte that
 )
 
 
-def chain_of(name: str, **thresholds: object) -> Chain:
-    return load_chain([], [name], [f"{name}.{key}={value}" for key, value in thresholds.items()], "unicode")
-
-
 def reason(name: str, text: str, fields: dict[str, object] | None = None, **thresholds: object) -> tuple[str, object]:
-    drop = chain_of(name, **thresholds).judge(text, "document", fields).drop
-    return ("", None) if drop is None else (drop.reason, drop.value)
+    return reason_of(chain_of(name, **thresholds), text, fields)
 
 
 def runs(text: str) -> tuple[int, int]:

@@ -6,22 +6,19 @@ The figures on real data are properties: at least 99 % of the copies found, at m
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import random
 import subprocess
 import sys
-import tarfile
 import time
 import unicodedata
 from pathlib import Path
 
-import orjson
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import files_of, rows_of
 
 from llmkit.corpus.decontaminate import Index, Item, as_bytes, build_index, load_index, parts_of, words_of
 from llmkit.corpus.filters import FILTERS, Check
@@ -337,19 +334,12 @@ def test_same_answer_in_any_order_and_uncompiled() -> None:
 # ---- real data
 
 
-def unpack(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return zstandard.ZstdDecompressor().stream_reader(file).read()
-
-
 def flan(shared_data: Path) -> dict[str, list[str]]:
     """FLAN's chain-of-thought tasks: question, reasoning, answer, each a document."""
     tasks = {}
-    with tarfile.open(fileobj=io.BytesIO(unpack(shared_data / "instruct" / "flan_cot_tsv.tar.zst"))) as packed:
-        for member in packed:
-            if (file := packed.extractfile(member)) is not None:
-                rows = [line.replace("\\n", "\n").split("\t") for line in file.read().decode().split("\n") if line]
-                tasks[member.name] = [f"{row[0]}\n{row[2]}\n{row[1]}" for row in rows]
+    for name, data in files_of(shared_data / "instruct" / "flan_cot_tsv.tar.zst").items():
+        rows = [line.replace("\\n", "\n").split("\t") for line in data.decode().split("\n") if line]
+        tasks[name] = [f"{row[0]}\n{row[2]}\n{row[1]}" for row in rows]
     return tasks
 
 
@@ -370,8 +360,8 @@ def gsm8k(shared_data: Path) -> Index:
 def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: Index) -> None:
     """Property: at least 99 % of FLAN's rewritten GSM8K rows, whole or the reasoning alone, and as the right item."""
     min_share = FILTERS.get("decontaminate")().min_share
-    rows = [orjson.loads(line) for line in unpack(shared_data / "bench" / "gsm8k_train.jsonl.zst").splitlines()]
-    right = {letters(row["question"]): str(i) for i, row in enumerate(rows, 1)}
+    rows = enumerate(rows_of(shared_data / "bench" / "gsm8k_train.jsonl.zst"), 1)
+    right = {letters(row["question"]): str(i) for i, row in rows}
     documents = [text.split("\n", 1) for text in flan(shared_data)["gsm8k_train.tsv"]]
     held = [(question, rest) for question, rest in documents if held_out(question)]
     assert len(held) > 3500
@@ -390,8 +380,7 @@ def test_unrelated_documents_are_kept(shared_data: Path, gsm8k: Index) -> None:
     min_share = FILTERS.get("decontaminate")().min_share
     documents = [text for name, texts in flan(shared_data).items() if name != "gsm8k_train.tsv" for text in texts]
     for name in ("bench/svamp_test", "bench/mmlu", "bench/basic_arithmetic", "instruct/dolly15k_from_docx"):
-        lines = unpack(shared_data / f"{name}.jsonl.zst").splitlines()
-        documents += ["\n".join(map(str, orjson.loads(line).values())) for line in lines]
+        documents += ["\n".join(map(str, row.values())) for row in rows_of(shared_data / f"{name}.jsonl.zst")]
     negatives = [text for text in documents if held_out(text)]
     assert len(negatives) > 10_000
     flagged = [text for text in negatives if gsm8k.find(text, min_share).matches]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import random
-import tarfile
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from pathlib import Path
@@ -13,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import files_of
+from rows import Rows, texts_to_rows
 
 from llmkit.corpus.dedup.exact import Exact, Stream, text_key
 from llmkit.corpus.dedup.groups import Groups
@@ -27,20 +26,6 @@ from llmkit.corpus.kernels import groups as kernels
 from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.documents import Chunk, ReadOptions
-
-
-class Rows:
-    """A reader of rows in memory, cut into chunks."""
-
-    def __init__(self, rows: Iterable[dict[str, object]], chunk: int = 7) -> None:
-        self.options = ReadOptions()
-        self._lines = [orjson.dumps(row) + b"\n" for row in rows]
-        self._chunk = chunk
-
-    def chunks(self) -> Iterable[Chunk]:
-        for start in range(0, len(self._lines), self._chunk):
-            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
 def deduplicate(
@@ -68,10 +53,6 @@ def outcome(tally: Groups | Stream, run: Iterable[Decided]) -> tuple[list[dict],
     rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
     assert tally.kept == len(kept) and sum(part.documents for part in done) == tally.documents
     return kept, rejects
-
-
-def texts_to_rows(texts: Iterable[str]) -> list[dict[str, object]]:
-    return [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)]
 
 
 def spell(number: int) -> str:
@@ -419,19 +400,11 @@ def test_spools_give_back_what_was_put_in() -> None:
 # ---- real text
 
 
-def unpack(path: Path) -> dict[str, bytes]:
-    packed = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        return {
-            Path(m.name).name if "license" in m.name else m.name: archive.extractfile(m).read()
-            for m in archive
-            if m.isfile()
-        }  # type: ignore[union-attr]
-
-
 def test_near_duplicate_licences(shared_data: Path) -> None:
     """Parity with the fixture's own expectation: of two copies of one licence with other names and line breaks the first stays, the third differs."""
-    found = unpack(shared_data / "text" / "cs336_data_fixtures.tar.zst")
+    found = {
+        Path(name).name: data for name, data in files_of(shared_data / "text" / "cs336_data_fixtures.tar.zst").items()
+    }
     names = ["rails_mit_license.txt", "react_mit_license.txt", "pytorch_license.txt"]
     rows = [{"id": name, "text": found[name].decode()} for name in names]
     kept, rejects = deduplicate(rows, near=MinHash(threshold=0.75))
@@ -441,7 +414,7 @@ def test_near_duplicate_licences(shared_data: Path) -> None:
 
 def test_dolma_duplicates_by_url(shared_data: Path) -> None:
     """Parity with dolma's expected output of deduplication by a key: the documents that it marks are the ones removed."""
-    files = unpack(shared_data / "text" / "dolma_tests_provided_expected.tar.zst")
+    files = files_of(shared_data / "text" / "dolma_tests_provided_expected.tar.zst")
     provided = gzip.decompress(files["tests/data/provided/deduper/documents/000.json.gz"]).splitlines()
     expected = gzip.decompress(files["tests/data/expected/dedupe-by-url.json.gz"]).splitlines()
     marked = [row["id"] for row in map(orjson.loads, expected) if row["attributes"].get("bff_duplicate_url")]

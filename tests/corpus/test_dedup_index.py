@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import zstandard
+from packed import rows_of
 
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.index import Index, run_key, settings_of
@@ -29,11 +29,6 @@ def text(seed: int, count: int = 120, changed: int = 0) -> str:
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
     path.write_bytes(b"".join(orjson.dumps({"id": name, "text": body}) + b"\n" for name, body in rows))
     return path
-
-
-def rows_of(path: Path) -> list[dict[str, object]]:
-    data = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
-    return [orjson.loads(line) for line in data.splitlines()]
 
 
 @pytest.fixture

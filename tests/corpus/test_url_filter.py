@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chains import chain_of, reason_of
 
 from llmkit.corpus.chain import Chain
 from llmkit.corpus.filters.url import host_of, parents, plain
@@ -18,14 +19,8 @@ from llmkit.errors import LlmkitError, UsageError
 pytest.importorskip("re2", reason="google-re2 is not installed")
 
 
-def chain_of(name: str, **settings: object) -> Chain:
-    return load_chain([], [name], [f"{name}.{key}={value}" for key, value in settings.items()], "unicode")
-
-
 def reason(chain: Chain, text: str = "text", **fields: object) -> tuple[str, object]:
-    """(reason, value) of the rule that drops a document; reason "" for kept."""
-    drop = chain.judge(text, "document", fields).drop
-    return ("", None) if drop is None else (drop.reason, drop.value)
+    return reason_of(chain, text, fields)
 
 
 @pytest.fixture

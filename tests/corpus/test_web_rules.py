@@ -11,10 +11,11 @@ from collections import Counter
 from statistics import median
 
 import pytest
+from chains import chain_of, reason_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.chain import Chain, Verdict
+from llmkit.corpus.chain import Verdict
 from llmkit.corpus.filters.dolma import Dolma
 from llmkit.corpus.page import Page
 from llmkit.corpus.rules import load_chain
@@ -25,17 +26,12 @@ pytest.importorskip("re2", reason="google-re2 is not installed")
 LINE = "This is a line of the text that stays as it is."  # 11 words
 
 
-def chain_of(name: str, **thresholds: object) -> Chain:
-    return load_chain([], [name], [f"{name}.{key}={value}" for key, value in thresholds.items()], "unicode")
-
-
 def judge(name: str, text: str, **thresholds: object) -> Verdict:
     return chain_of(name, **thresholds).judge(text)
 
 
 def reason(name: str, text: str, **thresholds: object) -> tuple[str, object]:
-    drop = judge(name, text, **thresholds).drop
-    return ("", None) if drop is None else (drop.reason, drop.value)
+    return reason_of(chain_of(name, **thresholds), text)
 
 
 def lines_left(name: str, lines: list[str], **thresholds: object) -> list[str]:

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.seen import Seen
 from llmkit.corpus.kernels import passages as kernels
 from llmkit.corpus.kernels.characters import Bytes, classes, hash_bytes
 from llmkit.corpus.kernels.normalise import tables
@@ -39,47 +40,6 @@ from llmkit.io.documents import DocumentReader
 KINDS = ("lines", "paragraphs")
 HOW = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}
 EMPTY = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)  # tables of no use
-
-
-class Seen:
-    """A growing set of hashes; with `values`, a number for each: of times that it was added, unless others put something else there."""
-
-    def __init__(self, values: DTypeLike | None = None) -> None:
-        self.keys = np.zeros(1 << 12, np.uint64)
-        self.values = np.zeros(0 if values is None else len(self.keys), values or np.uint32)
-        self.used = 0
-
-    def reserve(self, more: int) -> None:
-        """Make room for so many more."""
-        size = len(self.keys)
-        while self.used + more > kernels.FULL * size:
-            size *= 2
-        if size > len(self.keys):
-            keys, values = np.zeros(size, np.uint64), np.zeros(size if len(self.values) else 0, self.values.dtype)
-            kernels.move(self.keys, self.values, keys, values)
-            self.keys, self.values = keys, values
-
-    def add(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """Add hashes in order, 0 apart; whether each was there."""
-        self.reserve(len(hashes))
-        seen = np.zeros(len(hashes), np.bool_)
-        self.used += kernels.add(self.keys, self.values, hashes, seen)
-        return seen
-
-    def where(self, kept: NDArray[np.bool_]) -> Seen:
-        """Another set, of what is in the slots that are `kept`."""
-        other = Seen(self.values.dtype if len(self.values) else None)
-        used = int((kept & (self.keys != 0)).sum())
-        other.reserve(used)
-        other.used = used
-        kernels.move(np.where(kept, self.keys, 0), self.values, other.keys, other.values)
-        return other
-
-    def frequent(self, hashes: Hashes, least: int) -> NDArray[np.bool_]:
-        """Which hashes, all of them added before, were so `least` times."""
-        found = np.zeros(len(hashes), np.bool_)
-        kernels.frequent(self.keys, self.values, hashes, least, found)
-        return found
 
 
 @dataclass

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
 from llmkit.corpus.dedup.method import METHODS, Decided
-from llmkit.corpus.dedup.passages import Seen
+from llmkit.corpus.dedup.seen import Seen
 from llmkit.corpus.dedup.spool import Column
 from llmkit.corpus.kernels import substring as kernels
 from llmkit.corpus.kernels.characters import Bytes, classes

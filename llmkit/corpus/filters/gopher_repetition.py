@@ -4,7 +4,8 @@ Rae et al. 2021 (arXiv:2112.11446), table A1, as FineWeb measures it: the repeat
 whole text, whitespace included; the most common n-gram counts even if it occurs once, so that very short texts fail; duplicate n-grams are
 looked for left to right without overlap. Reasons, in order: `empty`, then the names of the thresholds.
 
-Datatrove compares duplicate n-grams by their letters alone, so that "ab c" is "a bc"; `separate_words = false` does so too, at a tenth of the speed.
+Datatrove compares duplicate n-grams by their letters alone, so that "ab c" is "a bc"; `separate_words = false` does so too, in
+plain Python: a pass over the words for each n, every n-gram a string.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, Bytes, decode, start_of
+from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, Bytes, decode, start_of, stripped
 from llmkit.corpus.kernels.lines import end_of_line, rare_breaks
 from llmkit.corpus.words import ABBREVIATIONS
 
@@ -170,17 +170,7 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
         first = i
         last, width = end_of_line(data, first, size, rare)
         i = last + width
-        while first < last:
-            code, width = decode(data, first)
-            if not table[code] & SPACE:
-                break
-            first += width
-        while first < last:
-            before = start_of(data, last - 1)
-            code, _ = decode(data, before)
-            if not table[code] & SPACE:
-                break
-            last = before
+        first, last = stripped(data, first, last, table)
         # Words, as many as have to be counted.
         words = length = most = 0
         enough = fewest if longest < 0 or last - first <= longest else last - first

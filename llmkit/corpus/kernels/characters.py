@@ -69,6 +69,23 @@ def start_of(data, i):  # type: ignore[no-untyped-def]
     return i
 
 
+@njit(cache=True, nogil=True)
+def stripped(data, first, last, table):  # type: ignore[no-untyped-def]
+    """Where data[first:last] begins and ends without the white space around it, as str.strip takes it away."""
+    while first < last:
+        code, width = decode(data, first)
+        if not table[code] & SPACE:
+            break
+        first += width
+    while first < last:
+        before = start_of(data, last - 1)
+        code, _ = decode(data, before)
+        if not table[code] & SPACE:
+            break
+        last = before
+    return first, last
+
+
 HASH_START = np.uint64(0xCBF29CE484222325)  # FNV-1a, 64 bits, with a finish that spreads it over all bits
 HASH_PRIME = np.uint64(0x100000001B3)
 MIX_A = np.uint64(0xFF51AFD7ED558CCD)  # the finish of MurmurHash3

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from llmkit.corpus.kernels.characters import ALPHA, extend
-from llmkit.corpus.kernels.repetition import EMPTY, group
+from llmkit.corpus.kernels.repetition import EMPTY, group, pairs
 
 
 @njit(cache=True, nogil=True)
@@ -21,14 +21,8 @@ def all_copies(hashes, lengths):  # type: ignore[no-untyped-def]
     """
     result = np.zeros((2, 9), np.int64)
     words = len(hashes)
-    upto = np.zeros(words + 1, np.int64)
-    for i in range(words):
-        upto[i + 1] = upto[i] + lengths[i]
-    left = max(0, words - 1)
-    places = np.arange(left)
-    keys = np.empty(left, np.uint64)
-    for i in range(left):
-        keys[i] = extend(hashes[i], hashes[i + 1])
+    upto, places, keys = pairs(hashes, lengths)
+    left = len(keys)
     for n in range(2, 11):
         if words < n:
             break

@@ -1,7 +1,7 @@
 """How much of a text repeats: n-grams of words, lines, paragraphs.
 
 Equality is that of 64-bit hashes. An n-gram can repeat only where the (n-1)-grams at its place and the next do, so that after the 2-grams only
-few places are left to look at: exact, and about four times faster than a pass over the words for each n.
+few places are left to look at: exact, without a pass over all words for each n.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import HASH_START, SPACE, decode, extend, line_at, start_of
+from llmkit.corpus.kernels.characters import HASH_START, extend, line_at, stripped
 
 EMPTY = 1  # a line without any character (kernels/lines.py)
 
@@ -48,19 +48,26 @@ def group(keys, n):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
+def pairs(hashes, lengths):  # type: ignore[no-untyped-def]
+    """(characters before each word, and of all of them last; first word of each 2-gram; hash of each 2-gram)."""
+    words = len(hashes)
+    upto = np.zeros(words + 1, np.int64)
+    for i in range(words):
+        upto[i + 1] = upto[i] + lengths[i]
+    keys = np.empty(max(0, words - 1), np.uint64)
+    for i in range(len(keys)):
+        keys[i] = extend(hashes[i], hashes[i + 1])
+    return upto, np.arange(len(keys)), keys
+
+
+@njit(cache=True, nogil=True)
 def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
     """int64[9]: characters (words joined by a space) of all copies of the most common 2-, 3-, 4-gram; of equally common ones the first. Then
     characters (without spaces) of 5- to 10-grams that occurred before, left to right, going on behind each one found."""
     result = np.zeros(9, np.int64)
     words = len(hashes)
-    upto = np.zeros(words + 1, np.int64)
-    for i in range(words):
-        upto[i + 1] = upto[i] + lengths[i]
-    left = max(0, words - 1)
-    places = np.arange(left)
-    keys = np.empty(left, np.uint64)
-    for i in range(left):
-        keys[i] = extend(hashes[i], hashes[i + 1])
+    upto, places, keys = pairs(hashes, lengths)
+    left = len(keys)
     for n in range(2, 11):
         if words < n:
             break
@@ -130,18 +137,7 @@ def line_repeats(hashes, characters, flags, without):  # type: ignore[no-untyped
 @njit(cache=True, nogil=True)
 def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
     """Of the parts of the stripped text between runs of two or more newlines: (how many, how many occurred before, characters in those)."""
-    i, stop = 0, len(data)
-    while i < stop:
-        code, width = decode(data, i)
-        if not table[code] & SPACE:
-            break
-        i += width
-    while i < stop:
-        before = start_of(data, stop - 1)
-        code, _ = decode(data, before)
-        if not table[code] & SPACE:
-            break
-        stop = before
+    i, stop = stripped(data, 0, len(data), table)
     room = 1
     for k in range(i, stop):
         room += data[k] == 0x0A

@@ -1,0 +1,16 @@
+"""Chains of one filter, and what they say of a text."""
+
+from __future__ import annotations
+
+from llmkit.corpus.chain import Chain
+from llmkit.corpus.rules import load_chain
+
+
+def chain_of(name: str, **settings: object) -> Chain:
+    return load_chain([], [name], [f"{name}.{key}={value}" for key, value in settings.items()], "unicode")
+
+
+def reason_of(chain: Chain, text: str, fields: dict[str, object] | None = None) -> tuple[str, object]:
+    """(reason, value) of the rule that drops a document; reason "" for kept."""
+    drop = chain.judge(text, "document", fields).drop
+    return ("", None) if drop is None else (drop.reason, drop.value)
