@@ -175,9 +175,10 @@ class Run:
         `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
         digests of the inputs), never by their existence.
         """
+        from llmkit.io.inputs import exists
         from llmkit.io.lineage import digest_path
 
-        if not self.output or self.force or any(not os.path.exists(path) for path in paths):
+        if not self.output or self.force or not all(map(exists, paths)):
             return False
         outputs = {self.output: self.lineage()} | (beside or {})
         found = {path: _record_of(path, header) for path, header in outputs.items()}
@@ -197,9 +198,10 @@ class Run:
 def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     """The record inside `path`, if it was made by the command, version and options of `header`."""
     from llmkit.io.atomic import is_special
+    from llmkit.io.inputs import exists
     from llmkit.io.lineage import read_lineage
 
-    if not os.path.exists(path) or is_special(Path(path)):  # a device or pipe must not be read
+    if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
         return None
     try:
         found = read_lineage(path)

@@ -15,7 +15,7 @@ import typer
 from llmkit.cli.options import Run
 from llmkit.cli.spread import by_file
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.inputs import COMPRESSIONS, STDIN
+from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
 
 if TYPE_CHECKING:
     from llmkit.io.documents import BadLine, DocumentReader
@@ -80,14 +80,14 @@ def jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iter
             raise LlmkitError(f"-o {target}: {both}", "give one file as output, or inputs of different names")
         names[name] = path
     outputs = [os.path.join(target, name) for name in names]
-    if not resume and not run.force and (there := [path for path in outputs if os.path.exists(path)]):
+    if not resume and not run.force and (there := [path for path in outputs if exists(path)]):
         raise LlmkitError(f"{there[0]} exists", "--resume makes only what is missing, -f makes all of it anew")
     for directory in (target, rejects):
-        if directory is not None and not run.dry_run:
+        if directory is not None and not is_remote(directory) and not run.dry_run:
             Path(directory).mkdir(parents=True, exist_ok=True)
     for (name, path), output in zip(names.items(), outputs, strict=True):
         job = Job(run, [path], output, None if rejects is None else os.path.join(rejects, name))
-        job.anew = resume and not os.path.exists(output)
+        job.anew = resume and not exists(output)
         yield job
     run.output = target
 
@@ -158,7 +158,7 @@ def run_stage(
             if not run.dry_run:
                 writer = stack.enter_context(run.writer(force=again))
                 for path, lineage in job.beside.items():
-                    left = job.output is not None and not os.path.exists(job.output) and run.made(path, lineage)
+                    left = job.output is not None and not exists(job.output) and run.made(path, lineage)
                     force = run.force or job.anew or again or left  # `left`: by this very call, which was killed then
                     rejected = stack.enter_context(DocumentWriter(path, lineage, force=force))
             with run.progress(None, "documents") as bar:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -39,6 +41,7 @@ Ref = Any  # a value that lies somewhere in the cluster
 WINDOW = 3  # calls on their way for each core
 AHEAD = 8  # chunks that a file's reader may be ahead
 READERS = 4  # files that are read at once, for each machine
+REACHABLE = 10.0  # seconds for a cluster to answer
 RETRIES = 3  # of a call whose worker or machine is lost
 
 
@@ -155,10 +158,15 @@ def _connected() -> Any:
         raise LlmkitError("Ray is not installed", "pip install 'llmkit[ray]'") from None
     if not ray.is_initialized():
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        address = os.environ.get("RAY_ADDRESS", "")
         try:
+            if re.fullmatch(r"[\w.-]+:\d+", address):  # Ray itself goes on for minutes where nobody answers
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), REACHABLE).close()
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # of many kinds
-            raise LlmkitError(f"no Ray cluster: {str(error).splitlines()[0]}", "see RAY_ADDRESS") from error
+            said = str(error).splitlines() or [type(error).__name__]
+            raise LlmkitError(f"no Ray cluster at {address or 'this machine'}: {said[0]}", "see RAY_ADDRESS") from error
         for number, handler in handlers.items():
             signal.signal(number, handler)  # how a call ends, the command line has settled already
     return ray

@@ -6,6 +6,8 @@ killed run left behind is taken over by the next one instead of piling up.
 
     with atomic_file("clean.jsonl.zst", force=False) as sink:
         sink.write(data)
+
+A URL is written through fsspec, in a transaction: object stores show an object when it is complete. There are no locks there.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llmkit.errors import LlmkitError, LockedError
+from llmkit.io.inputs import exists, is_remote, reaching
 
 
 def check_output(path: str | Path, force: bool) -> None:
     """Refuse to overwrite `path` without `force`, and to write where there is no directory."""
-    path = Path(path)
-    if path.exists() and not force and not is_special(path):
+    if exists(str(path)) and not force and not is_special(Path(path)):
         raise LlmkitError(f"{path} exists", "choose another output, or give -f to replace it")
+    if is_remote(str(path)):
+        return
     parent = Path(os.path.realpath(path)).parent
     if not parent.is_dir():
         raise LlmkitError(f"{parent} is not a directory", f"make it first: mkdir -p {parent}")
@@ -48,6 +52,12 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
     """
     check_output(path, force)
+    if is_remote(str(path)):
+        with reaching(str(path)) as (system, name):
+            system.makedirs(system._parent(name), exist_ok=True)
+        with system.transaction, system.open(name, "wb") as sink:
+            yield sink
+        return
     if is_special(Path(path)):
         with open(path, "wb") as sink:
             yield sink

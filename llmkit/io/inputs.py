@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from llmkit.errors import LlmkitError, UsageError
 
@@ -24,7 +25,7 @@ def expand(
 ) -> list[str]:
     """Every input file in order: arguments as given, the files of a directory or glob sorted by name.
 
-    A directory gives the files below it that end in one of `suffixes`; hidden ones are left out. `files_from` names a file with one
+    A directory (as a URL: what ends in "/") gives the files below it that end in one of `suffixes`; hidden ones are left out. `files_from` names a file with one
     input a line (`-`: stdin). Raises UsageError where there is nothing to read, LlmkitError where an input is missing or a directory
     holds no such file.
     """
@@ -39,8 +40,10 @@ def expand(
         return [STDIN]
     found: list[str] = []
     for item in given:
-        if item == STDIN or is_remote(item):
+        if item == STDIN:
             found.append(item)
+        elif is_remote(item):
+            found += _remote(item, suffixes)
         elif os.path.isdir(item):
             inside = sorted(
                 str(p)
@@ -62,6 +65,46 @@ def expand(
     if found.count(STDIN) > 1:
         raise UsageError("stdin ('-') is named more than once", "it can be read only once")
     return found
+
+
+def _remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that a URL stands for: a pattern, a directory, or itself."""
+    if not (url.endswith("/") or glob.has_magic(url)):
+        return [url]
+    with reaching(url) as (system, path):
+        inside = system.find(path) if url.endswith("/") else system.glob(path)
+        found = sorted(system.unstrip_protocol(name) for name in inside)
+    found = [name for name in found if name.endswith(suffixes) or not url.endswith("/")]
+    if not found:
+        raise LlmkitError(f"{url}: no input files there", "looked for " + " ".join(suffixes))
+    return found
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[tuple[Any, str]]:
+    """(fsspec file system, path in it) of a URL; a block in which errors of any library name the URL."""
+    import fsspec
+
+    try:
+        yield fsspec.url_to_fs(url)
+    except (LlmkitError, BrokenPipeError):
+        raise
+    except ImportError as error:
+        raise LlmkitError(f"{url}: {error}", "install what reads such URLs") from error
+    except Exception as error:  # of the libraries for each kind of storage
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        missing = isinstance(error, FileNotFoundError)
+        raise LlmkitError(
+            f"{url}: {'no such file' if missing else said[0]}", "check the URL and your rights"
+        ) from error
+
+
+def exists(path: str) -> bool:
+    """Whether there is something at a path or URL."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    with reaching(path) as (system, name):
+        return bool(system.exists(name))
 
 
 def _hidden(path: Path, root: str) -> bool:
@@ -89,9 +132,8 @@ def open_raw(path: str) -> BinaryIO:
         raw = cast(BinaryIO, getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
         return cast(BinaryIO, _Resumed(raw)) if _ahead else raw
     if is_remote(path):
-        import fsspec
-
-        return cast(BinaryIO, fsspec.open(path, "rb").open())
+        with reaching(path) as (system, name):
+            return cast(BinaryIO, system.open(name, "rb"))
     try:
         return open(path, "rb")
     except IsADirectoryError:

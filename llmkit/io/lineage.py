@@ -28,7 +28,7 @@ from typing import Any
 from llmkit import __version__
 from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK, Notes, decompress, digest_bytes
-from llmkit.io.inputs import STDIN, is_remote, open_raw
+from llmkit.io.inputs import STDIN, exists, is_remote, open_raw
 
 # Digests of these are of the bytes as they are stored: a damaged archive has to have one too.
 STORED = (
@@ -97,6 +97,8 @@ def digest_path(path: str | Path) -> str:
     final model. Token shards and mix plans have digests of their own (io/shards.py, io/order.py): of the documents, and of what decides
     the order, not of where the shards lie.
     """
+    if is_remote(str(path)):
+        return _digest_file(str(path))
     path = Path(path)
     if (path / "final").is_dir():
         path = path / "final"
@@ -112,10 +114,14 @@ def digest_path(path: str | Path) -> str:
         return shard_digest(path)
     if path.is_dir():
         return digest_bytes(_directory_entries(path))
-    if str(path).endswith(STORED):
+    return _digest_file(str(path))
+
+
+def _digest_file(path: str) -> str:
+    if path.endswith(STORED):
         return digest_bytes(_file_blocks(path))
-    with open_raw(str(path)) as raw:
-        return digest_bytes(decompress(raw, str(path), Notes()))
+    with open_raw(path) as raw:
+        return digest_bytes(decompress(raw, path, Notes()))
 
 
 def _directory_entries(directory: Path) -> Iterator[bytes]:
@@ -131,7 +137,7 @@ def _directory_entries(directory: Path) -> Iterator[bytes]:
         yield f"{'/'.join(parts)}\0{digest_bytes(_file_blocks(file))}\n".encode()
 
 
-def _file_blocks(path: Path) -> Iterator[bytes]:
+def _file_blocks(path: Path | str) -> Iterator[bytes]:
     with open_raw(str(path)) as raw:
         while block := raw.read(BLOCK):
             yield block
@@ -155,9 +161,10 @@ def join_notes(found: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None
 
 def read_lineage(path: str | Path) -> dict[str, Any] | None:
     """The record that `path` (file, model or tokenizer directory, shard directory, run) carries, or None."""
+    name = str(path)
+    if not exists(name):
+        raise LlmkitError(f"{name}: no such file or directory", "check the path")
     path = Path(path)
-    if not path.exists():
-        raise LlmkitError(f"{path}: no such file or directory", "check the path")
     if path.is_dir():
         return _read_directory(path)
     if path.suffix == ".safetensors":
@@ -173,8 +180,8 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if path.suffix == ".toml":
         return _read_plan(path)
     notes = Notes()
-    with open_raw(str(path)) as raw:
-        for _ in decompress(raw, str(path), notes):
+    with open_raw(name) as raw:
+        for _ in decompress(raw, name, notes):
             pass
     return join_notes(notes.found)
 
