@@ -16,16 +16,16 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from filter_parity import REQUIREMENTS, all_sources
-from peers import ROOT, SHARED, compete, environment_of, ratios, spread, store
+from peers import SHARED, compete, environment_of, measured, ratios, spread, store
 
 PEERS = {"datatrove": REQUIREMENTS, "dolma": ["dolma==1.2.1", "orjson", "zstandard"]}
 SAMPLE_BYTES = 3_000_000
@@ -80,20 +80,6 @@ def documents(shared: Path) -> list[dict[str, str]]:
     return rows
 
 
-def command(arguments: list[str], stdout: int | None = None) -> tuple[float, float, float]:
-    """One `llmkit filter` on core 0: (CPU s, wall s, peak MB); into a pipe that is drained where stdout is PIPE."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "llmkit", "filter", "-q", *arguments], stdout=stdout)
-    if process.stdout:
-        while process.stdout.read(1 << 20):
-            pass
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return cpu, time.perf_counter() - start, used.ru_maxrss / 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shared", type=Path, default=SHARED)
@@ -120,7 +106,7 @@ def main() -> None:
             f"# Speed of `llmkit filter`\n\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores; ",
             end="",
         )
-        print(f"`python tests/bench/filter_speed.py {' '.join(sys.argv[1:])}`".replace(str(ROOT.parent), ".."))
+        print(f"`python tests/bench/filter_speed.py --pairs {given.pairs}`")
         print(
             f"\n{len(sample):,} documents, {megabytes:.1f} MB of text, JSONL.zst; {given.pairs} rounds in turn, one core, CPU time.\n"
         )
@@ -138,15 +124,15 @@ def main() -> None:
 
 def whole(rows: list[dict[str, str]], here: Path) -> None:
     """The command on all documents, several times over: to a file, into a pipe, with two workers; memory; long documents."""
-    os.sched_setaffinity(0, {0})
     megabytes = store(rows * REPEATED, here / "all.jsonl.zst")
     source = str(here / "all.jsonl.zst")
+    call = ["filter", "-q", "--preset", "fineweb"]
     kinds = {
-        "to a file": ([source, "--preset", "fineweb", "-f", "-o", str(here / "o.jsonl.zst")], None),
-        "into a pipe": ([source, "--preset", "fineweb"], subprocess.PIPE),
+        "to a file": partial(measured, *call, source, "-f", "-o", here / "o.jsonl.zst"),
+        "into a pipe": partial(measured, *call, source, drain=True),
     }
-    command([str(here / "warm.jsonl.zst"), "--preset", "fineweb"], subprocess.PIPE)  # compile
-    runs = {kind: [command(*call) for _ in range(3)] for kind, call in kinds.items()}
+    measured(*call, here / "warm.jsonl.zst", drain=True)  # compile
+    runs = {kind: [run() for _ in range(3)] for kind, run in kinds.items()}
     print(
         f"\nThe whole command, start-up included, {len(rows) * REPEATED:,} documents, {megabytes:.0f} MB of text, one core, 3 runs:\n"
     )
@@ -154,32 +140,17 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
     for kind, found in runs.items():
         speeds = [megabytes / cpu for cpu, _, _ in found]
         print(f"| {kind} | {spread(speeds)} | {max(peak for _, _, peak in found):.0f} |")
-    os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
     shares = []
     for _ in range(3):
         start = time.perf_counter()
         two = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "llmkit",
-                    "filter",
-                    "-q",
-                    source,
-                    "--preset",
-                    "fineweb",
-                    "-f",
-                    "-o",
-                    str(here / f"{i}.jsonl.zst"),
-                ]
-            )
+            subprocess.Popen([sys.executable, "-m", "llmkit", *call, source, "-f", "-o", here / f"{i}.jsonl.zst"])
             for i in range(2)
         ]
         for process in two:
             process.wait()
         apart = time.perf_counter() - start
-        _, together, _ = command([source, "--preset", "fineweb", "-j", "2", "-f", "-o", str(here / "2.jsonl.zst")])
+        _, together, _ = measured(*call, source, "-j", 2, "-f", "-o", here / "2.jsonl.zst", cores="0,1")
         shares.append(apart / 2 / together)
     print(
         f"\n`-j 2` beside two runs with `-j 1` at once: {statistics.median(shares):.0%} of their throughput ({min(shares):.0%} to {max(shares):.0%}, 3 rounds)."
@@ -198,9 +169,7 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
         ("10 MB of one letter", "x" * 10_000_000),
     ):
         (here / "long.jsonl").write_bytes(json.dumps({"text": text}).encode() + b"\n")
-        cpu, _, peak = command(
-            [str(here / "long.jsonl"), "--preset", "fineweb", "--annotate", "--plain"], subprocess.PIPE
-        )
+        cpu, _, peak = measured(*call, here / "long.jsonl", "--annotate", "--plain", drain=True)
         base = base or cpu
         print(f"| {label} | {cpu - base:.2f} | {peak:.0f} |")
 

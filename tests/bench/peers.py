@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,6 +121,30 @@ class Peer:
     def close(self) -> None:
         self.into.close()
         self.process.wait()
+
+
+# Waits for the call that it starts: what a process is forked from counts as memory of its own, and this one is small.
+MEASURE = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, used = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as report:
+    print(used.ru_utime + used.ru_stime, time.perf_counter() - start, used.ru_maxrss / 1024, file=report)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def measured(*arguments: object, drain: bool = False, cores: str = "0") -> tuple[float, float, float]:
+    """(CPU s, wall s, peak MB) of one call of llmkit on some cores; `drain`: into a pipe that is read."""
+    with tempfile.NamedTemporaryFile("r") as report:
+        call = ["taskset", "-c", cores, sys.executable, "-c", MEASURE, report.name, sys.executable, "-m", "llmkit"]
+        process = subprocess.Popen([*call, *map(str, arguments)], stdout=subprocess.PIPE if drain else None)
+        while process.stdout and process.stdout.read(1 << 20):
+            pass
+        assert process.wait() == 0
+        cpu, wall, peak = map(float, report.read().split())
+    return cpu, wall, peak
 
 
 def seconds(work: Callable[[Any], object], items: Sequence[Any], times: int = 1) -> float:
