@@ -11,7 +11,7 @@ import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
 from llmkit.cli.spread import EngineName, engine_of
-from llmkit.cli.stage import Rejects, Resume, announced, run_stage, summary_line
+from llmkit.cli.stage import Rejects, Resume, announced, is_directory, run_stage, summary_line
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -209,6 +209,9 @@ def main(
     nothing of it is there, and a repeated call makes the same output. About 200 bytes a document. It holds signatures, not texts: similarity to
     documents of earlier nights is an estimate, with a standard error of 0.04.
 
+    With -o DIRECTORY each file is deduplicated by itself, or with --index one after the other, as if each were a night. --engine ray joins bands over
+    all machines of a cluster.
+
     All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 1.5 bytes a byte of text; memory is 80 bytes a
     document and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
 
@@ -339,6 +342,8 @@ def main(
         made_with = [item["digest"] for item in (read_lineage(run.output) or {})["inputs"] if item["role"] == "index"]
         return seen_before.has(key) if made_with == [seen_before.history(seen_before.run_of(key))] else None
 
+    if is_directory(run.output) and not index:
+        run.note("each file by itself: what stands in two of them stays in both (one output, or --index, looks at all)")
     with ExitStack() as stack:
         if index and isinstance(stage, Groups):
             options = dict(run.options) | {"seen": [item.digest for item in run.lineage().inputs]}
@@ -357,6 +362,9 @@ def main(
             spread=engine == "ray" and not index,
         )
     if found is not None:
+        for option, field in (("--group", group), ("--key", key)):
+            if field and stage.documents and stage.lacking[option] == stage.documents:
+                run.warn(f"{option} {field}: no document has this field")
         verb = "removed"
         if editing:
             share = 100 * found["characters_cut"] / max(1, found["characters"])

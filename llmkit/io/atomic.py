@@ -7,7 +7,7 @@ killed run left behind is taken over by the next one instead of piling up.
     with atomic_file("clean.jsonl.zst", force=False) as sink:
         sink.write(data)
 
-A URL is written through fsspec, in a transaction: object stores show an object when it is complete. There are no locks there.
+A URL is written through fsspec and committed at the end: object stores show an object when it is complete. There are no locks there.
 """
 
 from __future__ import annotations
@@ -55,8 +55,15 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     if is_remote(str(path)):
         with reaching(str(path)) as (system, name):
             system.makedirs(system._parent(name), exist_ok=True)
-        with system.transaction, system.open(name, "wb") as sink:
+            sink = system.open(name, "wb", autocommit=False)
+        try:
             yield sink
+            sink.close()
+        except BaseException:
+            sink.close()
+            sink.discard()
+            raise
+        sink.commit()
         return
     if is_special(Path(path)):
         with open(path, "wb") as sink:

@@ -139,6 +139,41 @@ def test_one_output_a_file(llmkit_here, docs: Path) -> None:
         assert record is not None and record["counts"]["documents"] == 30
 
 
+def test_a_directory_at_a_url(llmkit_here, docs: Path) -> None:
+    """Behaviour: inputs and outputs may be URLs, of directories and patterns too; with --resume only what is missing is made."""
+    (docs / "in").mkdir()
+    for name in "ab":
+        (docs / "in" / f"{name}.jsonl").write_bytes((docs / "docs.jsonl").read_bytes())
+    call = ("dedup", f"local://{docs}/in/", "-o", f"local://{docs}/out/", "--rejects", f"local://{docs}/gone/")
+    done = llmkit_here(*call)
+    assert done.returncode == 0 and b"each file by itself" in done.stderr
+    made = {path.name: path.read_bytes() for path in sorted(docs.glob("*/*.zst"))}
+    assert len(list(docs.glob("out/*.zst"))) == len(list(docs.glob("gone/*.zst"))) == 2
+    assert b"exists" in llmkit_here(*call).stderr
+    (docs / "out" / "b.jsonl.zst").unlink()
+    assert b"1 files were there" in llmkit_here(*call, "--resume").stderr
+    assert made == {path.name: path.read_bytes() for path in sorted(docs.glob("*/*.zst"))}
+    done = llmkit_here(
+        "dedup", f"local://{docs}/in/[ab].jsonl", "--method", "exact", "-o", "one.jsonl", "--json", cwd=docs
+    )
+    assert json.loads(done.stderr.splitlines()[-1])["kept"] == 25
+    assert (
+        b"no input files there" in llmkit_here("dedup", f"local://{docs}/in/*.none", "-o", "x.jsonl", cwd=docs).stderr
+    )
+
+
+def test_a_field_that_nothing_has(llmkit_here, docs: Path) -> None:
+    """Behaviour: a misspelt field is worth a warning."""
+    for more in (
+        ("--group", "sit"),
+        ("--method", "exact", "--key", "ur"),
+        ("--method", "exact", "--key", "ur", "--no-counts"),
+    ):
+        done = llmkit_here("dedup", "docs.jsonl", "-o", "x.jsonl", "-f", "-q", *more, cwd=docs)
+        assert done.returncode == 0 and b"no document has this field" in done.stderr, more
+    assert llmkit_here("dedup", "docs.jsonl", "-o", "x.jsonl", "-f", "-q", "--group", "url", cwd=docs).stderr == b""
+
+
 def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
     """Property: the same bytes for -j 1 and -j 2, rejects too, over several chunks."""
     rows = [{"id": str(i), "text": text(i % 1900, 150) + f" {'tail ' * (i % 3)}"} for i in range(2500)]

@@ -126,3 +126,23 @@ def test_force_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "empty", force=True) as partial:
         (partial / "a").write_text("a")
     assert (tmp_path / "empty" / "a").exists()
+
+
+def test_urls_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Behaviour: through fsspec too, a file is there when it is complete, in a directory made for it, and is not overwritten."""
+    url = f"local://{tmp_path}/new/out.bin"
+    with pytest.raises(RuntimeError), atomic_file(url) as sink:
+        sink.write(b"half")
+        raise RuntimeError
+    assert not list(tmp_path.rglob("*.bin"))
+    with atomic_file(url) as sink:
+        sink.write(b"data")
+        assert not (tmp_path / "new" / "out.bin").exists()
+    assert (tmp_path / "new" / "out.bin").read_bytes() == b"data"
+    with pytest.raises(LlmkitError, match="exists"), atomic_file(url):
+        pass
+    with atomic_file(url, force=True) as sink:
+        sink.write(b"more")
+    assert (tmp_path / "new" / "out.bin").read_bytes() == b"more"
+    with pytest.raises(LlmkitError, match="Protocol not known: nowhere"), atomic_file("nowhere://a/b"):
+        pass

@@ -98,6 +98,7 @@ class Stream(Tally):
                     rejects.append(with_fields(line, verdict("exact", seen[key], 1.0)))
             self.documents += len(chunk.lines)
             self.kept += len(keep)
+            self.lacking["--key"] += chunk.keys.count(None)
             if len(keep) < len(chunk.lines):
                 self.dropped["exact"] += len(chunk.lines) - len(keep)
             yield Decided(b"".join(keep), b"".join(rejects), chunk.bad, len(chunk.lines))

@@ -92,6 +92,7 @@ class Groups(Tally):
                 for part in waiting.measured(self.engine, replace(self.measure, keep="first"), against, written=False):
                     yield Decided(b"", b"", part.bad, 0)
             for part in waiting.measured(self.engine, self.measure, reader):
+                self.lacking += part.lacking
                 yield Decided(b"", b"", part.bad, len(part.ids))
             seen, pending = self._seen(waiting, reader) if self.index else (None, None)
             choice = waiting.decided(seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Part:
     ids: list[bytes]
     columns: dict[str, NDArray[Any]]
     bad: list[BadLine]
+    lacking: Counter[str]  # documents without the field that an option names
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,16 @@ class Measure:
         documents, bad = parse(chunk, options)
         lines = [document.encode() for document in documents]
         columns: dict[str, NDArray[Any]] = {"sizes": np.fromiter(map(len, lines), np.int64, len(lines))}
-        divided = np.zeros(len(lines), np.uint64)
+        divided, lacking = np.zeros(len(lines), np.uint64), Counter[str]()
         if self.group is not None:
-            divided = np.fromiter((_division(document, self.group) for document in documents), np.uint64, len(lines))
+            values = [dotted(document.fields, self.group) for document in documents]
+            divided = np.fromiter(map(_division, values), np.uint64, len(lines))
+            lacking["--group"] = values.count(None)
         if self.keep != "first":
             columns["worth"] = np.fromiter((_worth(document, self.keep) for document in documents), float, len(lines))
         if self.exact:
             found = [self.exact.of(document) for document in documents]
+            lacking["--key"] = found.count(None)
             columns["keyed"] = np.fromiter((key is not None for key in found), bool, len(found))
             columns["exact"] = np.frombuffer(b"".join(key or bytes(16) for key in found), np.uint64)[::2] ^ divided
         if self.near:
@@ -70,13 +75,13 @@ class Measure:
             (n if type(n) is int and 0 < n < 2**31 else 1 for n in weights), np.int64, len(lines)
         )
         packed = zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(lines))
-        return Part(packed, [document.id.encode("utf-8", "surrogatepass") for document in documents], columns, bad)
+        ids = [document.id.encode("utf-8", "surrogatepass") for document in documents]
+        return Part(packed, ids, columns, bad, lacking)
 
 
-def _division(document: Document, path: str) -> int:
+def _division(value: Any) -> int:
     """A number for the value of a field: documents of different ones are never duplicates."""
-    value = orjson.dumps(dotted(document.fields, path), option=orjson.OPT_SORT_KEYS)
-    return xxhash.xxh3_64_intdigest(value)
+    return xxhash.xxh3_64_intdigest(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
 
 
 def _worth(document: Document, keep: str) -> float:

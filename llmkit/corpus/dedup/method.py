@@ -26,11 +26,12 @@ class Decided:
 
 @dataclass
 class Tally:
-    """Documents decided so far; `dropped` by reason."""
+    """Documents decided so far; `dropped` by reason, `lacking` a field that an option names."""
 
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    lacking: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, Any]:
         """For summary and lineage."""
