@@ -35,7 +35,7 @@ MAX_NOTE_BYTES = 64 << 20  # a longer skippable frame is passed over, never held
 FEED = 8 << 10
 BLOCK = 1 << 20
 
-PIPE_LEVEL = -1000  # nearly raw
+STORED = 0  # the level of pipes: not compressed
 FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files about a tenth smaller
 
 
@@ -79,20 +79,33 @@ def encode_note(kind: str, content: dict[str, Any]) -> bytes:
 
 
 def decompress(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
-    """Blocks of decompressed bytes of `raw`, about 1 MiB each; `name` is for messages, `notes` collects the lineage on the way.
+    """Blocks of decompressed bytes of `raw`, about 1 MiB each; else as `pieces`."""
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces(raw, name, notes):
+        held.append(piece)
+        size += len(piece)
+        if size >= BLOCK:
+            yield b"".join(held)
+            held, size = [], 0
+    if size:
+        yield b"".join(held)
+
+
+def pieces(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
+    """Decompressed bytes of `raw` in pieces of any size, as they come; `name` is for messages, `notes` collects the lineage on the way.
 
     Raises LlmkitError where the stream is truncated, corrupt, or had a header and no trailer.
     """
     magic = _fill(raw, b"", 6)
     if is_zstd(magic):
-        pieces = _read_zstd(raw, magic, name, notes)
+        yield from _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
-        pieces = _read_gzip(raw, magic, name, notes)
+        yield from _read_gzip(raw, magic, name, notes)
     elif magic.startswith((XZ_MAGIC, BZIP2_MAGIC)):
-        pieces = _read_stdlib(raw, magic, name)
+        yield from _read_stdlib(raw, magic, name)
     else:
-        pieces = _read_plain(raw, magic)
-    yield from _in_blocks(pieces)
+        yield from _read_plain(raw, magic)
     if not notes.complete():
         raise LlmkitError(
             f"{name}: the stream ends before its trailer", "the command that wrote it did not finish; run it again"
@@ -107,19 +120,6 @@ def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
             break
         data += more
     return data
-
-
-def _in_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    held: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        held.append(piece)
-        size += len(piece)
-        if size >= BLOCK:
-            yield b"".join(held)
-            held, size = [], 0
-    if size:
-        yield b"".join(held)
 
 
 def _read_plain(raw: BinaryIO, data: bytes) -> Iterator[bytes]:
@@ -262,7 +262,7 @@ class ZstdOutput:
         import zstandard
 
         self._sink = sink
-        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else Stored()
         self._held = bytearray()
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
@@ -273,11 +273,35 @@ class ZstdOutput:
     def write(self, data: bytes) -> None:
         self._held += data
         while len(self._held) >= BLOCK:
-            self._sink.write(self._frame.compress(bytes(self._held[:BLOCK])))
+            with memoryview(self._held) as held, held[:BLOCK] as block:
+                self._sink.write(self._frame.compress(block))
             del self._held[:BLOCK]
 
     def finish(self) -> None:
         self._sink.write(self._frame.compress(bytes(self._held)) + self._frame.flush())
+
+
+class Stored:
+    """A zstd frame of blocks that are not compressed (RFC 8878, section 3.1.1), with checksum; the interface of a compressobj."""
+
+    LARGEST = 1 << 17
+
+    def __init__(self) -> None:
+        self._checksum = xxhash.xxh64()
+        self._head = ZSTD_MAGIC + b"\x04\x38"  # a checksum, no size of content; the least window that holds a block
+
+    def compress(self, data: bytes | memoryview) -> bytes:
+        self._checksum.update(data)
+        parts: list[bytes | memoryview] = [self._head]
+        for start in range(0, len(data), self.LARGEST):
+            block = data[start : start + self.LARGEST]
+            parts += struct.pack("<I", len(block) << 3)[:3], block
+        self._head = b""
+        return b"".join(parts)
+
+    def flush(self) -> bytes:
+        """The end: an empty block that is the last one, and the lower half of the checksum."""
+        return self._head + b"\1\0\0" + self._checksum.digest()[:3:-1]
 
 
 class GzipOutput:

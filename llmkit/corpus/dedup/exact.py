@@ -19,9 +19,8 @@ import xxhash
 
 from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.lists import dotted
 from llmkit.engine.local import ordered_map
-from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parsed
 
 
 def text_key(text: str, normalise: str = "none") -> bytes:
@@ -45,6 +44,8 @@ class Exact:
         """The document's key of 16 bytes; None where the field is missing or null."""
         if self.key is None:
             return text_key(document.text, self.normalise)
+        from llmkit.corpus.lists import dotted  # and with it numpy
+
         value = dotted(document.fields, self.key)
         if value is None:
             return None
@@ -65,13 +66,13 @@ class _Keyed:
 
 def _keyed(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _Keyed:
     """Worker side. Pure."""
-    documents, bad = parse(chunk, options)
-    return _Keyed(
-        [document.encode() for document in documents],
-        [exact.of(document) for document in documents],
-        [document.id for document in documents] if ids else [],
-        bad,
-    )
+    found = _Keyed([], [], [], [])
+    for document in parsed(chunk, options, found.bad):
+        found.lines.append(document.encode())
+        found.keys.append(exact.of(document))
+        if ids:
+            found.ids.append(document.id)
+    return found
 
 
 @dataclass
