@@ -263,7 +263,8 @@ class ZstdOutput:
 
         self._sink = sink
         self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else Stored()
-        self._held = bytearray()
+        self._held: list[bytes] = []
+        self._size = 0
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
         """Write a skippable frame; between `write`s it would split the content, so: before the first or after `finish`."""
@@ -271,14 +272,17 @@ class ZstdOutput:
         self._sink.write(NOTE_MAGIC + struct.pack("<I", len(payload)) + payload)
 
     def write(self, data: bytes) -> None:
-        self._held += data
-        while len(self._held) >= BLOCK:
-            with memoryview(self._held) as held, held[:BLOCK] as block:
-                self._sink.write(self._frame.compress(block))
-            del self._held[:BLOCK]
+        self._held.append(data)
+        self._size += len(data)
+        if self._size >= BLOCK:
+            held = memoryview(b"".join(self._held))
+            end = self._size // BLOCK * BLOCK
+            for start in range(0, end, BLOCK):
+                self._sink.write(self._frame.compress(held[start : start + BLOCK]))
+            self._held, self._size = [bytes(held[end:])], self._size - end
 
     def finish(self) -> None:
-        self._sink.write(self._frame.compress(bytes(self._held)) + self._frame.flush())
+        self._sink.write(self._frame.compress(b"".join(self._held)) + self._frame.flush())
 
 
 class Stored:
