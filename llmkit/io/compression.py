@@ -35,7 +35,7 @@ MAX_NOTE_BYTES = 64 << 20  # a longer skippable frame is passed over, never held
 FEED = 8 << 10
 BLOCK = 1 << 20
 
-STORED = 0  # the level of pipes: not compressed
+STORED = 0  # level of a pipe: the content as it is
 FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files about a tenth smaller
 
 
@@ -78,34 +78,21 @@ def encode_note(kind: str, content: dict[str, Any]) -> bytes:
     return NOTE_PREFIX + body.encode()
 
 
-def decompress(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
-    """Blocks of decompressed bytes of `raw`, about 1 MiB each; else as `pieces`."""
-    held: list[bytes] = []
-    size = 0
-    for piece in pieces(raw, name, notes):
-        held.append(piece)
-        size += len(piece)
-        if size >= BLOCK:
-            yield b"".join(held)
-            held, size = [], 0
-    if size:
-        yield b"".join(held)
-
-
-def pieces(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
-    """Decompressed bytes of `raw` in pieces of any size, as they come; `name` is for messages, `notes` collects the lineage on the way.
+def decompress(raw: BinaryIO, name: str, notes: Notes, least: int = BLOCK) -> Iterator[bytes]:
+    """Blocks of decompressed bytes of `raw`, all but the last of `least` bytes or more; `name` is for messages, `notes` collects the lineage on the way.
 
     Raises LlmkitError where the stream is truncated, corrupt, or had a header and no trailer.
     """
     magic = _fill(raw, b"", 6)
     if is_zstd(magic):
-        yield from _read_zstd(raw, magic, name, notes)
+        pieces = _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
-        yield from _read_gzip(raw, magic, name, notes)
+        pieces = _read_gzip(raw, magic, name, notes)
     elif magic.startswith((XZ_MAGIC, BZIP2_MAGIC)):
-        yield from _read_stdlib(raw, magic, name)
+        pieces = _read_stdlib(raw, magic, name)
     else:
-        yield from _read_plain(raw, magic)
+        pieces = _read_plain(raw, magic)
+    yield from _in_blocks(pieces, least)
     if not notes.complete():
         raise LlmkitError(
             f"{name}: the stream ends before its trailer", "the command that wrote it did not finish; run it again"
@@ -120,6 +107,19 @@ def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
             break
         data += more
     return data
+
+
+def _in_blocks(pieces: Iterator[bytes], least: int) -> Iterator[bytes]:
+    held: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= least:
+            yield b"".join(held)
+            held, size = [], 0
+    if size:
+        yield b"".join(held)
 
 
 def _read_plain(raw: BinaryIO, data: bytes) -> Iterator[bytes]:
@@ -256,7 +256,7 @@ class Compressor(Protocol):
 
 
 class ZstdOutput:
-    """One zstd frame between a header and a trailer note. The bytes depend on the content alone, not on how it was cut into writes."""
+    """One zstd frame, compressed or STORED, between a header and a trailer note. The bytes depend on the content alone, not on how it was cut into writes."""
 
     def __init__(self, sink: BinaryIO, level: int) -> None:
         import zstandard

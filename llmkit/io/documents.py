@@ -37,12 +37,13 @@ from llmkit.io.compression import (
     Notes,
     PlainOutput,
     ZstdOutput,
-    pieces,
+    decompress,
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, Lineage, base_name, describe_input, join_notes
 
 CHUNK_BYTES = 1 << 20
+PIECE_BYTES = 8 << 10  # what a chunk is joined from
 MAX_LINE_BYTES = 16 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -86,7 +87,7 @@ class Chunk:
 
 
 class Document:
-    """One document: its `fields` as parsed from `stored`, a line with its newline."""
+    """One document: its `fields` as parsed from `stored`, its line with a newline."""
 
     __slots__ = ("_changed", "_options", "_stored", "fields", "file", "line")
 
@@ -144,7 +145,7 @@ def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadL
 
 
 def parsed(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[Document]:
-    """The same one by one, which is faster where a document is done with before the next: its memory is still in the processor's cache."""
+    """The same one by one, for work that is done with each before the next, whose memory it then takes."""
     bad += chunk.bad
     data = chunk.data.removeprefix(UTF8_BOM) if chunk.first_line == 1 else chunk.data
     for number, line in enumerate(io.BytesIO(data), chunk.first_line):
@@ -260,7 +261,7 @@ class DocumentReader:
         whole: list[bytes | memoryview] = []  # up to a newline
         rest: list[bytes | memoryview] = []  # behind it
         size = beyond = 0
-        for piece in pieces(raw, name, notes):
+        for piece in decompress(raw, name, notes, PIECE_BYTES):
             digest.update(piece)
             empty = False
             if skipping:  # inside a line that is too long: go on behind its end
@@ -278,7 +279,7 @@ class DocumentReader:
             if whole and (size >= CHUNK_BYTES or beyond > limit):
                 data = b"".join(whole)
                 yield Chunk(name, line, data)
-                line += sum(1 for _ in io.BytesIO(data))  # bytes.count takes twice as long
+                line += sum(1 for _ in io.BytesIO(data))  # bytes.count looks at each byte by itself
                 whole, size = [], 0
             if beyond > limit:
                 yield Chunk(name, line, b"", [BadLine(name, line, f"line of over {self.options.max_line_bytes} bytes")])
@@ -323,7 +324,7 @@ class DocumentReader:
 class DocumentWriter:
     """JSON lines to a file (format by suffix) or stdout, with lineage, whole or not at all.
 
-    stdout is one zstd stream: nearly raw into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
+    stdout is one zstd stream: stored into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
     block normally without `finish`, or by an exception, leaves no file.
     """
 

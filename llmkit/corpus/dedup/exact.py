@@ -1,6 +1,6 @@
 """Exact duplicates: documents whose text, or another field, is the same after a named normalisation.
 
-The key is an xxh3-128, of the UTF-8 bytes where it is kept: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
+The key is the xxh3-128 of the characters: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
 nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
 
 `Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: hashing runs at
@@ -24,19 +24,18 @@ from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOp
 
 
 def text_key(text: str, normalise: str = "none") -> bytes:
-    """16-byte key of a text under a normalisation."""
+    """16-byte key of a text under a normalisation, as an index keeps it."""
     normalised = NORMALISERS.get(normalise)(text) or text
     return xxhash.xxh3_128_digest(normalised.encode("utf-8", "surrogatepass"))
 
 
 def passing_key(text: str, normalise: str = "none") -> bytes:
-    """Another key, for one run alone: UTF-8 takes longer to make of most texts than all the rest."""
+    """Another such key, which no file holds: of UTF-32, which is what lies in memory, widened, where UTF-8 has to be made character by character."""
     normalised = NORMALISERS.get(normalise)(text) or text
     if normalised.isascii():
         return xxhash.xxh3_128_digest(normalised.encode())
-    return xxhash.xxh3_128_digest(
-        normalised.encode("utf-32-le", "surrogatepass"), 1
-    )  # a seed, so that the two never meet
+    # Another seed, since the bytes of an ASCII text may be those of other characters.
+    return xxhash.xxh3_128_digest(normalised.encode("utf-32-le", "surrogatepass"), seed=1)
 
 
 @METHODS.register("exact")
