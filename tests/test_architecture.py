@@ -133,3 +133,16 @@ def test_top_level_holds_nothing_else() -> None:
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     allowed = {"pyproject.toml", "README.md", "LICENSE", "llmkit", "examples", "tests", "completions"}
     assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_exact_keys_need_no_compiled_kernels(tmp_path: Path) -> None:
+    """Behaviour: the one pass of `dedup --method exact` loads nothing that is slow to load."""
+    (tmp_path / "docs.jsonl").write_bytes(b'{"text":"a"}\n{"text":"a"}\n')
+    code = f"""
+import sys
+from llmkit.cli.main import run_command
+assert run_command("dedup", ["docs.jsonl", "-o", "out.jsonl", "--method", "exact", "--no-counts", "-q"]) == 0
+print(sorted(set(sys.modules) & set({HEAVY!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "[]\n" and (tmp_path / "out.jsonl").read_bytes() == b'{"text":"a"}\n'

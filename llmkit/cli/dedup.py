@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from llmkit.errors import UsageError
 if TYPE_CHECKING:
     from llmkit.corpus.dedup.exact import Stream
     from llmkit.corpus.dedup.groups import Groups
+    from llmkit.corpus.dedup.index import Index
     from llmkit.corpus.dedup.method import Decided
     from llmkit.corpus.dedup.passages import Passages
     from llmkit.corpus.dedup.substring import Substring
@@ -212,7 +213,7 @@ def main(
     With -o DIRECTORY each file is deduplicated by itself, or with --index one after the other, as if each were a night. --engine ray joins bands over
     all machines of a cluster.
 
-    All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 1.5 bytes a byte of text; memory is 80 bytes a
+    All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 2 bytes a byte of text; memory is 80 bytes a
     document and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
 
     lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
@@ -225,15 +226,13 @@ def main(
         _show(run, index)
         return
     from llmkit.corpus.dedup.exact import Exact, Stream
-    from llmkit.corpus.dedup.groups import Groups
-    from llmkit.corpus.dedup.index import Index, run_key, settings_of
     from llmkit.corpus.dedup.method import METHODS
-    from llmkit.corpus.dedup.minhash import MinHash, bands_for
-    from llmkit.corpus.dedup.passages import Passages
-    from llmkit.corpus.dedup.substring import Substring
-    from llmkit.io.lineage import digest_path, read_lineage
 
     names = [name.strip() for name in method.split(",")]
+    if names != ["exact"]:  # the other methods are compiled, and take half a second to import
+        from llmkit.corpus.dedup.minhash import MinHash, bands_for
+        from llmkit.corpus.dedup.passages import Passages
+        from llmkit.corpus.dedup.substring import Substring
     for name in names:
         METHODS.get(name)
     editing = next((name for name in names if name in EDITING), None)
@@ -293,14 +292,18 @@ def main(
                 **common,
             )
         exact = Exact(key, normalise or "none") if "exact" in names else None
-        chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
-        shape = {"bands": chosen[0] if bands is None else bands, "rows": chosen[1] if rows is None else rows}
-        near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits) if "minhash" in names else None
+        near = None
+        if "minhash" in names:
+            chosen = bands_for(threshold) if 0 < threshold <= 1 else (1, 1)
+            shape = {"bands": chosen[0] if bands is None else bands, "rows": chosen[1] if rows is None else rows}
+            near = MinHash(threshold, verify, ngram, **shape, seed=run.seed, bits=bits)
         simple = (
             keep == "first" and clusters == "stars" and not (near or counts or annotate or group or against or index)
         )
         if simple and exact:
             return Stream(exact=exact, **common)
+        from llmkit.corpus.dedup.groups import Groups
+
         return Groups(
             exact=exact,
             near=near,
@@ -330,13 +333,13 @@ def main(
         if not isinstance(stage, Stream):
             with announced(run):
                 stage.warm_up()
-        if isinstance(stage, Groups) and seen:
-            yield from stage.run(reader, run.reader_of(seen))
-        else:
-            yield from stage.run(reader)
+        yield from cast("Groups", stage).run(reader, run.reader_of(seen)) if seen else stage.run(reader)
 
     def finished(paths: list[str]) -> bool | None:
         """Of an output that this call has made: whether its run is in the index; None where it was made with another index, or state of it."""
+        from llmkit.corpus.dedup.index import run_key
+        from llmkit.io.lineage import digest_path, read_lineage
+
         assert seen_before is not None and run.output is not None
         key = run_key([digest_path(path) for path in paths], options)
         made_with = [item["digest"] for item in (read_lineage(run.output) or {})["inputs"] if item["role"] == "index"]
@@ -345,10 +348,13 @@ def main(
     if is_directory(run.output) and not index:
         run.note("each file by itself: what stands in two of them stays in both (one output, or --index, looks at all)")
     with ExitStack() as stack:
-        if index and isinstance(stage, Groups):
+        if index:
+            from llmkit.corpus.dedup.index import Index, settings_of
+
+            groups = cast("Groups", stage)
             options = dict(run.options) | {"seen": [item.digest for item in run.lineage().inputs]}
             run.options["index"] = os.path.basename(index)
-            settings = settings_of(stage.near, stage.exact, index_full) | {"group": group}
+            settings = settings_of(groups.near, groups.exact, index_full) | {"group": group}
             seen_before = stack.enter_context(Index(index, settings, temp_dir))
         found = run_stage(
             run,
@@ -358,7 +364,7 @@ def main(
             lambda: stage.counts(),
             resume,
             known=finished if seen_before else None,
-            durable=lambda: stage.commit() if isinstance(stage, Groups) else None,
+            durable=(lambda: cast("Groups", stage).commit()) if seen_before else None,
             spread=engine == "ray" and not index,
         )
     if found is not None:

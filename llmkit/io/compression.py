@@ -35,7 +35,7 @@ MAX_NOTE_BYTES = 64 << 20  # a longer skippable frame is passed over, never held
 FEED = 8 << 10
 BLOCK = 1 << 20
 
-PIPE_LEVEL = -1000  # nearly raw
+STORED = 0  # level of a pipe: the content as it is
 FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files about a tenth smaller
 
 
@@ -78,8 +78,8 @@ def encode_note(kind: str, content: dict[str, Any]) -> bytes:
     return NOTE_PREFIX + body.encode()
 
 
-def decompress(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
-    """Blocks of decompressed bytes of `raw`, about 1 MiB each; `name` is for messages, `notes` collects the lineage on the way.
+def decompress(raw: BinaryIO, name: str, notes: Notes, least: int = BLOCK) -> Iterator[bytes]:
+    """Blocks of decompressed bytes of `raw`, all but the last of `least` bytes or more; `name` is for messages, `notes` collects the lineage on the way.
 
     Raises LlmkitError where the stream is truncated, corrupt, or had a header and no trailer.
     """
@@ -92,7 +92,7 @@ def decompress(raw: BinaryIO, name: str, notes: Notes) -> Iterator[bytes]:
         pieces = _read_stdlib(raw, magic, name)
     else:
         pieces = _read_plain(raw, magic)
-    yield from _in_blocks(pieces)
+    yield from _in_blocks(pieces, least)
     if not notes.complete():
         raise LlmkitError(
             f"{name}: the stream ends before its trailer", "the command that wrote it did not finish; run it again"
@@ -109,13 +109,13 @@ def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
     return data
 
 
-def _in_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _in_blocks(pieces: Iterator[bytes], least: int) -> Iterator[bytes]:
     held: list[bytes] = []
     size = 0
     for piece in pieces:
         held.append(piece)
         size += len(piece)
-        if size >= BLOCK:
+        if size >= least:
             yield b"".join(held)
             held, size = [], 0
     if size:
@@ -256,14 +256,15 @@ class Compressor(Protocol):
 
 
 class ZstdOutput:
-    """One zstd frame between a header and a trailer note. The bytes depend on the content alone, not on how it was cut into writes."""
+    """One zstd frame, compressed or STORED, between a header and a trailer note. The bytes depend on the content alone, not on how it was cut into writes."""
 
     def __init__(self, sink: BinaryIO, level: int) -> None:
         import zstandard
 
         self._sink = sink
-        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
-        self._held = bytearray()
+        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else Stored()
+        self._held: list[bytes] = []
+        self._size = 0
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
         """Write a skippable frame; between `write`s it would split the content, so: before the first or after `finish`."""
@@ -271,13 +272,40 @@ class ZstdOutput:
         self._sink.write(NOTE_MAGIC + struct.pack("<I", len(payload)) + payload)
 
     def write(self, data: bytes) -> None:
-        self._held += data
-        while len(self._held) >= BLOCK:
-            self._sink.write(self._frame.compress(bytes(self._held[:BLOCK])))
-            del self._held[:BLOCK]
+        self._held.append(data)
+        self._size += len(data)
+        if self._size >= BLOCK:
+            held = memoryview(b"".join(self._held))
+            end = self._size // BLOCK * BLOCK
+            for start in range(0, end, BLOCK):
+                self._sink.write(self._frame.compress(held[start : start + BLOCK]))
+            self._held, self._size = [bytes(held[end:])], self._size - end
 
     def finish(self) -> None:
-        self._sink.write(self._frame.compress(bytes(self._held)) + self._frame.flush())
+        self._sink.write(self._frame.compress(b"".join(self._held)) + self._frame.flush())
+
+
+class Stored:
+    """A zstd frame of blocks that are not compressed (RFC 8878, section 3.1.1), with checksum; the interface of a compressobj."""
+
+    LARGEST = 1 << 17
+
+    def __init__(self) -> None:
+        self._checksum = xxhash.xxh64()
+        self._head = ZSTD_MAGIC + b"\x04\x38"  # a checksum, no size of content; the least window that holds a block
+
+    def compress(self, data: bytes | memoryview) -> bytes:
+        self._checksum.update(data)
+        parts: list[bytes | memoryview] = [self._head]
+        for start in range(0, len(data), self.LARGEST):
+            block = data[start : start + self.LARGEST]
+            parts += struct.pack("<I", len(block) << 3)[:3], block
+        self._head = b""
+        return b"".join(parts)
+
+    def flush(self) -> bytes:
+        """The end: an empty block that is the last one, and the lower half of the checksum."""
+        return self._head + b"\1\0\0" + self._checksum.digest()[:3:-1]
 
 
 class GzipOutput:

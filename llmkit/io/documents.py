@@ -13,6 +13,7 @@ memory does not grow with the input: a chunk, and at most one line of `max_line_
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
@@ -30,7 +31,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import (
     FILE_LEVEL,
-    PIPE_LEVEL,
+    STORED,
     Compressor,
     GzipOutput,
     Notes,
@@ -42,6 +43,7 @@ from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, Lineage, base_name, describe_input, join_notes
 
 CHUNK_BYTES = 1 << 20
+PIECE_BYTES = 8 << 10  # what a chunk is joined from
 MAX_LINE_BYTES = 16 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -85,17 +87,22 @@ class Chunk:
 
 
 class Document:
-    """One document: `fields` as parsed, `raw` the line as it was read."""
+    """One document: its `fields` as parsed from `stored`, its line with a newline."""
 
-    __slots__ = ("_changed", "_options", "fields", "file", "line", "raw")
+    __slots__ = ("_changed", "_options", "_stored", "fields", "file", "line")
 
-    def __init__(self, raw: bytes, fields: dict[str, Any], file: str, line: int, options: ReadOptions) -> None:
-        self.raw = raw
+    def __init__(self, stored: bytes, fields: dict[str, Any], file: str, line: int, options: ReadOptions) -> None:
+        self._stored = stored
         self.fields = fields
         self.file = file
         self.line = line
         self._options = options
         self._changed = False
+
+    @property
+    def raw(self) -> bytes:
+        """The line as it was read."""
+        return self._stored[:-1]
 
     @property
     def text(self) -> str:
@@ -128,26 +135,32 @@ class Document:
 
     def encode(self) -> bytes:
         """The line with its newline: the bytes that were read, unless a field changed."""
-        return (orjson.dumps(self.fields) if self._changed else self.raw) + b"\n"
+        return orjson.dumps(self.fields) + b"\n" if self._changed else self._stored
 
 
 def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
     """Documents and bad lines of a chunk, each in order. Blank lines are passed over. Pure: safe in a worker."""
-    documents: list[Document] = []
-    bad: list[BadLine] = list(chunk.bad)
-    for number, line in enumerate(chunk.data.split(b"\n"), chunk.first_line):
-        if not line or line.isspace():
+    bad: list[BadLine] = []
+    return list(parsed(chunk, options, bad)), bad
+
+
+def parsed(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[Document]:
+    """The same one by one, for work that is done with each before the next, whose memory it then takes."""
+    bad += chunk.bad
+    data = chunk.data.removeprefix(UTF8_BOM) if chunk.first_line == 1 else chunk.data
+    for number, line in enumerate(io.BytesIO(data), chunk.first_line):
+        if line.isspace():
             continue
-        if line.endswith(b"\r"):
-            line = line[:-1]
+        if line.endswith(b"\r\n") or not line.endswith(b"\n"):
+            line = line.removesuffix(b"\n").removesuffix(b"\r") + b"\n"
         reason = ""
-        if len(line) > options.max_line_bytes:
+        if len(line) - 1 > options.max_line_bytes:
             bad.append(BadLine(chunk.file, number, f"line of over {options.max_line_bytes} bytes"))
             continue
         try:
             fields = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            reason = _why_not_json(line, error)
+        except orjson.JSONDecodeError:
+            reason = _why_not_json(line[:-1])
         else:
             if not isinstance(fields, dict):
                 reason = "not a JSON object"
@@ -155,18 +168,20 @@ def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadL
                 present = options.text_key in fields
                 reason = f"field {options.text_key!r} is not a string" if present else f"no field {options.text_key!r}"
         if reason:
-            bad.append(BadLine(chunk.file, number, reason, line))
+            bad.append(BadLine(chunk.file, number, reason, line[:-1]))
         else:
-            documents.append(Document(line, fields, chunk.file, number, options))
-    return documents, bad
+            yield Document(line, fields, chunk.file, number, options)
 
 
-def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+def _why_not_json(line: bytes) -> str:
     try:
         line.decode()
+        orjson.loads(line)
     except UnicodeDecodeError as wrong:
         return f"invalid UTF-8 (byte {wrong.start})"
-    return f"invalid JSON ({error.msg}, column {error.colno})"
+    except orjson.JSONDecodeError as error:
+        return f"invalid JSON ({error.msg}, column {error.colno})"
+    raise AssertionError("a newline behind it does not make a line JSON or not")
 
 
 class Quarantine:
@@ -241,28 +256,37 @@ class DocumentReader:
 
     def _line_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
         name, notes, digest = display_name(path), Notes(), xxhash.xxh3_128()
-        line, rest, skipping, first = 1, b"", False, True
-        for block in decompress(raw, name, notes):
-            digest.update(block)
-            if first and block.startswith(UTF8_BOM):
-                block = block[len(UTF8_BOM) :]
-            first = False
-            end = block.rfind(b"\n") + 1
+        limit = self.options.max_line_bytes + len(UTF8_BOM)  # what is not much longer is for `parse` to see
+        line, skipping, empty = 1, False, True
+        whole: list[bytes | memoryview] = []  # up to a newline
+        rest: list[bytes | memoryview] = []  # behind it
+        size = beyond = 0
+        for piece in decompress(raw, name, notes, PIECE_BYTES):
+            digest.update(piece)
+            empty = False
             if skipping:  # inside a line that is too long: go on behind its end
-                if not end:
+                start = piece.find(b"\n") + 1
+                if not start:
                     continue
-                block, skipping, line = block[block.index(b"\n") + 1 :], False, line + 1
-                end = block.rfind(b"\n") + 1
-            data, rest = (rest + block[:end], block[end:]) if end else (b"", rest + block)
-            if data:
+                piece, skipping, line = piece[start:], False, line + 1
+            end = piece.rfind(b"\n") + 1
+            if end:
+                whole += [*rest, memoryview(piece)[:end]]
+                size += beyond + end
+                rest, beyond = [], 0
+            rest.append(piece[end:])
+            beyond += len(piece) - end
+            if whole and (size >= CHUNK_BYTES or beyond > limit):
+                data = b"".join(whole)
                 yield Chunk(name, line, data)
-                line += data.count(b"\n")
-            if len(rest) > self.options.max_line_bytes:
+                line += sum(1 for _ in io.BytesIO(data))  # bytes.count looks at each byte by itself
+                whole, size = [], 0
+            if beyond > limit:
                 yield Chunk(name, line, b"", [BadLine(name, line, f"line of over {self.options.max_line_bytes} bytes")])
-                rest, skipping = b"", True
-        if rest:
-            yield Chunk(name, line, rest)
-        if first and path == STDIN:  # our own stages write a header at least
+                rest, beyond, skipping = [], 0, True
+        if size + beyond:
+            yield Chunk(name, line, b"".join(whole + rest))
+        if empty and path == STDIN:  # our own stages write a header at least
             raise LlmkitError("nothing came on stdin", "the command before this one failed, or had nothing to give")
         self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.found)))
 
@@ -300,7 +324,7 @@ class DocumentReader:
 class DocumentWriter:
     """JSON lines to a file (format by suffix) or stdout, with lineage, whole or not at all.
 
-    stdout is one zstd stream: nearly raw into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
+    stdout is one zstd stream: stored into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
     block normally without `finish`, or by an exception, leaves no file.
     """
 
@@ -375,4 +399,4 @@ def _for_stdout(plain: bool) -> Compressor:
     if plain or sys.stdout.isatty():
         return PlainOutput(sink)
     regular = stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
-    return ZstdOutput(sink, FILE_LEVEL if regular else PIPE_LEVEL)
+    return ZstdOutput(sink, FILE_LEVEL if regular else STORED)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packed import files_of
 from rows import Rows, texts_to_rows
 
-from llmkit.corpus.dedup.exact import Exact, Stream, text_key
+from llmkit.corpus.dedup.exact import Exact, Stream, passing_key, text_key
 from llmkit.corpus.dedup.groups import Groups
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.minhash import MinHash, bands_for
@@ -428,3 +428,15 @@ def test_pairs_in_the_sample_are_distinct() -> None:
     sets = [shingles(" ".join(prose(150, ("text", i)))) for i in range(30)]
     assert max(jaccard(a, b) for a, b in combinations(sets, 2)) < 0.02
     assert text_key("a") != text_key("b")
+
+
+ALIKE = st.text(st.sampled_from("aA\x01\0é\U00010141\ud800 "), max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(ALIKE, min_size=2, max_size=12), normalise=st.sampled_from(["none", "whitespace", "loose"]))
+def test_passing_keys_make_the_same_texts_equal(texts: list[str], normalise: str) -> None:
+    """Property: the key of one run is equal where the lasting key is, and nowhere else; an ASCII text is not taken for characters of its bytes."""
+    lasting, passing = ([key(text, normalise) for text in texts] for key in (text_key, passing_key))
+    assert [lasting.index(key) for key in lasting] == [passing.index(key) for key in passing]
+    assert passing_key("\U00010141") != passing_key("A\x01\x01\0")

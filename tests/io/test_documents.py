@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.compression import BLOCK, STORED, Stored, ZstdOutput
 from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
 from llmkit.io.lineage import Lineage, digest_path, read_lineage
 
@@ -259,3 +261,81 @@ def test_digest_is_of_the_content_not_of_the_packing(tmp_path: Path) -> None:
     digests = {digest_path(tmp_path / f"a{suffix}") for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz")}
     record = read_lineage(tmp_path / "a.jsonl.zst")
     assert record is not None and digests == {record["digest"]}
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 17) - 1, 1 << 17, (1 << 17) + 1, BLOCK, 2 * BLOCK + 7])
+def test_stored_frames_are_read_by_others(size: int) -> None:
+    """Parity: python-zstandard and pyarrow read a pipe's frame back; a changed byte breaks its checksum, as zstd demands; cuts change nothing."""
+    import pyarrow as pa
+
+    data = LINES * (size // len(LINES)) + LINES[: size % len(LINES)]
+    sink, cut = io.BytesIO(), io.BytesIO()
+    for target, pieces in ((sink, [data]), (cut, [data[: size // 3], data[size // 3 : size // 2], data[size // 2 :]])):
+        output = ZstdOutput(target, STORED)
+        for piece in pieces:
+            output.write(piece)
+        output.finish()
+    stored = sink.getvalue()
+    assert stored == cut.getvalue() and len(stored) <= size + 6 + 3 * (size // Stored.LARGEST + 2) + 4
+    assert zstandard.get_frame_parameters(stored).has_checksum
+    assert zstandard.ZstdDecompressor().stream_reader(stored).read() == data
+    with pa.CompressedInputStream(io.BytesIO(stored), "zstd") as stream:
+        assert stream.read() == data
+    if size:
+        damaged = bytearray(stored)
+        damaged[9] ^= 1
+        with pytest.raises(zstandard.ZstdError):
+            zstandard.ZstdDecompressor().stream_reader(bytes(damaged)).read()
+
+
+class Trickle(io.RawIOBase):
+    """Bytes that come in reads of given sizes, over and over."""
+
+    def __init__(self, data: bytes, sizes: list[int]) -> None:
+        self._data, self._sizes = data, sizes
+
+    def read(self, size: int = -1) -> bytes:
+        self._sizes = self._sizes[1:] + self._sizes[:1]
+        count = min(size, self._sizes[0])
+        found, self._data = self._data[:count], self._data[count:]
+        return found
+
+
+ROW = st.integers(1, 60).map(lambda n: b'{"text":"' + b"x" * n + b'"}')
+LINE = st.one_of(ROW, ROW, st.sampled_from([b"", b" ", b"{", b"[1]", b'{"text":"\xff"}', b'{"x":1}', b'{"text":"']))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lines=st.lists(st.tuples(LINE, st.booleans()), max_size=30),
+    ended=st.booleans(),
+    mark=st.booleans(),
+    sizes=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    chunk=st.integers(1, 300),
+)
+def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes: list[int], chunk: int) -> None:
+    """Property: however the bytes come, documents and bad lines are those of the whole split at its newlines."""
+    data = b"\n".join(line + b"\r" * cr for line, cr in lines) + b"\n" * ended
+    expected, wrong = [], []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        line = line.removesuffix(b"\r")
+        try:
+            if len(line) <= 40:
+                assert isinstance(json.loads(line)["text"], str)
+                expected.append((number, line))
+                continue
+        except (ValueError, KeyError, TypeError):
+            pass
+        if line.strip():
+            wrong.append((number, line if len(line) <= 40 else b""))
+    reader = DocumentReader(["-"], ReadOptions(max_line_bytes=40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmkit.io.documents.CHUNK_BYTES", chunk)
+        patch.setattr("llmkit.io.documents.PIECE_BYTES", 1)
+        raw = Trickle(b"\xef\xbb\xbf" * mark + data, sizes)
+        parsed = [parse(piece, reader.options) for piece in reader._line_chunks("x", raw)]
+    assert [(d.line, d.raw) for documents, _ in parsed for d in documents] == expected
+    assert b"".join(d.encode() for documents, _ in parsed for d in documents) == b"".join(
+        x + b"\n" for _, x in expected
+    )
+    assert [(item.line, item.raw) for _, bad in parsed for item in bad] == wrong

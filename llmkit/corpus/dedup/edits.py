@@ -27,7 +27,7 @@ Ends = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for each of its pieces, and further hashes
 Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
-LEVEL = -5  # of the lines that wait
+LEVEL = -50  # of the lines that wait: nearly as they are
 
 
 class Part(NamedTuple):

@@ -1,6 +1,6 @@
 """Exact duplicates: documents whose text, or another field, is the same after a named normalisation.
 
-The key is the xxh3-128 of the UTF-8 bytes: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
+The key is the xxh3-128 of the characters: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
 nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
 
 `Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: hashing runs at
@@ -9,7 +9,7 @@ memory speed; parsing and compression decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,15 +19,23 @@ import xxhash
 
 from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.lists import dotted
 from llmkit.engine.local import Engine, Local
-from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parse
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parsed
 
 
 def text_key(text: str, normalise: str = "none") -> bytes:
-    """16-byte key of a text under a normalisation."""
+    """16-byte key of a text under a normalisation, as an index keeps it."""
     normalised = NORMALISERS.get(normalise)(text) or text
     return xxhash.xxh3_128_digest(normalised.encode("utf-8", "surrogatepass"))
+
+
+def passing_key(text: str, normalise: str = "none") -> bytes:
+    """Another such key, which no file holds: of UTF-32, which is what lies in memory, widened, where UTF-8 has to be made character by character."""
+    normalised = NORMALISERS.get(normalise)(text) or text
+    if normalised.isascii():
+        return xxhash.xxh3_128_digest(normalised.encode())
+    # Another seed, since the bytes of an ASCII text may be those of other characters.
+    return xxhash.xxh3_128_digest(normalised.encode("utf-32-le", "surrogatepass"), seed=1)
 
 
 @METHODS.register("exact")
@@ -41,16 +49,18 @@ class Exact:
     def __post_init__(self) -> None:
         NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
 
-    def of(self, document: Document) -> bytes | None:
+    def of(self, document: Document, key_of: Callable[[str, str], bytes] = text_key) -> bytes | None:
         """The document's key of 16 bytes; None where the field is missing or null."""
         if self.key is None:
-            return text_key(document.text, self.normalise)
+            return key_of(document.text, self.normalise)
+        from llmkit.corpus.lists import dotted  # and with it numpy
+
         value = dotted(document.fields, self.key)
         if value is None:
             return None
         if not isinstance(value, str):
             value = orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
-        return text_key(value, self.normalise)
+        return key_of(value, self.normalise)
 
 
 @dataclass(slots=True)
@@ -65,13 +75,13 @@ class _Keyed:
 
 def _keyed(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _Keyed:
     """Worker side. Pure."""
-    documents, bad = parse(chunk, options)
-    return _Keyed(
-        [document.encode() for document in documents],
-        [exact.of(document) for document in documents],
-        [document.id for document in documents] if ids else [],
-        bad,
-    )
+    found = _Keyed([], [], [], [])
+    for document in parsed(chunk, options, found.bad):
+        found.lines.append(document.encode())
+        found.keys.append(exact.of(document, passing_key))
+        if ids:
+            found.ids.append(document.id)
+    return found
 
 
 @dataclass

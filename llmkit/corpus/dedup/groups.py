@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
-from llmkit.corpus.dedup.index import Index, run_key
 from llmkit.corpus.dedup.measure import Measure
 from llmkit.corpus.dedup.method import Decided, Tally
 from llmkit.corpus.dedup.minhash import MinHash
@@ -37,6 +36,9 @@ from llmkit.engine.local import Engine, Local
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
 from llmkit.io.lineage import Input
+
+if TYPE_CHECKING:  # with it DuckDB, which a run without an index does without
+    from llmkit.corpus.dedup.index import Index
 
 BATCH = 1 << 15  # documents that go into the index at once
 
@@ -115,6 +117,8 @@ class Groups(Tally):
 
     def _seen(self, waiting: Waiting, reader: DocumentReader) -> tuple[Choice | None, tuple[int, str] | None]:
         """What earlier runs kept, and the run with what it is known by, where it is not in the index yet."""
+        from llmkit.corpus.dedup.index import run_key
+
         assert self.index
         key = run_key([item.digest for item in reader.inputs], self.options)
         run, choice = self.index.run_of(key), None

@@ -18,7 +18,7 @@ from llmkit.corpus.lists import dotted
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 
-LEVEL = -5  # of the lines that wait
+LEVEL = -50  # of the lines that wait: nearly as they are
 
 
 @dataclass(slots=True)

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.index import Index
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided
 from llmkit.corpus.dedup.waiting import LEAST, SORTED, Choice, Telling, Waiting, sharing, tell
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.engine.cluster import Cluster, Ref
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
+
+if TYPE_CHECKING:
+    from llmkit.corpus.dedup.index import Index
 
 BLOCK = 64  # chunks whose values are dealt out together
 HAND = 1 << 30  # bytes that one task sorts or compares, at most; --memory where that is less

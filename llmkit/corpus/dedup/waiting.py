@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.index import Columns, Index
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided, verdict, with_fields
 from llmkit.corpus.dedup.minhash import MinHash
@@ -26,6 +25,9 @@ from llmkit.corpus.dedup.spool import Blobs, Column
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.engine.local import Engine
 from llmkit.io.documents import DocumentReader
+
+if TYPE_CHECKING:
+    from llmkit.corpus.dedup.index import Columns, Index
 
 REASONS = ("", "exact", "minhash")
 CHAIN = 16  # documents of a band that each is compared with: the first ones, and as many before it
