@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
 
 from llmkit.corpus.filters import ByTable, Check, Filter
+from llmkit.corpus.kernels import cold
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
+from llmkit.engine.local import meanwhile
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 
@@ -56,7 +58,17 @@ class Chain:
         return Verdict(page.text, notes=page.notes)
 
     def warm_up(self) -> None:
-        """Run every filter once, so that kernels are compiled and files read before workers fork. LlmkitError where a file is not as it has to be."""
+        """Run every filter once, so that kernels are compiled and files read before workers fork. LlmkitError where a file is not as it has to be.
+
+        On a new machine another process compiles from the last filter on: what one has compiled, the other finds in the cache.
+        """
+        if cold() and len(self.steps) > 1:
+            with meanwhile(replace(self, steps=self.steps[::-1])._run_once):
+                self._run_once()
+        else:
+            self._run_once()
+
+    def _run_once(self) -> None:
         for name, check in self.steps:
             try:
                 list(_checks(name, check, Page("Some words. Some more.\n", self.splitter), "warm-up"))

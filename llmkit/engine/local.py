@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -77,6 +78,24 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
     finally:
         _work = None
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def meanwhile(work: Callable[[], object]) -> Iterator[None]:
+    """`work` in a forked process while the block runs, and no longer."""
+    process = multiprocessing.get_context("fork").Process(target=_quietly, args=(work,), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _quietly(work: Callable[[], object]) -> None:
+    start_worker()
+    with suppress(Exception):
+        work()
 
 
 def _call(item: Any) -> Any:

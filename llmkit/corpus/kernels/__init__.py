@@ -44,3 +44,9 @@ def _place_of_cache() -> str:
 
 
 numba.config.CACHE_DIR = _place_of_cache()  # type: ignore[attr-defined]
+
+
+def cold() -> bool:
+    """Whether nothing is compiled yet on this machine."""
+    settings: Any = numba.config
+    return not settings.DISABLE_JIT and not Path(settings.CACHE_DIR).exists()
