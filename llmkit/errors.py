@@ -68,5 +68,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {name!r}", suggestion(name, known))
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM arrived. Like KeyboardInterrupt no `except Exception` may swallow it."""

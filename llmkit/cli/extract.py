@@ -104,7 +104,7 @@ def main(
             if not run.dry_run:
                 writer = stack.enter_context(run.writer())
                 for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=run.force or job.anew))
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=job.replaces(path, lineage)))
             bar = stack.enter_context(run.progress(None, "pages"))
             extractor = Extractor(engine, time_limit, max_page_bytes)
             reading = Reading(run.read_options(html_key), max_page_bytes, verify)

@@ -60,7 +60,11 @@ def run_command(name: str, arguments: list[str]) -> int:
         return ExitCode.OK
     debug = "--debug" in options
 
+    terminated = False
+
     def terminate(number: int, frame: object) -> None:
+        nonlocal terminated
+        terminated = True  # a library may make a plain KeyboardInterrupt of it
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -74,11 +78,11 @@ def run_command(name: str, arguments: list[str]) -> int:
         if debug:
             raise
         _leave_broken_pipe()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if terminated or isinstance(error, Terminated):
+            return ExitCode.TERMINATED
         print(f"{program}: interrupted", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    except Terminated:
-        return ExitCode.TERMINATED
     except LlmkitError as error:
         if debug:
             raise

@@ -36,7 +36,9 @@ class Run:
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, without some
         self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
-        self._paths = list(paths.items())  # (option, path): inputs that options name, for the lineage
+        self._paths: list[tuple[str, str | Path]] = list(
+            paths.items()
+        )  # (option, path): inputs that options name, for the lineage
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
@@ -106,7 +108,7 @@ class Run:
         """Note an input that an option names: `role` is the option, or it and its value with a star for the path (io.lineage.Input)."""
         if os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
-        self._paths.append((role, Path(path)))
+        self._paths.append((role, path))
 
     def lineage(self) -> Lineage:
         """A new record with the command, the options and the inputs that options name."""

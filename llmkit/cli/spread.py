@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import SHARED, Run
-from llmkit.errors import LlmkitError, unknown_name
+from llmkit.errors import ExitCode, LlmkitError, LockedError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from llmkit.cli.stage import Job
@@ -51,7 +51,7 @@ def by_file(run: Run, jobs: Iterable[Job], *more: str) -> Iterator[dict[str, Any
 
     def arguments(job: Job) -> list[str]:
         rejects = [word for path in job.beside for word in ("--rejects", path)]
-        return [job.inputs[0], "-o", str(job.output), *rejects, *more, *(["-f"] if run.force else [])]
+        return [job.inputs[0], "-o", str(job.output), *rejects, *more, *(["-f"] if run.force or job.anew else [])]
 
     work = partial(_call, run.command, run.config(OWN), os.getcwd())
     for said, counts in Cluster().each(work, ((arguments(job),) for job in jobs)):
@@ -79,7 +79,10 @@ def _call(command: str, config: str, directory: str, arguments: list[str]) -> tu
             failed = [line.partition(": error: ")[2] for line in lines if ": error: " in line] or lines[-1:]
             hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
             message = " ".join(failed) or f"exit code {done.returncode}"
-            raise LlmkitError(message if arguments[0] in message else f"{arguments[0]}: {message}", " ".join(hints))
+            kind = {ExitCode.USAGE: UsageError, ExitCode.LOCKED: LockedError}.get(
+                ExitCode(done.returncode), LlmkitError
+            )
+            raise kind(message if arguments[0] in message else f"{arguments[0]}: {message}", " ".join(hints))
         counts = json.loads(summary.read_bytes())
         return done.stderr, {key: value for key, value in counts.items() if key not in ("command", "seconds")}
 

@@ -51,6 +51,12 @@ class Job:
         if rejects is not None:
             self.beside[rejects] = Lineage(f"{run.command} --rejects", dict(run.options), run.lineage().inputs)
 
+    def replaces(self, path: str, lineage: Lineage) -> bool:
+        """Whether a further output that is there is to be replaced: asked for, or left by this very call, killed before its output was there."""
+        if self.run.force or self.anew:
+            return True
+        return self.output is not None and not exists(self.output) and self.run.made(path, lineage)
+
     @property
     def done(self) -> bool:
         """Whether its outputs are there, made by this very call."""
@@ -99,14 +105,13 @@ def is_directory(path: str | None) -> bool:
 
 def over_cluster(run: Run, todo: Iterable[Job], *more: str) -> tuple[list[dict[str, Any]], int]:
     """Make outputs by calls on a cluster: what each counted, and how many were there already."""
-    every = list(todo)
-    waiting = [job for job in every if not job.done]
-    run.output = os.path.dirname(str(every[0].output))
-    found: list[dict[str, Any]] = []
-    with run.progress(len(waiting), "files") as bar:
-        for counts in by_file(run, waiting, *more):
+    if run.read_options().quarantine:
+        raise UsageError("a cluster has no one file for bad lines", "--on-bad-line skip, or stop")
+    every, found = list(todo), []
+    with run.progress(len(every), "files") as bar:
+        for counts in by_file(run, every, *more):
             bar.advance()
-            if "up_to_date" not in counts:  # by a worker that was lost before it could tell
+            if "up_to_date" not in counts:
                 found.append(counts)
     return found, len(every) - len(found)
 
@@ -158,8 +163,7 @@ def run_stage(
             if not run.dry_run:
                 writer = stack.enter_context(run.writer(force=again))
                 for path, lineage in job.beside.items():
-                    left = job.output is not None and not exists(job.output) and run.made(path, lineage)
-                    force = run.force or job.anew or again or left  # `left`: by this very call, which was killed then
+                    force = again or job.replaces(path, lineage)
                     rejected = stack.enter_context(DocumentWriter(path, lineage, force=force))
             with run.progress(None, "documents") as bar:
                 for outcome in work(reader):

@@ -20,6 +20,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -41,6 +42,7 @@ Ref = Any  # a value that lies somewhere in the cluster
 WINDOW = 3  # calls on their way for each core
 AHEAD = 8  # chunks that a file's reader may be ahead
 READERS = 4  # files that are read at once, for each machine
+OWN_RULES = "llmkit_rules_"  # how modules of the user's own files begin, see corpus/rules.py
 REACHABLE = 10.0  # seconds for a cluster to answer
 RETRIES = 3  # of a call whose worker or machine is lost
 
@@ -67,14 +69,20 @@ class Cluster:
     @property
     def cores(self) -> int:
         """Of all machines."""
-        return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        cores = int(self._ray.cluster_resources().get("CPU", 0))
+        if not cores:
+            raise LlmkitError("the Ray cluster has no cores", "add a machine: ray start --address=...")
+        return cores
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
         return Local, ()  # a worker has itself alone
 
     # One call at a time.
     def _shared(self, work: Callable[..., Any]) -> Ref:
-        """What many calls do, sent once."""
+        """What many calls do, sent once, with the functions of the user's own files."""
+        for name, module in list(sys.modules.items()):
+            if name.startswith(OWN_RULES):
+                self._ray.cloudpickle.register_pickle_by_value(module)
         return self._ray.put(partial(_inside, os.getcwd(), work))
 
     def call(self, work: Any, *arguments: Any, returns: int = 1) -> Any:
@@ -134,9 +142,12 @@ class Cluster:
         return chain.from_iterable(_ahead(start, reader.paths, READERS * machines))
 
     def _stream(self, cores: int, *arguments: Any) -> Any:
-        """Refs of what a generator yields, which is at most `AHEAD` ahead of what is taken."""
-        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": AHEAD}
-        return self._remote[_yield].options(num_cpus=cores, **options).remote(*arguments)
+        """Refs of what a generator yields. One that holds no core is at most `AHEAD` ahead of what is taken, and goes where few others are; one that
+        does must never wait, since what it waits for may need its core."""
+        options: dict[str, Any] = {"num_returns": "streaming", "num_cpus": cores}
+        if not cores:
+            options |= {"_generator_backpressure_num_objects": AHEAD, "scheduling_strategy": "SPREAD"}
+        return self._remote[_yield].options(**options).remote(*arguments)
 
 
 def _ahead(start: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
@@ -152,11 +163,14 @@ def _ahead(start: Callable[[Item], Result], items: Iterable[Item], window: int) 
 def _connected() -> Any:
     """The module `ray`, connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the calls behind one that failed
     try:
         import ray
+        import ray._private.worker as messages
     except ImportError:
         raise LlmkitError("Ray is not installed", "pip install 'llmkit[ray]'") from None
     if not ray.is_initialized():
+        messages.print_to_stdstream = lambda *_, **__: None  # Ray would tell of lost machines on stdout, among the data
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         address = os.environ.get("RAY_ADDRESS", "")
         try:

@@ -17,18 +17,26 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from llmkit.errors import LlmkitError, LockedError
-from llmkit.io.inputs import exists, is_remote, reaching
+from llmkit.io.inputs import exists, is_remote, reaching, shown
+
+DIRECTORIES = {
+    "file",
+    "sftp",
+    "smb",
+    "hdfs",
+    "webhdfs",
+}  # storage that has them; elsewhere a name with slashes needs none
 
 
 def check_output(path: str | Path, force: bool) -> None:
     """Refuse to overwrite `path` without `force`, and to write where there is no directory."""
     if exists(str(path)) and not force and not is_special(Path(path)):
-        raise LlmkitError(f"{path} exists", "choose another output, or give -f to replace it")
+        raise LlmkitError(f"{shown(str(path))} exists", "choose another output, or give -f to replace it")
     if is_remote(str(path)):
         return
     parent = Path(os.path.realpath(path)).parent
@@ -54,16 +62,19 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     check_output(path, force)
     if is_remote(str(path)):
         with reaching(str(path)) as (system, name):
-            system.makedirs(system._parent(name), exist_ok=True)
+            if DIRECTORIES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+                system.makedirs(system._parent(name), exist_ok=True)
             sink = system.open(name, "wb", autocommit=False)
         try:
             yield sink
-            sink.close()
         except BaseException:
-            sink.close()
-            sink.discard()
+            with suppress(Exception):  # what is wrong is known
+                sink.close()
+                sink.discard()
             raise
-        sink.commit()
+        with reaching(str(path)):
+            sink.close()
+            sink.commit()
         return
     if is_special(Path(path)):
         with open(path, "wb") as sink:
@@ -94,6 +105,8 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
 
     Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
     """
+    if is_remote(str(path)):
+        raise LlmkitError(f"{shown(str(path))}: no such directory is made at a URL", "make it here, and copy it")
     check_output(path, force)
     final = Path(os.path.realpath(path))
     if final.exists() and not final.is_dir():

@@ -72,12 +72,13 @@ def _remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
     if not (url.endswith("/") or glob.has_magic(url)):
         return [url]
     with reaching(url) as (system, path):
-        inside = system.find(path) if url.endswith("/") else system.glob(path)
-        found = sorted(system.unstrip_protocol(name) for name in inside)
-    found = [name for name in found if name.endswith(suffixes) or not url.endswith("/")]
-    if not found:
-        raise LlmkitError(f"{url}: no input files there", "looked for " + " ".join(suffixes))
-    return found
+        directory, place = url.endswith("/"), url.rfind(path)
+        inside = sorted(system.find(path) if directory else system.glob(path))
+    if directory:
+        inside = [name for name in inside if name.endswith(suffixes) and "/." not in name[len(path) :]]
+    if not inside or place < 0:
+        raise LlmkitError(f"{shown(url)}: no input files there", "looked for " + " ".join(suffixes))
+    return [url[:place] + name for name in inside]
 
 
 @contextmanager
@@ -85,18 +86,23 @@ def reaching(url: str) -> Iterator[tuple[Any, str]]:
     """(fsspec file system, path in it) of a URL; a block in which errors of any library name the URL."""
     import fsspec
 
+    name = shown(url)
+    if "::" in url:
+        raise LlmkitError(f"{name}: chained URLs are not read", "unpack it first")
     try:
         yield fsspec.url_to_fs(url)
     except (LlmkitError, BrokenPipeError):
         raise
     except ImportError as error:
-        raise LlmkitError(f"{url}: {error}", "install what reads such URLs") from error
+        raise LlmkitError(f"{name}: {error}", "install what reads such URLs") from error
+    except NotImplementedError as error:
+        raise LlmkitError(
+            f"{name}: no file can be made there", "write to a file, or to another kind of storage"
+        ) from error
     except Exception as error:  # of the libraries for each kind of storage
         said = str(error).strip().splitlines() or [type(error).__name__]
-        missing = isinstance(error, FileNotFoundError)
-        raise LlmkitError(
-            f"{url}: {'no such file' if missing else said[0]}", "check the URL and your rights"
-        ) from error
+        reason = "no such file" if isinstance(error, FileNotFoundError) else said[0].replace(url, name)
+        raise LlmkitError(f"{name}: {reason}", "check the URL and your rights") from error
 
 
 def exists(path: str) -> bool:
@@ -176,4 +182,13 @@ class _Resumed:
 
 def display_name(path: str) -> str:
     """How messages call an input."""
-    return "<stdin>" if path == STDIN else path
+    return "<stdin>" if path == STDIN else shown(path)
+
+
+def shown(path: str) -> str:
+    """A path, or a URL without what may be secret in it: user, password, query."""
+    if not is_remote(path):
+        return path
+    scheme, _, rest = path.partition("://")
+    host, slash, name = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{name.partition('?')[0] if scheme.startswith('http') else name}"

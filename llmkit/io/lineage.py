@@ -28,7 +28,7 @@ from typing import Any
 from llmkit import __version__
 from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK, Notes, decompress, digest_bytes
-from llmkit.io.inputs import STDIN, exists, is_remote, open_raw
+from llmkit.io.inputs import STDIN, display_name, exists, is_remote, open_raw, shown
 
 # Digests of these are of the bytes as they are stored: a damaged archive has to have one too.
 STORED = (
@@ -87,7 +87,11 @@ class Lineage:
 def base_name(path: str | Path) -> str:
     """How the record calls an input: its last path component, `-` for stdin."""
     text = str(path)
-    return STDIN if text == STDIN else os.path.basename(text.rstrip("/") if is_remote(text) else os.path.abspath(text))
+    return (
+        STDIN
+        if text == STDIN
+        else os.path.basename(shown(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
+    )
 
 
 def digest_path(path: str | Path) -> str:
@@ -121,7 +125,7 @@ def _digest_file(path: str) -> str:
     if path.endswith(STORED):
         return digest_bytes(_file_blocks(path))
     with open_raw(path) as raw:
-        return digest_bytes(decompress(raw, path, Notes()))
+        return digest_bytes(decompress(raw, display_name(path), Notes()))
 
 
 def _directory_entries(directory: Path) -> Iterator[bytes]:
@@ -176,12 +180,13 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        return _parse((pq.read_schema(path).metadata or {}).get(b"llmkit"))
+        with open_raw(name) as raw:
+            return _parse((pq.read_schema(raw).metadata or {}).get(b"llmkit"))
     if path.suffix == ".toml":
         return _read_plan(path)
     notes = Notes()
     with open_raw(name) as raw:
-        for _ in decompress(raw, name, notes):
+        for _ in decompress(raw, display_name(name), notes):
             pass
     return join_notes(notes.found)
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import Notes, ZstdOutput, decompress
+from llmkit.io.inputs import is_remote
 
 BATCH_ROWS = 1024
 GROUP_BYTES = 32 << 20
@@ -56,7 +57,7 @@ class ParquetOutput:
 
     def __enter__(self) -> ParquetOutput:
         self._sink = self._stack.enter_context(atomic_file(self._path, self._force))
-        directory = os.path.dirname(os.path.realpath(self._path))
+        directory = None if is_remote(self._path) else os.path.dirname(os.path.realpath(self._path))
         self._spool_file = self._stack.enter_context(tempfile.TemporaryFile(dir=directory))
         self._spool = ZstdOutput(self._spool_file, 1)
         return self

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,8 +60,7 @@ class Encoder:
         self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
-        info, options, allow_special, source = self._made_of
-        return partial(Encoder, info, options, allow_special=allow_special, source=source), ()
+        return _made_again, self._made_of
 
     def __call__(self, chunk: Chunk) -> Encoded:
         documents, bad = parse(chunk, self._options)
@@ -88,6 +86,18 @@ class Encoder:
     def _source_of(fields: dict[str, Any], file: str) -> str:
         value = fields.get("source")
         return value if isinstance(value, str) and value else source_name(file)
+
+
+_encoders: dict[Any, Encoder] = {}
+
+
+def _made_again(info: TokenizerInfo, options: ReadOptions, allow_special: bool, source: str | None) -> Encoder:
+    """The encoder of that making, one in a process: large vocabularies take longer to load than a chunk to encode."""
+    key = info.digest, options, allow_special, source
+    if key not in _encoders:
+        _encoders.clear()
+        _encoders[key] = Encoder(info, options, allow_special=allow_special, source=source)
+    return _encoders[key]
 
 
 def source_name(file: str) -> str:

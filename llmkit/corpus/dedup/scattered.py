@@ -72,6 +72,7 @@ class Scattered(Waiting):
             _several(self.cluster.call(_deal, hands, self.near.bands, ranks[of], *self._bands[chunks], returns=hands))
             for chunks, of in self._blocks()
         ]
+        self._bands = []  # the cluster need not hold them any longer
         pairs = self.cluster.each(_join, (tuple(block[hand] for block in dealt) for hand in range(hands)))
         found = [np.empty(0, np.uint64)]
         for mine in pairs:
@@ -84,6 +85,7 @@ class Scattered(Waiting):
         known, threshold = np.empty(0), self._threshold()
         if threshold >= 0 and len(candidates):
             known = np.concatenate(list(self.cluster.each(_compare, self._slices(candidates, threshold))))
+        self._shingles = []
         nothing, shingles = np.empty(0, np.int64), np.empty(0, np.uint32)
         shingles.setflags(write=False)  # as those of a file, so that kernels are compiled for one kind of array
         return known, nothing, shingles, nothing, threshold
@@ -108,7 +110,8 @@ class Scattered(Waiting):
 
     def written(self, engine: Any, telling: Telling, choice: Choice, index: Index | None = None) -> Iterator[Decided]:
         """As `Waiting.written`, on the cluster."""
-        arguments = zip(self._lines, self._verdicts(telling, choice, index), strict=True)
+        self._lines.reverse()  # each ref is given up with its turn
+        arguments = ((self._lines.pop(), found) for found in self._verdicts(telling, choice, index))
         return self.cluster.each(partial(tell, telling), arguments)
 
 
