@@ -163,15 +163,13 @@ class Index:
         """
         n = len(next(iter(columns.values())))
         rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
-        numbers = pa.array(np.arange(n))
+        numbers = _arrow(np.arange(n))
         if self.settings["minhash"]:
             _, firsts, groups = np.unique(columns["same"], return_index=True, return_inverse=True)
             chosen = firsts[columns["shingled"][firsts] > 0]  # of equal words one is asked for
             pairs = np.empty(0, np.uint64)
             for name in (f"band{band}" for band in range(self.settings["bands"])):
-                found = self._sharing(run, name, pa.array(chosen), _low(columns[name])[chosen], PER_KEY).astype(
-                    np.uint64
-                )
+                found = self._sharing(run, name, _arrow(chosen), _low(columns[name])[chosen], PER_KEY).astype(np.uint64)
                 pairs = np.unique(np.concatenate([pairs, found[:, 0] << S32 | found[:, 1]]))
             documents, candidates = (pairs >> S32).astype(np.int64), (pairs & LOW_32).astype(np.int64)
             estimates = self._estimates(columns["signature"], documents, candidates)
@@ -186,7 +184,7 @@ class Index:
         if self.settings["exact"]:
             chosen = columns["keyed"]
             self._equal(
-                run, "exact", pa.array(np.flatnonzero(chosen)), columns["exact"][chosen], rows, similarities, reasons, 1
+                run, "exact", _arrow(np.flatnonzero(chosen)), columns["exact"][chosen], rows, similarities, reasons, 1
             )
         return rows, similarities, reasons
 
@@ -206,7 +204,7 @@ class Index:
 
     def _sharing(self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int) -> NDArray[np.int64]:
         """(document, row) of equal keys, int64 [pairs, 2]: of each key the earliest rows."""
-        new = pa.table({"n": numbers, "key": pa.array(keys)})  # noqa: F841 - DuckDB finds it by name
+        new = pa.table({"n": numbers, "key": _arrow(keys)})  # noqa: F841 - DuckDB finds it by name
         condition = "AND s.keyed" if name == "exact" else ""
         found = self._sql.execute(
             f"""WITH few AS (
@@ -222,7 +220,7 @@ class Index:
     ) -> NDArray[np.float64]:
         """Similarity of documents and rows by the share of equal functions."""
         bits = self.settings["signature bits"]
-        wanted = pa.table({"number": pa.array(np.unique(candidates))})  # noqa: F841 - DuckDB finds it by name
+        wanted = pa.table({"number": _arrow(np.unique(candidates))})  # noqa: F841 - DuckDB finds it by name
         found = self._sql.execute(
             "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid"
         ).fetchall()
@@ -245,13 +243,13 @@ class Index:
 
     def add(self, run: int, ids: list[str], columns: Columns) -> None:
         """Add kept documents of a run."""
-        table = {"run": pa.array(np.full(len(ids), run, np.int32)), "id": pa.array(ids, pa.string())}
+        table = {"run": _arrow(np.full(len(ids), run, np.int32)), "id": _strings(ids)}
         if self.settings["exact"]:
-            table |= {"exact": pa.array(columns["exact"]), "keyed": pa.array(columns["keyed"])}
+            table |= {"exact": _arrow(columns["exact"]), "keyed": _arrow(columns["keyed"])}
         if self.settings["minhash"]:
-            table["same"] = pa.array(columns["same"])
-            table |= {f"band{i}": pa.array(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
-            table["signature"] = pa.array([row.tobytes() for row in columns["signature"]], pa.binary())
+            table["same"] = _arrow(columns["same"])
+            table |= {f"band{i}": _arrow(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
+            table["signature"] = _arrow(columns["signature"])
         new = pa.table(table)  # noqa: F841 - DuckDB finds it by name
         self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new")
 
@@ -263,7 +261,7 @@ class Index:
 
     def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
         """Ids of rows."""
-        wanted = pa.table({"number": pa.array(np.unique(rows))})  # noqa: F841 - DuckDB finds it by name
+        wanted = pa.table({"number": _arrow(np.unique(rows))})  # noqa: F841 - DuckDB finds it by name
         found = self._sql.execute("SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number").fetchall()
         return dict(found)
 
@@ -280,6 +278,25 @@ class Index:
             "bytes": size,
             "bytes_per_document": round(size / max(1, kept), 1),
         }
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    """Numbers, truth values or rows of bytes as Arrow holds them. Arrow's own way from numpy imports pandas where that is installed: a second of work."""
+    if values.ndim == 2:
+        kind, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
+    else:
+        kind, rows = pa.from_numpy_dtype(values.dtype), len(values)
+    packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
+    return pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+
+
+def _strings(texts: list[str]) -> pa.Array:
+    """Texts, likewise."""
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return pa.Array.from_buffers(
+        pa.large_string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    )
 
 
 def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:
