@@ -9,12 +9,24 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numba
 import xxhash
+
+# numba looks for the BLAS of SciPy, and so loads that, a quarter of a second of work. No kernel of ours needs one.
+BLAS = "scipy.linalg.cython_blas"
+_loaded: dict[str, Any] = sys.modules
+if BLAS in _loaded:
+    import numba
+else:
+    _loaded[BLAS] = None  # it cannot be imported
+    import numba
+    import numba.np.arraymath
+
+    del _loaded[BLAS]
 
 HERE = Path(__file__).parent
 

@@ -48,11 +48,13 @@ def tables() -> tuple[NDArray[np.int32], Bytes]:
         characters = list(map(chr, range(start, stop)))
         becomes = normalise.loose(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
         for code, (old, new) in enumerate(zip(characters, becomes, strict=True), start):
+            if old == new and not unicodedata.combining(old):
+                continue  # most of them
             if any(map(unicodedata.combining, new)):
                 table[code] = REORDERED
             elif new == "0":
                 table[code] = DIGIT
-            elif old != new:
+            else:
                 if new not in made:
                     made[new] = 16 * len(pool) + len(new.encode())
                     pool += new.encode()
