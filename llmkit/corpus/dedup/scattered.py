@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided
-from llmkit.corpus.dedup.waiting import LEAST, SORTED, Choice, Telling, Waiting, sharing, tell
+from llmkit.corpus.dedup.waiting import LEAST, SORTED, Choice, Telling, Waiting, halves, sharing, tell
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.engine.cluster import Cluster, Ref
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 BLOCK = 64  # chunks whose values are dealt out together
 HAND = 1 << 30  # bytes that one task sorts or compares, at most; --memory where that is less
-S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Scattered(Waiting):
     """Documents on the machines of `cluster`."""
+
+    lazy = False
 
     def __init__(self, cluster: Cluster, *settings: Any) -> None:
         super().__init__(*settings)
@@ -81,14 +82,11 @@ class Scattered(Waiting):
                 found = [np.unique(np.concatenate(found))]
         return np.unique(np.concatenate(found))
 
-    def _similarities(self, candidates: NDArray[np.uint64]) -> tuple[Any, ...]:
-        known, threshold = np.empty(0), self._threshold()
-        if threshold >= 0 and len(candidates):
-            known = np.concatenate(list(self.cluster.each(_compare, self._slices(candidates, threshold))))
+    def _similarities(self, candidates: NDArray[np.uint64]) -> NDArray[np.float64]:
+        measured = self.cluster.each(_compare, self._slices(candidates, self._threshold()))
+        known = np.concatenate([np.empty(0), *measured])
         self._shingles = []
-        nothing, shingles = np.empty(0, np.int64), np.empty(0, np.uint32)
-        shingles.setflags(write=False)  # as those of a file, so that kernels are compiled for one kind of array
-        return known, nothing, shingles, nothing, threshold
+        return known
 
     def _slices(self, candidates: NDArray[np.uint64], threshold: float) -> Iterator[tuple[Any, ...]]:
         """Arguments of `_compare` for each slice of the candidates."""
@@ -97,8 +95,7 @@ class Scattered(Waiting):
         size = max(1, int(room / (8 * max(1.0, float(sizes.mean())))))
         size = min(size, max(1 << 12, -(-len(candidates) // self.cluster.cores)))
         for first in range(0, len(candidates), size):
-            mine = candidates[first : first + size]
-            pair = np.stack([mine >> S32, mine & LOW_32]).astype(np.int64)
+            pair = np.stack(halves(candidates[first : first + size])).astype(np.int64)
             pair = pair if order is None else order[pair]
             documents, places = np.unique(pair, return_inverse=True)
             handed = []

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 REASONS = ("", "exact", "minhash")
 CHAIN = 16  # documents of a band that each is compared with: the first ones, and as many before it
 LEAST = 1 << 12  # bytes: less is no memory for a sort
+STEP = 1 << 19  # documents or pairs whose shingles may be in memory at once
 SORTED = 40  # bytes of memory that a band key takes while it is sorted
+
+NOTHING = np.empty(0, np.int64)
+NOTHING.setflags(write=False)  # as what a file holds, so that kernels are compiled for one kind of array
 
 
 class Choice(NamedTuple):
@@ -97,6 +101,8 @@ def tell(telling: Telling, packed: bytes, found: Verdicts) -> Decided:
 class Waiting:
     """The documents. `memory` is for the sorting of a band, in bytes."""
 
+    lazy = True  # similarities are measured where they are needed, not all of them
+
     def __init__(self, near: MinHash | None, clusters: str, memory: int, temporary: str | None = None) -> None:
         self.near, self.clusters, self.memory, self.temporary = near, clusters, memory, temporary
         self.given = 0  # the first documents are seen elsewhere: they stay, and are not written
@@ -143,7 +149,7 @@ class Waiting:
 
     def plain(self, name: str) -> NDArray[Any]:
         """One value a document, in input order; empty where that was not measured."""
-        return self._columns[name].array() if name in self._columns else np.empty(0, np.int64)
+        return self._columns[name].array() if name in self._columns else NOTHING
 
     def column(self, name: str) -> NDArray[Any]:
         """The same by rank."""
@@ -176,8 +182,12 @@ class Waiting:
             exact[~self.column("keyed")] = -1
         same = self._firsts("same")
         candidates = self._candidates(same)
-        choose: Any = kernels.stars if self.clusters == "stars" else kernels.components
-        choose(self.given, exact, same, candidates, *self._similarities(candidates), *choice)
+        threshold, lazy = self._threshold(), self.lazy and self.clusters == "stars"
+        known = np.empty(0) if lazy or threshold < 0 else self._similarities(candidates)
+        if self.clusters == "stars":
+            self._stars(exact, same, candidates, known, lazy, choice)
+        else:
+            kernels.components(self.given, exact, same, candidates, known, threshold, *choice)
         if self._order is None:
             return choice
         back = np.empty_like(self._order)
@@ -215,12 +225,30 @@ class Waiting:
         """Of similarity; -1 where candidates are believed."""
         return self.near.threshold if self.near and self.near.verify else -1.0
 
-    def _similarities(self, candidates: NDArray[np.uint64]) -> tuple[Any, ...]:
-        """What says how similar candidates are, as kernels/groups.py takes it: here the shingles."""
+    def _places(self) -> tuple[Any, ...]:
+        """Where the shingles of each rank are, as kernels/groups.py takes it."""
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.plain("shingled"))])
-        places = np.arange(len(self)) if self._order is None else self._order
-        shingles = self.plain("shingles") if self.near else np.empty(0, np.uint32)
-        return np.empty(0), places, shingles, starts, self._threshold()
+        return np.arange(len(self)) if self._order is None else self._order, starts
+
+    def _stars(self, exact: Any, same: Any, candidates: Any, known: Any, lazy: bool, choice: Choice) -> None:
+        """Choose survivors; `lazy`: similarities are measured where they are needed."""
+        places, starts = self._places()
+        state: list[Any] = [np.full(len(column), -1, np.int64) for column in (exact, same, same)]
+        state += [np.zeros(len(same)), np.zeros(len(same), np.bool_)]
+        for first in range(0, len(self), STEP):
+            shingles = self.plain("shingles" if lazy else "")  # mapped anew, so that what was read is let go
+            ranks = first, min(first + STEP, len(self)), self.given
+            measured = known, places, shingles.view(np.uint32), starts, self._threshold()
+            kernels.stars(*ranks, exact, same, candidates, *measured, *choice, *state)
+
+    def _similarities(self, candidates: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """How similar candidates are."""
+        places, starts = self._places()
+        found = [np.empty(0)]
+        for first in range(0, len(candidates), STEP):
+            later, earlier = (places[part.astype(np.int64)] for part in halves(candidates[first : first + STEP]))
+            found.append(kernels.similarities_of(later, earlier, self.plain("shingles"), starts, self._threshold()))
+        return np.concatenate(found)
 
     # The second pass.
     def written(
@@ -246,6 +274,11 @@ class Waiting:
             gone = matches[mine][matches[mine] != -1].tolist() if telling.ids else []
             named = [ids[n].decode("utf-8", "surrogatepass") if n >= 0 else known[-2 - n] for n in gone]
             yield Verdicts(sizes[mine], choice.of(mine), names[survivors[mine]], numbers[survivors[mine]], named)
+
+
+def halves(pairs: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The later and the earlier documents of pairs."""
+    return pairs >> kernels.S32, pairs & kernels.LOW_32
 
 
 def sharing(keys: NDArray[np.uint64], documents: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -71,21 +71,36 @@ def similarities_of(later, earlier, shingles, starts, threshold):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def stars(given, exact, same, candidates, known, places, shingles, starts, threshold, matches, similarities, reasons):  # type: ignore[no-untyped-def]
-    """Choose survivors by rank: a document goes if a kept one matches it, the first such. Fills `matches` (NONE: kept), `similarities`, `reasons`
+def stars(  # type: ignore[no-untyped-def]
+    first_rank,
+    end,
+    given,
+    exact,
+    same,
+    candidates,
+    known,
+    places,
+    shingles,
+    starts,
+    threshold,
+    matches,
+    similarities,
+    reasons,
+    kept_exact,
+    kept_same,
+    near,
+    alike,
+    searched,
+):
+    """Choose survivors by rank, of the ranks from `first_rank` to `end`: a document goes if a kept one matches it, the first such. Fills `matches` (NONE: kept), `similarities`, `reasons`
     (1: equal key, 2: equal or near text); what `matches` holds already stays (documents that are seen elsewhere, their reasons given).
 
     The first `given` documents stay in any case. `exact`, `same`: lowest document with the same key and with the same words (empty: that is not asked).
     `known` holds the similarity of each candidate, or nothing: then they are measured as they are needed, from the `shingles` of document i at
-    `places[i]`. With threshold < 0, candidates are believed (similarity -1).
+    `places[i]`. With threshold < 0, candidates are believed (similarity -1). From one call to the next go: the kept document with a key, with some words,
+    and like some words (NONE: none yet), how much alike, and whether that was asked.
     """
-    n = len(matches)
-    kept_exact = np.full(len(exact), NONE, np.int64)
-    kept_same = np.full(len(same), NONE, np.int64)  # the kept document with these words
-    near = np.full(len(same), NONE, np.int64)  # the kept document that is like these words, and how much
-    alike = np.zeros(len(same))
-    searched = np.zeros(len(same), np.bool_)
-    for i in range(n):
+    for i in range(first_rank, end):
         if i >= given and matches[i] == NONE:
             if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] >= 0:
                 matches[i], similarities[i], reasons[i] = kept_exact[exact[i]], 1, 1
@@ -131,7 +146,7 @@ def find_root(parents, i):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def components(  # type: ignore[no-untyped-def]
-    given, exact, same, candidates, known, places, shingles, starts, threshold, matches, similarities, reasons
+    given, exact, same, candidates, known, threshold, matches, similarities, reasons
 ):
     """As `stars`, but whatever is connected by verified pairs is one group, of which the first document stays: the field's usual union-find."""
     n = len(matches)
@@ -143,13 +158,8 @@ def components(  # type: ignore[no-untyped-def]
                 parents[max(a, b)] = min(a, b)
     for p in range(len(candidates)):
         later, earlier = np.int64(candidates[p] >> S32), np.int64(candidates[p] & LOW_32)
-        if threshold >= 0:
-            if len(known):
-                similarity = known[p]
-            else:
-                similarity = similarity_of(places[later], places[earlier], shingles, starts, threshold)
-            if similarity < threshold:
-                continue
+        if threshold >= 0 and known[p] < threshold:
+            continue
         a, b = find_root(parents, later), find_root(parents, earlier)
         parents[max(a, b)] = min(a, b)
     for i in range(given, n):
