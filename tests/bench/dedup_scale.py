@@ -133,7 +133,7 @@ def main() -> None:
             here = Path(temporary)
             megabytes = store(corpus(count), known, here / "all.jsonl.zst")
             store(night(count, count // 100), known, here / "night.jsonl.zst")
-            store(corpus(2), known, here / "few.jsonl.zst")
+            store(corpus(300), known, here / "few.jsonl.zst")
             call = ["dedup", "-q", "-f", "--temp-dir", here, "--memory", given.memory, "-o", here / "out.jsonl.zst"]
             index = ["--index", here / "seen.duckdb"]
             for _ in range(2):
