@@ -48,7 +48,7 @@ def tables() -> tuple[NDArray[np.int32], Bytes]:
         characters = list(map(chr, range(start, stop)))
         becomes = normalise.loose(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
         for code, (old, new) in enumerate(zip(characters, becomes, strict=True), start):
-            if old == new and not unicodedata.combining(old):
+            if old == new != "0" and not unicodedata.combining(old):
                 continue  # most of them
             if any(map(unicodedata.combining, new)):
                 table[code] = REORDERED
