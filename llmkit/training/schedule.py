@@ -59,7 +59,7 @@ class Schedule:
         if tokens < self.warmup:
             return self.peak * tokens / self.warmup
         span = self.total - self.warmup
-        done = min((tokens - self.warmup) / span, 1.0) if span else 0.0  # all of it is warm-up
+        done = min((tokens - self.warmup) / span, 1.0) if span else 1.0
         return self.peak * (self.floor + (1 - self.floor) * SHAPES[self.name](self, done))
 
     def for_step(self, before: int, after: int) -> float:
