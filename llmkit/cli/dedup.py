@@ -213,8 +213,8 @@ def main(
     With -o DIRECTORY each file is deduplicated by itself, or with --index one after the other, as if each were a night. --engine ray joins bands over
     all machines of a cluster.
 
-    All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 2 bytes a byte of text; memory is 80 bytes a
-    document and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
+    All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 2 bytes a byte of text; memory is
+    200 MB, 350 bytes a document with what is mapped of these files, and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
 
     lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
     nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34. substring cuts any run of

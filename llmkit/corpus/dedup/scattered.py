@@ -4,7 +4,8 @@
    share a key.
 2. Verification: for each slice of these pairs the blocks hand out the shingles of the documents in it; one task measures their similarity.
 
-The driver holds the columns that decide, about 60 bytes a document with its id, and 16 bytes a candidate pair. What comes out is what `Waiting` gives.
+The driver keeps the columns that decide, about 60 bytes a document with its id in temporary files, some arrays of 8 bytes a document, and 16 bytes a
+candidate pair. What comes out is what `Waiting` gives.
 """
 
 from __future__ import annotations
