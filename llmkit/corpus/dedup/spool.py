@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ class Column:
         return np.asarray(np.memmap(self._file, self.dtype, "r", shape=(self._size,)))
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a disk that is full has been told of
+            self._file.close()
 
 
 class Blobs:
@@ -89,7 +90,8 @@ class Blobs:
         return _Reader(self._file, self._ends.array())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         self._ends.close()
 
 
