@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import orjson
@@ -160,6 +162,16 @@ def test_a_directory_at_a_url(llmkit_here, docs: Path) -> None:
     assert (
         b"no input files there" in llmkit_here("dedup", f"local://{docs}/in/*.none", "-o", "x.jsonl", cwd=docs).stderr
     )
+
+
+def test_no_room_for_what_waits(docs: Path) -> None:
+    """Behaviour: where documents cannot wait, the error names the directory; there is no output, and nothing is left in it."""
+    (docs / "more.jsonl").write_bytes(b"".join(orjson.dumps({"text": text(i)}) + b"\n" for i in range(1000)))
+    (docs / "spill").mkdir()
+    call = f"ulimit -f 64; exec {sys.executable} -m llmkit dedup more.jsonl --temp-dir spill -o out.jsonl"
+    done = subprocess.run(["bash", "-c", call], cwd=docs, capture_output=True)
+    assert done.returncode == 1 and b"error: spill: File too large" in done.stderr, done.stderr
+    assert not list((docs / "spill").iterdir()) and not list(docs.glob("*out.jsonl*"))
 
 
 def test_a_field_that_nothing_has(llmkit_here, docs: Path) -> None:
