@@ -18,12 +18,12 @@ from typing import Any
 import orjson
 
 from llmkit.corpus.filters import ByTable, Check, Filter
-from llmkit.corpus.kernels import cold
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
 from llmkit.engine.local import meanwhile
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.kernels import cold
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from llmkit.corpus.kernels.characters import Bytes, decode
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
+from llmkit.kernels.utf8 import Bytes, decode
 
 COMMON = 32  # n-grams of more parts than this are boilerplate; bounds the work for a hit, too
 BLOCK = 1 << 18  # words of a document that are matched at a time

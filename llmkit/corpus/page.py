@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.corpus.kernels.characters import Bytes, classes
+from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.lines import Lines, lines
 from llmkit.corpus.kernels.tokens import Tokens, scan, tokens_of
 from llmkit.corpus.words import Splitter
+from llmkit.kernels.utf8 import Bytes
 
 
 class Page:

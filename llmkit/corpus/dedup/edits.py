@@ -19,9 +19,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.method import Tally, with_fields
 from llmkit.corpus.dedup.spool import Blobs, Column
-from llmkit.corpus.kernels.characters import Bytes
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
+from llmkit.kernels.utf8 import Bytes
 
 Ends = NDArray[np.int64]
 Hashes = NDArray[np.uint64]

@@ -31,11 +31,12 @@ from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.seen import Seen
 from llmkit.corpus.kernels import passages as kernels
-from llmkit.corpus.kernels.characters import Bytes, classes, hash_bytes
+from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader
+from llmkit.kernels.utf8 import Bytes, hash_bytes
 
 KINDS = ("lines", "paragraphs")
 HOW = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}

@@ -33,9 +33,10 @@ from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.seen import Seen
 from llmkit.corpus.dedup.spool import Column
 from llmkit.corpus.kernels import substring as kernels
-from llmkit.corpus.kernels.characters import Bytes, classes
+from llmkit.corpus.kernels.characters import classes
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader
+from llmkit.kernels.utf8 import Bytes
 
 Units = NDArray[Any]
 FENCES: dict[str, Any] = {"words": kernels.FENCE, "bytes": np.uint8(0xFF)}  # behind each document

@@ -31,8 +31,9 @@ from llmkit.corpus.kernels.c4 import (
     packed,
     sentences,
 )
-from llmkit.corpus.kernels.characters import Bytes, classes
+from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.page import Page
+from llmkit.kernels.utf8 import Bytes
 
 NOTICES = {  # what a pattern means, and the sign without which it cannot be there
     "lorem ipsum": (LOREM, "lorem ipsum"),

@@ -1,64 +1,6 @@
-"""Compiled text kernels: what rules measure, in loops over UTF-8 bytes that numba compiles on first use and caches.
+"""Compiled kernels over documents: what rules and deduplication measure. See llmkit/kernels for how kernels are written and kept.
 
-Every kernel takes a text as `uint8[bytes]` (valid UTF-8) and the table of character classes (`characters.classes()`); lengths that they return
-are in characters. One signature each, so that little is compiled.
+Most take a text as `uint8[bytes]` and the table of character classes (`characters.classes()`); lengths that they return are in characters.
 """
 
-from __future__ import annotations
-
-import atexit
-import os
-import shutil
-import sys
-import tempfile
-from pathlib import Path
-from typing import Any
-
-import xxhash
-
-# numba looks for the BLAS of SciPy, and so loads that, a quarter of a second of work. No kernel of ours needs one.
-BLAS = "scipy.linalg.cython_blas"
-_loaded: dict[str, Any] = sys.modules
-if BLAS in _loaded:
-    import numba
-else:
-    _loaded[BLAS] = None  # it cannot be imported
-    import numba
-    import numba.np.arraymath
-
-    del _loaded[BLAS]
-
-HERE = Path(__file__).parent
-
-
-def _place_of_cache() -> str:
-    """Where compiled kernels are kept: beside the source, else in the user's cache directory; where neither can be written to, for this process alone.
-
-    In a directory named by all sources together: numba looks for changes in the file of a function alone, not in those of the functions that were
-    compiled into it.
-    """
-    digest = xxhash.xxh3_64()
-    for source in sorted([*HERE.glob("*.py"), *HERE.parent.glob("*.py")]):
-        digest.update(source.read_bytes())
-    name = f"kernels-{digest.hexdigest()}"
-    settings: Any = numba.config
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    exists = next((path for path in (home, *home.parents) if path.exists()), home)
-    if settings.CACHE_DIR:
-        return str(Path(settings.CACHE_DIR, name))
-    if os.access(HERE, os.W_OK):
-        return str(HERE / "__pycache__" / name)
-    if os.access(exists, os.W_OK):
-        return str(home / "llmkit" / name)
-    directory = tempfile.mkdtemp(prefix="llmkit-kernels-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return directory
-
-
-numba.config.CACHE_DIR = _place_of_cache()  # type: ignore[attr-defined]
-
-
-def cold() -> bool:
-    """Whether nothing is compiled yet on this machine."""
-    settings: Any = numba.config
-    return not settings.DISABLE_JIT and not Path(settings.CACHE_DIR).exists()
+import llmkit.kernels  # noqa: F401  before numba, since it says where compiled code is kept

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, Bytes, decode, start_of, stripped
+from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, stripped
 from llmkit.corpus.kernels.lines import end_of_line, rare_breaks
 from llmkit.corpus.words import ABBREVIATIONS
+from llmkit.kernels import octets
+from llmkit.kernels.utf8 import Bytes, decode, start_of
 
 LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # what a pattern means
 CURLY = 8

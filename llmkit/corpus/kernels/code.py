@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import Bytes
+from llmkit.kernels.utf8 import Bytes
 
 SHORTEST_BASE64 = 64  # characters
 SHORTEST_PAIRS = 8  # hexadecimal bytes, or \u escapes

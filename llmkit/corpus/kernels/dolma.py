@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import ALPHA, extend
+from llmkit.corpus.kernels.characters import ALPHA
 from llmkit.corpus.kernels.repetition import EMPTY, group, pairs
+from llmkit.kernels.utf8 import extend
 
 
 @njit(cache=True, nogil=True)

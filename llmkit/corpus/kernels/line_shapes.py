@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import ALNUM, ALPHA, SPACE, UPPER, decode
+from llmkit.corpus.kernels.characters import ALNUM, ALPHA, SPACE, UPPER
+from llmkit.kernels.utf8 import decode
 
 BLANK, GONE, DIGITS, SHORT = 1, 2, 4, 8
 

@@ -8,16 +8,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import (
-    SPACE,
-    TERMINAL,
-    decode,
-    hash_bytes,
-    line_at,
-    start_of,
-)
+from llmkit.corpus.kernels.characters import SPACE, TERMINAL, line_at
 from llmkit.corpus.kernels.repetition import EMPTY, line_repeats
+from llmkit.kernels import octets
+from llmkit.kernels.utf8 import decode, hash_bytes, start_of
 
 BLANK = 2  # nothing but whitespace
 BULLET = 4  # starts with • or - behind whitespace

@@ -26,8 +26,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.kernels.characters import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.corpus.kernels.normalise import loose, tables, utf8
+from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.seeds import derive
 
 Hashes = NDArray[np.uint64]

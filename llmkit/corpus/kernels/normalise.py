@@ -21,7 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.kernels.characters import Bytes, decode
+from llmkit.kernels.utf8 import Bytes, decode
 
 SAME, DROPPED, BLANK, DIGIT, POINT, REORDERED = (
     0,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import SPACE, decode, hash_bytes
+from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.normalise import loose
+from llmkit.kernels import octets
+from llmkit.kernels.utf8 import decode, hash_bytes
 
 NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
 FULL = 0.7

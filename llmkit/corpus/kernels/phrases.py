@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import ALNUM, COMBINING, HASH_PRIME, HASH_START, SPACE, decode, finish
+from llmkit.corpus.kernels.characters import ALNUM, COMBINING, SPACE
+from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, decode, finish
 
 MASK = np.uint64(0xFFFF)
 

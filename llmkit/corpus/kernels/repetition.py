@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.characters import HASH_START, extend, line_at, stripped
+from llmkit.corpus.kernels.characters import line_at, stripped
+from llmkit.kernels.utf8 import HASH_START, extend
 
 EMPTY = 1  # a line without any character (kernels/lines.py)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import SPACE, decode, finish, hash_bytes
+from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.minhash import BASE
 from llmkit.corpus.kernels.passages import slot
+from llmkit.kernels import octets
+from llmkit.kernels.utf8 import decode, finish, hash_bytes
 
 FENCE = np.uint64(0xFFFFFFFFFFFFFFFF)
 

@@ -8,23 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from llmkit.corpus.kernels import octets
-from llmkit.corpus.kernels.characters import (
-    ALNUM,
-    ALPHA,
-    COMBINING,
-    HASH_START,
-    MARK,
-    RUN,
-    SPACE,
-    classes,
-    decode,
-    finish,
-    hash_bytes,
-    hash_eight,
-    hash_rest,
-    start_of,
-)
+from llmkit.corpus.kernels.characters import ALNUM, ALPHA, COMBINING, MARK, RUN, SPACE, classes
+from llmkit.kernels import octets
+from llmkit.kernels.utf8 import HASH_START, decode, finish, hash_bytes, hash_eight, hash_rest, start_of
 
 JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # those under 0x40 that `joins` knows
 

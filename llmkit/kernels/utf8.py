@@ -1,0 +1,84 @@
+"""How kernels step through UTF-8, and 64-bit hashes of its bytes.
+
+Texts are `uint8[bytes]` of valid UTF-8; nothing here looks outside of the character or the bytes that it is asked about.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from llmkit.kernels import octets
+
+Bytes = NDArray[np.uint8]
+
+
+@njit(cache=True, nogil=True)
+def decode(data, i):  # type: ignore[no-untyped-def]
+    """(code point, bytes it takes) at byte `i` of valid UTF-8."""
+    first = np.int64(data[i])
+    if first < 0x80:
+        return first, 1
+    if first < 0xE0:
+        return (first & 0x1F) << 6 | np.int64(data[i + 1]) & 0x3F, 2
+    middle = np.int64(data[i + 1]) & 0x3F
+    if first < 0xF0:
+        return (first & 0x0F) << 12 | middle << 6 | np.int64(data[i + 2]) & 0x3F, 3
+    return (first & 0x07) << 18 | middle << 12 | (np.int64(data[i + 2]) & 0x3F) << 6 | np.int64(data[i + 3]) & 0x3F, 4
+
+
+@njit(cache=True, nogil=True)
+def start_of(data, i):  # type: ignore[no-untyped-def]
+    """First byte of the character that holds byte `i`."""
+    while data[i] & 0xC0 == 0x80:
+        i -= 1
+    return i
+
+
+HASH_START = np.uint64(0xCBF29CE484222325)  # FNV-1a, 64 bits, with a finish that spreads it over all bits
+HASH_PRIME = np.uint64(0x100000001B3)
+MIX_A = np.uint64(0xFF51AFD7ED558CCD)  # the finish of MurmurHash3
+MIX_B = np.uint64(0xC4CEB9FE1A85EC53)
+
+
+@njit(cache=True, nogil=True)
+def finish(h):  # type: ignore[no-untyped-def]
+    """Spread a hash over all its bits."""
+    h ^= h >> np.uint64(33)
+    h *= MIX_A
+    h ^= h >> np.uint64(33)
+    h *= MIX_B
+    return h ^ h >> np.uint64(33)
+
+
+@njit(cache=True, nogil=True)
+def extend(h, other):  # type: ignore[no-untyped-def]
+    """Hash of a sequence from that of its beginning and of its next item, both spread over all bits."""
+    return h * MIX_A + other
+
+
+@njit(cache=True, nogil=True)
+def hash_eight(h, word):  # type: ignore[no-untyped-def]
+    """A hash of bytes, eight bytes further."""
+    h = (h ^ word) * MIX_A
+    return h ^ h >> np.uint64(32)
+
+
+@njit(cache=True, nogil=True)
+def hash_rest(h, word):  # type: ignore[no-untyped-def]
+    """A hash of bytes, one to seven bytes further, the last ones."""
+    return (h ^ word) * MIX_A
+
+
+@njit(cache=True, nogil=True)
+def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
+    """64-bit hash of data[start:stop]."""
+    h = HASH_START
+    i = start
+    while i + 8 <= stop:
+        h = hash_eight(h, octets.load(data, i))
+        i += 8
+    if i < stop:
+        h = hash_rest(h, octets.load(data, i) & octets.below(stop - i))
+    return finish(h + np.uint64(stop - start))
