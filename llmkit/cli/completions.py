@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.cli.options import click_command
-from llmkit.cli.table import COMMANDS, module_of
+from llmkit.cli.table import COMMANDS, followers, module_of
 
 
 class Flag(NamedTuple):
@@ -39,29 +39,40 @@ def _one_line(text: str | None) -> str:
     return (text or "").split(". ")[0].rstrip(".")
 
 
+def _first_words(table: dict[str, list[Flag]]) -> list[str]:
+    return [name for name in table if " " not in name]
+
+
+def _longest_first(table: dict[str, list[Flag]]) -> list[tuple[str, list[Flag]]]:
+    """`filter train` before `filter`, of which it is no argument."""
+    return sorted(table.items(), key=lambda item: -item[0].count(" "))
+
+
 def bash(table: dict[str, list[Flag]]) -> str:
     """Script for bash: subcommands, their options, files."""
     cases = []
-    for name, options in table.items():
+    for name, options in _longest_first(table):
         words = " ".join(word for option in options for word in option.names)
-        cases.append(f"        {name}) words='{words}' ;;")
+        more = f" more='{' '.join(followers(name))}'" if followers(name) else ""
+        cases.append(f"        '{name} '*) words='{words}'{more} ;;")
     return "\n".join(
         [
             "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
             "_llmkit() {",
-            "    local current=${COMP_WORDS[COMP_CWORD]} words=''",
+            "    local current=${COMP_WORDS[COMP_CWORD]} words='' more=''",
             "    COMPREPLY=()",
             "    if [ \"$COMP_CWORD\" -eq 1 ]; then",
-            f"        COMPREPLY=($(compgen -W '{' '.join(table)} --help --version' -- \"$current\"))",
+            f"        COMPREPLY=($(compgen -W '{' '.join(_first_words(table))} --help --version' -- \"$current\"))",
             "        return",
             "    fi",
-            '    case "${COMP_WORDS[1]}" in',
+            '    case "${COMP_WORDS[*]:1:COMP_CWORD-1} " in',
             *cases,
             "    esac",
             '    case "$current" in',
             '        -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;',
             '        *) COMPREPLY=($(compgen -f -- "$current")) ;;',
             "    esac",
+            '    if [ "$COMP_CWORD" -eq 2 ]; then COMPREPLY+=($(compgen -W "$more" -- "$current")); fi',
             "}",
             "complete -o filenames -F _llmkit llmkit",
             "",
@@ -77,8 +88,9 @@ def zsh(table: dict[str, list[Flag]]) -> str:
             text.replace("\\", "\\\\").replace("'", "'\\''").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
         )
 
+    pairs = "|".join(f"'{name}'" for name in table if " " in name)
     lines = ["#compdef llmkit", "", "_llmkit() {", "  if (( CURRENT == 2 )); then", "    local -a commands=("]
-    lines += [f"      '{name}:{quoted(COMMANDS[name][1])}'" for name in table]
+    lines += [f"      '{name}:{quoted(COMMANDS[name][1])}'" for name in _first_words(table)]
     lines += [
         "    )",
         "    _describe command commands",
@@ -87,14 +99,22 @@ def zsh(table: dict[str, list[Flag]]) -> str:
         "  local command=$words[2]",
         "  shift words",
         "  (( CURRENT-- ))",
+        f'  if (( CURRENT > 2 )) && [[ "$words[1] $words[2]" == ({pairs}) ]]; then',
+        '    command="$words[1] $words[2]"',
+        "    shift words",
+        "    (( CURRENT-- ))",
+        "  fi",
     ]
     lines += ["  case $command in"]
     for name, options in table.items():
-        lines.append(f"    {name}) _arguments -s -S \\")
+        lines.append(f"    '{name}') _arguments -s -S \\")
         for option in options:
             for word in option.names:
                 value = ":value:_files" if option.takes_value else ""
                 lines.append(f"      '*{word}[{quoted(option.help)}]{value}' \\")
+        if followers(name):
+            words = " ".join(followers(name))
+            lines.append(f"      '1:command or file:{{compadd {words}; _files}}' \\")
         lines.append("      '*:file:_files' ;;")
     return "\n".join([*lines, "  esac", "}", "", '_llmkit "$@"', ""])
 
@@ -107,15 +127,24 @@ def fish(table: dict[str, list[Flag]]) -> str:
 
     lines = ["# fish completion for llmkit"]
     for name in table:
-        lines.append(f"complete -c llmkit -f -n __fish_use_subcommand -a {name} -d {quoted(COMMANDS[name][1])}")
+        parent, _, word = name.rpartition(" ")
+        seen = f"'{_seen(parent)}'" if parent else "__fish_use_subcommand"
+        lines.append(f"complete -c llmkit -f -n {seen} -a {word} -d {quoted(COMMANDS[name][1])}")
     for name, options in table.items():
         for option in options:
             words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in option.names)
             value = " -r" if option.takes_value else ""
-            lines.append(
-                f"complete -c llmkit -n '__fish_seen_subcommand_from {name}' {words}{value} -d {quoted(option.help)}"
-            )
+            lines.append(f"complete -c llmkit -n '{_seen(name)}' {words}{value} -d {quoted(option.help)}")
     return "\n".join([*lines, ""])
+
+
+def _seen(name: str) -> str:
+    """fish's condition that the words before the cursor are those of a command, and no longer one's."""
+    words = [f"__fish_seen_subcommand_from {word}" for word in name.split()]
+    others = followers(name) + [
+        parent for parent in COMMANDS if f"{parent} {name}" in COMMANDS
+    ]  # `train` of `filter train`
+    return "; and ".join(words + ([f"not __fish_seen_subcommand_from {' '.join(others)}"] if others else []))
 
 
 def scripts() -> dict[str, str]:

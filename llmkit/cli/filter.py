@@ -79,7 +79,7 @@ def main(
         typer.Option("--respect-opt-out", help="Drop documents whose page declines to be used", rich_help_panel=WHOLE),
     ] = False,
     quality: Annotated[
-        str | None, _filter("--quality", metavar="MODEL", help="Judge by a fastText classifier (llmkit filter-train)")
+        str | None, _filter("--quality", metavar="MODEL", help="Judge by a fastText classifier (llmkit filter train)")
     ] = None,
     decontaminate: Annotated[
         list[str] | None,

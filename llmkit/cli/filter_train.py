@@ -1,4 +1,4 @@
-"""`llmkit filter-train`: train the classifier that the filter `quality` applies."""
+"""`llmkit filter train`: train the classifier that the filter `quality` applies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llmkit.errors import LlmkitError, UsageError
     reads=True,
     neutral=("folds",),
     examples=(
-        "llmkit filter-train good.jsonl bad.jsonl -o model.bin",
-        "llmkit filter-train labelled.jsonl --label-key label --folds 5",
+        "llmkit filter train good.jsonl bad.jsonl -o model.bin",
+        "llmkit filter train labelled.jsonl --label-key label --folds 5",
     ),
 )
 def main(

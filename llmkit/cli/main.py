@@ -10,7 +10,7 @@ import sys
 from typing import NoReturn
 
 from llmkit import __version__
-from llmkit.cli.table import COMMANDS, module_of, overview
+from llmkit.cli.table import COMMANDS, followers, module_of, overview, split
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _print(overview())
     elif first in ("-V", "--version"):
         _print(f"llmkit {__version__}")
-    sys.exit(_dispatch(first, arguments[1:]) if first not in ("-h", "--help", "-V", "--version") else 0)
+    sys.exit(_dispatch(*split(arguments)) if first not in ("-h", "--help", "-V", "--version") else 0)
 
 
 def _print(text: str) -> None:
@@ -43,6 +43,10 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         return _fail("llmkit", f"unknown {kind} {name!r}", suggestion(name, COMMANDS), ExitCode.USAGE)
+    if arguments and followers(name) and arguments[0].isalpha() and not os.path.exists(arguments[0]):
+        hint = suggestion(arguments[0], followers(name))
+        if hint.startswith("did"):
+            return _fail("llmkit", f"unknown command '{name} {arguments[0]}', and no such file", hint, ExitCode.USAGE)
     return run_command(name, arguments)
 
 

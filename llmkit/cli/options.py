@@ -203,7 +203,12 @@ def click_command(function: Callable[..., None], name: str) -> Any:
 
 def _environment(name: str) -> str:
     """How the environment variables of a subcommand begin."""
-    return f"LLMKIT_{name.upper().replace('-', '_')}"
+    return f"LLMKIT_{name.upper().replace(' ', '_')}"
+
+
+def _section(name: str) -> str:
+    """The table of a subcommand in a --config file: [filter], [filter train]."""
+    return name.replace(" ", "-")
 
 
 METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -242,7 +247,7 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
             formatter.write_dl(groups[title])
     formatter.write_paragraph()
     formatter.write_text(
-        f"Each option may also stand in the environment as {_environment(context.info_name.split()[-1])}_OPTION, or in the --config file."
+        f"Each option may also stand in the environment as {_environment(context.info_name.removeprefix('llmkit '))}_OPTION, or in the --config file."
     )
 
 
@@ -268,10 +273,11 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
         raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LlmkitError(f"{path}: invalid TOML ({error})", "see --print-config for the form") from error
-    top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in COMMANDS)}
+    sections = set(map(_section, COMMANDS))
+    top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in sections)}
     known = {parameter.name for parameter in context.command.params}
     defaults = {}
-    section = content.get(name)  # `filter` is a section, and an option of `llmkit filter`
+    section = content.get(_section(name))  # `filter` is a section, and an option of `llmkit filter`
     for key, value in (top | (section if isinstance(section, dict) else {})).items():
         option = key.replace("-", "_")
         if option not in known:
@@ -283,7 +289,7 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
 
 def _as_toml(context: Any, without: Collection[str] = ()) -> str:
     """The resolved options, but for some, as a TOML file that --config reads; where each came from stands in a comment."""
-    lines = [f"# llmkit {context.info_name.split()[-1]}, resolved"]
+    lines = [f"# {context.info_name}, resolved"]
     skipped = {"config", "print_config", "help", "version", "debug", *without}
     for parameter in context.command.params:
         value = context.params.get(parameter.name)

@@ -1,7 +1,8 @@
 """The subcommands, in the order of the pipeline: name, group, one-line summary. `module_of` says where each is.
 
 Standard library only, and little of it: `llmkit --help` prints this table within a few milliseconds. Help, completions and the dispatcher
-all read it.
+all read it. A name may have two words, `filter train` beside `filter`: the second one is taken before an input file of that name (which
+is ./train), and a hyphen between them does as well.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 COMMANDS: dict[str, tuple[str, str]] = {
     "extract": ("Text", "Get the text out of web archives, HTML and PDF"),
     "filter": ("Text", "Keep the documents that pass quality rules"),
-    "filter-train": ("Text", "Train the classifier that filter judges quality by"),
+    "filter train": ("Text", "Train the classifier that filter judges quality by"),
     "dedup": ("Text", "Remove exact and near duplicates"),
     "vocab": ("Tokens", "Train a byte-level BPE tokenizer"),
+    "vocab report": ("Tokens", "Measure what tokenizers make of real text"),
+    "vocab advise": ("Tokens", "Recommend a vocabulary size for a model and a corpus"),
+    "vocab extend": ("Tokens", "Add tokens to a tokenizer, and rows to its model"),
     "tokenize": ("Tokens", "Turn documents into token shards"),
     "mix": ("Tokens", "Combine sources by weight into training order"),
     "train": ("Training", "Pre-train a decoder from scratch"),
@@ -34,7 +38,20 @@ EXAMPLE = """\
 
 def module_of(name: str) -> str:
     """The module that holds a subcommand."""
-    return f"llmkit.cli.{name.replace('-', '_')}"
+    return f"llmkit.cli.{name.replace('-', '_').replace(' ', '_')}"
+
+
+def split(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of the subcommand that a call begins with, known or not, and the arguments behind it."""
+    two, one = " ".join(arguments[:2]), arguments[0]
+    if two in COMMANDS:
+        return two, arguments[2:]
+    return one.replace("-", " ") if one.replace("-", " ") in COMMANDS else one, arguments[1:]
+
+
+def followers(name: str) -> list[str]:
+    """The second words that may follow a command: `train` after `filter`."""
+    return [other.removeprefix(f"{name} ") for other in COMMANDS if other.startswith(f"{name} ")]
 
 
 def overview() -> str:

@@ -3,7 +3,7 @@
     python tests/bench/quality_classifier.py [--shared ../shared/data] [--seeds 5] > tests/bench/quality_classifier.md
 
 246 web pages that people labelled good or bad. Each judge sees the same ten stratified folds, for several seeds, and labels the pages of a fold
-after training on the other nine: `llmkit filter-train` with its defaults, the fastText library with the same settings, and scikit-learn's
+after training on the other nine: `llmkit filter train` with its defaults, the fastText library with the same settings, and scikit-learn's
 HashingVectorizer with SGDClassifier. Beside them the heuristic presets, which are not trained (kept = good), and the more frequent label.
 Makes its own environment with the pinned peers under .cache/ on first use (about 400 MB) and runs itself there.
 """
@@ -84,7 +84,7 @@ def linear(texts: list[str], targets: list[int], others: list[str], seed: int) -
 
 
 JUDGES: dict[str, Judge] = {
-    "llmkit filter-train, defaults": ours,
+    "llmkit filter train, defaults": ours,
     "fastText library, same settings": library,
     "scikit-learn, hashed 1- and 2-grams, logistic SGD": linear,
 }
@@ -142,9 +142,9 @@ def report(shared: Path, seeds: int) -> None:
     print(
         "Agreement is the mean of the seeds; its 95 % interval is that of 246 pages (Wilson), however many the seeds. The difference"
     )
-    print("from filter-train is paired by page, its 95 % interval from 10,000 bootstrap samples of the pages.\n")
+    print("from filter train is paired by page, its 95 % interval from 10,000 bootstrap samples of the pages.\n")
     print(
-        "| judge | agreement | 95 % interval | least and most of the seeds | area under ROC | filter-train less this | CPU s a training |"
+        "| judge | agreement | 95 % interval | least and most of the seeds | area under ROC | filter train less this | CPU s a training |"
     )
     print("|---|---|---|---|---|---|---|")
     first = next(iter(JUDGES))

@@ -27,7 +27,10 @@ def test_no_drift(generated: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["llmkit", "fi"], {"filter", "filter-train"}),
+        (["llmkit", "fi"], {"filter"}),
+        (["llmkit", "filter", "tra"], {"train"}),
+        (["llmkit", "filter", "train", "--fol"], {"--folds"}),
+        (["llmkit", "vocab", "report", "--by"], {"--by"}),
         (["llmkit", "tok"], {"tokenize"}),
         (["llmkit", "filter", "--rej"], {"--rejects"}),
         (["llmkit", "train", "--tok"], {"--tokens"}),

@@ -1,4 +1,4 @@
-"""`filter-train` from the command line, and `filter` with what it made."""
+"""`filter train` from the command line, and `filter` with what it made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from llmkit.corpus.fasttext import load
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
-NAME = "filter-train"
+NAME = "filter train"
 GOOD = "the proof of the theorem follows from the measured energy of the river number"
 BAD = "click here to buy cheap offers now and subscribe for free to page"
 

@@ -1,10 +1,10 @@
 """Quality by a classifier: keep documents that look like the good ones it was trained on.
 
-The model is any fastText classifier: one of `llmkit filter-train`, or a published one such as DCLM's (labels `hq` and `cc`). The first 1,048,576
+The model is any fastText classifier: one of `llmkit filter train`, or a published one such as DCLM's (labels `hq` and `cc`). The first 1,048,576
 characters of the text are judged as they are, neither lower-cased nor split but at whitespace. A kept document gets the field `quality`, the
 probability of the positive label, and where the model has more than two labels also `quality_label`, the most probable one.
 
-    llmkit filter-train good.jsonl bad.jsonl -o model.bin
+    llmkit filter train good.jsonl bad.jsonl -o model.bin
     llmkit filter docs.jsonl --filter quality --rule quality.model=model.bin --rule quality.min_score=0.3
 
 How far such a score agrees with people: tests/bench/quality_classifier.md.
@@ -50,7 +50,7 @@ def _model(path: str, label: str) -> tuple[Model, int]:
     """The model and the index of its positive label. UsageError where there is none, or more than one could be meant."""
     if not path:
         raise UsageError(
-            "quality needs a model", "llmkit filter-train makes one; name it with --rule quality.model=PATH"
+            "quality needs a model", "llmkit filter train makes one; name it with --rule quality.model=PATH"
         )
     model = load(path)
     if label:
