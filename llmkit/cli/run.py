@@ -83,7 +83,8 @@ class Run:
             table.add_column(Text(column), justify="right" if i else "left")
         for row in rows:
             table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
-        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        wide = None if sys.stderr.isatty() else 200  # a log has no edge to fold at
+        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), width=wide)
         console.print(table)
 
     def finish(self, counts: dict[str, Any], line: str) -> None:

@@ -1,0 +1,73 @@
+"""Sizes measured from one training, and the rule that picks one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from llmkit.errors import LlmkitError
+from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.tokens import advise, vocabulary
+from llmkit.tokens.encode import load
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog didn't mind: it'd seen 1234 foxes since 2019.\n",
+    "def main():\n    for i in range(100):\n        print(f'{i:>8}')\n\n\n    return None\n",
+    "Straße, naïve café, 東京都 and 日本語のテキスト; Привет, мир!\r\n",
+] * 4
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
+def test_one_training_gives_every_smaller_one(name: str) -> None:
+    """Parity: tokens of a text under each size as counted from the largest are those of a tokenizer trained at that size."""
+    sizes = [320, 384, 448]
+    largest = vocabulary.train(TEXTS, 512, name)
+    held = advise.HeldOut([*TEXTS[:3], "dogs and foxes, 日本 2019"], ["a", "a", "b", "b"])
+    curve = advise.measure(largest, held, sizes)
+    texts = held.texts
+    for i, size in enumerate(sizes):
+        made = vocabulary.train(TEXTS, size, name)
+        library = load(TokenizerInfo("", size, 0, files=made.files))
+        tokens = [len(library.encode(text).ids) for text in texts]
+        assert curve.bytes_per_token[i] == pytest.approx(sum(len(t.encode()) for t in texts) / sum(tokens))
+        assert curve.groups["a"][1][i] < curve.groups["a"][1][0] + 1e-9
+    assert curve.bytes_per_token == sorted(curve.bytes_per_token)
+
+
+@pytest.mark.parametrize(
+    ("weights", "width", "published"), [(33e6, 512, 6_144), (302e6, 1024, 16_384), (2.87e9, 3200, 43_000)]
+)
+def test_the_rule_comes_near_the_published_sizes(weights: float, width: int, published: int) -> None:
+    """Golden: on the compression curve of Tao et al. (arXiv:2407.13623, tokens a character of English) within a quarter of the paper's sizes."""
+
+    def bytes_per_token(size: int) -> float:
+        return 1 / (0.0064 * math.log(size) ** 2 - 0.1581 * math.log(size) + 1.2047)
+
+    sizes = list(range(1024, 1 << 17, 64))
+    curve = advise.Curve(sizes, [bytes_per_token(size) for size in sizes], [1.0] * len(sizes), {})
+    found = advise.costs(
+        curve, lambda size: int(weights) + size * width, lambda size: 6 * (int(weights) + size * width)
+    )
+    best = advise.choose(found).size
+    assert published / 1.25 < best < published * 1.25
+    assert found[0].embeddings == 1024 * width and found[0].inference == pytest.approx(found[0].training / 3)
+    assert published / 1.4 < advise.power_law(int(weights), width) < published * 1.4
+
+
+def test_held_out_documents() -> None:
+    """Behaviour: about one in twenty, the same in any order; none at all is said."""
+    held = advise.HeldOut()
+    texts = [f"text number {i}" for i in range(2000)]
+    kept = [text for text in texts if held.keeps(text, "x")]
+    again = advise.HeldOut()
+    assert sorted(kept) == sorted(text for text in texts[::-1] if again.keeps(text, "x")) and 60 < len(kept) < 140
+    assert held.trained + held.bytes == sum(map(len, texts))
+    with pytest.raises(LlmkitError, match="too few documents"):
+        advise.measure(vocabulary.train(TEXTS, 320), advise.HeldOut(), [320])
+
+
+def test_sizes() -> None:
+    """Behaviour: powers of two and one and a half times those, multiples of 64."""
+    assert advise.sizes_up_to(6144) == [1024, 1536, 2048, 3072, 4096, 6144] and not advise.sizes_up_to(1000)
+    assert advise.sizes_up_to(1 << 18)[-1] == 1 << 18 and all(size % 64 == 0 for size in advise.sizes_up_to(1 << 18))
