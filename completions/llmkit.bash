@@ -29,8 +29,8 @@ _llmkit() {
     esac
     case "$current" in
         -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;
-        *) COMPREPLY=($(compgen -f -- "$current")) ;;
+        *) [ "$COMP_CWORD" -eq 2 ] || more=''
+           COMPREPLY=($(compgen -W "$more" -- "$current"; compgen -f -- "$current"; true)) ;;
     esac
-    if [ "$COMP_CWORD" -eq 2 ]; then COMPREPLY+=($(compgen -W "$more" -- "$current")); fi
 }
 complete -o filenames -F _llmkit llmkit

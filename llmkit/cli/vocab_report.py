@@ -24,7 +24,7 @@ BY = ("language", "source")
     examples=(
         "llmkit vocab report tok/ --text docs.jsonl.zst",
         "llmkit vocab report tok/ chat/ --text docs.jsonl --text heldout.jsonl --by source -o fertility.json",
-        "llmkit filter docs.jsonl.zst | llmkit vocab report tok/ -q | jq .groups[0]",
+        "llmkit filter docs.jsonl.zst | llmkit vocab report tok/ -q | head -12",
     ),
 )
 def main(

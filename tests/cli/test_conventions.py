@@ -46,6 +46,7 @@ def test_unknown_names_get_a_suggestion(llmkit, docs: Path) -> None:
     """Behaviour: exit 2 and the nearest name for commands, options, presets and methods."""
     for arguments, near in [
         (["fliter"], "filter"),
+        (["filter", "trian"], "train"),
         (["filter", "--presett", "gopher", "docs.jsonl"], "--preset"),
         (["filter", "--preset", "gofer", "docs.jsonl"], "gopher"),
         (["dedup", "--method", "minhsh", "docs.jsonl"], "minhash"),
