@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,12 +90,12 @@ def main(
         best = advise.choose(found)
         weights = 2 * config.with_vocabulary(1).parameters() - config.with_vocabulary(2).parameters()
         law = advise.power_law(weights, config.hidden_size)
-        _table(run, name, curve, found, best)
-        sizes_of = [advise.as_dict(cost, curve) for cost in found]
+        _table(run, name, found, best)
+        sizes_of = [asdict(cost) for cost in found]
         models.append({"model": name, "recommended": best.size, "power_law": law, "sizes": sizes_of})
         chosen.append(best.size)
         run.note(f"{name}: {best.size:,} tokens (the power law of Tao et al., for English: {law:,})")
-        if min(found, key=lambda cost: cost.training).size == sizes[-1] < wanted[-1]:
+        if min(found, key=lambda cost: cost.training_flops_per_byte).size == sizes[-1] < wanted[-1]:
             run.warn(f"{name}: the cost still falls at the largest size that this corpus can judge: give more text")
     if sizes[-1] < wanted[-1]:
         run.warn(
@@ -117,13 +118,14 @@ def main(
     run.finish(counts, f"judged on {held.trained / 1e6:.1f} MB of text and {held.bytes / 1e6:.2f} MB kept aside")
 
 
-def _table(run: Run, name: str, curve: Curve, found: list[Cost], best: Cost) -> None:
+def _table(run: Run, name: str, found: list[Cost], best: Cost) -> None:
     rows = []
-    least = min(cost.training for cost in found)
-    for cost, ratio, fertility in zip(found, curve.bytes_per_token, curve.fertility, strict=True):
-        row = [f"{cost.size:,}{' <' if cost is best else ''}", f"{ratio:.3f}", f"{fertility:.2f}"]
-        row += [f"{cost.embeddings / 1e6:,.1f}M", f"{cost.share:.1%}", f"{cost.training / 1e6:,.1f}"]
-        rows.append([*row, f"+{cost.training / least - 1:.1%}", f"{cost.inference / 1e6:,.1f}"])
+    least = min(cost.training_flops_per_byte for cost in found)
+    for cost in found:
+        training = cost.training_flops_per_byte
+        row = [f"{cost.size:,}{' <' if cost is best else ''}", f"{cost.bytes_per_token:.3f}", f"{cost.fertility:.2f}"]
+        row += [f"{cost.embedding_parameters / 1e6:,.1f}M", f"{cost.share:.1%}", f"{training / 1e6:,.1f}"]
+        rows.append([*row, f"+{training / least - 1:.1%}", f"{cost.inference_flops_per_byte / 1e6:,.1f}"])
     columns = ["tokens", "bytes/token", "tokens/word", "embedding", "of all", "training", "+", "use"]
     run.table(f"Vocabularies for {name}; training and use in MFLOP a byte", columns, rows)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import orjson
@@ -41,8 +40,7 @@ GROUPS = 50
 
 def sizes_up_to(largest: int) -> list[int]:
     """1,024, 1,536, 2,048, 3,072, ... up to `largest`."""
-    found = sorted(base << k for base in (1024, 1536) for k in range(20) if base << k <= largest)
-    return found
+    return sorted(base << k for base in (1024, 1536) for k in range(20) if base << k <= largest)
 
 
 @dataclass(slots=True)
@@ -116,46 +114,33 @@ def measure(made: Vocabulary, held: HeldOut, sizes: Sequence[int]) -> Curve:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A size for one model: weights in the embeddings and their share of all, FLOPs a byte of text in training and in use."""
+    """A size for one model: what it makes of text, weights in the embeddings and their share of all, FLOPs a byte in training and in use."""
 
     size: int
-    embeddings: int
+    bytes_per_token: float
+    fertility: float
+    embedding_parameters: int
     share: float
-    training: float
-    inference: float
+    training_flops_per_byte: float
+    inference_flops_per_byte: float
 
 
 def costs(curve: Curve, parameters: Callable[[int], int], flops: Callable[[int], int]) -> list[Cost]:
-    """What each size costs a model with so many `parameters` and training `flops` a token at a size (attention left out of both)."""
+    """What each size costs a model with so many `parameters` and training `flops` a token at a size (attention left out)."""
     other = 2 * parameters(1) - parameters(2)  # they grow in a straight line
     found = []
-    for size, ratio in zip(curve.sizes, curve.bytes_per_token, strict=True):
-        total = parameters(size)
-        training = flops(size) / ratio
-        found.append(Cost(size, total - other, (total - other) / total, training, training / 3))
+    for size, ratio, fertility in zip(curve.sizes, curve.bytes_per_token, curve.fertility, strict=True):
+        total, training = parameters(size), flops(size) / ratio
+        found.append(Cost(size, ratio, fertility, total - other, (total - other) / total, training, training / 3))
     return found
 
 
 def choose(found: Sequence[Cost]) -> Cost:
     """The smallest size whose training cost is within `NEAR` of the least."""
-    least = min(cost.training for cost in found)
-    return next(cost for cost in found if cost.training <= (1 + NEAR) * least)
+    least = min(cost.training_flops_per_byte for cost in found)
+    return next(cost for cost in found if cost.training_flops_per_byte <= (1 + NEAR) * least)
 
 
 def power_law(weights: int, width: int) -> int:
     """Tao et al.'s vocabulary for a model with so many `weights` outside of the embeddings: English, compute-optimal data."""
     return int(3_145_728 * (weights / 33e6) ** 0.8354 / width)
-
-
-def as_dict(cost: Cost, curve: Curve) -> dict[str, Any]:
-    """A row of the table as JSON."""
-    i = curve.sizes.index(cost.size)
-    return {
-        "size": cost.size,
-        "bytes_per_token": curve.bytes_per_token[i],
-        "fertility": curve.fertility[i],
-        "embedding_parameters": cost.embeddings,
-        "share": cost.share,
-        "training_flops_per_byte": cost.training,
-        "inference_flops_per_byte": cost.inference,
-    }

@@ -51,7 +51,9 @@ def test_the_rule_comes_near_the_published_sizes(weights: float, width: int, pub
     )
     best = advise.choose(found).size
     assert published / 1.25 < best < published * 1.25
-    assert found[0].embeddings == 1024 * width and found[0].inference == pytest.approx(found[0].training / 3)
+    assert found[0].embedding_parameters == 1024 * width and found[0].share == pytest.approx(
+        1024 * width / (weights + 1024 * width)
+    )
     assert published / 1.4 < advise.power_law(int(weights), width) < published * 1.4
 
 
