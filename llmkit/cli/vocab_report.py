@@ -70,6 +70,10 @@ def main(
             reader.accept(part.bad)
             fertility.merge(total, part.groups)
             bar.advance(part.documents)
+    if by and total:
+        for name in by:
+            if not _others(total, name) and (name, fertility.NONE) in total:
+                run.warn(f"no document has a field {name!r} to group by")
     total = {key: tally for key, tally in total.items() if key[1] != fertility.NONE or _others(total, key[0])}
     base = fertility.baseline(total, baseline)
     if baseline is not None and base is None:

@@ -47,15 +47,15 @@ class Extended:
 
 def check_extendable(info: TokenizerInfo, name: str) -> dict[str, Any]:
     """The content of tokenizer.json; LlmkitError where it is not byte-level BPE."""
+    load(info)  # the library checks its parts
     content: dict[str, Any] = orjson.loads(info.files["tokenizer.json"])
     model = content["model"]
     cutter = content.get("pre_tokenizer") or {}
     parts = cutter.get("pretokenizers", [cutter]) if isinstance(cutter, dict) else []
     kinds = {part.get("type") for part in parts if isinstance(part, dict)}
-    if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or model.get("byte_fallback"):
+    if model.get("type", "BPE") != "BPE" or "ByteLevel" not in kinds or model.get("continuing_subword_prefix"):
         kind = model.get("type", "BPE") + ("" if "ByteLevel" in kinds else " that is not byte-level")
         raise LlmkitError(f"{name}: its model is {kind}", "only byte-level BPE tokenizers can be extended")
-    load(info)  # the library checks the merges
     return content
 
 

@@ -79,6 +79,11 @@ def words(text: str) -> list[str]:
     return word_pattern().findall(text)
 
 
+def count_words(text: str) -> Counter[str]:
+    """How often each word stands in a text; of a long one no list is made."""
+    return Counter(words(text) if len(text) < 1 << 20 else (match[0] for match in word_pattern().finditer(text)))
+
+
 @dataclass(slots=True)
 class Made:
     """What one tokenizer made of a group: tokens, words that are one token, and a bit for each id that occurred."""
@@ -155,7 +160,7 @@ class Meter:
         documents, bad = parse(chunk, self._options)
         texts = [document.text for document in documents]
         sizes = [len(text.encode()) for text in texts]
-        counts = [Counter(words(text)) for text in texts]
+        counts = [count_words(text) for text in texts]
         made = [self._made(t, texts, counts) for t in range(len(self._infos))]
         members: dict[Key, list[int]] = {ALL: [*range(len(documents))]} if documents else {}
         for i, document in enumerate(documents):

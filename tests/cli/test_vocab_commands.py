@@ -64,6 +64,8 @@ def test_report(place: Path, llmkit_here: Command) -> None:
     assert b"warning: tok: fertility over 1.5 times that of eng" not in done.stderr  # it knows no English either
     done = llmkit_here("vocab report", "tok", "--baseline", "eng", "--by", "language", stdin=mixed * 2, cwd=place)
     assert done.returncode == 0 and json.loads(done.stdout)["groups"][0]["words"] == 8
+    done = llmkit_here("vocab report", "tok", "--by", "lang", stdin=mixed, cwd=place)
+    assert b"warning: no document has a field 'lang'" in done.stderr
     empty = llmkit_here("vocab report", "tok", stdin=b"\n", cwd=place)
     assert empty.returncode == 0 and b"no documents were read" in empty.stderr
 

@@ -138,6 +138,15 @@ def test_other_kinds_are_refused() -> None:
             extend.check_extendable(info, "other")
 
 
+def test_a_damaged_tokenizer_is_refused(trained: Trained) -> None:
+    """Behaviour: what the library does not load is an error before anything of it is looked at."""
+    content = json.loads(trained("gpt-2").files["tokenizer.json"])
+    for key, value in (("pre_tokenizer", {"type": "Sequence", "pretokenizers": 3}), ("normalizer", [])):
+        info = parse_tokenizer({"tokenizer.json": json.dumps(content | {key: value})}, "damaged")
+        with pytest.raises(LlmkitError, match="does not load"):
+            extend.check_extendable(info, "damaged")
+
+
 def test_transformers_loads_it(trained: Trained, tmp_path: Path) -> None:
     """Parity: ids of transformers' AutoTokenizer and of `tokenizers`; the chat template and special tokens are the old ones."""
     from transformers import AutoTokenizer

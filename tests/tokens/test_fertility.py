@@ -49,6 +49,14 @@ def test_words(text: str, words: list[str]) -> None:
     assert fertility.words(text) == words
 
 
+def test_long_texts_are_counted_alike() -> None:
+    """Property: a text of over a million characters has the words of its parts."""
+    text = "Ein Haus, 家が一軒. "
+    assert fertility.count_words(text * 80_000) == {w: n * 80_000 for w, n in fertility.count_words(text).items()} | {
+        "Ein": 1, " Ein": 79_999,
+    }  # fmt: skip
+
+
 def unigram() -> TokenizerInfo:
     """A tokenizer of another kind: Unigram over SentencePiece's spaces, with a normaliser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
