@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 READ = ("documents", "shards", "nanogpt", "megatron")
 WRITTEN = ("shards", "jsonl", "nanogpt", "megatron")
 UNRECORDED = ("nanogpt", "megatron")  # formats without a place for lineage
+STORED = (
+    "to",
+    "decode",
+    "source",
+    "tokenizer",
+    "max_tokens_per_shard",
+)  # options that decide what becomes of stored tokens
 FIM = "Fill-in-the-middle"
 
 
@@ -190,7 +197,7 @@ def _stored(
     from llmkit.io.tokenizer import load_tokenizer_info
     from llmkit.tokens.convert import stored
 
-    run.options["from_"] = kind  # said or seen
+    run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
     paths = list(inputs or []) + (read_list(run.files_from) if run.files_from else [])
     if kind == "shards":
         paths = paths or [STDIN]
@@ -234,10 +241,10 @@ def _write(
         if writer:
             writer.finish(dict(counts), read)
     if stats:
-        columns = ["documents", "tokens", "bytes"]
-        rows = tally.sources.items()
-        run.table("sources", ["source", *columns], [[name, *row] for name, row in rows])
-        counts["sources"] = [{"source": name} | dict(zip(columns, row, strict=True)) for name, row in rows]
+        columns = ["source", "documents", "tokens", *(["bytes"] if tally.bytes else [])]
+        rows = [[name, *row][: len(columns)] for name, row in tally.sources.items()]
+        run.table("sources", columns, rows)
+        counts["sources"] = [dict(zip(columns, row, strict=True)) for row in rows]
     said = [f"{tally.documents - tally.empty:,} documents, {tally.tokens:,} tokens"]
     said += [f"{tally.bytes / tally.tokens:.2f} bytes each"] if tally.bytes else []
     said += [f"dropped {tally.empty:,} without text"] if tally.empty else []

@@ -74,7 +74,10 @@ class Encoder:
 
     def _encode(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Flat ids and their number for each text."""
-        found = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            found = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # a bare one: a vocabulary without its own token for unknown words
+            raise LlmkitError(f"the tokenizer does not encode: {error}", "its tokenizer.json is incomplete") from None
         lengths = np.array([len(ids) for ids in found], np.int64)
         return np.fromiter(chain.from_iterable(found), self._dtype, int(lengths.sum())), lengths
 
