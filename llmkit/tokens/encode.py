@@ -11,7 +11,8 @@ core: the library's own threads stay off, since they do not survive a fork.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -74,10 +75,8 @@ class Encoder:
 
     def _encode(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Flat ids and their number for each text."""
-        try:
+        with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
             found = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # a bare one: a vocabulary without its own token for unknown words
-            raise LlmkitError(f"the tokenizer does not encode: {error}", "its tokenizer.json is incomplete") from None
         lengths = np.array([len(ids) for ids in found], np.int64)
         return np.fromiter(chain.from_iterable(found), self._dtype, int(lengths.sum())), lengths
 
@@ -112,15 +111,24 @@ def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
 
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    try:
+    with _failing("tokenizer.json does not load", "check it with the tokenizers library"):
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
-    except Exception as error:  # the library raises a bare Exception
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise LlmkitError(f"tokenizer.json does not load: {reason}", "check it with the tokenizers library") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
+
+
+@contextmanager
+def _failing(message: str, hint: str) -> Iterator[None]:
+    """What the library raises as an LlmkitError: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise LlmkitError(f"{message}: {reason}", hint) from None
 
 
 def decode(tokenizer: Any, documents: Iterable[NDArray[Any]], end: int) -> list[str]:

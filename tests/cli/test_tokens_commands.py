@@ -226,6 +226,7 @@ BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}
         (BPE | {"vocab": {"a": 0, "</s>": 1 << 40}}, {}, "tokenizer.json is malformed"),
         (BPE | {"merges": [["a", "z"]]}, {}, "does not load"),
         (BPE | {"merges": "a b"}, {}, "does not load"),
+        (BPE | {"vocab": {"a": 0, "": 1, "</s>": 2}, "merges": [["a", ""]], "continuing_subword_prefix": "#"}, {}, "does not load"),  # a panic
         (BPE, {"normalizer": {"type": "Nothing"}}, "does not load"),
         (BPE, {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, "does not load"),
         ({"type": "Unigram", "vocab": [["</s>", 0.0]], "unk_id": 7}, {}, "does not load"),
