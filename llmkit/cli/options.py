@@ -276,7 +276,10 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
         option = key.replace("-", "_")
         option = option if option in known else f"{option}_"  # `from` is a word of Python's
         if option not in known:
-            raise UsageError(f"{path}: unknown option {key!r} for llmkit {name}", suggestion(option.rstrip("_"), known))
+            raise UsageError(
+                f"{path}: unknown option {key!r} for llmkit {name}",
+                suggestion(key, {name.rstrip("_") for name in known}),
+            )
         defaults[option] = value
     context.default_map = defaults
     return path

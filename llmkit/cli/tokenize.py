@@ -119,7 +119,7 @@ def main(
             raise unknown_name(option, value, known)
     if max_tokens_per_shard < 1:
         raise UsageError("--max-tokens-per-shard 0", "give at least one token")
-    kind = from_ or ("shards" if decode or _hold_shards(inputs) else "documents")
+    kind = from_ or ("shards" if decode or _hold_shards(run, inputs) else "documents")
     if decode and (to != "shards" or kind == "documents"):
         raise UsageError("--decode turns tokens into documents", "leave out --to, and --from documents")
     if kind == to == "shards" and not decode:
@@ -144,9 +144,13 @@ def main(
         _write(run, form, *found, max_tokens_per_shard, stats)
 
 
-def _hold_shards(inputs: list[str] | None) -> bool:
-    """Whether all are token shards by their names: directories with .arrow files in them, and .arrow files."""
-    return bool(inputs) and all(
+def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
+    """Whether all are token shards: directories with .arrow files in them, .arrow files, or a stream that begins as one."""
+    from llmkit.io.inputs import STDIN, peek_stdin
+
+    if inputs in (None, [], [STDIN]):
+        return run.files_from is None and peek_stdin() == b"\xff"
+    return all(
         path.endswith(".arrow") or (os.path.isdir(path) and any(name.endswith(".arrow") for name in os.listdir(path)))
         for path in inputs or []
     )

@@ -195,9 +195,14 @@ def read_megatron(prefix: str, info: TokenizerInfo, source: str | None = None) -
         first = behind
 
 
-def _mapped(path: str) -> NDArray[np.uint8]:
+def check_file(path: str) -> None:
+    """LlmkitError where `path` is no file that can be mapped."""
     if not os.path.isfile(path):
         raise LlmkitError(f"{path}: no such file, or not a regular one", "ids are mapped into memory from files")
+
+
+def _mapped(path: str) -> NDArray[np.uint8]:
+    check_file(path)
     try:
         return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.zeros(0, np.uint8)
     except OSError as error:

@@ -19,7 +19,15 @@ from llmkit.errors import LlmkitError
 from llmkit.io.documents import DocumentWriter
 from llmkit.io.lineage import Input, base_name, digest_path
 from llmkit.io.store import TokenStore
-from llmkit.io.token_files import BLOCK_TOKENS, Block, check_ids, dataset_prefix, read_megatron, read_nanogpt
+from llmkit.io.token_files import (
+    BLOCK_TOKENS,
+    Block,
+    check_file,
+    check_ids,
+    dataset_prefix,
+    read_megatron,
+    read_nanogpt,
+)
 from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.tokens.encode import decode, load
 
@@ -74,6 +82,8 @@ def stored(
             raise LlmkitError(f"{paths[0]}: made with another tokenizer", "leave -t out where shards carry theirs")
         return info or store.tokenizer, _shard_blocks(store, source), store.inputs
     assert info is not None
+    for path in paths:
+        check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
     read, names = (read_nanogpt, paths) if kind == "nanogpt" else (read_megatron, [*map(dataset_prefix, paths[::2])])
     return info, (block for name in names for block in read(name, info, source)), inputs

@@ -200,6 +200,8 @@ def test_directory_file_and_stream_hold_the_same(place: Path, llmkit: Command) -
         "tokenize", "-t", "one.arrow", "--source", "docs", stdin=(place / "docs.jsonl").read_bytes(), cwd=place
     )
     (place / "piped.arrow").write_bytes(piped.stdout)
+    ids = llmkit("tokenize", "--to", "nanogpt", stdin=piped.stdout, cwd=place).stdout  # known for what it is
+    assert ids == TokenStore.open("shards").span(0, len(ids) // 2).tobytes()
     stores = [TokenStore.open(name) for name in ("shards", "one.arrow", "piped.arrow")]
     assert len({store.inputs[0].digest for store in stores}) == 1
     assert all(
