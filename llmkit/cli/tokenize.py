@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -235,14 +235,16 @@ def _write(
 
     tally = Tally()
     with ExitStack() as stack:
-        writer = None if run.dry_run else stack.enter_context(_writer(run, form, info, max_tokens_per_shard))
+        if not run.dry_run:
+            writer, put = _writer(run, form, info, max_tokens_per_shard)
+            stack.enter_context(writer)
         bar = stack.enter_context(run.progress(None, "documents"))
         for block in blocks:
-            if writer:
-                writer.extend(block.tokens, block.lengths, block.ids, block.sources)
+            if not run.dry_run:
+                put(block)
             bar.advance(tally.add(block))
         counts: dict[str, Any] = tally.counts()
-        if writer:
+        if not run.dry_run:
             writer.finish(dict(counts), read)
     if stats:
         columns = ["source", "documents", "tokens", *(["bytes"] if tally.bytes else [])]
@@ -258,15 +260,20 @@ def _write(
     run.finish(counts, f"{', '.join(said)}; {where}")
 
 
-def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int) -> Any:
-    """What stores blocks in that form; a context manager."""
+def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int) -> tuple[Any, Callable[[Block], None]]:
+    """What stores documents in that form, a context manager, and how it is given a block of them."""
     from llmkit.io.shards import ShardWriter
     from llmkit.io.token_files import TokenFileWriter
-    from llmkit.tokens.convert import LineWriter, text_lines, token_lines
+    from llmkit.tokens.convert import text_lines, token_lines
 
+    if form in ("jsonl", "documents"):
+        lines = token_lines if form == "jsonl" else text_lines(info)
+        documents = run.writer()
+        return documents, lambda block: documents.write(lines(block))
+    writer: Any
     if form == "shards":
         limit = max_tokens_per_shard
-        return ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=limit)
-    if form in UNRECORDED:
-        return TokenFileWriter(run.output, info, form, force=run.force)
-    return LineWriter(run.writer(), token_lines if form == "jsonl" else text_lines(info))
+        writer = ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=limit)
+    else:
+        writer = TokenFileWriter(run.output, info, form, force=run.force)
+    return writer, lambda block: writer.extend(block.tokens, block.lengths, block.ids, block.sources)

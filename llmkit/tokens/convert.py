@@ -1,22 +1,19 @@
-"""Token ids from what holds them to what is to: blocks of documents in, shards, other trainers' files, JSON lines or texts out.
+"""Stored token ids as blocks of documents, counts of blocks, and blocks as JSON lines: of ids, or of texts.
 
-Every writer takes blocks by `extend(tokens, lengths, ids, sources)` (flat ids, int64 lengths [n], names [n]) and ends with `finish(counts,
-inputs)`: io.shards.ShardWriter, io.token_files.TokenFileWriter, and `LineWriter` here. Memory: one block, about 2^20 tokens.
+In: token shards, nanoGPT's or Megatron's files (io/token_files.py). Memory: one block, about 2^20 tokens.
+
+    llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import DocumentWriter
 from llmkit.io.lineage import Input, base_name, digest_path
 from llmkit.io.store import TokenStore
 from llmkit.io.token_files import (
@@ -32,7 +29,6 @@ from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.tokens.encode import decode, load
 
 BLOCK_DOCUMENTS = 1 << 12
-Lines = Callable[[Block], bytes]
 
 
 @dataclass(slots=True)
@@ -104,31 +100,6 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
         first = behind
 
 
-class LineWriter:
-    """Documents to JSON lines, by a function of a block."""
-
-    def __init__(self, writer: DocumentWriter, lines: Lines) -> None:
-        self._writer = writer
-        self._lines = lines
-
-    def __enter__(self) -> LineWriter:
-        self._writer.__enter__()
-        return self
-
-    def extend(self, tokens: NDArray[Any], lengths: NDArray[np.int64], ids: list[str], sources: list[str]) -> None:
-        """Append n documents."""
-        self._writer.write(self._lines(Block(tokens, lengths, ids, sources)))
-
-    def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
-        """Complete the content and its lineage; call it once, last."""
-        self._writer.finish(counts, inputs)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
-
-
 def token_lines(block: Block) -> bytes:
     """A line {"id", "source", "tokens"} for each document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
@@ -136,7 +107,7 @@ def token_lines(block: Block) -> bytes:
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
-def text_lines(info: TokenizerInfo) -> Lines:
+def text_lines(info: TokenizerInfo) -> Callable[[Block], bytes]:
     """A line {"id", "text", "source"} for each document. LlmkitError where an id is not in the vocabulary: the library would pass over it."""
     library = load(info)
 
