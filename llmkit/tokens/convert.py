@@ -26,7 +26,8 @@ from llmkit.io.token_files import (
     read_nanogpt,
 )
 from llmkit.io.tokenizer import TokenizerInfo
-from llmkit.tokens.encode import decode, load
+from llmkit.tokens.encode import decode
+from llmkit.tokens.text_encoder import load
 
 BLOCK_DOCUMENTS = 1 << 12
 

@@ -11,21 +11,18 @@ core: the library's own threads stay off, since they do not survive a fork.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
 from llmkit.io.token_files import Block
 from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.tokens.fim import FillInTheMiddle, Segment, assemble
+from llmkit.tokens.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +46,11 @@ class Encoder:
     def __init__(self, tokenizer: TokenizerInfo, options: ReadOptions, how: EncodeOptions | None = None) -> None:
         how = how or EncodeOptions()
         self._made_of = tokenizer, options, how
-        self._tokenizer = load(tokenizer, allow_special=how.allow_special)
+        self._encode = TextEncoder(tokenizer, allow_special=how.allow_special)
         self._options = options
         self._how = how
         self._end = tokenizer.eos_id
         self._start = [tokenizer.bos_id] if how.bos and tokenizer.bos_id is not None else []
-        self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
         return _made_again, self._made_of
@@ -72,13 +68,6 @@ class Encoder:
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._how.fim.segments(text, id, source) if self._how.fim else [text]
-
-    def _encode(self, texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Flat ids and their number for each text."""
-        with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
-            found = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        lengths = np.array([len(ids) for ids in found], np.int64)
-        return np.fromiter(chain.from_iterable(found), self._dtype, int(lengths.sum())), lengths
 
     def _source_of(self, fields: dict[str, Any], file: str) -> str:
         value = fields.get(self._how.source_key)
@@ -102,33 +91,6 @@ def source_name(file: str) -> str:
     name = os.path.basename(file.strip("<>"))
     suffix = max((end for end in DOCUMENT_SUFFIXES if name.endswith(end)), key=len, default="")
     return name.removesuffix(suffix) or name
-
-
-def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
-    """The library's tokenizer for `info`; LlmkitError where its tokenizer.json does not load, or is not there."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    if "tokenizer.json" not in info.files:
-        raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    with _failing("tokenizer.json does not load", "check it with the tokenizers library"):
-        tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = not allow_special
-    return tokenizer
-
-
-@contextmanager
-def _failing(message: str, hint: str) -> Iterator[None]:
-    """What the library raises as an LlmkitError: bare Exceptions, and panics, which are none."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise LlmkitError(f"{message}: {reason}", hint) from None
 
 
 def decode(tokenizer: Any, documents: Iterable[NDArray[Any]], end: int) -> list[str]:

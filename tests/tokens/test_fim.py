@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import EncodeOptions, Encoder, load
+from llmkit.tokens.encode import EncodeOptions, Encoder
 from llmkit.tokens.fim import NAMES, FillInTheMiddle, Segment, assemble, fill_in_the_middle
+from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
 PREFIX, SUFFIX, MIDDLE = 1, 2, 3
