@@ -35,6 +35,8 @@ STORED = (
     ".arrow",
     ".parquet",
     ".safetensors",
+    ".bin",
+    ".idx",
     *(f".{kind}.{packed}" for kind in ("warc", "wet", "arc") for packed in ("gz", "zst")),
 )
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit

@@ -119,6 +119,12 @@ class ShardWriter:
         if self._held_tokens >= BATCH_TOKENS or len(self._ids) >= BATCH_DOCUMENTS:
             self._flush()
 
+    def extend(self, tokens: Tokens, lengths: Any, ids: Sequence[str], sources: Sequence[str]) -> None:
+        """Append n documents at once: `tokens` flat [sum of lengths], `lengths` [n], ids, sources."""
+        ends = np.cumsum(lengths)
+        for end, length, id, source in zip(ends, lengths, ids, sources, strict=True):
+            self.write(tokens[end - length : end], id, source)
+
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content and its lineage; call it once, last."""
         self._flush()
