@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.order import Plan, PlannedSource, resolve
+from llmkit.io.order import resolve
+from llmkit.io.plan import Plan, PlannedSource
 from llmkit.tokens.mix import Spec, budgets, parse_spec
 from llmkit.tokens.pool import DocumentPool, estimate, measure
 
@@ -107,7 +108,7 @@ def test_realised_shares(sources: list[tuple[list[int], float]], total: int, see
     wanted = budgets(asked, [int(sizes.sum()) for sizes in lengths], total)
     if max(budget / sizes.sum() for budget, sizes in zip(wanted, lengths, strict=True)) > 1_000:
         return
-    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", budget) for i, budget in enumerate(wanted)), seed)
+    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (budget,)) for i, budget in enumerate(wanted)), seed)
     order = resolve(plan, lengths)
     weights = sum(weight for _, weight in sources)
     for s, (sizes, weight) in enumerate(sources):
@@ -129,8 +130,8 @@ def test_pool_gives_back_every_line(sources: list[list[str]]) -> None:
     lines = [[orjson.dumps({"text": text}) + b"\n" for text in texts] for texts in sources]
     lengths = [pool.add([measure(Chunk("x", 1, b"".join(part)), options, estimate)]) for part in lines]
     assert [sizes.tolist() for sizes in lengths] == [[-(-len(t.encode()) // 4) for t in texts] for texts in sources]
-    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", int(sizes.sum())) for i, sizes in enumerate(lengths)), 0)
-    if not sum(source.tokens for source in plan.sources):
+    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (int(sizes.sum()),)) for i, sizes in enumerate(lengths)), 0)
+    if not sum(source.tokens[0] for source in plan.sources):
         return
     order = resolve(plan, lengths)
     expected = [lines[s][d] for s, d in zip(order.source.tolist(), order.document.tolist(), strict=True)]
