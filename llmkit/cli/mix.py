@@ -56,6 +56,7 @@ class Asked:
 @command(
     reads=True,
     writes=True,
+    neutral=("no_repeat",),
     examples=(
         "llmkit mix shards/:0.7 code/:0.3 --tokens 20k --seed 1 -o mixed/",
         "llmkit mix shards/ code/:x2 --plan -o mix.toml",
@@ -92,7 +93,7 @@ def main(
     (of as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
     a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
-    from llmkit.io.atomic import check_output
+    from llmkit.io.atomic import check_output, is_special
     from llmkit.io.inputs import read_list
     from llmkit.io.plan import SHUFFLES
     from llmkit.tokens.curriculum import one_stage, read_stages
@@ -143,7 +144,8 @@ def main(
             raise UsageError(f"{name} is for documents; these sources hold tokens", "leave it out")
         if value:
             raise UsageError(f"{name} is for token shards; these sources hold documents", "tokenize them first")
-    if share and not run.dry_run and (run.output is None or run.output.endswith((".toml", ".arrow"))):
+    output = run.output or ""
+    if share and not run.dry_run and (not output or output.endswith((".toml", ".arrow")) or is_special(Path(output))):
         raise UsageError("--holdout writes a directory", "name one: -o mix/")
     if not run.dry_run and run.up_to_date(paths):
         return

@@ -168,8 +168,6 @@ def usable(store: TokenStore, held_out: Sequence[int]) -> Numbers | None:
     """How often each document of a source may be used in a pass: 0 for held-out ones and for the padding of an earlier packing. None: all once."""
     if not held_out and store.padding is None:
         return None
-    if held_out and max(held_out) >= store.documents:
-        raise LlmkitError(f"document {max(held_out)} is held out, of a source of {store.documents}", "run mix again")
     copies = np.ones(store.documents, np.int64)
     copies[list(held_out)] = 0
     if store.padding is not None:
@@ -199,6 +197,8 @@ class OrderedTokens:
                 raise LlmkitError(
                     f"{source.path}: not the shards that the plan was made for", "their content changed; run mix again"
                 )
+            if (last := max(source.held_out, default=-1)) >= store.documents:
+                raise LlmkitError(f"{source.path}: document {last} is held out, of {store.documents}", "run mix again")
         first = stores[0]
         for source, store in zip(plan.sources, stores, strict=True):
             if (store.tokenizer.digest, store.tokenizer.eos_id) != (first.tokenizer.digest, first.tokenizer.eos_id):
