@@ -369,9 +369,10 @@ def _report(
     stages = realised.by_stage(order, paths, asked.stages)
     sources = realised.by_source(order, paths, lengths, copies)
     packing = realised.by_packing(order, asked.length) if asked.length else []
-    for row in sources:
-        if not row["tokens"] and any(paths.index(row["source"]) in stage.specs for stage in asked.stages):
-            run.warn(f"{row['source']} gives nothing: its share is less than half a document")
+    for row in stages:
+        if not row["tokens"]:
+            to = f" to {row['stage']}" if row["stage"] else ""
+            run.warn(f"{row['source']} gives nothing{to}: its share is less than half a document")
     if not run.as_json:
         _show(run, "sources", sources)
         if len(asked.stages) > 1:
