@@ -70,7 +70,9 @@ def _stage(path: Path, number: int, table: dict[str, Any], sources: dict[str, st
     what = f"{path}: {name}"
     _known(table, ("name", "tokens", "mix"), what)
     mix = table.get("mix")
-    if not isinstance(name, str) or not isinstance(mix, dict) or not mix:
+    if not isinstance(name, str):
+        raise UsageError(f"{what}: a name is a text", HINT)
+    if not isinstance(mix, dict) or not mix:
         raise UsageError(f"{what}: takes nothing of any source", 'mix = { web = 0.9, wiki = "x2" }')
     _known(mix, sources, what)
     tokens = table.get("tokens")
@@ -101,7 +103,10 @@ def stage_budgets(stages: Sequence[Stage], available: Sequence[int]) -> list[tup
     """Tokens of each source in each stage, of `available` ones."""
     rows = []
     for stage in stages:
-        found = budgets(list(stage.specs.values()), [available[i] for i in stage.specs], stage.tokens)
+        try:
+            found = budgets(list(stage.specs.values()), [available[i] for i in stage.specs], stage.tokens)
+        except UsageError as error:
+            raise UsageError(f"{stage.name}: {error.message}" if stage.name else error.message, error.hint) from None
         taken = dict(zip(stage.specs, found, strict=True))
         rows.append([taken.get(i, 0) for i in range(len(available))])
     return list(zip(*rows, strict=True))

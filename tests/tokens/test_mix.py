@@ -208,6 +208,8 @@ def test_stages(tmp_path: Path) -> None:
         Stage("stage 2", None, {0: Spec(web, "tokens", 1500.0)}),
     ]
     assert stage_budgets(stages, [5_000, 300]) == [(1_400, 1_500), (600, 0)]
+    with pytest.raises(UsageError, match="main: --tokens 2,000, but the multipliers and budgets come to 2,200"):
+        stage_budgets(stages, [5_000, 1_100])
     assert read_stages(file, ["a", "b"])[1][0].specs[1].path == "b"
     assert len(read_stages(EXAMPLES / "k2.toml", [])[0]) == 14
 
@@ -234,6 +236,7 @@ def test_stages(tmp_path: Path) -> None:
         ("\"2k\"", "2.5", "main: tokens: 2.5 is no count", ""),
         ("\"/data/wiki\"", "7", r"\[sources\] does not give names and paths", ""),
         ("[sources]", "[sources", "invalid TOML", ""),
+        ('"main"', "3", "3: a name is a text", ""),
         ("[sources]", "stage = 1\n[sources]", "invalid TOML", ""),
         (CURRICULUM, "", r"\[sources\] does not", ""),
         (CURRICULUM, "[sources]\na = \"a\"", r"no \[\[stage\]\]", ""),
