@@ -121,6 +121,7 @@ def _has_documents(path: str) -> bool:
 def _mix_shards(run: Run, specs: list[Spec], tokens: int | None, as_plan: bool) -> None:
     import numpy as np
 
+    from llmkit.io.gather import write_ordered
     from llmkit.io.order import OrderedTokens, Plan, PlannedSource
     from llmkit.io.shards import ShardWriter, TokenStore
 
@@ -148,9 +149,7 @@ def _mix_shards(run: Run, specs: list[Spec], tokens: int | None, as_plan: bool) 
         lineage = run.lineage()
         with ShardWriter(run.output, ordered.tokenizer, lineage, force=run.force, epochs=True) as writer:
             with run.progress(ordered.documents, "documents") as bar:
-                for i in range(ordered.documents):
-                    writer.write(ordered.document(i), ordered.id(i), ordered.source(i), ordered.epoch(i))
-                    bar.advance()
+                write_ordered(ordered, writer, bar.advance)
             writer.finish(_flat(counts), inputs)
     _finish(run, counts)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Tokens = NDArray[Any]  # uint16 or uint32
+Text = bytes | memoryview  # in UTF-8
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
@@ -31,14 +32,14 @@ class ColumnDigest:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
 
     def add(
-        self, tokens: Tokens, lengths: NDArray[np.int64], ids: Sequence[str], sources: Sequence[str], epochs: Any
+        self, tokens: Tokens, lengths: NDArray[np.int64], ids: Sequence[Text], sources: Sequence[str], epochs: Any
     ) -> None:
-        """Documents in order; `epochs` int32 or None."""
+        """Documents in order; `ids` in UTF-8, `epochs` int32 or None."""
         columns: tuple[Any, ...] = (
             np.ascontiguousarray(tokens).data,
             lengths.astype("<i8").data,
-            _joined(ids),
-            _joined(sources),
+            b"\0".join([*ids, b""]),
+            "\0".join([*sources, ""]).encode(),
         )
         for state, column in zip(self._states, columns, strict=False):
             state.update(column)
@@ -48,10 +49,6 @@ class ColumnDigest:
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
         return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
-
-
-def _joined(names: Sequence[str]) -> bytes:
-    return "".join(f"{name}\0" for name in names).encode()
 
 
 def combined_digest(parts: list[str]) -> str:
@@ -178,7 +175,7 @@ def numbers(array: pa.Array) -> NDArray[Any]:
     return np.frombuffer(buffer, dtype, len(array), array.offset * dtype.itemsize)
 
 
-def as_arrow(values: NDArray[Any] | Sequence[str]) -> pa.Array:
+def as_arrow(values: NDArray[Any] | Sequence[Text]) -> pa.Array:
     """Numbers, without a copy, or texts as an Arrow array. Not `pa.array`, which imports pandas too."""
     import pyarrow as pa
 
@@ -186,11 +183,11 @@ def as_arrow(values: NDArray[Any] | Sequence[str]) -> pa.Array:
     if isinstance(values, np.ndarray):
         kind, buffers = pa.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
     else:
-        texts = [value.encode() for value in values]
-        ends = np.cumsum([0, *map(len, texts)])
+        ends = np.zeros(len(values) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
         if ends[-1] >= 1 << 31:
             raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
-        kind, buffers = pa.string(), [ends.astype(np.int32), b"".join(texts)]
+        kind, buffers = pa.string(), [ends.astype(np.int32), b"".join(values)]
     return pa.Array.from_buffers(kind, len(values), [None, *map(pa.py_buffer, buffers)])
 
 
@@ -223,6 +220,12 @@ def part_digest(part: Part) -> tuple[str, int]:
     for batch in part.batches:
         offsets, values = batch_tokens(batch, part.name)
         epochs = numbers(batch.column("epoch")) if "epoch" in batch.schema.names else None
-        digest.add(values, np.diff(offsets), batch.column("id").to_pylist(), batch.column("source").to_pylist(), epochs)
+        digest.add(
+            values,
+            np.diff(offsets),
+            batch.column("id").view("binary").to_pylist(),
+            batch.column("source").to_pylist(),
+            epochs,
+        )
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest
