@@ -92,6 +92,7 @@ def _encode(
     """Encode every document into shards; the counts for lineage and summary."""
     from contextlib import ExitStack
 
+    from llmkit.io.shard_part import as_arrow, coded
     from llmkit.io.shards import ShardWriter
     from llmkit.tokens.encode import Encoder
 
@@ -108,8 +109,7 @@ def _encode(
         for part in engine.map(work, reader):
             reader.accept(part.bad)
             if writer:
-                for tokens, id, name in part.documents():
-                    writer.write(tokens, id, name)
+                writer.extend(part.tokens, part.lengths, as_arrow(part.ids), coded(part.sources))
             documents = len(part.ids) + part.empty
             totals.update(documents=documents, tokens=len(part.tokens), bytes=part.bytes, empty=part.empty)
             bar.advance(documents)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Tokens = NDArray[Any]  # uint16 or uint32
-Text = bytes | memoryview  # in UTF-8
+Names = tuple[NDArray[np.int32], list[str]]  # of each document the index of its source; the sources
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
@@ -31,15 +31,15 @@ class ColumnDigest:
     def __init__(self) -> None:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
 
-    def add(
-        self, tokens: Tokens, lengths: NDArray[np.int64], ids: Sequence[Text], sources: Sequence[str], epochs: Any
-    ) -> None:
-        """Documents in order; `ids` in UTF-8, `epochs` int32 or None."""
+    def add(self, tokens: Tokens, lengths: NDArray[np.int64], ids: pa.StringArray, sources: Names, epochs: Any) -> None:
+        """Documents in order; `epochs` int32 or None."""
+        codes, names = sources
+        ended = [name.encode() + b"\0" for name in names]
         columns: tuple[Any, ...] = (
             np.ascontiguousarray(tokens).data,
             lengths.astype("<i8").data,
-            b"\0".join([*ids, b""]),
-            "\0".join([*sources, ""]).encode(),
+            _ended(ids).data,
+            b"".join([ended[code] for code in codes.tolist()]),
         )
         for state, column in zip(self._states, columns, strict=False):
             state.update(column)
@@ -175,20 +175,50 @@ def numbers(array: pa.Array) -> NDArray[Any]:
     return np.frombuffer(buffer, dtype, len(array), array.offset * dtype.itemsize)
 
 
-def as_arrow(values: NDArray[Any] | Sequence[Text]) -> pa.Array:
+def text_bytes(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Where each text starts and the last ends, int32 [n + 1], in all of their bytes; views."""
+    _, starts, content = texts.buffers()
+    found = np.frombuffer(starts, np.int32, len(texts) + 1, texts.offset * 4) if len(texts) else np.zeros(1, np.int32)
+    return found, np.frombuffer(content or b"", np.uint8)
+
+
+def _ended(texts: pa.StringArray) -> NDArray[np.uint8]:
+    """The bytes of all texts, each followed by a zero byte."""
+    starts, content = text_bytes(texts)
+    size = int(starts[-1] - starts[0])
+    ended, ends = np.zeros(size + len(texts), np.uint8), np.zeros(size + len(texts), np.bool_)
+    ends[starts[1:] - starts[0] + np.arange(len(texts))] = True
+    ended[~ends] = content[starts[0] : starts[-1]]
+    return ended
+
+
+def coded(names: Sequence[str]) -> Names:
+    """Names as indices into those that there are, in order of appearance."""
+    table: dict[str, int] = {}
+    codes = [table.setdefault(name, len(table)) for name in names]
+    return np.array(codes, np.int32), list(table)
+
+
+def as_arrow(values: NDArray[Any] | Sequence[str]) -> pa.Array:
     """Numbers, without a copy, or texts as an Arrow array. Not `pa.array`, which imports pandas too."""
     import pyarrow as pa
 
-    buffers: list[Any]
-    if isinstance(values, np.ndarray):
-        kind, buffers = pa.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
-    else:
-        ends = np.zeros(len(values) + 1, np.int64)
-        np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
-        if ends[-1] >= 1 << 31:
-            raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
-        kind, buffers = pa.string(), [ends.astype(np.int32), b"".join(values)]
-    return pa.Array.from_buffers(kind, len(values), [None, *map(pa.py_buffer, buffers)])
+    if not isinstance(values, np.ndarray):
+        texts = [value.encode() for value in values]
+        return text_array(np.fromiter(map(len, texts), np.int64, len(texts)), b"".join(texts))
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
+
+
+def text_array(lengths: NDArray[Any], content: bytes) -> pa.StringArray:
+    """Texts of `lengths` [n] bytes that follow one another in `content`."""
+    import pyarrow as pa
+
+    if len(content) >= 1 << 31:
+        raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(ends), pa.py_buffer(content))
 
 
 def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:
@@ -219,13 +249,9 @@ def part_digest(part: Part) -> tuple[str, int]:
     digest, largest = ColumnDigest(), 0
     for batch in part.batches:
         offsets, values = batch_tokens(batch, part.name)
+        source = batch.column("source")
+        sources = numbers(source.indices), source.dictionary.to_pylist()
         epochs = numbers(batch.column("epoch")) if "epoch" in batch.schema.names else None
-        digest.add(
-            values,
-            np.diff(offsets),
-            batch.column("id").view("binary").to_pylist(),
-            batch.column("source").to_pylist(),
-            epochs,
-        )
+        digest.add(values, np.diff(offsets), batch.column("id"), sources, epochs)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

@@ -37,7 +37,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, ColumnDigest, Text, Tokens, as_arrow, combined_digest
+from llmkit.io.shard_part import FILES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
 from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
 
@@ -108,26 +108,28 @@ class ShardWriter:
 
     def write(self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0) -> None:
         """Append one document."""
-        self.extend(np.asarray(tokens), np.array([len(tokens)]), [id.encode()], [source], np.array([epoch], np.int32))
+        self.extend(
+            np.asarray(tokens), np.array([len(tokens)]), as_arrow([id]), coded([source]), np.array([epoch], np.int32)
+        )
 
     def extend(
         self,
         tokens: Tokens,
         lengths: NDArray[np.int64],
-        ids: Sequence[Text],
-        sources: Sequence[str],
+        ids: pa.StringArray,
+        sources: Names,
         epochs: NDArray[np.int32] | None = None,
     ) -> None:
-        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` in UTF-8, `sources`, how often each was seen before [n].
+        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` [n], `sources` [n], how often each was seen before [n].
 
-        Gives the bytes of n calls of `write`. Arrays and ids are not copied: they must not change until `finish`.
+        Gives the bytes of n calls of `write`. Nothing is copied before its batch is full: arrays must not change until `finish`.
         """
-        ends = np.cumsum(lengths)
+        ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
         first = start = 0  # document and token that come next
         while first < len(ends):
             full = int(np.searchsorted(ends, start + self.room)) + 1
-            behind = min(full, first + BATCH_DOCUMENTS - len(self._ids), len(ends))
+            behind = min(full, first + BATCH_DOCUMENTS - self._held_documents, len(ends))
             if self._directory:
                 fit = int(np.searchsorted(ends, start + self._limit - self._part_tokens, side="right"))
                 if fit <= first and self._part_tokens:
@@ -137,13 +139,14 @@ class ShardWriter:
             stop = int(ends[behind - 1])
             self._held.append(tokens[start:stop])
             self._lengths.append(lengths[first:behind])
-            self._ids += ids[first:behind]
-            self._sources += sources[first:behind]
+            self._ids.append(ids[first:behind])
+            self._codes.append(self._coded(codes[first:behind], names))
             self._epoch_numbers.append(epochs[first:behind])
+            self._held_documents += behind - first
             self._held_tokens += stop - start
             self._part_tokens += stop - start
             first, start = behind, stop
-            if self._held_tokens >= BATCH_TOKENS or len(self._ids) >= BATCH_DOCUMENTS:
+            if self._held_tokens >= BATCH_TOKENS or self._held_documents >= BATCH_DOCUMENTS:
                 self._flush()
 
     @property
@@ -185,14 +188,21 @@ class ShardWriter:
     def _clear(self) -> None:
         self._held: list[Tokens] = []
         self._lengths: list[NDArray[np.int64]] = []
-        self._ids: list[Text] = []
-        self._sources: list[str] = []
+        self._ids: list[pa.StringArray] = []
+        self._codes: list[NDArray[np.int32]] = []
         self._epoch_numbers: list[NDArray[np.int32]] = []
-        self._held_tokens = 0
+        self._held_documents = self._held_tokens = 0
+
+    def _coded(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
+        """Codes of this part; names that are new to it are numbered in order of appearance."""
+        found = np.array([self._names.get(name, -1) for name in names], np.int32)
+        for code in dict.fromkeys(codes[found[codes] < 0].tolist()):
+            found[code] = self._names.setdefault(names[code], len(self._names))
+        return found[codes]
 
     def _flush(self) -> None:
         """Write what is held as one batch."""
-        if not self._ids:
+        if not self._held_documents:
             return
         import pyarrow as pa
 
@@ -207,17 +217,19 @@ class ShardWriter:
         flat = flat.astype(self.dtype, copy=False)
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        for name in dict.fromkeys(self._sources):
-            self._names.setdefault(name, len(self._names))
-        codes = np.array([self._names[name] for name in self._sources], np.int32)
+        try:
+            ids = pa.concat_arrays(self._ids)
+        except pa.ArrowInvalid:
+            raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids") from None
+        codes = np.concatenate(self._codes)
         epochs = np.concatenate(self._epoch_numbers) if self._epochs else None
         columns = [
             pa.LargeListArray.from_arrays(as_arrow(offsets), as_arrow(flat), type=self._schema.field("tokens").type),
-            as_arrow(self._ids),
-            pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow([name.encode() for name in self._names])),
+            ids,
+            pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._names))),
         ] + ([] if epochs is None else [as_arrow(epochs)])
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._digest.add(flat, lengths, self._ids, self._sources, epochs)
+        self._digest.add(flat, lengths, ids, (codes, list(self._names)), epochs)
         self._part_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)
