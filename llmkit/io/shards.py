@@ -171,6 +171,8 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             assert self._finished, "ShardWriter left without finish()"
+        if isinstance(error, OSError) and self.output and not error.filename:
+            error.filename = self.output  # which disk is full
         self._stack.__exit__(kind, error, trace)
 
     def _open_part(self) -> None:
