@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.io.order import OrderedTokens
+from llmkit.io.packing import PADDING
 from llmkit.io.shard_part import Names, Tokens, numbers, text_array, text_bytes
 from llmkit.io.shards import BATCH_DOCUMENTS, ShardWriter
 from llmkit.io.store import TokenStore
@@ -26,9 +27,12 @@ Numbers = NDArray[np.int64]
 
 
 class Gatherer:
-    """Copies documents of several stores of one tokenizer, which are counted through: those of the second follow those of the first."""
+    """Copies documents of several stores of one tokenizer, which are counted through: those of the second follow those of the first.
 
-    def __init__(self, stores: Sequence[TokenStore]) -> None:
+    The number behind the last of them stands for `padding`.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], padding: Tokens) -> None:
         names: dict[str, int] = {}
         codes, epochs, rows, starts, id_starts = [], [], [], [], []
         self._tokens: list[memoryview] = []  # of each batch, as bytes
@@ -47,12 +51,17 @@ class Gatherer:
                 epochs.append(np.zeros(len(ids), np.int32) if epoch is None else numbers(epoch))
                 rows.append(len(ids))
                 at += len(ids)
+        codes.append(np.array([names.setdefault(PADDING, len(names))], np.int32))
+        starts.append(np.array([0, padding.nbytes]))
+        id_starts.append(np.zeros(2, np.int32))
+        epochs.append(np.zeros(1, np.int32))
+        self._tokens.append(padding.view(np.uint8).data)
+        self._ids.append(memoryview(b""))
         self._dtype = stores[0].dtype
         self._names = list(names)
         self._firsts = np.cumsum([0, *rows])  # document with which each batch begins
-        self._codes, self._epochs, self._starts, self._id_starts = (
-            np.concatenate([np.zeros(0, arrays[0].dtype if arrays else np.int32), *arrays])
-            for arrays in (codes, epochs, starts, id_starts)
+        self._codes, self._epochs, self._starts, self._id_starts = map(
+            np.concatenate, (codes, epochs, starts, id_starts)
         )
 
     def __call__(
@@ -77,7 +86,8 @@ def _joined(content: list[memoryview], batch: Numbers, begin: Numbers, size: Num
 
 def write_ordered(ordered: OrderedTokens, writer: ShardWriter, progress: Callable[[int], object]) -> None:
     """Write the documents of `ordered` in its order, a batch of the writer at a time; `progress` is told how many each time."""
-    gather = Gatherer(ordered.stores)
+    gather = Gatherer(ordered.stores, np.full(ordered.sequence_length or 0, ordered.tokenizer.eos_id, ordered.dtype))
+    # The source of padding is -1, and so its document the one behind the last.
     bases = np.cumsum([0, *(store.documents for store in ordered.stores)])
     order, offsets, first = ordered.order, ordered.offsets, 0
     while first < ordered.documents:
@@ -86,7 +96,8 @@ def write_ordered(ordered: OrderedTokens, writer: ShardWriter, progress: Callabl
         rows = slice(first, behind)
         sizes = np.diff(offsets[first : behind + 1])
         documents = bases[order.source[rows]] + order.document[rows]
-        tokens, ids, sources, epochs = gather(documents, 0, sizes)
+        start = 0 if order.start is None else order.start[rows]
+        tokens, ids, sources, epochs = gather(documents, start, sizes)
         writer.extend(tokens, sizes, ids, sources, epochs + order.epoch[rows])
         progress(behind - first)
         first = behind

@@ -22,6 +22,7 @@ Tokens = NDArray[Any]  # uint16 or uint32
 Names = tuple[NDArray[np.int32], list[str]]  # of each document the index of its source; the sources
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
+LENGTH = b"llmkit.sequence_length"
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
 
 
@@ -76,6 +77,7 @@ class Part:
                 raise LlmkitError(f"{name}: {kind}", "documents become token shards by: llmkit tokenize -t TOKENIZER")
             source = pa.memory_map(str(path))
             stream = pa.ipc.open_stream(source)
+            self._schema = stream.schema
             self.metadata = stream.schema.metadata or {}
             self._check_schema(stream.schema)
             while True:
@@ -157,6 +159,16 @@ class Part:
         """What parts that are read together must share: the tokenizer's digest and the id that ends a document."""
         header = self._json(self.metadata[b"llmkit.tokenizer"], "tokenizer")
         return (header.get("digest"), header.get("eos_id")) if isinstance(header, dict) else (None, None)
+
+    def token_type(self) -> str:
+        return str(self._schema.field("tokens").type.value_type)
+
+    def sequence_length(self) -> int | None:
+        """What the documents were packed for by best fit, if they were."""
+        length = self._json(self.metadata.get(LENGTH, b"null"), "sequence length")
+        if length is not None and (type(length) is not int or length < 1):
+            raise LlmkitError(f"{self.name}: malformed sequence length", "the file was not written by llmkit")
+        return length
 
     def lineage(self) -> dict[str, Any] | None:
         header = self._json(self.metadata.get(b"llmkit.lineage", b"null"), "lineage")

@@ -8,7 +8,7 @@
 | epoch | int32, after `mix` only | how often the document was seen before |
 
 Schema metadata: `llmkit.tokenizer` (digest, vocab_size, eos_id, bos_id, pad_id), `llmkit.lineage` (header), and in single files and
-streams `llmkit.tokenizer_files` (name to text); in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
+streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`; in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
 is empty and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} and in the last part the lineage's trailer:
 a stream without it was cut off and is refused, as is a directory that lacks a part.
 
@@ -37,7 +37,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
+from llmkit.io.shard_part import FILES, LENGTH, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
 from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
 
@@ -63,7 +63,7 @@ class ShardWriter:
     """Documents to token shards: a directory of parts, one file (output ending in .arrow), or stdout (None or "-").
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
-    column `epoch` is written.
+    column `epoch` is written. `sequence_length` is what the documents are packed for; their padding is of source io.packing.PADDING.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class ShardWriter:
         force: bool = False,
         max_tokens_per_shard: int = SHARD_TOKENS,
         epochs: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.tokenizer = tokenizer
@@ -85,6 +86,7 @@ class ShardWriter:
         self._force = force
         self._limit = max_tokens_per_shard
         self._epochs = epochs
+        self._sequence_length = sequence_length
         self._stack = ExitStack()
         self._finished = False
         self._part = 0
@@ -103,8 +105,16 @@ class ShardWriter:
             for name, text in self.tokenizer.files.items():
                 (self._directory / name).write_bytes(text.encode())
         self._schema = _schema(self.tokenizer, self.dtype, self._epochs, self.lineage, embed=self._directory is None)
+        if self._sequence_length:
+            metadata = self._schema.metadata | {LENGTH: str(self._sequence_length).encode()}
+            self._schema = self._schema.with_metadata(metadata)
         self._open_part()
         return self
+
+    @property
+    def directory(self) -> Path | None:
+        """What is being filled, under its temporary name, where the output is a directory."""
+        return self._directory
 
     def write(self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0) -> None:
         """Append one document."""

@@ -17,6 +17,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, base_name
+from llmkit.io.packing import PADDING
 from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
 from llmkit.io.tokenizer import TokenizerInfo
 
@@ -83,6 +84,9 @@ class TokenStore:
                 "tokenize all sources with the same one",
             )
         self._parts.append(part)
+        kind = part.token_type()
+        if kind != self._parts[0].token_type():
+            raise LlmkitError(f"{part.name}: {kind} tokens, but other ones in {self._parts[0].name}", HINT_REMAKE)
         documents = tokens = 0
         for batch in part.batches:
             offsets, values = batch_tokens(batch, part.name)
@@ -112,6 +116,17 @@ class TokenStore:
     @property
     def sources(self) -> list[str]:
         return list(self._source_codes)
+
+    @property
+    def sequence_length(self) -> int | None:
+        """The sequences that a mix has packed these documents for; None where they may be cut anywhere."""
+        return self._parts[0].sequence_length() if self._parts else None
+
+    @property
+    def padding(self) -> NDArray[np.bool_] | None:
+        """Which documents only fill up a sequence, bool [documents]; None where none do."""
+        code = self._source_codes.get(PADDING)
+        return None if code is None else self.codes == code
 
     @property
     def documents(self) -> int:

@@ -11,62 +11,65 @@ import pytest
 from llmkit.errors import LlmkitError
 from llmkit.io import gather, shards
 from llmkit.io.lineage import Lineage
-from llmkit.io.order import OrderedTokens, Plan, PlannedSource
+from llmkit.io.order import OrderedTokens
+from llmkit.io.plan import Plan, PlannedSource
 from llmkit.io.shard_part import text_array
 from llmkit.io.shards import ShardWriter, TokenStore
 
 Write = Callable[..., Path]
 
 
-def ordered_of(paths: list[Path], budgets: list[int]) -> OrderedTokens:
+def ordered_of(paths: list[Path], budgets: list[int], length: int | None = None) -> OrderedTokens:
     stores = [TokenStore.open(str(path)) for path in paths]
     sources = [
-        PlannedSource(path.name, store.inputs[0].digest, budget)
+        PlannedSource(path.name, store.inputs[0].digest, (budget,))
         for path, store, budget in zip(paths, stores, budgets, strict=True)
     ]
-    return OrderedTokens(Plan(tuple(sources), 5, stores[0].tokenizer.digest), stores, [])
+    return OrderedTokens(Plan(tuple(sources), 5, stores[0].tokenizer.digest, "global", length), stores, [])
 
 
-@pytest.mark.parametrize("name", ["mix", "mix.arrow"])
-def test_in_bulk_as_one_by_one(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Property: the same bytes, over several stores, parts and batches, with empty and long documents, ids beyond ASCII, epochs of an earlier mix."""
+def one_by_one(ordered: OrderedTokens, writer: ShardWriter, progress: object) -> None:
+    for i in range(ordered.documents):
+        writer.write(ordered.document(i), ordered.id(i), ordered.source(i), ordered.epoch(i))
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+@pytest.mark.parametrize("length", [None, 64])
+def test_in_bulk_as_one_by_one(
+    tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, length: int | None
+) -> None:
+    """Property: the same bytes, packed or not, over several stores, parts and batches, with empty and long documents, and epochs of an earlier mix."""
     monkeypatch.setattr(shards, "BATCH_TOKENS", 300)
     monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 16)
-    random = np.random.default_rng(0)
-    web = write_shards(tmp_path / "web", random.integers(0, 40, 150).tolist(), max_tokens_per_shard=900)
-    wiki = write_shards(tmp_path / "ü-wiki.arrow", [5, 700, 0, 0, 30], "ü")
+    sizes = np.random.default_rng(0).integers(0, 40, 150).tolist()
+    web = write_shards(tmp_path / "web", sizes, max_tokens_per_shard=900)
+    wiki = write_shards(tmp_path / "wiki.arrow", [5, 700, 0, 0, 30], "ü")
     empty = write_shards(tmp_path / "empty", [])
-    writers = []
-    for number, paths, budgets in (
-        (0, [web, wiki], [2_000, 3_000]),
-        (1, [tmp_path / "0-0", wiki, empty], [9_000, 900, 0]),
+    first = tmp_path / "first-one_by_one"
+    for name, paths, budgets in (
+        ("first", [web, wiki], [2_000, 3_000]),
+        ("second", [first, wiki, empty], [9_000, 900, 0]),
     ):
-        ordered = ordered_of(paths, budgets)
-        for way in (0, 1):
-            path = tmp_path / f"{number}-{way}"
-            target = str(path) + (".arrow" if name.endswith(".arrow") and number else "")
+        ordered = ordered_of(paths, budgets, length if name == "second" else None)
+        for way in (one_by_one, gather.write_ordered):
             with ShardWriter(
-                target, ordered.tokenizer, Lineage("mix"), epochs=True, max_tokens_per_shard=2_000
+                str(tmp_path / f"{name}-{way.__name__}"),
+                ordered.tokenizer,
+                Lineage("mix"),
+                epochs=True,
+                max_tokens_per_shard=2_000,
             ) as writer:
                 told: list[int] = []
-                if way:
-                    gather.write_ordered(ordered, writer, told.append)
-                    assert sum(told) == ordered.documents
-                else:
-                    for i in range(ordered.documents):
-                        writer.write(ordered.document(i), ordered.id(i), ordered.source(i), ordered.epoch(i))
+                way(ordered, writer, told.append)
                 writer.finish({}, [])
-            writers.append(Path(target))
-    assert (
-        TokenStore.open(str(writers[-1])).epoch(0) >= 0
-        and max(TokenStore.open(str(writers[2])).epoch(i) for i in range(200)) > 2
-    )
-    for one, many in (writers[:2], writers[2:]):
-        if one.is_dir():
-            assert len(list(one.glob("*.arrow"))) > 1
-            assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in many.iterdir()}
-        else:
-            assert one.read_bytes() == many.read_bytes()
+        assert sum(told) == ordered.documents
+        made = content(tmp_path / f"{name}-one_by_one")
+        assert len(made) > 3 and content(tmp_path / f"{name}-write_ordered") == made
+    store = TokenStore.open(str(tmp_path / "second-write_ordered"))
+    assert max(store.epoch(i) for i in range(store.documents)) > 3
 
 
 def test_memory_is_that_of_a_batch(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
