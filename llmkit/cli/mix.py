@@ -14,11 +14,10 @@ from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from llmkit.cli.run import Progress
     from llmkit.io.lineage import Input
-    from llmkit.io.order import Order, OrderedTokens
+    from llmkit.io.order import Order
     from llmkit.io.plan import Plan
-    from llmkit.io.shards import ShardWriter, TokenStore
+    from llmkit.io.shards import TokenStore
     from llmkit.tokens.curriculum import Stage
     from llmkit.tokens.pool import Count
 
@@ -183,6 +182,7 @@ def _has_documents(path: str) -> bool:
 def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan: bool) -> None:
     import numpy as np
 
+    from llmkit.io.gather import write_ordered
     from llmkit.io.order import OrderedTokens, held_out, usable
     from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.shards import ShardWriter, TokenStore
@@ -223,17 +223,10 @@ def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan:
             sequence_length=made.sequence_length,
         ) as writer:
             with run.progress(ordered.documents, "documents") as bar:
-                _write(writer, ordered, bar)
+                write_ordered(ordered, writer, bar.advance)
             writer.finish(_flat(counts), inputs)
             _write_held_out(run, writer.directory, made, stores, inputs)
     _finish(run, counts)
-
-
-def _write(writer: ShardWriter, ordered: OrderedTokens, bar: Progress) -> None:
-    """All rows of the order, padding among them."""
-    for i in range(ordered.documents):
-        writer.write(ordered.document(i), ordered.id(i), ordered.source(i), ordered.epoch(i))
-        bar.advance()
 
 
 def _write_held_out(

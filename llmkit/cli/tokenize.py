@@ -262,6 +262,7 @@ def _write(
 
 def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int) -> tuple[Any, Callable[[Block], None]]:
     """What stores documents in that form, a context manager, and how it is given a block of them."""
+    from llmkit.io.shard_part import as_arrow, coded
     from llmkit.io.shards import ShardWriter
     from llmkit.io.token_files import TokenFileWriter
     from llmkit.tokens.convert import text_lines, token_lines
@@ -270,10 +271,8 @@ def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int)
         lines = token_lines if form == "jsonl" else text_lines(info)
         documents = run.writer()
         return documents, lambda block: documents.write(lines(block))
-    writer: Any
-    if form == "shards":
-        limit = max_tokens_per_shard
-        writer = ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=limit)
-    else:
-        writer = TokenFileWriter(run.output, info, form, force=run.force)
-    return writer, lambda block: writer.extend(block.tokens, block.lengths, block.ids, block.sources)
+    if form != "shards":
+        files = TokenFileWriter(run.output, info, form, force=run.force)
+        return files, lambda block: files.extend(block.tokens, block.lengths, block.ids, block.sources)
+    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=max_tokens_per_shard)
+    return shards, lambda b: shards.extend(b.tokens, b.lengths, as_arrow(b.ids), coded(b.sources))

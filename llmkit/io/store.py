@@ -8,7 +8,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from llmkit.io.lineage import Input, base_name
 from llmkit.io.packing import PADDING
 from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
 from llmkit.io.tokenizer import TokenizerInfo
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class TokenStore:
@@ -178,6 +181,11 @@ class TokenStore:
         batch, row = self._row(i)
         column = self._columns[batch][1]
         return 0 if column is None else int(column[row].as_py())
+
+    def batches(self) -> Iterator[tuple[Tokens, pa.Array, pa.Array | None]]:
+        """Token ids, ids of documents and times seen before (where stored) of each batch of documents, views."""
+        for values, (ids, epochs) in zip(self._values, self._columns, strict=True):
+            yield values, ids, epochs
 
     def verify(self) -> None:
         """Read everything and raise LlmkitError where a digest differs or an id is over the vocabulary."""
