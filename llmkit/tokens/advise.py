@@ -26,8 +26,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.tokens.encode import load
 from llmkit.tokens.fertility import words
+from llmkit.tokens.text_encoder import TextEncoder
 from llmkit.tokens.vocabulary import BYTES, RESERVED, SPECIAL, Vocabulary
 
 NEAR = 0.02
@@ -95,10 +95,10 @@ def measure(made: Vocabulary, held: HeldOut, sizes: Sequence[int]) -> Curve:
         raise LlmkitError(
             "too few documents to keep any aside", f"one in {HELD_OUT} is measured: give a hundred or more"
         )
-    tokenizer, table = load(TokenizerInfo("", made.size, 0, files=made.files)), pieces(made, sizes)
+    encoder, table = TextEncoder(TokenizerInfo("", made.size, 0, files=made.files)), pieces(made, sizes)
     totals: dict[str, NDArray[np.int64]] = {}
     for text, group in zip(held.texts, held.groups, strict=True):
-        ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        ids, _ = encoder([text])
         row = np.concatenate(([len(text.encode()), len(words(text))], table[:, ids].sum(1, dtype=np.int64)))
         for name in {"", group}:
             totals[name] = totals.get(name, 0) + row

@@ -27,7 +27,7 @@ import orjson
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Lineage
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import load
+from llmkit.tokens.text_encoder import load
 from llmkit.tokens.vocabulary import MAX_SIZE, reserved
 
 MAX_PIECE = 256

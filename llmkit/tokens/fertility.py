@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 from llmkit.io.tokenizer import TokenizerInfo
-from llmkit.tokens.encode import load, source_name
+from llmkit.tokens.encode import source_name
+from llmkit.tokens.text_encoder import TextEncoder
 
 MAX_GROUPS = 1000
 NONE = "(none)"  # the value of a field that a document lacks
@@ -151,7 +152,8 @@ class Meter:
 
     def __init__(self, tokenizers: Sequence[TokenizerInfo], options: ReadOptions, by: Sequence[str]) -> None:
         self._infos, self._options, self._by = tokenizers, options, by
-        self._tokenizers = [load(info) for info in tokenizers]
+        self._encoders = [TextEncoder(info) for info in tokenizers]
+        self._tokenizers = [encoder.library for encoder in self._encoders]
         self._pieces = [_surfaces(t, info.vocab_size) for t, info in zip(self._tokenizers, tokenizers, strict=True)]
         self._known: list[dict[str, bool]] = [{} for _ in tokenizers]
         word_pattern()  # before workers fork
@@ -177,11 +179,11 @@ class Meter:
         }
         return Measured(groups, len(documents), bad)
 
-    def _made(self, t: int, texts: list[str], counts: list[Counter[str]]) -> list[tuple[NDArray[np.int64], int]]:
+    def _made(self, t: int, texts: list[str], counts: list[Counter[str]]) -> list[tuple[NDArray[Any], int]]:
         """Ids of each text under tokenizer `t`, and how many of its words are one token."""
-        encoded = self._tokenizers[t].encode_batch_fast(texts, add_special_tokens=False)
+        ids, lengths = self._encoders[t](texts)
         single = [sum(n for word, n in found.items() if self._is_single(t, word)) for found in counts]
-        return [(np.array(item.ids, np.int64), n) for item, n in zip(encoded, single, strict=True)]
+        return list(zip(np.split(ids, np.cumsum(lengths)[:-1]), single, strict=True)) if texts else []
 
     def _is_single(self, t: int, word: str) -> bool:
         tokenizer, known = self._tokenizers[t], self._known[t]
@@ -195,7 +197,7 @@ class Meter:
         return known[word]
 
 
-def _joined(made: list[tuple[NDArray[np.int64], int]], size: int) -> Made:
+def _joined(made: list[tuple[NDArray[Any], int]], size: int) -> Made:
     used = np.zeros(size, bool)
     for ids, _ in made:
         used[ids] = True

@@ -52,7 +52,7 @@ class Trial:
     """A model with its tokenizer, trained on windows of a text."""
 
     def __init__(self, model: Any, info: Any) -> None:
-        from llmkit.tokens.encode import load
+        from llmkit.tokens.text_encoder import load
 
         self.model, self.library = model, load(info)
 

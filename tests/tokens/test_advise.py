@@ -9,7 +9,7 @@ import pytest
 from llmkit.errors import LlmkitError
 from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.tokens import advise, vocabulary
-from llmkit.tokens.encode import load
+from llmkit.tokens.text_encoder import load
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog didn't mind: it'd seen 1234 foxes since 2019.\n",

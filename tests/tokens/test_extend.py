@@ -13,8 +13,8 @@ from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Lineage
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import extend, vocabulary
-from llmkit.tokens.encode import load
 from llmkit.tokens.pretokenize import PATTERNS
+from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
 DOMAIN = [

@@ -14,7 +14,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import fertility
-from llmkit.tokens.encode import load
+from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
 ROWS = [
