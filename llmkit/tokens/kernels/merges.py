@@ -1,0 +1,236 @@
+"""Byte-pair merges from counted words, compiled: the most frequent pair of neighbours becomes a token, again and again.
+
+    merges, counts, made = learn(pool, ends, times, rank, wanted, least)
+
+In: words one behind the other in `pool` uint8[bytes], their `ends` int64[words] and how often each stands in the text, `times` int64[words]; `rank`
+int64[256] of each byte, by which ties are broken. Out: the ids of both parts of each merge, int64[wanted, 2], in order, and how often the pair
+occurred, int64[wanted]; the first `made` hold. Ids are ranks for bytes and 256 + i for merge i. Merging ends with pairs of fewer than `least`.
+
+Every byte has a cell, its token's id below how often its word occurs; a token stands in its first and its last cell, so that neighbours are found from
+its length alone. A pair has the list of the places where it began when it arose. Counts are not kept up while other merges take places away: a pair
+that comes to the top of the heap is counted again, if a merge since then could have concerned it. That is exact, since a count only ever falls.
+Pairs too rare for now wait outside of the heap, those of fewer than `least` are never kept.
+
+Cost: time about linear in the distinct words; memory for each byte of them 8 of cells and 12 of places, 40 for each pair. A pair is chosen as
+Sennrich, Haddow and Birch (2016) do, and of equally frequent ones that of the lower ids, as the `tokenizers` library does.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+ID_BITS = 24
+ID = (1 << ID_BITS) - 1
+NONE = ID  # the id of a cell between words, or where no token begins any more
+KEY, COUNT, START, SIZE, COUNTED = range(5)  # columns of a pair; KEY is both ids, COUNTED the merge after which COUNT held
+
+
+@njit(cache=True, nogil=True)
+def better(heap, i, j, pairs):  # type: ignore[no-untyped-def]
+    """Whether entry `i` of the heap comes before `j`: more frequent, or as frequent with lower ids."""
+    if heap[i, 0] != heap[j, 0]:
+        return heap[i, 0] > heap[j, 0]
+    return pairs[heap[i, 1], KEY] < pairs[heap[j, 1], KEY]
+
+
+@njit(cache=True, nogil=True)
+def swap(heap, i, j):  # type: ignore[no-untyped-def]
+    heap[i, 0], heap[j, 0] = heap[j, 0], heap[i, 0]
+    heap[i, 1], heap[j, 1] = heap[j, 1], heap[i, 1]
+
+
+@njit(cache=True, nogil=True)
+def push(heap, size, pair, pairs):  # type: ignore[no-untyped-def]
+    """Add a pair to a heap of `size` entries (count, pair) with room for it."""
+    i = size
+    heap[i, 0], heap[i, 1] = pairs[pair, COUNT], pair
+    while i and better(heap, i, (i - 1) // 2, pairs):
+        swap(heap, i, (i - 1) // 2)
+        i = (i - 1) // 2
+
+
+@njit(cache=True, nogil=True)
+def pop(heap, size, pairs):  # type: ignore[no-untyped-def]
+    """Take the first of `size` entries out; returns its pair."""
+    pair = heap[0, 1]
+    last = size - 1
+    heap[0, 0], heap[0, 1] = heap[last, 0], heap[last, 1]
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= last:
+            return pair
+        if child + 1 < last and better(heap, child + 1, child, pairs):
+            child += 1
+        if not better(heap, child, i, pairs):
+            return pair
+        swap(heap, i, child)
+        i = child
+
+
+@njit(cache=True, nogil=True)
+def grown(table, rows):  # type: ignore[no-untyped-def]
+    """The same table with room for so many rows."""
+    if rows <= len(table):
+        return table
+    larger = np.empty((max(rows, 2 * len(table)), table.shape[1]), np.int64)
+    larger[: len(table)] = table
+    return larger
+
+
+@njit(cache=True, nogil=True)
+def lay_out(pool, ends, times, rank):  # type: ignore[no-untyped-def]
+    """A cell for each byte, and one before, between and behind the words."""
+    cells = np.empty(len(pool) + len(ends) + 1, np.int64)
+    cells[0] = NONE
+    at, start = 1, 0
+    for word in range(len(ends)):
+        for i in range(start, ends[word]):
+            cells[at] = times[word] << ID_BITS | rank[pool[i]]
+            at += 1
+        cells[at] = NONE
+        at += 1
+        start = ends[word]
+    return cells
+
+
+@njit(cache=True, nogil=True)
+def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
+    """The pairs at the start; where they stand is written into `places`. Returns them and how many places were filled."""
+    counts, sizes, starts = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64), np.full(1 << 16, -1, np.int64)
+    for i in range(len(cells) - 1):
+        a, b = cells[i] & ID, cells[i + 1] & ID
+        if a != NONE and b != NONE:
+            counts[a << 8 | b] += cells[i] >> ID_BITS
+            sizes[a << 8 | b] += 1
+    pairs = np.empty((np.count_nonzero(counts >= least), 5), np.int64)
+    n = filled = 0
+    for key in range(1 << 16):
+        if counts[key] >= least:
+            starts[key] = filled
+            pairs[n, KEY], pairs[n, COUNT] = key >> 8 << ID_BITS | key & 255, counts[key]
+            pairs[n, START], pairs[n, SIZE], pairs[n, COUNTED] = filled, sizes[key], 0
+            filled += sizes[key]
+            n += 1
+    for i in range(len(cells) - 1):
+        a, b = cells[i] & ID, cells[i + 1] & ID
+        if a != NONE and b != NONE and starts[a << 8 | b] >= 0:
+            places[starts[a << 8 | b]] = i
+            starts[a << 8 | b] += 1
+    return pairs, filled
+
+
+@njit(cache=True, nogil=True)
+def count_again(cells, pair, length, places):  # type: ignore[no-untyped-def]
+    """How often a pair occurs now; its list is cut to the places where it does."""
+    a, b = pair[KEY] >> ID_BITS, pair[KEY] & ID
+    start, step = pair[START], length[a]
+    count = n = 0
+    for k in range(start, start + pair[SIZE]):
+        i = np.int64(places[k])
+        if cells[i] & ID == a and cells[i + step] & ID == b:
+            count += cells[i] >> ID_BITS
+            places[start + n] = i
+            n += 1
+    pair[SIZE], pair[COUNT] = n, count
+
+
+@njit(cache=True, nogil=True)
+def join(cells, pair, new, length, places):  # type: ignore[no-untyped-def]
+    """Make `new` of a pair wherever it occurs, from left to right, and cut its list to those places."""
+    a, b = pair[KEY] >> ID_BITS, pair[KEY] & ID
+    start, step = pair[START], length[a]
+    n = 0
+    for k in range(start, start + pair[SIZE]):
+        i = np.int64(places[k])
+        if cells[i] & ID == a and cells[i + step] & ID == b:
+            cells[i] += new - a
+            cells[i + step] = NONE
+            cells[i + length[new] - 1] = new
+            places[start + n] = i
+            n += 1
+    pair[SIZE], pair[COUNT] = n, 0
+
+
+@njit(cache=True, nogil=True)
+def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-def]
+    cells = lay_out(pool, ends, times, rank)
+    places = np.empty(3 * len(pool) + 1, np.uint32)  # a merge takes one token away and gives two places; what is not filled takes no memory
+    pairs, filled = pairs_of_bytes(cells, least, places)
+    known = len(pairs)
+    heap, size = np.empty((known + 1, 2), np.int64), 0
+    floor = np.int64(1) << 62  # all pairs of at least so many are in the heap
+    merges, counts = np.empty((wanted, 2), np.int64), np.empty(wanted, np.int64)
+    length = np.ones(256 + wanted, np.int64)
+    as_first, as_second = np.zeros(256 + wanted, np.int64), np.zeros(256 + wanted, np.int64)  # last merge of a token with one behind, before it
+    # Of each token before (0) or behind (1) the new one: how often, at how many places, and where the next place is put.
+    beside, sums = np.zeros((2, 256 + wanted, 2), np.int64), np.zeros((2, 256 + wanted), np.int64)
+    seen = np.empty((2, 256 + wanted), np.int64)
+    made = 0
+    while made < wanted:
+        if not size:
+            if floor <= least:
+                break
+            above, floor = floor, max(floor // 4, least)
+            for pair in range(known):
+                if floor <= pairs[pair, COUNT] < above:
+                    heap = grown(heap, size + 1)
+                    push(heap, size, pair, pairs)
+                    size += 1
+            continue
+        best = pop(heap, size, pairs)
+        size -= 1
+        a, b = pairs[best, KEY] >> ID_BITS, pairs[best, KEY] & ID
+        if max(as_second[a], as_first[b]) > pairs[best, COUNTED]:
+            before = pairs[best, COUNT]
+            count_again(cells, pairs[best], length, places)
+            pairs[best, COUNTED] = made
+            if pairs[best, COUNT] < before:
+                if pairs[best, COUNT] >= floor:
+                    push(heap, size, best, pairs)
+                    size += 1
+                continue
+        new = 256 + made
+        merges[made, 0], merges[made, 1], counts[made] = a, b, pairs[best, COUNT]
+        length[new] = length[a] + length[b]
+        made += 1
+        as_first[a] = as_second[b] = made
+        join(cells, pairs[best], new, length, places)
+        start, stop = pairs[best, START], pairs[best, START] + pairs[best, SIZE]
+        met = np.zeros(2, np.int64)
+        for k in range(start, stop):
+            i = np.int64(places[k])
+            for side in range(2):
+                other = cells[i + length[new] if side else i - 1] & ID
+                if other != NONE and (side or other != new):  # two new ones: once, from the first
+                    if not beside[side, other, 0]:
+                        seen[side, met[side]] = other
+                        met[side] += 1
+                    beside[side, other, 0] += 1
+                    sums[side, other] += cells[i] >> ID_BITS
+        pairs = grown(pairs, known + met[0] + met[1])
+        heap = grown(heap, size + met[0] + met[1])
+        for side in range(2):
+            for k in range(met[side]):
+                other = seen[side, k]
+                beside[side, other, 1] = -1
+                if sums[side, other] >= least:
+                    beside[side, other, 1] = filled
+                    pairs[known, KEY] = new << ID_BITS | other if side else other << ID_BITS | new
+                    pairs[known, COUNT], pairs[known, COUNTED] = sums[side, other], made
+                    pairs[known, START], pairs[known, SIZE] = filled, beside[side, other, 0]
+                    filled += beside[side, other, 0]
+                    if pairs[known, COUNT] >= floor:
+                        push(heap, size, known, pairs)
+                        size += 1
+                    known += 1
+                beside[side, other, 0] = sums[side, other] = 0
+        for k in range(start, stop):
+            i = np.int64(places[k])
+            for side in range(2):
+                other = cells[i + length[new] if side else i - 1] & ID
+                if other != NONE and (side or other != new) and beside[side, other, 1] >= 0:
+                    places[beside[side, other, 1]] = i if side else i - length[other]
+                    beside[side, other, 1] += 1
+    return merges, counts, made

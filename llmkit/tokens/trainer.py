@@ -1,0 +1,81 @@
+"""Count the pieces of texts and learn merges from the counts: our own trainer of byte-level BPE.
+
+    counts = Counts()
+    counts.add_texts(texts, "llama-bpe")                    # list of UTF-8 bytes
+    merges = counts.merges(32_000, least=2)                 # [(b" t", b"he"), ...]
+
+Memory grows with the distinct pieces, not with the text. The merges are those of the `tokenizers` trainer for the same text, pattern and least count,
+whatever the order of texts: the most frequent pair first, ties by lower ids, bytes in the order of the characters that stand for them.
+
+Cost: tests/bench/vocab_speed.md. Kernels: tokens/kernels/counts.py, tokens/kernels/merges.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkit.errors import LlmkitError
+from llmkit.tokens.kernels import counts as kernels
+from llmkit.tokens.kernels.merges import ID_BITS, learn
+from llmkit.tokens.kernels.pretokenize import KINDS, classes
+
+FIRST_SLOTS = 1 << 16
+MOST_BYTES = 1 << 32  # places of bytes are 32-bit numbers
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in tokenizer.json, as GPT-2 chose them."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
+
+
+CHARACTERS = byte_characters()
+ALPHABET = sorted(CHARACTERS)  # by code point: the order of the 256 first ids behind the special ones
+RANKS = np.array([ALPHABET.index(character) for character in CHARACTERS], np.int64)
+
+
+class Counts:
+    """Distinct pieces and how often each occurs. Pickles as small as it is."""
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._slots = np.zeros(FIRST_SLOTS, np.uint64)
+        self._words = np.empty((FIRST_SLOTS // 2, 3), np.int64)
+        self._pool = np.empty(FIRST_SLOTS, np.uint8)
+
+    def __len__(self) -> int:
+        return self._known
+
+    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """(int64[words, 3]: end in the pool, count, hash; pool uint8[bytes])."""
+        words = self._words[: self._known]
+        return words, self._pool[: words[-1, kernels.END] if self._known else 0]
+
+    def add_texts(self, texts: list[bytes], pattern: str) -> None:
+        """Cut texts (valid UTF-8) as `pattern` does and count the pieces."""
+        data = np.frombuffer(b"".join(texts), np.uint8)
+        stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        how = KINDS[pattern]
+        state = self._known, self._slots, self._words, self._pool
+        self._keep(kernels.count_pieces(data, stops, how, classes(how), *state))
+
+    def add(self, other: tuple[NDArray[np.int64], NDArray[np.uint8]]) -> None:
+        """Add the `rows` of another table."""
+        self._keep(kernels.add_counts(*other, self._known, self._slots, self._words, self._pool))
+
+    def _keep(self, state: Any) -> None:
+        self._known, self._slots, self._words, self._pool = state
+
+    def merges(self, wanted: int, least: int = 2) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Up to `wanted` merges of pairs that occur `least` times or more: ids of both parts int64[merges, 2] (a byte's rank, or 256 + number of a
+        merge), and how often each pair occurred."""
+        words, pool = self.rows()
+        if len(pool) + len(words) >= MOST_BYTES or words[:, kernels.COUNT].max(initial=0) >= 1 << 62 - ID_BITS:
+            raise LlmkitError(f"{len(words):,} distinct words are too many to learn from", "take a --sample of the documents")
+        ends, times = (np.ascontiguousarray(words[:, column]) for column in (kernels.END, kernels.COUNT))
+        merges, counts, made = learn(pool, ends, times, RANKS, wanted, max(1, least))
+        return merges[:made], counts[:made]
