@@ -22,7 +22,7 @@ from llmkit.tokens.kernels import counts as kernels
 from llmkit.tokens.kernels.merges import ID_BITS, learn
 from llmkit.tokens.kernels.pretokenize import KINDS, classes
 
-FIRST_SLOTS = 1 << 16
+FIRST_ROWS = 1 << 16
 MOST_BYTES = 1 << 32  # places of bytes are 32-bit numbers
 
 
@@ -39,43 +39,39 @@ RANKS = np.array([ALPHABET.index(character) for character in CHARACTERS], np.int
 
 
 class Counts:
-    """Distinct pieces and how often each occurs. Pickles as small as it is."""
+    """Distinct pieces and how often each occurs."""
 
     def __init__(self) -> None:
-        self._known = 0
-        self._slots = np.zeros(FIRST_SLOTS, np.uint64)
-        self._words = np.empty((FIRST_SLOTS // 2, 3), np.int64)
-        self._pool = np.empty(FIRST_SLOTS, np.uint8)
+        self._state: Any = np.zeros((FIRST_ROWS, 4), np.int64), np.empty(8 * FIRST_ROWS, np.uint8), 0, 0
 
     def __len__(self) -> int:
-        return self._known
+        return int(self._state[2])
 
     def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """(int64[words, 3]: end in the pool, count, hash; pool uint8[bytes])."""
-        words = self._words[: self._known]
-        return words, self._pool[: words[-1, kernels.END] if self._known else 0]
+        """(table of the words int64[words, 4], see kernels/counts.py; pool uint8[bytes]), small enough to send."""
+        table, pool, _, used = self._state
+        return table[table[:, kernels.COUNT] > 0], pool[:used]
 
     def add_texts(self, texts: list[bytes], pattern: str) -> None:
         """Cut texts (valid UTF-8) as `pattern` does and count the pieces."""
         data = np.frombuffer(b"".join(texts), np.uint8)
         stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
         how = KINDS[pattern]
-        state = self._known, self._slots, self._words, self._pool
-        self._keep(kernels.count_pieces(data, stops, how, classes(how), *state))
+        self._state = kernels.count_texts(data, stops, how, classes(how), *self._state)
 
-    def add(self, other: tuple[NDArray[np.int64], NDArray[np.uint8]]) -> None:
+    def add(self, rows: NDArray[np.int64], pool: NDArray[np.uint8]) -> None:
         """Add the `rows` of another table."""
-        self._keep(kernels.add_counts(*other, self._known, self._slots, self._words, self._pool))
-
-    def _keep(self, state: Any) -> None:
-        self._known, self._slots, self._words, self._pool = state
+        pool = pool.view()
+        pool.flags.writeable = False  # as texts are: one signature
+        self._state = kernels.count_rows(rows, pool, *self._state)
 
     def merges(self, wanted: int, least: int = 2) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Up to `wanted` merges of pairs that occur `least` times or more: ids of both parts int64[merges, 2] (a byte's rank, or 256 + number of a
         merge), and how often each pair occurred."""
-        words, pool = self.rows()
-        if len(pool) + len(words) >= MOST_BYTES or words[:, kernels.COUNT].max(initial=0) >= 1 << 62 - ID_BITS:
-            raise LlmkitError(f"{len(words):,} distinct words are too many to learn from", "take a --sample of the documents")
-        ends, times = (np.ascontiguousarray(words[:, column]) for column in (kernels.END, kernels.COUNT))
+        rows, pool = self.rows()
+        rows = rows[np.argsort(rows[:, kernels.START])]
+        if len(pool) + len(rows) >= MOST_BYTES or rows[:, kernels.COUNT].max(initial=0) >= 1 << 62 - ID_BITS:
+            raise LlmkitError(f"{len(rows):,} distinct words are too many to learn from", "take a --sample of the documents")
+        ends, times = rows[:, kernels.START] + rows[:, kernels.LENGTH], rows[:, kernels.COUNT].copy()
         merges, counts, made = learn(pool, ends, times, RANKS, wanted, max(1, least))
         return merges[:made], counts[:made]

@@ -1,10 +1,12 @@
 """How often each piece of some texts occurs, compiled: a table of distinct byte strings that grows.
 
-A table is three arrays: `slots` uint64[2^n], open addressing, upper half of a hash and number of the word plus one; `words` int64[capacity, 3], a row a
-word: where its bytes end in the pool, its count, its hash; `pool` uint8, the bytes of all words, one behind the other. Words are equal if their bytes are,
-whatever their hashes. Each function takes the arrays and how many words there are and returns them, since they may have been replaced by larger ones.
+    table, pool, known, used = count_texts(data, stops, how, classes, table, pool, known, used)
 
-Memory: the bytes of the distinct words, and for each 24 to 48 of its row and 16 to 32 of slots. Cost: one hash and mostly one comparison a piece.
+`table` int64[2^n, 4], open addressing, at most half full: the first eight bytes of a word, its count (0: a free row), where it starts in `pool` uint8 and
+its length. Words are equal if their bytes are, whatever their hashes; for those of up to eight bytes one row says so. `known` words fill `used` bytes of
+the pool. Arrays that became too small are replaced by larger ones, hence returned.
+
+Cost: one hash and mostly one miss of the cache for a piece. Memory for each distinct word 64 to 128 bytes and its own.
 """
 
 from __future__ import annotations
@@ -13,11 +15,20 @@ import numpy as np
 from numba import njit
 
 from llmkit.kernels import octets
-from llmkit.kernels.utf8 import hash_bytes
+from llmkit.kernels.utf8 import finish, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
-END, COUNT, HASH = range(3)
-NUMBER = np.uint64(0xFFFFFFFF)
+FIRST, COUNT, START, LENGTH = range(4)
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: lengths far apart
+
+
+@njit(cache=True, nogil=True)
+def key(data, start, size):  # type: ignore[no-untyped-def]
+    """(first eight bytes, or all and zeros behind; hash) of a word."""
+    first = octets.load(data, start)
+    if size < 8:
+        first &= octets.below(size)
+    return np.int64(first), finish(first ^ np.uint64(size) * SPREAD) if size <= 8 else hash_bytes(data, start, start + size)
 
 
 @njit(cache=True, nogil=True)
@@ -27,88 +38,88 @@ def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
         if octets.load(data, i) != octets.load(pool, k):
             return False
         i, k, size = i + 8, k + 8, size - 8
-    return not size or not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
+    return not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
 
 
 @njit(cache=True, nogil=True)
-def find(data, start, stop, h, slots, words, pool):  # type: ignore[no-untyped-def]
-    """Number of the word data[start:stop], whose hash is `h`; -1 if it is not there."""
-    mask = np.uint64(len(slots) - 1)
-    slot = h & mask
-    while slots[slot]:
-        if (slots[slot] ^ h) <= NUMBER:
-            word = np.int64(slots[slot] & NUMBER) - 1
-            begin = words[word - 1, END] if word else 0
-            if words[word, END] - begin == stop - start and same(data, start, pool, begin, stop - start):
-                return word
-        slot = slot + octets.ONE & mask
-    return -1
+def count(data, start, size, times, table, pool, used):  # type: ignore[no-untyped-def]
+    """Count the word data[start:start+size] so many times more; whether it is new. There has to be room for it."""
+    first, h = key(data, start, size)
+    mask = len(table) - 1
+    row = np.int64(h & np.uint64(mask))
+    while table[row, COUNT]:
+        if (
+            table[row, FIRST] == first
+            and table[row, LENGTH] == size
+            and (size <= 8 or same(data, start, pool, table[row, START], size))
+        ):
+            table[row, COUNT] += times
+            return False
+        row = row + 1 & mask
+    octets.copy(data, start, start + size, pool, used)
+    table[row, FIRST], table[row, COUNT], table[row, START], table[row, LENGTH] = first, times, used, size
+    return True
 
 
 @njit(cache=True, nogil=True)
-def enter(h, word, slots):  # type: ignore[no-untyped-def]
-    """Put a word that is not there into the slots."""
-    mask = np.uint64(len(slots) - 1)
-    slot = h & mask
-    while slots[slot]:
-        slot = slot + octets.ONE & mask
-    slots[slot] = h & ~NUMBER | np.uint64(word + 1)
+def is_full(size, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Whether there is no room for one more word of `size` bytes; octets.copy writes whole eights."""
+    return 2 * known >= len(table) or used + size + 8 > len(pool)
 
 
 @njit(cache=True, nogil=True)
-def insert(data, start, stop, h, times, known, slots, words, pool):  # type: ignore[no-untyped-def]
-    """Make data[start:stop] the last word. Returns the arrays, larger ones where these were full."""
-    used = words[known - 1, END] if known else 0
-    end = used + stop - start
-    if known == len(words):
-        rows = np.empty((2 * known, 3), np.int64)
-        rows[:known] = words
-        words = rows
-    if end + 8 > len(pool):  # octets.copy writes whole eights
-        larger = np.empty(max(2 * len(pool), end + 8), np.uint8)
-        larger[:used] = pool[:used]
+def with_room(size, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Larger arrays, where one more word of `size` bytes has no room."""
+    if used + size + 8 > len(pool):
+        larger = np.empty(2 * len(pool) + size, np.uint8)
+        octets.copy(pool, 0, used, larger, 0)
         pool = larger
-    octets.copy(data, start, stop, pool, used)
-    words[known, END], words[known, COUNT], words[known, HASH] = end, times, np.int64(h)
-    if 2 * known < len(slots):
-        enter(h, known, slots)
-    else:
-        slots = np.zeros(2 * len(slots), np.uint64)
-        for word in range(known + 1):
-            enter(np.uint64(words[word, HASH]), word, slots)
-    return slots, words, pool
+    if 2 * known >= len(table):
+        old, table = table, np.zeros((2 * len(table), 4), np.int64)
+        mask = len(table) - 1
+        for k in range(len(old)):
+            if old[k, COUNT]:
+                _, h = key(pool, old[k, START], old[k, LENGTH])
+                row = np.int64(h & np.uint64(mask))
+                while table[row, COUNT]:
+                    row = row + 1 & mask
+                for column in range(4):
+                    table[row, column] = old[k, column]
+    return table, pool
 
 
 @njit(cache=True, nogil=True)
-def count_pieces(data, stops, how, table, known, slots, words, pool):  # type: ignore[no-untyped-def]
+def count_pieces(data, begin, ends, k, n, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Count pieces `k` to `n` while there is room; returns (begin, k, known, used) for the rest. The arrays stay: to replace them here would cost half."""
+    while k < n and not is_full(ends[k] - begin, table, pool, known, used):
+        size = ends[k] - begin
+        if count(data, begin, size, 1, table, pool, used):
+            known, used = known + 1, used + size
+        begin = ends[k]
+        k += 1
+    return begin, k, known, used
+
+
+@njit(cache=True, nogil=True)
+def count_texts(data, stops, how, classes, table, pool, known, used):  # type: ignore[no-untyped-def]
     """Count the pieces of the texts that end at `stops` in `data`, cut as the pattern `how` does."""
     ends = np.empty(len(data), np.int64)
-    begin = 0
+    begin = np.int64(0)
     for stop in stops:
-        n = cut(data, begin, stop, how, table, ends)
-        for k in range(n):
-            h = hash_bytes(data, begin, ends[k])
-            word = find(data, begin, ends[k], h, slots, words, pool)
-            if word >= 0:
-                words[word, COUNT] += 1
-            else:
-                slots, words, pool = insert(data, begin, ends[k], h, 1, known, slots, words, pool)
-                known += 1
-            begin = ends[k]
-    return known, slots, words, pool
+        n, k = cut(data, begin, stop, how, classes, ends), 0
+        while k < n:
+            table, pool = with_room(ends[k] - begin, table, pool, known, used)
+            begin, k, known, used = count_pieces(data, begin, ends, k, n, table, pool, known, used)
+    return table, pool, known, used
 
 
 @njit(cache=True, nogil=True)
-def add_counts(others, data, known, slots, words, pool):  # type: ignore[no-untyped-def]
-    """Add the words of another table: its rows and its pool."""
-    begin = 0
-    for k in range(len(others)):
-        end, h = others[k, END], np.uint64(others[k, HASH])
-        word = find(data, begin, end, h, slots, words, pool)
-        if word >= 0:
-            words[word, COUNT] += others[k, COUNT]
-        else:
-            slots, words, pool = insert(data, begin, end, h, others[k, COUNT], known, slots, words, pool)
-            known += 1
-        begin = end
-    return known, slots, words, pool
+def count_rows(rows, data, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Add the rows of another table, whose pool is `data`."""
+    for k in range(len(rows)):
+        size = rows[k, LENGTH]
+        if is_full(size, table, pool, known, used):
+            table, pool = with_room(size, table, pool, known, used)
+        if count(data, rows[k, START], size, rows[k, COUNT], table, pool, used):
+            known, used = known + 1, used + size
+    return table, pool, known, used

@@ -70,12 +70,14 @@ def pop(heap, size, pairs):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def grown(table, rows):  # type: ignore[no-untyped-def]
-    """The same table with room for so many rows."""
+def larger_table(table, rows):  # type: ignore[no-untyped-def]
+    """The same table with room for so many rows, and twice what it had."""
     if rows <= len(table):
         return table
     larger = np.empty((max(rows, 2 * len(table)), table.shape[1]), np.int64)
-    larger[: len(table)] = table
+    for i in range(len(table)):  # a slice would take a second to compile
+        for k in range(table.shape[1]):
+            larger[i, k] = table[i, k]
     return larger
 
 
@@ -97,16 +99,17 @@ def lay_out(pool, ends, times, rank):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
-    """The pairs at the start; where they stand is written into `places`. Returns them and how many places were filled."""
-    counts, sizes, starts = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64), np.full(1 << 16, -1, np.int64)
+    """The pairs at the start; where they stand is written into `places`. Returns them, how many, and how many places were filled."""
+    counts, sizes, starts = np.zeros(1 << 16, np.int64), np.zeros(1 << 16, np.int64), np.empty(1 << 16, np.int64)
     for i in range(len(cells) - 1):
         a, b = cells[i] & ID, cells[i + 1] & ID
         if a != NONE and b != NONE:
             counts[a << 8 | b] += cells[i] >> ID_BITS
             sizes[a << 8 | b] += 1
-    pairs = np.empty((np.count_nonzero(counts >= least), 5), np.int64)
+    pairs = np.empty((1 << 16, 5), np.int64)
     n = filled = 0
     for key in range(1 << 16):
+        starts[key] = -1
         if counts[key] >= least:
             starts[key] = filled
             pairs[n, KEY], pairs[n, COUNT] = key >> 8 << ID_BITS | key & 255, counts[key]
@@ -118,7 +121,7 @@ def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
         if a != NONE and b != NONE and starts[a << 8 | b] >= 0:
             places[starts[a << 8 | b]] = i
             starts[a << 8 | b] += 1
-    return pairs, filled
+    return pairs, n, filled
 
 
 @njit(cache=True, nogil=True)
@@ -157,8 +160,7 @@ def join(cells, pair, new, length, places):  # type: ignore[no-untyped-def]
 def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-def]
     cells = lay_out(pool, ends, times, rank)
     places = np.empty(3 * len(pool) + 1, np.uint32)  # a merge takes one token away and gives two places; what is not filled takes no memory
-    pairs, filled = pairs_of_bytes(cells, least, places)
-    known = len(pairs)
+    pairs, known, filled = pairs_of_bytes(cells, least, places)
     heap, size = np.empty((known + 1, 2), np.int64), 0
     floor = np.int64(1) << 62  # all pairs of at least so many are in the heap
     merges, counts = np.empty((wanted, 2), np.int64), np.empty(wanted, np.int64)
@@ -175,7 +177,7 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
             above, floor = floor, max(floor // 4, least)
             for pair in range(known):
                 if floor <= pairs[pair, COUNT] < above:
-                    heap = grown(heap, size + 1)
+                    heap = larger_table(heap, size + 1)
                     push(heap, size, pair, pairs)
                     size += 1
             continue
@@ -209,8 +211,8 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
                         met[side] += 1
                     beside[side, other, 0] += 1
                     sums[side, other] += cells[i] >> ID_BITS
-        pairs = grown(pairs, known + met[0] + met[1])
-        heap = grown(heap, size + met[0] + met[1])
+        pairs = larger_table(pairs, known + met[0] + met[1])
+        heap = larger_table(heap, size + met[0] + met[1])
         for side in range(2):
             for k in range(met[side]):
                 other = seen[side, k]
