@@ -41,9 +41,9 @@ def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
     return not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
 
 
-@njit(cache=True, nogil=True)
-def count(data, start, size, times, table, pool, used):  # type: ignore[no-untyped-def]
-    """Count the word data[start:start+size] so many times more; whether it is new. There has to be room for it."""
+@njit(inline="always")  # a call with its arrays costs as much as the work
+def row_of(data, start, size, table, pool):  # type: ignore[no-untyped-def]
+    """Row of the word data[start:start+size], or the free one where it belongs."""
     first, h = key(data, start, size)
     mask = len(table) - 1
     row = np.int64(h & np.uint64(mask))
@@ -53,51 +53,48 @@ def count(data, start, size, times, table, pool, used):  # type: ignore[no-untyp
             and table[row, LENGTH] == size
             and (size <= 8 or same(data, start, pool, table[row, START], size))
         ):
-            table[row, COUNT] += times
-            return False
+            break
         row = row + 1 & mask
-    octets.copy(data, start, start + size, pool, used)
-    table[row, FIRST], table[row, COUNT], table[row, START], table[row, LENGTH] = first, times, used, size
-    return True
+    return row
 
 
 @njit(cache=True, nogil=True)
-def is_full(size, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Whether there is no room for one more word of `size` bytes; octets.copy writes whole eights."""
-    return 2 * known >= len(table) or used + size + 8 > len(pool)
-
-
-@njit(cache=True, nogil=True)
-def with_room(size, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Larger arrays, where one more word of `size` bytes has no room."""
-    if used + size + 8 > len(pool):
-        larger = np.empty(2 * len(pool) + size, np.uint8)
-        octets.copy(pool, 0, used, larger, 0)
-        pool = larger
-    if 2 * known >= len(table):
-        old, table = table, np.zeros((2 * len(table), 4), np.int64)
-        mask = len(table) - 1
-        for k in range(len(old)):
-            if old[k, COUNT]:
-                _, h = key(pool, old[k, START], old[k, LENGTH])
-                row = np.int64(h & np.uint64(mask))
-                while table[row, COUNT]:
-                    row = row + 1 & mask
-                for column in range(4):
-                    table[row, column] = old[k, column]
-    return table, pool
-
-
-@njit(cache=True, nogil=True)
-def count_pieces(data, begin, ends, k, n, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Count pieces `k` to `n` while there is room; returns (begin, k, known, used) for the rest. The arrays stay: to replace them here would cost half."""
-    while k < n and not is_full(ends[k] - begin, table, pool, known, used):
-        size = ends[k] - begin
-        if count(data, begin, size, 1, table, pool, used):
-            known, used = known + 1, used + size
+def count_known(data, begin, ends, k, n, table, pool):  # type: ignore[no-untyped-def]
+    """Count pieces `k` to `n`, the first from `begin`, up to one that is new; returns (where and which that is, its row)."""
+    row = np.int64(0)
+    while k < n:
+        row = row_of(data, begin, ends[k] - begin, table, pool)
+        if not table[row, COUNT]:
+            break
+        table[row, COUNT] += 1
         begin = ends[k]
         k += 1
-    return begin, k, known, used
+    return begin, k, row
+
+
+@njit(cache=True, nogil=True)
+def insert(data, start, size, times, row, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Enter a new word, the last of `known`, that then fill `used` bytes; returns table and pool, in which there is room for another row."""
+    if used + 8 > len(pool):  # octets.copy writes whole eights
+        larger = np.empty(2 * len(pool) + size, np.uint8)
+        octets.copy(pool, 0, used - size, larger, 0)
+        pool = larger
+    octets.copy(data, start, start + size, pool, used - size)
+    table[row, FIRST], _ = key(data, start, size)
+    table[row, COUNT], table[row, START], table[row, LENGTH] = times, used - size, size
+    if 2 * known < len(table):
+        return table, pool
+    twice = np.zeros((2 * len(table), 4), np.int64)
+    mask = len(twice) - 1
+    for k in range(len(table)):
+        if table[k, COUNT]:
+            _, h = key(pool, table[k, START], table[k, LENGTH])
+            row = np.int64(h & np.uint64(mask))
+            while twice[row, COUNT]:
+                row = row + 1 & mask
+            for column in range(4):
+                twice[row, column] = table[k, column]
+    return twice, pool
 
 
 @njit(cache=True, nogil=True)
@@ -106,10 +103,14 @@ def count_texts(data, stops, how, classes, table, pool, known, used):  # type: i
     ends = np.empty(len(data), np.int64)
     begin = np.int64(0)
     for stop in stops:
-        n, k = cut(data, begin, stop, how, classes, ends), 0
+        n, k = cut(data, begin, stop, how, classes, ends), np.int64(0)
         while k < n:
-            table, pool = with_room(ends[k] - begin, table, pool, known, used)
-            begin, k, known, used = count_pieces(data, begin, ends, k, n, table, pool, known, used)
+            begin, k, row = count_known(data, begin, ends, k, n, table, pool)
+            if k < n:
+                known, used = known + 1, used + ends[k] - begin
+                table, pool = insert(data, begin, ends[k] - begin, 1, row, table, pool, known, used)
+                begin = ends[k]
+                k += 1
     return table, pool, known, used
 
 
@@ -117,9 +118,11 @@ def count_texts(data, stops, how, classes, table, pool, known, used):  # type: i
 def count_rows(rows, data, table, pool, known, used):  # type: ignore[no-untyped-def]
     """Add the rows of another table, whose pool is `data`."""
     for k in range(len(rows)):
-        size = rows[k, LENGTH]
-        if is_full(size, table, pool, known, used):
-            table, pool = with_room(size, table, pool, known, used)
-        if count(data, rows[k, START], size, rows[k, COUNT], table, pool, used):
+        start, size, times = rows[k, START], rows[k, LENGTH], rows[k, COUNT]
+        row = row_of(data, start, size, table, pool)
+        if table[row, COUNT]:
+            table[row, COUNT] += times
+        else:
             known, used = known + 1, used + size
+            table, pool = insert(data, start, size, times, row, table, pool, known, used)
     return table, pool, known, used
