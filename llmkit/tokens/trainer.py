@@ -47,10 +47,12 @@ class Counts:
     def __len__(self) -> int:
         return int(self._state[2])
 
-    def rows(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """(table of the words int64[words, 4], see kernels/counts.py; pool uint8[bytes]), small enough to send."""
+    def words(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+        """(bytes of all words, the end of each, how often it occurs), in the order in which they came."""
         table, pool, _, used = self._state
-        return table[table[:, kernels.COUNT] > 0], pool[:used]
+        rows = table[table[:, kernels.COUNT] > 0]
+        rows = rows[np.argsort(rows[:, kernels.START])]
+        return pool[:used], rows[:, kernels.START] + rows[:, kernels.LENGTH], rows[:, kernels.COUNT].copy()
 
     def add_texts(self, texts: list[bytes], pattern: str) -> None:
         """Cut texts (valid UTF-8) as `pattern` does and count the pieces."""
@@ -59,19 +61,19 @@ class Counts:
         how = KINDS[pattern]
         self._state = kernels.count_texts(data, stops, how, classes(how), *self._state)
 
-    def add(self, rows: NDArray[np.int64], pool: NDArray[np.uint8]) -> None:
-        """Add the `rows` of another table."""
+    def add(self, pool: NDArray[np.uint8], ends: NDArray[np.int64], times: NDArray[np.int64]) -> None:
+        """Add the `words` of another table."""
         pool = pool.view()
         pool.flags.writeable = False  # as texts are: one signature
-        self._state = kernels.count_rows(rows, pool, *self._state)
+        self._state = kernels.count_words(pool, 0, ends, len(ends), times, *self._state)
 
     def merges(self, wanted: int, least: int = 2) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Up to `wanted` merges of pairs that occur `least` times or more: ids of both parts int64[merges, 2] (a byte's rank, or 256 + number of a
         merge), and how often each pair occurred."""
-        rows, pool = self.rows()
-        rows = rows[np.argsort(rows[:, kernels.START])]
-        if len(pool) + len(rows) >= MOST_BYTES or rows[:, kernels.COUNT].max(initial=0) >= 1 << 62 - ID_BITS:
-            raise LlmkitError(f"{len(rows):,} distinct words are too many to learn from", "take a --sample of the documents")
-        ends, times = rows[:, kernels.START] + rows[:, kernels.LENGTH], rows[:, kernels.COUNT].copy()
+        pool, ends, times = self.words()
+        if len(pool) + len(ends) >= MOST_BYTES or times.max(initial=0) >= 1 << 62 - ID_BITS:
+            raise LlmkitError(
+                f"{len(ends):,} distinct words are too many to learn from", "take a --sample of the documents"
+            )
         merges, counts, made = learn(pool, ends, times, RANKS, wanted, max(1, least))
         return merges[:made], counts[:made]

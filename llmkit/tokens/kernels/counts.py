@@ -41,32 +41,24 @@ def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
     return not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
 
 
-@njit(inline="always")  # a call with its arrays costs as much as the work
-def row_of(data, start, size, table, pool):  # type: ignore[no-untyped-def]
-    """Row of the word data[start:start+size], or the free one where it belongs."""
-    first, h = key(data, start, size)
-    mask = len(table) - 1
-    row = np.int64(h & np.uint64(mask))
-    while table[row, COUNT]:
-        if (
-            table[row, FIRST] == first
-            and table[row, LENGTH] == size
-            and (size <= 8 or same(data, start, pool, table[row, START], size))
-        ):
-            break
-        row = row + 1 & mask
-    return row
-
-
 @njit(cache=True, nogil=True)
-def count_known(data, begin, ends, k, n, table, pool):  # type: ignore[no-untyped-def]
-    """Count pieces `k` to `n`, the first from `begin`, up to one that is new; returns (where and which that is, its row)."""
+def count_known(data, begin, ends, k, n, times, table, pool):  # type: ignore[no-untyped-def]
+    """Count words `k` to `n`, the first from `begin`, up to one that is new; returns (where and which that is, a row for it)."""
+    mask, last = len(table) - 1, len(times) - 1
     row = np.int64(0)
     while k < n:
-        row = row_of(data, begin, ends[k] - begin, table, pool)
+        size = ends[k] - begin
+        first, h = key(data, begin, size)
+        row = np.int64(h & np.uint64(mask))
+        while table[row, COUNT] and (
+            table[row, FIRST] != first
+            or table[row, LENGTH] != size
+            or (size > 8 and not same(data, begin, pool, table[row, START], size))
+        ):
+            row = row + 1 & mask
         if not table[row, COUNT]:
             break
-        table[row, COUNT] += 1
+        table[row, COUNT] += times[min(k, last)]
         begin = ends[k]
         k += 1
     return begin, k, row
@@ -98,31 +90,27 @@ def insert(data, start, size, times, row, table, pool, known, used):  # type: ig
 
 
 @njit(cache=True, nogil=True)
-def count_texts(data, stops, how, classes, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Count the pieces of the texts that end at `stops` in `data`, cut as the pattern `how` does."""
-    ends = np.empty(len(data), np.int64)
-    begin = np.int64(0)
-    for stop in stops:
-        n, k = cut(data, begin, stop, how, classes, ends), np.int64(0)
-        while k < n:
-            begin, k, row = count_known(data, begin, ends, k, n, table, pool)
-            if k < n:
-                known, used = known + 1, used + ends[k] - begin
-                table, pool = insert(data, begin, ends[k] - begin, 1, row, table, pool, known, used)
-                begin = ends[k]
-                k += 1
+def count_words(data, begin, ends, n, times, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Count `n` words, one behind the other from `begin`, each `times[0]` more, or each as `times` says."""
+    k = np.int64(0)
+    while k < n:
+        begin, k, row = count_known(data, begin, ends, k, n, times, table, pool)
+        if k < n:
+            known, used = known + 1, used + ends[k] - begin
+            more = times[min(k, len(times) - 1)]
+            table, pool = insert(data, begin, ends[k] - begin, more, row, table, pool, known, used)
+            begin = ends[k]
+            k += 1
     return table, pool, known, used
 
 
 @njit(cache=True, nogil=True)
-def count_rows(rows, data, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Add the rows of another table, whose pool is `data`."""
-    for k in range(len(rows)):
-        start, size, times = rows[k, START], rows[k, LENGTH], rows[k, COUNT]
-        row = row_of(data, start, size, table, pool)
-        if table[row, COUNT]:
-            table[row, COUNT] += times
-        else:
-            known, used = known + 1, used + size
-            table, pool = insert(data, start, size, times, row, table, pool, known, used)
+def count_texts(data, stops, how, classes, table, pool, known, used):  # type: ignore[no-untyped-def]
+    """Count the pieces of the texts that end at `stops` in `data`, cut as the pattern `how` does."""
+    ends, once = np.empty(len(data), np.int64), np.ones(1, np.int64)
+    begin = np.int64(0)
+    for stop in stops:
+        n = cut(data, begin, stop, how, classes, ends)
+        table, pool, known, used = count_words(data, begin, ends, n, once, table, pool, known, used)
+        begin = stop
     return table, pool, known, used
