@@ -28,7 +28,9 @@ def key(data, start, size):  # type: ignore[no-untyped-def]
     first = octets.load(data, start)
     if size < 8:
         first &= octets.below(size)
-    return np.int64(first), finish(first ^ np.uint64(size) * SPREAD) if size <= 8 else hash_bytes(data, start, start + size)
+    return np.int64(first), finish(first ^ np.uint64(size) * SPREAD) if size <= 8 else hash_bytes(
+        data, start, start + size
+    )
 
 
 @njit(cache=True, nogil=True)
