@@ -88,7 +88,7 @@ def main(
         counts["taken"] = 0
     pieces = Counts()
     work = Counter(name, reader.options, sample, run.seed, pieces if run.jobs == 1 else None)
-    with run.progress(None, "documents") as bar, meanwhile(warm_up) if cold() else nullcontext():
+    with run.progress(None, "documents") as bar, meanwhile(warm_up) if cold("merges.learn") else nullcontext():
         for part in Local(run.jobs).map(work, reader):
             reader.accept(part.bad)
             if part.words:

@@ -25,6 +25,7 @@ from llmkit.seeds import derive
 from llmkit.tokens.kernels import counts as kernels
 from llmkit.tokens.kernels.merges import ID_BITS, learn
 from llmkit.tokens.kernels.pretokenize import KINDS, classes
+from llmkit.tokens.pretokenize import byte_alphabet
 
 FIRST_ROWS = 1 << 16
 MOST_BYTES = 1 << 32  # places of bytes are 32-bit numbers
@@ -32,16 +33,8 @@ MOST_BYTES = 1 << 32  # places of bytes are 32-bit numbers
 Words = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
 
 
-def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in tokenizer.json, as GPT-2 chose them."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
-CHARACTERS = byte_characters()
-ALPHABET = sorted(CHARACTERS)  # by code point: the order of the 256 ids behind the special ones
-RANKS = np.array([ALPHABET.index(character) for character in CHARACTERS], np.int64)
+ALPHABET = sorted(byte_alphabet())  # by code point: the order of the 256 ids behind the special ones
+RANKS = np.array([ALPHABET.index(character) for character in byte_alphabet()], np.int64)
 
 
 class Counts:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import finish, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
@@ -22,7 +22,7 @@ FIRST, COUNT, START, LENGTH = range(4)
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: lengths far apart
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def key(data, start, size):  # type: ignore[no-untyped-def]
     """(first eight bytes, or all and zeros behind; hash) of a word."""
     first = octets.load(data, start)
@@ -33,7 +33,7 @@ def key(data, start, size):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
     """Whether data[i:i+size] and pool[k:k+size] are equal."""
     while size >= 8:
@@ -43,7 +43,7 @@ def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
     return not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_known(data, begin, ends, k, n, times, table, pool):  # type: ignore[no-untyped-def]
     """Count words `k` to `n`, the first from `begin`, up to one that is new; returns (where and which that is, a row for it)."""
     mask, last = len(table) - 1, len(times) - 1

@@ -20,6 +20,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from llmkit.kernels import kernel
+
 ID_BITS = 24
 ID = (1 << ID_BITS) - 1
 NONE = ID  # the id of a cell between words, or where no token begins any more
@@ -28,7 +30,7 @@ KEY, COUNT, START, SIZE, COUNTED = range(
 )  # columns of a pair; KEY is both ids, COUNTED the merge after which COUNT held
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def better(heap, i, j, pairs):  # type: ignore[no-untyped-def]
     """Whether entry `i` of the heap comes before `j`: more frequent, or as frequent with lower ids."""
     if heap[i, 0] != heap[j, 0]:
@@ -36,13 +38,13 @@ def better(heap, i, j, pairs):  # type: ignore[no-untyped-def]
     return pairs[heap[i, 1], KEY] < pairs[heap[j, 1], KEY]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def swap(heap, i, j):  # type: ignore[no-untyped-def]
     heap[i, 0], heap[j, 0] = heap[j, 0], heap[i, 0]
     heap[i, 1], heap[j, 1] = heap[j, 1], heap[i, 1]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def push(heap, size, pair, pairs):  # type: ignore[no-untyped-def]
     """Add a pair to a heap of `size` entries (count, pair) with room for it."""
     i = size
@@ -52,7 +54,7 @@ def push(heap, size, pair, pairs):  # type: ignore[no-untyped-def]
         i = (i - 1) // 2
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pop(heap, size, pairs):  # type: ignore[no-untyped-def]
     """Take the first of `size` entries out; returns its pair."""
     pair = heap[0, 1]
@@ -126,7 +128,7 @@ def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
     return pairs, n, filled
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_again(cells, pair, length, places):  # type: ignore[no-untyped-def]
     """How often a pair occurs now; its list is cut to the places where it does."""
     a, b = pair[KEY] >> ID_BITS, pair[KEY] & ID
@@ -141,7 +143,7 @@ def count_again(cells, pair, length, places):  # type: ignore[no-untyped-def]
     pair[SIZE], pair[COUNT] = n, count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def join(cells, pair, new, length, places):  # type: ignore[no-untyped-def]
     """Make `new` of a pair wherever it occurs, from left to right, and cut its list to those places."""
     a, b = pair[KEY] >> ID_BITS, pair[KEY] & ID
