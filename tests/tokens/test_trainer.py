@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.tokens import trainer
 from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern, pre_tokenizer
@@ -177,3 +178,11 @@ def test_sample_is_a_share_that_order_does_not_change() -> None:
     assert 850 < len(first) < 1150
     assert taken(lines[::-1], 1) == first == taken(lines[:2000], 1) | taken(lines[2000:], 1)
     assert len(first & taken(lines, 2)) < 350
+
+
+def test_too_many_words_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a clear error before places could overflow, with what to do."""
+    monkeypatch.setattr(trainer, "MOST_BYTES", 20)
+    with pytest.raises(LlmkitError, match="distinct words are too many") as caught:
+        counted(["some words of more than twenty bytes"], "gpt-2").merges(10)
+    assert "--sample" in str(caught.value.hint)

@@ -162,19 +162,17 @@ def join(cells, pair, new, length, places):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-def]
+    """Merges of the words of `pool`, see above: (merges, counts, made)."""
     cells = lay_out(pool, ends, times, rank)
-    places = np.empty(
-        3 * len(pool) + 1, np.uint32
-    )  # a merge takes one token away and gives two places; what is not filled takes no memory
+    # Each merged place takes one token away and gives two places. What is never filled takes no memory.
+    places = np.empty(3 * len(pool) + 1, np.uint32)
     pairs, known, filled = pairs_of_bytes(cells, least, places)
     heap, size = np.empty((known + 1, 2), np.int64), 0
     floor = np.int64(1) << 62  # all pairs of at least so many are in the heap
     merges, counts = np.empty((wanted, 2), np.int64), np.empty(wanted, np.int64)
     length = np.ones(256 + wanted, np.int64)
-    as_first, as_second = (
-        np.zeros(256 + wanted, np.int64),
-        np.zeros(256 + wanted, np.int64),
-    )  # last merge of a token with one behind, before it
+    # The last merge of each token with one behind, and with one before it.
+    as_first, as_second = np.zeros(256 + wanted, np.int64), np.zeros(256 + wanted, np.int64)
     # Of each token before (0) or behind (1) the new one: how often, at how many places, and where the next place is put.
     beside, sums = np.zeros((2, 256 + wanted, 2), np.int64), np.zeros((2, 256 + wanted), np.int64)
     seen = np.empty((2, 256 + wanted), np.int64)
