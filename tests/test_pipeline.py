@@ -40,6 +40,9 @@ def workplace(tmp_path_factory) -> Path:
     rows = real_documents()
     (directory / "docs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     (directory / "heldout.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows[::20]))
+    (directory / "curriculum.toml").write_text(
+        '[sources]\nall = "shards"\ncode = "code"\n[[stage]]\nmix = { all = "x1" }\n[[stage]]\ntokens = "5k"\nmix = { all = 1, code = 2 }\n'
+    )
     chats = [
         {
             "messages": [

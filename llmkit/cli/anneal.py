@@ -95,8 +95,9 @@ def main(
             why = "its last step had a learning rate of 0" if before else "it holds no state of an optimiser"
             raise UsageError(f"{start}: {why}", "name the learning rate to start from with --lr")
         batch = batch_size or (before.batch_size if before else 8)
-        length = fitting.context(info, sequence_length)
         stream = fitting.open_stream(data, opened, run.dry_run)
+        asked = fitting.packed_length(data, stream.sequence_length, sequence_length, document_mask)
+        length = fitting.context(info, asked)
         digest = parse_tokenizer(info.tokenizer_files, start).digest
         fitting.refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
         source = StreamSource(

@@ -132,6 +132,20 @@ def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTo
     return stream
 
 
+def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:
+    """Tokens in a sequence: as the data was packed for, if it was, else as asked. UsageError where these differ."""
+    if packed and asked not in (None, packed):
+        raise UsageError(
+            f"--sequence-length {asked:,}, but {data} is packed for sequences of {packed:,}",
+            f"leave the option out, or mix again with --sequence-length {asked}",
+        )
+    if packed and not document_mask:
+        raise UsageError(
+            f"{data} is packed: --no-document-mask would let documents see the padding", "mix with --pack concat"
+        )
+    return packed or asked
+
+
 def _keep_stdin(session: Session, name: str) -> Path:
     """A file of the run that holds what came on stdin; read once, by the first process."""
     kept = session.directory.path / "data" / name

@@ -4,96 +4,157 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmkit.cli.options import Run, command, count_option
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import LlmkitError, UsageError, unknown_name
 
 if TYPE_CHECKING:
     from llmkit.io.lineage import Input
-    from llmkit.io.order import Order, Plan
-    from llmkit.tokens.mix import Spec
+    from llmkit.io.order import Order
+    from llmkit.io.plan import Plan
+    from llmkit.io.shards import TokenStore
+    from llmkit.tokens.curriculum import Stage
     from llmkit.tokens.pool import Count
 
 STDIN = "-"
+HELD_OUT = "heldout"
+ORDER, SHARDS, TEXT = "Order", "Token shards", "Documents as sources"
+
+# fmt: off
+Sources = Annotated[list[str] | None, typer.Argument(metavar="SOURCE", help="PATH, PATH:0.6 (weight), PATH:x6 (times), PATH:2B (tokens); nothing is stdin")]
+Tokens = Annotated[int | None, count_option("--tokens", help="Tokens of the mix; without it, what the sources give with none repeated")]
+AsPlan = Annotated[bool, typer.Option("--plan", help="Write a small TOML that `train` follows, instead of the tokens")]
+Shuffle = Annotated[str, typer.Option("--shuffle", metavar="HOW", help="global; block (of about 256k tokens, for disks); none", rich_help_panel=ORDER)]
+Stages = Annotated[Path | None, typer.Option("--stages", metavar="TOML", help="Sources, and what each stage takes of them", rich_help_panel=ORDER)]
+NoRepeat = Annotated[bool, typer.Option("--no-repeat", help="Refuse where a source is smaller than what it is to give", rich_help_panel=ORDER)]
+Pack = Annotated[str, typer.Option("--pack", metavar="HOW", help="concat cuts anywhere; best-fit only what is too long", rich_help_panel=SHARDS)]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
+HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of the tokens, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
+TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", "-t", help="Count tokens with this tokenizer, not as bytes / 4", rich_help_panel=TEXT)]
+WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold (duplicates)", rich_help_panel=TEXT)]
+WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=TEXT)]
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the call asks of the order."""
+
+    stages: list[Stage]
+    shuffle: str
+    pack: str
+    length: int | None
+    no_repeat: bool
 
 
 @command(
     reads=True,
     writes=True,
+    neutral=("no_repeat",),
     examples=(
         "llmkit mix shards/:0.7 code/:0.3 --tokens 20k --seed 1 -o mixed/",
         "llmkit mix shards/ code/:x2 --plan -o mix.toml",
+        "llmkit mix shards/ code/ --pack best-fit --sequence-length 128 --holdout 5% -o packed/",
         "llmkit mix docs.jsonl.zst:1 clean.jsonl.zst:2 -o mixed.jsonl.zst",
     ),
 )
 def main(
     run: Run,
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SOURCE", help="PATH, PATH:0.6 (weight), PATH:x6 (times), PATH:2B (tokens); nothing is stdin"
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        count_option("--tokens", help="Tokens of the mix; without it, what the sources give with none repeated"),
-    ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Write a small TOML that `train` follows, instead of the tokens")
-    ] = False,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option("--tokenizer", "-t", help="Count the tokens of documents with this tokenizer, not as bytes / 4"),
-    ] = None,
+    sources: Sources = None,
+    tokens: Tokens = None,
+    plan: AsPlan = False,
+    shuffle: Shuffle = "global",
+    stages: Stages = None,
+    no_repeat: NoRepeat = False,
+    pack: Pack = "concat",
+    sequence_length: SequenceLength = None,
+    holdout: HoldOut = None,
+    tokenizer: TokenizerPath = None,
+    weight_by: WeightBy = None,
+    weight_map: WeightMap = None,
 ) -> None:
     """Combine token shards (or documents) by weight into training order.
 
     Weights share what multipliers and token budgets leave of --tokens. Without --tokens they are scaled until the first source is used up.
     A source smaller than its budget is repeated, each pass in another order, with a warning; column `epoch` says how often a document was
     seen before. Sources are interleaved so that every stretch holds their shares. The order depends on the content of the sources, the
-    budgets and --seed alone.
+    budgets and --seed alone. --stages makes a curriculum: stage after stage, each with its own amounts, passes going on where the last stage
+    left them; sources on the command line then replace the paths in the file.
 
     -o DIRECTORY or FILE.arrow takes shards in training order; with --plan, -o FILE.toml or DIRECTORY takes a plan, which names the shards by
-    path and digest and gives the same order to the bit. Sources of documents (JSON lines, Parquet) give documents; a directory of files
-    is one source, and they are kept in a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
+    path and digest and gives the same order to the bit. With --pack best-fit the order fills sequences of --sequence-length: padding has
+    weight 0, and `train` takes no other length. --holdout goes by a hash of the tokens: what is held out of one mix is held out of every one
+    (of as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
+    a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
-    from llmkit.io.atomic import check_output
+    from llmkit.io.atomic import check_output, is_special
     from llmkit.io.inputs import read_list
-    from llmkit.tokens.mix import parse_spec
+    from llmkit.io.plan import SHUFFLES
+    from llmkit.tokens.curriculum import one_stage, read_stages
+    from llmkit.tokens.mix import parse_share, parse_spec, parse_weight_map
 
     given = list(sources or []) + (read_list(run.files_from) if run.files_from else [])
-    specs = [parse_spec(text) for text in given or [STDIN]]
-    if tokens is not None and tokens < 1:
-        raise UsageError("--tokens 0", "ask for at least one token")
-    if sum(spec.path == STDIN for spec in specs) > 1:
+    for kind, name, known in (("--shuffle", shuffle, SHUFFLES), ("--pack", pack, ("concat", "best-fit"))):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    if pack == "best-fit" and not sequence_length:
+        raise UsageError("--pack best-fit without --sequence-length", "name the length that will be trained with")
+    if (weight_by is None) != (weight_map is None):
+        raise UsageError("--weight-by and --weight-map go together", "--weight-by duplicates --weight-map 1:1,2-5:2")
+    share = parse_share(holdout) if holdout else 0.0
+    ranges = parse_weight_map(weight_map) if weight_map else []
+    if tokens is not None and (tokens < 1 or stages):
+        raise UsageError(f"--tokens {tokens}", "the stages say it" if stages else "ask for at least one token")
+    if stages:
+        paths, asked_stages = read_stages(stages, given)
+    else:
+        specs = [parse_spec(text) for text in given or [STDIN]]
+        run.options["specs"] = [spec.suffix for spec in specs]
+        paths, asked_stages = [spec.path for spec in specs], one_stage(specs, tokens)
+    if paths.count(STDIN) > 1:
         raise UsageError("stdin ('-') is named more than once", "it can be read only once")
-    if plan and any(spec.path == STDIN for spec in specs):
+    if plan and STDIN in paths:
         raise UsageError(
             "--plan names its sources by path, and stdin has none", "store the shards first, or drop --plan"
         )
-    kinds = {spec.path: _holds_tokens(spec.path) for spec in specs}
+    kinds = {path: _holds_tokens(path) for path in paths}
     if len(set(kinds.values())) > 1:
         names = [next(path for path, kind in kinds.items() if kind is wanted) for wanted in (True, False)]
         raise UsageError(
             f"{names[0]} holds tokens, {names[1]} documents", "mix either, not both: tokenize the documents"
         )
-    run.options["specs"] = [spec.suffix for spec in specs]
-    if not run.dry_run and run.up_to_date([spec.path for spec in specs]):
+    only = (
+        {"--tokenizer": tokenizer, "--weight-by": weight_by}
+        if all(kinds.values())
+        else {
+            "--plan": plan,
+            "--holdout": holdout,
+            "--pack best-fit": pack != "concat",
+            "--sequence-length": sequence_length,
+        }
+    )
+    for name, value in only.items():
+        if value and all(kinds.values()):
+            raise UsageError(f"{name} is for documents; these sources hold tokens", "leave it out")
+        if value:
+            raise UsageError(f"{name} is for token shards; these sources hold documents", "tokenize them first")
+    output = run.output or ""
+    if share and not run.dry_run and (not output or output.endswith((".toml", ".arrow")) or is_special(Path(output))):
+        raise UsageError("--holdout writes a directory", "name one: -o mix/")
+    if not run.dry_run and run.up_to_date(paths):
         return
     if run.output and not run.dry_run:
         check_output(run.output, run.force)  # before the sources are read
+    asked = Asked(asked_stages, shuffle, pack, sequence_length, no_repeat)
     if all(kinds.values()):
-        if tokenizer:
-            raise UsageError("--tokenizer is for documents; these sources hold tokens", "leave it out")
-        _mix_shards(run, specs, tokens, plan)
-    elif plan:
-        raise UsageError("--plan is for token shards; these sources hold documents", "tokenize them first")
+        _mix_shards(run, paths, asked, share, plan)
     else:
-        _mix_documents(run, specs, tokens, tokenizer)
+        _mix_documents(run, paths, asked, tokenizer, weight_by, ranges)
 
 
 def _holds_tokens(path: str) -> bool:
@@ -118,49 +179,78 @@ def _has_documents(path: str) -> bool:
         return False
 
 
-def _mix_shards(run: Run, specs: list[Spec], tokens: int | None, as_plan: bool) -> None:
+def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan: bool) -> None:
     import numpy as np
 
-    from llmkit.io.order import OrderedTokens, Plan, PlannedSource
+    from llmkit.io.gather import write_ordered
+    from llmkit.io.order import OrderedTokens, held_out, usable
+    from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.shards import ShardWriter, TokenStore
 
-    stores = [TokenStore.open(spec.path) for spec in specs]
-    lengths = [np.diff(store.offsets) for store in stores]
-    wanted = _budgets(run, specs, [store.tokens for store in stores], tokens)
+    stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
-    _refuse_repeats(specs, digests)
+    _refuse_repeats(paths, digests)
+    kept_out = [held_out(store, share) if share else () for store in stores]
+    copies = [usable(store, documents) for store, documents in zip(stores, kept_out, strict=True)]
+    lengths = [np.diff(store.offsets) for store in stores]
+    wanted = _budgets(run, paths, asked, _available(lengths, copies))
     made = Plan(
-        tuple(
-            PlannedSource(spec.path, digest, budget)
-            for spec, digest, budget in zip(specs, digests, wanted, strict=True)
-        ),
+        tuple(PlannedSource(*fields) for fields in zip(paths, digests, wanted, kept_out, strict=True)),
         run.seed,
         stores[0].tokenizer.digest,
+        asked.shuffle,
+        asked.length if asked.pack == "best-fit" else None,
     )
     inputs = [item for store in stores for item in store.inputs]
     ordered = OrderedTokens(made, stores, inputs)
-    counts = _report(run, specs, lengths, ordered.order, wanted)
+    counts = _report(run, asked, ordered.unpacked, paths, lengths, copies)
+    if ordered.padding is not None:
+        counts["padding"] = ordered.tokens - counts["tokens"]
+    if share:
+        counts["held_out"] = sum(map(len, kept_out))
     if run.dry_run:
         pass
     elif as_plan:
-        _write_plan(run, made, inputs, counts)
+        _write_plan(run, made, stores, inputs, counts)
     else:
         lineage = run.lineage()
-        with ShardWriter(run.output, ordered.tokenizer, lineage, force=run.force, epochs=True) as writer:
+        with ShardWriter(
+            run.output,
+            ordered.tokenizer,
+            lineage,
+            force=run.force,
+            epochs=True,
+            sequence_length=made.sequence_length,
+        ) as writer:
             with run.progress(ordered.documents, "documents") as bar:
-                for i in range(ordered.documents):
-                    writer.write(ordered.document(i), ordered.id(i), ordered.source(i), ordered.epoch(i))
-                    bar.advance()
+                write_ordered(ordered, writer, bar.advance)
             writer.finish(_flat(counts), inputs)
+            _write_held_out(run, writer.directory, made, stores, inputs)
     _finish(run, counts)
 
 
-def _write_plan(run: Run, made: Plan, inputs: list[Input], counts: dict[str, Any]) -> None:
+def _write_held_out(
+    run: Run, directory: Path | None, made: Plan, stores: list[TokenStore], inputs: list[Input]
+) -> None:
+    """Token shards of the documents that the mix keeps out, in the directory of the mix; nothing where there are none."""
+    from llmkit.io.shards import ShardWriter
+
+    found = [(store, i) for store, source in zip(stores, made.sources, strict=True) for i in source.held_out]
+    if not found:
+        return
+    assert directory
+    with ShardWriter(str(directory / HELD_OUT), stores[0].tokenizer, run.lineage()) as writer:
+        for store, i in found:
+            writer.write(store.document(i), store.id(i), store.source(i))
+        writer.finish({"documents": len(found)}, inputs)
+
+
+def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Input], counts: dict[str, Any]) -> None:
     """The plan under the output's name: a TOML file, or a directory that holds plan.toml; stdout where there is none."""
     from dataclasses import replace
 
     from llmkit.io.atomic import atomic_directory, atomic_file
-    from llmkit.io.order import PLAN_NAME, plan_text
+    from llmkit.io.plan import PLAN_NAME, plan_text
 
     def text(directory: str) -> bytes:
         home = os.path.realpath(directory)
@@ -179,16 +269,21 @@ def _write_plan(run: Run, made: Plan, inputs: list[Input], counts: dict[str, Any
     else:
         with atomic_directory(run.output, run.force) as directory:
             (directory / PLAN_NAME).write_bytes(text(run.output))
+            _write_held_out(run, directory, made, stores, inputs)
 
 
-def _mix_documents(run: Run, specs: list[Spec], tokens: int | None, tokenizer: Path | None) -> None:
+def _mix_documents(
+    run: Run, paths: list[str], asked: Asked, tokenizer: Path | None, field: str | None, ranges: list[tuple[int, int]]
+) -> None:
     from functools import partial
 
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
     from llmkit.io.lineage import Input, base_name, digest_path
-    from llmkit.io.order import Plan, PlannedSource, resolve
+    from llmkit.io.order import resolve
+    from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.tokens.mix import copies_by
     from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 
     count: Count = estimate
@@ -197,34 +292,29 @@ def _mix_documents(run: Run, specs: list[Spec], tokens: int | None, tokenizer: P
     pool = DocumentPool()
     lengths, inputs, bad = [], [], 0
     with run.progress(None, "documents read") as bar:
-        for spec in specs:
-            reader = run.reader([spec.path], files_from=None)
+        for path in paths:
+            reader = run.reader([path], files_from=None)
 
             def accepted(reader: Any = reader) -> Any:
-                for part in ordered_map(
-                    partial(measure, options=reader.options, count=count), reader.chunks(), run.jobs
-                ):
+                work = partial(measure, options=reader.options, count=count, field=field)
+                for part in ordered_map(work, reader.chunks(), run.jobs):
                     reader.accept(part.bad)
                     bar.advance(len(part.sizes))
                     yield part
 
             lengths.append(pool.add(accepted()))
             bad += reader.bad
-            if spec.path != STDIN and os.path.isdir(spec.path):
-                inputs.append(Input("input", base_name(spec.path), digest_path(spec.path)))
+            if path != STDIN and os.path.isdir(path):
+                inputs.append(Input("input", base_name(path), digest_path(path)))
             else:
                 inputs += reader.inputs
-    _refuse_repeats(specs, [item.digest for item in inputs])
-    wanted = _budgets(run, specs, [int(sizes.sum()) for sizes in lengths], tokens)
-    made = Plan(
-        tuple(
-            PlannedSource(spec.path, item.digest, budget)
-            for spec, item, budget in zip(specs, inputs, wanted, strict=True)
-        ),
-        run.seed,
-    )
-    order = resolve(made, lengths)
-    counts = _report(run, specs, lengths, order, wanted) | ({"bad_lines": bad} if bad else {})
+    digests = [item.digest for item in inputs]
+    _refuse_repeats(paths, digests)
+    copies = [copies_by(ranges, counts) if field else None for counts in pool.counts]
+    wanted = _budgets(run, paths, asked, _available(lengths, copies))
+    sources = tuple(PlannedSource(*fields) for fields in zip(paths, digests, wanted, strict=True))
+    order = resolve(Plan(sources, run.seed, shuffle=asked.shuffle), lengths, copies)
+    counts = _report(run, asked, order, paths, lengths, copies) | ({"bad_lines": bad} if bad else {})
     if not run.dry_run:
         with run.writer() as writer:
             with run.progress(len(order.document), "documents") as bar:
@@ -235,74 +325,74 @@ def _mix_documents(run: Run, specs: list[Spec], tokens: int | None, tokenizer: P
     _finish(run, counts)
 
 
-def _refuse_repeats(specs: list[Spec], digests: list[str]) -> None:
+def _refuse_repeats(paths: list[str], digests: list[str]) -> None:
     """UsageError where two sources are the same documents: `epoch` would not say how often one was seen."""
     for i, digest in enumerate(digests):
         if digest in digests[:i]:
-            first, second = specs[digests.index(digest)].path, specs[i].path
+            first, second = paths[digests.index(digest)], paths[i]
             raise UsageError(f"{first} and {second} hold the same documents", "name them once, with one amount")
 
 
-def _budgets(run: Run, specs: list[Spec], available: list[int], tokens: int | None) -> list[int]:
-    """Tokens of each source, with a warning for those that are repeated without having been asked to."""
-    from llmkit.tokens.mix import budgets
+def _available(lengths: list[Any], copies: list[Any]) -> list[int]:
+    """Tokens of one pass over each source."""
+    return [int((sizes if many is None else sizes * many).sum()) for sizes, many in zip(lengths, copies, strict=True)]
 
-    wanted = budgets(specs, available, tokens)
-    for spec, has, budget in zip(specs, available, wanted, strict=True):
-        if budget > has and spec.kind != "times":
-            run.warn(f"{spec.path} holds {has:,} tokens and gives {budget:,}: repeated, {budget / has:.2f} epochs")
+
+def _budgets(run: Run, paths: list[str], asked: Asked, available: list[int]) -> list[tuple[int, ...]]:
+    """Tokens of each source in each stage, with a warning for those that are repeated without having been asked to."""
+    from llmkit.tokens.curriculum import stage_budgets
+
+    wanted = stage_budgets(asked.stages, available)
+    for i, (path, has, budget) in enumerate(zip(paths, available, map(sum, wanted), strict=True)):
+        if budget > has and asked.no_repeat:
+            raise UsageError(
+                f"{path} holds {has:,} tokens, and is to give {budget:,}", "ask for less of it, or drop --no-repeat"
+            )
+        if budget > has and any(i in stage.specs and stage.specs[i].kind != "times" for stage in asked.stages):
+            run.warn(f"{path} holds {has:,} tokens and gives {budget:,}: repeated, {budget / has:.2f} epochs")
     return wanted
 
 
-def _report(run: Run, specs: list[Spec], lengths: list[Any], order: Order, wanted: list[int]) -> dict[str, Any]:
-    """The table of sources on stderr, and the counts for lineage and summary."""
-    import numpy as np
+def _report(
+    run: Run, asked: Asked, order: Order, paths: list[str], lengths: list[Any], copies: list[Any]
+) -> dict[str, Any]:
+    """The tables of what came out on stderr, and the counts for lineage and summary."""
+    from llmkit.tokens import realised
 
-    taken = [order.source == i for i in range(len(specs))]
-    totals = [int(sizes[order.document[mine]].sum()) for sizes, mine in zip(lengths, taken, strict=True)]
-    total = sum(totals)
-    if not total:
-        raise LlmkitError(
-            f"the mix is empty: {sum(wanted):,} tokens are less than one document", "ask for more --tokens"
-        )
-    rows: list[dict[str, Any]] = []
-    for spec, sizes, mine, got, budget in zip(specs, lengths, taken, totals, wanted, strict=True):
-        has = int(sizes.sum())
-        if not got and budget:
-            run.warn(f"{spec.path} gives nothing: its share of {budget:,} tokens is less than half a document")
-        rows.append(
-            {
-                "source": spec.path,
-                "start_tokens": has,
-                "multiplier": got / has,
-                "tokens": got,
-                "share": got / total,
-                "epochs": int(np.max(order.epoch[mine], initial=-1)) + 1,
-            }
-        )
+    stages = realised.by_stage(order, paths, asked.stages)
+    sources = realised.by_source(order, paths, lengths, copies)
+    packing = realised.by_packing(order, asked.length) if asked.length else []
+    for row in stages:
+        if not row["tokens"]:
+            to = f" to {row['stage']}" if row["stage"] else ""
+            run.warn(f"{row['source']} gives nothing{to}: its share is less than half a document")
     if not run.as_json:
-        run.table(
-            "sources",
-            ["source", "start tokens", "multiplier", "total", "share", "epochs"],
-            [
-                [
-                    row["source"],
-                    row["start_tokens"],
-                    f"{row['multiplier']:.3f}",
-                    row["tokens"],
-                    f"{row['share']:.2%}",
-                    row["epochs"],
-                ]
-                for row in rows
-            ],
-        )
-    documents = sum(len(sizes) for sizes in lengths)
-    return {"documents": documents, "taken": len(order.document), "tokens": total, "sources": rows}
+        _show(run, "sources", sources)
+        if len(asked.stages) > 1:
+            _show(run, "stages", stages)
+        if packing:
+            _show(run, f"sequences of {asked.length:,} (this mix: {asked.pack})", packing)
+    found = {
+        "documents": sum(map(len, lengths)),
+        "taken": len(order.document),
+        "tokens": int(order.size.sum()),
+        "sources": sources,
+    }
+    return found | ({"stages": stages} if len(asked.stages) > 1 else {}) | ({"packing": packing} if packing else {})
+
+
+COLUMNS = {"start_tokens": "start tokens", "tokens": "total", "cut": "documents cut"}
+FORMS = {"multiplier": "{:.3f}", "share": "{:.2%}", "cut": "{:.2%}", "padding": "{:.3%}"}
+
+
+def _show(run: Run, title: str, rows: list[dict[str, Any]]) -> None:
+    columns = [COLUMNS.get(name, name) for name in rows[0]]
+    run.table(title, columns, [[FORMS[k].format(v) if k in FORMS else v for k, v in row.items()] for row in rows])
 
 
 def _flat(counts: dict[str, Any]) -> dict[str, Any]:
     """The counts that lineage holds."""
-    return {key: value for key, value in counts.items() if key != "sources"}
+    return {key: value for key, value in counts.items() if key not in ("sources", "stages", "packing")}
 
 
 def _finish(run: Run, counts: dict[str, Any]) -> None:

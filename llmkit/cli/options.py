@@ -274,8 +274,12 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
     section = content.get(name)  # `filter` is a section, and an option of `llmkit filter`
     for key, value in (top | (section if isinstance(section, dict) else {})).items():
         option = key.replace("-", "_")
+        option = option if option in known else f"{option}_"  # `from` is a word of Python's
         if option not in known:
-            raise UsageError(f"{path}: unknown option {key!r} for llmkit {name}", suggestion(option, known))
+            raise UsageError(
+                f"{path}: unknown option {key!r} for llmkit {name}",
+                suggestion(key, {name.rstrip("_") for name in known}),
+            )
         defaults[option] = value
     context.default_map = defaults
     return path
@@ -292,7 +296,7 @@ def _as_toml(context: Any, without: Collection[str] = ()) -> str:
         source = context.get_parameter_source(parameter.name)
         origin = source.name.lower() if source else "default"
         origin = {"default_map": "config file", "commandline": "command line"}.get(origin, origin)
-        key = parameter.name.replace("_", "-")
+        key = parameter.name.rstrip("_").replace("_", "-")
         lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"
 

@@ -1,8 +1,9 @@
-"""`llmkit tokenize`: turn documents into token shards, and back."""
+"""`llmkit tokenize`: turn documents into token ids, and ids from one format into another, and back."""
 
 from __future__ import annotations
 
-from collections import Counter
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,21 +11,40 @@ import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
 from llmkit.cli.spread import EngineName, engine_of
-from llmkit.errors import UsageError
+from llmkit.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
+    from llmkit.io.lineage import Input
+    from llmkit.io.token_files import Block
     from llmkit.io.tokenizer import TokenizerInfo
+
+    Found = tuple[
+        TokenizerInfo, Iterable[Block], list[Input]
+    ]  # whose tokens, the documents, and the inputs for the lineage
+
+READ = ("documents", "shards", "nanogpt", "megatron")
+WRITTEN = ("shards", "jsonl", "nanogpt", "megatron")
+UNRECORDED = ("nanogpt", "megatron")  # formats without a place for lineage
+STORED = (
+    "to",
+    "decode",
+    "source",
+    "tokenizer",
+    "max_tokens_per_shard",
+)  # options that decide what becomes of stored tokens
+FIM = "Fill-in-the-middle"
 
 
 @command(
     reads=True,
     writes=True,
-    neutral=("engine",),
+    neutral=("engine", "stats"),
     examples=(
-        "llmkit tokenize docs.jsonl.zst -t tok/ -o shards2/",
+        "llmkit tokenize docs.jsonl.zst -t tok/ -o shards2/ --stats",
         "llmkit filter < docs.jsonl.zst | llmkit tokenize -t tok/ > tokens.arrow",
         "llmkit tokenize --decode shards/ --plain | head -1",
+        "llmkit tokenize shards/ --to megatron -o corpus && llmkit tokenize corpus.idx --from megatron -t tok/ -o shards3/",
     ),
 )
 def main(
@@ -42,111 +62,217 @@ def main(
             "--source", metavar="NAME", help="Source of every document; else its field `source`, else its file"
         ),
     ] = None,
+    source_key: Annotated[
+        str, typer.Option("--source-key", metavar="FIELD", help="Field that names a document's source")
+    ] = "source",
+    bos: Annotated[bool, typer.Option("--bos", help="Begin each document with the beginning-of-text token")] = False,
     allow_special: Annotated[
         bool, typer.Option("--allow-special", help="Encode the names of special tokens in a text as those tokens")
     ] = False,
     max_tokens_per_shard: Annotated[
         int, count_option("--max-tokens-per-shard", help="Tokens in one part of a directory")
     ] = 1 << 27,
-    decode: Annotated[bool, typer.Option("--decode", help="Turn token shards back into documents")] = False,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            envvar="LLMKIT_TOKENIZE_FROM",
+            help="documents, shards, nanogpt or megatron; else what the names tell",
+        ),
+    ] = None,
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="shards, jsonl (ids), nanogpt or megatron")
+    ] = "shards",
+    decode: Annotated[bool, typer.Option("--decode", help="Turn token ids back into documents")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes of each source")] = False,
     engine: EngineName = "local",
+    fim_rate: Annotated[
+        float, typer.Option("--fim-rate", help="Share of documents cut for fill-in-the-middle", rich_help_panel=FIM)
+    ] = 0.0,
+    fim_spm_rate: Annotated[
+        float, typer.Option("--fim-spm-rate", help="Share of those with the suffix first", rich_help_panel=FIM)
+    ] = 0.5,
+    fim_source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fim-source", metavar="NAME", help="Only documents of this source; may be repeated", rich_help_panel=FIM
+        ),
+    ] = None,
 ) -> None:
     """Encode documents with any Hugging Face tokenizer and store them as token shards.
 
     -o DIRECTORY takes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer inside; without -o one
     stream goes to stdout. Every document ends with the end-of-text token; documents without text are dropped and counted. The name of
-    a special token inside a text is text like any other, unless --allow-special. --decode turns shards into JSON lines with id, text and source.
-    """
-    if decode:
-        _decode(run, inputs, tokenizer)
-        return
-    from llmkit.io.tokenizer import load_tokenizer_info
+    a special token inside a text is text like any other, unless --allow-special.
 
-    if tokenizer is None:
-        raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
+    Inputs may hold tokens already: directories of shards and .arrow files are known by their names, --from tells of others. --to writes
+    other formats: jsonl (id, source, tokens), nanogpt (FILE.bin, ids alone), megatron (PREFIX.bin and PREFIX.idx). --decode turns tokens into JSON
+    lines with id, text and source.
+
+    --fim-rate cuts that share of the documents at two random places into prefix, middle and suffix, which are stored in the order prefix,
+    suffix, middle (PSM) or suffix, prefix, middle (SPM), each behind its token of the tokenizer. Which and where, --seed and the id decide.
+    """
+    at_work = engine_of(run, engine)
+    for option, value, known in (("--to", to, WRITTEN), ("--from", from_ or READ[0], READ)):
+        if value not in known:
+            raise unknown_name(option, value, known)
     if max_tokens_per_shard < 1:
         raise UsageError("--max-tokens-per-shard 0", "give at least one token")
-    info = load_tokenizer_info(tokenizer)
-    if not run.dry_run and run.up_to_date(run.inputs(inputs)):
-        return
-    counts = _encode(run, inputs, info, source, allow_special, max_tokens_per_shard, engine_of(run, engine))
-    empty = f", dropped {counts['empty']:,} without text" if counts["empty"] else ""
-    bad = f", {counts['bad_lines']:,} bad lines passed over" if counts.get("bad_lines") else ""
-    ratio = f" ({counts['bytes'] / counts['tokens']:.2f} bytes each)" if counts["tokens"] else ""
-    where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(
-        counts,
-        f"{counts['documents'] - counts['empty']:,} documents, {counts['tokens']:,} tokens{ratio}{empty}{bad}; {where}",
+    kind = from_ or ("shards" if decode or _hold_shards(run, inputs) else "documents")
+    if decode and (to != "shards" or kind == "documents"):
+        raise UsageError("--decode turns tokens into documents", "leave out --to, and --from documents")
+    if kind == to == "shards" and not decode:
+        raise UsageError("the inputs are token shards already", "name another format with --to, or --decode them")
+    if tokenizer is None and kind != "shards":
+        raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
+    form = "documents" if decode else to
+    if kind == "documents":
+        how = {"allow_special": allow_special, "source": source, "source_key": source_key, "bos": bos}
+        found = _encoded(run, form, inputs, tokenizer, how, (fim_rate, fim_spm_rate, fim_source or []), at_work)
+    else:
+        encoding = {
+            "--engine": engine != "local",
+            "--bos": bos,
+            "--fim-rate": fim_rate,
+            "--allow-special": allow_special,
+        }
+        for option in (name for name, given in encoding.items() if given):
+            raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "leave it out")
+        found = _stored(run, form, kind, inputs, tokenizer, source)
+    if found is not None:
+        _write(run, form, *found, max_tokens_per_shard, stats)
+
+
+def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
+    """Whether all are token shards: directories with .arrow files in them, .arrow files, or a stream that begins as one."""
+    from llmkit.io.inputs import STDIN, peek_stdin
+
+    if inputs in (None, [], [STDIN]):
+        return run.files_from is None and peek_stdin() == b"\xff"
+    return all(
+        path.endswith(".arrow") or (os.path.isdir(path) and any(name.endswith(".arrow") for name in os.listdir(path)))
+        for path in inputs or []
     )
 
 
-def _encode(
+def _encoded(
     run: Run,
+    form: str,
     inputs: list[str] | None,
-    info: TokenizerInfo,
-    source: str | None,
-    allow_special: bool,
-    max_tokens_per_shard: int,
+    tokenizer: Path | None,
+    how: dict[str, Any],
+    fim: tuple[float, float, list[str]],
     engine: Engine,
-) -> dict[str, Any]:
-    """Encode every document into shards; the counts for lineage and summary."""
+) -> Found | None:
+    """Documents to be encoded; None where that was done before."""
+    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.tokens.encode import EncodeOptions, Encoder
+    from llmkit.tokens.fim import fill_in_the_middle
+
+    assert tokenizer is not None
+    info = load_tokenizer_info(tokenizer)
+    if how["bos"] and info.bos_id is None:
+        raise UsageError(f"{tokenizer}: no beginning-of-text token", "set bos_token in its tokenizer_config.json")
+    rate, spm_rate, sources = fim
+    options = EncodeOptions(**how, fim=fill_in_the_middle(info, rate, spm_rate, run.seed, sources))
+    for name in ["from_"] if rate else ["from_", "seed", "fim_rate", "fim_spm_rate"]:
+        run.options.pop(name, None)  # they decide nothing
+    paths = run.inputs(inputs)
+    if form not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+        return None
+    reader = run.reader_of(paths)
+    work = Encoder(info, reader.options, options)
+
+    def blocks() -> Iterator[Block]:
+        for block in engine.map(work, reader):
+            reader.accept(block.bad)
+            yield block
+
+    return info, blocks(), reader.inputs
+
+
+def _stored(
+    run: Run, form: str, kind: str, inputs: list[str] | None, tokenizer: Path | None, source: str | None
+) -> Found | None:
+    """Tokens that are stored already; None where the output has them."""
+    from llmkit.io.inputs import STDIN, read_list
+    from llmkit.io.token_files import dataset_prefix
+    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.tokens.convert import stored
+
+    run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
+    paths = list(inputs or []) + (read_list(run.files_from) if run.files_from else [])
+    if kind == "shards":
+        paths = paths or [STDIN]
+    elif not paths or STDIN in paths:
+        raise UsageError(f"--from {kind} maps files, and stdin is none", "name the files")
+    elif kind == "nanogpt":
+        paths = run.inputs(paths, files_from=None, suffixes=(".bin",))
+    else:
+        named = [path if os.path.exists(path) else f"{path}.idx" for path in paths]
+        prefixes = map(dataset_prefix, run.inputs(named, files_from=None, suffixes=(".idx",)))
+        paths = [prefix + end for prefix in dict.fromkeys(prefixes) for end in (".bin", ".idx")]
+    info = load_tokenizer_info(tokenizer) if tokenizer else None
+    if form not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+        return None
+    return stored(kind, paths, info, source)
+
+
+def _write(
+    run: Run,
+    form: str,
+    info: TokenizerInfo,
+    blocks: Iterable[Block],
+    read: list[Input],
+    max_tokens_per_shard: int,
+    stats: bool,
+) -> None:
+    """Store the blocks in that form, and say what they were. `read` is complete once they are used up."""
     from contextlib import ExitStack
 
-    from llmkit.io.shards import ShardWriter
-    from llmkit.tokens.encode import Encoder
+    from llmkit.tokens.convert import Tally
 
-    reader = run.reader(inputs)
-    work = Encoder(info, reader.options, allow_special=allow_special, source=source)
-    totals: Counter[str] = Counter(documents=0, tokens=0, bytes=0, empty=0)
+    tally = Tally()
     with ExitStack() as stack:
-        writer = None
         if not run.dry_run:
-            writer = stack.enter_context(
-                ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=max_tokens_per_shard)
-            )
+            writer, put = _writer(run, form, info, max_tokens_per_shard)
+            stack.enter_context(writer)
         bar = stack.enter_context(run.progress(None, "documents"))
-        for part in engine.map(work, reader):
-            reader.accept(part.bad)
-            if writer:
-                for tokens, id, name in part.documents():
-                    writer.write(tokens, id, name)
-            documents = len(part.ids) + part.empty
-            totals.update(documents=documents, tokens=len(part.tokens), bytes=part.bytes, empty=part.empty)
-            bar.advance(documents)
-        counts: dict[str, Any] = dict(totals) | ({"bad_lines": reader.bad} if reader.bad else {})
-        if writer:
-            writer.finish(counts, reader.inputs)
-    return counts
-
-
-def _decode(run: Run, inputs: list[str] | None, tokenizer: Path | None) -> None:
-    """Shards to documents."""
-    from contextlib import ExitStack
-
-    import orjson
-
-    from llmkit.errors import LlmkitError
-    from llmkit.io.shards import TokenStore, load_tokenizer_info
-    from llmkit.tokens.encode import decode
-    from llmkit.tokens.text_encoder import load
-
-    store = TokenStore.open(list(inputs or ["-"]))
-    info = store.tokenizer
-    if tokenizer is not None:
-        info = load_tokenizer_info(tokenizer)
-        if info.digest != store.tokenizer.digest:
-            raise LlmkitError(f"{tokenizer}: not the tokenizer of these shards", "leave -t out where they carry theirs")
-    library = load(info)
-    counts = {"documents": store.documents, "tokens": store.tokens}
-    with ExitStack() as stack:
-        writer = None if run.dry_run else stack.enter_context(run.writer())
-        bar = stack.enter_context(run.progress(store.documents, "documents"))
-        for i in range(store.documents):
-            text = decode(library, store.document(i), info.eos_id)
-            if writer:
-                writer.write(orjson.dumps({"id": store.id(i), "text": text, "source": store.source(i)}) + b"\n")
-            bar.advance()
-        if writer:
-            writer.finish(counts, store.inputs)
+        for block in blocks:
+            if not run.dry_run:
+                put(block)
+            bar.advance(tally.add(block))
+        counts: dict[str, Any] = tally.counts()
+        if not run.dry_run:
+            writer.finish(dict(counts), read)
+    if stats:
+        columns = ["source", "documents", "tokens", *(["bytes"] if tally.bytes else [])]
+        rows = [[name, *row][: len(columns)] for name, row in tally.sources.items()]
+        run.table("sources", columns, rows)
+        counts["sources"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    said = [f"{tally.documents - tally.empty:,} documents, {tally.tokens:,} tokens"]
+    said += [f"{tally.bytes / tally.tokens:.2f} bytes each"] if tally.bytes else []
+    said += [f"dropped {tally.empty:,} without text"] if tally.empty else []
+    said += [f"{tally.ended:,} given the end-of-text token"] if tally.ended else []
+    said += [f"{tally.bad_lines:,} bad lines passed over"] if tally.bad_lines else []
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(counts, f"{store.documents:,} documents decoded; {where}")
+    run.finish(counts, f"{', '.join(said)}; {where}")
+
+
+def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int) -> tuple[Any, Callable[[Block], None]]:
+    """What stores documents in that form, a context manager, and how it is given a block of them."""
+    from llmkit.io.shard_part import as_arrow, coded
+    from llmkit.io.shards import ShardWriter
+    from llmkit.io.token_files import TokenFileWriter
+    from llmkit.tokens.convert import text_lines, token_lines
+
+    if form in ("jsonl", "documents"):
+        lines = token_lines if form == "jsonl" else text_lines(info)
+        documents = run.writer()
+        return documents, lambda block: documents.write(lines(block))
+    if form != "shards":
+        files = TokenFileWriter(run.output, info, form, force=run.force)
+        return files, lambda block: files.extend(block.tokens, block.lengths, block.ids, block.sources)
+    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=max_tokens_per_shard)
+    return shards, lambda b: shards.extend(b.tokens, b.lengths, as_arrow(b.ids), coded(b.sources))

@@ -76,7 +76,8 @@ def main(
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)
-        config = _config(model, stream.tokenizer, sequence_length)
+        asked = fitting.packed_length(data, stream.sequence_length, sequence_length, document_mask)
+        config = _config(model, stream.tokenizer, asked)
         length, total, rate = (
             config.max_position_embeddings,
             tokens or stream.tokens,

@@ -35,6 +35,8 @@ STORED = (
     ".arrow",
     ".parquet",
     ".safetensors",
+    ".bin",
+    ".idx",
     *(f".{kind}.{packed}" for kind in ("warc", "wet", "arc") for packed in ("gz", "zst")),
 )
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own limit
@@ -98,7 +100,7 @@ def digest_path(path: str | Path) -> str:
     """Digest of a file's content (decompressed where it is compressed, web archives apart) or of a directory (names and digests of its files, sorted).
 
     Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
-    final model. Token shards and mix plans have digests of their own (io/shards.py, io/order.py): of the documents, and of what decides
+    final model. Token shards and mix plans have digests of their own (io/shards.py, io/plan.py): of the documents, and of what decides
     the order, not of where the shards lie.
     """
     if is_remote(str(path)):
@@ -107,7 +109,7 @@ def digest_path(path: str | Path) -> str:
     if (path / "final").is_dir():
         path = path / "final"
     if path.suffix == ".toml" or (path / "plan.toml").is_file():
-        from llmkit.io.order import plan_digest
+        from llmkit.io.plan import plan_digest
 
         found = plan_digest(path)
         if found:

@@ -1,29 +1,21 @@
 """Training order: which document comes when is a pure function of (sources, budgets, seed).
 
-Every source gives documents until its token budget is met: whole passes over it and part of one more, each pass ("epoch") in a seeded
-permutation of its own; the last document is taken only if the total comes closer to the budget with it. Sources are then interleaved by
-progress: a document stands at (tokens of its source before it + a random part of its own length) / tokens taken of that source, so any
-stretch of the order holds the shares of the whole, to within a document a source. Permutations sort splitmix64 hashes, so no version of
-any library changes them.
+Every source is an endless line of documents: pass after pass over it ("epochs"), each in an order of its own, from which the stages of a mix
+take one after the other until their token budgets are met; the last document of a stage is taken only if the total comes closer to the budget
+with it. Within a stage the sources are interleaved by progress: a document stands at (tokens of its source before it + a random part of its own
+length) / tokens taken of that source, so any stretch of the order holds the shares of the whole, to within a document a source.
 
-A plan is a small TOML of sources (path from the plan's own directory, digest, budget) and the seed:
+The order of a pass is by `shuffle`: global, a seeded permutation of its documents; block, a permutation of blocks of 2^18 tokens, read as they
+are stored; none, the stored order. A document with several copies comes as often in a pass, evenly spread; one with none is left out, which is
+how held-out documents stay out. Permutations sort splitmix64 hashes, so no version of any library changes them. With a sequence length the
+result is packed by best fit (io/packing.py).
 
-    version = 1
-    seed = 7
-    tokenizer = "xxh3:..."
-    [[source]]
-    path = "../web"
-    digest = "xxh3:..."
-    tokens = 600000
-
-`OrderedTokens.open` follows one without writing its tokens anywhere, in the same order, to the bit, as `mix` writes them. Memory: about 40
-bytes a document of the order; 3 s for 4M documents.
+`OrderedTokens.open` follows a plan (io/plan.py) without writing its tokens anywhere, in the same order, to the bit, as `mix` writes them. Memory:
+32 bytes a document of the order, twice that where it is packed, about 100 while it is made; 1.5 s for 4M documents, and as much to pack them.
 """
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,41 +29,34 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, describe_input
+from llmkit.io.packing import PADDING, packed
+from llmkit.io.plan import PLAN_NAME, Plan, located, read_plan
 from llmkit.io.shard_part import Tokens
 from llmkit.io.store import TokenStore
 from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.seeds import derive
 
-PLAN_NAME = "plan.toml"
-PLAN_VERSION = 1
 MAX_DOCUMENTS = 1 << 31
+MAX_PASSES = 1 << 16
+BLOCK_TOKENS = 1 << 18  # what --shuffle block keeps together
 
-
-@dataclass(frozen=True, slots=True)
-class PlannedSource:
-    """One source of a plan: where it is, the digest of its content, and how many tokens it gives."""
-
-    path: str
-    digest: str
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What decides an order; `tokenizer` is the digest of the shards' tokenizer ("" for documents)."""
-
-    sources: tuple[PlannedSource, ...]
-    seed: int
-    tokenizer: str = ""
+Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Documents in training order: index of the source int32 [n], of the document in it int64 [n], times seen before int32 [n]."""
+    """Rows in training order: index of the source int32 [n], of the document in it int64 [n], times seen before int32 [n], tokens int64 [n].
+
+    Stage i ends before row `ends[i]`. In a packed order a row is a document, or a piece of one that begins at its token `start` int64 [n], or
+    padding (source -1).
+    """
 
     source: NDArray[np.int32]
-    document: NDArray[np.int64]
+    document: Numbers
     epoch: NDArray[np.int32]
+    size: Numbers
+    ends: Numbers
+    start: Numbers | None = None
 
 
 def _hashes(seed: int, count: int) -> NDArray[np.uint64]:
@@ -87,43 +72,122 @@ def permutation(seed: int, count: int) -> NDArray[np.int64]:
     return np.argsort(_hashes(seed, count), kind="stable")
 
 
-def take(lengths: NDArray[np.int64], budget: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Documents of one source that meet `budget` tokens, in order, and how often each was taken before."""
-    total = int(lengths.sum())
-    passes, rest = divmod(budget, total)
-    if (passes + 1) * len(lengths) > MAX_DOCUMENTS:
+def one_pass(seed: int, shuffle: str, lengths: Numbers, copies: Numbers | None) -> tuple[Numbers, NDArray[np.int32]]:
+    """Documents of one pass over a source, in order, and how often each came earlier in this pass."""
+    if shuffle == "global":
+        order = permutation(seed, len(lengths))
+    elif shuffle == "block":
+        blocks = (np.cumsum(lengths) - lengths) // BLOCK_TOKENS
+        order = np.argsort(_hashes(seed, int(blocks.max(initial=0)) + 1)[blocks], kind="stable")
+    else:
+        order = np.arange(len(lengths))
+    if copies is None:
+        return order, np.zeros(len(order), np.int32)
+    times = copies[order]
+    nth = np.arange(int(times.sum())) - np.repeat(np.cumsum(times) - times, times)
+    if times.max(initial=0) > 1:  # copy c of the document at part r of the pass stands at (c + r) / copies
+        place = (nth + np.repeat(np.arange(len(order)) / len(order), times)) / np.repeat(times, times)
+        spread = np.argsort(place, kind="stable")
+        return np.repeat(order, times)[spread], nth[spread].astype(np.int32)
+    return np.repeat(order, times), nth.astype(np.int32)
+
+
+def take(
+    lengths: Numbers, budgets: Sequence[int], seed: int, shuffle: str = "global", copies: Numbers | None = None
+) -> tuple[Numbers, NDArray[np.int32], list[int]]:
+    """Documents of one source that meet the budgets of all stages, in order, how often each was taken before, and where each stage ends."""
+    usual = lengths if copies is None else lengths * copies
+    total = int(usual.sum())
+    passes, rest = divmod(sum(budgets), total)
+    a_pass = len(lengths) if copies is None else int(copies.sum())
+    if passes > MAX_PASSES or (passes + 1) * a_pass > MAX_DOCUMENTS:
         raise LlmkitError(f"{passes + 1:,} passes over a source of {total:,} tokens", "ask for fewer tokens of it")
-    documents = [permutation(derive(seed, epoch), len(lengths)) for epoch in range(passes)]
-    if rest:
-        last = permutation(derive(seed, passes), len(lengths))
-        reached = np.concatenate(([0], np.cumsum(lengths[last])))
-        documents.append(last[: int(np.argmin(np.abs(reached - rest)))])  # the first of two that are equally close
-    counts = [len(piece) for piece in documents]
-    epochs = np.repeat(np.arange(len(documents), dtype=np.int32), counts)
-    return np.concatenate(documents) if documents else np.zeros(0, np.int64), epochs
+    documents, epochs = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for epoch in range(passes + (rest > 0)):
+        document, seen = one_pass(derive(seed, epoch), shuffle, lengths, copies)
+        if epoch == passes:
+            document = document[: _nearest(lengths[document], rest)]
+        documents.append(document)
+        epochs.append((epoch * (1 if copies is None else copies[document]) + seen[: len(document)]).astype(np.int32))
+    taken = np.concatenate(documents)
+    ends = [_nearest(lengths[taken], int(budget)) for budget in np.cumsum(budgets)[:-1]]
+    return taken, np.concatenate(epochs), [*ends, len(taken)]
 
 
-def resolve(plan: Plan, lengths: Sequence[NDArray[np.int64]]) -> Order:
-    """The order of `plan`, given the length in tokens of every document of each of its sources."""
+def _nearest(sizes: Numbers, tokens: int) -> int:
+    """How many documents come closest to `tokens`; the fewest of those that are equally close."""
+    return int(np.argmin(np.abs(np.concatenate(([0], np.cumsum(sizes))) - tokens)))
+
+
+def resolve(plan: Plan, lengths: Sequence[Numbers], copies: Sequence[Numbers | None] | None = None) -> Order:
+    """The order of `plan`, given the length in tokens of every document of each of its sources, and how often each comes in a pass (once)."""
     seen: Counter[str] = Counter()
-    documents, epochs, sources, places = [], [], [], []
+    taken = []
     for i, (source, counts) in enumerate(zip(plan.sources, lengths, strict=True)):
         # By content, not by name or position, so that adding a source leaves the others' order as it is.
         seed = derive(plan.seed, "mix", source.digest, seen[source.digest])
         seen[source.digest] += 1
-        if source.tokens and not counts.sum():
+        many = copies[i] if copies else None
+        if sum(source.tokens) and not (counts if many is None else counts * many).sum():
             raise LlmkitError(f"{source.path}: no tokens in this source", "leave it out")
-        document, epoch = (
-            take(counts, source.tokens, seed) if source.tokens else (np.zeros(0, np.int64), np.zeros(0, np.int32))
+        documents, epochs, ends = (
+            take(counts, source.tokens, seed, plan.shuffle, many)
+            if sum(source.tokens)
+            else (np.zeros(0, np.int64), np.zeros(0, np.int32), [0] * len(source.tokens))
         )
-        size = counts[document]
-        jitter = (_hashes(derive(seed, "place"), len(size)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        places.append((np.cumsum(size) - size + jitter * size) / max(int(size.sum()), 1))
-        documents.append(document)
-        epochs.append(epoch)
-        sources.append(np.full(len(document), i, np.int32))
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return Order(np.concatenate(sources)[order], np.concatenate(documents)[order], np.concatenate(epochs)[order])
+        jitter = (_hashes(derive(seed, "place"), len(documents)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        taken.append((documents, epochs, counts[documents], jitter, [0, *ends]))
+    stages = []
+    for stage in range(len(plan.sources[0].tokens)):
+        columns, places = [], []
+        for i, (documents, epochs, sizes, jitter, ends) in enumerate(taken):
+            here = slice(ends[stage], ends[stage + 1])
+            size = sizes[here]
+            places.append((np.cumsum(size) - size + jitter[here] * size) / max(int(size.sum()), 1))
+            columns.append((np.full(len(size), i, np.int32), documents[here], epochs[here], size))
+        order = np.argsort(np.concatenate(places), kind="stable")
+        stages.append([np.concatenate(column)[order] for column in zip(*columns, strict=True)])
+    ends_of = np.cumsum([len(stage[0]) for stage in stages])
+    source_of, document, epoch, size = map(np.concatenate, zip(*stages, strict=True))
+    return Order(source_of, document, epoch, size, ends_of)
+
+
+def pack(order: Order, length: int) -> Order:
+    """The same documents in sequences of `length` positions."""
+    row, start, size, ends = packed(order.size, order.ends, length)
+    padding = row < 0
+    return Order(
+        np.where(padding, np.int32(-1), order.source[row]),
+        np.where(padding, 0, order.document[row]),
+        np.where(padding, np.int32(0), order.epoch[row]),
+        size,
+        ends,
+        start,
+    )
+
+
+def usable(store: TokenStore, held_out: Sequence[int]) -> Numbers | None:
+    """How often each document of a source may be used in a pass: 0 for held-out ones and for the padding of an earlier packing. None: all once."""
+    if not held_out and store.padding is None:
+        return None
+    copies = np.ones(store.documents, np.int64)
+    copies[list(held_out)] = 0
+    if store.padding is not None:
+        copies[store.padding] = 0
+    return copies
+
+
+def held_out(store: TokenStore, share: float) -> tuple[int, ...]:
+    """Documents of which the xxh3-64 of their token ids is in the lowest `share` of its values: equal ones go together, wherever they are."""
+    found, limit, step = [], int(share * 2**64), 4096
+    for first in range(0, store.documents, step):
+        cuts = store.offsets[first : first + step + 1]
+        content = np.ascontiguousarray(store.span(int(cuts[0]), int(cuts[-1]))).data.cast("B")
+        cuts = ((cuts - cuts[0]) * store.dtype.itemsize).tolist()
+        hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        found += [first + i for i, value in enumerate(hashes) if value < limit]
+    padding = store.padding
+    return tuple(i for i in found if padding is None or not padding[i])
 
 
 class OrderedTokens:
@@ -136,22 +200,28 @@ class OrderedTokens:
                 raise LlmkitError(
                     f"{source.path}: not the shards that the plan was made for", "their content changed; run mix again"
                 )
+            if (last := max(source.held_out, default=-1)) >= store.documents:
+                raise LlmkitError(f"{source.path}: document {last} is held out, of {store.documents}", "run mix again")
+        first = stores[0]
         for source, store in zip(plan.sources, stores, strict=True):
-            first = stores[0].tokenizer
-            if (store.tokenizer.digest, store.tokenizer.eos_id) != (first.digest, first.eos_id):
+            if (store.tokenizer.digest, store.tokenizer.eos_id) != (first.tokenizer.digest, first.tokenizer.eos_id):
                 raise LlmkitError(
                     f"{source.path}: made with another tokenizer than {plan.sources[0].path}",
                     "tokenize all sources with the same one",
                 )
+            if store.dtype != first.dtype:
+                raise LlmkitError(
+                    f"{source.path}: {store.dtype} tokens, but {first.dtype} in {plan.sources[0].path}",
+                    "tokenize all sources with the same llmkit",
+                )
         self.plan = plan
         self.stores = stores
         self.inputs = inputs
-        self.order = resolve(plan, [np.diff(store.offsets) for store in stores])
-        lengths = np.zeros(len(self.order.document), np.int64)
-        for i, store in enumerate(stores):
-            mine = self.order.source == i
-            lengths[mine] = np.diff(store.offsets)[self.order.document[mine]]
-        self.offsets: NDArray[np.int64] = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
+        self.sequence_length = plan.sequence_length
+        copies = [usable(store, source.held_out) for source, store in zip(plan.sources, stores, strict=True)]
+        self.unpacked = resolve(plan, [np.diff(store.offsets) for store in stores], copies)
+        self.order = pack(self.unpacked, plan.sequence_length) if plan.sequence_length else self.unpacked
+        self.offsets: NDArray[np.int64] = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.order.size)))
 
     @classmethod
     def open(cls, path: str, *, spool: Path | None = None) -> OrderedTokens | TokenStore:
@@ -162,7 +232,7 @@ class OrderedTokens:
         elif path == STDIN or place.suffix != ".toml":
             return TokenStore.open(path, spool=spool)
         plan = read_plan(place)
-        stores = [TokenStore.open(str(_located(place, source))) for source in plan.sources]
+        stores = [TokenStore.open(str(located(place, source))) for source in plan.sources]
         if any(store.tokenizer.digest != plan.tokenizer for store in stores):
             raise LlmkitError(f"{place}: its sources were made with another tokenizer", "run mix again")
         return cls(plan, stores, [describe_input(path)])
@@ -187,30 +257,40 @@ class OrderedTokens:
     def sources(self) -> list[str]:
         return sorted({name for store in self.stores for name in store.sources})
 
-    def _at(self, i: int) -> tuple[TokenStore, int]:
+    @property
+    def padding(self) -> NDArray[np.bool_] | None:
+        """Which rows only fill up a sequence, bool [documents]; None where none do."""
+        return self.order.source < 0 if self.sequence_length else None
+
+    def _at(self, i: int) -> tuple[TokenStore, int] | None:
+        """Where row `i` is stored; None for padding."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents}")
-        return self.stores[int(self.order.source[i])], int(self.order.document[i])
+        source = int(self.order.source[i])
+        return None if source < 0 else (self.stores[source], int(self.order.document[i]))
 
     def document(self, i: int) -> Tokens:
-        """Token ids of document `i` of the order."""
-        store, document = self._at(i)
-        return store.document(document)
+        """Token ids of row `i` of the order: a document, in a packed order a piece of one, or end-of-text ids as padding."""
+        at, size = self._at(i), int(self.order.size[i])
+        if at is None:
+            return np.full(size, self.tokenizer.eos_id, self.dtype)
+        tokens = at[0].document(at[1])
+        return tokens if self.order.start is None else tokens[int(self.order.start[i]) :][:size]
 
     def id(self, i: int) -> str:
-        """Id of document `i`."""
-        store, document = self._at(i)
-        return store.id(document)
+        """Id of document `i`; empty for padding."""
+        at = self._at(i)
+        return at[0].id(at[1]) if at else ""
 
     def source(self, i: int) -> str:
-        """Source of document `i`, as its shards name it."""
-        store, document = self._at(i)
-        return store.source(document)
+        """Source of document `i`, as its shards name it; PADDING for padding."""
+        at = self._at(i)
+        return at[0].source(at[1]) if at else PADDING
 
     def epoch(self, i: int) -> int:
         """How often document `i` was seen before; passes that an earlier `mix` made over it are added."""
-        store, document = self._at(i)
-        return int(self.order.epoch[i]) + store.epoch(document)
+        at = self._at(i)
+        return int(self.order.epoch[i]) + at[0].epoch(at[1]) if at else 0
 
     def span(self, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of the flat order; a view where they lie in one document, else a copy."""
@@ -224,77 +304,3 @@ class OrderedTokens:
         pieces[-1] = pieces[-1][: stop - int(self.offsets[behind - 1])]
         pieces[0] = pieces[0][start - int(self.offsets[first]) :]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def plan_text(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
-    """The plan as TOML, with its lineage under `llmkit`."""
-    lines = [
-        "# llmkit mix --plan: llmkit train follows it",
-        f"version = {PLAN_VERSION}",
-        f"seed = {plan.seed}",
-        f"tokenizer = {_quoted(plan.tokenizer)}",
-    ]
-    if lineage:
-        text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        lines.append(f"llmkit = {_quoted(text)}")
-    for source in plan.sources:
-        lines += [
-            "",
-            "[[source]]",
-            f"path = {_quoted(source.path)}",
-            f"digest = {_quoted(source.digest)}",
-            f"tokens = {source.tokens}",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan in a TOML file; LlmkitError where it is not one."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LlmkitError(f"{path}: invalid TOML ({error})", "plans come from: llmkit mix --plan") from error
-    if content.get("version") != PLAN_VERSION:
-        raise LlmkitError(f"{path}: no mix plan of version {PLAN_VERSION}", "plans come from: llmkit mix --plan")
-    kinds = {"path": str, "digest": str, "tokens": int}
-    rows = content.get("source")
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise LlmkitError(f"{path}: no [[source]] in this plan", "plans come from: llmkit mix --plan")
-    for number, row in enumerate(rows, 1):
-        for key, kind in kinds.items():
-            if type(row.get(key)) is not kind or (key == "tokens" and row[key] < 0):
-                raise LlmkitError(
-                    f"{path}: source {number}: field {key!r} is missing or wrong", "see llmkit mix --help"
-                )
-    seed, tokenizer = content.get("seed"), content.get("tokenizer")
-    if type(seed) is not int or not isinstance(tokenizer, str):
-        raise LlmkitError(f"{path}: field 'seed' or 'tokenizer' is missing or wrong", "see llmkit mix --help")
-    return Plan(tuple(PlannedSource(row["path"], row["digest"], row["tokens"]) for row in rows), seed, tokenizer)
-
-
-def _located(plan: Path, source: PlannedSource) -> Path:
-    """Where a source is now: at its path from the plan's directory, else beside the plan under its base name."""
-    candidates = [plan.parent / source.path, plan.parent / Path(source.path).name]
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise LlmkitError(
-        f"{plan}: its source {source.path} is not there", f"looked for {candidates[0]} and {candidates[1]}"
-    )
-
-
-def plan_digest(path: str | Path) -> str | None:
-    """Digest of what decides the order of a plan (not of where its shards lie); None where the file is no plan of ours."""
-    place = Path(path) / PLAN_NAME if Path(path).is_dir() else Path(path)
-    try:
-        plan = read_plan(place)
-    except LlmkitError:
-        return None
-    kept = [plan.seed, plan.tokenizer, [[source.digest, source.tokens] for source in plan.sources]]
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(kept).encode())

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Tokens = NDArray[Any]  # uint16 or uint32
+Names = tuple[NDArray[np.int32], list[str]]  # of each document the index of its source; the sources
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
+LENGTH = b"llmkit.sequence_length"
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
 
 
@@ -30,15 +32,15 @@ class ColumnDigest:
     def __init__(self) -> None:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
 
-    def add(
-        self, tokens: Tokens, lengths: NDArray[np.int64], ids: Sequence[str], sources: Sequence[str], epochs: Any
-    ) -> None:
+    def add(self, tokens: Tokens, lengths: NDArray[np.int64], ids: pa.StringArray, sources: Names, epochs: Any) -> None:
         """Documents in order; `epochs` int32 or None."""
+        codes, names = sources
+        ended = [name.encode() + b"\0" for name in names]
         columns: tuple[Any, ...] = (
             np.ascontiguousarray(tokens).data,
             lengths.astype("<i8").data,
-            _joined(ids),
-            _joined(sources),
+            _ended(ids).data,
+            b"".join([ended[code] for code in codes.tolist()]),
         )
         for state, column in zip(self._states, columns, strict=False):
             state.update(column)
@@ -48,10 +50,6 @@ class ColumnDigest:
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
         return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
-
-
-def _joined(names: Sequence[str]) -> bytes:
-    return "".join(f"{name}\0" for name in names).encode()
 
 
 def combined_digest(parts: list[str]) -> str:
@@ -79,6 +77,7 @@ class Part:
                 raise LlmkitError(f"{name}: {kind}", "documents become token shards by: llmkit tokenize -t TOKENIZER")
             source = pa.memory_map(str(path))
             stream = pa.ipc.open_stream(source)
+            self._schema = stream.schema
             self.metadata = stream.schema.metadata or {}
             self._check_schema(stream.schema)
             while True:
@@ -161,6 +160,16 @@ class Part:
         header = self._json(self.metadata[b"llmkit.tokenizer"], "tokenizer")
         return (header.get("digest"), header.get("eos_id")) if isinstance(header, dict) else (None, None)
 
+    def token_type(self) -> str:
+        return str(self._schema.field("tokens").type.value_type)
+
+    def sequence_length(self) -> int | None:
+        """What the documents were packed for by best fit, if they were."""
+        length = self._json(self.metadata.get(LENGTH, b"null"), "sequence length")
+        if length is not None and (type(length) is not int or length < 1):
+            raise LlmkitError(f"{self.name}: malformed sequence length", "the file was not written by llmkit")
+        return length
+
     def lineage(self) -> dict[str, Any] | None:
         header = self._json(self.metadata.get(b"llmkit.lineage", b"null"), "lineage")
         trailer = self.trailer.get("lineage")
@@ -178,20 +187,50 @@ def numbers(array: pa.Array) -> NDArray[Any]:
     return np.frombuffer(buffer, dtype, len(array), array.offset * dtype.itemsize)
 
 
+def text_bytes(texts: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Where each text starts and the last ends, int32 [n + 1], in all of their bytes; views."""
+    _, starts, content = texts.buffers()
+    found = np.frombuffer(starts, np.int32, len(texts) + 1, texts.offset * 4) if len(texts) else np.zeros(1, np.int32)
+    return found, np.frombuffer(content or b"", np.uint8)
+
+
+def _ended(texts: pa.StringArray) -> NDArray[np.uint8]:
+    """The bytes of all texts, each followed by a zero byte."""
+    starts, content = text_bytes(texts)
+    size = int(starts[-1] - starts[0])
+    ended, ends = np.zeros(size + len(texts), np.uint8), np.zeros(size + len(texts), np.bool_)
+    ends[starts[1:] - starts[0] + np.arange(len(texts))] = True
+    ended[~ends] = content[starts[0] : starts[-1]]
+    return ended
+
+
+def coded(names: Sequence[str]) -> Names:
+    """Names as indices into those that there are, in order of appearance."""
+    table: dict[str, int] = {}
+    codes = [table.setdefault(name, len(table)) for name in names]
+    return np.array(codes, np.int32), list(table)
+
+
 def as_arrow(values: NDArray[Any] | Sequence[str]) -> pa.Array:
     """Numbers, without a copy, or texts as an Arrow array. Not `pa.array`, which imports pandas too."""
     import pyarrow as pa
 
-    buffers: list[Any]
-    if isinstance(values, np.ndarray):
-        kind, buffers = pa.from_numpy_dtype(values.dtype), [np.ascontiguousarray(values)]
-    else:
+    if not isinstance(values, np.ndarray):
         texts = [value.encode() for value in values]
-        ends = np.cumsum([0, *map(len, texts)])
-        if ends[-1] >= 1 << 31:
-            raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
-        kind, buffers = pa.string(), [ends.astype(np.int32), b"".join(texts)]
-    return pa.Array.from_buffers(kind, len(values), [None, *map(pa.py_buffer, buffers)])
+        return text_array(np.fromiter(map(len, texts), np.int64, len(texts)), b"".join(texts))
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)
+
+
+def text_array(lengths: NDArray[Any], content: bytes) -> pa.StringArray:
+    """Texts of `lengths` [n] bytes that follow one another in `content`."""
+    import pyarrow as pa
+
+    if len(content) >= 1 << 31:
+        raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids")
+    ends = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=ends[1:])
+    return pa.StringArray.from_buffers(len(lengths), pa.py_buffer(ends), pa.py_buffer(content))
 
 
 def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:
@@ -222,7 +261,9 @@ def part_digest(part: Part) -> tuple[str, int]:
     digest, largest = ColumnDigest(), 0
     for batch in part.batches:
         offsets, values = batch_tokens(batch, part.name)
+        source = batch.column("source")
+        sources = numbers(source.indices), source.dictionary.to_pylist()
         epochs = numbers(batch.column("epoch")) if "epoch" in batch.schema.names else None
-        digest.add(values, np.diff(offsets), batch.column("id").to_pylist(), batch.column("source").to_pylist(), epochs)
+        digest.add(values, np.diff(offsets), batch.column("id"), sources, epochs)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

@@ -8,7 +8,7 @@
 | epoch | int32, after `mix` only | how often the document was seen before |
 
 Schema metadata: `llmkit.tokenizer` (digest, vocab_size, eos_id, bos_id, pad_id), `llmkit.lineage` (header), and in single files and
-streams `llmkit.tokenizer_files` (name to text); in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
+streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`; in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
 is empty and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} and in the last part the lineage's trailer:
 a stream without it was cut off and is refused, as is a directory that lacks a part.
 
@@ -31,12 +31,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, ColumnDigest, Tokens, as_arrow, combined_digest
+from llmkit.io.shard_part import FILES, LENGTH, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
 from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
 
@@ -62,7 +63,7 @@ class ShardWriter:
     """Documents to token shards: a directory of parts, one file (output ending in .arrow), or stdout (None or "-").
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
-    column `epoch` is written.
+    column `epoch` is written. `sequence_length` is what the documents are packed for; their padding is of source io.packing.PADDING.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ShardWriter:
         force: bool = False,
         max_tokens_per_shard: int = SHARD_TOKENS,
         epochs: bool = False,
+        sequence_length: int | None = None,
     ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.tokenizer = tokenizer
@@ -84,6 +86,7 @@ class ShardWriter:
         self._force = force
         self._limit = max_tokens_per_shard
         self._epochs = epochs
+        self._sequence_length = sequence_length
         self._stack = ExitStack()
         self._finished = False
         self._part = 0
@@ -102,22 +105,64 @@ class ShardWriter:
             for name, text in self.tokenizer.files.items():
                 (self._directory / name).write_bytes(text.encode())
         self._schema = _schema(self.tokenizer, self.dtype, self._epochs, self.lineage, embed=self._directory is None)
+        if self._sequence_length:
+            metadata = self._schema.metadata | {LENGTH: str(self._sequence_length).encode()}
+            self._schema = self._schema.with_metadata(metadata)
         self._open_part()
         return self
 
+    @property
+    def directory(self) -> Path | None:
+        """What is being filled, under its temporary name, where the output is a directory."""
+        return self._directory
+
     def write(self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0) -> None:
         """Append one document."""
-        tokens = np.asarray(tokens)
-        if self._directory and self._part_tokens and self._part_tokens + len(tokens) > self._limit:
-            self._next_part()
-        self._held.append(tokens)
-        self._ids.append(id)
-        self._sources.append(source)
-        self._epoch_numbers.append(epoch)
-        self._held_tokens += len(tokens)
-        self._part_tokens += len(tokens)
-        if self._held_tokens >= BATCH_TOKENS or len(self._ids) >= BATCH_DOCUMENTS:
-            self._flush()
+        self.extend(
+            np.asarray(tokens), np.array([len(tokens)]), as_arrow([id]), coded([source]), np.array([epoch], np.int32)
+        )
+
+    def extend(
+        self,
+        tokens: Tokens,
+        lengths: NDArray[np.int64],
+        ids: pa.StringArray,
+        sources: Names,
+        epochs: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` [n], `sources` [n], how often each was seen before [n].
+
+        Gives the bytes of n calls of `write`. Nothing is copied before its batch is full: arrays must not change until `finish`.
+        """
+        ends, (codes, names) = np.cumsum(lengths), sources
+        epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
+        first = start = 0  # document and token that come next
+        while first < len(ends):
+            full = int(np.searchsorted(ends, start + self.room)) + 1
+            behind = min(full, first + BATCH_DOCUMENTS - self._held_documents, len(ends))
+            if self._directory:
+                fit = int(np.searchsorted(ends, start + self._limit - self._part_tokens, side="right"))
+                if fit <= first and self._part_tokens:
+                    self._next_part()
+                    continue
+                behind = min(behind, max(fit, first + 1))
+            stop = int(ends[behind - 1])
+            self._held.append(tokens[start:stop])
+            self._lengths.append(lengths[first:behind])
+            self._ids.append(ids[first:behind])
+            self._codes.append(self._coded(codes[first:behind], names))
+            self._epoch_numbers.append(epochs[first:behind])
+            self._held_documents += behind - first
+            self._held_tokens += stop - start
+            self._part_tokens += stop - start
+            first, start = behind, stop
+            if self._held_tokens >= BATCH_TOKENS or self._held_documents >= BATCH_DOCUMENTS:
+                self._flush()
+
+    @property
+    def room(self) -> int:
+        """Tokens until the present batch is full: who hands over as many at a time spares a copy of them."""
+        return BATCH_TOKENS - self._held_tokens
 
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content and its lineage; call it once, last."""
@@ -136,6 +181,8 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             assert self._finished, "ShardWriter left without finish()"
+        if isinstance(error, OSError) and self.output and not error.filename:
+            error.filename = self.output  # which disk is full
         self._stack.__exit__(kind, error, trace)
 
     def _open_part(self) -> None:
@@ -152,20 +199,29 @@ class ShardWriter:
 
     def _clear(self) -> None:
         self._held: list[Tokens] = []
-        self._ids: list[str] = []
-        self._sources: list[str] = []
-        self._epoch_numbers: list[int] = []
-        self._held_tokens = 0
+        self._lengths: list[NDArray[np.int64]] = []
+        self._ids: list[pa.StringArray] = []
+        self._codes: list[NDArray[np.int32]] = []
+        self._epoch_numbers: list[NDArray[np.int32]] = []
+        self._held_documents = self._held_tokens = 0
+
+    def _coded(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
+        """Codes of this part; names that are new to it are numbered in order of appearance."""
+        found = np.array([self._names.get(name, -1) for name in names], np.int32)
+        for code in dict.fromkeys(codes[found[codes] < 0].tolist()):
+            found[code] = self._names.setdefault(names[code], len(self._names))
+        return found[codes]
 
     def _flush(self) -> None:
         """Write what is held as one batch."""
-        if not self._ids:
+        if not self._held_documents:
             return
         import pyarrow as pa
 
-        lengths = np.fromiter(map(len, self._held), np.int64, len(self._held))
-        flat = np.concatenate(self._held)
-        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.tokenizer.vocab_size:
+        lengths = np.concatenate(self._lengths)
+        flat = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
+        negative = flat.dtype.kind != "u" and len(flat) and flat.min() < 0
+        if len(flat) and (negative or flat.max() >= self.tokenizer.vocab_size):
             raise LlmkitError(
                 f"token id {int(flat.max())} is over the vocabulary of {self.tokenizer.vocab_size}",
                 "the tokens come from another tokenizer",
@@ -173,17 +229,19 @@ class ShardWriter:
         flat = flat.astype(self.dtype, copy=False)
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        for name in self._sources:
-            self._names.setdefault(name, len(self._names))
-        codes = np.array([self._names[name] for name in self._sources], np.int32)
-        epochs = np.array(self._epoch_numbers, np.int32) if self._epochs else None
+        try:
+            ids = pa.concat_arrays(self._ids)
+        except pa.ArrowInvalid:
+            raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids") from None
+        codes = np.concatenate(self._codes)
+        epochs = np.concatenate(self._epoch_numbers) if self._epochs else None
         columns = [
             pa.LargeListArray.from_arrays(as_arrow(offsets), as_arrow(flat), type=self._schema.field("tokens").type),
-            as_arrow(self._ids),
+            ids,
             pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._names))),
         ] + ([] if epochs is None else [as_arrow(epochs)])
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._digest.add(flat, lengths, self._ids, self._sources, epochs)
+        self._digest.add(flat, lengths, ids, (codes, list(self._names)), epochs)
         self._part_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)

@@ -8,7 +8,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,12 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, base_name
+from llmkit.io.packing import PADDING
 from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
 from llmkit.io.tokenizer import TokenizerInfo
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class TokenStore:
@@ -80,6 +84,9 @@ class TokenStore:
                 "tokenize all sources with the same one",
             )
         self._parts.append(part)
+        kind = part.token_type()
+        if kind != self._parts[0].token_type():
+            raise LlmkitError(f"{part.name}: {kind} tokens, but other ones in {self._parts[0].name}", HINT_REMAKE)
         documents = tokens = 0
         for batch in part.batches:
             offsets, values = batch_tokens(batch, part.name)
@@ -109,6 +116,17 @@ class TokenStore:
     @property
     def sources(self) -> list[str]:
         return list(self._source_codes)
+
+    @property
+    def sequence_length(self) -> int | None:
+        """The sequences that a mix has packed these documents for; None where they may be cut anywhere."""
+        return self._parts[0].sequence_length() if self._parts else None
+
+    @property
+    def padding(self) -> NDArray[np.bool_] | None:
+        """Which documents only fill up a sequence, bool [documents]; None where none do."""
+        code = self._source_codes.get(PADDING)
+        return None if code is None else self.codes == code
 
     @property
     def documents(self) -> int:
@@ -163,6 +181,11 @@ class TokenStore:
         batch, row = self._row(i)
         column = self._columns[batch][1]
         return 0 if column is None else int(column[row].as_py())
+
+    def batches(self) -> Iterator[tuple[Tokens, pa.Array, pa.Array | None]]:
+        """Token ids, ids of documents and times seen before (where stored) of each batch of documents, views."""
+        for values, (ids, epochs) in zip(self._values, self._columns, strict=True):
+            yield values, ids, epochs
 
     def verify(self) -> None:
         """Read everything and raise LlmkitError where a digest differs or an id is over the vocabulary."""

@@ -71,7 +71,10 @@ def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
 
         return read_tokenizer(path)
     if not path.exists():
-        raise LlmkitError(f"{path}: no such tokenizer", "train one with: llmkit vocab INPUT... -o tok/")
+        raise LlmkitError(
+            f"{path}: no such tokenizer",
+            "name a directory or a tokenizer.json (nothing is fetched from a hub); llmkit vocab trains one",
+        )
     if path.is_file():
         return parse_tokenizer({"tokenizer.json": _read(path)}, str(path))
     directory = path / "final" if not (path / "tokenizer.json").is_file() and (path / "final").is_dir() else path

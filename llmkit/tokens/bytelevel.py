@@ -6,7 +6,7 @@
 Ids are those of the `tokenizers` library, always: what is not known to be the same here is not taken (`of`), and what of a text may be more than text
 (added tokens, where they are matched) is for the library to encode (encode.py).
 
-Cost: tests/bench/tokenize_speed.md. Memory: 32 to 64 bytes a merge, and up to 45 MB of pieces met, which start anew when they are more.
+Cost: tests/bench/tokenize_speed.md. Memory: 16 to 32 bytes a merge and 256 kB, and up to 45 MB of pieces met, which start anew when they are more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmkit.tokens.kernels import encode as kernels
 from llmkit.tokens.kernels.pretokenize import KINDS, classes
 from llmkit.tokens.pretokenize import byte_alphabet, pattern_of
 
-SLOTS = 1 << 14, 1 << 20  # of the table, at first and at most
+SLOTS = 1 << 16, 1 << 20  # of the table, at first and at most
 WORK = 1 << 10  # bytes of a piece that is merged without more memory
 NEITHER = (None, "", False, 0)  # of a model's options: what leaves BPE as it is
 OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -37,10 +37,15 @@ class ByteLevel:
         self._classes = classes(self._how)
         alphabet = byte_alphabet()
         self._byte_ids = np.array([vocabulary[character] for character in alphabet], np.int64)
-        self._pairs = np.full(1 << max(5, (4 * len(merges)).bit_length()), -1, np.int64)
-        names = [a for a, _ in merges], [b for _, b in merges], [a + b for a, b in merges]
-        numbers = [np.array([vocabulary[name] for name in part], np.int64) for part in names]
-        kernels.enter_merges(*numbers, self._pairs)
+        byte_of = np.full(max(vocabulary.values()) + 1, -1, np.int64)
+        byte_of[self._byte_ids] = np.arange(256)
+        lefts, rights, self._results = (
+            np.array([vocabulary[name] for name in names], np.int64)
+            for names in ([a for a, _ in merges], [b for _, b in merges], [a + b for a, b in merges])
+        )
+        self._pairs = np.full(1 << max(4, (2 * len(merges)).bit_length()), -1, np.int64)
+        self._byte_ranks = np.full((256, 256), kernels.NONE, np.int32)
+        kernels.enter_merges(lefts, rights, self._pairs, byte_of, self._byte_ranks)
         foreign = re.compile(f"[^{re.escape(''.join(alphabet))}]").search
         words = {word: id for word, id in vocabulary.items() if word and not foreign(word)} if whole else {}
         content = (
@@ -93,7 +98,7 @@ class ByteLevel:
         begins, state = np.zeros(len(texts) + 1, np.int64), np.zeros(3, np.int64)
         while True:
             answer = kernels.encode(
-                data, bounds, ends, pieces, self._byte_ids, self._pairs, self._table, self._texts, self._ids, self._counts, self._work, *self._near, begins, out, state
+                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, self._work, *self._near, begins, out, state
             )  # fmt: skip
             if answer == kernels.DONE:
                 return out[: begins[-1]], np.diff(begins)
@@ -111,14 +116,14 @@ class ByteLevel:
         kernels.enter_words(*self._words, self._table, self._texts, self._ids, self._counts)
 
     def _grow(self) -> None:
-        """Room for more pieces: twice the table, or an empty one where it is as large as it may be."""
+        """Room for more pieces: four times the table, or an empty one where it is as large as it may be."""
         slots = len(self._table) // 4
-        if 2 * slots > SLOTS[1]:
+        if 4 * slots > SLOTS[1]:
             self._renew(slots)
             return
-        table = np.zeros(8 * slots, np.uint64)
+        table = np.zeros(16 * slots, np.uint64)
         kernels.move(self._table, table)
         self._table = table
         self._texts, self._ids = (
-            np.concatenate((old, np.zeros(len(old), old.dtype))) for old in (self._texts, self._ids)
+            np.concatenate((old, np.zeros(3 * len(old), old.dtype))) for old in (self._texts, self._ids)
         )

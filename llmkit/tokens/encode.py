@@ -11,82 +11,78 @@ core: the library's own threads stay off, since they do not survive a fork.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
+from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
+from llmkit.io.token_files import Block
 from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.tokens.fim import FillInTheMiddle, Segment, assemble
 from llmkit.tokens.text_encoder import TextEncoder
 
 
-@dataclass(slots=True)
-class Encoded:
-    """The documents of one chunk: `tokens` flat [sum of lengths], `lengths` int64 [n] with the end-of-text id, ids, sources."""
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """How documents become ids.
 
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]
-    ids: list[str]
-    sources: list[str]
-    bad: list[BadLine] = field(default_factory=list)
-    empty: int = 0  # documents without text, dropped
-    bytes: int = 0  # UTF-8 bytes of the encoded texts
+    `source` names the source of every document; None: its field `source_key`, else the name of its file without the suffix. `bos` puts
+    the beginning-of-text id in front of each (the tokenizer must have one).
+    """
 
-    def documents(self) -> Iterator[tuple[NDArray[Any], str, str]]:
-        """(tokens, id, source) of each document."""
-        ends = np.cumsum(self.lengths)
-        for end, length, id, source in zip(ends, self.lengths, self.ids, self.sources, strict=True):
-            yield self.tokens[end - length : end], id, source
+    allow_special: bool = False
+    source: str | None = None
+    source_key: str = "source"
+    bos: bool = False
+    fim: FillInTheMiddle | None = None
 
 
 class Encoder:
-    """Encodes chunks of documents; callable, so that it is the `work` of `engine.ordered_map`.
+    """Encodes chunks of documents; callable, so that it is the `work` of `engine.ordered_map`."""
 
-    `source` names the source of every document; None: its field `source`, else the name of its file without the suffix.
-    """
-
-    def __init__(
-        self, tokenizer: TokenizerInfo, options: ReadOptions, *, allow_special: bool = False, source: str | None = None
-    ) -> None:
-        self._made_of = tokenizer, options, allow_special, source
-        self._encode = TextEncoder(tokenizer, allow_special=allow_special)
+    def __init__(self, tokenizer: TokenizerInfo, options: ReadOptions, how: EncodeOptions | None = None) -> None:
+        how = how or EncodeOptions()
+        self._made_of = tokenizer, options, how
+        self._encode = TextEncoder(tokenizer, allow_special=how.allow_special)
         self._options = options
-        self._source = source
+        self._how = how
         self._end = tokenizer.eos_id
+        self._start = [tokenizer.bos_id] if how.bos and tokenizer.bos_id is not None else []
 
     def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
         return _made_again, self._made_of
 
-    def __call__(self, chunk: Chunk) -> Encoded:
+    def __call__(self, chunk: Chunk) -> Block:
         documents, bad = parse(chunk, self._options)
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
-        ids, lengths = self._encode(texts)
-        flat, lengths = np.insert(ids, np.cumsum(lengths), self._end), lengths + 1
-        sources = [self._source or self._source_of(document.fields, document.file) for document in kept]
-        size = sum(map(len, map(str.encode, texts)))
         names = [document.id for document in kept]
-        return Encoded(flat, lengths, names, sources, bad, len(documents) - len(kept), size)
+        sources = [self._how.source or self._source_of(document.fields, document.file) for document in kept]
+        parts = map(self._segments, texts, names, sources)
+        flat, lengths = assemble([[*self._start, *part, self._end] for part in parts], self._encode)
+        sizes = [len(text.encode()) for text in texts]
+        return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), bad=bad)
 
-    @staticmethod
-    def _source_of(fields: dict[str, Any], file: str) -> str:
-        value = fields.get("source")
+    def _segments(self, text: str, id: str, source: str) -> list[Segment]:
+        return self._how.fim.segments(text, id, source) if self._how.fim else [text]
+
+    def _source_of(self, fields: dict[str, Any], file: str) -> str:
+        value = fields.get(self._how.source_key)
         return value if isinstance(value, str) and value else source_name(file)
 
 
 _encoders: dict[Any, Encoder] = {}
 
 
-def _made_again(info: TokenizerInfo, options: ReadOptions, allow_special: bool, source: str | None) -> Encoder:
+def _made_again(info: TokenizerInfo, options: ReadOptions, how: EncodeOptions) -> Encoder:
     """The encoder of that making, one in a process: large vocabularies take longer to load than a chunk to encode."""
-    key = info.digest, options, allow_special, source
+    key = info.digest, options, how
     if key not in _encoders:
         _encoders.clear()
-        _encoders[key] = Encoder(info, options, allow_special=allow_special, source=source)
+        _encoders[key] = Encoder(info, options, how)
     return _encoders[key]
 
 
@@ -97,7 +93,8 @@ def source_name(file: str) -> str:
     return name.removesuffix(suffix) or name
 
 
-def decode(tokenizer: Any, tokens: NDArray[Any], end: int) -> str:
-    """The text of one document, its end-of-text id left out. Equal to what was encoded for byte-level tokenizers without normaliser."""
-    ids = tokens[:-1] if len(tokens) and tokens[-1] == end else tokens
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+def decode(tokenizer: Any, documents: Iterable[NDArray[Any]], end: int) -> list[str]:
+    """The text of each document, its end-of-text id left out. Equal to what was encoded for byte-level tokenizers without normaliser."""
+    parts = (ids[:-1] if len(ids) and ids[-1] == end else ids for ids in documents)
+    texts: list[str] = tokenizer.decode_batch([ids.tolist() for ids in parts], skip_special_tokens=False)
+    return texts

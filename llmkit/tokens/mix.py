@@ -20,14 +20,19 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, STDIN_PATH
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 NUMBER = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
+MOST_TIMES = 1000
 FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (times) or PATH:2B (tokens)"
 
 
@@ -46,16 +51,58 @@ def parse_spec(text: str) -> Spec:
     path, colon, amount = text.rpartition(":")
     if not colon or not path or os.path.exists(text) or "/" in amount:
         return Spec(text)
+    kind, value = parse_amount(amount, text)
+    return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
+
+
+def parse_amount(amount: str, what: str) -> tuple[Kind, float]:
+    """What `0.6`, `x6` or `2B` asks for; UsageError naming `what` where it is not a positive number."""
     match = NUMBER.fullmatch(amount)
     if not match or (match[1] and match[3]):
-        raise UsageError(f"{text}: {amount!r} is no amount", FORMS)
+        raise UsageError(f"{what}: {amount!r} is no amount", FORMS)
     value = float(match[2]) * SUFFIXES.get(match[3], 1)
     if not 0 < value < math.inf:
-        raise UsageError(f"{text}: {amount!r} is not above zero", "leave the source out, or give it a positive amount")
+        raise UsageError(f"{what}: {amount!r} is not above zero", "leave the source out, or give it a positive amount")
     kind: Kind = "times" if match[1] else "tokens" if match[3] else "weight"
     if kind == "tokens" and round(value) < 1:
-        raise UsageError(f"{text}: {amount!r} is less than a token", FORMS)
-    return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
+        raise UsageError(f"{what}: {amount!r} is less than a token", FORMS)
+    return kind, value
+
+
+def parse_share(text: str) -> float:
+    """The part that `0.5%` or `0.005` is, above 0 and below 1; UsageError otherwise."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(f"--holdout {text}: no share between 0 and 1", "such as 0.5% or 0.005")
+    return share
+
+
+def parse_weight_map(text: str) -> list[tuple[int, int]]:
+    """(first count, times) of the ranges in `1:1,2-5:2,6-100:3`; a count between or behind them is of the range below it."""
+    found: list[tuple[int, int]] = []
+    last = 0
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?:(\d{1,18})\s*", part, re.ASCII)
+        low, high, times = (int(match[1]), int(match[2] or match[1]), int(match[3])) if match else (0, 0, 0)
+        if not last < low <= high or not 1 <= times <= MOST_TIMES:
+            raise UsageError(
+                f"--weight-map: {part!r} is no range with its times",
+                f"rising ranges such as 1:1,2-5:2,6-100:3; from 1 to {MOST_TIMES} times",
+            )
+        found.append((low, times))
+        last = high
+    return found
+
+
+def copies_by(ranges: Sequence[tuple[int, int]], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often documents of such counts come in a pass."""
+    import numpy as np
+
+    first, times = np.array(ranges, np.int64).T
+    return np.asarray(times)[np.maximum(np.searchsorted(first, counts, side="right") - 1, 0)]
 
 
 def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) -> list[int]:

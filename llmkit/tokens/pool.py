@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK
 from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
 from llmkit.io.tokenizer import TokenizerInfo
@@ -29,11 +30,12 @@ Count = Callable[[list[str]], list[int]]  # tokens of each text
 
 @dataclass(slots=True)
 class Measured:
-    """The documents of one chunk: their lines, the length of each line in bytes, and of each text in tokens."""
+    """The documents of one chunk: their lines, the length of each line in bytes and of each text in tokens, and a count that a field holds."""
 
     lines: bytes
     sizes: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
 
 
@@ -54,11 +56,17 @@ def by_tokenizer(tokenizer: TokenizerInfo) -> Count:
     return count
 
 
-def measure(chunk: Chunk, options: ReadOptions, count: Count) -> Measured:
-    """Work of one worker: parse a chunk and count its tokens."""
+def measure(chunk: Chunk, options: ReadOptions, count: Count, field: str | None = None) -> Measured:
+    """Work of one worker: parse a chunk, count its tokens, and read the count that `field` holds, 1 where there is none."""
     documents, bad = parse(chunk, options)
     lines = [document.encode() for document in documents]
-    return Measured(b"".join(lines), list(map(len, lines)), count([document.text for document in documents]), bad)
+    counts = [document.fields.get(field, 1) for document in documents] if field else []
+    for document, value in zip(documents, counts, strict=False):
+        if type(value) is not int or not 0 < value < 1 << 62:
+            raise LlmkitError(f"{document}: field {field!r} is no count", "whole numbers from 1, as dedup writes them")
+    return Measured(
+        b"".join(lines), list(map(len, lines)), count([document.text for document in documents]), counts, bad
+    )
 
 
 class DocumentPool:
@@ -70,19 +78,22 @@ class DocumentPool:
             NDArray[np.int64]
         ] = []  # where each document of a source starts in the file, and the last ends
         self._written = 0
+        self.counts: list[NDArray[np.int64]] = []  # of each source, empty without a field
 
     def add(self, measured: Iterable[Measured]) -> NDArray[np.int64]:
         """Append one source; returns the length of its documents in tokens."""
-        sizes, tokens = array("q"), array("q")
+        sizes, tokens, counts = array("q"), array("q"), array("q")
         for part in measured:
             self._file.write(part.lines)
             sizes.extend(part.sizes)
             tokens.extend(part.tokens)
+            counts.extend(part.counts)
         starts = np.concatenate(([self._written], self._written + np.cumsum(np.array(sizes, np.int64)))).astype(
             np.int64
         )
         self._written = int(starts[-1])
         self._sources.append(starts)
+        self.counts.append(np.array(counts, np.int64))
         return np.array(tokens, np.int64)
 
     def blocks(self, order: Order) -> Iterator[tuple[bytes, int]]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -79,10 +80,8 @@ class TextEncoder:
         return ids, lengths
 
     def _by_library(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        try:
+        with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
             found = [item.ids for item in self.library.encode_batch_fast(texts, add_special_tokens=False)]
-        except Exception as error:  # a bare one: a vocabulary without its own token for unknown words
-            raise LlmkitError(f"the tokenizer does not encode: {error}", "its tokenizer.json is incomplete") from None
         lengths = np.array([len(ids) for ids in found], np.int64)
         return np.fromiter(chain.from_iterable(found), self.dtype, int(lengths.sum())), lengths
 
@@ -118,12 +117,21 @@ def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
 
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    try:
+    with _failing("tokenizer.json does not load", "check it with the tokenizers library"):
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
-    except Exception as error:  # the library raises a bare Exception
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise LlmkitError(f"tokenizer.json does not load: {reason}", "check it with the tokenizers library") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
+
+
+@contextmanager
+def _failing(message: str, hint: str) -> Iterator[None]:
+    """What the library raises as an LlmkitError: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except (LlmkitError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        raise LlmkitError(f"{message}: {reason}", hint) from None

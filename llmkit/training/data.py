@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.io.packing import best_fit
 from llmkit.seeds import derive
 
 PADDING = -1  # document id of positions that hold nothing
@@ -78,6 +79,10 @@ class TokenStream(Protocol):
     def offsets(self) -> np.ndarray:
         """Where each document starts, and the end of the last: int64 [documents + 1]."""
 
+    @property
+    def padding(self) -> np.ndarray | None:
+        """Which documents only fill up a sequence, bool [documents]: their tokens are neither read nor predicted. None: none."""
+
     def span(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the flat stream."""
 
@@ -101,8 +106,13 @@ class StreamSource:
         self._stream, self._length, self._batch_size, self._mask = stream, length, batch_size, document_mask
         self.sequences = -(-total // length)
         self.steps = -(-self.sequences // batch_size)
-        self._starts = np.unique(np.asarray(stream.offsets)[:-1])
-        self._starts = self._starts[self._starts < stream.tokens]  # documents without tokens start nothing
+        sizes = np.diff(stream.offsets)
+        filled = sizes > 0  # documents without tokens start nothing
+        self._starts = np.asarray(stream.offsets)[:-1][filled]
+        self._padding = np.zeros(len(sizes), np.bool_)[filled] if stream.padding is None else stream.padding[filled]
+        # Each token of padding counts as a document of its own: so it has weight 0, and nothing attends to it.
+        counts = np.where(self._padding, sizes[filled], 1)
+        self._before = np.concatenate(([0], np.cumsum(counts)))
 
     def rows(self, step: int) -> int:
         return max(0, min(self._batch_size, self.sequences - step * self._batch_size))
@@ -145,9 +155,11 @@ class StreamSource:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def _documents(self, positions: np.ndarray) -> np.ndarray:
-        """Number of documents that start at or before each position of the endless stream."""
+        """Number of the document that each position of the endless stream is of."""
         rounds, inside = np.divmod(positions, self._stream.tokens)
-        return rounds * len(self._starts) + np.searchsorted(self._starts, inside, side="right")
+        row = np.searchsorted(self._starts, inside, side="right") - 1
+        within = np.where(self._padding[row], inside - self._starts[row], 0)
+        return rounds * self._before[-1] + self._before[row] + within
 
 
 class HeldOutSource:
@@ -210,7 +222,10 @@ class PackedSource:
         for epoch in range(epochs):
             draw = np.random.default_rng(derive(seed, "pack", epoch))
             order = draw.permutation(len(rows)) if shuffle else np.arange(len(rows))
-            bins = [[int(order[i]) for i in packed] for packed in best_fit(sizes[order], length)]
+            placed, bins_of = best_fit(sizes[order], length)
+            placed = placed[np.argsort(bins_of[placed], kind="stable")]
+            ends = np.flatnonzero(np.diff(bins_of[placed])) + 1
+            bins: list[list[int]] = [order[piece].tolist() for piece in np.split(placed, ends)] if len(rows) else []
             self._bins += [bins[i] for i in draw.permutation(len(bins))] if shuffle else bins
         self._batch_size = batch_size if shuffle else max(1, len(self._bins))
         self.steps = -(-len(self._bins) // self._batch_size)
@@ -255,32 +270,6 @@ def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: i
         torch.from_numpy(weights),
         torch.from_numpy(documents.astype(np.int32)),
     )
-
-
-def best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
-    """Indices packed into bins of `capacity`, largest first, each into the fullest bin that has room; ties by index. Deterministic.
-
-    Free spaces are the bits of one integer, so finding the smallest that fits is a shift and a mask.
-    """
-    bins: list[list[int]] = []
-    by_space: dict[int, list[int]] = {}
-    spaces = 0
-    for index in np.argsort(-sizes, kind="stable"):
-        size = int(sizes[index])
-        assert size <= capacity, "a row is longer than a sequence"
-        fitting = spaces >> size
-        if fitting:
-            space = size + (fitting & -fitting).bit_length() - 1
-            number = by_space[space].pop()
-            if not by_space[space]:
-                spaces &= ~(1 << space)
-        else:
-            space, number = capacity, len(bins)
-            bins.append([])
-        bins[number].append(int(index))
-        by_space.setdefault(space - size, []).append(number)
-        spaces |= 1 << (space - size)
-    return bins
 
 
 def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None) -> Batch:

@@ -137,8 +137,13 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def measured(*arguments: object, drain: bool = False, cores: str = "0") -> tuple[float, float, float]:
     """(CPU s, wall s, peak MB) of one call of llmkit on some cores; `drain`: into a pipe that is read."""
+    return measured_python("-m", "llmkit", *arguments, drain=drain, cores=cores)
+
+
+def measured_python(*arguments: object, drain: bool = False, cores: str = "0") -> tuple[float, float, float]:
+    """The same of one call of Python."""
     with tempfile.NamedTemporaryFile("r") as report:
-        call = ["taskset", "-c", cores, sys.executable, "-c", MEASURE, report.name, sys.executable, "-m", "llmkit"]
+        call = ["taskset", "-c", cores, sys.executable, "-c", MEASURE, report.name, sys.executable]
         process = subprocess.Popen([*call, *map(str, arguments)], stdout=subprocess.PIPE if drain else None)
         while process.stdout and process.stdout.read(1 << 20):
             pass

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
+from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.lineage import read_lineage
 from llmkit.io.shards import TokenStore
 
@@ -59,6 +60,11 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_command("vocab", [str(directory / "docs.jsonl"), "--size", "320", "-q", "-o", str(directory / "tok")]) == 0
     )
     return directory / "tok"
+
+
+def store_tokenizer(directory: Path, model: dict[str, object], **more: object) -> None:
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | more))
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -138,6 +144,33 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["tokenize", "bad.jsonl", "-t", "tok", "-o", "x"], 1, "bad.jsonl:2: invalid JSON"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--max-tokens-per-shard", "0"], 2, "at least one token"),
         (["tokenize", "--decode", "docs.jsonl", "-o", "x.jsonl"], 1, "no token shard"),
+        (["tokenize", "docs.jsonl", "-t", "gpt2", "-o", "x"], 1, "nothing is fetched from a hub"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--engine", "rai"], 2, "did you mean 'ray'"),
+        (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--engine", "ray"], 2, "--engine is for encoding"),
+        (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--bos"], 2, "--bos is for encoding"),
+        (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "-t", "other"], 1, "made with another tokenizer"),
+        (
+            ["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--to", "jsonl"],
+            2,
+            "--decode turns tokens into documents",
+        ),
+        (["tokenize", "one.arrow", "-t", "tok", "-o", "x"], 2, "token shards already"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--to", "megatrom"], 2, "did you mean 'megatron'"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--from", "nano"], 2, "did you mean 'nanogpt'"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "--to", "megatron"], 2, "-o PREFIX"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "--to", "nanogpt", "-o", "there"], 1, "there exists"),
+        (["tokenize", "odd.bin", "--from", "nanogpt", "-o", "x"], 2, "no tokenizer"),
+        (
+            ["tokenize", "odd.bin", "--from", "nanogpt", "-t", "tok", "-o", "x"],
+            1,
+            "odd.bin: 3 bytes are no whole number",
+        ),
+        (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is none"),
+        (["tokenize", "odd", "--from", "megatron", "-t", "tok", "-o", "x"], 1, "odd.idx: no such file"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--bos"], 2, "tok: no beginning-of-text token"),
+        (["tokenize", "docs.jsonl", "-t", "other", "-o", "x", "--fim-rate", "0.5"], 2, "no fill-in-the-middle tokens"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-rate", "2"], 2, "--fim-rate 2.0"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-source", "code"], 2, "--fim-source without"),
         (["tokenize", "--decode", "empty.jsonl", "-o", "x.jsonl"], 1, "empty file"),
     ],
 )
@@ -148,6 +181,10 @@ def test_bad_calls(
     (place / "there").mkdir()
     (place / "broken").mkdir()
     (place / "broken" / "tokenizer.json").write_text('{"model": ')
+    (place / "odd.bin").write_bytes(b"\1\0\0")
+    vocabulary = {"a": 0, "</s>": 1}
+    store_tokenizer(place / "other", {"type": "BPE", "vocab": vocabulary, "merges": []})
+    assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-q", "-o", "one.arrow"]) == 0
     (place / "empty.jsonl").write_text("")
     (place / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(path.name for path in place.iterdir())
@@ -188,6 +225,8 @@ def test_directory_file_and_stream_hold_the_same(place: Path, llmkit: Command) -
         "tokenize", "-t", "one.arrow", "--source", "docs", stdin=(place / "docs.jsonl").read_bytes(), cwd=place
     )
     (place / "piped.arrow").write_bytes(piped.stdout)
+    ids = llmkit("tokenize", "--to", "nanogpt", stdin=piped.stdout, cwd=place).stdout  # known for what it is
+    assert ids == TokenStore.open("shards").span(0, len(ids) // 2).tobytes()
     stores = [TokenStore.open(name) for name in ("shards", "one.arrow", "piped.arrow")]
     assert len({store.inputs[0].digest for store in stores}) == 1
     assert all(
@@ -200,6 +239,130 @@ def test_directory_file_and_stream_hold_the_same(place: Path, llmkit: Command) -
     assert [json.loads(line) for line in decoded.stdout.splitlines()] == [row | {"source": "docs"} for row in rows()]
     assert run_command("tokenize", ["--decode", "shards", "-q", "-o", "back.jsonl"]) == 0
     assert (place / "back.jsonl").read_bytes() == decoded.stdout
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "message"),
+    [
+        ({"type": "Mystery", "vocab": {"a": 0}}, {}, "unknown tokenizer model 'Mystery'"),
+        ({"type": "BPE", "merges": []}, {}, "tokenizer.json is malformed"),
+        (BPE | {"vocab": {"a": 0}}, {}, "names no end-of-text token"),
+        (BPE | {"vocab": {"a": 0, "</s>": 1 << 40}}, {}, "tokenizer.json is malformed"),
+        (BPE | {"merges": [["a", "z"]]}, {}, "does not load"),
+        (BPE | {"merges": "a b"}, {}, "does not load"),
+        (BPE | {"vocab": {"a": 0, "": 1, "</s>": 2}, "merges": [["a", ""]], "continuing_subword_prefix": "#"}, {}, "does not load"),  # a panic
+        (BPE, {"normalizer": {"type": "Nothing"}}, "does not load"),
+        (BPE, {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, "does not load"),
+        ({"type": "Unigram", "vocab": [["</s>", 0.0]], "unk_id": 7}, {}, "does not load"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[U]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, {}, "does not encode: WordPiece error"),
+    ],
+)  # fmt: skip
+def test_bad_tokenizers(
+    place: Path, capfd: pytest.CaptureFixture[str], model: dict[str, object], more: dict[str, object], message: str
+) -> None:
+    """Behaviour: a tokenizer that cannot work is one clear line with a hint, and leaves nothing behind."""
+    store_tokenizer(place / "bad", model, **more)
+    assert run_command("tokenize", ["docs.jsonl", "-t", "bad", "-o", "x"]) == 1
+    error = capfd.readouterr().err
+    assert message in error and "hint: " in error and "Traceback" not in error and not (place / "x").exists()
+
+
+def test_absurd_size_of_a_tokenizer(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a file of 300 MB is not read."""
+    with open(place / "tokenizer.json", "wb") as sink:
+        sink.truncate(300 << 20)
+    assert run_command("tokenize", ["docs.jsonl", "-t", "tokenizer.json", "-o", "x"]) == 1
+    assert "over 256 MiB is no tokenizer file" in capfd.readouterr().err
+
+
+def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Property: shards to nanoGPT or Megatron files and back are the same tokens, under the file's name; texts come from them too;
+    encoding into a format and converting to it are the same bytes."""
+
+    def call(*arguments: str) -> None:
+        assert run_command("tokenize", [*arguments, "-q"]) == 0
+
+    call("docs.jsonl", "-t", "tok", "-o", "shards", "--max-tokens-per-shard", "500")
+    call("shards", "--to", "nanogpt", "-o", "a.bin")
+    call("docs.jsonl", "-t", "tok", "--to", "nanogpt", "-o", "b.bin")
+    call("shards", "--to", "megatron", "-o", "m")
+    call("a.bin", "--from", "nanogpt", "-t", "shards", "-o", "from-a")
+    call("m", "m.bin", "--from", "megatron", "-t", "tok", "--source", "docs", "-o", "from-m.arrow")
+    call("m.idx", "--from", "megatron", "-t", "tok", "--decode", "-o", "texts.jsonl")
+    call("shards", "--to", "jsonl", "-o", "ids.jsonl.zst")
+    assert (place / "a.bin").read_bytes() == (place / "b.bin").read_bytes() == (place / "m.bin").read_bytes()
+    stores = [TokenStore.open(name) for name in ("shards", "from-a", "from-m.arrow")]
+    expected = [stores[0].document(i).tolist() for i in range(120)]
+    for store, source in zip(stores, ("docs", "a", "docs"), strict=True):
+        assert [store.document(i).tolist() for i in range(store.documents)] == expected
+        assert store.sources == [source]
+    assert [json.loads(line)["text"] for line in (place / "texts.jsonl").open()] == [row["text"] for row in rows()]
+    with DocumentReader(["ids.jsonl.zst"], ReadOptions(text_key=None)) as reader:
+        lines = [document.fields for document in reader.documents()]
+    assert lines == [{"id": f"d{i}", "source": "docs", "tokens": tokens} for i, tokens in enumerate(expected)]
+    record = read_lineage(place / "from-m.arrow")
+    assert record is not None and [item["name"] for item in record["inputs"]] == ["tok", "m.bin", "m.idx"]
+    assert record["options"].keys() == {"to", "decode", "from_", "source", "tokenizer", "max_tokens_per_shard"}
+    assert run_command("tokenize", ["shards", "--to", "jsonl", "-o", "ids.jsonl.zst"]) == 0
+    assert "up to date" in capfd.readouterr().err
+    assert run_command("tokenize", ["shards", "--to", "nanogpt", "-o", "a.bin"]) == 1  # no place for a record
+
+
+def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
+    """Behaviour: equal bytes for any -j; the same documents are cut the same way in another order and in other files; the record names
+    what decides it; only the sources asked for are cut."""
+    (place / "fim").mkdir()
+    for name, text in {path.name: path.read_text() for path in (place / "tok").iterdir()}.items():
+        for i, part in enumerate(("prefix", "suffix", "middle")):
+            text = text.replace(f"<|reserved_{i}|>", f"<fim_{part}>")
+        (place / "fim" / name).write_text(text)
+    items = [row | {"repository": "ab"[i % 2]} for i, row in enumerate(rows(9000))]
+    store_rows(place / "big.jsonl", items)
+    store_rows(place / "turned.jsonl", items[::-1])
+    asked = ["-t", "fim", "--fim-rate", "0.5", "--seed", "3", "--source-key", "repository", "--fim-source", "a", "-q"]
+    for jobs in ("1", "2"):
+        done = llmkit("tokenize", "big.jsonl", *asked, "-j", jobs, "-o", f"s{jobs}", cwd=place)
+        assert done.returncode == 0, done.stderr
+    assert files(place / "s1") == files(place / "s2")
+    assert run_command("tokenize", ["turned.jsonl", *asked, "-o", "t"]) == 0
+    one, other = TokenStore.open("s1"), TokenStore.open("t")
+    documents = [one.document(i).tolist() for i in range(9000)]
+    assert documents == [other.document(i).tolist() for i in range(9000)][::-1]
+    middle = json.loads((place / "fim" / "tokenizer.json").read_text())["model"]["vocab"]["<fim_middle>"]
+    cut = [middle in tokens for tokens in documents]
+    assert not any(cut[1::2]) and 0.45 < sum(cut[::2]) / 4500 < 0.55
+    options = (read_lineage(place / "s1") or {})["options"]
+    assert (options["fim_rate"], options["fim_source"], options["seed"]) == (0.5, ["a"], 3)
+    assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-q", "-o", "plain", "--seed", "1"]) == 0
+    assert (
+        not {"seed", "fim_rate", "fim_spm_rate", "stats", "engine"}
+        & (read_lineage(place / "plain") or {})["options"].keys()
+    )
+
+
+def test_beginning_of_text_and_statistics(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --bos puts the token in front; --stats counts documents, tokens and bytes of each source; sources come from the field named."""
+    (place / "bos").mkdir()
+    (place / "bos" / "tokenizer.json").write_bytes((place / "tok" / "tokenizer.json").read_bytes())
+    (place / "bos" / "tokenizer_config.json").write_text('{"bos_token": "<|im_start|>"}')
+    store_rows(
+        place / "two.jsonl", [{"text": "abc", "lang": "x"}, {"text": "\u00e9", "lang": "y"}, {"text": "d", "lang": "x"}]
+    )
+    call = ["two.jsonl", "-t", "bos", "--bos", "--source-key", "lang", "--stats", "--json", "-o", "s"]
+    assert run_command("tokenize", call) == 0
+    said = capfd.readouterr().err
+    store = TokenStore.open("s")
+    assert [store.document(i)[[0, -1]].tolist() for i in range(3)] == [[1, 0]] * 3
+    lengths = [len(store.document(i)) for i in range(3)]
+    assert json.loads(said.splitlines()[-1])["sources"] == [
+        {"source": "x", "documents": 2, "tokens": lengths[0] + lengths[2], "bytes": 4},
+        {"source": "y", "documents": 1, "tokens": lengths[1], "bytes": 2},
+    ]
+    assert said.startswith("sources\nsource  documents  tokens  bytes\n")
+    assert run_command("tokenize", [*call, "--engine", "rai"]) == 2  # also where there is nothing to do
 
 
 def test_allow_special(place: Path) -> None:

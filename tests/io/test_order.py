@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io.lineage import digest_path
-from llmkit.io.order import Order, OrderedTokens, Plan, PlannedSource, permutation, plan_text, resolve
+from llmkit.io.order import Order, OrderedTokens, permutation, resolve
+from llmkit.io.plan import Plan, PlannedSource, plan_text
 from llmkit.io.shards import TokenStore
 
 Write = Callable[..., Path]
@@ -26,7 +27,7 @@ SOURCES = st.lists(
 
 def order_of(sources: list[tuple[list[int], int]], seed: int) -> tuple[list[np.ndarray], Order]:
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
-    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", budget) for i, (_, budget) in enumerate(sources)), seed)
+    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (budget,)) for i, (_, budget) in enumerate(sources)), seed)
     return lengths, resolve(plan, lengths)
 
 
@@ -102,7 +103,7 @@ def planned(tmp_path: Path, write_shards: Write) -> Path:
     for name, budget in (("web", 3_000), ("code", 700)):
         path = write_shards(tmp_path / name, random.integers(1, 60, 60).tolist(), name, max_tokens_per_shard=500)
         store = TokenStore.open(str(path))
-        sources.append(PlannedSource(f"../{name}", store.inputs[0].digest, budget))
+        sources.append(PlannedSource(f"../{name}", store.inputs[0].digest, (budget,)))
     (tmp_path / "mix").mkdir()
     plan = Plan(tuple(sources), 5, store.tokenizer.digest)
     (tmp_path / "mix" / "plan.toml").write_text(plan_text(plan))
@@ -152,10 +153,10 @@ def test_bad_plans(planned: Path, tmp_path: Path, write_shards: Write) -> None:
     text = (planned / "plan.toml").read_text()
     cases = {
         "x = ": "invalid TOML",
-        'seed = 1\n[train]\nmodel = "tiny"\n': "no mix plan of version 1",
-        text.replace("version = 1", "version = 2"): "no mix plan of version 1",
+        'seed = 1\n[train]\nmodel = "tiny"\n': "no mix plan of version 2",
+        text.replace("version = 2", "version = 1"): "no mix plan of version 2",
         text.split("[[source]]")[0]: r"no \[\[source\]\]",
-        text.replace("tokens = 700", "tokens = -1"): "source 2: field 'tokens'",
+        text.replace("tokens = [700]", "tokens = [-1]"): "source 2: field 'tokens'",
         text.replace("seed = 5", 'seed = "5"'): "field 'seed'",
         text.replace("../code", "../gone"): "its source ../gone is not there",
         text.replace('tokenizer = "xxh3:', 'tokenizer = "xxh3:0'): "another tokenizer",

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io import shards
 from llmkit.io.lineage import Lineage, digest_path, read_lineage
+from llmkit.io.shard_part import as_arrow
 from llmkit.io.shards import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
 from llmkit.io.tokenizer import parse_tokenizer
 
@@ -69,6 +70,31 @@ def test_what_is_written_is_read(content: Documents, name: str, part: int, batch
             path
         )
         assert record["counts"] == {"documents": len(content)}
+
+
+@given(documents, st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.data())
+@settings(max_examples=60, deadline=None)
+def test_many_at_once_are_one_by_one(content: Documents, part: int, batch: int, rows: int, data: st.DataObject) -> None:
+    """Property: the bytes do not depend on how many documents are handed over at a time, nor on how their sources are numbered."""
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "BATCH_TOKENS", batch)
+        patch.setattr(shards, "BATCH_DOCUMENTS", rows)
+        one, many = Path(directory) / "one", Path(directory) / "many"
+        write_all(one, content, max_tokens_per_shard=part)
+        names = data.draw(st.permutations(["unused", *dict.fromkeys(source for _, _, source, _ in content)]))
+        with ShardWriter(str(many), BARE, Lineage("tokenize"), epochs=True, max_tokens_per_shard=part) as writer:
+            at = 0
+            while at < len(content):
+                some = content[at : (at := at + data.draw(st.integers(0, len(content))))]
+                flat = np.array([token for tokens, *_ in some for token in tokens], np.uint16)
+                lengths = np.array([len(tokens) for tokens, *_ in some], np.int64)
+                codes = np.array([names.index(source) for _, _, source, _ in some], np.int32)
+                epochs = np.array([epoch for *_, epoch in some], np.int32)
+                writer.extend(flat, lengths, as_arrow([id for _, id, _, _ in some]), (codes, names), epochs)
+            writer.finish({"documents": len(content)}, [])
+        assert {path.name: path.read_bytes() for path in one.iterdir()} == {
+            path.name: path.read_bytes() for path in many.iterdir()
+        }
 
 
 def test_any_arrow_library_reads_it(tmp_path: Path, write_shards: Write) -> None:

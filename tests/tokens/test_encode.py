@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
+from llmkit.io.token_files import Block
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import Encoded, Encoder, decode, source_name
+from llmkit.tokens.encode import EncodeOptions, Encoder, decode, source_name
 from llmkit.tokens.pretokenize import PATTERNS
 from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
 
 
-def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> Encoded:
+def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> Block:
     data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-    return Encoder(info, ReadOptions(), **options)(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
+    return Encoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -37,7 +38,7 @@ def test_ids_equal_those_of_the_library(name: str, trained: Trained) -> None:
     made = encode(info, *({"text": text} for text in texts))
     assert made.tokens.dtype == np.uint16
     assert [tokens.tolist() for tokens, _, _ in made.documents()] == [[*library.encode(t).ids, 0] for t in texts]
-    assert made.bytes == sum(len(t.encode()) for t in texts)
+    assert made.sizes == [len(t.encode()) for t in texts]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -49,7 +50,7 @@ def test_text_comes_back(name: str, trained: Trained, text: str) -> None:
     if text.isspace():
         return
     made = encode(info, {"text": text})
-    assert decode(load(info), made.tokens, info.eos_id) == text
+    assert decode(load(info), [made.tokens], info.eos_id) == [text]
 
 
 def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
@@ -58,7 +59,7 @@ def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
     row = {"text": "a<|endoftext|>b<|im_start|>c<|reserved_3|>"}
     plain = encode(info, row).tokens.tolist()
     assert plain[-1] == 0 and min(plain[:-1]) >= 16
-    assert decode(load(info), np.array(plain), 0) == row["text"]
+    assert decode(load(info), [np.array(plain)], 0) == [row["text"]]
     special = encode(info, row, allow_special=True).tokens.tolist()
     assert [i for i in special if i < 16] == [0, 1, 14, 0]
 

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.order import Plan, PlannedSource, resolve
-from llmkit.tokens.mix import Spec, budgets, parse_spec
+from llmkit.io.order import pack, resolve
+from llmkit.io.plan import SHUFFLES, Plan, PlannedSource
+from llmkit.tokens.curriculum import Stage, read_stages, stage_budgets
+from llmkit.tokens.mix import Spec, budgets, copies_by, parse_share, parse_spec, parse_weight_map
 from llmkit.tokens.pool import DocumentPool, estimate, measure
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def specs(*texts: str) -> list[Spec]:
@@ -97,22 +101,155 @@ SOURCES = st.lists(
 )
 
 
-@given(SOURCES, st.integers(1_000, 10_000_000), st.integers(0, 99))
+@given(SOURCES, st.integers(1_000, 10_000_000), st.integers(0, 99), st.sampled_from(SHUFFLES), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_realised_shares(sources: list[tuple[list[int], float]], total: int, seed: int) -> None:
-    """Property: each source's tokens are within 0.01 % of what its weight asks of the total, or within one of its documents."""
-    total = min(total, 200 * sum(sum(sizes) for sizes, _ in sources))
-    asked = [Spec(f"s{i}", "weight", weight) for i, (_, weight) in enumerate(sources)]
+def test_realised_shares(
+    sources: list[tuple[list[int], float]], total: int, seed: int, shuffle: str, packed: bool
+) -> None:
+    """Property: each source's tokens are within 0.01 % of what its weight asks of the total, or within one of its documents, in each of two
+    stages with opposite weights, whatever the shuffle and the packing."""
+    total = min(total, 100 * sum(sum(sizes) for sizes, _ in sources))
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
-    wanted = budgets(asked, [int(sizes.sum()) for sizes in lengths], total)
-    if max(budget / sizes.sum() for budget, sizes in zip(wanted, lengths, strict=True)) > 1_000:
+    weights = [[weight for _, weight in sources], [1 / weight for _, weight in sources]]
+    stages = [
+        Stage(f"{n}", total, {i: Spec(f"s{i}", "weight", weight) for i, weight in enumerate(row)})
+        for n, row in enumerate(weights)
+    ]
+    wanted = stage_budgets(stages, [int(sizes.sum()) for sizes in lengths])
+    if max(sum(budget) / sizes.sum() for budget, sizes in zip(wanted, lengths, strict=True)) > 1_000:
         return
-    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", budget) for i, budget in enumerate(wanted)), seed)
+    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", budget) for i, budget in enumerate(wanted)), seed, "", shuffle)
     order = resolve(plan, lengths)
-    weights = sum(weight for _, weight in sources)
-    for s, (sizes, weight) in enumerate(sources):
-        got = int(lengths[s][order.document[order.source == s]].sum())
-        assert abs(got - total * weight / weights) <= max(1e-4 * total, max(sizes))
+    if packed:
+        order = pack(order, 50)
+    for first, end, row in zip([0, *order.ends], order.ends, weights, strict=False):
+        for s, (sizes, weight) in enumerate(zip(lengths, row, strict=True)):
+            got = int(order.size[first:end][order.source[first:end] == s].sum())
+            assert abs(got - total * weight / sum(row)) <= max(1e-4 * total, int(sizes.max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("0.5%", 0.005),
+        ("0.005", 0.005),
+        ("50 %", 0.5),
+        ("0", 0),
+        ("100%", 0),
+        ("nan", 0),
+        ("inf", 0),
+        ("-1%", 0),
+        ("x%", 0),
+        ("", 0),
+    ],
+)
+def test_shares(text: str, share: float) -> None:
+    """Behaviour: a percentage or a fraction between 0 and 1, and nothing else."""
+    if share:
+        assert parse_share(text) == share
+    else:
+        with pytest.raises(UsageError, match="no share between 0 and 1"):
+            parse_share(text)
+
+
+def test_weight_map() -> None:
+    """Behaviour: a count is of its range, one between or behind ranges of the range below, one before them all of the first."""
+    ranges = parse_weight_map("2-5:2, 8:4,10-100:3")
+    assert copies_by(ranges, np.array([1, 2, 5, 6, 8, 9, 10, 10**9])).tolist() == [2, 2, 2, 2, 4, 4, 3, 3]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1",
+        "1:",
+        "1:0",
+        "1:-1",
+        "0:1",
+        "5-2:1",
+        "1-5:1,5:2",
+        "2:1,1:1",
+        "1:1001",
+        "1:x2",
+        "a:1",
+        "1:1,,2:2",
+        "1:1.5",
+    ],
+)
+def test_weight_maps_that_are_none(text: str) -> None:
+    """Behaviour: refused, with the part that is wrong."""
+    with pytest.raises(UsageError, match="is no range with its times"):
+        parse_weight_map(text)
+
+
+CURRICULUM = """
+[sources]
+web = "shards/web/"
+wiki = "/data/wiki"
+[[stage]]
+name = "main"
+tokens = "2k"
+mix = { wiki = "x2", web = 3 }
+[[stage]]
+mix = { web = "1.5k" }
+"""
+
+
+def test_stages(tmp_path: Path) -> None:
+    """Behaviour: names, paths from the file's directory, amounts as on the command line; paths that are given take the place of those inside."""
+    file = tmp_path / "c.toml"
+    file.write_text(CURRICULUM)
+    paths, stages = read_stages(file, [])
+    web, wiki = f"{tmp_path}/shards/web", "/data/wiki"
+    assert paths == [web, wiki]
+    assert stages == [
+        Stage("main", 2_000, {0: Spec(web, "weight", 3.0), 1: Spec(wiki, "times", 2.0)}),
+        Stage("stage 2", None, {0: Spec(web, "tokens", 1500.0)}),
+    ]
+    assert stage_budgets(stages, [5_000, 300]) == [(1_400, 1_500), (600, 0)]
+    with pytest.raises(UsageError, match="main: --tokens 2,000, but the multipliers and budgets come to 2,200"):
+        stage_budgets(stages, [5_000, 1_100])
+    assert read_stages(file, ["a", "b"])[1][0].specs[1].path == "b"
+    assert len(read_stages(EXAMPLES / "k2.toml", [])[0]) == 14
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        ("[sources]", "[source]", "unknown key 'source'", "'sources'"),
+        ("[[stage]]", "[[stages]]", "unknown key 'stages'", "'stage'"),
+        ("tokens =", "token =", "main: unknown key 'token'", "'tokens'"),
+        ("wiki = \"x2\"", "wikki = 1", "main: unknown key 'wikki'", "'wiki'"),
+        ("wiki = \"x2\"", "wiki = -1", "main: wiki: '-1' is no amount", "PATH:x6"),
+        ("wiki = \"x2\"", "wiki = nan", "'nan' is no amount", ""),
+        ("wiki = \"x2\"", "wiki = inf", "'inf' is no amount", ""),
+        ("wiki = \"x2\"", "wiki = true", "'' is no amount", ""),
+        ("wiki = \"x2\"", "wiki = \"x-1\"", "'x-1' is no amount", ""),
+        ("wiki = \"x2\"", "wiki = 0.0", "'0.0' is not above zero", ""),
+        ("wiki = \"x2\"", "wiki = [1]", "'' is no amount", ""),
+        ("{ web = \"1.5k\" }", "{}", "stage 2: takes nothing of any source", ""),
+        ("mix = { web = \"1.5k\" }", "", "stage 2: takes nothing of any source", ""),
+        ("mix = { web = \"1.5k\" }", "mix = 3", "stage 2: takes nothing of any source", ""),
+        ("\"2k\"", "0", "main: tokens: '0' is not above zero", ""),
+        ("\"2k\"", "\"x2\"", "main: tokens: 'x2' is no count", ""),
+        ("\"2k\"", "2.5", "main: tokens: 2.5 is no count", ""),
+        ("\"/data/wiki\"", "7", r"\[sources\] does not give names and paths", ""),
+        ("[sources]", "[sources", "invalid TOML", ""),
+        ('"main"', "3", "3: a name is a text", ""),
+        ("[sources]", "stage = 1\n[sources]", "invalid TOML", ""),
+        (CURRICULUM, "", r"\[sources\] does not", ""),
+        (CURRICULUM, "[sources]\na = \"a\"", r"no \[\[stage\]\]", ""),
+    ],
+)  # fmt: skip
+def test_bad_stages(tmp_path: Path, old: str, new: str, message: str, hint: str) -> None:
+    """Behaviour: one line that names the file and the stage, and the nearest key where one is unknown."""
+    file = tmp_path / "c.toml"
+    assert old in CURRICULUM
+    file.write_text(CURRICULUM.replace(old, new))
+    with pytest.raises(UsageError, match=message) as caught:
+        read_stages(file, [])
+    assert caught.value.message.startswith(f"{file}: ") and hint in caught.value.hint
 
 
 @given(
@@ -129,8 +266,8 @@ def test_pool_gives_back_every_line(sources: list[list[str]]) -> None:
     lines = [[orjson.dumps({"text": text}) + b"\n" for text in texts] for texts in sources]
     lengths = [pool.add([measure(Chunk("x", 1, b"".join(part)), options, estimate)]) for part in lines]
     assert [sizes.tolist() for sizes in lengths] == [[-(-len(t.encode()) // 4) for t in texts] for texts in sources]
-    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", int(sizes.sum())) for i, sizes in enumerate(lengths)), 0)
-    if not sum(source.tokens for source in plan.sources):
+    plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (int(sizes.sum()),)) for i, sizes in enumerate(lengths)), 0)
+    if not sum(source.tokens[0] for source in plan.sources):
         return
     order = resolve(plan, lengths)
     expected = [lines[s][d] for s, d in zip(order.source.tolist(), order.document.tolist(), strict=True)]

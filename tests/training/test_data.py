@@ -11,13 +11,14 @@ from tiny import CONFIG
 
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
-from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, best_fit, pack
+from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
 
 
 class Numbered:
-    """A stream whose token at position p is p."""
+    """A stream whose token at position p is p; `padding` names documents that only fill up."""
 
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], padding: list[int] | None = None) -> None:
+        self.padding = None if padding is None else np.isin(np.arange(len(lengths)), padding)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.tokens = int(self.offsets[-1])
 
@@ -93,14 +94,18 @@ def test_token_over_the_vocabulary_is_refused() -> None:
         source.batch(1, 0, 1)
 
 
-@given(st.lists(st.integers(1, 50), max_size=60))
-def test_best_fit(sizes: list[int]) -> None:
-    """Property: every row in exactly one bin, none over capacity, and no two bins could be one."""
-    bins = best_fit(np.array(sizes, dtype=np.int64), 50)
-    assert sorted(i for b in bins for i in b) == list(range(len(sizes)))
-    fill = sorted(sum(sizes[i] for i in b) for b in bins)
-    assert all(f <= 50 for f in fill)
-    assert len(fill) < 2 or fill[0] + fill[1] > 50
+def test_padding_counts_for_nothing() -> None:
+    """Property: no token of padding is predicted or predicts, none attends to another, and the weight of the step is that of its rows."""
+    source = StreamSource(Numbered([5, 3, 6, 2, 1, 1], [1, 3, 5]), 9, 2, 36)
+    for step in range(source.steps):
+        rows = source.batch(step, 0, 2)
+        inputs, targets, weights = rows.input_ids.numpy(), rows.targets.numpy(), rows.weights.numpy()
+        padding = np.isin(np.arange(19), [5, 6, 7, 14, 15, 17])
+        assert not weights[padding[inputs] | padding[targets]].any() and source.weight(step) == weights.sum()
+        assert rows.document_ids is not None
+        for row, ids in zip(inputs, rows.document_ids.numpy(), strict=True):
+            of_padding = ids[padding[row]]
+            assert len(set(of_padding)) == len(of_padding) and not set(of_padding) & set(ids[~padding[row]])
 
 
 def rows_of(counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:

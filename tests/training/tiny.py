@@ -31,6 +31,8 @@ class ListStream:
         steps = draw.integers(0, 3, size=self.tokens)
         self.data = (np.cumsum(steps) % vocabulary).astype(np.uint16)
 
+    padding = None
+
     def span(self, start: int, stop: int) -> np.ndarray:
         return self.data[start:stop]
 

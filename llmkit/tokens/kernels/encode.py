@@ -17,6 +17,9 @@ from llmkit.kernels.utf8 import MIX_A, MIX_B, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
 SHORT = 15  # bytes of a piece that is its own key
+RANK_BITS = 20
+MOST = 1 << RANK_BITS  # ids and merges that a pair and its rank have room for in 63 bits
+NONE = 1 << RANK_BITS  # instead of a rank: not merged
 FEW = 24  # bytes of a piece that needs no heap to be merged
 LONGEST = 128  # bytes of a piece that is kept
 BLOCK = 32  # pieces whose slots are asked for together
@@ -113,27 +116,33 @@ def keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
 
 @kernel
 def pair_slot(pairs, pair):  # type: ignore[no-untyped-def]
-    """Where the pair left · 2^32 + right stands among the merges, or would; its merge stands behind it."""
-    h = np.uint64(pair) * MIX_A
-    i = np.int64(h >> HALF << np.uint64(1)) & (len(pairs) - 1)
-    while pairs[i] != pair and pairs[i] != -1:
-        i = (i + 2) & (len(pairs) - 1)
+    """Where a pair stands among the merges, or would."""
+    last = len(pairs) - 1
+    i = np.int64(np.uint64(pair) * MIX_A >> HALF) & last
+    while pairs[i] >= 0 and pairs[i] >> RANK_BITS != pair:
+        i = (i + 1) & last
     return i
 
 
 @kernel
-def enter_merges(lefts, rights, results, pairs):  # type: ignore[no-untyped-def]
-    """All merges, in order of rank, into `pairs`, which was -1: a pair of ids, then rank · 2^32 + result. Of equal pairs the last counts."""
+def enter_merges(lefts, rights, pairs, byte_of, byte_ranks):  # type: ignore[no-untyped-def]
+    """All merges, in order of rank, into `pairs` (int64, -1: free): left · 2^40 + right · 2^20 + rank. Of equal pairs the last counts.
+
+    Those of two bytes stand in byte_ranks[first, second] too, NONE elsewhere: they are looked for most. `byte_of`: the byte that an id stands for, or -1.
+    """
     for rank in range(len(lefts)):
-        pair = lefts[rank] << 32 | rights[rank]
-        i = pair_slot(pairs, pair)
-        pairs[i], pairs[i + 1] = pair, rank << 32 | results[rank]
+        left, right = lefts[rank], rights[rank]
+        pair = left << RANK_BITS | right
+        pairs[pair_slot(pairs, pair)] = pair << RANK_BITS | rank
+        if byte_of[left] >= 0 and byte_of[right] >= 0:
+            byte_ranks[byte_of[left], byte_of[right]] = rank
 
 
 @kernel
-def merge_of(left, right, pairs):  # type: ignore[no-untyped-def]
-    """rank · 2^32 + result of a pair of ids; -1: it is not merged."""
-    return pairs[pair_slot(pairs, left << 32 | right) + 1]
+def rank_of(left, right, pairs):  # type: ignore[no-untyped-def]
+    """The rank of a pair of ids; NONE: it is not merged."""
+    found = pairs[pair_slot(pairs, left << RANK_BITS | right)]
+    return found & (MOST - 1) if found >= 0 else np.int64(NONE)
 
 
 @kernel
@@ -169,75 +178,76 @@ def pop(heap, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def merge_few(data, start, stop, byte_ids, pairs, found, best):  # type: ignore[no-untyped-def]
+def merge_few(n, results, pairs, found, best):  # type: ignore[no-untyped-def]
     """`merge` for a short piece: the best pair is looked for among all of them each time."""
-    n = stop - start
-    for k in range(n):
-        found[k] = byte_ids[data[start + k]]
-        if k > 0:
-            best[k - 1] = merge_of(found[k - 1], found[k], pairs)
     while n > 1:
         at = 0
         for k in range(1, n - 1):
-            if np.uint64(best[k]) < np.uint64(best[at]):  # no pair, -1, is the largest of all
+            if best[k] < best[at]:
                 at = k
-        if best[at] < 0:
+        if best[at] == NONE:
             break
-        found[at] = best[at] & 0xFFFFFFFF
+        found[at] = results[best[at]]
         n -= 1
         for k in range(at + 1, n):
             found[k] = found[k + 1]
             best[k - 1] = best[k]
         if at + 1 < n:
-            best[at] = merge_of(found[at], found[at + 1], pairs)
+            best[at] = rank_of(found[at], found[at + 1], pairs)
         if at > 0:
-            best[at - 1] = merge_of(found[at - 1], found[at], pairs)
+            best[at - 1] = rank_of(found[at - 1], found[at], pairs)
     return n
 
 
 @kernel
-def merge(data, start, stop, byte_ids, pairs, found, best, following, before, heap):  # type: ignore[no-untyped-def]
-    """Ids of the piece data[start:stop] into `found`; returns how many. All arrays int64, as long as the piece, `heap` twice as long."""
-    n = stop - start
-    if n <= FEW:
-        return merge_few(data, start, stop, byte_ids, pairs, found, best)
+def merge_many(n, results, pairs, found, best, following, before, heap):  # type: ignore[no-untyped-def]
+    """`merge` for a long piece: a heap of pairs, rank · 2^32 + place."""
     size = 0
     for k in range(n):
-        found[k] = byte_ids[data[start + k]]
-        following[k], before[k], best[k] = k + 1, k - 1, -1
-        if k:
-            best[k - 1] = merge_of(found[k - 1], found[k], pairs)
-            if best[k - 1] >= 0:
-                size = push(heap, size, best[k - 1] >> 32 << 32 | (k - 1))
+        following[k], before[k] = k + 1, k - 1
+        if k < n - 1 and best[k] != NONE:
+            size = push(heap, size, best[k] << 32 | k)
     while size:
         top = heap[0]
         size = pop(heap, size)
         k = top & 0xFFFFFFFF
-        if best[k] < 0 or best[k] >> 32 != top >> 32:
+        if best[k] != top >> 32:
             continue  # one of the two went into another merge meanwhile
         gone = following[k]
         following[k] = following[gone]
-        found[k], best[k], best[gone] = best[k] & 0xFFFFFFFF, -1, -1
+        found[k], best[k], best[gone] = results[best[k]], NONE, NONE
         if following[k] < n:
             before[following[k]] = k
-            best[k] = merge_of(found[k], found[following[k]], pairs)
-            if best[k] >= 0:
-                size = push(heap, size, best[k] >> 32 << 32 | k)
+            best[k] = rank_of(found[k], found[following[k]], pairs)
+            if best[k] != NONE:
+                size = push(heap, size, best[k] << 32 | k)
         left = before[k]
         if left >= 0:
-            best[left] = merge_of(found[left], found[k], pairs)
-            if best[left] >= 0:
-                size = push(heap, size, best[left] >> 32 << 32 | left)
-    count, next_one = 0, np.int64(0)
-    while next_one < n:
-        found[count] = found[next_one]
+            best[left] = rank_of(found[left], found[k], pairs)
+            if best[left] != NONE:
+                size = push(heap, size, best[left] << 32 | left)
+    count, place = 0, np.int64(0)
+    while place < n:
+        found[count] = found[place]
         count += 1
-        next_one = following[next_one]
+        place = following[place]
     return count
 
 
 @kernel
-def encode(data, bounds, ends, pieces, byte_ids, pairs, table, texts, ids, counts, work, near, slots, begins, out, state):  # type: ignore[no-untyped-def] # fmt: skip
+def merge(data, start, stop, byte_ids, byte_ranks, results, pairs, found, best, following, before, heap):  # type: ignore[no-untyped-def]
+    """Ids of the piece data[start:stop] into `found`; returns how many. Arrays from there on int64, as long as the piece, `heap` twice as long."""
+    n = stop - start
+    for k in range(n):
+        found[k] = byte_ids[data[start + k]]
+        best[k] = byte_ranks[data[start + k], data[start + k + 1]] if k < n - 1 else NONE
+    if n <= FEW:
+        return merge_few(n, results, pairs, found, best)
+    return merge_many(n, results, pairs, found, best, following, before, heap)
+
+
+@kernel
+def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, table, texts, ids, counts, work, near, slots, begins, out, state):  # type: ignore[no-untyped-def] # fmt: skip
     """Ids of all texts into `out`, four longer than they can be; those of text t lie before begins[t + 1].
 
     `state` int64[3] says where to go on: text, piece, tokens written. `work` int64[5, 2 n] is for
@@ -289,7 +299,9 @@ def encode(data, bounds, ends, pieces, byte_ids, pairs, table, texts, ids, count
                 if trouble != 0:
                     state[0], state[1], state[2] = t, p, at
                     return trouble
-                n = merge(data, start, stop, byte_ids, pairs, found, best, following, previous, heap)
+                n = merge(
+                    data, start, stop, byte_ids, byte_ranks, results, pairs, found, best, following, previous, heap
+                )
                 for k in range(n):
                     out[at + k] = found[k]
                 if size <= LONGEST:

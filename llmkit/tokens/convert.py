@@ -1,0 +1,121 @@
+"""Stored token ids as blocks of documents, counts of blocks, and blocks as JSON lines: of ids, or of texts.
+
+In: token shards, nanoGPT's or Megatron's files (io/token_files.py). Memory: one block, about 2^20 tokens.
+
+    llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import orjson
+
+from llmkit.errors import LlmkitError
+from llmkit.io.lineage import Input, base_name, digest_path
+from llmkit.io.store import TokenStore
+from llmkit.io.token_files import (
+    BLOCK_TOKENS,
+    Block,
+    check_file,
+    check_ids,
+    dataset_prefix,
+    read_megatron,
+    read_nanogpt,
+)
+from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.tokens.encode import decode
+from llmkit.tokens.text_encoder import load
+
+BLOCK_DOCUMENTS = 1 << 12
+
+
+@dataclass(slots=True)
+class Tally:
+    """What blocks held: `documents` with those left out, UTF-8 bytes where they are known, [documents, tokens, bytes] of each source."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    empty: int = 0
+    ended: int = 0
+    bad_lines: int = 0
+    sources: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, block: Block) -> int:
+        """Count a block; its documents."""
+        sizes = block.sizes or [0] * len(block.ids)
+        for source, length, size in zip(block.sources, block.lengths.tolist(), sizes, strict=True):
+            row = self.sources.setdefault(source, [0, 0, 0])
+            row[0] += 1
+            row[1] += length
+            row[2] += size
+        self.documents += len(block.ids) + block.empty
+        self.tokens += len(block.tokens)
+        self.bytes += sum(sizes)
+        self.empty += block.empty
+        self.ended += block.ended
+        self.bad_lines += len(block.bad)
+        return len(block.ids) + block.empty
+
+    def counts(self) -> dict[str, int]:
+        """For summary and lineage: documents, tokens, empty, and what else there was."""
+        found = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
+        return {name: count for name, count in found.items() if count or name in ("documents", "tokens", "empty")}
+
+
+def stored(
+    kind: str, paths: list[str], info: TokenizerInfo | None, source: str | None = None
+) -> tuple[TokenizerInfo, Iterable[Block], list[Input]]:
+    """Documents of "shards" or of "nanogpt" or "megatron" files (of these both, .bin and .idx): their tokenizer, blocks, and inputs for the lineage.
+
+    `source` names the source of all. LlmkitError where `info` is not the tokenizer of the shards; other files need it.
+    """
+    if kind == "shards":
+        store = TokenStore.open(paths)
+        if info is not None and info.digest != store.tokenizer.digest:
+            raise LlmkitError(f"{paths[0]}: made with another tokenizer", "leave -t out where shards carry theirs")
+        return info or store.tokenizer, _shard_blocks(store, source), store.inputs
+    assert info is not None
+    for path in paths:
+        check_file(path)
+    inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
+    read, names = (read_nanogpt, paths) if kind == "nanogpt" else (read_megatron, [*map(dataset_prefix, paths[::2])])
+    return info, (block for name in names for block in read(name, info, source)), inputs
+
+
+def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
+    first, names = 0, store.sources
+    while first < store.documents:
+        room = int(store.offsets[first]) + BLOCK_TOKENS
+        behind = int(np.searchsorted(store.offsets, room, side="right")) - 1
+        behind = max(min(behind, first + BLOCK_DOCUMENTS), first + 1)
+        yield Block(
+            store.span(int(store.offsets[first]), int(store.offsets[behind])),
+            np.diff(store.offsets[first : behind + 1]),
+            [store.id(i) for i in range(first, behind)],
+            [source or names[code] for code in store.codes[first:behind]],
+        )
+        first = behind
+
+
+def token_lines(block: Block) -> bytes:
+    """A line {"id", "source", "tokens"} for each document."""
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    rows = ({"id": id, "source": source, "tokens": tokens} for tokens, id, source in block.documents())
+    return b"".join(orjson.dumps(row, option=options) for row in rows)
+
+
+def text_lines(info: TokenizerInfo) -> Callable[[Block], bytes]:
+    """A line {"id", "text", "source"} for each document. LlmkitError where an id is not in the vocabulary: the library would pass over it."""
+    library = load(info)
+
+    def lines(block: Block) -> bytes:
+        check_ids(block.tokens, info, "the input")
+        texts = decode(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
+        rows = zip(block.ids, texts, block.sources, strict=True)
+        return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for id, text, name in rows)
+
+    return lines
