@@ -7,11 +7,11 @@ int64[256] of each byte, by which ties are broken. Out: the ids of both parts of
 occurred, int64[wanted]; the first `made` hold. Ids are ranks for bytes and 256 + i for merge i. Merging ends with pairs of fewer than `least`.
 
 Every byte has a cell, its token's id below how often its word occurs; a token stands in its first and its last cell, so that neighbours are found from
-its length alone. A pair has the list of the places where it began when it arose. Counts are not kept up while other merges take places away: a pair
-that comes to the top of the heap is counted again, if a merge since then could have concerned it. That is exact, since a count only ever falls.
-Pairs too rare for now wait outside of the heap, those of fewer than `least` are never kept.
+its length alone. A pair has its count, kept up by every merge, and the list of the places where it began when it arose, which is read once, when the pair
+is merged, and then checked. A pair whose count has fallen since it went into the heap goes back there when it comes to the top. Pairs too rare for now
+wait outside of the heap, those of fewer than `least` are never kept.
 
-Cost: time about linear in the distinct words; memory for each byte of them 8 of cells and 12 of places, 40 for each pair. A pair is chosen as
+Cost: time about linear in the distinct words; memory for each byte of them 8 of cells and up to 12 of places, for each pair 64 to 96. A pair is chosen as
 Sennrich, Haddow and Birch (2016) do, and of equally frequent ones that of the lower ids, as the `tokenizers` library does.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from llmkit.kernels import kernel
+from llmkit.kernels.utf8 import finish
 
 ID_BITS = 24
 ID = (1 << ID_BITS) - 1
@@ -110,14 +111,14 @@ def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
         if a != NONE and b != NONE:
             counts[a << 8 | b] += cells[i] >> ID_BITS
             sizes[a << 8 | b] += 1
-    pairs = np.empty((1 << 16, 5), np.int64)
+    pairs = np.empty((1 << 16, 4), np.int64)
     n = filled = 0
     for key in range(1 << 16):
         starts[key] = -1
         if counts[key] >= least:
             starts[key] = filled
             pairs[n, KEY], pairs[n, COUNT] = key >> 8 << ID_BITS | key & 255, counts[key]
-            pairs[n, START], pairs[n, SIZE], pairs[n, COUNTED] = filled, sizes[key], 0
+            pairs[n, START], pairs[n, SIZE] = filled, sizes[key]
             filled += sizes[key]
             n += 1
     for i in range(len(cells) - 1):
@@ -129,18 +130,28 @@ def pairs_of_bytes(cells, least, places):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def count_again(cells, pair, length, places):  # type: ignore[no-untyped-def]
-    """How often a pair occurs now; its list is cut to the places where it does."""
-    a, b = pair[KEY] >> ID_BITS, pair[KEY] & ID
-    start, step = pair[START], length[a]
-    count = n = 0
-    for k in range(start, start + pair[SIZE]):
-        i = np.int64(places[k])
-        if cells[i] & ID == a and cells[i + step] & ID == b:
-            count += cells[i] >> ID_BITS
-            places[start + n] = i
-            n += 1
-    pair[SIZE], pair[COUNT] = n, count
+def slot_of(key, slots):  # type: ignore[no-untyped-def]
+    """Where a pair stands in slots int64[2^n, 2], open addressing: KEY + 1 and its number; or the free one (0) where it belongs."""
+    mask = len(slots) - 1
+    slot = np.int64(finish(np.uint64(key)) & np.uint64(mask))
+    while slots[slot, 0] and slots[slot, 0] != key + 1:
+        slot = slot + 1 & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def with_slots(slots, pairs, known, more):  # type: ignore[no-untyped-def]
+    """Slots of the pairs, at most half full when `more` come."""
+    if 2 * (known + more) <= len(slots):
+        return slots
+    size = 2 * len(slots)
+    while size < 2 * (known + more):
+        size *= 2
+    slots = np.zeros((size, 2), np.int64)
+    for pair in range(known):
+        slot = slot_of(pairs[pair, KEY], slots)
+        slots[slot, 0], slots[slot, 1] = pairs[pair, KEY] + 1, pair
+    return slots
 
 
 @kernel
@@ -167,12 +178,11 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
     # Each merged place takes one token away and gives two places. What is never filled takes no memory.
     places = np.empty(3 * len(pool) + 1, np.uint32)
     pairs, known, filled = pairs_of_bytes(cells, least, places)
+    slots = with_slots(np.zeros((1, 2), np.int64), pairs, known, 1)
     heap, size = np.empty((known + 1, 2), np.int64), 0
     floor = np.int64(1) << 62  # all pairs of at least so many are in the heap
     merges, counts = np.empty((wanted, 2), np.int64), np.empty(wanted, np.int64)
     length = np.ones(256 + wanted, np.int64)
-    # The last merge of each token with one behind, and with one before it.
-    as_first, as_second = np.zeros(256 + wanted, np.int64), np.zeros(256 + wanted, np.int64)
     # Of each token before (0) or behind (1) the new one: how often, at how many places, and where the next place is put.
     beside, sums = np.zeros((2, 256 + wanted, 2), np.int64), np.zeros((2, 256 + wanted), np.int64)
     seen = np.empty((2, 256 + wanted), np.int64)
@@ -188,23 +198,19 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
                     push(heap, size, pair, pairs)
                     size += 1
             continue
+        count = heap[0, 0]
         best = pop(heap, size, pairs)
         size -= 1
+        if pairs[best, COUNT] < count:
+            if pairs[best, COUNT] >= floor:
+                push(heap, size, best, pairs)
+                size += 1
+            continue
         a, b = pairs[best, KEY] >> ID_BITS, pairs[best, KEY] & ID
-        if max(as_second[a], as_first[b]) > pairs[best, COUNTED]:
-            before = pairs[best, COUNT]
-            count_again(cells, pairs[best], length, places)
-            pairs[best, COUNTED] = made
-            if pairs[best, COUNT] < before:
-                if pairs[best, COUNT] >= floor:
-                    push(heap, size, best, pairs)
-                    size += 1
-                continue
         new = 256 + made
-        merges[made, 0], merges[made, 1], counts[made] = a, b, pairs[best, COUNT]
+        merges[made, 0], merges[made, 1], counts[made] = a, b, count
         length[new] = length[a] + length[b]
         made += 1
-        as_first[a] = as_second[b] = made
         join(cells, pairs[best], new, length, places)
         start, stop = pairs[best, START], pairs[best, START] + pairs[best, SIZE]
         met = np.zeros(2, np.int64)
@@ -220,16 +226,24 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
                     sums[side, other] += cells[i] >> ID_BITS
         pairs = larger_table(pairs, known + met[0] + met[1])
         heap = larger_table(heap, size + met[0] + met[1])
+        slots = with_slots(slots, pairs, known, met[0] + met[1])
         for side in range(2):
             for k in range(met[side]):
                 other = seen[side, k]
+                # What the new pair has the old one lost: b before a where the next one is new too.
+                before = a if other == new else other
+                slot = slot_of(b << ID_BITS | before if side else other << ID_BITS | a, slots)
+                if slots[slot, 0]:
+                    pairs[slots[slot, 1], COUNT] -= sums[side, other]
                 beside[side, other, 1] = -1
                 if sums[side, other] >= least:
                     beside[side, other, 1] = filled
                     pairs[known, KEY] = new << ID_BITS | other if side else other << ID_BITS | new
-                    pairs[known, COUNT], pairs[known, COUNTED] = sums[side, other], made
+                    pairs[known, COUNT] = sums[side, other]
                     pairs[known, START], pairs[known, SIZE] = filled, beside[side, other, 0]
                     filled += beside[side, other, 0]
+                    slot = slot_of(pairs[known, KEY], slots)
+                    slots[slot, 0], slots[slot, 1] = pairs[known, KEY] + 1, known
                     if pairs[known, COUNT] >= floor:
                         push(heap, size, known, pairs)
                         size += 1
