@@ -314,15 +314,10 @@ def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) 
 def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
     """Behaviour: equal bytes for any -j; the same documents are cut the same way in another order and in other files; the record names
     what decides it; only the sources asked for are cut."""
-    (place / "fim").mkdir()
-    for name, text in {path.name: path.read_text() for path in (place / "tok").iterdir()}.items():
-        for i, part in enumerate(("prefix", "suffix", "middle")):
-            text = text.replace(f"<|reserved_{i}|>", f"<fim_{part}>")
-        (place / "fim" / name).write_text(text)
     items = [row | {"repository": "ab"[i % 2]} for i, row in enumerate(rows(9000))]
     store_rows(place / "big.jsonl", items)
     store_rows(place / "turned.jsonl", items[::-1])
-    asked = ["-t", "fim", "--fim-rate", "0.5", "--seed", "3", "--source-key", "repository", "--fim-source", "a", "-q"]
+    asked = ["-t", "tok", "--fim-rate", "0.5", "--seed", "3", "--source-key", "repository", "--fim-source", "a", "-q"]
     for jobs in ("1", "2"):
         done = llmkit("tokenize", "big.jsonl", *asked, "-j", jobs, "-o", f"s{jobs}", cwd=place)
         assert done.returncode == 0, done.stderr
@@ -331,7 +326,7 @@ def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
     one, other = TokenStore.open("s1"), TokenStore.open("t")
     documents = [one.document(i).tolist() for i in range(9000)]
     assert documents == [other.document(i).tolist() for i in range(9000)][::-1]
-    middle = json.loads((place / "fim" / "tokenizer.json").read_text())["model"]["vocab"]["<fim_middle>"]
+    middle = json.loads((place / "tok" / "tokenizer.json").read_text())["model"]["vocab"]["<|fim_middle|>"]
     cut = [middle in tokens for tokens in documents]
     assert not any(cut[1::2]) and 0.45 < sum(cut[::2]) / 4500 < 0.55
     options = (read_lineage(place / "s1") or {})["options"]

@@ -185,7 +185,8 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
     length = np.ones(256 + wanted, np.int64)
     # Of each token before (0) or behind (1) the new one: how often, at how many places, and where the next place is put.
     beside, sums = np.zeros((2, 256 + wanted, 2), np.int64), np.zeros((2, 256 + wanted), np.int64)
-    seen = np.empty((2, 256 + wanted), np.int64)
+    # Those tokens, once each and at each place.
+    seen, near = np.empty((2, 256 + wanted), np.int64), np.empty((len(cells), 2), np.uint32)
     made = 0
     while made < wanted:
         if not size:
@@ -218,7 +219,10 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
             i = np.int64(places[k])
             for side in range(2):
                 other = cells[i + length[new] if side else i - 1] & ID
-                if other != NONE and (side or other != new):  # two new ones: once, from the first
+                if not side and other == new:
+                    other = np.int64(NONE)  # two new ones: once, from the first
+                near[k - start, side] = other
+                if other != NONE:
                     if not beside[side, other, 0]:
                         seen[side, met[side]] = other
                         met[side] += 1
@@ -252,8 +256,8 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
         for k in range(start, stop):
             i = np.int64(places[k])
             for side in range(2):
-                other = cells[i + length[new] if side else i - 1] & ID
-                if other != NONE and (side or other != new) and beside[side, other, 1] >= 0:
+                other = np.int64(near[k - start, side])
+                if other != NONE and beside[side, other, 1] >= 0:
                     places[beside[side, other, 1]] = i if side else i - length[other]
                     beside[side, other, 1] += 1
     return merges, counts, made
