@@ -202,7 +202,7 @@ def merge_few(n, results, pairs, found, best):  # type: ignore[no-untyped-def]
 @kernel
 def merge_many(n, results, pairs, found, best, following, before, heap):  # type: ignore[no-untyped-def]
     """`merge` for a long piece: a heap of pairs, rank · 2^32 + place."""
-    size = 0
+    size = np.int64(0)
     for k in range(n):
         following[k], before[k] = k + 1, k - 1
         if k < n - 1 and best[k] != NONE:
@@ -317,11 +317,11 @@ def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, tab
 @kernel
 def enter_words(data, ends, word_ids, table, texts, ids, counts):  # type: ignore[no-untyped-def]
     """Words that are their own id, whatever the merges make of them, into the table, which has to have room for them."""
-    start = 0
+    start = np.int64(0)  # a literal, and numba would compile what it is given to once more
     for w in range(len(ends)):
         key, second = key_of(data, start, ends[w])
         i = find(data, start, ends[w], key, second, first_slot(key, second, table), table, texts)
-        keep(data, start, ends[w], i, key, second, word_ids[w : w + 1], 1, table, texts, ids, counts)
+        keep(data, start, ends[w], i, key, second, word_ids[w : w + 1], np.int64(1), table, texts, ids, counts)
         start = ends[w]
 
 
