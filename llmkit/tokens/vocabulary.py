@@ -1,10 +1,11 @@
 """Train a byte-level BPE vocabulary and write it as a Hugging Face tokenizer directory.
 
-Documents in (any iterable of texts), files out: tokenizer.json, tokenizer_config.json, chat_template.jinja, which transformers, vLLM and
-`tokenizers` load as they are. Ids: special tokens first (<|endoftext|> is 0), then the 256 bytes, then merges by rank. Texts are counted
-as they stream by, so memory grows with the number of distinct words, not with the text. Merges are those of the `tokenizers` trainer: the most
-frequent pair first, ties by lower ids, hence the same for any order of documents and any number of threads. Cost: about 2 MB of text a
-second and core.
+Counted pieces of texts in, files out: tokenizer.json, tokenizer_config.json, chat_template.jinja, which transformers, vLLM and `tokenizers` load as they
+are. Ids: special tokens first (<|endoftext|> is 0), then the 256 bytes, then merges by rank. The merges are those of the `tokenizers` trainer
+(tokens/trainer.py), the same for any order of documents and any number of processes.
+
+Everything that is no text is a special token, the tags of tool calls too (Qwen and Hermes have those as plain added tokens): only so a text that spells
+one stays text, in a scraped page as in what a user says. Who parses tool calls from generated ids decodes them with skip_special_tokens=False.
 
     llmkit vocab docs.jsonl.zst --size 8192 --pattern llama-bpe -o tok/
 """
@@ -13,17 +14,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.tokens.pretokenize import pattern, pre_tokenizer
 
+if TYPE_CHECKING:
+    from llmkit.tokens.trainer import Counts
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
-RESERVED = 12  # tokens without a meaning yet, so that one can be given without resizing a model
+FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as StarCoder 2 and Qwen name them
+TOOLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # as Hermes and Qwen do
+SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD, *FILL_IN, *TOOLS)
+RESERVED = 5  # tokens without a meaning yet, so that one can be given without resizing a model
+NAME = re.compile(
+    r"<[^\s<>]*[^\W_][^\s<>]*>|\[[^\s\[\]]*[^\W_][^\s\[\]]*\]"
+)  # every pattern cuts behind the letter or digit: no merge makes such a name
 BYTES = 256
 MAX_SIZE = 1 << 22
 MULTIPLE = 64  # embedding rows in whole tiles of the matrix units
@@ -75,14 +85,26 @@ class Vocabulary:
     merges_asked: int
 
 
-def check_size(size: int, multiple: int = MULTIPLE) -> int:
+def special_tokens(own: Sequence[str] = ()) -> list[str]:
+    """The special tokens by id: ours, `own` in the place of reserved ones, and what is left of those. UsageError where a name cannot be one."""
+    for i, name in enumerate(own):
+        if not NAME.fullmatch(name):
+            raise UsageError(
+                f"a special token {name!r}", "name it like <name> or [NAME], so that it is no piece of text"
+            )
+        if name in SPECIAL or name in own[:i] or name.startswith("<|reserved_"):
+            raise UsageError(f"a special token {name!r} twice", "there already: " + " ".join(SPECIAL))
+    return [*SPECIAL, *own, *(reserved(i) for i in range(max(0, RESERVED - len(own))))]
+
+
+def check_size(size: int, multiple: int = MULTIPLE, special: int = len(SPECIAL) + RESERVED) -> int:
     """`size` rounded up to a multiple of `multiple`; UsageError where it cannot hold the bytes and special tokens, or is absurd."""
-    least = BYTES + len(SPECIAL) + RESERVED
+    least = BYTES + special
     if multiple < 1:
         raise UsageError(f"a multiple of {multiple}", "give 1 for any size")
     if size < least:
         raise UsageError(
-            f"a vocabulary of {size} tokens cannot hold {BYTES} bytes and {least - BYTES} special tokens",
+            f"a vocabulary of {size} tokens cannot hold {BYTES} bytes and {special} special tokens",
             f"give --size {-(-least // multiple) * multiple} or more",
         )
     if size > MAX_SIZE:
@@ -99,43 +121,46 @@ def limit_threads(jobs: int) -> None:
 def train(
     texts: Iterable[str], size: int, pattern_name: str = "llama-bpe", min_frequency: int = 2, multiple: int = MULTIPLE
 ) -> Vocabulary:
-    """A vocabulary of `size` tokens (already checked by `check_size`) from `texts`.
+    """A vocabulary of `size` tokens (already checked by `check_size`) from `texts`; as `made_of`."""
+    from llmkit.tokens.trainer import Counts
+
+    pattern(pattern_name)
+    counts = Counts()
+    for text in texts:
+        counts.add_texts([text.encode()], pattern_name)
+    return made_of(counts, size, pattern_name, min_frequency, multiple)
+
+
+def made_of(
+    counts: Counts, size: int, pattern_name: str, min_frequency: int, multiple: int, own: Sequence[str] = ()
+) -> Vocabulary:
+    """A vocabulary of `size` tokens (already checked by `check_size`) from the counted pieces of texts, with the special tokens `own` too.
 
     Where the texts hold fewer pairs that occur `min_frequency` times, it ends after those, filled up to a multiple of `multiple` with
     reserved tokens. LlmkitError where there is no text at all.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models
 
-    chosen = pattern(pattern_name)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
+    from llmkit.tokens.trainer import ALPHABET
+
+    chosen, special = pattern(pattern_name), special_tokens(own)
+    base = len(special) + BYTES
+    pairs, _ = counts.merges(size - base, min_frequency)
+    if not len(pairs) and not len(counts.words()[1]):
+        raise LlmkitError("no text to train on", "the input is empty")
+    tokens = list(ALPHABET)
+    for a, b in pairs.tolist():
+        tokens.append(tokens[a] + tokens[b])
+    ids = {token: i for i, token in enumerate([*special, *tokens])}
+    merges = [(tokens[a], tokens[b]) for a, b in pairs.tolist()]
+    tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=chosen.ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer(chosen)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [*SPECIAL, *(reserved(i) for i in range(RESERVED))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=min_frequency,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    characters = 0
-
-    def counted() -> Iterable[str]:
-        nonlocal characters
-        for text in texts:
-            characters += len(text)
-            yield text
-
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not characters:
-        raise LlmkitError("no text to train on", "the input is empty")
-    base = len(special) + BYTES
-    merges = tokenizer.get_vocab_size() - base
-    missing = -tokenizer.get_vocab_size() % multiple
-    if missing:
-        tokenizer.add_special_tokens([reserved(RESERVED + i) for i in range(missing)])
+    missing = -len(ids) % multiple
+    left = max(0, RESERVED - len(own))
+    tokenizer.add_special_tokens([*special, *(reserved(left + i) for i in range(missing))])
     files = {"tokenizer.json": tokenizer.to_str(pretty=True) + "\n", "chat_template.jinja": CHAT_TEMPLATE}
-    return Vocabulary(files, tokenizer.get_vocab_size(), merges, size - base)
+    return Vocabulary(files, tokenizer.get_vocab_size(), len(merges), size - base)
 
 
 def reserved(i: int) -> str:

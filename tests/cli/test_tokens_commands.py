@@ -85,6 +85,23 @@ def test_vocab_is_the_same_for_any_number_of_jobs_and_order(place: Path, llmkit:
     assert run_command("vocab", ["docs.jsonl", "--size", "320", "-o", "tok1"]) == 0  # up to date
 
 
+def test_vocab_digits_sample_and_special(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --digits names a pattern, and the lineage has it; --sample takes the same documents for any -j; --special gives ids behind ours."""
+    call = ["docs.jsonl", "--size", "320", "--digits", "single", "--sample", "0.5", "--special", "<think>", "--json"]
+    for jobs in ("1", "2"):
+        assert run_command("vocab", [*call, "-j", jobs, "-o", f"tok{jobs}"]) == 0
+    assert files(place / "tok1") == files(place / "tok2")
+    counts = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert counts["documents"] == 120 and 30 < counts["taken"] < 90
+    record = read_lineage(place / "tok1")
+    assert (
+        record is not None and record["options"]["pattern"] == "qwen2" and record["counts"]["taken"] == counts["taken"]
+    )
+    assert json.loads((place / "tok1" / "tokenizer.json").read_text())["model"]["vocab"]["<think>"] == 11
+    for digits, name in (("three", "llama-bpe"), ("single", "smollm")):
+        assert run_command("vocab", ["docs.jsonl", "-q", "--digits", digits, "-p", name, "--dry-run", "-o", "new"]) == 0
+
+
 def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Behaviour: rounding and a shortage of merges are said; the lineage stands in the directory."""
     assert run_command("vocab", ["docs.jsonl", "--size", "5000", "-p", "qwen2", "--json", "-o", "new"]) == 0
@@ -106,6 +123,14 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["vocab", "docs.jsonl", "-o", "x", "--size", "many"], 2, "is not a count"),
         (["vocab", "docs.jsonl", "-o", "x", "--size", "1T"], 2, "the largest is"),
         (["vocab", "docs.jsonl", "-o", "x", "--pattern", "lama-bpe"], 2, "did you mean 'llama-bpe'"),
+        (["vocab", "docs.jsonl", "-o", "x", "--digits", "two"], 2, "unknown --digits"),
+        (["vocab", "docs.jsonl", "-o", "x", "--digits", "single", "-p", "llama-bpe"], 2, "contradict each other"),
+        (["vocab", "docs.jsonl", "-o", "x", "--digits", "three", "-p", "gpt-2"], 2, "contradict each other"),
+        (["vocab", "docs.jsonl", "-o", "x", "--special", "word"], 2, "a special token 'word'"),
+        (["vocab", "docs.jsonl", "-o", "x", "--sample", "0"], 2, "--sample 0"),
+        (["vocab", "docs.jsonl", "-o", "x", "--sample", "nan"], 2, "--sample nan"),
+        (["vocab", "docs.jsonl", "-o", "x", "--sample", "1e-9"], 1, "takes none of 120 documents"),
+        (["vocab", "docs.jsonl", "-o", "x", "--min-frequency", "0"], 2, "min-frequency"),
         (["vocab", "empty.jsonl", "-o", "x"], 1, "no text to train on"),
         (["vocab", "bad.jsonl", "-o", "x"], 1, "bad.jsonl:2: invalid JSON"),
         (["vocab", "docs.jsonl", "-o", "there"], 1, "there exists"),
@@ -289,15 +314,10 @@ def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) 
 def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
     """Behaviour: equal bytes for any -j; the same documents are cut the same way in another order and in other files; the record names
     what decides it; only the sources asked for are cut."""
-    (place / "fim").mkdir()
-    for name, text in {path.name: path.read_text() for path in (place / "tok").iterdir()}.items():
-        for i, part in enumerate(("prefix", "suffix", "middle")):
-            text = text.replace(f"<|reserved_{i}|>", f"<fim_{part}>")
-        (place / "fim" / name).write_text(text)
     items = [row | {"repository": "ab"[i % 2]} for i, row in enumerate(rows(9000))]
     store_rows(place / "big.jsonl", items)
     store_rows(place / "turned.jsonl", items[::-1])
-    asked = ["-t", "fim", "--fim-rate", "0.5", "--seed", "3", "--source-key", "repository", "--fim-source", "a", "-q"]
+    asked = ["-t", "tok", "--fim-rate", "0.5", "--seed", "3", "--source-key", "repository", "--fim-source", "a", "-q"]
     for jobs in ("1", "2"):
         done = llmkit("tokenize", "big.jsonl", *asked, "-j", jobs, "-o", f"s{jobs}", cwd=place)
         assert done.returncode == 0, done.stderr
@@ -306,7 +326,7 @@ def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
     one, other = TokenStore.open("s1"), TokenStore.open("t")
     documents = [one.document(i).tolist() for i in range(9000)]
     assert documents == [other.document(i).tolist() for i in range(9000)][::-1]
-    middle = json.loads((place / "fim" / "tokenizer.json").read_text())["model"]["vocab"]["<fim_middle>"]
+    middle = json.loads((place / "tok" / "tokenizer.json").read_text())["model"]["vocab"]["<|fim_middle|>"]
     cut = [middle in tokens for tokens in documents]
     assert not any(cut[1::2]) and 0.45 < sum(cut[::2]) / 4500 < 0.55
     options = (read_lineage(place / "s1") or {})["options"]

@@ -61,7 +61,7 @@ def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
     assert plain[-1] == 0 and min(plain[:-1]) >= 16
     assert decode(load(info), [np.array(plain)], 0) == [row["text"]]
     special = encode(info, row, allow_special=True).tokens.tolist()
-    assert [i for i in special if i < 16] == [0, 1, 7, 0]
+    assert [i for i in special if i < 16] == [0, 1, 14, 0]
 
 
 def test_empty_documents_are_dropped(trained: Trained) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,36 +47,28 @@ def test_patterns_cut_as_published(name: str, text: str) -> None:
     assert [text[start:stop] for _, (start, stop) in found] == [w for w in pieces(name, text) if w]
 
 
-def test_merges_equal_a_plain_trainer() -> None:
-    """Parity with BPE as Sennrich et al. wrote it down: most frequent pair first, ties by lower ids."""
-    randomness = random.Random(3)
-    texts = ["".join(randomness.choice("abcd ") for _ in range(200)) for _ in range(25)]
-    made = json.loads(vocabulary.train(texts, 400, "gpt-2").files["tokenizer.json"])["model"]
-    ids: dict[str, int] = {token: i for token, i in made["vocab"].items() if len(token) == 1}
-    words = Counter(tuple(w) for text in texts for w, _ in pre_tokenizer(pattern("gpt-2")).pre_tokenize_str(text))
-    merges: list[list[str]] = []
-    while len(merges) < 400 - 272:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
-                pairs[pair] += count
-        best = min(pairs, key=lambda p: (-pairs[p], ids[p[0]], ids[p[1]]), default=None)
-        if best is None or pairs[best] < 2:
-            break
-        ids["".join(best)] = 272 + len(merges)
-        merges.append(list(best))
-        merged: Counter[tuple[str, ...]] = Counter()
-        for word, count in words.items():
-            new, i = [], 0
-            while i < len(word):
-                step = 2 if word[i : i + 2] == best else 1
-                new.append("".join(word[i : i + step]))
-                i += step
-            merged[tuple(new)] += count
-        words = merged
-    found = [m if isinstance(m, list) else m.split(" ") for m in made["merges"]]
-    assert len(found) == 128
-    assert found == merges
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_file_is_the_librarys(name: str) -> None:
+    """Parity: tokenizer.json to the byte, but for a newline, when the `tokenizers` library trains and writes it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    chosen = pattern(name)
+    theirs = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
+    theirs.pre_tokenizer = pre_tokenizer(chosen)
+    theirs.decoder = decoders.ByteLevel()
+    learner = trainers.BpeTrainer(
+        vocab_size=320,
+        min_frequency=2,
+        special_tokens=vocabulary.special_tokens(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [
+        "The quick brown fox didn't jump over 1234 lazy dogs; the 12 dogs did.\n",
+        "naïve 東京都, 東京 🙂🙂🙂\r\n\n  the",
+    ] * 3
+    theirs.train_from_iterator(texts, learner)
+    assert vocabulary.train(texts, 320, name, multiple=1).files["tokenizer.json"] == theirs.to_str(pretty=True) + "\n"
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -133,12 +124,53 @@ def test_ids_are_laid_out_as_documented(trained: Trained) -> None:
     """Behaviour: special tokens, bytes, merges; the model part and the added tokens agree."""
     content = json.loads(trained("llama-bpe").files["tokenizer.json"])
     by_id = {i: token for token, i in content["model"]["vocab"].items()}
-    assert [by_id[i] for i in range(5)] == [*vocabulary.SPECIAL, "<|reserved_0|>"]
+    named = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|pad|>",
+        "<|fim_prefix|>",
+        "<|fim_middle|>",
+        "<|fim_suffix|>",
+    ]
+    named += ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|reserved_0|>"]
+    assert [by_id[i] for i in range(12)] == named
     assert {t["content"] for t in content["added_tokens"]} == {by_id[i] for i in range(16)}
     assert all(t["special"] for t in content["added_tokens"])
     assert all(len(by_id[i]) == 1 for i in range(16, 272)) and all(len(by_id[i]) > 1 for i in range(272, 384))
     assert content["model"]["ignore_merges"] is True
     assert json.loads(trained("qwen2").files["tokenizer.json"])["model"]["ignore_merges"] is False
+
+
+def test_special_tokens_of_ones_own() -> None:
+    """Behaviour: they take the place of reserved ones, and more than there are; what could be a piece of text, or is there already, is refused."""
+    reserved = [f"<|reserved_{i}|>" for i in range(5)]
+    assert vocabulary.special_tokens()[11:] == reserved
+    assert vocabulary.special_tokens(["<think>", "[INST]"])[11:] == ["<think>", "[INST]", *reserved[:3]]
+    assert vocabulary.special_tokens([f"<{i}>" for i in range(7)])[11:] == [f"<{i}>" for i in range(7)]
+    for own in (
+        ["think"],
+        ["<|>"],
+        ["<>"],
+        ["< a>"],
+        ["<a><b>"],
+        ["<__>"],
+        [""],
+        ["<|pad|>"],
+        ["<a>", "<a>"],
+        ["<|reserved_9|>"],
+    ):
+        with pytest.raises(UsageError, match="special token"):
+            vocabulary.special_tokens(own)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.from_regex(vocabulary.NAME, fullmatch=True), around=st.tuples(SNIPPETS, SNIPPETS))
+def test_no_piece_of_text_holds_the_name_of_a_special_token(name: str, around: tuple[str, str]) -> None:
+    """Property: every pattern cuts the names that are allowed, wherever they stand, so that no merge makes one."""
+    text = name.join(around)
+    for chosen in PATTERNS.values():
+        assert all(name not in text[start:stop] for _, (start, stop) in pre_tokenizer(chosen).pre_tokenize_str(text))
 
 
 def test_order_of_texts_does_not_matter() -> None:
