@@ -365,7 +365,7 @@ def main(
             resume,
             known=finished if seen_before else None,
             durable=(lambda: cast("Groups", stage).commit()) if seen_before else None,
-            spread=engine == "ray" and not index,
+            spread=() if engine == "ray" and not index else None,
         )
     if found is not None:
         for option, field in (("--group", group), ("--key", key)):

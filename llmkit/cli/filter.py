@@ -173,7 +173,7 @@ def main(
             "reasons": {f"{name}.{reason}": n for (name, reason), n in sorted(reasons.items())},
         }
 
-    counts = run_stage(run, inputs, rejects, work, count, resume, spread=engine == "ray")
+    counts = run_stage(run, inputs, rejects, work, count, resume, spread=() if engine == "ray" else None)
     if counts is None:
         return
     if counts["reasons"] and not run.as_json:
