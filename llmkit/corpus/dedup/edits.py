@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-import zstandard
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.method import Tally, with_fields
-from llmkit.corpus.dedup.spool import Blobs, Column
+from llmkit.corpus.dedup.spool import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 from llmkit.kernels.utf8 import Bytes
@@ -27,7 +26,6 @@ Ends = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for each of its pieces, and further hashes
 Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
-LEVEL = -50  # of the lines that wait: nearly as they are
 
 
 class Part(NamedTuple):
@@ -61,7 +59,7 @@ class Spool:
 
     def append(self, part: Part) -> None:
         """Add a chunk."""
-        self.packed.append([zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(part.lines))])
+        self.packed.append([pack(part.lines)])
         self.sizes.append(part.sizes)
         self.pieces.append(part.pieces)
         self._chunks.append(len(part.lines))
@@ -70,7 +68,7 @@ class Spool:
         """Lines and sizes of each chunk, with the numbers of its first piece and of the one behind its last."""
         packed, sizes, document, start = self.packed.read(), self.sizes.array(), 0, 0
         for chunk, count in enumerate(self._chunks):
-            data = zstandard.ZstdDecompressor().decompress(packed[chunk])
+            data = unpack(packed[chunk])
             mine = sizes[document : document + count]
             document, stop = document + count, start + int(mine.sum())
             yield [line + b"\n" for line in data.split(b"\n")[:-1]], mine, start, stop
