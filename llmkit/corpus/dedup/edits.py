@@ -28,7 +28,7 @@ Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for
 Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
 
 
-class Part(NamedTuple):
+class Measured(NamedTuple):
     """A measured chunk: lines, numbers of all pieces, how many of them each document has, further hashes, characters."""
 
     lines: list[bytes]
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     bad: list[BadLine]
 
 
-def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Part:
+def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Measured:
     """Worker side. Pure."""
     documents, bad = parse(chunk, options)
     with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
@@ -47,17 +47,19 @@ def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Part:
         none = measure("")
     pieces, more = (np.concatenate([one[i][:0], *(one[i] for one in found)]) for i, one in ((0, none), (1, none)))
     lines, characters = [document.encode() for document in documents], sum(len(document.text) for document in documents)
-    return Part(lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad)
+    return Measured(
+        lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad
+    )
 
 
-class Spool:
-    """Parts that wait in temporary files for the second pass, without their further hashes."""
+class Backlog:
+    """Measured chunks that wait in temporary files for the second pass, without their further hashes."""
 
     def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
         self.packed, self.sizes, self.pieces = Blobs(directory), Column(np.int64, directory), Column(dtype, directory)
         self._chunks: list[int] = []
 
-    def append(self, part: Part) -> None:
+    def append(self, part: Measured) -> None:
         """Add a chunk."""
         self.packed.append([pack(part.lines)])
         self.sizes.append(part.sizes)
@@ -100,7 +102,7 @@ class Edits(Tally):
     engine: Engine = field(default_factory=Local)
     temporary: str | None = None
 
-    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Part]:
+    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Measured]:
         """The documents of a reader, chunk by chunk."""
         for part in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
             self.characters += part.characters
