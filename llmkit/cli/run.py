@@ -36,9 +36,8 @@ class Run:
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, without some
         self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
-        self._paths: list[tuple[str, str | Path]] = list(
-            paths.items()
-        )  # (option, path): inputs that options name, for the lineage
+        # (option, path): inputs that options name, for the lineage
+        self._paths: list[tuple[str, str | Path]] = list(paths.items())
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
