@@ -86,14 +86,15 @@ class Run:
         console.print(table)
 
     def finish(self, counts: dict[str, Any], line: str) -> None:
-        """The summary: `line` for people (unless --quiet), `counts` as JSON for --json and --summary.
+        """The summary: `line` for people (unless --quiet), `counts` as JSON in its place with --json, and for --summary.
 
         `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
         """
         if counts.get("documents") == 0:
             self.warn("no documents were read")
-        self.note(line)
-        if self._values["json"]:
+        if not self.as_json:
+            self.note(line)
+        else:
             print(json.dumps({"command": self.command} | counts), file=sys.stderr, flush=True)
         if self._values["summary"]:
             from llmkit.io.atomic import atomic_file
