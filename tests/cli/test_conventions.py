@@ -25,6 +25,12 @@ STAGE = ("dedup", "--method", "exact")
 
 
 @pytest.fixture
+def llmkit(llmkit_anew):
+    """The start is a part of what is tested here."""
+    return llmkit_anew
+
+
+@pytest.fixture
 def docs(tmp_path: Path) -> Path:
     (tmp_path / "docs.jsonl").write_bytes(LINES)
     return tmp_path
