@@ -176,7 +176,7 @@ def main(
     counts = run_stage(run, inputs, rejects, work, count, resume, spread=() if engine == "ray" else None)
     if counts is None:
         return
-    if counts["reasons"] and not run.as_json:
+    if counts["reasons"]:
         rows: list[list[Any]] = [
             [name, n, f"{100 * n / counts['documents']:.1f} %"]
             for name, n in sorted(counts["reasons"].items(), key=lambda item: (-item[1], item[0]))

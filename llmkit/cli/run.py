@@ -70,8 +70,8 @@ class Run:
             bar.close()
 
     def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table on stderr, unless --quiet; every column but the first is set to the right."""
-        if self.quiet:
+        """A table for people on stderr, unless --quiet or --json; every column but the first is set to the right."""
+        if self.quiet or self.as_json:
             return
         from rich.console import Console
         from rich.table import Table
@@ -92,10 +92,10 @@ class Run:
         """
         if counts.get("documents") == 0:
             self.warn("no documents were read")
-        if not self.as_json:
-            self.note(line)
-        else:
+        if self.as_json:
             print(json.dumps({"command": self.command} | counts), file=sys.stderr, flush=True)
+        else:
+            self.note(line)
         if self._values["summary"]:
             from llmkit.io.atomic import atomic_file
 
