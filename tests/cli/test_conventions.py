@@ -21,7 +21,7 @@ LINES = b"".join(
     orjson.dumps({"id": str(i), "text": f"{PROSE * 3} Number {i} of the series. {PROSE}"}) + b"\n" for i in range(300)
 )
 # A pass that keeps everything but exact repeats: the plainest document stage.
-STAGE = ("dedup", "--method", "exact")
+STAGE = ("dedup", "--method", "exact", "--no-counts")
 
 
 @pytest.fixture
