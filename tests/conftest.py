@@ -45,6 +45,7 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     ) as server:
         assert server.stdout and server.stdout.readline() == b"ready\n"
         yield [sys.executable, "-IS", script, str(place)]
+        server.terminate()
 
 
 @pytest.fixture(scope="session")
