@@ -122,7 +122,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l verify -l no-verify
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l ngram -r -d 'Words in a shingle'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l bands -r -d 'Bands of the signature [default: by threshold]'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l rows -r -d 'Hash functions in a band [default: by threshold]'
-complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l bits -r -d 'Of the hash functions: 32, or 61 (half as fast)'
+complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l bits -r -d 'Of the hash functions: 32, or 61 (slower)'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l key -r -d 'Compare this field instead of the text (metadata.url: one inside another)'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l normalise -r -d 'First: none (default for texts), whitespace (for lines, paragraphs), or loose'
 complete -c llmkit -n '__fish_seen_subcommand_from dedup' -l index -r -d 'Also remove what earlier runs kept; add what this keeps'

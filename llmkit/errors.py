@@ -69,4 +69,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Like KeyboardInterrupt no `except Exception` may swallow it."""
+    """SIGTERM arrived. As with KeyboardInterrupt, no `except Exception` may swallow it."""

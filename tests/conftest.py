@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,55 @@ def shared_data() -> Path:
     return path
 
 
-def run_llmkit(
-    *arguments: str, stdin: bytes | None = None, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[bytes]:
-    """One call of `python -m llmkit`, as a process of its own, with stdout and stderr captured."""
-    return subprocess.run(
-        [sys.executable, "-m", "llmkit", *arguments],
-        input=stdin if stdin is not None else b"",
-        capture_output=True,
-        cwd=cwd,
-        env=os.environ | (env or {}),
-        timeout=300,
-    )
+REAL = [sys.executable, "-m", "llmkit"]
 
 
 @pytest.fixture(scope="session")
-def llmkit() -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """The command line as a function: `llmkit("filter", "docs.jsonl", cwd=tmp_path)`."""
-    return run_llmkit
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """How to call llmkit without the seconds that imports take, see preloaded.py."""
+    place, script = tmp_path_factory.mktemp("preloaded") / "socket", str(ROOT / "tests" / "preloaded.py")
+    with subprocess.Popen(
+        [sys.executable, "-P", script, "serve", place], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as server:
+        assert server.stdout and server.stdout.readline() == b"ready\n"
+        yield [sys.executable, "-IS", script, str(place)]
+        server.terminate()
+
+
+@pytest.fixture(scope="session")
+def preloaded_bin(preloaded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for the PATH, with such an `llmkit`, and `python`."""
+    directory = tmp_path_factory.mktemp("preloaded-bin")
+    for name, command in (("llmkit", preloaded), ("python", [sys.executable])):
+        (directory / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (directory / name).chmod(0o755)
+    return directory
+
+
+def caller(command: list[str]) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """A function that runs a command with further arguments, with stdout and stderr captured."""
+
+    def call(
+        *arguments: str, stdin: bytes = b"", cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        environment = os.environ | (env or {})
+        return subprocess.run(
+            [*command, *arguments], input=stdin, capture_output=True, cwd=cwd, env=environment, timeout=300
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def llmkit(preloaded: list[str]) -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """The command line as a function: `llmkit("filter", "docs.jsonl", cwd=tmp_path)`, a process of its own."""
+    return caller(preloaded)
+
+
+@pytest.fixture(scope="session")
+def llmkit_anew() -> Callable[..., subprocess.CompletedProcess[bytes]]:
+    """As `llmkit`, but `python -m llmkit`, where the start itself matters."""
+    return caller(REAL)
 
 
 @pytest.fixture

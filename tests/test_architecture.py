@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+
+from startup import HEAVY
+
 from llmkit.cli.table import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "llmkit"
 
 LEAF = {"errors", "registry", "seeds"}
@@ -33,19 +37,6 @@ MAY_IMPORT = {
     "report": LEAF | {"io"},
     "cli": LEAF | {"io", "engine", "corpus", "tokens", "model", "training", "alignment", "quantization", "evaluation", "planning", "report"},
 }  # fmt: skip
-HEAVY = (
-    "torch",
-    "accelerate",
-    "lm_eval",
-    "numba",
-    "pyarrow",
-    "numpy",
-    "tokenizers",
-    "transformers",
-    "duckdb",
-    "rich",
-    "jinja2",
-)
 
 
 def modules() -> list[Path]:

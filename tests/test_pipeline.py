@@ -34,8 +34,8 @@ def real_documents() -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A directory with the inputs that the README names, and an `llmkit` on the PATH."""
+def workplace(tmp_path_factory, preloaded: list[str]) -> Path:
+    """A directory with the inputs that the README names, and an `llmkit` for the PATH in bin/; that in anew/bin/ does its imports itself."""
     directory = tmp_path_factory.mktemp("workplace")
     rows = real_documents()
     (directory / "docs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
@@ -66,9 +66,10 @@ def workplace(tmp_path_factory) -> Path:
         (directory / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in chosen))
     (directory / "prompts.jsonl").write_bytes(b'{"prompt":"The "}\n{"prompt":"A "}\n')
     (directory / "tiny.json").write_text(json.dumps(TINY_MODEL))
-    (directory / "bin").mkdir()
-    (directory / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m llmkit "$@"\n')
-    (directory / "bin" / "llmkit").chmod(0o755)
+    for place, command in ((directory, preloaded), (directory / "anew", [sys.executable, "-m", "llmkit"])):
+        (place / "bin").mkdir(parents=True)
+        (place / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (place / "bin" / "llmkit").chmod(0o755)
     (directory / "docs.jsonl.zst").write_bytes(zstandard.compress((directory / "docs.jsonl").read_bytes()))
     (directory / "page.html").write_text(f"<title>A page</title><p>{rows[0]['text']}")
     (directory / "crawl").mkdir()
@@ -80,13 +81,15 @@ def workplace(tmp_path_factory) -> Path:
     return directory
 
 
-def shell(script: str, directory: Path) -> str:
+def shell(script: str, directory: Path, anew: bool = False) -> str:
     """Run a bash script with our `llmkit` first on the PATH; its stdout."""
     bin_directory = next(p / "bin" for p in (directory, *directory.parents) if (p / "bin" / "llmkit").exists())
+    bin_directory = bin_directory.parent / "anew" / "bin" if anew else bin_directory
     environment = os.environ | {
         "PATH": f"{bin_directory}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "RAY_ADDRESS": "local",
     }
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
@@ -116,13 +119,13 @@ def test_one_pipe_and_its_lineage_run_again(workplace: Path) -> None:
         "llmkit filter < docs.jsonl.zst | llmkit dedup | llmkit tokenize -t tok/ | llmkit mix - --tokens 20k"
         " | llmkit train - -m tiny.json --tokens 20k -o piped/"
     )
-    shell(pipe, workplace)
+    shell(pipe, workplace, anew=True)
     script = shell("llmkit lineage piped/ --script | tee again.sh", workplace)
     assert script.count(" |\n") == 4
     assert (
         'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script
     )  # the tokenizer was made of the same documents, by name
-    shell("bash again.sh . rebuilt < /dev/null", workplace)
+    shell("bash again.sh . rebuilt < /dev/null", workplace, anew=True)
     assert (workplace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
         workplace / "piped/final/model.safetensors"
     ).read_bytes()
@@ -137,7 +140,8 @@ def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> N
     """Property: filter, dedup, tokenize and mix give the same bytes with -j 1 and -j 2."""
     rows = [row | {"id": f"{row['id']}-{n}"} for n in range(12) for row in real_documents()]  # several chunks
     (tmp_path / "many.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    (tmp_path / "bin").symlink_to(workplace / "bin")
+    for name in ("bin", "anew"):
+        (tmp_path / name).symlink_to(workplace / name)
     (tmp_path / "tok").symlink_to(workplace / "tok")
     for jobs in (1, 2):
         out = f"out{jobs}"
@@ -147,6 +151,7 @@ def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> N
             f"llmkit tokenize many.jsonl -t tok/ -j {jobs} -o {out}/shards/;"
             f"llmkit mix {out}/shards/ --tokens 100k -j {jobs} -o {out}/mix/",
             tmp_path,
+            anew=True,
         )
     files = sorted(p.relative_to(tmp_path / "out1") for p in (tmp_path / "out1").rglob("*") if p.is_file())
     assert len(files) >= 5

@@ -11,7 +11,7 @@ assistant's content is refused, since a model trained on it would never stop.
     text = render(messages, files, add_generation_prompt=True)           # prompt for `generate`
     row = encode_chat(messages, files)                                    # token ids and loss weights for `sft`
 
-`files` are the text files of a tokenizer directory by name. Cost: three renderings an assistant turn, about 0.1 ms each.
+`files` are the text files of a tokenizer directory by name. Cost: three renderings an assistant turn.
 """
 
 from __future__ import annotations

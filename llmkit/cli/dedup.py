@@ -121,7 +121,7 @@ def main(
         typer.Option("--rows", help="Hash functions in a band [default: by threshold]", rich_help_panel=NEAR),
     ] = None,
     bits: Annotated[
-        int, typer.Option("--bits", help="Of the hash functions: 32, or 61 (half as fast)", rich_help_panel=NEAR)
+        int, typer.Option("--bits", help="Of the hash functions: 32, or 61 (slower)", rich_help_panel=NEAR)
     ] = 32,
     key: Annotated[
         str | None,
@@ -203,8 +203,7 @@ def main(
     the field stay.
 
     A survivor that stands for others gets `duplicates` (how many there were, itself included; numbers from earlier runs add up) and `cluster`; with
-    --annotate the others get `cluster` too. --rejects
-    keeps what was removed with `reason`, `duplicate_of` (the id of the kept document) and `similarity`.
+    --annotate the others get `cluster` too. --rejects keeps what was removed with `reason`, `duplicate_of` (the id of the kept document) and `similarity`.
 
     --index keeps a DuckDB file over many runs: an earlier night always wins. The run is added once its output is complete and in its place; killed before,
     nothing of it is there, and a repeated call makes the same output. About 200 bytes a document. It holds signatures, not texts: similarity to
@@ -214,7 +213,8 @@ def main(
     all machines of a cluster.
 
     All documents are measured before the first is written: lines and shingles wait in --temp-dir, about 2 bytes a byte of text; memory is
-    200 MB, 350 bytes a document with what is mapped of these files, and at most --memory for sorting. With --method exact --no-counts documents are written as they are read, at 130 to 200 bytes of memory each.
+    200 MB, 350 bytes a document with what is mapped of these files, and at most --memory for sorting. With --method exact --no-counts documents
+    are written as they are read, at 130 to 200 bytes of memory each.
 
     lines and paragraphs edit: whatever stood before, in this document or an earlier one, is cut out of the text. Blank lines stay. A document of which
     nothing is left is removed. One pass, at 11 to 23 bytes of memory a distinct line; two with --repeated, at 17 to 34. substring cuts any run of
@@ -229,7 +229,7 @@ def main(
     from llmkit.corpus.dedup.method import METHODS
 
     names = [name.strip() for name in method.split(",")]
-    if names != ["exact"]:  # the other methods are compiled, and take half a second to import
+    if names != ["exact"]:  # the other methods are compiled, and take long to import
         from llmkit.corpus.dedup.minhash import MinHash, bands_for
         from llmkit.corpus.dedup.passages import Passages
         from llmkit.corpus.dedup.substring import Substring
@@ -365,7 +365,7 @@ def main(
             resume,
             known=finished if seen_before else None,
             durable=(lambda: cast("Groups", stage).commit()) if seen_before else None,
-            spread=engine == "ray" and not index,
+            spread=() if engine == "ray" and not index else None,
         )
     if found is not None:
         for option, field in (("--group", group), ("--key", key)):

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
-from llmkit.cli.stage import Job, Resume, added, is_directory, jobs, over_cluster
+from llmkit.cli.stage import Job, Resume, jobs, make_all
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
+    from llmkit.cli.stage import Made
     from llmkit.corpus.extract.extractor import Extracted, Extractor, Reading
-    from llmkit.io.documents import DocumentReader
+    from llmkit.io.documents import DocumentReader, DocumentWriter
     from llmkit.io.lineage import Input
 
 ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in ("", ".gz", ".zst"))
@@ -80,34 +80,20 @@ def main(
         raise UsageError("--text-key is of no use here", "--html-key names the field that holds the page")
     _check_libraries(engine)
     from llmkit.corpus.extract.extractor import Extractor, Reading
-    from llmkit.io.documents import DocumentWriter
 
     paths = run.inputs(inputs, suffixes=SUFFIXES)
     if place == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or leave out ray")
-    total: dict[str, Any] = {}
-    made = passed = shown = 0
-    todo: Iterable[Job] = jobs(run, paths, rejects, resume)
-    if place == "ray" and is_directory(run.output) and not run.dry_run:
-        found, passed = over_cluster(run, todo, "--engine", engine)
-        made, total, todo = len(found), reduce(added, found, {}), ()
-    for job in todo:
-        if job.done:
-            passed += 1
-            continue
-        made += 1
+    extractor = Extractor(engine, time_limit, max_page_bytes)
+    reading = Reading(run.read_options(html_key), max_page_bytes, verify)
+    shown = 0
+
+    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> Made:
+        nonlocal shown
         counts: Counter[str] = Counter(pages=0, documents=0, broken=0, characters=0)
         skipped: Counter[str] = Counter()
         read: list[Input] = []
-        with ExitStack() as stack:
-            writer = rejected = None
-            if not run.dry_run:
-                writer = stack.enter_context(run.writer())
-                for path, lineage in job.beside.items():
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=job.replaces(path, lineage)))
-            bar = stack.enter_context(run.progress(None, "pages"))
-            extractor = Extractor(engine, time_limit, max_page_bytes)
-            reading = Reading(run.read_options(html_key), max_page_bytes, verify)
+        with run.progress(None, "pages") as bar:
             for outcome in _extracted(run, extractor, reading, job.inputs, read, place):
                 for broken in outcome.broken[: max(0, SHOWN - shown)]:
                     run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
@@ -120,21 +106,18 @@ def main(
                 if rejected:
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
-            told = dict(counts) | {"skipped": dict(sorted(skipped.items()))}
-            if rejected:
-                rejected.finish({"documents": counts["pages"] + counts["broken"] - counts["documents"]}, read)
-            if writer:
-                writer.finish(told, read)
-        total = added(total, told)
-    if made == 0:
-        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
+        none = counts["pages"] + counts["broken"] - counts["documents"]
+        return dict(counts) | {"skipped": dict(sorted(skipped.items()))}, none, read
+
+    spread = ("--engine", engine) if place == "ray" else None
+    total = make_all(run, jobs(run, paths, rejects, resume), make, spread=spread)
+    if total is None:
         return
-    every = total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
     most = sorted(total["skipped"].items(), key=lambda item: -item[1])
     not_ = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in most)})" if most else ""
     broken_ = f", {total['broken']:,} broken records" if total["broken"] else ""
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(every, f"{total['documents']:,} documents of {total['pages']:,} pages{not_}{broken_}; {where}")
+    run.finish(total, f"{total['documents']:,} documents of {total['pages']:,} pages{not_}{broken_}; {where}")
 
 
 def _parser_and_place(engine: str) -> tuple[str, str]:

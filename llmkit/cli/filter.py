@@ -108,7 +108,7 @@ def main(
     fineweb (both, then its own), refinedweb, dolma, txt360, and code. --preset and --filter may be combined; the filters run in the order given,
     presets first, the whole filters for language, licence and opt-out before them, those for quality, contamination and personal data
     behind. Kept documents that were not edited are passed on byte for byte. --rejects keeps what was dropped, as it came in, with `filter`,
-    `reason` and the measured `value`. The rules are made for English; another language sets other thresholds.
+    `reason` and the measured `value` in the place of fields called so. The rules are made for English; another language sets other thresholds.
 
     Memory for each worker: 250 MB and, for the longest line, 30 to 60 times its size at most. Kernels are compiled at the first use on a machine
     and kept in a cache.
@@ -173,10 +173,10 @@ def main(
             "reasons": {f"{name}.{reason}": n for (name, reason), n in sorted(reasons.items())},
         }
 
-    counts = run_stage(run, inputs, rejects, work, count, resume, spread=engine == "ray")
+    counts = run_stage(run, inputs, rejects, work, count, resume, spread=() if engine == "ray" else None)
     if counts is None:
         return
-    if counts["reasons"] and not run.as_json:
+    if counts["reasons"]:
         rows: list[list[Any]] = [
             [name, n, f"{100 * n / counts['documents']:.1f} %"]
             for name, n in sorted(counts["reasons"].items(), key=lambda item: (-item[1], item[0]))

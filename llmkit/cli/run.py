@@ -36,9 +36,8 @@ class Run:
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, without some
         self._listed: list[str] | None = None  # what files_from names, once it was read
         self._values = values
-        self._paths: list[tuple[str, str | Path]] = list(
-            paths.items()
-        )  # (option, path): inputs that options name, for the lineage
+        # (option, path): inputs that options name, for the lineage
+        self._paths: list[tuple[str, str | Path]] = list(paths.items())
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
@@ -71,8 +70,8 @@ class Run:
             bar.close()
 
     def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table on stderr, unless --quiet; every column but the first is set to the right."""
-        if self.quiet:
+        """A table for people on stderr, unless --quiet or --json; every column but the first is set to the right."""
+        if self.quiet or self.as_json:
             return
         from rich.console import Console
         from rich.table import Table
@@ -88,15 +87,16 @@ class Run:
         console.print(table)
 
     def finish(self, counts: dict[str, Any], line: str) -> None:
-        """The summary: `line` for people (unless --quiet), `counts` as JSON for --json and --summary.
+        """The summary: `line` for people (unless --quiet), `counts` as JSON in its place with --json, and for --summary.
 
         `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
         """
         if counts.get("documents") == 0:
             self.warn("no documents were read")
-        self.note(line)
-        if self._values["json"]:
+        if self.as_json:
             print(json.dumps({"command": self.command} | counts), file=sys.stderr, flush=True)
+        else:
+            self.note(line)
         if self._values["summary"]:
             from llmkit.io.atomic import atomic_file
 

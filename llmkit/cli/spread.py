@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,9 +25,8 @@ EngineName = Annotated[
     str,
     typer.Option("--engine", metavar="NAME", help="Where the work is done: local (with -j), or ray, a cluster"),
 ]
-OWN = {*SHARED, "files_from", "rejects", "resume", "engine"} - {
-    "seed"
-}  # options that a call for one file has of its own
+# Options that a call for one file has of its own.
+OWN = {*SHARED, "files_from", "rejects", "resume", "engine"} - {"seed"}
 
 
 def engine_of(run: Run, name: str) -> Engine:
@@ -61,6 +58,8 @@ def by_file(run: Run, jobs: Iterable[Job], *more: str) -> Iterator[dict[str, Any
 
 def _call(command: str, config: str, directory: str, arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """One call on the machine where this runs: what it said, and its summary. LlmkitError where it fails."""
+    from llmkit.engine.local import die_with_parent
+
     with tempfile.TemporaryDirectory() as temporary:
         settings, summary = Path(temporary, "options.toml"), Path(temporary, "summary.json")
         settings.write_text(config)
@@ -72,7 +71,7 @@ def _call(command: str, config: str, directory: str, arguments: list[str]) -> tu
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,  # the call must not go on beside its repetition
         )
         lines = done.stderr.splitlines()
         if done.returncode:
@@ -85,8 +84,3 @@ def _call(command: str, config: str, directory: str, arguments: list[str]) -> tu
             raise kind(message if arguments[0] in message else f"{arguments[0]}: {message}", " ".join(hints))
         counts = json.loads(summary.read_bytes())
         return done.stderr, {key: value for key, value in counts.items() if key not in ("command", "seconds")}
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the call must not go on beside its repetition

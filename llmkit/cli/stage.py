@@ -18,8 +18,10 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
 
 if TYPE_CHECKING:
-    from llmkit.io.documents import BadLine, DocumentReader
-    from llmkit.io.lineage import Lineage
+    from llmkit.io.documents import BadLine, DocumentReader, DocumentWriter
+    from llmkit.io.lineage import Input, Lineage
+
+    Made = tuple[dict[str, Any], int, list[Input]]  # what an output counted, documents to its rejects, what was read
 
 Rejects = Annotated[
     str | None,
@@ -103,8 +105,8 @@ def is_directory(path: str | None) -> bool:
     return path is not None and (path.endswith("/") or os.path.isdir(path))
 
 
-def over_cluster(run: Run, todo: Iterable[Job], *more: str) -> tuple[list[dict[str, Any]], int]:
-    """Make outputs by calls on a cluster: what each counted, and how many were there already."""
+def over_cluster(run: Run, todo: Iterable[Job], *more: str) -> tuple[int, dict[str, Any], int]:
+    """Make outputs by calls on a cluster: how many were made, what they counted together, and how many were there already."""
     if run.read_options().quarantine:
         raise UsageError("a cluster has no one file for bad lines", "--on-bad-line skip, or stop")
     every, found = list(todo), []
@@ -113,7 +115,7 @@ def over_cluster(run: Run, todo: Iterable[Job], *more: str) -> tuple[list[dict[s
             bar.advance()
             if "up_to_date" not in counts:
                 found.append(counts)
-    return found, len(every) - len(found)
+    return len(found), reduce(added, found, {}), len(every) - len(found)
 
 
 def _stem(path: str) -> str:
@@ -122,6 +124,54 @@ def _stem(path: str) -> str:
     for packed in COMPRESSIONS[1:]:
         name = name.removesuffix(packed)
     return os.path.splitext(name)[0] or name
+
+
+def make_all(
+    run: Run,
+    todo: Iterable[Job],
+    make: Callable[[Job, DocumentWriter | None, DocumentWriter | None], Made],
+    known: Callable[[list[str]], bool | None] | None = None,
+    durable: Callable[[], None] | None = None,
+    spread: tuple[str, ...] | None = None,
+) -> dict[str, Any] | None:
+    """Make each output that is not there, and return the counts of all; None if everything was up to date.
+
+    `make` writes what is kept and what is rejected; with --dry-run there are no writers. `durable` is called when an output is complete and in its
+    place; `known` says of the inputs of an output that is there whether that call came to its end: if not (False), the output is made anew; None: it
+    is another call's. `spread`: several outputs are made by as many calls on a cluster, with these arguments more.
+    """
+    from llmkit.io.documents import DocumentWriter
+
+    made, total, passed = 0, dict[str, Any](), 0
+    if spread is not None and is_directory(run.output) and not run.dry_run:
+        made, total, passed = over_cluster(run, todo, *spread)
+        todo = ()
+    for job in todo:
+        state = (known(job.inputs) if known else True) if job.done else None
+        if state:
+            passed += 1
+            continue
+        again = state is False
+        made += 1
+        with ExitStack() as stack:
+            writer = rejected = None
+            if not run.dry_run:
+                writer = stack.enter_context(run.writer(force=again))
+                for path, lineage in job.beside.items():
+                    force = again or job.replaces(path, lineage)
+                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=force))
+            counts, dropped, read = make(job, writer, rejected)
+            if rejected:
+                rejected.finish({"documents": dropped}, read)
+            if writer:
+                writer.finish(counts, read)
+        if durable and not run.dry_run:
+            durable()
+        total = added(total, counts)
+    if made == 0:
+        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
+        return None
+    return total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
 
 
 def run_stage(
@@ -133,58 +183,27 @@ def run_stage(
     resume: bool = False,
     known: Callable[[list[str]], bool | None] | None = None,
     durable: Callable[[], None] | None = None,
-    spread: bool = False,
+    spread: tuple[str, ...] | None = None,
 ) -> dict[str, Any] | None:
-    """Run `work` over the inputs, write what it keeps and rejects, and return the counts; None if the output was up to date.
+    """Run `work` over the documents of the inputs, and write what it keeps and rejects; the rest as `make_all`.
 
-    `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew. With --dry-run everything
-    is done but the writing. `durable` is called when an output is complete and in its place; `known` says of the inputs of an output that is there
-    whether that call came to its end: if not (False), the output is made anew; None: it is another call's. `spread`: several outputs are made by as
-    many calls on a cluster.
+    `count` is asked at the end of each output for the counts that lineage and summary hold; `work` starts them anew.
     """
-    from llmkit.io.documents import DocumentWriter
 
-    total: dict[str, Any] = {}
-    made = passed = 0
-    todo: Iterable[Job] = jobs(run, run.inputs(inputs), rejects, resume)
-    if spread and is_directory(run.output) and not run.dry_run:
-        found, passed = over_cluster(run, todo)
-        made, total, todo = len(found), reduce(added, found, {}), ()
-    for job in todo:
-        state = (known(job.inputs) if known else True) if job.done else None
-        if state:
-            passed += 1
-            continue
-        again = state is False
-        made += 1
+    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> Made:
         reader = run.reader_of(job.inputs)
-        with ExitStack() as stack:
-            writer = rejected = None
-            if not run.dry_run:
-                writer = stack.enter_context(run.writer(force=again))
-                for path, lineage in job.beside.items():
-                    force = again or job.replaces(path, lineage)
-                    rejected = stack.enter_context(DocumentWriter(path, lineage, force=force))
-            with run.progress(None, "documents") as bar:
-                for outcome in work(reader):
-                    reader.accept(outcome.bad)
-                    if writer:
-                        writer.write(outcome.kept)
-                    if rejected:
-                        rejected.write(outcome.rejects)
-                    bar.advance(outcome.documents)
-            counts = count() | ({"bad_lines": reader.bad} if reader.bad else {})
-            if rejected:
-                rejected.finish({"documents": counts["dropped"]}, list(reader.inputs))
-            if writer:
-                writer.finish(counts, reader.inputs)
-        if durable and not run.dry_run:
-            durable()
-        total = added(total, counts)
-    if made == 0:
-        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
-        return None
-    return total | ({"files": made, "up_to_date": passed} if made + passed > 1 else {})
+        with run.progress(None, "documents") as bar:
+            for outcome in work(reader):
+                reader.accept(outcome.bad)
+                if writer:
+                    writer.write(outcome.kept)
+                if rejected:
+                    rejected.write(outcome.rejects)
+                bar.advance(outcome.documents)
+        counts = count() | ({"bad_lines": reader.bad} if reader.bad else {})
+        return counts, counts["dropped"], reader.inputs
+
+    return make_all(run, jobs(run, run.inputs(inputs), rejects, resume), make, known, durable, spread)
 
 
 @contextmanager

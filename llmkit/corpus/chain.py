@@ -169,7 +169,7 @@ class Filtered:
 def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered:
     """Judge every document of a chunk. Pure. Kept lines have their own bytes unless a filter edited the text or set a field.
 
-    Rejected lines are the documents as they came in, with `filter`, `reason` and `value` added.
+    Rejected lines are the documents as they came in, with `filter`, `reason` and `value` added, in the place of fields that are called so.
     """
     documents, bad = parse(chunk, options)
     result = Filtered(b"", b"", bad, len(documents))

@@ -10,8 +10,8 @@ and seed give equal bytes. Every word has a row of its own, the 2,000,000 most f
 as the texts have words (a power of two, between 1,024 and 2,097,152). Few documents need many passes: epochs are 20,000 steps by default,
 between 5 and 50. On 400 film reviews 20 epochs at rate 0.5 learnt nothing, neither here nor with the library; 50 at 1.0 did.
 
-Memory: the texts, 8 bytes a word (with word_ngrams=2), and 4 * dim bytes a row. Cost: 10 million words a second and epoch at dim 64, on
-100,000 words; it falls where the rows do not fit the caches. Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (2017).
+Memory: the texts, 8 bytes a word (with word_ngrams=2), and 4 * dim bytes a row. Cost: words times epochs times dim, more where the rows do not
+fit the caches. Source: Joulin et al., "Bag of Tricks for Efficient Text Classification" (2017).
 """
 
 from __future__ import annotations

@@ -104,8 +104,13 @@ def _call(item: Any) -> Any:
 
 
 def start_worker() -> None:
-    """Ctrl-C and SIGTERM are the parent's to handle; a worker dies with its parent (Linux), even after kill -9."""
+    """Ctrl-C and SIGTERM are the parent's to handle; a worker dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """This process ends when the one that started it does, even after kill -9 (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

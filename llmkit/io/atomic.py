@@ -24,13 +24,8 @@ from typing import BinaryIO
 from llmkit.errors import LlmkitError, LockedError
 from llmkit.io.inputs import exists, is_remote, reaching, shown
 
-DIRECTORIES = {
-    "file",
-    "sftp",
-    "smb",
-    "hdfs",
-    "webhdfs",
-}  # storage that has them; elsewhere a name with slashes needs none
+# Storage that has directories; elsewhere a name with slashes needs none.
+DIRECTORIES = {"file", "sftp", "smb", "hdfs", "webhdfs"}
 
 
 def check_output(path: str | Path, force: bool) -> None:
@@ -67,14 +62,14 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
             sink = system.open(name, "wb", autocommit=False)
         try:
             yield sink
-        except BaseException:
-            with suppress(Exception):  # what is wrong is known
+            with reaching(str(path)):
                 sink.close()
-                sink.discard()
+                sink.commit()
+        except BaseException:
+            for undo in (sink.close, sink.discard):
+                with suppress(Exception):  # what is wrong is known
+                    undo()
             raise
-        with reaching(str(path)):
-            sink.close()
-            sink.commit()
         return
     if is_special(Path(path)):
         with open(path, "wb") as sink:

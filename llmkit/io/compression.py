@@ -36,7 +36,7 @@ FEED = 8 << 10
 BLOCK = 1 << 20
 
 STORED = 0  # level of a pipe: the content as it is
-FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files about a tenth smaller
+FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files a little smaller
 
 
 def is_zstd(magic: bytes) -> bool:

@@ -19,6 +19,9 @@ DOCUMENT_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json
     ".parquet",
 )
 
+# Errors that libraries have no words for.
+REASONS = {FileNotFoundError: "no such file", NotImplementedError: "nothing can be written there"}
+
 
 def expand(
     inputs: Iterable[str] | None, suffixes: tuple[str, ...] = DOCUMENT_SUFFIXES, files_from: str | None = None
@@ -95,13 +98,9 @@ def reaching(url: str) -> Iterator[tuple[Any, str]]:
         raise
     except ImportError as error:
         raise LlmkitError(f"{name}: {error}", "install what reads such URLs") from error
-    except NotImplementedError as error:
-        raise LlmkitError(
-            f"{name}: no file can be made there", "write to a file, or to another kind of storage"
-        ) from error
     except Exception as error:  # of the libraries for each kind of storage
         said = str(error).strip().splitlines() or [type(error).__name__]
-        reason = "no such file" if isinstance(error, FileNotFoundError) else said[0].replace(url, name)
+        reason = REASONS.get(type(error)) or said[0].replace(url, name)
         raise LlmkitError(f"{name}: {reason}", "check the URL and your rights") from error
 
 

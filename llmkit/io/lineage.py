@@ -89,11 +89,9 @@ class Lineage:
 def base_name(path: str | Path) -> str:
     """How the record calls an input: its last path component, `-` for stdin."""
     text = str(path)
-    return (
-        STDIN
-        if text == STDIN
-        else os.path.basename(shown(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
-    )
+    if text == STDIN:
+        return STDIN
+    return os.path.basename(shown(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
 
 
 def digest_path(path: str | Path) -> str:
@@ -180,10 +178,10 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
 
         return _parse(read_shard_lineage(path))
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
+        from llmkit.io.parquet import read_record
 
         with open_raw(name) as raw:
-            return _parse((pq.read_schema(raw).metadata or {}).get(b"llmkit"))
+            return _parse(read_record(raw, display_name(name)))
     if path.suffix == ".toml":
         return _read_plan(path)
     notes = Notes()

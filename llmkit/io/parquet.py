@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -29,7 +29,7 @@ GROUP_BYTES = 32 << 20
 
 def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
     """(JSON lines, number of rows) of each batch; columns that JSON cannot hold as they are (dates, bytes) become text."""
-    try:
+    with _readable(name):
         for batch in pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS):
             rows = batch.to_pylist()
             yield (
@@ -38,9 +38,23 @@ def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
                 ),
                 len(rows),
             )
-    except pa.ArrowException as error:
+
+
+def read_record(raw: BinaryIO, name: str) -> bytes | None:
+    """The lineage in the metadata of a file, as text."""
+    with _readable(name):
+        return (pq.read_schema(raw).metadata or {}).get(b"llmkit")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """LlmkitError where a file is none, or a damaged one."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
         raise LlmkitError(
-            f"{name}: not a readable Parquet file ({str(error).splitlines()[0]})", "the file is damaged or incomplete"
+            f"{name}: not a readable Parquet file ({said[0]})", "the file is damaged or incomplete"
         ) from error
 
 

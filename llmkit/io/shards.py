@@ -17,7 +17,7 @@ lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int
 several parts is xxh3-128 of theirs. Cutting documents into batches does not change it.
 
 Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file into memory and copies
-nothing: opening costs about 20 µs a batch, `span` within one batch is a view.
+nothing: opening reads what each batch says of itself, `span` within one batch is a view.
 """
 
 from __future__ import annotations

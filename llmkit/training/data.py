@@ -8,7 +8,7 @@ Every batch carries loss weights, and `weight(step)` is their sum over the whole
 it, which makes the result independent of micro-batches and processes. With a document mask the step from the last token of a document to
 the first of the next one has weight 0: the next document is chosen by the mix, not by the text, so there is nothing in it to learn.
 
-Cost: about 0.1 µs a token; memory is that of the batch, the tokens stay memory-mapped.
+Cost: linear in tokens; memory is that of the batch, the tokens stay memory-mapped.
 """
 
 from __future__ import annotations

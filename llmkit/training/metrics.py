@@ -143,7 +143,7 @@ def peak_flops(device: torch.device, precision: str, processes: int = 1) -> tupl
 
 
 def _measure_gemm(dtype: torch.dtype, size: int = 768, tries: int = 4) -> float:
-    """Best FLOP/s of a square matrix product; about 50 ms on one core."""
+    """Best FLOP/s of a square matrix product."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(tries):

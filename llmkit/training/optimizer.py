@@ -1,7 +1,7 @@
 """AdamW with weight decay on matrices only, gradient clipping, and its state as plain tensors by name.
 
 Decay: 2-D weights of the layers and of an untied head. None: embeddings (a rare token's row would shrink without ever being used), norm
-gains and biases. The fused kernel does the whole update in one pass: 20 ms instead of 70-90 for 10M parameters on one core.
+gains and biases. The fused kernel does the whole update in one pass over memory.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from filter_parity import archive, python_modules
-from peers import SHARED, in_turn, inside, members, ratios, rows_of, seconds
+from peers import SHARED, call, in_turn, inside, members, ratios, rows_of, seconds
 
 REQUIREMENTS = ["datatrove==0.10.1", "spacy==3.8.*", "nltk", "regex", "orjson", "zstandard", "xxhash<4", "numba>=0.61"]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -51,7 +51,7 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, llmkit {__version__}, datatrove {version('datatrove')}, spaCy {version('spacy')}, ",
         end="",
     )
-    print(f"Python {sys.version.split()[0]}; `python tests/bench/decontamination.py {' '.join(sys.argv[1:])}`\n")
+    print(f"Python {sys.version.split()[0]}; `{call()}`\n")
     negatives = unrelated(arguments.shared)
     recall_and_errors(arguments.shared, negatives)
     every_set(arguments.shared, negatives, arguments.show)

@@ -10,7 +10,6 @@ the corpus is as similar. Cost: long-lived processes pinned to one core, in turn
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import os
 import platform
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from filter_parity import REQUIREMENTS
 from filter_speed import documents
-from peers import ROOT, SHARED, compete, environment_of, ratios, rows_of, spread, store
+from peers import asked, call, compete, ratios, rows_of, spread, store
 
 from llmkit.corpus.dedup.normalise import loose
 
@@ -166,13 +165,7 @@ def found(rows: list[dict[str, str]], sets: dict[str, frozenset[str]], output: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=SHARED)
-    parser.add_argument("--pairs", type=int, default=5)
-    for name in PEERS:
-        parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
-    given = parser.parse_args()
-    pythons = {name: getattr(given, name) or environment_of(f"{name}-speed", PEERS[name]) for name in PEERS}
+    given, pythons = asked(__doc__, PEERS)
     rows = corpus(given.shared)
     sets = {row["id"]: grams(row["text"]) for row in rows}
     with tempfile.TemporaryDirectory() as temporary:
@@ -181,12 +174,11 @@ def main() -> None:
         store(rows[:20], here / "warm.jsonl.zst")
         workers = {name: (pythons.get(name, sys.executable), WORKER[name]) for name in WHAT}
         seconds, memory = compete(workers, given.pairs, here / "corpus.jsonl.zst", here / "warm.jsonl.zst")
-        arguments = " ".join(sys.argv[1:]).replace(str(ROOT.parent), "..")
         print(
             f"# Deduplication: what is found, and at what cost\n\n{datetime.date.today()}, Python {platform.python_version()}, ",
             end="",
         )
-        print(f"{os.cpu_count()} cores; `python tests/bench/dedup_speed.py {arguments}`\n")
+        print(f"{os.cpu_count()} cores; `{call()}`\n")
         print(
             f"{len(rows):,} documents, {megabytes:.1f} MB of text, JSONL.zst in and out; {given.pairs} rounds in turn, one core, CPU time.\n"
         )

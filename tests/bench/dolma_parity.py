@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import orjson
 from filter_parity import collect
-from peers import SHARED, environment_of
+from peers import SHARED, call, environment_of
 
 REQUIREMENTS = ["dolma==1.2.1", "orjson", "zstandard"]
 TAGS = ("gopher_v1", "gopher_v2", "c4_v2")
@@ -102,10 +101,7 @@ def main() -> None:
     python = arguments.python or environment_of("dolma-speed", REQUIREMENTS)
     tags, excluded, cut, version = dolma(python, [text for _, text in documents])
     print(f"# Filter decisions beside dolma\n\n{time.strftime('%Y-%m-%d')}, dolma {version}, ", end="")
-    shown = [
-        word for flag, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False) if "--python" not in (flag, word)
-    ]
-    print(f"Python {sys.version.split()[0]}; `python tests/bench/dolma_parity.py {shlex.join(shown)}`\n")
+    print(f"Python {sys.version.split()[0]}; `{call()}`\n")
     counts = Counter(source for source, _ in documents)
     size = sum(len(text.encode()) for _, text in documents) / 1e6
     print(f"{len(documents)} documents, {size:.1f} MB, {len(documents) - counts['made']} of them real: ", end="")

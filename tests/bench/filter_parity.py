@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ast
 import random
-import shlex
 import sys
 import sysconfig
 import time
@@ -25,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peers import SHARED, decompress, inside, members, rows_of
+from peers import SHARED, call, decompress, inside, members, rows_of
 
 REQUIREMENTS = ["datatrove==0.10.1", "spacy==3.8.*", "nltk", "regex", "orjson", "zstandard", "xxhash", "numba==0.68.*"]
 MAX_CHARACTERS = 20_000
@@ -167,9 +166,7 @@ def compare(documents: list[tuple[str, str]]) -> None:
         f"# Filter decisions beside datatrove\n\n{time.strftime('%Y-%m-%d')}, llmkit {__version__}, datatrove {version('datatrove')}, ",
         end="",
     )
-    print(
-        f"spaCy {version('spacy')}, Python {sys.version.split()[0]}; `python tests/bench/filter_parity.py {shlex.join(sys.argv[1:])}`"
-    )
+    print(f"spaCy {version('spacy')}, Python {sys.version.split()[0]}; `{call()}`")
     counts = Counter(source for source, _ in documents)
     print(
         f"\n{len(texts)} documents, {size:.1f} MB, {len(real)} of them real: "

@@ -10,7 +10,6 @@ and tag. Absolute figures: the real command on a larger corpus, to a file and in
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -25,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from filter_parity import REQUIREMENTS, all_sources
-from peers import SHARED, compete, environment_of, measured, ratios, spread, store
+from peers import asked, call, compete, measured, ratios, spread, store
 
 PEERS = {"datatrove": REQUIREMENTS, "dolma": ["dolma==1.2.1", "orjson", "zstandard"]}
 SAMPLE_BYTES = 3_000_000
@@ -81,15 +80,7 @@ def documents(shared: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=SHARED)
-    parser.add_argument("--pairs", type=int, default=5)
-    for name in PEERS:
-        parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
-    given = parser.parse_args()
-    pythons = {"llmkit": sys.executable} | {
-        name: getattr(given, name) or environment_of(f"{name}-speed", PEERS[name]) for name in PEERS
-    }
+    given, pythons = asked(__doc__, PEERS)
     rows = documents(given.shared)
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
@@ -100,13 +91,13 @@ def main() -> None:
             size += len(sample[-1]["text"].encode())
         megabytes = store(sample, here / "sample.jsonl.zst")
         store(sample[:1], here / "warm.jsonl.zst")
-        workers = {name: (python, WORKER[name]) for name, python in pythons.items()}
+        workers = {name: (python, WORKER[name]) for name, python in {"llmkit": sys.executable, **pythons}.items()}
         seconds, memory = compete(workers, given.pairs, here / "sample.jsonl.zst", here / "warm.jsonl.zst")
         print(
             f"# Speed of `llmkit filter`\n\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores; ",
             end="",
         )
-        print(f"`python tests/bench/filter_speed.py --pairs {given.pairs}`")
+        print(f"`{call()}`")
         print(
             f"\n{len(sample):,} documents, {megabytes:.1f} MB of text, JSONL.zst; {given.pairs} rounds in turn, one core, CPU time.\n"
         )
@@ -126,12 +117,12 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
     """The command on all documents, several times over: to a file, into a pipe, with two workers; memory; long documents."""
     megabytes = store(rows * REPEATED, here / "all.jsonl.zst")
     source = str(here / "all.jsonl.zst")
-    call = ["filter", "-q", "--preset", "fineweb"]
+    arguments = ["filter", "-q", "--preset", "fineweb"]
     kinds = {
-        "to a file": partial(measured, *call, source, "-f", "-o", here / "o.jsonl.zst"),
-        "into a pipe": partial(measured, *call, source, drain=True),
+        "to a file": partial(measured, *arguments, source, "-f", "-o", here / "o.jsonl.zst"),
+        "into a pipe": partial(measured, *arguments, source, drain=True),
     }
-    measured(*call, here / "warm.jsonl.zst", drain=True)  # compile
+    measured(*arguments, here / "warm.jsonl.zst", drain=True)  # compile
     runs = {kind: [run() for _ in range(3)] for kind, run in kinds.items()}
     print(
         f"\nThe whole command, start-up included, {len(rows) * REPEATED:,} documents, {megabytes:.0f} MB of text, one core, 3 runs:\n"
@@ -144,13 +135,13 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
     for _ in range(3):
         start = time.perf_counter()
         two = [
-            subprocess.Popen([sys.executable, "-m", "llmkit", *call, source, "-f", "-o", here / f"{i}.jsonl.zst"])
+            subprocess.Popen([sys.executable, "-m", "llmkit", *arguments, source, "-f", "-o", here / f"{i}.jsonl.zst"])
             for i in range(2)
         ]
         for process in two:
             process.wait()
         apart = time.perf_counter() - start
-        _, together, _ = measured(*call, source, "-j", 2, "-f", "-o", here / "2.jsonl.zst", cores="0,1")
+        _, together, _ = measured(*arguments, source, "-j", 2, "-f", "-o", here / "2.jsonl.zst", cores="0,1")
         shares.append(apart / 2 / together)
     print(
         f"\n`-j 2` beside two runs with `-j 1` at once: {statistics.median(shares):.0%} of their throughput ({min(shares):.0%} to {max(shares):.0%}, 3 rounds)."
@@ -169,7 +160,7 @@ def whole(rows: list[dict[str, str]], here: Path) -> None:
         ("10 MB of one letter", "x" * 10_000_000),
     ):
         (here / "long.jsonl").write_bytes(json.dumps({"text": text}).encode() + b"\n")
-        cpu, _, peak = measured(*call, here / "long.jsonl", "--annotate", "--plain", drain=True)
+        cpu, _, peak = measured(*arguments, here / "long.jsonl", "--annotate", "--plain", drain=True)
         base = base or cpu
         print(f"| {label} | {cpu - base:.2f} | {peak:.0f} |")
 

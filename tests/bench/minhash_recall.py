@@ -16,7 +16,6 @@ import datetime
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from filter_speed import documents
 from numpy.typing import NDArray
-from peers import ROOT, SHARED, in_turn, seconds
+from peers import SHARED, call, in_turn, seconds
 
 from llmkit.corpus.kernels import minhash, normalise
 
@@ -111,11 +110,7 @@ def main() -> None:
         f"# MinHash: recall and speed\n\n{datetime.date.today()}, Python {platform.python_version()}, {os.cpu_count()} cores; ",
         end="",
     )
-    print(
-        f"`python tests/bench/minhash_recall.py {' '.join(sys.argv[1:])}`".replace(str(ROOT.parent), "..").replace(
-            " `", "`"
-        )
-    )
+    print(f"`{call()}`")
     found = [minhash.sketch(text, NGRAM, functions, BANDS, 32).normalised for text in texts]
     hashes = [np.unique(minhash.shingle_hashes(one, NGRAM)) for one in found]
     sets = [one for one in hashes if 60 <= len(one) <= 3000]

@@ -6,8 +6,10 @@ makes an environment a tool (`environment_of`) and lets them `compete`. Only the
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -77,6 +79,31 @@ def inside(name: str, requirements: list[str], python: str | None = None) -> Non
         environment = os.environ | {INSIDE: "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [python or environment_of(name, requirements), *sys.argv]
         sys.exit(subprocess.run(command, env=environment).returncode)
+
+
+# ---- command lines
+
+
+def asked(what: str, peers: Mapping[str, list[str]]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Options of a benchmark that compares tools, `--shared` and `--pairs`, and the Python of each tool: `--NAME`, or of an environment made for it."""
+    parser = argparse.ArgumentParser(description=what.splitlines()[0])
+    parser.add_argument("--shared", type=Path, default=SHARED)
+    parser.add_argument("--pairs", type=int, default=5)
+    for name in peers:
+        parser.add_argument(f"--{name}", help=f"interpreter that has {name} (default: make an environment)")
+    given = parser.parse_args()
+    return given, {name: getattr(given, name) or environment_of(f"{name}-speed", peers[name]) for name in peers}
+
+
+def call() -> str:
+    """The command line of the running benchmark, without options that name a place on this machine."""
+    words = sys.argv[1:]
+    kept = [
+        word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if "/" not in word and not (word.startswith("--") and "/" in after)
+    ]
+    return shlex.join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *kept])
 
 
 # ---- turns

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from peers import SHARED, inside, rows_of
+from peers import SHARED, call, inside, rows_of
 
 REQUIREMENTS = [
     "fasttext-wheel==0.9.2",
@@ -133,9 +131,7 @@ def report(shared: Path, seeds: int) -> None:
 
     print(f"# Quality classifier beside people\n\n{time.strftime('%Y-%m-%d')}, llmkit {__version__}, ", end="")
     print(", ".join(f"{name} {version(name)}" for name in ("fasttext-wheel", "scikit-learn", "numba", "numpy")), end="")
-    print(
-        f", Python {platform.python_version()}; `{shlex.join(['python', 'tests/bench/quality_classifier.py', *sys.argv[1:]])}`\n"
-    )
+    print(f", Python {platform.python_version()}; `{call()}`\n")
     print(
         f"{count} pages, {good.sum()} good and {(~good).sum()} bad; {FOLDS} folds, {seeds} seeds (of the folds and of training)."
     )

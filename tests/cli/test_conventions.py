@@ -21,7 +21,13 @@ LINES = b"".join(
     orjson.dumps({"id": str(i), "text": f"{PROSE * 3} Number {i} of the series. {PROSE}"}) + b"\n" for i in range(300)
 )
 # A pass that keeps everything but exact repeats: the plainest document stage.
-STAGE = ("dedup", "--method", "exact")
+STAGE = ("dedup", "--method", "exact", "--no-counts")
+
+
+@pytest.fixture
+def llmkit(llmkit_anew):
+    """The start is a part of what is tested here."""
+    return llmkit_anew
 
 
 @pytest.fixture
@@ -91,10 +97,12 @@ def test_stdout_is_zstd_in_a_pipe_and_plain_on_request(llmkit, docs: Path) -> No
 
 
 def test_quiet_and_json(llmkit, docs: Path) -> None:
-    """Behaviour: -q is silent on success; --json is one JSON line on stderr; --summary writes it."""
+    """Behaviour: -q is silent on success; --json is one JSON line on stderr, in the place of the summary for people; --summary writes it."""
     assert llmkit(*STAGE, "docs.jsonl", "-q", "-o", "a.jsonl", cwd=docs).stderr == b""
     done = llmkit(*STAGE, "docs.jsonl", "-q", "--json", "-o", "b.jsonl", "--summary", "s.json", cwd=docs)
     assert json.loads(done.stderr)["documents"] == json.loads((docs / "s.json").read_bytes())["documents"] == 300
+    done = llmkit(*STAGE, "docs.jsonl", "--json", "-o", "c.jsonl", cwd=docs)
+    assert json.loads(done.stderr)["documents"] == 300
 
 
 def test_no_clobber_and_force(llmkit, docs: Path) -> None:

@@ -52,12 +52,12 @@ def test_trains_by_a_field(place: Path, llmkit_here: Command) -> None:
 
 def test_cross_validates(place: Path, llmkit_here: Command) -> None:
     """Behaviour: --folds alone writes nothing, and reports agreement, its interval and the area under the curve."""
-    done = llmkit_here(NAME, "good.jsonl", "bad.jsonl", "--dim", "8", "--folds", "4", "--json", cwd=place)
+    done = llmkit_here(NAME, "good.jsonl", "bad.jsonl", "--dim", "8", "--folds", "4", "--summary", "s.json", cwd=place)
     assert done.returncode == 0, done.stderr
     assert b"4-fold cross-validation" in done.stderr and b"nothing written" in done.stderr
-    counts = json.loads(done.stderr.splitlines()[-1])
+    counts = json.loads((place / "s.json").read_bytes())
     assert counts["agreement"] == counts["auc"] == 1 and counts["interval"] == pytest.approx([0.9124, 1], abs=1e-3)
-    assert sorted(path.name for path in place.iterdir()) == ["bad.jsonl", "good.jsonl"]
+    assert sorted(path.name for path in place.iterdir()) == ["bad.jsonl", "good.jsonl", "s.json"]
 
 
 @pytest.mark.parametrize(

@@ -230,10 +230,12 @@ def test_windows_predict_every_token_once(n: int, context: int, stride: int) -> 
     assert scored == tokens
 
 
-def test_command_scores_several_models(llmkit, model_directory: Path, task_directory: Path, tmp_path: Path) -> None:
+def test_command_scores_several_models(
+    llmkit_anew, model_directory: Path, task_directory: Path, tmp_path: Path
+) -> None:
     """Behaviour: JSON on stdout, table on stderr, chance-level accuracy on a random model, standard errors beside."""
     (tmp_path / "docs.jsonl").write_text(json.dumps({"text": text(100)}) + "\n")
-    done = llmkit(
+    done = llmkit_anew(
         "eval", str(model_directory), str(model_directory), "--tasks", "pick,say", "--include-path", str(task_directory),
         "--perplexity", "docs.jsonl", cwd=tmp_path, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,20 @@ def write(path: Path, rows: list[dict], bad: str = "") -> Path:
     return path
 
 
-def script(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
-        ["bash", str(EXAMPLES / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PATH": path, **environment},
-    )
+@pytest.fixture
+def script(preloaded_bin: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run an example with arguments and an environment."""
+
+    def run(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        path = f"{preloaded_bin}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", str(EXAMPLES / name), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PATH": path, **environment},
+        )
+
+    return run
 
 
 @pytest.fixture
@@ -75,7 +82,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_refresh_takes_new_files_only(place: Path) -> None:
+def test_refresh_takes_new_files_only(script, place: Path) -> None:
     """Behaviour: the first night takes the file; the next finds nothing; of a new file what is new is added; its copy under another name is passed over;
     a night of nothing but known documents adds none."""
     arguments = [place / "incoming", place / "store", place / "tok"]
@@ -98,7 +105,7 @@ def test_refresh_takes_new_files_only(place: Path) -> None:
     assert json.loads(done.stdout)["dedup"]["kept"] == 0 and len(list((place / "store/shards").iterdir())) == 3
 
 
-def test_refresh_puts_bad_lines_aside(place: Path) -> None:
+def test_refresh_puts_bad_lines_aside(script, place: Path) -> None:
     """Behaviour: a night with bad lines goes on, and they can be looked at in the morning."""
     write(place / "incoming/bad.jsonl", [document(9)], bad='{"text": \n{"no": "text"}\n')
     done = script("nightly_refresh.sh", place / "incoming", place / "store", place / "tok")
@@ -109,7 +116,7 @@ def test_refresh_puts_bad_lines_aside(place: Path) -> None:
     assert len(aside) == 2
 
 
-def test_refresh_leaves_files_that_still_grow(place: Path) -> None:
+def test_refresh_leaves_files_that_still_grow(script, place: Path) -> None:
     """Behaviour: a file that was written a moment ago waits for the next night."""
     os.utime(place / "incoming/first.jsonl")
     done = script("nightly_refresh.sh", place / "incoming", place / "store", place / "tok")
@@ -117,7 +124,7 @@ def test_refresh_leaves_files_that_still_grow(place: Path) -> None:
     assert not list((place / "store/clean").iterdir())
 
 
-def test_refresh_runs_once_at_a_time(place: Path) -> None:
+def test_refresh_runs_once_at_a_time(script, place: Path) -> None:
     """Behaviour: exit 75 while another run holds the lock, and nothing is touched."""
     (place / "store").mkdir()
     with open(place / "store/.refresh.lock", "w") as lock:
@@ -127,7 +134,7 @@ def test_refresh_runs_once_at_a_time(place: Path) -> None:
     assert not (place / "store/seen.txt").exists()
 
 
-def test_refresh_that_fails_takes_the_files_again(place: Path) -> None:
+def test_refresh_that_fails_takes_the_files_again(script, place: Path) -> None:
     """Behaviour: without a usable tokenizer the run fails with llmkit's code, remembers nothing, and the next one makes it good."""
     failed = script("nightly_refresh.sh", place / "incoming", place / "store", place / "nowhere")
     assert failed.returncode == 1
@@ -135,7 +142,7 @@ def test_refresh_that_fails_takes_the_files_again(place: Path) -> None:
     assert script("nightly_refresh.sh", place / "incoming", place / "store", place / "tok").returncode == 0
 
 
-def test_check_passes_and_fails_by_its_bounds(place: Path) -> None:
+def test_check_passes_and_fails_by_its_bounds(script, place: Path) -> None:
     """Behaviour: a report on stdout, exit 0 within bounds, 1 outside with the reason, 2 for a wrong call."""
     good = script("ci_check.sh", place / "incoming/first.jsonl")
     assert good.returncode == 0, good.stderr

@@ -128,6 +128,22 @@ def test_force_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "a").exists()
 
 
+def test_what_cannot_be_committed_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where a URL's storage fails at the very end, the error names it and the temporary copy goes too."""
+    from fsspec.implementations.local import LocalFileOpener
+
+    def refuse(self: LocalFileOpener) -> None:
+        raise OSError("quota exceeded")
+
+    monkeypatch.setattr(LocalFileOpener, "commit", refuse)
+    with (
+        pytest.raises(LlmkitError, match=r"out\.bin: quota exceeded"),
+        atomic_file(f"local://{tmp_path}/out.bin") as sink,
+    ):
+        sink.write(b"data")
+    assert not os.path.exists(sink.temp) and names(tmp_path) == []
+
+
 def test_urls_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """Behaviour: through fsspec too, a file is there when it is complete, in a directory made for it, and is not overwritten."""
     url = f"local://{tmp_path}/new/out.bin"

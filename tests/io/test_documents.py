@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 import zstandard
@@ -84,6 +85,31 @@ def test_lineage_survives(tmp_path: Path, suffix: str) -> None:
     record = read_lineage(tmp_path / f"a{suffix}")
     assert record is not None
     assert (record["command"], record["options"], record["counts"]) == ("test", {"a": 1}, {"documents": 500})
+
+
+def test_damaged_parquet_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """Property: wherever bytes are wrong, content and lineage are read, or there is an LlmkitError that names the file; as an output it is not ours."""
+    path = tmp_path / "a.parquet"
+    write(path)
+    whole, random = path.read_bytes(), np.random.default_rng(1)
+    damaged = [b"", b"PAR1", whole[:-9], b"PAR1" + bytes(40) + b"PAR1"]
+    for _ in range(200):  # most of them in the footer
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(len(data) - 3000, len(data), 3)] = random.integers(0, 256, 3)
+        damaged.append(data.tobytes())
+    failed = 0
+    for data in damaged:
+        path.write_bytes(data)
+        for read in (read_lineage, read_all):
+            try:
+                read(path)
+            except LlmkitError as error:
+                assert error.message.startswith(f"{path}: "), error.message
+                failed += 1
+    assert failed > 200
+    path.write_bytes(b"PAR1")
+    with pytest.raises(LlmkitError, match="exists"):
+        write(path)
 
 
 def test_gzip_lineage_longer_than_one_extra_field(tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
-import zstandard
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.method import Tally, with_fields
-from llmkit.corpus.dedup.spool import Blobs, Column
+from llmkit.corpus.dedup.spool import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 from llmkit.kernels.utf8 import Bytes
@@ -27,10 +26,9 @@ Ends = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for each of its pieces, and further hashes
 Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
-LEVEL = -50  # of the lines that wait: nearly as they are
 
 
-class Part(NamedTuple):
+class Measured(NamedTuple):
     """A measured chunk: lines, numbers of all pieces, how many of them each document has, further hashes, characters."""
 
     lines: list[bytes]
@@ -41,7 +39,7 @@ class Part(NamedTuple):
     bad: list[BadLine]
 
 
-def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Part:
+def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Measured:
     """Worker side. Pure."""
     documents, bad = parse(chunk, options)
     with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
@@ -49,19 +47,21 @@ def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Part:
         none = measure("")
     pieces, more = (np.concatenate([one[i][:0], *(one[i] for one in found)]) for i, one in ((0, none), (1, none)))
     lines, characters = [document.encode() for document in documents], sum(len(document.text) for document in documents)
-    return Part(lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad)
+    return Measured(
+        lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad
+    )
 
 
-class Spool:
-    """Parts that wait in temporary files for the second pass, without their further hashes."""
+class Backlog:
+    """Measured chunks that wait in temporary files for the second pass, without their further hashes."""
 
     def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
         self.packed, self.sizes, self.pieces = Blobs(directory), Column(np.int64, directory), Column(dtype, directory)
         self._chunks: list[int] = []
 
-    def append(self, part: Part) -> None:
+    def append(self, part: Measured) -> None:
         """Add a chunk."""
-        self.packed.append([zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(part.lines))])
+        self.packed.append([pack(part.lines)])
         self.sizes.append(part.sizes)
         self.pieces.append(part.pieces)
         self._chunks.append(len(part.lines))
@@ -70,7 +70,7 @@ class Spool:
         """Lines and sizes of each chunk, with the numbers of its first piece and of the one behind its last."""
         packed, sizes, document, start = self.packed.read(), self.sizes.array(), 0, 0
         for chunk, count in enumerate(self._chunks):
-            data = zstandard.ZstdDecompressor().decompress(packed[chunk])
+            data = unpack(packed[chunk])
             mine = sizes[document : document + count]
             document, stop = document + count, start + int(mine.sum())
             yield [line + b"\n" for line in data.split(b"\n")[:-1]], mine, start, stop
@@ -102,7 +102,7 @@ class Edits(Tally):
     engine: Engine = field(default_factory=Local)
     temporary: str | None = None
 
-    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Part]:
+    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Measured]:
         """The documents of a reader, chunk by chunk."""
         for part in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
             self.characters += part.characters

@@ -3,8 +3,8 @@
 The key is the xxh3-128 of the characters: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
 nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
 
-`Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: hashing runs at
-memory speed; parsing and compression decide.
+`Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: parsing
+and compression decide, not hashing.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ class Index:
 
 
 def _arrow(values: NDArray[Any]) -> pa.Array:
-    """Numbers, truth values or rows of bytes as Arrow holds them. Arrow's own way from numpy imports pandas where that is installed: a second of work."""
+    """Numbers, truth values or rows of bytes as Arrow holds them. Arrow's own way from numpy imports pandas where that is installed."""
     if values.ndim == 2:
         kind, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
     else:

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import orjson
 import xxhash
-import zstandard
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
+from llmkit.corpus.dedup.spool import pack
 from llmkit.corpus.lists import dotted
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
-
-LEVEL = -50  # of the lines that wait: nearly as they are
 
 
 @dataclass(slots=True)
@@ -74,9 +72,8 @@ class Measure:
         columns["weights"] = np.fromiter(
             (n if type(n) is int and 0 < n < 2**31 else 1 for n in weights), np.int64, len(lines)
         )
-        packed = zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(lines))
         ids = [document.id.encode("utf-8", "surrogatepass") for document in documents]
-        return Part(packed, ids, columns, bad, lacking)
+        return Part(pack(lines), ids, columns, bad, lacking)
 
 
 def _division(value: Any) -> int:

@@ -26,7 +26,7 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
+from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.seen import Seen
@@ -119,7 +119,7 @@ class Passages(Edits):
                 done = decided(part.lines, part.sizes, part.pieces, table.add(part.pieces))
                 yield Decided(*done, part.bad, len(part.lines))
             return
-        with closing(Spool(np.uint64, self.temporary)) as waiting:
+        with closing(Backlog(np.uint64, self.temporary)) as waiting:
             for part in measured:
                 table.add(part.more)
                 waiting.append(part)

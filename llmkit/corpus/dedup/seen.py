@@ -4,7 +4,7 @@
     seen.add(np.array([7, 8, 7], np.uint64))            # bool[3]: False, False, True
     seen.frequent(np.array([7, 8], np.uint64), 2)       # bool[2]: True, False
 
-Open addressing (kernels/passages.py): an array of keys and one of values, copied into ones of twice the size when they are full. 0 is no hash: it is
+Open addressing (kernels/seen.py): an array of keys and one of values, copied into ones of twice the size when they are full. 0 is no hash: it is
 passed over. Memory: 11 to 23 bytes a hash, 17 to 34 with values of 32 bits; when the table doubles, both are there for a moment. Cost: compiled, one
 look-up a hash.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.edits import Hashes
-from llmkit.corpus.kernels import passages as kernels
+from llmkit.corpus.kernels import seen as kernels
 
 
 class Seen:

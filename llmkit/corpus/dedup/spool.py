@@ -10,14 +10,27 @@ Memory: none that grows. The files need no room that is not there: a full disk i
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import zstandard
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.errors import LlmkitError
+
+LEVEL = -50  # of the lines that wait: nearly as they are
+
+
+def pack(lines: Iterable[bytes]) -> bytes:
+    """The lines of a chunk that is to wait."""
+    return zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(lines))
+
+
+def unpack(packed: bytes) -> bytes:
+    """Those lines."""
+    return zstandard.ZstdDecompressor().decompress(packed)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.edits import Edits, Ends, Hashes, Spool
+from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.seen import Seen
 from llmkit.corpus.dedup.spool import Column
@@ -85,7 +85,7 @@ class Substring(Edits):
         """Outcomes of chunks: bad lines and numbers while they are measured, then the lines to keep and to reject."""
         key, temporary = reader.options.text_key or "text", self.temporary
         dtype = FENCES[self.unit].dtype
-        with closing(Spool(dtype, temporary)) as waiting, closing(Column(np.uint64, temporary)) as prints:
+        with closing(Backlog(dtype, temporary)) as waiting, closing(Column(np.uint64, temporary)) as prints:
             for part in self.measured(reader, self.measure):
                 waiting.append(part)
                 prints.append(part.more)

@@ -15,13 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided, verdict, with_fields
 from llmkit.corpus.dedup.minhash import MinHash
-from llmkit.corpus.dedup.spool import Blobs, Column
+from llmkit.corpus.dedup.spool import Blobs, Column, unpack
 from llmkit.corpus.kernels import groups as kernels
 from llmkit.engine.local import Engine
 from llmkit.io.documents import DocumentReader
@@ -77,7 +76,7 @@ class Verdicts(NamedTuple):
 
 def tell(telling: Telling, packed: bytes, found: Verdicts) -> Decided:
     """The lines of a chunk to keep and to reject. Pure: runs in a worker."""
-    lines, end, ids = zstandard.ZstdDecompressor().decompress(packed), 0, iter(found.ids)
+    lines, end, ids = unpack(packed), 0, iter(found.ids)
     if (found.choice.matches == -1).all() and not (telling.counts and found.numbers.any()):
         return Decided(lines, b"", [], 0)
     kept: list[bytes] = []

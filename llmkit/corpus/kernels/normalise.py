@@ -23,14 +23,8 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup import normalise
 from llmkit.kernels.utf8 import Bytes, decode
 
-SAME, DROPPED, BLANK, DIGIT, POINT, REORDERED = (
-    0,
-    -1,
-    -2,
-    -3,
-    -4,
-    -5,
-)  # what becomes of a character; above 0: bytes elsewhere
+# What becomes of a character; above 0: bytes elsewhere.
+SAME, DROPPED, BLANK, DIGIT, POINT, REORDERED = 0, -1, -2, -3, -4, -5
 GROWTH = 3  # most bytes out for one in: Hangul syllables
 POINTS = ".,\u060c\u066b\u2396\u2397\u2398"  # decimal separators
 # Every other character stays what it is: ideographs, private use, unassigned.

@@ -1,7 +1,6 @@
-"""Lines and paragraphs for deduplication: where they stand, a hash of each, and a table of the hashes seen, compiled.
+"""Lines and paragraphs for deduplication: where they stand, and a hash of each, compiled.
 
-Hashes are of 64 bits; 0 is that of a passage which is never cut. The table is open addressing over a power of two of slots, at most `FULL` of them used.
-Cost: linear.
+Hashes are of 64 bits; 0 is that of a passage which is never cut. Cost: linear.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from llmkit.kernels import octets
 from llmkit.kernels.utf8 import decode, hash_bytes
 
 NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
-FULL = 0.7
 
 
 @njit(cache=True, nogil=True)
@@ -86,48 +84,3 @@ def hashes_of(data, paragraphs, how, shortest, table, becomes, pool):  # type: i
                     h = hash_bytes(text, 0, len(text))
         hashes[i] = max(h, octets.ONE)
     return hashes, True
-
-
-@njit(cache=True, nogil=True)
-def slot(keys, h):  # type: ignore[no-untyped-def]
-    """Where a hash stands in the table, or has to."""
-    last = np.uint64(len(keys) - 1)
-    i = h & last
-    while keys[i] != 0 and keys[i] != h:
-        i = (i + octets.ONE) & last
-    return i
-
-
-@njit(cache=True, nogil=True)
-def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
-    """Enter hashes; `seen[j]`: hashes[j] was there before; `counts`, if there are any, go up by one. Returns how many were new."""
-    new = 0
-    for j in range(len(hashes)):
-        h = hashes[j]
-        if h != 0:
-            i = slot(keys, h)
-            seen[j] = keys[i] == h
-            new += keys[i] != h
-            keys[i] = h
-            if len(counts):
-                counts[i] += 1
-    return new
-
-
-@njit(cache=True, nogil=True)
-def move(keys, values, larger, larger_values):  # type: ignore[no-untyped-def]
-    """Enter all of a table into a larger one."""
-    for i in range(len(keys)):
-        if keys[i] != 0:
-            place = slot(larger, keys[i])
-            larger[place] = keys[i]
-            if len(values):
-                larger_values[place] = values[i]
-
-
-@njit(cache=True, nogil=True)
-def frequent(keys, counts, hashes, least, found):  # type: ignore[no-untyped-def]
-    """found[j]: the count of hashes[j] is at least `least`."""
-    for j in range(len(hashes)):
-        if hashes[j] != 0:
-            found[j] = counts[slot(keys, hashes[j])] >= least

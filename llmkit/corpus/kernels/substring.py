@@ -12,7 +12,7 @@ from numba import njit
 
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.minhash import BASE
-from llmkit.corpus.kernels.passages import slot
+from llmkit.corpus.kernels.seen import slot
 from llmkit.kernels import octets
 from llmkit.kernels.utf8 import decode, finish, hash_bytes
 
