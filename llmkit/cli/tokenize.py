@@ -127,7 +127,8 @@ def _decode(run: Run, inputs: list[str] | None, tokenizer: Path | None) -> None:
 
     from llmkit.errors import LlmkitError
     from llmkit.io.shards import TokenStore, load_tokenizer_info
-    from llmkit.tokens.encode import decode, load
+    from llmkit.tokens.encode import decode
+    from llmkit.tokens.text_encoder import load
 
     store = TokenStore.open(list(inputs or ["-"]))
     info = store.tokenizer

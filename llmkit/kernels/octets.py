@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
+
+from llmkit.kernels import kernel
 
 assert sys.byteorder == "little", "kernels read eight bytes as one little-endian number"
 
@@ -69,6 +71,25 @@ def _bits(_, word):  # type: ignore[no-untyped-def]
     return types.int64(types.uint64), generate
 
 
+@_emitted
+def _prefetch(_, data, place):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        )
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), pointer)
+        builder.call(function, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64), generate
+
+
+def prefetch(data: Any, i: Any) -> None:
+    """Have the processor bring data[i] nearer, since it will be asked for."""
+
+
 def load(data: Any, i: Any) -> Any:
     """data[i:i+8] as one number; zeros stand behind the end of the array."""
     return np.uint64(int.from_bytes(bytes(data[i : i + 8]), "little"))
@@ -102,6 +123,11 @@ def _compiled_load(data, i):  # type: ignore[no-untyped-def]
     return load
 
 
+@overload(prefetch)
+def _compiled_prefetch(data, i):  # type: ignore[no-untyped-def]
+    return lambda data, i: _prefetch(data, i)
+
+
 @overload(store)
 def _compiled_store(data, i, word):  # type: ignore[no-untyped-def]
     def store(data, i, word):  # type: ignore[no-untyped-def]
@@ -122,20 +148,20 @@ def _compiled_count(mask):  # type: ignore[no-untyped-def]
     return lambda mask: _bits(mask)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def below(k):  # type: ignore[no-untyped-def]
     """All bits of the first `k` bytes, k from 0 to 7."""
     return (ONE << np.uint64(8 * k)) - ONE
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def equal(word, wanted):  # type: ignore[no-untyped-def]
     """Mask of the bytes in which two words are equal."""
     other = word ^ wanted
     return ~(((other & LOW) + LOW) | other) & HIGH
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def letters_and_digits(word):  # type: ignore[no-untyped-def]
     """Masks of ASCII letters and of ASCII digits."""
     low = word & LOW
@@ -144,20 +170,20 @@ def letters_and_digits(word):  # type: ignore[no-untyped-def]
     return letters, (low + _FROM_0) & ~(low + _PAST_9) & ~word & HIGH
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def continuations(word):  # type: ignore[no-untyped-def]
     """Mask of the bytes 10xxxxxx, which begin no character."""
     return word & ~(word << ONE) & HIGH
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def visible(word):  # type: ignore[no-untyped-def]
     """Mask of the ASCII characters that are no spaces or controls."""
     low = word & LOW
     return (low + _FROM_MARK) & ~(low + ONES) & ~word & HIGH
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find(data, start, stop, wanted):  # type: ignore[no-untyped-def]
     """First place in data[start:stop] of a byte that `wanted` repeats eight times; `stop` if there is none."""
     i = start
@@ -169,7 +195,7 @@ def find(data, start, stop, wanted):  # type: ignore[no-untyped-def]
     return stop
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def length(data, start, stop):  # type: ignore[no-untyped-def]
     """Characters in data[start:stop], whole characters of UTF-8."""
     characters = stop - start
@@ -182,7 +208,7 @@ def length(data, start, stop):  # type: ignore[no-untyped-def]
     return characters
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def copy(data, start, stop, out, place):  # type: ignore[no-untyped-def]
     """out[place:] = data[start:stop]; up to eight bytes behind that, which have to be there, are written over."""
     for i in range(start, stop, 8):

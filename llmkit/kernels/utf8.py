@@ -6,15 +6,14 @@ Texts are `uint8[bytes]` of valid UTF-8; nothing here looks outside of the chara
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 
 Bytes = NDArray[np.uint8]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def decode(data, i):  # type: ignore[no-untyped-def]
     """(code point, bytes it takes) at byte `i` of valid UTF-8."""
     first = np.int64(data[i])
@@ -28,7 +27,7 @@ def decode(data, i):  # type: ignore[no-untyped-def]
     return (first & 0x07) << 18 | middle << 12 | (np.int64(data[i + 2]) & 0x3F) << 6 | np.int64(data[i + 3]) & 0x3F, 4
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def start_of(data, i):  # type: ignore[no-untyped-def]
     """First byte of the character that holds byte `i`."""
     while data[i] & 0xC0 == 0x80:
@@ -42,7 +41,7 @@ MIX_A = np.uint64(0xFF51AFD7ED558CCD)  # the finish of MurmurHash3
 MIX_B = np.uint64(0xC4CEB9FE1A85EC53)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def finish(h):  # type: ignore[no-untyped-def]
     """Spread a hash over all its bits."""
     h ^= h >> np.uint64(33)
@@ -52,26 +51,26 @@ def finish(h):  # type: ignore[no-untyped-def]
     return h ^ h >> np.uint64(33)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def extend(h, other):  # type: ignore[no-untyped-def]
     """Hash of a sequence from that of its beginning and of its next item, both spread over all bits."""
     return h * MIX_A + other
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hash_eight(h, word):  # type: ignore[no-untyped-def]
     """A hash of bytes, eight bytes further."""
     h = (h ^ word) * MIX_A
     return h ^ h >> np.uint64(32)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hash_rest(h, word):  # type: ignore[no-untyped-def]
     """A hash of bytes, one to seven bytes further, the last ones."""
     return (h ^ word) * MIX_A
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
     """64-bit hash of data[start:stop]."""
     h = HASH_START

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
 from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.tokens.text_encoder import TextEncoder
 
 
 @dataclass(slots=True)
@@ -53,11 +53,10 @@ class Encoder:
         self, tokenizer: TokenizerInfo, options: ReadOptions, *, allow_special: bool = False, source: str | None = None
     ) -> None:
         self._made_of = tokenizer, options, allow_special, source
-        self._tokenizer = load(tokenizer, allow_special=allow_special)
+        self._encode = TextEncoder(tokenizer, allow_special=allow_special)
         self._options = options
         self._source = source
         self._end = tokenizer.eos_id
-        self._dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
         return _made_again, self._made_of
@@ -66,21 +65,12 @@ class Encoder:
         documents, bad = parse(chunk, self._options)
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
-        encoded = self._encode(texts)
-        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
-        flat = np.empty(int(lengths.sum()), self._dtype)
-        at = 0
-        for ids in encoded:
-            flat[at : at + len(ids)] = ids
-            flat[at + len(ids)] = self._end
-            at += len(ids) + 1
+        ids, lengths = self._encode(texts)
+        flat, lengths = np.insert(ids, np.cumsum(lengths), self._end), lengths + 1
         sources = [self._source or self._source_of(document.fields, document.file) for document in kept]
         size = sum(map(len, map(str.encode, texts)))
         names = [document.id for document in kept]
         return Encoded(flat, lengths, names, sources, bad, len(documents) - len(kept), size)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     @staticmethod
     def _source_of(fields: dict[str, Any], file: str) -> str:
@@ -105,24 +95,6 @@ def source_name(file: str) -> str:
     name = os.path.basename(file.strip("<>"))
     suffix = max((end for end in DOCUMENT_SUFFIXES if name.endswith(end)), key=len, default="")
     return name.removesuffix(suffix) or name
-
-
-def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
-    """The library's tokenizer for `info`; LlmkitError where its tokenizer.json does not load, or is not there."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    if "tokenizer.json" not in info.files:
-        raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    try:
-        tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
-    except Exception as error:  # the library raises a bare Exception
-        reason = str(error).splitlines()[0] if str(error) else "no message"
-        raise LlmkitError(f"tokenizer.json does not load: {reason}", "check it with the tokenizers library") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = not allow_special
-    return tokenizer
 
 
 def decode(tokenizer: Any, tokens: NDArray[Any], end: int) -> str:

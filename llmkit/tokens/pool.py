@@ -44,7 +44,7 @@ def estimate(texts: list[str]) -> list[int]:
 
 def by_tokenizer(tokenizer: TokenizerInfo) -> Count:
     """Tokens of each text as `tokenize` makes them, the end of text included."""
-    from llmkit.tokens.encode import load
+    from llmkit.tokens.text_encoder import load
 
     loaded = load(tokenizer)
 

@@ -17,6 +17,7 @@ All work on bytes (each byte stands as one printable character), so any text can
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from llmkit.errors import unknown_name
@@ -64,3 +65,33 @@ def pre_tokenizer(chosen: Pattern) -> Any:
     if chosen.single_digits:
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     return words
+
+
+def pattern_of(described: Any) -> str | None:
+    """The name of the pattern that a tokenizer.json describes under `pre_tokenizer`; None where it is none of the four."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    parts = (
+        described.get("pretokenizers")
+        if isinstance(described, dict) and described.get("type") == "Sequence"
+        else [described]
+    )
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return None
+    # trim_offsets is about offsets alone; use_regex stands for GPT-2's rule, and is true where it is not named.
+    plain = [{"use_regex": True} | part if part.get("type") == "ByteLevel" else part for part in parts]
+    plain = [{key: value for key, value in part.items() if key != "trim_offsets"} for part in plain]
+    for name, chosen in PATTERNS.items():
+        split = {"type": "Split", "pattern": {"Regex": chosen.regex}, "behavior": "Isolated", "invert": False}
+        before = [split] if chosen.regex else [digits] if chosen.single_digits else []
+        if plain == [*before, byte_level | {"use_regex": not chosen.regex}]:
+            return name
+    return None
+
+
+@cache
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte, 0 to 255: itself where it is printable in Latin-1, else the next one free from U+0100 on (GPT-2's rule)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    free = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(free)) for byte in range(256)]

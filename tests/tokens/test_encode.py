@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import Encoded, Encoder, decode, load, source_name
+from llmkit.tokens.encode import Encoded, Encoder, decode, source_name
 from llmkit.tokens.pretokenize import PATTERNS
+from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit
 
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import Bytes, decode
 
 LETTER, NUMBER, SPACE, DIGIT = 1, 2, 4, 8  # \p{L}, \p{N}, \s; what the pre-tokenizer Digits puts alone
@@ -85,7 +84,7 @@ def _asked() -> Bytes:
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def class_at(data, i, table):  # type: ignore[no-untyped-def]
     """(classes, bytes) of the character at byte `i`."""
     if data[i] < 0x80:
@@ -94,7 +93,7 @@ def class_at(data, i, table):  # type: ignore[no-untyped-def]
     return table[code], width
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
     """First byte at or behind `i` that begins no letter."""
     while i < stop:
@@ -112,7 +111,7 @@ def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
     return min(i, stop)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def past_others(data, i, stop, table):  # type: ignore[no-untyped-def]
     """First byte at or behind `i` that begins a letter, number, space or lone digit."""
     while i < stop:
@@ -123,7 +122,7 @@ def past_others(data, i, stop, table):  # type: ignore[no-untyped-def]
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def past_numbers(data, i, stop, table, most):  # type: ignore[no-untyped-def]
     """Behind the numbers at byte `i`, `most` of them at most."""
     while i < stop and most > 0:
@@ -135,7 +134,7 @@ def past_numbers(data, i, stop, table, most):  # type: ignore[no-untyped-def]
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def contraction(data, i, stop, fold):  # type: ignore[no-untyped-def]
     """Length of one of 's 't 're 've 'm 'll 'd at the apostrophe `i`; 0 if there is none. `fold`: in either case."""
     if i + 1 >= stop:
@@ -157,7 +156,7 @@ def contraction(data, i, stop, fold):  # type: ignore[no-untyped-def]
     return 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def past_spaces(data, i, stop, table):  # type: ignore[no-untyped-def]
     """(behind the spaces at byte `i`, where the last of them begins, behind the last newline among them or 0)."""
     last, newline = i, 0
@@ -172,7 +171,7 @@ def past_spaces(data, i, stop, table):  # type: ignore[no-untyped-def]
     return i, last, newline
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def cut(data, start, stop, how, table, ends):  # type: ignore[no-untyped-def]
     """Write the end of each piece of data[start:stop], a whole text, into `ends` (int64, as many as bytes suffice); returns how many."""
     modern = how in (LLAMA, QWEN)
