@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode
 
 COMMON = 32  # n-grams of more parts than this are boilerplate; bounds the work for a hit, too
@@ -82,7 +83,7 @@ def folding() -> NDArray[np.uint32]:
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def split(data, fold, hashes, starts, ends):  # type: ignore[no-untyped-def]
     """Words of a text in valid UTF-8: their hashes, and the bytes where they start and end. Returns how many, at most half the bytes + 1."""
     count = i = 0
@@ -129,7 +130,7 @@ def ngrams(hashes, n):  # type: ignore[no-untyped-def]
     return keys
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def insert(keys, slots, numbers):  # type: ignore[no-untyped-def]
     """Fill an open-addressing table of a power of two: slot -> key (0: free) and its number."""
     mask = np.uint64(len(slots) - 1)
@@ -141,7 +142,7 @@ def insert(keys, slots, numbers):  # type: ignore[no-untyped-def]
         numbers[slot] = number
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def look_up(keys, slots, numbers, found, places):  # type: ignore[no-untyped-def]
     """The keys that the table has: their numbers, and where they stand. Returns how many."""
     mask = np.uint64(len(slots) - 1)

@@ -10,7 +10,7 @@ from numba import njit
 from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, stripped
 from llmkit.corpus.kernels.lines import end_of_line, rare_breaks
 from llmkit.corpus.words import ABBREVIATIONS
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import Bytes, decode, start_of
 
 LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # what a pattern means
@@ -36,7 +36,7 @@ CITATIONS = packed({"[edit]": 1, "[citation needed]": 1})
 SHORT_FORMS = packed(dict.fromkeys(ABBREVIATIONS, 1))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
     """(meaning, bytes it takes) of the first of `patterns` at data[start:stop]; with `fold`, as if that were lower-cased. (0, 0): none."""
     p = 0
@@ -81,7 +81,7 @@ def count_signs(data, signs, places):  # type: ignore[no-untyped-def]
     return counts
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def abbreviated(data, dot, table, short_forms):  # type: ignore[no-untyped-def]
     """Whether an initial or an abbreviation ends before `dot`."""
     first = dot
@@ -99,7 +99,7 @@ def abbreviated(data, dot, table, short_forms):  # type: ignore[no-untyped-def]
     return length == dot - first
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
     """Sentences of lines, each ended by a newline, as llmkit.corpus.words.count_sentences counts them."""
     count = i = 0

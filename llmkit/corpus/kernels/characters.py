@@ -10,10 +10,9 @@ import unicodedata
 from functools import cache
 
 import numpy as np
-from numba import njit
 
 from llmkit.corpus.words import MARKS, TERMINALS
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import HASH_START, Bytes, decode, finish, hash_eight, hash_rest, start_of
 
 ALNUM = 1  # str.isalnum
@@ -45,7 +44,7 @@ def classes() -> Bytes:
     return table
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def stripped(data, first, last, table):  # type: ignore[no-untyped-def]
     """Where data[first:last] begins and ends without the white space around it, as str.strip takes it away."""
     while first < last:
@@ -62,7 +61,7 @@ def stripped(data, first, last, table):  # type: ignore[no-untyped-def]
     return first, last
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def line_at(data, start):  # type: ignore[no-untyped-def]
     """(end at the next newline or that of the text, characters, `hash_bytes`) of the line that begins at byte `start`."""
     i, size, inner, h = start, len(data), 0, HASH_START

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes
 
 SHORTEST_BASE64 = 64  # characters
@@ -21,7 +21,7 @@ for _byte in b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_":
     _WORD[_byte] = True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def base64_end(data, i, kinds):  # type: ignore[no-untyped-def]
     """Where the run of base64 characters at `i` ends."""
     while i < len(data) and kinds[data[i]] & BASE64:
@@ -29,7 +29,7 @@ def base64_end(data, i, kinds):  # type: ignore[no-untyped-def]
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def pairs_end(data, i, kinds, word):  # type: ignore[no-untyped-def]
     """Where `SHORTEST_PAIRS` or more hexadecimal bytes at `i` end, each `4f`, `0x4f` or `\\x4f`, between them a comma, whitespace, a backslash; else `i`."""
     size = len(data)
@@ -50,7 +50,7 @@ def pairs_end(data, i, kinds, word):  # type: ignore[no-untyped-def]
     return end if pairs >= SHORTEST_PAIRS else i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def escapes_end(data, i, kinds):  # type: ignore[no-untyped-def]
     """Where `SHORTEST_PAIRS` or more escapes `\\u4f4f` at `i` end; else `i`."""
     at = i
@@ -64,7 +64,7 @@ def escapes_end(data, i, kinds):  # type: ignore[no-untyped-def]
     return at if at - i >= 6 * SHORTEST_PAIRS else i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def encoded(data, kinds, word):  # type: ignore[no-untyped-def]
     """(bytes in the longest run of encoded data, bytes in all runs)."""
     longest = total = i = 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from llmkit.kernels import kernel
+
 LABEL = "__label__"
 END = "</s>"
 
@@ -26,7 +28,7 @@ END_HASH = _fnv(END.encode())
 PREFIX, END_BYTES = np.frombuffer(LABEL.encode(), np.uint8), np.frombuffer(END.encode(), np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def step(h, byte):  # type: ignore[no-untyped-def]
     """FNV-1a of 32 bits with the byte sign-extended, as the library has it; int64 in and out."""
     byte = np.int64(byte)
@@ -54,7 +56,7 @@ def entries(data, at, size):  # type: ignore[no-untyped-def]
     return starts, ends, counts, kinds, at
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find(data, h, blob, starts, ends, hashes, table):  # type: ignore[no-untyped-def]
     """Entry whose bytes are `data`, of hash `h`; -1 where there is none."""
     mask = len(table) - 1
@@ -102,7 +104,7 @@ def index_pairs(pairs, room):  # type: ignore[no-untyped-def]
     return keys, values
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def row_of(place, words, left, keys, values):  # type: ignore[no-untyped-def]
     """Row of an n-gram by its place in the buckets, -1 where pruning removed it."""
     if not len(keys):
@@ -116,12 +118,12 @@ def row_of(place, words, left, keys, values):  # type: ignore[no-untyped-def]
     return words + values[slot]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def is_space(byte):  # type: ignore[no-untyped-def]
     return byte == 0x20 or 0x09 <= byte <= 0x0D or byte == 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def starts_with(word, prefix):  # type: ignore[no-untyped-def]
     if len(word) < len(prefix):
         return False

@@ -10,12 +10,13 @@ import numpy as np
 from numba import njit
 
 from llmkit.corpus.kernels.minhash import jaccard
+from llmkit.kernels import kernel
 
 NONE = -1  # no match
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def firsts(keys, order, result):  # type: ignore[no-untyped-def]
     """result[i] = the lowest of the documents with the key of i; `order` sorts the `keys`, equal ones by rank."""
     for i in range(len(order)):
@@ -52,7 +53,7 @@ def pairs(keys, documents, limit):  # type: ignore[no-untyped-def]
     return result
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped-def]
     """Jaccard similarity of two documents' shingles, shingles[starts[i]:starts[i + 1]]; 0 where their numbers alone keep it under the threshold."""
     a, b = shingles[starts[i] : starts[i + 1]], shingles[starts[j] : starts[j + 1]]
@@ -135,7 +136,7 @@ def stars(  # type: ignore[no-untyped-def]
                 kept_same[same[i]] = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def find_root(parents, i):  # type: ignore[no-untyped-def]
     """Lowest document of i's component."""
     while parents[i] != i:

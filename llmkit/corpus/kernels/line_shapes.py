@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from llmkit.corpus.kernels.characters import ALNUM, ALPHA, SPACE, UPPER
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import decode
 
 BLANK, GONE, DIGITS, SHORT = 1, 2, 4, 8
@@ -52,7 +53,7 @@ def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[
     return bits, counts, union, all_words
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def letters(data, table):  # type: ignore[no-untyped-def]
     """(characters, letters, letters and digits) of a text."""
     characters = alpha = alnum = i = 0

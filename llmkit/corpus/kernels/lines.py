@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.kernels.characters import SPACE, TERMINAL, line_at
 from llmkit.corpus.kernels.repetition import EMPTY, line_repeats
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import decode, hash_bytes, start_of
 
 BLANK = 2  # nothing but whitespace
@@ -31,13 +31,13 @@ class Lines(NamedTuple):
     strange: bool
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def breaks(code):  # type: ignore[no-untyped-def]
     """Whether a character ends a line for str.splitlines."""
     return 0x0A <= code <= 0x0D or 0x1C <= code <= 0x1E or code == 0x85 or code == 0x2028 or code == 0x2029
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def rare_breaks(data):  # type: ignore[no-untyped-def]
     """Whether there may be line breaks that are no newlines and do not stand before one."""
     found = len(data) > 0 and 0x0B <= data[-1] < 0x20
@@ -48,7 +48,7 @@ def rare_breaks(data):  # type: ignore[no-untyped-def]
     return found
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def end_of_line(data, start, stop, rare):  # type: ignore[no-untyped-def]
     """(end of the line that begins at `start`, bytes of its break): at the next newline or, if there may be `rare` breaks, at any."""
     if not rare:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
 from llmkit.corpus.kernels.normalise import loose, tables, utf8
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.seeds import derive
 
@@ -197,7 +198,7 @@ def sketch_of(data, normalised, table, pool, ngram, ab, bands, bits):  # type: i
     return text, shingles, signature, band_keys(signature, bands), done
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def jaccard(a, b):  # type: ignore[no-untyped-def]
     """Similarity of two ascending sets: size of the intersection over size of the union. 0 for two empty ones."""
     i = j = shared = 0

@@ -21,6 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode
 
 # What becomes of a character; above 0: bytes elsewhere.
@@ -74,7 +75,7 @@ def utf8(text: str) -> Bytes:
     return np.frombuffer((text.lower() if "Σ" in text else text).encode(), np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def after_digits(data, i, table):  # type: ignore[no-untyped-def]
     """Where the run of digits that starts at byte `i` ends: `i` if there is none."""
     while i < len(data):
@@ -85,7 +86,7 @@ def after_digits(data, i, table):  # type: ignore[no-untyped-def]
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def after_number(data, i, table):  # type: ignore[no-untyped-def]
     """Where the number ends whose first digit is at byte `i`."""
     end = after_digits(data, i, table)

@@ -10,7 +10,7 @@ from numba import njit
 
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.normalise import loose
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import decode, hash_bytes
 
 NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
@@ -38,7 +38,7 @@ def spans(data, paragraphs):  # type: ignore[no-untyped-def]
         starts[n] = i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def collapse(data, start, stop, table, out):  # type: ignore[no-untyped-def]
     """`" ".join(text.split())` of data[start:stop] into `out`, which has room for one byte more; its length in bytes."""
     n, last, i = 0, np.uint8(0x20), start

@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from llmkit.corpus.kernels.characters import ALNUM, COMBINING, SPACE
+from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, decode, finish
 
 MASK = np.uint64(0xFFFF)
@@ -39,7 +40,7 @@ def letter_runs(data, table):  # type: ignore[no-untyped-def]
     return hashes[:n]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_phrases(words, starts, ends, flat, likely):  # type: ignore[no-untyped-def]
     """At how many places of `words` (uint64) one of the phrases begins.
 

@@ -6,14 +6,13 @@ Hashes are of 64 bits; 0 is none, and the key of a free slot. Cost: a look-up a 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 
 FULL = 0.7
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def slot(keys, h):  # type: ignore[no-untyped-def]
     """Where a hash stands in the table, or has to."""
     last = np.uint64(len(keys) - 1)
@@ -23,7 +22,7 @@ def slot(keys, h):  # type: ignore[no-untyped-def]
     return i
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
     """Enter hashes; `seen[j]`: hashes[j] was there before; `counts`, if there are any, go up by one. Returns how many were new."""
     new = 0
@@ -39,7 +38,7 @@ def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
     return new
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move(keys, values, larger, larger_values):  # type: ignore[no-untyped-def]
     """Enter all of a table into a larger one."""
     for i in range(len(keys)):
@@ -50,7 +49,7 @@ def move(keys, values, larger, larger_values):  # type: ignore[no-untyped-def]
                 larger_values[place] = values[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def frequent(keys, counts, hashes, least, found):  # type: ignore[no-untyped-def]
     """found[j]: the count of hashes[j] is at least `least`."""
     for j in range(len(hashes)):

@@ -13,13 +13,13 @@ from numba import njit
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.minhash import BASE
 from llmkit.corpus.kernels.seen import slot
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import decode, finish, hash_bytes
 
 FENCE = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def run_of(length):  # type: ignore[no-untyped-def]
     """Units in a run that is hashed: half a window."""
     return (length + 1) // 2
@@ -106,7 +106,7 @@ def fingerprints(units, length):  # type: ignore[no-untyped-def]
     return found[:n].copy()
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def repeats(units, start, stop, length, prints, hashes, i, until, common, keys, places, part, parts, marks):  # type: ignore[no-untyped-def]
     """Mark, a bit a unit, what of units[start:stop], a document, stands in a window that stood before; of its windows from `i` to about `until`.
 

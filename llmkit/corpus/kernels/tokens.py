@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.kernels.characters import ALNUM, ALPHA, COMBINING, MARK, RUN, SPACE, classes
-from llmkit.kernels import octets
+from llmkit.kernels import kernel, octets
 from llmkit.kernels.utf8 import HASH_START, decode, finish, hash_bytes, hash_eight, hash_rest, start_of
 
 JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # those under 0x40 that `joins` knows
@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     flags: NDArray[np.uint8]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def joins(data, i, table):  # type: ignore[no-untyped-def]
     """Whether the ASCII mark at byte `i`, behind a letter or digit, stands inside a word."""
     mark, before = data[i], data[i - 1]
@@ -42,7 +42,7 @@ def joins(data, i, table):  # type: ignore[no-untyped-def]
     return mark == 0x5F or mark == 0x40 or mark == 0x26  # _ @ &
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def initial(data, dot, table):  # type: ignore[no-untyped-def]
     """Whether a single ASCII letter stands before the full stop at byte `dot`, and no other full stop behind it."""
     if not 0x41 <= data[dot - 1] & 0xDF <= 0x5A or (dot + 1 < len(data) and data[dot + 1] == 0x2E):
@@ -53,7 +53,7 @@ def initial(data, dot, table):  # type: ignore[no-untyped-def]
     return table[before] & ALNUM == 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def end_of_url(data, i, table):  # type: ignore[no-untyped-def]
     """Where the URL ends whose :// is at byte `i`: at the next space, marks that close a sentence or a bracket left out; 0 if there is none."""
     if i + 3 >= len(data) or data[i + 1] != 0x2F or data[i + 2] != 0x2F:
@@ -179,7 +179,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
     return hashes[:n], lengths[:n], flags[:n]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def has_words(data, wanted):  # type: ignore[no-untyped-def]
     """Whether the text surely has `wanted` words, of either kind: as many parts begin with an ASCII character behind a space or newline."""
     count, start = 0, 1
@@ -192,7 +192,7 @@ def has_words(data, wanted):  # type: ignore[no-untyped-def]
     return count >= wanted
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def symbols(data):  # type: ignore[no-untyped-def]
     """(number signs, ellipses) as str.count counts "#" and "..." or "…"."""
     some = False
