@@ -60,7 +60,6 @@ def main(
         raise LlmkitError(f"--largest {largest:,}: no size to judge", "1,024 is the smallest")
     if run.output:
         check_output(run.output, run.force)
-    vocabulary.limit_threads(run.jobs)
     reader, held, documents = run.reader(inputs), advise.HeldOut(), 0
     with run.progress(None, "documents") as bar:
 

@@ -13,7 +13,6 @@ one stays text, in a scraped page as in what a user says. Who parses tool calls 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,12 +109,6 @@ def check_size(size: int, multiple: int = MULTIPLE, special: int = len(SPECIAL) 
     if size > MAX_SIZE:
         raise UsageError(f"a vocabulary of {size:,} tokens", f"the largest is {MAX_SIZE:,}")
     return -(-size // multiple) * multiple
-
-
-def limit_threads(jobs: int) -> None:
-    """Let the `tokenizers` library use `jobs` threads. It reads this when it first works, so: before anything is encoded or trained."""
-    os.environ["RAYON_NUM_THREADS"] = str(jobs)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if jobs > 1 else "false"
 
 
 def train(

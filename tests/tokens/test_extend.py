@@ -76,7 +76,7 @@ def test_merges_go_on_where_training_ended(name: str, trained: Trained) -> None:
     assert all(new.id_to_token(i) == old.id_to_token(i) for i in range(384))
     for i, parts in enumerate(made.pieces[:60], 384):
         assert "".join(old.id_to_token(part) for part in parts) == new.id_to_token(i) and max(parts) < 384
-    assert made.pieces[60:] == [[]] * 4 and new.id_to_token(447) == "<|reserved_15|>"
+    assert made.pieces[60:] == [[]] * 4 and new.id_to_token(447) == vocabulary.reserved(vocabulary.RESERVED + 3)
 
 
 def test_texts_of_any_order_and_number(trained: Trained) -> None:
