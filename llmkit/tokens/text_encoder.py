@@ -5,7 +5,7 @@
 
 Byte-level BPE with one of the four patterns is compiled (bytelevel.py); everything else goes through the library, and so do texts that hold an added
 token which has to be found in them, and the first megabytes on a machine where nothing is compiled yet: they are encoded sooner than compiled.
-Names of special tokens in a text are text, unless `allow_special`.
+Names of special tokens in a text are text, unless `allow_special`; a model's dropout is off.
 """
 
 from __future__ import annotations
@@ -121,6 +121,8 @@ def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # the same text has to give the same ids
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
 

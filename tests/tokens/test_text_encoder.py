@@ -127,6 +127,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "an added token to be normalised": lambda content: (content.update(normalizer={"type": "NFC"}), added(content, "e\u0301x")),
     "prefix space": lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "dropout 0": lambda content: content["model"].update(dropout=0.0),
+    "dropout": lambda content: content["model"].update(dropout=0.5),
+    "ids beyond 2^23": lambda content: content["model"].update(vocab={name: id + (id > 50 and 1 << 23) for name, id in content["model"]["vocab"].items()}),
+    "an id of two names": lambda content: content["model"]["vocab"].update(t=content["model"]["vocab"]["h"]),
     "merges as texts": lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]),
     "other words": lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\s+|[^\s\w]+"),
     "whole words": lambda content: content["model"].update(ignore_merges=not content["model"].get("ignore_merges")),
@@ -154,7 +157,9 @@ def test_other_tokenizers(change: str, allow_special: bool, trained: Trained) ->
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == [
         library.encode(t, add_special_tokens=False).ids for t in texts
     ]
-    assert (encoder._fast is None) == (change in ("lower case", "prefix space", "other words"))
+    assert (encoder._fast is None) == (
+        change in ("lower case", "prefix space", "other words", "dropout", "ids beyond 2^23", "an id of two names")
+    )
 
 
 def test_other_models() -> None:
