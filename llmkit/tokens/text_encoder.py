@@ -14,6 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -96,7 +97,11 @@ class TextEncoder:
             from llmkit.tokens.bytelevel import ByteLevel
 
             self._fast = ByteLevel.of(self._content)
-            if self._fast is None:
+            if self._fast is not None:  # all but the words: what the library refuses is refused on any machine
+                model = self._content["model"] | {"vocab": {}, "merges": []}
+                text = orjson.dumps(self._content | {"model": model}).decode()
+                load(replace(self._info, files={"tokenizer.json": text}))
+            else:
                 self._patience = NEVER
         return self._fast is not None
 

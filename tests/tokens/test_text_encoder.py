@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmkit.errors import LlmkitError
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import bytelevel
 from llmkit.tokens.bytelevel import ByteLevel
@@ -184,6 +185,18 @@ def test_other_models() -> None:
         assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == wanted and sum(map(len, wanted)), (
             name
         )
+
+
+@pytest.mark.parametrize("part", ["decoder", "post_processor", "truncation", "model", "version"])
+def test_what_the_library_refuses_is_refused(part: str, trained: Trained) -> None:
+    """Behaviour: a damaged tokenizer.json is an error on a machine where the kernels are compiled as on one where they are not."""
+    wrong = {"model": {"ignore_merges": "yes"}}.get(part, {"type": "Nope"})
+    info = changed(
+        trained("qwen2"), lambda content: content.update({part: content["model"] | wrong if part == "model" else wrong})
+    )
+    for compiled in (True, False):
+        with pytest.raises(LlmkitError, match="does not load"):
+            TextEncoder(info, compiled=compiled)(["a"])
 
 
 def test_patterns_are_known_by_their_description() -> None:
