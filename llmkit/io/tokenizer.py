@@ -20,6 +20,7 @@ from llmkit.errors import LlmkitError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_FILE_BYTES = 256 << 20
+MAX_ID = 1 << 25  # more than a file of that size has room for
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
 # Tokens that end a turn rather than a text: chat models name them as their eos_token, but a document ends with the other kind.
@@ -115,9 +116,11 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise broken
-        ids[token["content"]] = token.get("id")
-    if not ids or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids.values()):
+        if type(token.get("id")) is not int:
+            raise broken
+    if not ids or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
         raise broken
+    ids |= added_ids(content)
     config = _object(files.get("tokenizer_config.json", "{}"), f"{name}: tokenizer_config.json")
     special = _object(files.get("special_tokens_map.json", "{}"), f"{name}: special_tokens_map.json")
 
@@ -142,6 +145,19 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
         ids[pad] if pad else None,
         files,
     )
+
+
+def added_ids(content: dict[str, Any]) -> dict[str, int]:
+    """The ids of added tokens in a tokenizer.json, as the library numbers them: those that the model knows keep its id, others follow whatever they say."""
+    vocabulary = content["model"]["vocab"]
+    known = vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+    found: dict[str, int] = {}
+    free = len(vocabulary)
+    for name in (token["content"] for token in content.get("added_tokens") or []):
+        if name and name not in found:
+            found[name] = known.get(name, free)
+            free += name not in known
+    return found
 
 
 def _object(text: str, name: str) -> dict[str, Any]:

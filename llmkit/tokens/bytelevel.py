@@ -80,7 +80,9 @@ class ByteLevel:
             pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
             if (
                 any(len(pair) != 2 for pair in pairs)
-                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < 1 << kernels.ID_BITS
+                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MOST
+                or len(set(vocabulary.values())) < len(vocabulary)  # names that share an id share merges
+                or len(pairs) > kernels.MOST
             ):
                 return None
             return cls(how, vocabulary, pairs, whole=bool(model.get("ignore_merges")))

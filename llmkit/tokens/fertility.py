@@ -154,7 +154,7 @@ class Meter:
         self._infos, self._options, self._by = tokenizers, options, by
         self._encoders = [TextEncoder(info) for info in tokenizers]
         self._tokenizers = [encoder.library for encoder in self._encoders]
-        self._pieces = [_surfaces(t, info.vocab_size) for t, info in zip(self._tokenizers, tokenizers, strict=True)]
+        self._pieces = [_surfaces(t) for t in self._tokenizers]
         self._known: list[dict[str, bool]] = [{} for _ in tokenizers]
         word_pattern()  # before workers fork
 
@@ -204,9 +204,10 @@ def _joined(made: list[tuple[NDArray[Any], int]], size: int) -> Made:
     return Made(sum(len(ids) for ids, _ in made), sum(single for _, single in made), np.packbits(used))
 
 
-def _surfaces(tokenizer: Any, size: int) -> frozenset[str]:
+def _surfaces(tokenizer: Any) -> frozenset[str]:
     """What each token stands for alone, without spaces around it."""
-    return frozenset(text.strip() for text in tokenizer.decode_batch([[i] for i in range(size)], False))
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    return frozenset(text.strip() for text in tokenizer.decode_batch([[i] for i in ids], False))
 
 
 def value_of(document: Document, name: str) -> str:

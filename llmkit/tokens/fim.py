@@ -25,7 +25,7 @@ import orjson
 from numpy.typing import NDArray
 
 from llmkit.errors import UsageError
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.io.tokenizer import TokenizerInfo, added_ids
 from llmkit.seeds import derive
 
 Segment = str | int  # a text to encode, or the id of one token
@@ -76,8 +76,7 @@ def fill_in_the_middle(
         if sources:
             raise UsageError("--fim-source without --fim-rate", "say how many of its documents, such as --fim-rate 0.5")
         return None
-    added = orjson.loads(info.files["tokenizer.json"]).get("added_tokens") or []
-    ids = {token["content"]: int(token["id"]) for token in added}
+    ids = added_ids(orjson.loads(info.files["tokenizer.json"]))
     for prefix, suffix, middle in NAMES:
         if prefix in ids and suffix in ids and middle in ids:
             return FillInTheMiddle(rate, spm_rate, seed, (ids[prefix], ids[suffix], ids[middle]), tuple(sources))

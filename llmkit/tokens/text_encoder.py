@@ -5,7 +5,7 @@
 
 Byte-level BPE with one of the four patterns is compiled (bytelevel.py); everything else goes through the library, and so do texts that hold an added
 token which has to be found in them, and the first megabytes on a machine where nothing is compiled yet: they are encoded sooner than compiled.
-Names of special tokens in a text are text, unless `allow_special`.
+Names of special tokens in a text are text, unless `allow_special`; a model's dropout is off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -96,7 +97,11 @@ class TextEncoder:
             from llmkit.tokens.bytelevel import ByteLevel
 
             self._fast = ByteLevel.of(self._content)
-            if self._fast is None:
+            if self._fast is not None:  # all but the words: what the library refuses is refused on any machine
+                model = self._content["model"] | {"vocab": {}, "merges": []}
+                text = orjson.dumps(self._content | {"model": model}).decode()
+                load(replace(self._info, files={"tokenizer.json": text}))
+            else:
                 self._patience = NEVER
         return self._fast is not None
 
@@ -121,6 +126,8 @@ def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # the same text has to give the same ids
+        tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
 

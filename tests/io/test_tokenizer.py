@@ -58,6 +58,22 @@ def test_ids_of_special_tokens() -> None:
     assert parse_tokenizer(made, "tok").eos_id == 3
 
 
+def test_ids_of_added_tokens() -> None:
+    """Parity with `tokenizers`, which numbers added tokens itself where a file says something else."""
+    from tokenizers import Tokenizer
+
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    for names in (("<|endoftext|>", "<x>"), ("a", "<|endoftext|>"), ("<x>", "<x>", "ab", "<|endoftext|>")):
+        made = files(tokens=("a", "b", "ab"))
+        content = json.loads(made["tokenizer.json"])
+        content["model"]["vocab"]["ab"] = 7  # a gap
+        content["added_tokens"] = [{"id": 40 - i, "content": name, **flags} for i, name in enumerate(names)]
+        made["tokenizer.json"] = json.dumps(content)
+        library = Tokenizer.from_str(made["tokenizer.json"]).get_vocab(with_added_tokens=True)
+        info = parse_tokenizer(made, "tok")
+        assert (info.eos_id, info.vocab_size) == (library["<|endoftext|>"], max(library.values()) + 1)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmkit.errors import LlmkitError
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import bytelevel
 from llmkit.tokens.bytelevel import ByteLevel
@@ -127,6 +128,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "an added token to be normalised": lambda content: (content.update(normalizer={"type": "NFC"}), added(content, "e\u0301x")),
     "prefix space": lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "dropout 0": lambda content: content["model"].update(dropout=0.0),
+    "dropout": lambda content: content["model"].update(dropout=0.5),
+    "ids beyond 2^23": lambda content: content["model"].update(vocab={name: id + (id > 50 and 1 << 23) for name, id in content["model"]["vocab"].items()}),
+    "an id of two names": lambda content: content["model"]["vocab"].update(t=content["model"]["vocab"]["h"]),
     "merges as texts": lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]),
     "other words": lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+|\s+|[^\s\w]+"),
     "whole words": lambda content: content["model"].update(ignore_merges=not content["model"].get("ignore_merges")),
@@ -154,7 +158,9 @@ def test_other_tokenizers(change: str, allow_special: bool, trained: Trained) ->
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == [
         library.encode(t, add_special_tokens=False).ids for t in texts
     ]
-    assert (encoder._fast is None) == (change in ("lower case", "prefix space", "other words"))
+    assert (encoder._fast is None) == (
+        change in ("lower case", "prefix space", "other words", "dropout", "ids beyond 2^23", "an id of two names")
+    )
 
 
 def test_other_models() -> None:
@@ -179,6 +185,18 @@ def test_other_models() -> None:
         assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == wanted and sum(map(len, wanted)), (
             name
         )
+
+
+@pytest.mark.parametrize("part", ["decoder", "post_processor", "truncation", "model", "version"])
+def test_what_the_library_refuses_is_refused(part: str, trained: Trained) -> None:
+    """Behaviour: a damaged tokenizer.json is an error on a machine where the kernels are compiled as on one where they are not."""
+    wrong = {"model": {"ignore_merges": "yes"}}.get(part, {"type": "Nope"})
+    info = changed(
+        trained("qwen2"), lambda content: content.update({part: content["model"] | wrong if part == "model" else wrong})
+    )
+    for compiled in (True, False):
+        with pytest.raises(LlmkitError, match="does not load"):
+            TextEncoder(info, compiled=compiled)(["a"])
 
 
 def test_patterns_are_known_by_their_description() -> None:
