@@ -37,7 +37,7 @@ TRAINED_BYTES = 16_000_000
 ALL_BYTES = 100_000_000
 SIZE = 32768
 REPEATED = 4  # how often the whole command meets all documents: start-up then is a small part
-LENGTHS = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 50_000_000)
+LENGTHS = (5_000_000, 10_000_000, 20_000_000, 30_000_000, 40_000_000, 50_000_000)
 
 READ = """
 import sys, time, io, json, os
