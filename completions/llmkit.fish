@@ -291,7 +291,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from mix' -l stages -r -d 'Sources
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l no-repeat -d 'Refuse where a source is smaller than what it is to give'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l pack -r -d 'concat cuts anywhere; best-fit only what is too long'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l sequence-length -r -d 'Tokens in a sequence, as it will be trained on'
-complete -c llmkit -n '__fish_seen_subcommand_from mix' -l holdout -r -d 'Keep this share, by a hash of the tokens, out; in OUTPUT/heldout'
+complete -c llmkit -n '__fish_seen_subcommand_from mix' -l holdout -r -d 'Keep this share, by a hash of their ids, out; in OUTPUT/heldout'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l tokenizer -s t -r -d 'Count tokens with this tokenizer, not as bytes / 4'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l weight-by -r -d 'Repeat documents by a count that they hold (duplicates)'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l weight-map -r -d 'Times for ranges of counts: 1:1,2-5:2,6-100:3'

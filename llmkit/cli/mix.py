@@ -34,7 +34,7 @@ Stages = Annotated[Path | None, typer.Option("--stages", metavar="TOML", help="S
 NoRepeat = Annotated[bool, typer.Option("--no-repeat", help="Refuse where a source is smaller than what it is to give", rich_help_panel=ORDER)]
 Pack = Annotated[str, typer.Option("--pack", metavar="HOW", help="concat cuts anywhere; best-fit only what is too long", rich_help_panel=SHARDS)]
 SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
-HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of the tokens, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
+HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of their ids, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
 TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", "-t", help="Count tokens with this tokenizer, not as bytes / 4", rich_help_panel=TEXT)]
 WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold (duplicates)", rich_help_panel=TEXT)]
 WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=TEXT)]
@@ -88,8 +88,8 @@ def main(
 
     -o DIRECTORY or FILE.arrow takes shards in training order; with --plan, -o FILE.toml or DIRECTORY takes a plan, which names the shards by
     path and digest and gives the same order to the bit. With --pack best-fit the order fills sequences of --sequence-length: padding has
-    weight 0, and `train` takes no other length. --holdout goes by a hash of the tokens: what is held out of one mix is held out of every one
-    (of as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
+    weight 0, and `train` takes no other length. --holdout goes by a hash of the id, and takes what has the same id or the same tokens with it: none
+    of it is trained on in another form, and what is held out of one mix is so of every one (with as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
     a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
     from llmkit.io.atomic import check_output, is_special
@@ -183,14 +183,17 @@ def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan:
     import numpy as np
 
     from llmkit.io.gather import write_ordered
-    from llmkit.io.order import OrderedTokens, held_out, usable
+    from llmkit.io.holdout import held_out
+    from llmkit.io.order import OrderedTokens, usable
     from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.shards import ShardWriter, TokenStore
 
     stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
     _refuse_repeats(paths, digests)
-    kept_out = [held_out(store, share) if share else () for store in stores]
+    kept_out = held_out(stores, share) if share else [()] * len(stores)
+    if share and not any(kept_out):
+        run.warn(f"nothing is held out: none of {sum(s.documents for s in stores):,} documents falls into {share:.3g}")
     copies = [usable(store, documents) for store, documents in zip(stores, kept_out, strict=True)]
     lengths = [np.diff(store.offsets) for store in stores]
     wanted = _budgets(run, paths, asked, _available(lengths, copies))

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
+from llmkit.io.holdout import mixed
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, describe_input
 from llmkit.io.packing import PADDING, packed
@@ -61,10 +61,7 @@ class Order:
 
 def _hashes(seed: int, count: int) -> NDArray[np.uint64]:
     """splitmix64 of seed and position, uint64 [count]."""
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mixed(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed))
 
 
 def permutation(seed: int, count: int) -> NDArray[np.int64]:
@@ -175,19 +172,6 @@ def usable(store: TokenStore, held_out: Sequence[int]) -> Numbers | None:
     if store.padding is not None:
         copies[store.padding] = 0
     return copies
-
-
-def held_out(store: TokenStore, share: float) -> tuple[int, ...]:
-    """Documents of which the xxh3-64 of their token ids is in the lowest `share` of its values: equal ones go together, wherever they are."""
-    found, limit, step = [], int(share * 2**64), 4096
-    for first in range(0, store.documents, step):
-        cuts = store.offsets[first : first + step + 1]
-        content = np.ascontiguousarray(store.span(int(cuts[0]), int(cuts[-1]))).data.cast("B")
-        cuts = ((cuts - cuts[0]) * store.dtype.itemsize).tolist()
-        hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        found += [first + i for i, value in enumerate(hashes) if value < limit]
-    padding = store.padding
-    return tuple(i for i in found if padding is None or not padding[i])
 
 
 class OrderedTokens:

@@ -102,6 +102,8 @@ def test_held_out_documents(llmkit_here, place: Path) -> None:
     assert seen | names[one] == {f"web-{i}" for i in range(300)} | {f"code-{i}" for i in range(100)}
     assert not seen & names[one] and json.loads(first.stderr)["held_out"] == one.documents
     assert not list((place / "one").glob(".*")) and one.inputs[0].lineage["command"] == "mix"
+    done = llmkit_here("mix", "wiki", "--holdout", "1e-9", "-n", cwd=place)
+    assert b"nothing is held out: none of 10 documents" in done.stderr
 
 
 def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
