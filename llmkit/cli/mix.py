@@ -33,7 +33,7 @@ Shuffle = Annotated[str, typer.Option("--shuffle", metavar="HOW", help="global; 
 Stages = Annotated[Path | None, typer.Option("--stages", metavar="TOML", help="Sources, and what each stage takes of them", rich_help_panel=ORDER)]
 NoRepeat = Annotated[bool, typer.Option("--no-repeat", help="Refuse where a source is smaller than what it is to give", rich_help_panel=ORDER)]
 Pack = Annotated[str, typer.Option("--pack", metavar="HOW", help="concat cuts anywhere; best-fit only what is too long", rich_help_panel=SHARDS)]
-SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, max=1 << 24, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
 HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of their ids, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
 TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", "-t", help="Count tokens with this tokenizer, not as bytes / 4", rich_help_panel=TEXT)]
 WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold (duplicates)", rich_help_panel=TEXT)]

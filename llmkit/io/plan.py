@@ -28,6 +28,7 @@ from llmkit.errors import LlmkitError
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
+LONGEST = 1 << 24  # sequence that is packed for
 SHUFFLES = ("global", "block", "none")
 HINT = "plans come from: llmkit mix --plan"
 
@@ -108,10 +109,10 @@ def read_plan(path: Path) -> Plan:
             raise LlmkitError(f"{path}: source {number}: field {wrong[0]!r} is missing or wrong", HINT)
     length = content.get("sequence_length")
     fields = {
-        "seed": type(content.get("seed")) is int,
+        "seed": type(content.get("seed")) is int and 0 <= content["seed"] < 1 << 128,
         "tokenizer": isinstance(content.get("tokenizer"), str),
         "shuffle": content.get("shuffle") in SHUFFLES,
-        "sequence_length": length is None or (type(length) is int and length > 0),
+        "sequence_length": length is None or (type(length) is int and 0 < length <= LONGEST),
     }
     for name, valid in fields.items():
         if not valid:
@@ -130,7 +131,7 @@ def located(plan: Path, source: PlannedSource) -> Path:
     """Where a source is now: at its path from the plan's directory, else beside the plan under its base name."""
     candidates = [plan.parent / source.path, plan.parent / Path(source.path).name]
     for candidate in candidates:
-        if candidate.exists():
+        if candidate.is_file() or candidate.is_dir():  # a device would be read without end
             return candidate
     raise LlmkitError(
         f"{plan}: its source {source.path} is not there", f"looked for {candidates[0]} and {candidates[1]}"

@@ -33,6 +33,7 @@ Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 NUMBER = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
 MOST_TIMES = 1000
+MOST = 1e30  # so that no product or ratio of amounts and sizes is infinite
 FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (times) or PATH:2B (tokens)"
 
 
@@ -61,8 +62,10 @@ def parse_amount(amount: str, what: str) -> tuple[Kind, float]:
     if not match or (match[1] and match[3]):
         raise UsageError(f"{what}: {amount!r} is no amount", FORMS)
     value = float(match[2]) * SUFFIXES.get(match[3], 1)
-    if not 0 < value < math.inf:
+    if not value:
         raise UsageError(f"{what}: {amount!r} is not above zero", "leave the source out, or give it a positive amount")
+    if not 1 / MOST <= value <= MOST:
+        raise UsageError(f"{what}: {amount!r} is beyond all measure", f"amounts are from {1 / MOST:g} to {MOST:g}")
     kind: Kind = "times" if match[1] else "tokens" if match[3] else "weight"
     if kind == "tokens" and round(value) < 1:
         raise UsageError(f"{what}: {amount!r} is less than a token", FORMS)

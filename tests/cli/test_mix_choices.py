@@ -193,6 +193,7 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
         ("web --pack bestfit", 2, "unknown --pack 'bestfit'"),
         ("web --pack best-fit", 2, "--pack best-fit without --sequence-length"),
         ("web --sequence-length 1", 2, "--sequence-length"),
+        ("web --sequence-length 9223372036854775808", 2, "--sequence-length"),
         ("web --holdout 0", 2, "--holdout 0: no share"),
         ("web --holdout 101%", 2, "--holdout 101%: no share"),
         ("web --holdout 99.999999%", 1, "web: no tokens in this source"),

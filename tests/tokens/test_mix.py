@@ -48,7 +48,27 @@ def test_specs(text: str, expected: Spec) -> None:
 
 @pytest.mark.parametrize(
     "amount",
-    ["0", "0.0", "x0", "0k", "-1", "nan", "inf", "x", "k", "", "1e999", "0.5x", "x2k", "x-1", "abc", "0.0001k"],
+    [
+        "0",
+        "0.0",
+        "x0",
+        "0k",
+        "-1",
+        "nan",
+        "inf",
+        "x",
+        "k",
+        "",
+        "1e999",
+        "0.5x",
+        "x2k",
+        "x-1",
+        "abc",
+        "0.0001k",
+        "1e-31",
+        "x1e305",
+        "9e29T",
+    ],
 )
 def test_amounts_that_are_none(amount: str) -> None:
     """Behaviour: refused with what was typed and the forms there are."""
@@ -224,6 +244,7 @@ def test_stages(tmp_path: Path) -> None:
         ("wiki = \"x2\"", "wiki = -1", "main: wiki: '-1' is no amount", "PATH:x6"),
         ("wiki = \"x2\"", "wiki = nan", "'nan' is no amount", ""),
         ("wiki = \"x2\"", "wiki = inf", "'inf' is no amount", ""),
+        ("wiki = \"x2\"", f"wiki = 0x{'f' * 4_000}", "'inf' is no amount", ""),
         ("wiki = \"x2\"", "wiki = true", "'' is no amount", ""),
         ("wiki = \"x2\"", "wiki = \"x-1\"", "'x-1' is no amount", ""),
         ("wiki = \"x2\"", "wiki = 0.0", "'0.0' is not above zero", ""),
