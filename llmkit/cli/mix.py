@@ -167,6 +167,8 @@ def _holds_tokens(path: str) -> bool:
         return any(name.endswith(".arrow") for name in os.listdir(path)) or not _has_documents(path)
     if any(mark in path for mark in "*?[") and not os.path.exists(path):
         raise UsageError(f"{path}: a pattern is not one source", "name the directory, or each file")
+    if not os.path.exists(path) and "://" not in path:
+        raise LlmkitError(f"{path}: no such file or directory", "check the path")
     return path.endswith(".arrow")
 
 
@@ -253,7 +255,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
     from dataclasses import replace
 
     from llmkit.io.atomic import atomic_directory, atomic_file
-    from llmkit.io.plan import PLAN_NAME, plan_text
+    from llmkit.io.plan import PLAN_NAME, digest_of, plan_text
 
     def text(directory: str) -> bytes:
         home = os.path.realpath(directory)
@@ -262,7 +264,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
 
     lineage = run.lineage()
     lineage.inputs += inputs
-    lineage.counts = _flat(counts)
+    lineage.counts, lineage.digest = _flat(counts), digest_of(made)
     if run.output is None:
         sys.stdout.buffer.write(text("."))
         sys.stdout.buffer.flush()
@@ -400,7 +402,6 @@ def _flat(counts: dict[str, Any]) -> dict[str, Any]:
 
 def _finish(run: Run, counts: dict[str, Any]) -> None:
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(
-        counts,
-        f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources; {where}",
-    )
+    kept_out = f", {counts['held_out']:,} held out" if "held_out" in counts else ""
+    taken = f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources"
+    run.finish(counts, f"{taken}{kept_out}; {where}")

@@ -139,12 +139,16 @@ def located(plan: Path, source: PlannedSource) -> Path:
 
 
 def plan_digest(path: str | Path) -> str | None:
-    """Digest of what decides the order of a plan (not of where its shards lie); None where the file is no plan of ours."""
+    """Digest of the plan in a file or directory; None where it is no plan of ours."""
     place = Path(path) / PLAN_NAME if Path(path).is_dir() else Path(path)
     try:
-        plan = read_plan(place)
+        return digest_of(read_plan(place))
     except LlmkitError:
         return None
+
+
+def digest_of(plan: Plan) -> str:
+    """Digest of what decides the order of a plan, not of where its shards lie."""
     kept = [plan.seed, plan.tokenizer, plan.shuffle, plan.sequence_length]
     kept += [[source.digest, source.tokens, source.held_out] for source in plan.sources]
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(kept).encode())

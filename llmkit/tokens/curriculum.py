@@ -90,9 +90,7 @@ def _stage(path: Path, number: int, table: dict[str, Any], sources: dict[str, st
 
 
 def _amount(value: Any, what: str) -> Any:
-    if (
-        type(value) is int and value >> 128
-    ):  # Python writes no integer of thousands of digits, which TOML may hold in hexadecimal
+    if type(value) is int and abs(value) >> 128:  # from hexadecimal: Python writes no decimals of that length
         value = float("inf")
     return parse_amount(str(value) if type(value) in (int, float, str) else "", what)
 

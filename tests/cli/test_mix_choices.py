@@ -16,7 +16,9 @@ import numpy as np
 import orjson
 import pytest
 
+from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
+from llmkit.io.provenance import check
 from llmkit.io.shards import TokenStore
 
 Write = Callable[..., Path]
@@ -82,6 +84,8 @@ def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch:
         mixed, planned = (first_batches(place / f"{name}-{form}") for form in ("mix", "plan"))
         assert mixed == planned, name
         found.append(mixed)
+        checked = check(read_lineage(place / f"{name}-plan") or {}, str(place / f"{name}-plan"), [])
+        assert {state for _, state in checked} == {"ok"}
         if "--holdout" in choices:
             stores = [TokenStore.open(str(place / f"{name}-{form}" / "heldout")) for form in ("mix", "plan")]
             assert stores[0].inputs[0].digest == stores[1].inputs[0].digest
@@ -102,6 +106,8 @@ def test_held_out_documents(llmkit_here, place: Path) -> None:
     assert seen | names[one] == {f"web-{i}" for i in range(300)} | {f"code-{i}" for i in range(100)}
     assert not seen & names[one] and json.loads(first.stderr)["held_out"] == one.documents
     assert not list((place / "one").glob(".*")) and one.inputs[0].lineage["command"] == "mix"
+    done = llmkit_here("mix", "web", "--holdout", "5%", "-n", cwd=place)
+    assert re.search(rb", [12]?\d held out; nothing written", done.stderr)
     done = llmkit_here("mix", "wiki", "--holdout", "1e-9", "-n", cwd=place)
     assert b"nothing is held out: none of 10 documents" in done.stderr
 
@@ -194,6 +200,7 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
         ("web --pack best-fit", 2, "--pack best-fit without --sequence-length"),
         ("web --sequence-length 1", 2, "--sequence-length"),
         ("web --sequence-length 9223372036854775808", 2, "--sequence-length"),
+        ("gone --holdout 1%", 1, "gone: no such file or directory"),
         ("web --holdout 0", 2, "--holdout 0: no share"),
         ("web --holdout 101%", 2, "--holdout 101%: no share"),
         ("web --holdout 99.999999%", 1, "web: no tokens in this source"),
