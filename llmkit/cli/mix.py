@@ -36,8 +36,8 @@ Pack = Annotated[str, typer.Option("--pack", metavar="HOW", help="concat cuts an
 SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, max=1 << 24, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
 HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of their ids, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
 TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", "-t", help="Count tokens with this tokenizer, not as bytes / 4", rich_help_panel=TEXT)]
-WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold (duplicates)", rich_help_panel=TEXT)]
-WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=TEXT)]
+WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold: duplicates", rich_help_panel=ORDER)]
+WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=ORDER)]
 # fmt: on
 
 
@@ -129,7 +129,7 @@ def main(
             f"{names[0]} holds tokens, {names[1]} documents", "mix either, not both: tokenize the documents"
         )
     only = (
-        {"--tokenizer": tokenizer, "--weight-by": weight_by}
+        {"--tokenizer": tokenizer, f"--weight-by {weight_by}": weight_by not in (None, "duplicates")}
         if all(kinds.values())
         else {
             "--plan": plan,
@@ -152,7 +152,7 @@ def main(
         check_output(run.output, run.force)  # before the sources are read
     asked = Asked(asked_stages, shuffle, pack, sequence_length, no_repeat)
     if all(kinds.values()):
-        _mix_shards(run, paths, asked, share, plan)
+        _mix_shards(run, paths, asked, ranges, share, plan)
     else:
         _mix_documents(run, paths, asked, tokenizer, weight_by, ranges)
 
@@ -181,7 +181,9 @@ def _has_documents(path: str) -> bool:
         return False
 
 
-def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan: bool) -> None:
+def _mix_shards(
+    run: Run, paths: list[str], asked: Asked, ranges: list[tuple[int, int]], share: float, as_plan: bool
+) -> None:
     import numpy as np
 
     from llmkit.io.gather import write_ordered
@@ -193,10 +195,12 @@ def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan:
     stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
     _refuse_repeats(paths, digests)
+    if ranges and all(store.duplicates is None for store in stores):
+        raise LlmkitError(f"{paths[0]}: no duplicates of its documents are kept", "tokenize with --keep-duplicates")
     kept_out = held_out(stores, share) if share else [()] * len(stores)
     if share and not any(kept_out):
         run.warn(f"nothing is held out: none of {sum(s.documents for s in stores):,} documents falls into {share:.3g}")
-    copies = [usable(store, documents) for store, documents in zip(stores, kept_out, strict=True)]
+    copies = [usable(store, documents, ranges) for store, documents in zip(stores, kept_out, strict=True)]
     lengths = [np.diff(store.offsets) for store in stores]
     wanted = _budgets(run, paths, asked, _available(lengths, copies))
     made = Plan(
@@ -205,6 +209,7 @@ def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan:
         stores[0].tokenizer.digest,
         asked.shuffle,
         asked.length if asked.pack == "best-fit" else None,
+        tuple(ranges),
     )
     inputs = [item for store in stores for item in store.inputs]
     ordered = OrderedTokens(made, stores, inputs)
@@ -285,10 +290,9 @@ def _mix_documents(
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
     from llmkit.io.lineage import Input, base_name, digest_path
-    from llmkit.io.order import resolve
+    from llmkit.io.order import copies_by, resolve
     from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.tokenizer import load_tokenizer_info
-    from llmkit.tokens.mix import copies_by
     from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 
     count: Count = estimate

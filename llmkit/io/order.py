@@ -163,11 +163,19 @@ def pack(order: Order, length: int) -> Order:
     )
 
 
-def usable(store: TokenStore, held_out: Sequence[int]) -> Numbers | None:
-    """How often each document of a source may be used in a pass: 0 for held-out ones and for the padding of an earlier packing. None: all once."""
-    if not held_out and store.padding is None:
+def copies_by(ranges: Sequence[tuple[int, int]], counts: Numbers) -> Numbers:
+    """How often documents of such counts come in a pass, by (first count, times) of rising ranges; (1, 1) where there are none."""
+    first, times = np.array(ranges or [(1, 1)], np.int64).T
+    return np.asarray(times)[np.maximum(np.searchsorted(first, counts, side="right") - 1, 0)]
+
+
+def usable(store: TokenStore, held_out: Sequence[int], ranges: Sequence[tuple[int, int]] = ()) -> Numbers | None:
+    """How often each document of a source may be used in a pass, by its duplicates: 0 for held-out ones and for the padding of an earlier packing.
+    None: all once."""
+    if not held_out and store.padding is None and not ranges:
         return None
-    copies = np.ones(store.documents, np.int64)
+    counts = store.duplicates if ranges else None
+    copies = copies_by(ranges, np.ones(store.documents, np.int64) if counts is None else counts)
     copies[list(held_out)] = 0
     if store.padding is not None:
         copies[store.padding] = 0
@@ -202,7 +210,9 @@ class OrderedTokens:
         self.stores = stores
         self.inputs = inputs
         self.sequence_length = plan.sequence_length
-        copies = [usable(store, source.held_out) for source, store in zip(plan.sources, stores, strict=True)]
+        copies = [
+            usable(store, source.held_out, plan.weight_map) for source, store in zip(plan.sources, stores, strict=True)
+        ]
         self.unpacked = resolve(plan, [np.diff(store.offsets) for store in stores], copies)
         self.order = pack(self.unpacked, plan.sequence_length) if plan.sequence_length else self.unpacked
         self.offsets: NDArray[np.int64] = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.order.size)))

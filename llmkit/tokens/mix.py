@@ -20,19 +20,15 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from llmkit.io.plan import MOST_TIMES
 
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 NUMBER = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
-MOST_TIMES = 1000
 MOST = 1e30  # so that no product or ratio of amounts and sizes is infinite
 FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (times) or PATH:2B (tokens)"
 
@@ -98,14 +94,6 @@ def parse_weight_map(text: str) -> list[tuple[int, int]]:
         found.append((low, times))
         last = high
     return found
-
-
-def copies_by(ranges: Sequence[tuple[int, int]], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often documents of such counts come in a pass."""
-    import numpy as np
-
-    first, times = np.array(ranges, np.int64).T
-    return np.asarray(times)[np.maximum(np.searchsorted(first, counts, side="right") - 1, 0)]
 
 
 def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) -> list[int]:

@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import pytest
 
+from llmkit.errors import LlmkitError
 from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
 from llmkit.io.provenance import check
@@ -192,6 +193,44 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
     assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is no count" in done.stderr
 
 
+def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: tokenize keeps the counts of documents, digested; a mix by them is the same from a plan, those without are as those of count 1, and
+    what is held out does not come; other readers, shards without counts and the digests of these are as before."""
+    (place / "tok").mkdir()
+    for name, text in small_tokenizer.items():
+        (place / "tok" / name).write_text(text)
+    rows = [{"id": f"{i}", "text": "x" * 40 + f"{i}"} | ({"duplicates": i} if i else {}) for i in range(12)]
+    (place / "d.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    for output, more in (("d", ("--keep-duplicates",)), ("e", ())):
+        done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", "-o", output, *more, cwd=place)
+        assert done.returncode == 0, done.stderr
+    store, without = TokenStore.open(str(place / "d")), TokenStore.open(str(place / "e"))
+    assert store.duplicates is not None and store.duplicates.tolist() == [1, *range(1, 12)]
+    assert without.duplicates is None and without.inputs[0].digest != store.inputs[0].digest
+    store.verify()
+    part = place / "d" / "part-00000.arrow"
+    content = part.read_bytes()
+    part.write_bytes(content.replace(np.int64(11).tobytes(), np.int64(12).tobytes()))
+    with pytest.raises(LlmkitError, match="does not match its digest"):
+        TokenStore.open(str(place / "d")).verify()
+    part.write_bytes(content)
+    call = ("mix", "d", "web", "--weight-by", "duplicates", "--weight-map", "1:1,2-5:2,6-10:3", "--holdout", "30%")
+    for output, more in (("m", ()), ("p", ("--plan",))):
+        assert llmkit_here(*call, "-o", output, *more, cwd=place).returncode == 0
+    mixed, planned = (OrderedTokens.open(str(place / name)) for name in "mp")
+    found = [(mixed.id(i), mixed.epoch(i)) for i in range(mixed.documents)]
+    assert found == [(planned.id(i), planned.epoch(i)) for i in range(planned.documents)]
+    kept = TokenStore.open(str(place / "m" / "heldout"))
+    out = {kept.id(i) for i in range(kept.documents)}
+    expected = {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12) if f"{i}" not in out}
+    assert Counter(id for id, _ in found if "web" not in id) == expected and len(expected) < 12
+    assert {count for id, count in Counter(id for id, _ in found).items() if "web" in id} == {1}
+    for option, message in (("--to", b"--to jsonl has no place"), ("--decode", b"has no place")):
+        value = ("jsonl",) if option == "--to" else ("--from", "shards")
+        done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", option, *value, "--keep-duplicates", cwd=place)
+        assert done.returncode == 2 and message in done.stderr
+
+
 @pytest.mark.parametrize(
     ("call", "code", "message"),
     [
@@ -207,7 +246,8 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
         ("web --holdout 1% --plan -o p.toml", 2, "--holdout writes a directory"),
         ("web --holdout 1% -o p.arrow", 2, "--holdout writes a directory"),
         ("web --weight-by duplicates", 2, "go together"),
-        ("web --weight-by duplicates --weight-map 1:1", 2, "--weight-by is for documents"),
+        ("web --weight-by duplicates --weight-map 1:1", 1, "web: no duplicates of its documents are kept"),
+        ("web --weight-by pages --weight-map 1:1", 2, "--weight-by pages is for documents"),
         ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is no range"),
         ("docs.jsonl --pack best-fit --sequence-length 8", 2, "--pack best-fit is for token shards"),
         ("docs.jsonl --holdout 1%", 2, "--holdout is for token shards"),
