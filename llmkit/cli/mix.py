@@ -245,14 +245,16 @@ def _write_held_out(
     """Token shards of the documents that the mix keeps out, in the directory of the mix; nothing where there are none."""
     from llmkit.io.shards import ShardWriter
 
-    found = [(store, i) for store, source in zip(stores, made.sources, strict=True) for i in source.held_out]
+    found = sum(len(source.held_out) for source in made.sources)
     if not found:
         return
     assert directory
     with ShardWriter(str(directory / HELD_OUT), stores[0].tokenizer, run.lineage()) as writer:
-        for store, i in found:
-            writer.write(store.document(i), store.id(i), store.source(i))
-        writer.finish({"documents": len(found)}, inputs)
+        for store, source in zip(stores, made.sources, strict=True):
+            names = store.sources
+            for i in source.held_out:
+                writer.write(store.document(i), store.id(i), names[store.codes[i]])
+        writer.finish({"documents": found}, inputs)
 
 
 def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Input], counts: dict[str, Any]) -> None:

@@ -123,6 +123,9 @@ def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
         summary["padding"] + summary["tokens"]
     )
     assert llmkit_here("mix", *call, "--plan", "-o", "p", cwd=place).returncode == 0
+    lines = llmkit_here("tokenize", "m", "--to", "jsonl", "--plain", cwd=place).stdout.splitlines()
+    assert all(orjson.loads(line)["id"] for line in lines)  # padding is no document
+    assert sum(len(orjson.loads(line)["tokens"]) for line in lines) == summary["tokens"]
     for data in ("m", "p"):
         train = ("train", data, "-m", "tiny", "-n", "-o", "run", "--heldout", f"{data}/heldout")
         planned = llmkit_here(*train, "--json", "-q", cwd=place)
@@ -134,6 +137,8 @@ def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
         ):
             done = llmkit_here(*train, *option, cwd=place)
             assert done.returncode == 2 and message in done.stderr.decode()
+        done = llmkit_here("train", "web", "--heldout", "m", "--no-document-mask", "-n", "-o", "run", cwd=place)
+        assert done.returncode == 2 and b"m is packed" in done.stderr
         assert llmkit_here(*train, "--sequence-length", "24", cwd=place).returncode == 0
 
 
