@@ -106,6 +106,8 @@ def main(
         raise UsageError("--pack best-fit without --sequence-length", "name the length that will be trained with")
     if (weight_by is None) != (weight_map is None):
         raise UsageError("--weight-by and --weight-map go together", "--weight-by duplicates --weight-map 1:1,2-5:2")
+    if pack == "concat":
+        run.options.pop("sequence_length", None)  # it decides nothing but a table
     share = parse_share(holdout) if holdout else 0.0
     ranges = parse_weight_map(weight_map) if weight_map else []
     if tokens is not None and (tokens < 1 or stages):

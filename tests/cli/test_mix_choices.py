@@ -156,6 +156,8 @@ def test_stages_table(llmkit_here, place: Path) -> None:
     assert abs(rows[0]["tokens"] - 2_400) <= 30 and abs(rows[2]["tokens"] + rows[3]["tokens"] - 2_000) <= 60
     again = llmkit_here("mix", *call, cwd=place)
     assert again.returncode == 0 and b"up to date" in again.stderr
+    again = llmkit_here("mix", *call, "--sequence-length", "64", cwd=place)  # it decides nothing without best-fit
+    assert again.returncode == 0 and b"up to date" in again.stderr
     (place / "elsewhere" / "s.toml").write_text(STAGES.replace("0.8", "0.7"))
     assert b"m exists" in llmkit_here("mix", *call, cwd=place).stderr
     done = llmkit_here("mix", "web", "code", "--stages", "elsewhere/s.toml", "-n", cwd=place)
