@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.tokens.mix import Spec, budgets, parse_amount
 
 HINT = "see examples/k2.toml for the form"
@@ -61,7 +62,8 @@ def read_stages(path: Path, places: Sequence[str]) -> tuple[list[str], list[Stag
         raise UsageError(f"{path}: no [[stage]]", HINT)
     if places and len(places) != len(sources):
         raise UsageError(f"{len(places)} sources named, but {len(sources)} in {path}", "name all of them, or none")
-    paths = list(places) or [os.path.normpath(path.parent / place) for place in sources.values()]
+    found = list(places) or [STDIN if p == STDIN else os.path.normpath(path.parent / p) for p in sources.values()]
+    paths = [STDIN if place == STDIN_PATH else place for place in found]
     return paths, [_stage(path, i, table, dict(zip(sources, paths, strict=True))) for i, table in enumerate(stages)]
 
 

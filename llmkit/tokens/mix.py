@@ -47,7 +47,7 @@ def parse_spec(text: str) -> Spec:
     """A source of the command line. UsageError where the amount is not a positive number; a path that exists is never cut at its colon."""
     path, colon, amount = text.rpartition(":")
     if not colon or not path or os.path.exists(text) or "/" in amount:
-        return Spec(text)
+        return Spec(STDIN if text == STDIN_PATH else text)
     kind, value = parse_amount(amount, text)
     return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
 

@@ -37,6 +37,7 @@ def specs(*texts: str) -> list[Spec]:
         ("web:2B", Spec("web", "tokens", 2e9, ":2B")),
         ("web:1.5k", Spec("web", "tokens", 1500.0, ":1.5k")),
         ("/dev/stdin:0.5", Spec("-", "weight", 0.5, ":0.5")),
+        ("/dev/stdin", Spec("-")),
         ("a:b:0.5", Spec("a:b", "weight", 0.5, ":0.5")),
         ("s3://bucket/web", Spec("s3://bucket/web")),
     ],
@@ -231,6 +232,9 @@ def test_stages(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="main: --tokens 2,000, but the multipliers and budgets come to 2,200"):
         stage_budgets(stages, [5_000, 1_100])
     assert read_stages(file, ["a", "b"])[1][0].specs[1].path == "b"
+    assert read_stages(file, ["/dev/stdin", "b"])[0] == ["-", "b"]
+    file.write_text(CURRICULUM.replace("shards/web/", "-"))
+    assert read_stages(file, [])[0] == ["-", wiki]
     assert len(read_stages(EXAMPLES / "k2.toml", [])[0]) == 14
 
 
