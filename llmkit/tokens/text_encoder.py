@@ -26,6 +26,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.tokenizer import TokenizerInfo
 
 NEVER = -1
+MARKS = 200  # beginnings of added tokens; looking for more takes longer than the library does for all
 UNCOMPILED = 1 << 22  # characters for which the library is started rather than a compiler
 
 
@@ -52,6 +53,8 @@ class TextEncoder:
             if allow_special or not token.get("special"):
                 for name in {token["content"], self._normal(token["content"])}:
                     self._marks[name[:2]].append(name)
+        if len(self._marks) > MARKS:
+            self._patience = NEVER
 
     @property
     def library(self) -> Any:

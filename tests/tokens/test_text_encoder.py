@@ -126,6 +126,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "lower case": lambda content: content.update(normalizer={"type": "Lowercase"}),
     "an added token": lambda content: added(content, "<tool>", normalized=False),
     "an added token to be normalised": lambda content: (content.update(normalizer={"type": "NFC"}), added(content, "e\u0301x")),
+    "many added tokens": lambda content: [added(content, chr(0x4E00 + i) + "a") for i in range(201)] and None,
     "prefix space": lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "dropout 0": lambda content: content["model"].update(dropout=0.0),
     "dropout": lambda content: content["model"].update(dropout=0.5),
@@ -159,7 +160,16 @@ def test_other_tokenizers(change: str, allow_special: bool, trained: Trained) ->
         library.encode(t, add_special_tokens=False).ids for t in texts
     ]
     assert (encoder._fast is None) == (
-        change in ("lower case", "prefix space", "other words", "dropout", "ids beyond 2^23", "an id of two names")
+        change
+        in (
+            "lower case",
+            "prefix space",
+            "other words",
+            "dropout",
+            "ids beyond 2^23",
+            "an id of two names",
+            "many added tokens",
+        )
     )
 
 
