@@ -54,6 +54,7 @@ def main(
     from llmkit.io.lineage import describe_input
     from llmkit.io.tokenizer import load_tokenizer_info
     from llmkit.tokens import extend
+    from llmkit.tokens.pretokenize import gguf_warning
 
     if (add is None) == (tokens is None):
         raise UsageError("what to add?", "--add COUNT learns merges from the documents, --tokens FILE adds words")
@@ -64,7 +65,8 @@ def main(
     if run.output is None:
         raise UsageError("no output", "name the directory of the new tokenizer, or model, with -o")
     info = load_tokenizer_info(tokenizer)
-    extend.check_extendable(info, str(tokenizer))
+    if warning := gguf_warning(str(tokenizer), extend.check_extendable(info, str(tokenizer))):
+        run.warn(warning)
     paths = run.inputs(inputs) if tokens is None else []
     if not run.dry_run and run.up_to_date([str(tokenizer), *paths]):
         return

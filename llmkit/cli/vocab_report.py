@@ -52,10 +52,16 @@ def main(
     where there is none) or those of --by. In scripts without spaces every character counts as a word. A group whose fertility is over 1.5
     times that of English (language en or eng, or the group of --baseline) is warned of: its text costs that much more, in training and in use.
     """
+    import orjson
+
     from llmkit.io.tokenizer import load_tokenizer_info
     from llmkit.tokens import fertility
+    from llmkit.tokens.pretokenize import gguf_warning
 
     infos = [load_tokenizer_info(path) for path in tokenizers]
+    for path, info in zip(tokenizers, infos, strict=True):
+        if warning := gguf_warning(str(path), orjson.loads(info.files.get("tokenizer.json", "{}"))):
+            run.warn(warning)
     if run.output:
         from llmkit.io.atomic import check_output
 

@@ -89,6 +89,14 @@ def pattern_of(described: Any) -> str | None:
     return None
 
 
+def gguf_warning(name: str, tokenizer: dict[str, Any]) -> str | None:
+    """What to say of a byte-level tokenizer.json whose pattern is none of the four; None where there is nothing to say."""
+    cutter = tokenizer.get("pre_tokenizer")
+    if "ByteLevel" not in str(cutter) or pattern_of(cutter):
+        return None
+    return f"{name}: cuts text as none of {', '.join(PATTERNS)} does: a GGUF file cannot name its pattern, and llama.cpp will not load it"
+
+
 @cache
 def byte_alphabet() -> list[str]:
     """The character that stands for each byte, 0 to 255: itself where it is printable in Latin-1, else the next one free from U+0100 on (GPT-2's rule)."""

@@ -79,6 +79,20 @@ def test_report_warns(place: Path, llmkit_here: Command) -> None:
     assert b"no English among the groups" in done.stderr and b"warning" not in done.stderr
 
 
+def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> None:
+    """Behaviour: a byte-level tokenizer that cuts text its own way is warned of, one of ours is not."""
+    other = json.loads((place / "tok/tokenizer.json").read_text())
+    other["pre_tokenizer"]["add_prefix_space"] = True
+    (place / "other").mkdir()
+    for file in (place / "tok").iterdir():
+        (place / "other" / file.name).write_bytes(file.read_bytes())
+    (place / "other/tokenizer.json").write_text(json.dumps(other))
+    done = llmkit_here("vocab report", "tok", "other", "--text", "en.jsonl", cwd=place)
+    assert done.stderr.count(b"GGUF") == 1 and b"warning: other: cuts text as none of llama-bpe" in done.stderr
+    extended = llmkit_here("vocab extend", "other", "de.jsonl", "--add", "4", "-o", "more", cwd=place)
+    assert extended.returncode == 0 and b"GGUF" in extended.stderr
+
+
 def test_advise(place: Path, llmkit_here: Command) -> None:
     """Behaviour: a table for each model, the same JSON in another order of documents, and a warning where the corpus is too small."""
     randomness = random.Random(1)
