@@ -135,6 +135,8 @@ def main(
             "--engine": engine != "local",
             "--bos": bos,
             "--fim-rate": fim_rate,
+            "--fim-source": fim_source,
+            "--source-key": source_key != "source",
             "--allow-special": allow_special,
         }
         for option in (name for name, given in encoding.items() if given):

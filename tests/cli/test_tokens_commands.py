@@ -148,6 +148,8 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--engine", "rai"], 2, "did you mean 'ray'"),
         (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--engine", "ray"], 2, "--engine is for encoding"),
         (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--bos"], 2, "--bos is for encoding"),
+        (["tokenize", "one.arrow", "--to", "jsonl", "--source-key", "x"], 2, "--source-key is for encoding"),
+        (["tokenize", "one.arrow", "--to", "jsonl", "--fim-source", "x"], 2, "--fim-source is for encoding"),
         (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "-t", "other"], 1, "made with another tokenizer"),
         (
             ["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--to", "jsonl"],
