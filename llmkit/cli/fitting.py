@@ -169,6 +169,7 @@ def held_out(paths: list[str] | None, digest: str, length: int, document_mask: b
 
     store = TokenStore.open(paths)
     refuse_other_tokenizer(" ".join(paths), store.tokenizer.digest, digest)
+    packed_length(" ".join(paths), store.sequence_length, None, document_mask)
     return HeldOutSource(store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size)
 
 

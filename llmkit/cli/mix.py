@@ -33,11 +33,11 @@ Shuffle = Annotated[str, typer.Option("--shuffle", metavar="HOW", help="global; 
 Stages = Annotated[Path | None, typer.Option("--stages", metavar="TOML", help="Sources, and what each stage takes of them", rich_help_panel=ORDER)]
 NoRepeat = Annotated[bool, typer.Option("--no-repeat", help="Refuse where a source is smaller than what it is to give", rich_help_panel=ORDER)]
 Pack = Annotated[str, typer.Option("--pack", metavar="HOW", help="concat cuts anywhere; best-fit only what is too long", rich_help_panel=SHARDS)]
-SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
-HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of the tokens, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", min=2, max=1 << 24, help="Tokens in a sequence, as it will be trained on", rich_help_panel=SHARDS)]
+HoldOut = Annotated[str | None, typer.Option("--holdout", metavar="SHARE", help="Keep this share, by a hash of their ids, out; in OUTPUT/heldout", rich_help_panel=SHARDS)]
 TokenizerPath = Annotated[Path | None, typer.Option("--tokenizer", "-t", help="Count tokens with this tokenizer, not as bytes / 4", rich_help_panel=TEXT)]
-WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold (duplicates)", rich_help_panel=TEXT)]
-WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=TEXT)]
+WeightBy = Annotated[str | None, typer.Option("--weight-by", metavar="FIELD", help="Repeat documents by a count that they hold: duplicates", rich_help_panel=ORDER)]
+WeightMap = Annotated[str | None, typer.Option("--weight-map", metavar="RANGES", help="Times for ranges of counts: 1:1,2-5:2,6-100:3", rich_help_panel=ORDER)]
 # fmt: on
 
 
@@ -88,8 +88,8 @@ def main(
 
     -o DIRECTORY or FILE.arrow takes shards in training order; with --plan, -o FILE.toml or DIRECTORY takes a plan, which names the shards by
     path and digest and gives the same order to the bit. With --pack best-fit the order fills sequences of --sequence-length: padding has
-    weight 0, and `train` takes no other length. --holdout goes by a hash of the tokens: what is held out of one mix is held out of every one
-    (of as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
+    weight 0, and `train` takes no other length. --holdout goes by a hash of the id, and takes what has the same id or the same tokens with it: none
+    of it is trained on in another form, and what is held out of one mix is so of every one (with as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
     a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
     """
     from llmkit.io.atomic import check_output, is_special
@@ -106,6 +106,8 @@ def main(
         raise UsageError("--pack best-fit without --sequence-length", "name the length that will be trained with")
     if (weight_by is None) != (weight_map is None):
         raise UsageError("--weight-by and --weight-map go together", "--weight-by duplicates --weight-map 1:1,2-5:2")
+    if pack == "concat":
+        run.options.pop("sequence_length", None)  # it decides nothing but a table
     share = parse_share(holdout) if holdout else 0.0
     ranges = parse_weight_map(weight_map) if weight_map else []
     if tokens is not None and (tokens < 1 or stages):
@@ -129,7 +131,7 @@ def main(
             f"{names[0]} holds tokens, {names[1]} documents", "mix either, not both: tokenize the documents"
         )
     only = (
-        {"--tokenizer": tokenizer, "--weight-by": weight_by}
+        {"--tokenizer": tokenizer, f"--weight-by {weight_by}": weight_by not in (None, "duplicates")}
         if all(kinds.values())
         else {
             "--plan": plan,
@@ -152,7 +154,7 @@ def main(
         check_output(run.output, run.force)  # before the sources are read
     asked = Asked(asked_stages, shuffle, pack, sequence_length, no_repeat)
     if all(kinds.values()):
-        _mix_shards(run, paths, asked, share, plan)
+        _mix_shards(run, paths, asked, ranges, share, plan)
     else:
         _mix_documents(run, paths, asked, tokenizer, weight_by, ranges)
 
@@ -167,6 +169,8 @@ def _holds_tokens(path: str) -> bool:
         return any(name.endswith(".arrow") for name in os.listdir(path)) or not _has_documents(path)
     if any(mark in path for mark in "*?[") and not os.path.exists(path):
         raise UsageError(f"{path}: a pattern is not one source", "name the directory, or each file")
+    if not os.path.exists(path) and "://" not in path:
+        raise LlmkitError(f"{path}: no such file or directory", "check the path")
     return path.endswith(".arrow")
 
 
@@ -179,19 +183,26 @@ def _has_documents(path: str) -> bool:
         return False
 
 
-def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan: bool) -> None:
+def _mix_shards(
+    run: Run, paths: list[str], asked: Asked, ranges: list[tuple[int, int]], share: float, as_plan: bool
+) -> None:
     import numpy as np
 
     from llmkit.io.gather import write_ordered
-    from llmkit.io.order import OrderedTokens, held_out, usable
+    from llmkit.io.holdout import held_out
+    from llmkit.io.order import OrderedTokens, usable
     from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.shards import ShardWriter, TokenStore
 
     stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
     _refuse_repeats(paths, digests)
-    kept_out = [held_out(store, share) if share else () for store in stores]
-    copies = [usable(store, documents) for store, documents in zip(stores, kept_out, strict=True)]
+    if ranges and all(store.duplicates is None for store in stores):
+        raise LlmkitError(f"{paths[0]}: no duplicates of its documents are kept", "tokenize with --keep-duplicates")
+    kept_out = held_out(stores, share) if share else [()] * len(stores)
+    if share and not any(kept_out):
+        run.warn(f"nothing is held out: none of {sum(s.documents for s in stores):,} documents falls into {share:.3g}")
+    copies = [usable(store, documents, ranges) for store, documents in zip(stores, kept_out, strict=True)]
     lengths = [np.diff(store.offsets) for store in stores]
     wanted = _budgets(run, paths, asked, _available(lengths, copies))
     made = Plan(
@@ -200,6 +211,7 @@ def _mix_shards(run: Run, paths: list[str], asked: Asked, share: float, as_plan:
         stores[0].tokenizer.digest,
         asked.shuffle,
         asked.length if asked.pack == "best-fit" else None,
+        tuple(ranges),
     )
     inputs = [item for store in stores for item in store.inputs]
     ordered = OrderedTokens(made, stores, inputs)
@@ -235,14 +247,16 @@ def _write_held_out(
     """Token shards of the documents that the mix keeps out, in the directory of the mix; nothing where there are none."""
     from llmkit.io.shards import ShardWriter
 
-    found = [(store, i) for store, source in zip(stores, made.sources, strict=True) for i in source.held_out]
+    found = sum(len(source.held_out) for source in made.sources)
     if not found:
         return
     assert directory
     with ShardWriter(str(directory / HELD_OUT), stores[0].tokenizer, run.lineage()) as writer:
-        for store, i in found:
-            writer.write(store.document(i), store.id(i), store.source(i))
-        writer.finish({"documents": len(found)}, inputs)
+        for store, source in zip(stores, made.sources, strict=True):
+            names = store.sources
+            for i in source.held_out:
+                writer.write(store.document(i), store.id(i), names[store.codes[i]])
+        writer.finish({"documents": found}, inputs)
 
 
 def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Input], counts: dict[str, Any]) -> None:
@@ -250,7 +264,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
     from dataclasses import replace
 
     from llmkit.io.atomic import atomic_directory, atomic_file
-    from llmkit.io.plan import PLAN_NAME, plan_text
+    from llmkit.io.plan import PLAN_NAME, digest_of, plan_text
 
     def text(directory: str) -> bytes:
         home = os.path.realpath(directory)
@@ -259,7 +273,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
 
     lineage = run.lineage()
     lineage.inputs += inputs
-    lineage.counts = _flat(counts)
+    lineage.counts, lineage.digest = _flat(counts), digest_of(made)
     if run.output is None:
         sys.stdout.buffer.write(text("."))
         sys.stdout.buffer.flush()
@@ -280,10 +294,9 @@ def _mix_documents(
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
     from llmkit.io.lineage import Input, base_name, digest_path
-    from llmkit.io.order import resolve
+    from llmkit.io.order import copies_by, resolve
     from llmkit.io.plan import Plan, PlannedSource
     from llmkit.io.tokenizer import load_tokenizer_info
-    from llmkit.tokens.mix import copies_by
     from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 
     count: Count = estimate
@@ -397,7 +410,6 @@ def _flat(counts: dict[str, Any]) -> dict[str, Any]:
 
 def _finish(run: Run, counts: dict[str, Any]) -> None:
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(
-        counts,
-        f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources; {where}",
-    )
+    kept_out = f", {counts['held_out']:,} held out" if "held_out" in counts else ""
+    taken = f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources"
+    run.finish(counts, f"{taken}{kept_out}; {where}")

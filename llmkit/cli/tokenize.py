@@ -86,6 +86,9 @@ def main(
     ] = "shards",
     decode: Annotated[bool, typer.Option("--decode", help="Turn token ids back into documents")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes of each source")] = False,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep how often dedup found a document, for mix --weight-by")
+    ] = False,
     engine: EngineName = "local",
     fim_rate: Annotated[
         float, typer.Option("--fim-rate", help="Share of documents cut for fill-in-the-middle", rich_help_panel=FIM)
@@ -127,8 +130,19 @@ def main(
     if tokenizer is None and kind != "shards":
         raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
     form = "documents" if decode else to
+    if keep_duplicates and form != "shards":
+        raise UsageError(
+            f"--keep-duplicates: {'--decode' if decode else f'--to {to}'} has no place for them",
+            "leave it out, or write shards",
+        )
     if kind == "documents":
-        how = {"allow_special": allow_special, "source": source, "source_key": source_key, "bos": bos}
+        how = {
+            "allow_special": allow_special,
+            "source": source,
+            "source_key": source_key,
+            "bos": bos,
+            "keep_duplicates": keep_duplicates,
+        }
         found = _encoded(run, form, inputs, tokenizer, how, (fim_rate, fim_spm_rate, fim_source or []), at_work)
     else:
         encoding = {
@@ -138,12 +152,13 @@ def main(
             "--fim-source": fim_source,
             "--source-key": source_key != "source",
             "--allow-special": allow_special,
+            "--keep-duplicates": keep_duplicates,
         }
         for option in (name for name, given in encoding.items() if given):
             raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "leave it out")
         found = _stored(run, form, kind, inputs, tokenizer, source)
     if found is not None:
-        _write(run, form, *found, max_tokens_per_shard, stats)
+        _write(run, form, *found, max_tokens_per_shard, keep_duplicates, stats)
 
 
 def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
@@ -228,6 +243,7 @@ def _write(
     blocks: Iterable[Block],
     read: list[Input],
     max_tokens_per_shard: int,
+    keep_duplicates: bool,
     stats: bool,
 ) -> None:
     """Store the blocks in that form, and say what they were. `read` is complete once they are used up."""
@@ -238,7 +254,7 @@ def _write(
     tally = Tally()
     with ExitStack() as stack:
         if not run.dry_run:
-            writer, put = _writer(run, form, info, max_tokens_per_shard)
+            writer, put = _writer(run, form, info, max_tokens_per_shard, keep_duplicates)
             stack.enter_context(writer)
         bar = stack.enter_context(run.progress(None, "documents"))
         for block in blocks:
@@ -262,8 +278,12 @@ def _write(
     run.finish(counts, f"{', '.join(said)}; {where}")
 
 
-def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int) -> tuple[Any, Callable[[Block], None]]:
+def _writer(
+    run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int, keep_duplicates: bool
+) -> tuple[Any, Callable[[Block], None]]:
     """What stores documents in that form, a context manager, and how it is given a block of them."""
+    import numpy as np
+
     from llmkit.io.shard_part import as_arrow, coded
     from llmkit.io.shards import ShardWriter
     from llmkit.io.token_files import TokenFileWriter
@@ -276,5 +296,11 @@ def _writer(run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int)
     if form != "shards":
         files = TokenFileWriter(run.output, info, form, force=run.force)
         return files, lambda block: files.extend(block.tokens, block.lengths, block.ids, block.sources)
-    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, max_tokens_per_shard=max_tokens_per_shard)
-    return shards, lambda b: shards.extend(b.tokens, b.lengths, as_arrow(b.ids), coded(b.sources))
+    how: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
+    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **how)
+
+    def put(block: Block) -> None:
+        duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
+        shards.extend(block.tokens, block.lengths, as_arrow(block.ids), coded(block.sources), duplicates=duplicates)
+
+    return shards, put

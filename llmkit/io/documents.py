@@ -116,6 +116,13 @@ class Document:
             return str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
 
+    def count(self, field: str) -> int:
+        """The whole number from 1 in a field, as dedup writes it; 1 where there is none. LlmkitError where it is something else."""
+        value = self.fields.get(field, 1)
+        if type(value) is not int or not 0 < value < 1 << 62:
+            raise LlmkitError(f"{self}: field {field!r} is no count", "whole numbers from 1, as dedup writes them")
+        return value
+
     @property
     def where(self) -> str:
         """`file:line`, for messages."""

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
+from llmkit.io.holdout import mixed
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, describe_input
 from llmkit.io.packing import PADDING, packed
@@ -61,10 +61,7 @@ class Order:
 
 def _hashes(seed: int, count: int) -> NDArray[np.uint64]:
     """splitmix64 of seed and position, uint64 [count]."""
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mixed(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed))
 
 
 def permutation(seed: int, count: int) -> NDArray[np.int64]:
@@ -166,28 +163,23 @@ def pack(order: Order, length: int) -> Order:
     )
 
 
-def usable(store: TokenStore, held_out: Sequence[int]) -> Numbers | None:
-    """How often each document of a source may be used in a pass: 0 for held-out ones and for the padding of an earlier packing. None: all once."""
-    if not held_out and store.padding is None:
+def copies_by(ranges: Sequence[tuple[int, int]], counts: Numbers) -> Numbers:
+    """How often documents of such counts come in a pass, by (first count, times) of rising ranges; (1, 1) where there are none."""
+    first, times = np.array(ranges or [(1, 1)], np.int64).T
+    return np.asarray(times)[np.maximum(np.searchsorted(first, counts, side="right") - 1, 0)]
+
+
+def usable(store: TokenStore, held_out: Sequence[int], ranges: Sequence[tuple[int, int]] = ()) -> Numbers | None:
+    """How often each document of a source may be used in a pass, by its duplicates: 0 for held-out ones and for the padding of an earlier packing.
+    None: all once."""
+    if not held_out and store.padding is None and not ranges:
         return None
-    copies = np.ones(store.documents, np.int64)
+    counts = store.duplicates if ranges else None
+    copies = copies_by(ranges, np.ones(store.documents, np.int64) if counts is None else counts)
     copies[list(held_out)] = 0
     if store.padding is not None:
         copies[store.padding] = 0
     return copies
-
-
-def held_out(store: TokenStore, share: float) -> tuple[int, ...]:
-    """Documents of which the xxh3-64 of their token ids is in the lowest `share` of its values: equal ones go together, wherever they are."""
-    found, limit, step = [], int(share * 2**64), 4096
-    for first in range(0, store.documents, step):
-        cuts = store.offsets[first : first + step + 1]
-        content = np.ascontiguousarray(store.span(int(cuts[0]), int(cuts[-1]))).data.cast("B")
-        cuts = ((cuts - cuts[0]) * store.dtype.itemsize).tolist()
-        hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        found += [first + i for i, value in enumerate(hashes) if value < limit]
-    padding = store.padding
-    return tuple(i for i in found if padding is None or not padding[i])
 
 
 class OrderedTokens:
@@ -218,7 +210,9 @@ class OrderedTokens:
         self.stores = stores
         self.inputs = inputs
         self.sequence_length = plan.sequence_length
-        copies = [usable(store, source.held_out) for source, store in zip(plan.sources, stores, strict=True)]
+        copies = [
+            usable(store, source.held_out, plan.weight_map) for source, store in zip(plan.sources, stores, strict=True)
+        ]
         self.unpacked = resolve(plan, [np.diff(store.offsets) for store in stores], copies)
         self.order = pack(self.unpacked, plan.sequence_length) if plan.sequence_length else self.unpacked
         self.offsets: NDArray[np.int64] = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.order.size)))

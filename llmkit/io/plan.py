@@ -4,6 +4,7 @@
     seed = 7
     tokenizer = "xxh3:..."
     shuffle = "global"
+    weight_map = [[1, 1], [2, 3]]    # only where documents come by their duplicates: from so many on, so often in a pass
     sequence_length = 2048           # only where documents are packed for it by best fit
     [[source]]
     path = "../web"                  # from the plan's own directory
@@ -28,6 +29,8 @@ from llmkit.errors import LlmkitError
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
+LONGEST = 1 << 24  # sequence that is packed for
+MOST_TIMES = 1000  # that a document comes in a pass
 SHUFFLES = ("global", "block", "none")
 HINT = "plans come from: llmkit mix --plan"
 
@@ -51,6 +54,7 @@ class Plan:
     tokenizer: str = ""
     shuffle: str = "global"
     sequence_length: int | None = None
+    weight_map: tuple[tuple[int, int], ...] = ()
 
 
 def plan_text(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
@@ -64,6 +68,8 @@ def plan_text(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
     ]
     if plan.sequence_length:
         lines.append(f"sequence_length = {plan.sequence_length}")
+    if plan.weight_map:
+        lines.append(f"weight_map = {list(map(list, plan.weight_map))}")
     if lineage:
         text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         lines.append(f"llmkit = {_quoted(text)}")
@@ -106,12 +112,13 @@ def read_plan(path: Path) -> Plan:
             wrong = ["tokens"]
         if wrong:
             raise LlmkitError(f"{path}: source {number}: field {wrong[0]!r} is missing or wrong", HINT)
-    length = content.get("sequence_length")
+    length, ranges = content.get("sequence_length"), content.get("weight_map", [])
     fields = {
-        "seed": type(content.get("seed")) is int,
+        "seed": type(content.get("seed")) is int and 0 <= content["seed"] < 1 << 128,
         "tokenizer": isinstance(content.get("tokenizer"), str),
         "shuffle": content.get("shuffle") in SHUFFLES,
-        "sequence_length": length is None or (type(length) is int and length > 0),
+        "sequence_length": length is None or (type(length) is int and 0 < length <= LONGEST),
+        "weight_map": isinstance(ranges, list) and all(map(_range, ranges)),
     }
     for name, valid in fields.items():
         if not valid:
@@ -119,7 +126,11 @@ def read_plan(path: Path) -> Plan:
     sources = tuple(
         PlannedSource(row["path"], row["digest"], tuple(row["tokens"]), tuple(row["held_out"])) for row in rows
     )
-    return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length)
+    return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)))
+
+
+def _range(value: Any) -> bool:
+    return _counts(value) and len(value) == 2 and 1 <= value[1] <= MOST_TIMES
 
 
 def _counts(value: Any) -> bool:
@@ -130,7 +141,7 @@ def located(plan: Path, source: PlannedSource) -> Path:
     """Where a source is now: at its path from the plan's directory, else beside the plan under its base name."""
     candidates = [plan.parent / source.path, plan.parent / Path(source.path).name]
     for candidate in candidates:
-        if candidate.exists():
+        if candidate.is_file() or candidate.is_dir():  # a device would be read without end
             return candidate
     raise LlmkitError(
         f"{plan}: its source {source.path} is not there", f"looked for {candidates[0]} and {candidates[1]}"
@@ -138,12 +149,17 @@ def located(plan: Path, source: PlannedSource) -> Path:
 
 
 def plan_digest(path: str | Path) -> str | None:
-    """Digest of what decides the order of a plan (not of where its shards lie); None where the file is no plan of ours."""
+    """Digest of the plan in a file or directory; None where it is no plan of ours."""
     place = Path(path) / PLAN_NAME if Path(path).is_dir() else Path(path)
     try:
-        plan = read_plan(place)
+        return digest_of(read_plan(place))
     except LlmkitError:
         return None
+
+
+def digest_of(plan: Plan) -> str:
+    """Digest of what decides the order of a plan, not of where its shards lie."""
     kept = [plan.seed, plan.tokenizer, plan.shuffle, plan.sequence_length]
+    kept += [plan.weight_map] if plan.weight_map else []
     kept += [[source.digest, source.tokens, source.held_out] for source in plan.sources]
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(kept).encode())

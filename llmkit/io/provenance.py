@@ -111,6 +111,10 @@ def content_digest(path: str | Path) -> str | None:
         from llmkit.io.shards import shard_digest
 
         return shard_digest(path)
+    if path.suffix == ".toml" or (path / "plan.toml").is_file():
+        from llmkit.io.plan import plan_digest
+
+        return plan_digest(path)
     return digest_path(path) if path.is_file() and path.suffix in (".zst", ".gz") else None
 
 

@@ -32,8 +32,16 @@ class ColumnDigest:
     def __init__(self) -> None:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
 
-    def add(self, tokens: Tokens, lengths: NDArray[np.int64], ids: pa.StringArray, sources: Names, epochs: Any) -> None:
-        """Documents in order; `epochs` int32 or None."""
+    def add(
+        self,
+        tokens: Tokens,
+        lengths: NDArray[np.int64],
+        ids: pa.StringArray,
+        sources: Names,
+        epochs: Any,
+        duplicates: Any,
+    ) -> None:
+        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None."""
         codes, names = sources
         ended = [name.encode() + b"\0" for name in names]
         columns: tuple[Any, ...] = (
@@ -46,6 +54,10 @@ class ColumnDigest:
             state.update(column)
         if epochs is not None:
             self._states[4].update(np.ascontiguousarray(epochs, "<i4").data)
+        if duplicates is not None:
+            if len(self._states) == 5:
+                self._states.append(xxhash.xxh3_128())
+            self._states[5].update(np.ascontiguousarray(duplicates, "<i8").data)
 
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
@@ -118,10 +130,11 @@ class Part:
             "id": ("string",),
             "source": ("dictionary<values=string, indices=int32, ordered=0>",),
             "epoch": ("int32",),
+            "duplicates": ("int64",),
         }
         for name, types in wanted.items():
             if name not in schema.names:
-                if name == "epoch":
+                if name in ("epoch", "duplicates"):
                     continue
                 raise LlmkitError(f"{self.name}: no column {name!r}", "the file was not written by llmkit")
             kind = schema.field(name).type
@@ -263,7 +276,7 @@ def part_digest(part: Part) -> tuple[str, int]:
         offsets, values = batch_tokens(batch, part.name)
         source = batch.column("source")
         sources = numbers(source.indices), source.dictionary.to_pylist()
-        epochs = numbers(batch.column("epoch")) if "epoch" in batch.schema.names else None
-        digest.add(values, np.diff(offsets), batch.column("id"), sources, epochs)
+        more = [numbers(batch.column(name)) if name in batch.schema.names else None for name in ("epoch", "duplicates")]
+        digest.add(values, np.diff(offsets), batch.column("id"), sources, *more)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

@@ -6,6 +6,7 @@
 | id | string | the document's id |
 | source | dictionary<int32, string> | where it came from |
 | epoch | int32, after `mix` only | how often the document was seen before |
+| duplicates | int64, by `tokenize --keep-duplicates` only | how often the document was found by `dedup` |
 
 Schema metadata: `llmkit.tokenizer` (digest, vocab_size, eos_id, bos_id, pad_id), `llmkit.lineage` (header), and in single files and
 streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`; in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
@@ -13,8 +14,8 @@ is empty and its custom metadata `llmkit.trailer` holds {part, last, documents, 
 a stream without it was cut off and is refused, as is a directory that lacks a part.
 
 The digest of a part is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored (little-endian), document
-lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of nothing where there is no such column). That of
-several parts is xxh3-128 of theirs. Cutting documents into batches does not change it.
+lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of nothing where there is no such column), and of a sixth
+where there are duplicates (int64). That of several parts is xxh3-128 of theirs. Cutting documents into batches does not change it.
 
 Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file into memory and copies
 nothing: opening reads what each batch says of itself, `span` within one batch is a view.
@@ -63,7 +64,7 @@ class ShardWriter:
     """Documents to token shards: a directory of parts, one file (output ending in .arrow), or stdout (None or "-").
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
-    column `epoch` is written. `sequence_length` is what the documents are packed for; their padding is of source io.packing.PADDING.
+    column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source io.packing.PADDING.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ShardWriter:
         force: bool = False,
         max_tokens_per_shard: int = SHARD_TOKENS,
         epochs: bool = False,
+        duplicates: bool = False,
         sequence_length: int | None = None,
     ) -> None:
         self.output = None if output in (None, STDIN) else output
@@ -86,6 +88,7 @@ class ShardWriter:
         self._force = force
         self._limit = max_tokens_per_shard
         self._epochs = epochs
+        self._duplicates = duplicates
         self._sequence_length = sequence_length
         self._stack = ExitStack()
         self._finished = False
@@ -95,6 +98,8 @@ class ShardWriter:
             raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or name -o PATH")
 
     def __enter__(self) -> ShardWriter:
+        import pyarrow as pa
+
         self._directory: Path | None = None
         if self.output is None:
             self._sink: BinaryIO = sys.stdout.buffer
@@ -104,7 +109,9 @@ class ShardWriter:
             self._directory = self._stack.enter_context(atomic_directory(self.output, self._force))
             for name, text in self.tokenizer.files.items():
                 (self._directory / name).write_bytes(text.encode())
-        self._schema = _schema(self.tokenizer, self.dtype, self._epochs, self.lineage, embed=self._directory is None)
+        self._schema = _schema(self.tokenizer, self.dtype, self.lineage, embed=self._directory is None)
+        for name, kind in (("epoch", pa.int32()),) * self._epochs + (("duplicates", pa.int64()),) * self._duplicates:
+            self._schema = self._schema.append(pa.field(name, kind, nullable=False))
         if self._sequence_length:
             metadata = self._schema.metadata | {LENGTH: str(self._sequence_length).encode()}
             self._schema = self._schema.with_metadata(metadata)
@@ -129,13 +136,16 @@ class ShardWriter:
         ids: pa.StringArray,
         sources: Names,
         epochs: NDArray[np.int32] | None = None,
+        duplicates: NDArray[np.int64] | None = None,
     ) -> None:
-        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` [n], `sources` [n], how often each was seen before [n].
+        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` [n], `sources` [n], how often each was seen before [n], and
+        how often `dedup` found it [n].
 
         Gives the bytes of n calls of `write`. Nothing is copied before its batch is full: arrays must not change until `finish`.
         """
         ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
+        duplicates = np.ones(len(ends), np.int64) if duplicates is None else duplicates
         first = start = 0  # document and token that come next
         while first < len(ends):
             full = int(np.searchsorted(ends, start + self.room)) + 1
@@ -152,6 +162,7 @@ class ShardWriter:
             self._ids.append(ids[first:behind])
             self._codes.append(self._coded(codes[first:behind], names))
             self._epoch_numbers.append(epochs[first:behind])
+            self._duplicate_numbers.append(duplicates[first:behind])
             self._held_documents += behind - first
             self._held_tokens += stop - start
             self._part_tokens += stop - start
@@ -203,6 +214,7 @@ class ShardWriter:
         self._ids: list[pa.StringArray] = []
         self._codes: list[NDArray[np.int32]] = []
         self._epoch_numbers: list[NDArray[np.int32]] = []
+        self._duplicate_numbers: list[NDArray[np.int64]] = []
         self._held_documents = self._held_tokens = 0
 
     def _coded(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
@@ -235,13 +247,15 @@ class ShardWriter:
             raise LlmkitError("over 2 GiB of ids in one batch", "give the documents shorter ids") from None
         codes = np.concatenate(self._codes)
         epochs = np.concatenate(self._epoch_numbers) if self._epochs else None
+        duplicates = np.concatenate(self._duplicate_numbers) if self._duplicates else None
         columns = [
             pa.LargeListArray.from_arrays(as_arrow(offsets), as_arrow(flat), type=self._schema.field("tokens").type),
             ids,
             pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._names))),
-        ] + ([] if epochs is None else [as_arrow(epochs)])
+            *(as_arrow(numbers) for numbers in (epochs, duplicates) if numbers is not None),
+        ]
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._digest.add(flat, lengths, ids, (codes, list(self._names)), epochs)
+        self._digest.add(flat, lengths, ids, (codes, list(self._names)), epochs, duplicates)
         self._part_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)
@@ -272,7 +286,7 @@ class ShardWriter:
         self._open_part()
 
 
-def _schema(info: TokenizerInfo, dtype: Any, epochs: bool, lineage: Lineage, *, embed: bool) -> pa.Schema:
+def _schema(info: TokenizerInfo, dtype: Any, lineage: Lineage, *, embed: bool) -> pa.Schema:
     import pyarrow as pa
 
     def text(value: Any) -> str:
@@ -282,6 +296,6 @@ def _schema(info: TokenizerInfo, dtype: Any, epochs: bool, lineage: Lineage, *, 
         pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)), nullable=False),
         pa.field("id", pa.string(), nullable=False),
         pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
-    ] + ([pa.field("epoch", pa.int32(), nullable=False)] if epochs else [])
+    ]
     metadata = {"llmkit.tokenizer": text(info.header()), "llmkit.lineage": text(lineage.header())}
     return pa.schema(fields, metadata | ({FILES.decode(): text(info.files)} if embed else {}))

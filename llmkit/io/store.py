@@ -40,6 +40,7 @@ class TokenStore:
         self.has_epochs = True
         self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
         self._columns: list[tuple[Any, Any]] = []  # (id, epoch or None) columns of each batch
+        self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has them, views
         self._parts: list[Part] = []
         self._first_document: list[int] = []
         self._first_token: list[int] = []
@@ -104,6 +105,8 @@ class TokenStore:
             codes.append(table[indices] if len(indices) else np.zeros(0, np.int32))
             self._values.append(values)
             self._columns.append((batch.column("id"), epoch))
+            if "duplicates" in batch.schema.names:
+                self._duplicates.append(numbers(batch.column("duplicates")))
             documents, tokens = documents + batch.num_rows, tokens + len(values)
         self._counted = (self._counted[0] + documents, self._counted[1] + tokens)
         found = {"documents": documents, "tokens": tokens}
@@ -127,6 +130,11 @@ class TokenStore:
         """Which documents only fill up a sequence, bool [documents]; None where none do."""
         code = self._source_codes.get(PADDING)
         return None if code is None else self.codes == code
+
+    @property
+    def duplicates(self) -> NDArray[np.int64] | None:
+        """How often each document was found by `dedup`, int64 [documents]; None where that was not kept."""
+        return np.concatenate(self._duplicates) if len(self._duplicates) == len(self._values) > 0 else None
 
     @property
     def documents(self) -> int:

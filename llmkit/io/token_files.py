@@ -60,6 +60,7 @@ class Block:
     sizes: list[int] = field(default_factory=list)  # UTF-8 bytes of each text, where it is known
     empty: int = 0  # documents without text, left out
     ended: int = 0  # documents that lacked the end-of-text id
+    duplicates: list[int] = field(default_factory=list)  # how often each was found by dedup, where that is kept
     bad: list[BadLine] = field(default_factory=list)  # lines that are no documents
 
     def documents(self) -> Iterator[tuple[Tokens, str, str]]:

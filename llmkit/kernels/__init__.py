@@ -59,13 +59,20 @@ def _place_of_cache() -> str:
 numba.config.CACHE_DIR = _place_of_cache()  # type: ignore[attr-defined]
 
 
+_ALONE: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+
+
 def kernel(function: Any) -> Any:
     """Compile a function that is given all its arrays and makes none.
 
     No references to arrays are counted then, which numba does else with two atomic operations wherever one kernel calls another.
     """
-    options: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
-    return numba.njit(**options)(function)
+    return numba.njit(**_ALONE)(function)
+
+
+def inner(function: Any) -> Any:
+    """A `kernel` that is written into those that call it: for what is called for every word, where handing arrays over costs as much as the work."""
+    return numba.njit(**_ALONE, forceinline=True)(function)
 
 
 def cold(kernel: str = "*") -> bool:

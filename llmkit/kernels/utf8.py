@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import inner, kernel, octets
 
 Bytes = NDArray[np.uint8]
 
 
-@kernel
+@inner
 def decode(data, i):  # type: ignore[no-untyped-def]
     """(code point, bytes it takes) at byte `i` of valid UTF-8."""
     first = np.int64(data[i])

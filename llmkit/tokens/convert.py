@@ -87,16 +87,20 @@ def stored(
 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
+    """Documents as they are stored, without the padding of packed ones."""
     first, names = 0, store.sources
+    kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
     while first < store.documents:
         room = int(store.offsets[first]) + BLOCK_TOKENS
         behind = int(np.searchsorted(store.offsets, room, side="right")) - 1
         behind = max(min(behind, first + BLOCK_DOCUMENTS), first + 1)
+        tokens = store.span(int(store.offsets[first]), int(store.offsets[behind]))
+        lengths, here = np.diff(store.offsets[first : behind + 1]), kept[first:behind]
         yield Block(
-            store.span(int(store.offsets[first]), int(store.offsets[behind])),
-            np.diff(store.offsets[first : behind + 1]),
-            [store.id(i) for i in range(first, behind)],
-            [source or names[code] for code in store.codes[first:behind]],
+            tokens if here.all() else tokens[np.repeat(here, lengths)],
+            lengths[here],
+            [store.id(first + i) for i in np.flatnonzero(here).tolist()],
+            [source or names[code] for code in store.codes[first:behind][here]],
         )
         first = behind
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.tokens.mix import Spec, budgets, parse_amount
 
 HINT = "see examples/k2.toml for the form"
@@ -61,7 +62,8 @@ def read_stages(path: Path, places: Sequence[str]) -> tuple[list[str], list[Stag
         raise UsageError(f"{path}: no [[stage]]", HINT)
     if places and len(places) != len(sources):
         raise UsageError(f"{len(places)} sources named, but {len(sources)} in {path}", "name all of them, or none")
-    paths = list(places) or [os.path.normpath(path.parent / place) for place in sources.values()]
+    found = list(places) or [STDIN if p == STDIN else os.path.normpath(path.parent / p) for p in sources.values()]
+    paths = [STDIN if place == STDIN_PATH else place for place in found]
     return paths, [_stage(path, i, table, dict(zip(sources, paths, strict=True))) for i, table in enumerate(stages)]
 
 
@@ -90,6 +92,8 @@ def _stage(path: Path, number: int, table: dict[str, Any], sources: dict[str, st
 
 
 def _amount(value: Any, what: str) -> Any:
+    if type(value) is int and abs(value) >> 128:  # from hexadecimal: Python writes no decimals of that length
+        value = float("inf")
     return parse_amount(str(value) if type(value) in (int, float, str) else "", what)
 
 

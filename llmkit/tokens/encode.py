@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ class EncodeOptions:
     """How documents become ids.
 
     `source` names the source of every document; None: its field `source_key`, else the name of its file without the suffix. `bos` puts
-    the beginning-of-text id in front of each (the tokenizer must have one).
+    the beginning-of-text id in front of each (the tokenizer must have one). `keep_duplicates` keeps the field that dedup gave them.
     """
 
     allow_special: bool = False
@@ -38,6 +39,7 @@ class EncodeOptions:
     source_key: str = "source"
     bos: bool = False
     fim: FillInTheMiddle | None = None
+    keep_duplicates: bool = False
 
 
 class Encoder:
@@ -63,8 +65,9 @@ class Encoder:
         sources = [self._how.source or self._source_of(document.fields, document.file) for document in kept]
         parts = map(self._segments, texts, names, sources)
         flat, lengths = assemble([[*self._start, *part, self._end] for part in parts], self._encode)
-        sizes = [len(text.encode()) for text in texts]
-        return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), bad=bad)
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        found = [document.count("duplicates") for document in kept] if self._how.keep_duplicates else []
+        return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=found, bad=bad)
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._how.fim.segments(text, id, source) if self._how.fim else [text]
@@ -86,6 +89,7 @@ def _made_again(info: TokenizerInfo, options: ReadOptions, how: EncodeOptions) -
     return _encoders[key]
 
 
+@lru_cache(1 << 10)
 def source_name(file: str) -> str:
     """A file's name without directory and format: `crawl/web.jsonl.zst` is `web`, stdin is `stdin`."""
     name = os.path.basename(file.strip("<>"))

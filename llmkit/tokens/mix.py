@@ -20,19 +20,16 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from llmkit.io.plan import MOST_TIMES
 
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 NUMBER = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
-MOST_TIMES = 1000
+MOST = 1e30  # so that no product or ratio of amounts and sizes is infinite
 FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (times) or PATH:2B (tokens)"
 
 
@@ -50,7 +47,7 @@ def parse_spec(text: str) -> Spec:
     """A source of the command line. UsageError where the amount is not a positive number; a path that exists is never cut at its colon."""
     path, colon, amount = text.rpartition(":")
     if not colon or not path or os.path.exists(text) or "/" in amount:
-        return Spec(text)
+        return Spec(STDIN if text == STDIN_PATH else text)
     kind, value = parse_amount(amount, text)
     return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
 
@@ -61,8 +58,10 @@ def parse_amount(amount: str, what: str) -> tuple[Kind, float]:
     if not match or (match[1] and match[3]):
         raise UsageError(f"{what}: {amount!r} is no amount", FORMS)
     value = float(match[2]) * SUFFIXES.get(match[3], 1)
-    if not 0 < value < math.inf:
+    if not value:
         raise UsageError(f"{what}: {amount!r} is not above zero", "leave the source out, or give it a positive amount")
+    if not 1 / MOST <= value <= MOST:
+        raise UsageError(f"{what}: {amount!r} is beyond all measure", f"amounts are from {1 / MOST:g} to {MOST:g}")
     kind: Kind = "times" if match[1] else "tokens" if match[3] else "weight"
     if kind == "tokens" and round(value) < 1:
         raise UsageError(f"{what}: {amount!r} is less than a token", FORMS)
@@ -95,14 +94,6 @@ def parse_weight_map(text: str) -> list[tuple[int, int]]:
         found.append((low, times))
         last = high
     return found
-
-
-def copies_by(ranges: Sequence[tuple[int, int]], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often documents of such counts come in a pass."""
-    import numpy as np
-
-    first, times = np.array(ranges, np.int64).T
-    return np.asarray(times)[np.maximum(np.searchsorted(first, counts, side="right") - 1, 0)]
 
 
 def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) -> list[int]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK
 from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
 from llmkit.io.tokenizer import TokenizerInfo
@@ -60,10 +59,7 @@ def measure(chunk: Chunk, options: ReadOptions, count: Count, field: str | None 
     """Work of one worker: parse a chunk, count its tokens, and read the count that `field` holds, 1 where there is none."""
     documents, bad = parse(chunk, options)
     lines = [document.encode() for document in documents]
-    counts = [document.fields.get(field, 1) for document in documents] if field else []
-    for document, value in zip(documents, counts, strict=False):
-        if type(value) is not int or not 0 < value < 1 << 62:
-            raise LlmkitError(f"{document}: field {field!r} is no count", "whole numbers from 1, as dedup writes them")
+    counts = [document.count(field) for document in documents] if field else []
     return Measured(
         b"".join(lines), list(map(len, lines)), count([document.text for document in documents]), counts, bad
     )

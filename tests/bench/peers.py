@@ -100,7 +100,7 @@ def call() -> str:
     words = sys.argv[1:]
     kept = [
         word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words, ""][1:], strict=True)
         if "/" not in word and not (word.startswith("--") and "/" in after)
     ]
     return shlex.join(["python", f"tests/bench/{Path(sys.argv[0]).name}", *kept])

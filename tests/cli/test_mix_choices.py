@@ -16,7 +16,10 @@ import numpy as np
 import orjson
 import pytest
 
+from llmkit.errors import LlmkitError
+from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
+from llmkit.io.provenance import check
 from llmkit.io.shards import TokenStore
 
 Write = Callable[..., Path]
@@ -82,6 +85,8 @@ def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch:
         mixed, planned = (first_batches(place / f"{name}-{form}") for form in ("mix", "plan"))
         assert mixed == planned, name
         found.append(mixed)
+        checked = check(read_lineage(place / f"{name}-plan") or {}, str(place / f"{name}-plan"), [])
+        assert {state for _, state in checked} == {"ok"}
         if "--holdout" in choices:
             stores = [TokenStore.open(str(place / f"{name}-{form}" / "heldout")) for form in ("mix", "plan")]
             assert stores[0].inputs[0].digest == stores[1].inputs[0].digest
@@ -102,6 +107,10 @@ def test_held_out_documents(llmkit_here, place: Path) -> None:
     assert seen | names[one] == {f"web-{i}" for i in range(300)} | {f"code-{i}" for i in range(100)}
     assert not seen & names[one] and json.loads(first.stderr)["held_out"] == one.documents
     assert not list((place / "one").glob(".*")) and one.inputs[0].lineage["command"] == "mix"
+    done = llmkit_here("mix", "web", "--holdout", "5%", "-n", cwd=place)
+    assert re.search(rb", [12]?\d held out; nothing written", done.stderr)
+    done = llmkit_here("mix", "wiki", "--holdout", "1e-9", "-n", cwd=place)
+    assert b"nothing is held out: none of 10 documents" in done.stderr
 
 
 def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
@@ -114,6 +123,9 @@ def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
         summary["padding"] + summary["tokens"]
     )
     assert llmkit_here("mix", *call, "--plan", "-o", "p", cwd=place).returncode == 0
+    lines = llmkit_here("tokenize", "m", "--to", "jsonl", "--plain", cwd=place).stdout.splitlines()
+    assert all(orjson.loads(line)["id"] for line in lines)  # padding is no document
+    assert sum(len(orjson.loads(line)["tokens"]) for line in lines) == summary["tokens"]
     for data in ("m", "p"):
         train = ("train", data, "-m", "tiny", "-n", "-o", "run", "--heldout", f"{data}/heldout")
         planned = llmkit_here(*train, "--json", "-q", cwd=place)
@@ -125,6 +137,8 @@ def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
         ):
             done = llmkit_here(*train, *option, cwd=place)
             assert done.returncode == 2 and message in done.stderr.decode()
+        done = llmkit_here("train", "web", "--heldout", "m", "--no-document-mask", "-n", "-o", "run", cwd=place)
+        assert done.returncode == 2 and b"m is packed" in done.stderr
         assert llmkit_here(*train, "--sequence-length", "24", cwd=place).returncode == 0
 
 
@@ -141,6 +155,8 @@ def test_stages_table(llmkit_here, place: Path) -> None:
     ]  # fmt: skip
     assert abs(rows[0]["tokens"] - 2_400) <= 30 and abs(rows[2]["tokens"] + rows[3]["tokens"] - 2_000) <= 60
     again = llmkit_here("mix", *call, cwd=place)
+    assert again.returncode == 0 and b"up to date" in again.stderr
+    again = llmkit_here("mix", *call, "--sequence-length", "64", cwd=place)  # it decides nothing without best-fit
     assert again.returncode == 0 and b"up to date" in again.stderr
     (place / "elsewhere" / "s.toml").write_text(STAGES.replace("0.8", "0.7"))
     assert b"m exists" in llmkit_here("mix", *call, cwd=place).stderr
@@ -184,6 +200,44 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
     assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is no count" in done.stderr
 
 
+def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: tokenize keeps the counts of documents, digested; a mix by them is the same from a plan, those without are as those of count 1, and
+    what is held out does not come; other readers, shards without counts and the digests of these are as before."""
+    (place / "tok").mkdir()
+    for name, text in small_tokenizer.items():
+        (place / "tok" / name).write_text(text)
+    rows = [{"id": f"{i}", "text": "x" * 40 + f"{i}"} | ({"duplicates": i} if i else {}) for i in range(12)]
+    (place / "d.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    for output, more in (("d", ("--keep-duplicates",)), ("e", ())):
+        done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", "-o", output, *more, cwd=place)
+        assert done.returncode == 0, done.stderr
+    store, without = TokenStore.open(str(place / "d")), TokenStore.open(str(place / "e"))
+    assert store.duplicates is not None and store.duplicates.tolist() == [1, *range(1, 12)]
+    assert without.duplicates is None and without.inputs[0].digest != store.inputs[0].digest
+    store.verify()
+    part = place / "d" / "part-00000.arrow"
+    content = part.read_bytes()
+    part.write_bytes(content.replace(np.int64(11).tobytes(), np.int64(12).tobytes()))
+    with pytest.raises(LlmkitError, match="does not match its digest"):
+        TokenStore.open(str(place / "d")).verify()
+    part.write_bytes(content)
+    call = ("mix", "d", "web", "--weight-by", "duplicates", "--weight-map", "1:1,2-5:2,6-10:3", "--holdout", "30%")
+    for output, more in (("m", ()), ("p", ("--plan",))):
+        assert llmkit_here(*call, "-o", output, *more, cwd=place).returncode == 0
+    mixed, planned = (OrderedTokens.open(str(place / name)) for name in "mp")
+    found = [(mixed.id(i), mixed.epoch(i)) for i in range(mixed.documents)]
+    assert found == [(planned.id(i), planned.epoch(i)) for i in range(planned.documents)]
+    kept = TokenStore.open(str(place / "m" / "heldout"))
+    out = {kept.id(i) for i in range(kept.documents)}
+    expected = {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12) if f"{i}" not in out}
+    assert Counter(id for id, _ in found if "web" not in id) == expected and len(expected) < 12
+    assert {count for id, count in Counter(id for id, _ in found).items() if "web" in id} == {1}
+    for option, message in (("--to", b"--to jsonl has no place"), ("--decode", b"has no place")):
+        value = ("jsonl",) if option == "--to" else ("--from", "shards")
+        done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", option, *value, "--keep-duplicates", cwd=place)
+        assert done.returncode == 2 and message in done.stderr
+
+
 @pytest.mark.parametrize(
     ("call", "code", "message"),
     [
@@ -191,13 +245,16 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
         ("web --pack bestfit", 2, "unknown --pack 'bestfit'"),
         ("web --pack best-fit", 2, "--pack best-fit without --sequence-length"),
         ("web --sequence-length 1", 2, "--sequence-length"),
+        ("web --sequence-length 9223372036854775808", 2, "--sequence-length"),
+        ("gone --holdout 1%", 1, "gone: no such file or directory"),
         ("web --holdout 0", 2, "--holdout 0: no share"),
         ("web --holdout 101%", 2, "--holdout 101%: no share"),
         ("web --holdout 99.999999%", 1, "web: no tokens in this source"),
         ("web --holdout 1% --plan -o p.toml", 2, "--holdout writes a directory"),
         ("web --holdout 1% -o p.arrow", 2, "--holdout writes a directory"),
         ("web --weight-by duplicates", 2, "go together"),
-        ("web --weight-by duplicates --weight-map 1:1", 2, "--weight-by is for documents"),
+        ("web --weight-by duplicates --weight-map 1:1", 1, "web: no duplicates of its documents are kept"),
+        ("web --weight-by pages --weight-map 1:1", 2, "--weight-by pages is for documents"),
         ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is no range"),
         ("docs.jsonl --pack best-fit --sequence-length 8", 2, "--pack best-fit is for token shards"),
         ("docs.jsonl --holdout 1%", 2, "--holdout is for token shards"),

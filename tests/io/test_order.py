@@ -158,7 +158,10 @@ def test_bad_plans(planned: Path, tmp_path: Path, write_shards: Write) -> None:
         text.split("[[source]]")[0]: r"no \[\[source\]\]",
         text.replace("tokens = [700]", "tokens = [-1]"): "source 2: field 'tokens'",
         text.replace("seed = 5", 'seed = "5"'): "field 'seed'",
+        text.replace("seed = 5", f"seed = 0x{'f' * 4_000}"): "field 'seed'",
+        text.replace("[[source]]", f"sequence_length = {1 << 63}\n[[source]]", 1): "field 'sequence_length'",
         text.replace("../code", "../gone"): "its source ../gone is not there",
+        text.replace("../code", "/dev/zero"): "its source /dev/zero is not there",
         text.replace('tokenizer = "xxh3:', 'tokenizer = "xxh3:0'): "another tokenizer",
     }
     for content, message in cases.items():

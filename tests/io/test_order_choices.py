@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io import order as orders
+from llmkit.io.holdout import held_out
 from llmkit.io.lineage import Lineage
-from llmkit.io.order import OrderedTokens, held_out, one_pass, resolve
+from llmkit.io.order import OrderedTokens, one_pass, resolve
 from llmkit.io.packing import PADDING
 from llmkit.io.plan import Plan, PlannedSource, plan_digest, plan_text
 from llmkit.io.shards import ShardWriter, TokenStore
-from llmkit.io.tokenizer import TokenizerInfo
 
 Write = Callable[..., Path]
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -84,28 +84,6 @@ def test_copies_are_whole_passes(sizes: list[int], data: st.DataObject, shuffle:
         assert all(abs(part - i) <= 1 for i, part in enumerate(parts))
 
 
-def store_of(path: Path, documents: list[list[int]], name: str = "s") -> TokenStore:
-    with ShardWriter(str(path), TokenizerInfo("xxh3:0", 300, 0), Lineage("tokenize", {"name": name})) as writer:
-        for i, tokens in enumerate(documents):
-            writer.write(tokens, f"{name}-{i}", name)
-        writer.finish({}, [])
-    return TokenStore.open(str(path))
-
-
-def test_held_out_by_content(tmp_path: Path) -> None:
-    """Property: a text is on the same side in whatever source it stands and beside whatever others; a larger share holds the smaller one."""
-    draw = np.random.default_rng(0)
-    documents = [draw.integers(0, 300, draw.integers(1, 9)).tolist() + [0] for _ in range(5_000)]
-    one = store_of(tmp_path / "a.arrow", documents)
-    found = held_out(one, 0.02)
-    assert 60 <= len(found) <= 140 and set(found) <= set(held_out(one, 0.1))
-    other = store_of(tmp_path / "b.arrow", [[5], *documents[::-1], *documents[:50]])
-    texts = {tuple(documents[i]) for i in found}
-    assert {i for i in range(other.documents) if tuple(other.document(i).tolist()) in texts} == set(
-        held_out(other, 0.02)
-    )
-
-
 def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
     """Property: followed by plan, a packed order gives every token taken once and end-of-text ids between; held-out documents and padding of an
     earlier packing never come; what the plan decides is in its digest."""
@@ -113,7 +91,7 @@ def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
         tmp_path / "web", np.random.default_rng(0).integers(1, 60, 90).tolist(), max_tokens_per_shard=500
     )
     store = TokenStore.open(str(web))
-    out = held_out(store, 0.1)
+    (out,) = held_out([store], 0.1)
     kept = store.tokens - sum(len(store.document(i)) for i in out)
     plan = Plan((PlannedSource("web", store.inputs[0].digest, (kept,), out),), 1, store.tokenizer.digest, "block", 16)
     (tmp_path / "plan.toml").write_text(plan_text(plan))

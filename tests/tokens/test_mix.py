@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.order import pack, resolve
+from llmkit.io.order import copies_by, pack, resolve
 from llmkit.io.plan import SHUFFLES, Plan, PlannedSource
 from llmkit.tokens.curriculum import Stage, read_stages, stage_budgets
-from llmkit.tokens.mix import Spec, budgets, copies_by, parse_share, parse_spec, parse_weight_map
+from llmkit.tokens.mix import Spec, budgets, parse_share, parse_spec, parse_weight_map
 from llmkit.tokens.pool import DocumentPool, estimate, measure
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -37,6 +37,7 @@ def specs(*texts: str) -> list[Spec]:
         ("web:2B", Spec("web", "tokens", 2e9, ":2B")),
         ("web:1.5k", Spec("web", "tokens", 1500.0, ":1.5k")),
         ("/dev/stdin:0.5", Spec("-", "weight", 0.5, ":0.5")),
+        ("/dev/stdin", Spec("-")),
         ("a:b:0.5", Spec("a:b", "weight", 0.5, ":0.5")),
         ("s3://bucket/web", Spec("s3://bucket/web")),
     ],
@@ -48,7 +49,27 @@ def test_specs(text: str, expected: Spec) -> None:
 
 @pytest.mark.parametrize(
     "amount",
-    ["0", "0.0", "x0", "0k", "-1", "nan", "inf", "x", "k", "", "1e999", "0.5x", "x2k", "x-1", "abc", "0.0001k"],
+    [
+        "0",
+        "0.0",
+        "x0",
+        "0k",
+        "-1",
+        "nan",
+        "inf",
+        "x",
+        "k",
+        "",
+        "1e999",
+        "0.5x",
+        "x2k",
+        "x-1",
+        "abc",
+        "0.0001k",
+        "1e-31",
+        "x1e305",
+        "9e29T",
+    ],
 )
 def test_amounts_that_are_none(amount: str) -> None:
     """Behaviour: refused with what was typed and the forms there are."""
@@ -211,6 +232,9 @@ def test_stages(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="main: --tokens 2,000, but the multipliers and budgets come to 2,200"):
         stage_budgets(stages, [5_000, 1_100])
     assert read_stages(file, ["a", "b"])[1][0].specs[1].path == "b"
+    assert read_stages(file, ["/dev/stdin", "b"])[0] == ["-", "b"]
+    file.write_text(CURRICULUM.replace("shards/web/", "-"))
+    assert read_stages(file, [])[0] == ["-", wiki]
     assert len(read_stages(EXAMPLES / "k2.toml", [])[0]) == 14
 
 
@@ -224,6 +248,7 @@ def test_stages(tmp_path: Path) -> None:
         ("wiki = \"x2\"", "wiki = -1", "main: wiki: '-1' is no amount", "PATH:x6"),
         ("wiki = \"x2\"", "wiki = nan", "'nan' is no amount", ""),
         ("wiki = \"x2\"", "wiki = inf", "'inf' is no amount", ""),
+        ("wiki = \"x2\"", f"wiki = 0x{'f' * 4_000}", "'inf' is no amount", ""),
         ("wiki = \"x2\"", "wiki = true", "'' is no amount", ""),
         ("wiki = \"x2\"", "wiki = \"x-1\"", "'x-1' is no amount", ""),
         ("wiki = \"x2\"", "wiki = 0.0", "'0.0' is not above zero", ""),

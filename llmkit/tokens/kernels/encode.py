@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import inner, kernel, octets
 from llmkit.kernels.utf8 import MIX_A, MIX_B, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
@@ -47,14 +47,14 @@ def cut_all(data, bounds, how, table, ends, pieces):  # type: ignore[no-untyped-
         pieces[t + 1] = n
 
 
-@kernel
+@inner
 def first_slot(key, second, table):  # type: ignore[no-untyped-def]
     """Where in the table looking for a key begins."""
     h = (key ^ second * MIX_B) * MIX_A
     return np.int64((h ^ h >> HALF) << np.uint64(2)) & (len(table) - 1)
 
 
-@kernel
+@inner
 def key_of(data, start, stop):  # type: ignore[no-untyped-def]
     """The two words of the key of a piece; of a long one without its place."""
     size = stop - start
@@ -65,7 +65,7 @@ def key_of(data, start, stop):  # type: ignore[no-untyped-def]
     return octets.load(data, start) & FIRST_PART[size], second
 
 
-@kernel
+@inner
 def find(data, start, stop, key, second, i, table, texts):  # type: ignore[no-untyped-def]
     """The slot at or behind `i` that holds the piece data[start:stop] of that key, or the free one where it has to go."""
     last = len(table) - 1
@@ -114,7 +114,7 @@ def keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
     counts[USED] += 1
 
 
-@kernel
+@inner
 def pair_slot(pairs, pair):  # type: ignore[no-untyped-def]
     """Where a pair stands among the merges, or would."""
     last = len(pairs) - 1
@@ -138,7 +138,7 @@ def enter_merges(lefts, rights, pairs, byte_of, byte_ranks):  # type: ignore[no-
             byte_ranks[byte_of[left], byte_of[right]] = rank
 
 
-@kernel
+@inner
 def rank_of(left, right, pairs):  # type: ignore[no-untyped-def]
     """The rank of a pair of ids; NONE: it is not merged."""
     found = pairs[pair_slot(pairs, left << RANK_BITS | right)]

@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import inner, kernel, octets
 from llmkit.kernels.utf8 import Bytes, decode
 
 LETTER, NUMBER, SPACE, DIGIT = 1, 2, 4, 8  # \p{L}, \p{N}, \s; what the pre-tokenizer Digits puts alone
@@ -84,7 +84,7 @@ def _asked() -> Bytes:
     return table
 
 
-@kernel
+@inner
 def class_at(data, i, table):  # type: ignore[no-untyped-def]
     """(classes, bytes) of the character at byte `i`."""
     if data[i] < 0x80:
@@ -93,7 +93,7 @@ def class_at(data, i, table):  # type: ignore[no-untyped-def]
     return table[code], width
 
 
-@kernel
+@inner
 def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
     """First byte at or behind `i` that begins no letter."""
     while i < stop:
