@@ -149,6 +149,8 @@ def main(
             "--engine": engine != "local",
             "--bos": bos,
             "--fim-rate": fim_rate,
+            "--fim-source": fim_source,
+            "--source-key": source_key != "source",
             "--allow-special": allow_special,
             "--keep-duplicates": keep_duplicates,
         }

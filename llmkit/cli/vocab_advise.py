@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.options import InputPaths, Run, command, count_option
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.tokens.advise import Cost, Curve
@@ -53,6 +53,8 @@ def main(
     from llmkit.tokens.pretokenize import pattern as find_pattern
 
     names = list(dict.fromkeys(name for name in model_size.split(",") if name))
+    if not names:
+        raise UsageError("--model-size names no model", "give a preset such as 125m, or a config.json")
     configs = {name: load_config(name, 1) for name in names}
     find_pattern(pattern)
     wanted = advise.sizes_up_to(vocabulary.check_size(largest))

@@ -67,7 +67,7 @@ def learn(info: TokenizerInfo, texts: Iterable[str], add: int, min_frequency: in
         normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
         counts.update(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal) if len(piece) <= MAX_PIECE)
     if not counts:
-        raise LlmkitError("no text to learn from", "the input is empty")
+        raise LlmkitError("no text to learn from", f"the input is empty, or has no words of up to {MAX_PIECE} bytes")
     model, strings = tokenizer.model, {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     known = set(strings.values())
     words: list[list[int]] = []
