@@ -358,12 +358,8 @@ def test_beginning_of_text_and_statistics(place: Path, capfd: pytest.CaptureFixt
         {"source": "x", "documents": 2, "tokens": lengths[0] + lengths[2], "bytes": 4},
         {"source": "y", "documents": 1, "tokens": lengths[1], "bytes": 2},
     ]
-<<<<<<< HEAD
-    assert run_command("tokenize", [*call[:-3], "-n"]) == 0  # for people: a table, not JSON
-=======
     assert len(said.splitlines()) == 1  # of the two, --json is for machines
     assert run_command("tokenize", [*(option for option in call if option != "--json"), "-f"]) == 0
->>>>>>> reviewa
     assert capfd.readouterr().err.startswith("sources\nsource  documents  tokens  bytes\n")
     assert run_command("tokenize", [*call, "--engine", "rai"]) == 2  # also where there is nothing to do
 
