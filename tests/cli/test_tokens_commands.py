@@ -359,7 +359,7 @@ def test_beginning_of_text_and_statistics(place: Path, capfd: pytest.CaptureFixt
         {"source": "y", "documents": 1, "tokens": lengths[1], "bytes": 2},
     ]
     assert len(said.splitlines()) == 1  # of the two, --json is for machines
-    assert run_command("tokenize", [*(option for option in call if option != "--json"), "-f"]) == 0
+    assert run_command("tokenize", [*call[:-3], "-o", "s2"]) == 0
     assert capfd.readouterr().err.startswith("sources\nsource  documents  tokens  bytes\n")
     assert run_command("tokenize", [*call, "--engine", "rai"]) == 2  # also where there is nothing to do
 
