@@ -27,6 +27,7 @@ import orjson
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Lineage
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.tokens.pretokenize import byte_alphabet, pattern_of
 from llmkit.tokens.text_encoder import load
 from llmkit.tokens.vocabulary import MAX_SIZE, reserved
 
@@ -62,10 +63,7 @@ def check_extendable(info: TokenizerInfo, name: str) -> dict[str, Any]:
 def learn(info: TokenizerInfo, texts: Iterable[str], add: int, min_frequency: int = 2) -> list[Pair]:
     """At most `add` new merges, in order, as pairs of ids; the id of the i-th is `info.vocab_size + i`. LlmkitError where there is no text."""
     tokenizer = load(info)
-    counts: Counter[str] = Counter()
-    for text in texts:
-        normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
-        counts.update(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal) if len(piece) <= MAX_PIECE)
+    counts = _counted(tokenizer, texts, pattern_of(orjson.loads(info.files["tokenizer.json"]).get("pre_tokenizer")))
     if not counts:
         raise LlmkitError("no text to learn from", f"the input is empty, or has no words of up to {MAX_PIECE} bytes")
     model, strings = tokenizer.model, {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -78,6 +76,26 @@ def learn(info: TokenizerInfo, texts: Iterable[str], add: int, min_frequency: in
             words.append(ids)
             weights.append(count)
     return _merges(words, weights, add, min_frequency, strings, known, info.vocab_size)
+
+
+def _counted(tokenizer: Any, texts: Iterable[str], pattern: str | None) -> dict[str, int]:
+    """How often each piece of up to MAX_PIECE bytes occurs, a character a byte; by compiled kernels where the pattern is one of ours."""
+    if pattern is None or tokenizer.normalizer:
+        counts: Counter[str] = Counter()
+        for text in texts:
+            normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+            pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+            counts.update(piece for piece, _ in pieces if len(piece) <= MAX_PIECE)
+        return counts
+    from llmkit.tokens.trainer import Counts
+
+    table = Counts()
+    for text in texts:
+        table.add_texts([text.encode()], pattern)
+    pool, ends, times = table.words()
+    content, stops = pool.tobytes().decode("latin-1").translate(dict(enumerate(byte_alphabet()))), ends.tolist()
+    found = zip([0, *stops], stops, times.tolist(), strict=False)
+    return {content[start:stop]: count for start, stop, count in found if stop - start <= MAX_PIECE}
 
 
 def _merges(

@@ -10,7 +10,7 @@ measured anywhere and added in any order.
 * Single: the share of words, as they stand in the text with the space before them, that the tokenizer encodes alone as one token. Only what the
   vocabulary holds as a token can be one, so that each tokenizer is asked once for each such word.
 
-Cost: one encoding of the text for each tokenizer, and about 0.2 s a MB for its words. Memory: a bit for each token of the vocabulary, group and
+Cost: one encoding of the text for each tokenizer, and one pass in Python for its words. Memory: a bit for each token of the vocabulary, group and
 tokenizer; at most `MAX_GROUPS` groups.
 
     llmkit vocab report tok/ other/ --text docs.jsonl.zst

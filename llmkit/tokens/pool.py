@@ -45,12 +45,12 @@ def estimate(texts: list[str]) -> list[int]:
 
 def by_tokenizer(tokenizer: TokenizerInfo) -> Count:
     """Tokens of each text as `tokenize` makes them, the end of text included."""
-    from llmkit.tokens.text_encoder import load
+    from llmkit.tokens.text_encoder import TextEncoder
 
-    loaded = load(tokenizer)
+    encode = TextEncoder(tokenizer)
 
     def count(texts: list[str]) -> list[int]:
-        return [len(item.ids) + 1 for item in loaded.encode_batch_fast(texts, add_special_tokens=False)]
+        return [length + 1 for length in encode(texts)[1].tolist()]
 
     return count
 
