@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +57,7 @@ def main(
     tokenizer depends on the texts and options alone, not on their order or on -j, and its merges are those of the `tokenizers` trainer.
     Where the texts are too few for the size asked for, the vocabulary is smaller, and a warning says so.
     """
-    from llmkit.engine.local import Local, meanwhile
+    from llmkit.engine.local import Local
     from llmkit.io.atomic import atomic_directory, check_output
     from llmkit.io.tokenizer import parse_tokenizer
     from llmkit.tokens import vocabulary
@@ -79,8 +78,7 @@ def main(
     if not run.dry_run and run.up_to_date(paths):
         return
     check_output(run.output, run.force)
-    from llmkit.kernels import cold
-    from llmkit.tokens.trainer import Counter, Counts, warm_up
+    from llmkit.tokens.trainer import Counter, Counts
 
     reader = run.reader(inputs)
     counts: dict[str, Any] = {"documents": 0, "characters": 0}
@@ -88,7 +86,7 @@ def main(
         counts["taken"] = 0
     pieces = Counts()
     work = Counter(name, reader.options, sample, run.seed, pieces if run.jobs == 1 else None)
-    with run.progress(None, "documents") as bar, meanwhile(warm_up) if cold("merges.learn") else nullcontext():
+    with run.progress(None, "documents") as bar:
         for part in Local(run.jobs).map(work, reader):
             reader.accept(part.bad)
             if part.words:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.kernels import cold
 from llmkit.seeds import derive
 from llmkit.tokens.kernels import counts as kernels
 from llmkit.tokens.kernels.merges import ID_BITS, learn
@@ -28,6 +29,7 @@ from llmkit.tokens.kernels.pretokenize import KINDS, classes
 from llmkit.tokens.pretokenize import byte_alphabet
 
 FIRST_ROWS = 1 << 16
+UNCOMPILED = 1 << 22  # bytes for which nothing is compiled
 MOST_BYTES = 1 << 32  # places of bytes are 32-bit numbers
 
 Words = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
@@ -42,16 +44,32 @@ class Counts:
 
     def __init__(self) -> None:
         self._state: Any = np.zeros((FIRST_ROWS, 4), np.int64), np.empty(8 * FIRST_ROWS, np.uint8), 0, 0
+        self._waiting: list[bytes] | None = [] if cold("counts.count_texts") else None
+        self._size = 0  # bytes that wait
+
+    def uncounted(self) -> list[bytes]:
+        """All texts, where they are so few that nothing was compiled to count them: the library learns from them sooner. Else none."""
+        return self._waiting or []
 
     def words(self) -> Words:
         """(bytes of all pieces, the end of each, how often it occurs), in the order in which they came."""
+        waiting, self._waiting = self._waiting, None
+        if waiting:
+            self.add_texts(waiting, self._pattern)
         table, pool, _, used = self._state
         rows = table[table[:, kernels.COUNT] > 0]
         rows = rows[np.argsort(rows[:, kernels.START])]
         return pool[:used], rows[:, kernels.START] + rows[:, kernels.LENGTH], rows[:, kernels.COUNT].copy()
 
     def add_texts(self, texts: list[bytes], pattern: str) -> None:
-        """Cut texts (valid UTF-8) as `pattern` does and count the pieces."""
+        """Cut texts (valid UTF-8) as `pattern` does, always the same one, and count the pieces."""
+        if self._waiting is not None:
+            self._waiting += texts
+            self._pattern = pattern
+            self._size += sum(map(len, texts))
+            if self._size < UNCOMPILED:
+                return
+            texts, self._waiting = self._waiting, None
         data = np.frombuffer(b"".join(texts), np.uint8)
         stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
         how = KINDS[pattern]
@@ -74,13 +92,6 @@ class Counts:
             )
         merges, counts, made = learn(pool, ends, times, RANKS, wanted, max(1, least))
         return merges[:made], counts[:made]
-
-
-def warm_up() -> None:
-    """Compile what merges, in a process beside the one that counts."""
-    counts = Counts()
-    counts.add((np.zeros(1, np.uint8), np.ones(1, np.int64), np.ones(1, np.int64)))
-    counts.merges(0)
 
 
 @dataclass(slots=True)

@@ -13,13 +13,14 @@ one stays text, in a scraped page as in what a user says. Who parses tool calls 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.tokens.pretokenize import pattern, pre_tokenizer
+from llmkit.tokens.pretokenize import Pattern, pattern, pre_tokenizer
 
 if TYPE_CHECKING:
     from llmkit.tokens.trainer import Counts
@@ -132,11 +133,50 @@ def made_of(
     Where the texts hold fewer pairs that occur `min_frequency` times, it ends after those, filled up to a multiple of `multiple` with
     reserved tokens. LlmkitError where there is no text at all.
     """
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import decoders
+
+    chosen, special = pattern(pattern_name), special_tokens(own)
+    base = len(special) + BYTES
+    texts = counts.uncounted()
+    tokenizer, merges = (
+        _by_library(texts, size, chosen, min_frequency, special)
+        if texts
+        else _by_kernels(counts, size, chosen, min_frequency, special)
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    missing = -tokenizer.get_vocab_size() % multiple
+    left = max(0, RESERVED - len(own))
+    tokenizer.add_special_tokens([*special, *(reserved(left + i) for i in range(missing))])
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True) + "\n", "chat_template.jinja": CHAT_TEMPLATE}
+    return Vocabulary(files, tokenizer.get_vocab_size(), merges, size - base)
+
+
+def _by_library(
+    texts: list[bytes], size: int, chosen: Pattern, min_frequency: int, special: list[str]
+) -> tuple[Any, int]:
+    """The tokenizer that the `tokenizers` trainer makes of texts, the same as ours, and how many merges it has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizer(chosen)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=min_frequency,
+        special_tokens=[*special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
+    return tokenizer, len(json.loads(tokenizer.to_str())["model"]["merges"])
+
+
+def _by_kernels(counts: Counts, size: int, chosen: Pattern, min_frequency: int, special: list[str]) -> tuple[Any, int]:
+    """The tokenizer of the merges that counted pieces give, and how many those are."""
+    from tokenizers import Tokenizer, models
 
     from llmkit.tokens.trainer import ALPHABET
 
-    chosen, special = pattern(pattern_name), special_tokens(own)
     base = len(special) + BYTES
     pairs, _ = counts.merges(size - base, min_frequency)
     if not len(pairs) and not len(counts.words()[1]):
@@ -148,12 +188,7 @@ def made_of(
     merges = [(tokens[a], tokens[b]) for a, b in pairs.tolist()]
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=chosen.ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer(chosen)
-    tokenizer.decoder = decoders.ByteLevel()
-    missing = -len(ids) % multiple
-    left = max(0, RESERVED - len(own))
-    tokenizer.add_special_tokens([*special, *(reserved(left + i) for i in range(missing))])
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True) + "\n", "chat_template.jinja": CHAT_TEMPLATE}
-    return Vocabulary(files, tokenizer.get_vocab_size(), len(merges), size - base)
+    return tokenizer, len(merges)
 
 
 def reserved(i: int) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.tokens import vocabulary
 from llmkit.tokens.pretokenize import PATTERNS, pattern, pre_tokenizer
+from llmkit.tokens.trainer import Counts
 
 Trained = Callable[[str], TokenizerInfo]
 
@@ -203,3 +207,23 @@ def test_sizes() -> None:
         pattern("llama")
     with pytest.raises(LlmkitError, match="no text"):
         vocabulary.train(["", ""], 320)
+
+
+def test_few_texts_do_not_wait_for_a_compiler(tmp_path: Path) -> None:
+    """Parity with ourselves, compiled: on a machine where nothing is compiled the library trains on few texts, and gives the same files."""
+    texts = ["The quick brown fox, 123 caf\u00e9s", "the quick red fox " * 3, "\u65e5\u672c\u8a9e \u65e5\u672c"]
+    program = (
+        "import sys, json; from llmkit.tokens import vocabulary\n"
+        "made = vocabulary.train(json.loads(sys.argv[1]), 320, 'qwen2')\n"
+        "from llmkit.kernels import cold; print(json.dumps([made.files, made.merges, cold()]))"
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(texts)], env=environment, capture_output=True, text=True
+    )
+    files, merges, nothing_compiled = json.loads(run.stdout)
+    counts = Counts()
+    counts.add_texts([text.encode() for text in texts], "qwen2")
+    counts.words()  # counted, however few
+    made = vocabulary.made_of(counts, 320, "qwen2", 2, 64)
+    assert nothing_compiled and (files, merges) == (made.files, made.merges) and merges > 10
