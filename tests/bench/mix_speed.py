@@ -16,6 +16,7 @@ import argparse
 import datetime
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,6 +86,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
+def anew(output: Path, work: Callable[[], float]) -> float:
+    """What `work` gives, with nothing in its way: whoever has to throw an old output away pays for that."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+    return work()
+
+
 def write(ordered: OrderedTokens, target: Path) -> None:
     with ShardWriter(str(target), ordered.tokenizer, Lineage("mix"), force=True, epochs=True) as writer:
         write_ordered(ordered, writer, lambda number: None)
@@ -122,20 +131,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         ordered = make(place, parse_count(given.tokens))
-        inside = {
-            OURS: partial(seconds, partial(write, ordered, place / "mix")),
-            VIEWS: partial(seconds, partial(plain["gather"], place, place / "views.bin", "views")),
-            MEMMAP: partial(seconds, partial(plain["gather"], place, place / "memmap.bin", "memmap")),
+        outputs = {OURS: place / "mix", VIEWS: place / "views.bin", MEMMAP: place / "memmap.bin"}
+        kinds = {VIEWS: "views", MEMMAP: "memmap"}
+        inside = {OURS: partial(seconds, partial(write, ordered, outputs[OURS]))} | {
+            way: partial(seconds, partial(plain["gather"], place, outputs[way], kind)) for way, kind in kinds.items()
         }
+        inside = {way: partial(anew, outputs[way], work) for way, work in inside.items()}
         in_turn(inside, 1)  # fills the page cache
         alone = in_turn(inside, given.rounds)
         script = PLAIN + "gather(*sys.argv[1:])"
-        processes = {
-            OURS: lambda: measured("mix", *weights(place), "-q", "-f", "-o", place / "mix")[0],
-            VIEWS: lambda: measured_python("-c", script, place, place / "views.bin", "views")[0],
-            MEMMAP: lambda: measured_python("-c", script, place, place / "memmap.bin", "memmap")[0],
+        processes: dict[str, Callable[[], float]] = {
+            OURS: lambda: measured("mix", *weights(place), "-q", "-o", outputs[OURS])[0],
+            VIEWS: lambda: measured_python("-c", script, place, outputs[VIEWS], kinds[VIEWS])[0],
+            MEMMAP: lambda: measured_python("-c", script, place, outputs[MEMMAP], kinds[MEMMAP])[0],
         }
-        whole = in_turn(processes, given.rounds)
+        whole = in_turn({way: partial(anew, outputs[way], work) for way, work in processes.items()}, given.rounds)
         peak = anonymous(place)
         mixed, copied = TokenStore.open(str(place / "mix")), np.memmap(place / "views.bin", np.uint16, "r")
         assert mixed.tokens == len(copied), "not the same tokens"
