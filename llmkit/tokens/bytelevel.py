@@ -59,7 +59,7 @@ class ByteLevel:
             np.fromiter(words.values(), np.int64, len(words)),
         )
         self._work = np.empty((5, 2 * WORK), np.int64)
-        self._near = np.empty((2, kernels.BLOCK), np.uint64), np.empty(kernels.BLOCK, np.int64)
+        self._near = np.empty((2, kernels.BLOCK), np.uint64), np.empty(kernels.BLOCK, np.uint64)
         self._renew(max(SLOTS[0], 1 << (4 * len(words)).bit_length()))
 
     @classmethod
@@ -89,18 +89,18 @@ class ByteLevel:
         except (KeyError, TypeError, ValueError):  # damaged: the library says how
             return None
 
-    def encode(self, texts: Sequence[bytes]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of all texts (UTF-8), flat, and how many each has."""
+    def encode(self, texts: Sequence[bytes], end: int = -1) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Ids of all texts (UTF-8), flat, the id `end` behind each (-1: nothing), and how many each has."""
         data = np.frombuffer(b"".join(texts), np.uint8)
         bounds = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=bounds[1:])
         ends, pieces = np.empty(len(data), np.int64), np.zeros(len(texts) + 1, np.int64)
         kernels.cut_all(data, bounds, self._how, self._classes, ends, pieces)
-        out = np.empty(len(data) + kernels.INLINE, np.uint32)
+        out = np.empty(len(data) + len(texts) + kernels.INLINE, np.uint32)
         begins, state = np.zeros(len(texts) + 1, np.int64), np.zeros(3, np.int64)
         while True:
             answer = kernels.encode(
-                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, self._work, *self._near, begins, out, state
+                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, self._work, *self._near, begins, out, end, state
             )  # fmt: skip
             if answer == kernels.DONE:
                 return out[: begins[-1]], np.diff(begins)

@@ -63,8 +63,11 @@ class Encoder:
         texts = [document.text for document in kept]
         names = [document.id for document in kept]
         sources = [self._how.source or self._source_of(document.fields, document.file) for document in kept]
-        parts = map(self._segments, texts, names, sources)
-        flat, lengths = assemble([[*self._start, *part, self._end] for part in parts], self._encode)
+        if self._how.fim or self._start:
+            parts = map(self._segments, texts, names, sources)
+            flat, lengths = assemble([[*self._start, *part, self._end] for part in parts], self._encode)
+        else:
+            flat, lengths = self._encode(texts, self._end)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         found = [document.count("duplicates") for document in kept] if self._how.keep_duplicates else []
         return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=found, bad=bad)

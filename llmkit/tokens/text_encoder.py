@@ -63,10 +63,10 @@ class TextEncoder:
             self._library = load(self._info, allow_special=self._special)
         return self._library
 
-    def __call__(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Ids of all texts, flat, and how many each has."""
+    def __call__(self, texts: Sequence[str], end: int = -1) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Ids of all texts, flat, the id `end` behind each (-1: nothing), and how many each has."""
         if not self._ready(texts):
-            return self._by_library(texts)
+            return self._by_library(texts, end)
         normal = [self._normal(text) for text in texts]
         apart = (
             [i for i in range(len(texts)) if self._marked(texts[i]) or self._marked(normal[i])] if self._marks else []
@@ -74,18 +74,19 @@ class TextEncoder:
         whole = [text.encode() for text in normal]
         for i in apart:
             whole[i] = b""
-        ids, lengths = self._fast.encode(whole)
+        ids, lengths = self._fast.encode(whole, end)
         ids = ids.astype(self.dtype)
         if apart:
             pieces = np.split(ids, np.cumsum(lengths)[:-1])
             for i in apart:
-                pieces[i], lengths[i : i + 1] = self._by_library([texts[i]])
+                pieces[i], lengths[i : i + 1] = self._by_library([texts[i]], end)
             ids = np.concatenate(pieces)
         return ids, lengths
 
-    def _by_library(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    def _by_library(self, texts: Sequence[str], end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
-            found = [item.ids for item in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+            behind = [end] if end >= 0 else []
+            found = [item.ids + behind for item in self.library.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.array([len(ids) for ids in found], np.int64)
         return np.fromiter(chain.from_iterable(found), self.dtype, int(lengths.sum())), lengths
 

@@ -30,6 +30,7 @@ LONG = np.uint64(255 << 56)  # in place of a length: the other 56 bits say where
 ID = np.uint64((1 << ID_BITS) - 1)
 PLACE = np.uint64((1 << 56) - 1)
 HALF = np.uint64(32)
+TWO, THREE, FOUR = (np.uint64(n) for n in (2, 3, 4))  # unsigned: numba takes no care of negative places then
 SECOND = np.uint64(ID_BITS)
 # Which bits of sixteen bytes belong to a piece of so many.
 FIRST_PART = np.array([(1 << 8 * min(size, 8)) - 1 for size in range(SHORT + 1)], np.uint64)
@@ -51,7 +52,7 @@ def cut_all(data, bounds, how, table, ends, pieces):  # type: ignore[no-untyped-
 def first_slot(key, second, table):  # type: ignore[no-untyped-def]
     """Where in the table looking for a key begins."""
     h = (key ^ second * MIX_B) * MIX_A
-    return np.int64((h ^ h >> HALF) << np.uint64(2)) & (len(table) - 1)
+    return (h ^ h >> HALF) << TWO & np.uint64(len(table) - 1)
 
 
 @inner
@@ -68,22 +69,22 @@ def key_of(data, start, stop):  # type: ignore[no-untyped-def]
 @inner
 def find(data, start, stop, key, second, i, table, texts):  # type: ignore[no-untyped-def]
     """The slot at or behind `i` that holds the piece data[start:stop] of that key, or the free one where it has to go."""
-    last = len(table) - 1
+    last = np.uint64(len(table) - 1)
     if second != LONG:
-        while table[i + 1] != 0 and (table[i] != key or table[i + 1] != second):
-            i = (i + 4) & last
+        while table[i + octets.ONE] != 0 and (table[i] != key or table[i + octets.ONE] != second):
+            i = i + FOUR & last
         return i
     size = stop - start
-    while table[i + 1] != 0:
-        if table[i] == key and table[i + 1] >= LONG:
-            place = np.int64(table[i + 1] & PLACE)
+    while table[i + octets.ONE] != 0:
+        if table[i] == key and table[i + octets.ONE] >= LONG:
+            place = np.int64(table[i + octets.ONE] & PLACE)
             if np.int64(octets.load(texts, place)) == size:
                 k = 0
                 while k < size and texts[place + 8 + k] == data[start + k]:
                     k += 1
                 if k == size:
                     break
-        i = (i + 4) & last
+        i = i + FOUR & last
     return i
 
 
@@ -110,7 +111,7 @@ def keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
             more = np.uint64(found[2])
         if n > 3:
             more |= np.uint64(found[3]) << SECOND
-    table[i], table[i + 1], table[i + 2], table[i + 3] = key, second, value, more
+    table[i], table[i + octets.ONE], table[i + TWO], table[i + THREE] = key, second, value, more
     counts[USED] += 1
 
 
@@ -247,15 +248,15 @@ def merge(data, start, stop, byte_ids, byte_ranks, results, pairs, found, best, 
 
 
 @kernel
-def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, table, texts, ids, counts, work, near, slots, begins, out, state):  # type: ignore[no-untyped-def] # fmt: skip
-    """Ids of all texts into `out`, four longer than they can be; those of text t lie before begins[t + 1].
+def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, table, texts, ids, counts, work, near, slots, begins, out, end, state):  # type: ignore[no-untyped-def] # fmt: skip
+    """Ids of all texts into `out`, four longer than they can be, `end` behind each (-1: nothing); those of text t lie before begins[t + 1].
 
     `state` int64[3] says where to go on: text, piece, tokens written. `work` int64[5, 2 n] is for
     pieces of up to n bytes, `near` and `slots` for a BLOCK of pieces. Returns DONE, FULL where the table has no room, or the size of a piece that `work` is too short for.
     """
     most = work.shape[1] >> 1
     found, best, following, previous, heap = work[0], work[1], work[2], work[3], work[4]
-    t, p, at = state[0], state[1], state[2]
+    t, p, at = state[0], state[1], np.uint64(state[2])
     while t < len(bounds) - 1:
         start = bounds[t] if p == pieces[t] else ends[p - 1]
         known = p
@@ -274,19 +275,19 @@ def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, tab
             k = p & (BLOCK - 1)
             key, second = near[0, k], near[1, k]
             i = find(data, start, stop, key, second, slots[k], table, texts)
-            if table[i + 1] != 0:
-                value = table[i + 2]
+            if table[i + octets.ONE] != 0:
+                value = table[i + TWO]
                 n = np.int64(value >> TOP)
                 if n <= INLINE:  # written all, counted as many as there are: no branches
-                    more = table[i + 3]
+                    more = table[i + THREE]
                     out[at] = value & ID
-                    out[at + 1] = value >> SECOND & ID
-                    out[at + 2] = more & ID
-                    out[at + 3] = more >> SECOND
+                    out[at + octets.ONE] = value >> SECOND & ID
+                    out[at + TWO] = more & ID
+                    out[at + THREE] = more >> SECOND
                 else:
                     place = np.int64(value & PLACE)
                     for k in range(n):
-                        out[at + k] = ids[place + k]
+                        out[at + np.uint64(k)] = ids[place + k]
             else:
                 size = stop - start
                 trouble = size if size > most else 0
@@ -297,20 +298,23 @@ def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, tab
                 ):
                     trouble = FULL
                 if trouble != 0:
-                    state[0], state[1], state[2] = t, p, at
+                    state[0], state[1], state[2] = t, p, np.int64(at)
                     return trouble
                 n = merge(
                     data, start, stop, byte_ids, byte_ranks, results, pairs, found, best, following, previous, heap
                 )
                 for k in range(n):
-                    out[at + k] = found[k]
+                    out[at + np.uint64(k)] = found[k]
                 if size <= LONGEST:
                     keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
-            at += n
+            at += np.uint64(n)
             p += 1
             start = stop
+        if end >= 0:
+            out[at] = end
+            at += octets.ONE
         t += 1
-        begins[t] = at
+        begins[t] = np.int64(at)
     return DONE
 
 
@@ -332,7 +336,7 @@ def move(table, larger):  # type: ignore[no-untyped-def]
         second = table[j + 1]
         if second != 0:
             i = first_slot(table[j], min(second, LONG), larger)
-            while larger[i + 1] != 0:
-                i = (i + 4) & (len(larger) - 1)
+            while larger[i + octets.ONE] != 0:
+                i = i + FOUR & np.uint64(len(larger) - 1)
             for k in range(4):
-                larger[i + k] = table[j + k]
+                larger[i + np.uint64(k)] = table[j + k]
