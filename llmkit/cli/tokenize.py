@@ -19,21 +19,16 @@ if TYPE_CHECKING:
     from llmkit.io.token_files import Block
     from llmkit.io.tokenizer import TokenizerInfo
 
-    Found = tuple[
-        TokenizerInfo, Iterable[Block], list[Input]
-    ]  # whose tokens, the documents, and the inputs for the lineage
+    # Whose tokens, the documents, and the inputs for the lineage.
+    Found = tuple[TokenizerInfo, Iterable[Block], list[Input]]
 
 READ = ("documents", "shards", "nanogpt", "megatron")
 WRITTEN = ("shards", "jsonl", "nanogpt", "megatron")
 UNRECORDED = ("nanogpt", "megatron")  # formats without a place for lineage
-STORED = (
-    "to",
-    "decode",
-    "source",
-    "tokenizer",
-    "max_tokens_per_shard",
-)  # options that decide what becomes of stored tokens
+STORED = ("to", "decode", "source", "tokenizer")  # options that decide what becomes of stored tokens
 FIM = "Fill-in-the-middle"
+PART = 1 << 27  # tokens, where nothing else is asked for
+SUFFIX_FIRST = 0.5  # of documents cut for it, likewise
 
 
 @command(
@@ -71,7 +66,7 @@ def main(
     ] = False,
     max_tokens_per_shard: Annotated[
         int, count_option("--max-tokens-per-shard", help="Tokens in one part of a directory")
-    ] = 1 << 27,
+    ] = PART,
     from_: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +90,7 @@ def main(
     ] = 0.0,
     fim_spm_rate: Annotated[
         float, typer.Option("--fim-spm-rate", help="Share of those with the suffix first", rich_help_panel=FIM)
-    ] = 0.5,
+    ] = SUFFIX_FIRST,
     fim_source: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,6 +125,10 @@ def main(
     if tokenizer is None and kind != "shards":
         raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
     form = "documents" if decode else to
+    if max_tokens_per_shard != PART and form != "shards":
+        raise UsageError("--max-tokens-per-shard: only token shards come in parts", "leave it out, or write shards")
+    if fim_spm_rate != SUFFIX_FIRST and not fim_rate:
+        raise UsageError("--fim-spm-rate without --fim-rate", "say how many of its documents, such as --fim-rate 0.5")
     if keep_duplicates and form != "shards":
         raise UsageError(
             f"--keep-duplicates: {'--decode' if decode else f'--to {to}'} has no place for them",

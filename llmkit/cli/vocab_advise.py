@@ -57,9 +57,9 @@ def main(
         raise UsageError("--model-size names no model", "give a preset such as 125m, or a config.json")
     configs = {name: load_config(name, 1) for name in names}
     find_pattern(pattern)
-    wanted = advise.sizes_up_to(vocabulary.check_size(largest))
-    if not wanted:
-        raise LlmkitError(f"--largest {largest:,}: no size to judge", "1,024 is the smallest")
+    wanted = advise.sizes_up_to(largest)
+    if not wanted or largest > vocabulary.MAX_SIZE:
+        raise UsageError(f"--largest {largest:,}: no size to judge", f"from 1,024 to {vocabulary.MAX_SIZE:,}")
     if run.output:
         check_output(run.output, run.force)
     reader, held, documents = run.reader(inputs), advise.HeldOut(), 0

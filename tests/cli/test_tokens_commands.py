@@ -172,6 +172,12 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--bos"], 2, "tok: no beginning-of-text token"),
         (["tokenize", "docs.jsonl", "-t", "other", "-o", "x", "--fim-rate", "0.5"], 2, "no fill-in-the-middle tokens"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-rate", "2"], 2, "--fim-rate 2.0"),
+        (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-spm-rate", "0.1"], 2, "without --fim-rate"),
+        (
+            ["tokenize", "docs.jsonl", "-t", "tok", "--to", "jsonl", "--max-tokens-per-shard", "9"],
+            2,
+            "only token shards",
+        ),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-source", "code"], 2, "--fim-source without"),
         (["tokenize", "--decode", "empty.jsonl", "-o", "x.jsonl"], 1, "empty file"),
     ],

@@ -163,7 +163,7 @@ def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Pat
         (["vocab report", "tok", "--text", "en.jsonl", "-o", "en.jsonl"], 1, "en.jsonl exists"),
         (["vocab advise", "en.jsonl", "-m", ","], 2, "names no model"),
         (["vocab advise", "en.jsonl", "-m", "125k"], 2, "unknown preset"),
-        (["vocab advise", "en.jsonl", "--largest", "500"], 1, "no size to judge"),
+        (["vocab advise", "en.jsonl", "--largest", "500"], 2, "no size to judge"),
         (["vocab advise", "en.jsonl", "-p", "lama-bpe"], 2, "did you mean 'llama-bpe'"),
         (["vocab advise", "en.jsonl"], 1, "too few for any size"),
         (["vocab extend", "tok", "de.jsonl", "-o", "x"], 2, "what to add?"),
