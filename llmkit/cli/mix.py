@@ -89,8 +89,9 @@ def main(
     -o DIRECTORY or FILE.arrow takes shards in training order; with --plan, -o FILE.toml or DIRECTORY takes a plan, which names the shards by
     path and digest and gives the same order to the bit. With --pack best-fit the order fills sequences of --sequence-length: padding has
     weight 0, and `train` takes no other length. --holdout goes by a hash of the id, and takes what has the same id or the same tokens with it: none
-    of it is trained on in another form, and what is held out of one mix is so of every one (with as large a share). Sources of documents (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in
-    a temporary file meanwhile. stdin is -, with an amount /dev/stdin:0.5.
+    of it is trained on in another form, and what is held out of one mix is so of every one (with as large a share). Sources of documents
+    (JSON lines, Parquet) give documents; a directory of files is one source, and they are kept in a temporary file meanwhile. stdin is -, with
+    an amount /dev/stdin:0.5.
     """
     from llmkit.io.atomic import check_output, is_special
     from llmkit.io.inputs import read_list
@@ -215,7 +216,8 @@ def _mix_shards(
     )
     inputs = [item for store in stores for item in store.inputs]
     ordered = OrderedTokens(made, stores, inputs)
-    counts = _report(run, asked, ordered.unpacked, paths, lengths, copies)
+    packed = ordered.order if made.sequence_length else None
+    counts = _report(run, asked, ordered.unpacked, paths, lengths, copies, packed)
     if ordered.padding is not None:
         counts["padding"] = ordered.tokens - counts["tokens"]
     if share:
@@ -367,14 +369,20 @@ def _budgets(run: Run, paths: list[str], asked: Asked, available: list[int]) -> 
 
 
 def _report(
-    run: Run, asked: Asked, order: Order, paths: list[str], lengths: list[Any], copies: list[Any]
+    run: Run,
+    asked: Asked,
+    order: Order,
+    paths: list[str],
+    lengths: list[Any],
+    copies: list[Any],
+    made: Order | None = None,
 ) -> dict[str, Any]:
     """The tables of what came out on stderr, and the counts for lineage and summary."""
     from llmkit.tokens import realised
 
     stages = realised.by_stage(order, paths, asked.stages)
     sources = realised.by_source(order, paths, lengths, copies)
-    packing = realised.by_packing(order, asked.length) if asked.length else []
+    packing = realised.by_packing(order, asked.length, made) if asked.length else []
     for row in stages:
         if not row["tokens"]:
             to = f" to {row['stage']}" if row["stage"] else ""

@@ -53,9 +53,12 @@ def by_source(
     return rows
 
 
-def by_packing(order: Order, length: int) -> list[Row]:
-    """A row for each way of packing into sequences of `length`: share of documents that it cuts, and share of positions that are padding."""
-    row, _, size, _ = packed(order.size, order.ends, length)
+def by_packing(order: Order, length: int, made: Order | None) -> list[Row]:
+    """A row for each way of packing into sequences of `length`: share of documents that it cuts, and share of positions that are padding.
+
+    `made` is the order packed by best fit, where that was done already.
+    """
+    row, _, size, _ = packed(order.size, order.ends, length) if made is None else (made.source, None, made.size, None)
     longer = float((order.size > length).sum() / (order.size > 0).sum())
     return [
         {"packing": "concat", "cut": cut_share(order.size, length), "padding": 0.0},
