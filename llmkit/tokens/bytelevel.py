@@ -4,7 +4,7 @@
     ids, lengths = fast.encode([b"Hello", b"world"])    # uint32[tokens], int64[texts]
 
 Ids are those of the `tokenizers` library, always: what is not known to be the same here is not taken (`of`), and what of a text may be more than text
-(added tokens, where they are matched) is for the library to encode (encode.py).
+(added tokens, where they are matched) is for the library to encode (text_encoder.py).
 
 Cost: tests/bench/tokenize_speed.md. Memory: 16 to 32 bytes a merge and 256 kB, and up to 45 MB of pieces met, which start anew when they are more.
 """
@@ -58,7 +58,7 @@ class ByteLevel:
             np.cumsum(np.fromiter(map(len, words), np.int64, len(words))),
             np.fromiter(words.values(), np.int64, len(words)),
         )
-        self._work = np.empty((5, 2 * WORK), np.int64)
+        self._work = np.empty((5, 2 * WORK), np.int64)  # a longer piece gets its own for as long as its text is encoded
         self._near = np.empty((2, kernels.BLOCK), np.uint64), np.empty(kernels.BLOCK, np.uint64)
         self._renew(max(SLOTS[0], 1 << (4 * len(words)).bit_length()))
 
@@ -97,17 +97,17 @@ class ByteLevel:
         ends, pieces = np.empty(len(data), np.int64), np.zeros(len(texts) + 1, np.int64)
         kernels.cut_all(data, bounds, self._how, self._classes, ends, pieces)
         out = np.empty(len(data) + len(texts) + kernels.INLINE, np.uint32)
-        begins, state = np.zeros(len(texts) + 1, np.int64), np.zeros(3, np.int64)
+        begins, state, work = np.zeros(len(texts) + 1, np.int64), np.zeros(3, np.int64), self._work
         while True:
             answer = kernels.encode(
-                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, self._work, *self._near, begins, out, end, state
+                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, work, *self._near, begins, out, end, state
             )  # fmt: skip
             if answer == kernels.DONE:
                 return out[: begins[-1]], np.diff(begins)
             if answer == kernels.FULL:
                 self._grow()
             else:
-                self._work = np.empty((5, 4 * answer), np.int64)
+                work = np.empty((5, 4 * answer), np.int64)
 
     def _renew(self, slots: int) -> None:
         """An empty table of that size."""
