@@ -1,9 +1,8 @@
 """Documents of mapped token shards in any order, in bulk: what `mix` writes.
 
-A global shuffle reads every document from another place, so that memory has to be waited for; what Python adds is about 1 µs a document.
-Positions are computed by numpy for a batch at once, tokens and ids copied by one `bytes.join` over views of the mapped files. (numpy's `take`
-goes token by token and needs an index of each; Arrow's joins all files first, 90 ms a batch over 400 MB. A numba loop was measured: 0.2 s less for
-270,000 documents, of 1.1 s, and 0.3 s to load.) Memory: one batch of tokens (see shards.py), and 20 bytes for each document of the sources.
+A global shuffle reads every document from another place, so that memory has to be waited for. Positions are computed by numpy for a batch at once,
+tokens and ids copied by one `bytes.join` over views of the mapped files. (numpy's `take` goes token by token and needs an index of each; Arrow's
+joins all files first; what a numba loop saves is about what it takes to load.) Cost: tests/bench/mix_speed.md. Memory: one batch of tokens (see shards.py), and 20 bytes for each document of the sources.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ how held-out documents stay out. Permutations sort splitmix64 hashes, so no vers
 result is packed by best fit (io/packing.py).
 
 `OrderedTokens.open` follows a plan (io/plan.py) without writing its tokens anywhere, in the same order, to the bit, as `mix` writes them. Memory:
-32 bytes a document of the order, twice that where it is packed, about 100 while it is made; 1.5 s for 4M documents, and as much to pack them.
+32 bytes a document of the order, twice that where it is packed, about 100 while it is made.
 """
 
 from __future__ import annotations

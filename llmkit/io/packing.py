@@ -2,8 +2,7 @@
 Improve Language Modeling").
 
 A document longer than a sequence is cut into pieces of `length` tokens and a rest; pieces go into sequences largest first, each into the fullest
-that has room. Equal sizes are placed together, so a window costs a few numpy calls for each size there is, not for each document: about 1 s for
-4M documents. Packing works on windows of WINDOW sequences in the order of the mix, so memory is bounded and shares stay local; sequences follow
+that has room. Equal sizes are placed together, so a window costs a few numpy calls for each size there is, not for each document. Packing works on windows of WINDOW sequences in the order of the mix, so memory is bounded and shares stay local; sequences follow
 one another in the order of their largest piece, what lies in one in the order of the documents.
 """
 
@@ -27,9 +26,8 @@ def best_fit(sizes: Numbers, capacity: int) -> tuple[Numbers, Numbers]:
     as many of that size as it has room for, which is what one at a time comes to.
     """
     assert sizes.max(initial=0) <= capacity, "a piece is longer than a sequence"
-    order = np.argsort(
-        (capacity - sizes).astype(np.uint16 if capacity < 1 << 16 else np.int64), kind="stable"
-    )  # uint16: radix
+    narrow = np.uint16 if capacity < 1 << 16 else np.int64  # which numpy sorts digit by digit
+    order = np.argsort((capacity - sizes).astype(narrow), kind="stable")
     falling = sizes[order]
     cuts = np.flatnonzero(np.diff(falling)) + 1
     bins = np.empty(len(sizes), np.int64)

@@ -64,7 +64,8 @@ class ShardWriter:
     """Documents to token shards: a directory of parts, one file (output ending in .arrow), or stdout (None or "-").
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
-    column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source io.packing.PADDING.
+    column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source
+    io.packing.PADDING.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with any Hugging Face tokenizer.json, through the `tokenizers` library.
+"""Documents to token ids and back, with any Hugging Face tokenizer.json (text_encoder.py).
 
 Each document becomes its ids and the end-of-text id. The names of special tokens inside a text ("<|endoftext|>" in a scraped chat) are text
 and are encoded letter by letter, unless `allow_special`: else a document could end itself or speak as the assistant. Nothing is added in

@@ -153,7 +153,7 @@ class Meter:
     def __init__(self, tokenizers: Sequence[TokenizerInfo], options: ReadOptions, by: Sequence[str]) -> None:
         self._infos, self._options, self._by = tokenizers, options, by
         self._encoders = [TextEncoder(info) for info in tokenizers]
-        self._tokenizers = [encoder.library for encoder in self._encoders]
+        self._tokenizers = [encoder.reference for encoder in self._encoders]
         self._pieces = [_surfaces(t) for t in self._tokenizers]
         self._known: list[dict[str, bool]] = [{} for _ in tokenizers]
         word_pattern()  # before workers fork
@@ -239,5 +239,7 @@ def baseline(total: dict[Key, Tally], name: str | None) -> Key | None:
 def costly(total: dict[Key, Tally], base: Key, t: int) -> list[tuple[Key, float]]:
     """The groups whose fertility under tokenizer `t` is over `WARN_OVER` times that of `base`, with that ratio, the largest first."""
     one = total[base].made[t].tokens / total[base].words
-    found = [(key, tally.made[t].tokens / tally.words / one) for key, tally in total.items() if tally.words]
+    found = [
+        (key, tally.made[t].tokens / tally.words / one) for key, tally in total.items() if tally.words and key != ALL
+    ]
     return sorted([item for item in found if item[1] > WARN_OVER], key=lambda item: -item[1])

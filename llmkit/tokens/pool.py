@@ -70,9 +70,8 @@ class DocumentPool:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="llmkit-mix-")  # closed with the pool
-        self._sources: list[
-            NDArray[np.int64]
-        ] = []  # where each document of a source starts in the file, and the last ends
+        # Where each document of a source starts in the file, and the last ends.
+        self._sources: list[NDArray[np.int64]] = []
         self._written = 0
         self.counts: list[NDArray[np.int64]] = []  # of each source, empty without a field
 

@@ -31,7 +31,7 @@ UNCOMPILED = 1 << 22  # characters for which the library is started rather than 
 
 
 class TextEncoder:
-    """Encodes texts; one in a process, since it keeps the words that it met. `library` is made when it is needed."""
+    """Encodes texts; one in a process, since it keeps the words that it met. `reference` is made when it is needed."""
 
     def __init__(self, tokenizer: TokenizerInfo, *, allow_special: bool = False, compiled: bool | None = None) -> None:
         """`compiled`: compile at once (True), never (False), or when it is worth it. LlmkitError where tokenizer.json does not load."""
@@ -40,7 +40,7 @@ class TextEncoder:
         self._info, self._special = tokenizer, allow_special
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         self._content: dict[str, Any] = orjson.loads(tokenizer.files["tokenizer.json"])
-        self._library: Any = None
+        self._reference: Any = None
         self._fast: Any = None
         self._patience = {None: UNCOMPILED, True: 0, False: NEVER}[compiled]
         normaliser = self._content.get("normalizer")
@@ -57,11 +57,11 @@ class TextEncoder:
             self._patience = NEVER
 
     @property
-    def library(self) -> Any:
+    def reference(self) -> Any:
         """The tokenizer of the `tokenizers` library."""
-        if self._library is None:
-            self._library = load(self._info, allow_special=self._special)
-        return self._library
+        if self._reference is None:
+            self._reference = load(self._info, allow_special=self._special)
+        return self._reference
 
     def __call__(self, texts: Sequence[str], end: int = -1) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of all texts, flat, the id `end` behind each (-1: nothing), and how many each has."""
@@ -86,7 +86,7 @@ class TextEncoder:
     def _by_library(self, texts: Sequence[str], end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
             behind = [end] if end >= 0 else []
-            found = [item.ids + behind for item in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+            found = [item.ids + behind for item in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.array([len(ids) for ids in found], np.int64)
         return np.fromiter(chain.from_iterable(found), self.dtype, int(lengths.sum())), lengths
 
@@ -113,7 +113,7 @@ class TextEncoder:
         """The text as the tokenizer's normaliser leaves it; that of NFC leaves ASCII alone."""
         if not self._normalised or text.isascii():
             return text
-        return str(self.library.normalizer.normalize_str(text))
+        return str(self.reference.normalizer.normalize_str(text))
 
     def _marked(self, text: str) -> bool:
         return any(start in text and any(name in text for name in names) for start, names in self._marks.items())

@@ -31,9 +31,8 @@ FILL_IN = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")  # as StarCoder
 TOOLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")  # as Hermes and Qwen do
 SPECIAL = (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD, *FILL_IN, *TOOLS)
 RESERVED = 5  # tokens without a meaning yet, so that one can be given without resizing a model
-NAME = re.compile(
-    r"<[^\s<>]*[^\W_][^\s<>]*>|\[[^\s\[\]]*[^\W_][^\s\[\]]*\]"
-)  # every pattern cuts behind the letter or digit: no merge makes such a name
+# Every pattern cuts behind the letter or digit: no merge makes such a name.
+NAME = re.compile(r"<[^\s<>]*[^\W_][^\s<>]*>|\[[^\s\[\]]*[^\W_][^\s\[\]]*\]")
 BYTES = 256
 MAX_SIZE = 1 << 22
 MULTIPLE = 64  # embedding rows in whole tiles of the matrix units

@@ -54,12 +54,12 @@ class Trial:
     def __init__(self, model: Any, info: Any) -> None:
         from llmkit.tokens.text_encoder import load
 
-        self.model, self.library = model, load(info)
+        self.model, self.tokenizer = model, load(info)
 
     def ids(self, text: str) -> Any:
         import torch
 
-        return torch.tensor(self.library.encode(text, add_special_tokens=False).ids)
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def train(self, text: str, steps: int, rate: float, seed: int) -> Iterator[int]:
         """Train, saying each step when it is done."""
@@ -89,7 +89,7 @@ class Trial:
 
         ids = self.ids(text)
         windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-        size = sum(len(self.library.id_to_token(i)) for i in windows[:, 1:].flatten().tolist())  # a character a byte
+        size = sum(len(self.tokenizer.id_to_token(i)) for i in windows[:, 1:].flatten().tolist())  # a character a byte
         with torch.no_grad():
             nats = sum(
                 float(F.cross_entropy(self.model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))

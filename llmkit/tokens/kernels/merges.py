@@ -26,9 +26,8 @@ from llmkit.kernels.utf8 import finish
 ID_BITS = 24
 ID = (1 << ID_BITS) - 1
 NONE = ID  # the id of a cell between words, or where no token begins any more
-KEY, COUNT, START, SIZE, COUNTED = range(
-    5
-)  # columns of a pair; KEY is both ids, COUNTED the merge after which COUNT held
+# Columns of a pair; KEY is both ids, COUNTED the merge after which COUNT held.
+KEY, COUNT, START, SIZE, COUNTED = range(5)
 
 
 @kernel

@@ -6,7 +6,7 @@
 A regular expression takes the first of its alternatives that matches; here each is a branch on the classes of the next one or two characters. Which
 characters are letters, numbers and spaces is asked of the `tokenizers` library itself (`classes`): its Unicode tables are not of the version of Python's.
 
-Cost: linear; tests/bench/tokenize_speed.md. The table is 1.1 MB; asking takes about a second, so that it is kept beside the compiled kernels.
+Cost: linear; tests/bench/tokenize_speed.md. The table is 1.1 MB; asking takes a while, so that it is kept beside the compiled kernels.
 """
 
 from __future__ import annotations
