@@ -239,7 +239,5 @@ def baseline(total: dict[Key, Tally], name: str | None) -> Key | None:
 def costly(total: dict[Key, Tally], base: Key, t: int) -> list[tuple[Key, float]]:
     """The groups whose fertility under tokenizer `t` is over `WARN_OVER` times that of `base`, with that ratio, the largest first."""
     one = total[base].made[t].tokens / total[base].words
-    found = [
-        (key, tally.made[t].tokens / tally.words / one) for key, tally in total.items() if tally.words and key != ALL
-    ]
+    found = [(key, tally.made[t].tokens / tally.words / one) for key, tally in total.items() if tally.words]
     return sorted([item for item in found if item[1] > WARN_OVER], key=lambda item: -item[1])
