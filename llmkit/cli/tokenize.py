@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 READ = ("documents", "shards", "nanogpt", "megatron")
 WRITTEN = ("shards", "jsonl", "nanogpt", "megatron")
 UNRECORDED = ("nanogpt", "megatron")  # formats without a place for lineage
-STORED = ("to", "decode", "source", "tokenizer")  # options that decide what becomes of stored tokens
+# Options that decide what becomes of stored tokens.
+STORED = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
 PART = 1 << 27  # tokens, where nothing else is asked for
 SUFFIX_FIRST = 0.5  # of documents cut for it, likewise
