@@ -85,7 +85,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, optimizer=""
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)

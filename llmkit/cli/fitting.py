@@ -44,6 +44,7 @@ Warmup = Annotated[float, typer.Option("--warmup", min=0, help="Tokens over whic
 Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, relative to the highest", rich_help_panel=OPTIMISER)]
 Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
+OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers and adamw for the rest", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]

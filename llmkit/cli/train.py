@@ -44,6 +44,7 @@ def main(
     warmup: fitting.Warmup = 0.05,
     min_lr: fitting.Floor = 0.1,
     decay: fitting.Decay = 0.2,
+    optimizer: fitting.OptimizerName = "adamw",
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
     precision: fitting.Precision = "auto",
@@ -72,7 +73,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, optimizer=optimizer
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)

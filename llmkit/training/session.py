@@ -22,13 +22,15 @@ from llmkit.errors import UsageError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.model.checkpoint import load_model, save_model
 from llmkit.model.decoder import Decoder
+from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, start
 from llmkit.training.loop import Training, fit
 from llmkit.training.objectives import Objective
-from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.optimizer import build, kind_of, restore_optimizer
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
+    OPTIMIZER,
     RunDirectory,
     TrainerState,
     check_run,
@@ -44,7 +46,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip` and `weight_decay` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay` and `optimizer` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -58,6 +60,7 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    optimizer: str = "adamw"  # or muon; "": that of the state it starts from
 
 
 @dataclass(slots=True)
@@ -119,7 +122,9 @@ class Session:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
         assert self.state is not None
         settings, config = self.settings, model.config
-        optimizer = adamw(model, settings.weight_decay)
+        before = self.checkpoint or optimizer_from
+        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        optimizer = build(model, kind, settings.weight_decay)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 

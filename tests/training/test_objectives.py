@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import tiny_model
 
 from llmkit.training import objectives
-from llmkit.training.optimizer import adamw, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
+from llmkit.training.optimizer import build, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) 
 def test_decay_groups_and_state() -> None:
     """Behaviour: matrices decay, embeddings and norms do not; the state survives a round through tensors."""
     model = tiny_model()
-    optimizer = adamw(model, 0.1)
+    optimizer = build(model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("proj.weight") for name in decayed)
@@ -87,7 +87,7 @@ def test_decay_groups_and_state() -> None:
     set_rate(optimizer, 1e-3)
     optimizer.step()
     tensors = optimizer_tensors(model, optimizer)
-    other = adamw(model, 0.1)
+    other = build(model)
     restore_optimizer(model, other, tensors, "state")
     assert all(torch.equal(tensors[key], value) for key, value in optimizer_tensors(model, other).items())
     del tensors["exp_avg.model.norm.weight"]
