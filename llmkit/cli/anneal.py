@@ -111,7 +111,7 @@ def main(
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]
@@ -129,6 +129,6 @@ def main(
                 stop_ids=info.stop_ids,
                 heldout=held_out,
                 optimizer_from=directory if before else None,
-                report=fitting.reporter(bar),
+                report=fitting.reporter(run, bar),
             )
         fitting.finish(run, outcome)

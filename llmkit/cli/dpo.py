@@ -100,7 +100,7 @@ def main(
         planned = PairSource(encoded.rows, empty, batch_size, epochs=epochs, seed=run.seed)
         total = planned.tokens(planned.steps)
         if run.dry_run:
-            fitting.show_plan(run, info.config, planned, rate, length)
+            fitting.show_plan(run, opened, info.config, planned, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         source_model = fitting.model_input(model)
@@ -131,6 +131,6 @@ def main(
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
-                report=fitting.reporter(bar),
+                report=fitting.reporter(run, bar),
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -93,7 +93,7 @@ def main(
             other = encode_conversations(reader, files, length, too_long=too_long, template=template)
             held_out = PackedSource(other.pairs(), length, batch_size, shuffle=False)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         if not opened.begin(run.lineage(), [fitting.model_input(model), *row_inputs], batch_size, length, text):
@@ -110,6 +110,6 @@ def main(
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=fitting.reporter(run, bar),
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -91,7 +91,7 @@ def main(
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)
         if run.dry_run:
-            fitting.show_plan(run, config, source, rate, length)
+            fitting.show_plan(run, opened, config, source, rate, length)
             return
         record, inputs = run.lineage(), list(stream.inputs)
         if os.path.isfile(model):
@@ -116,7 +116,7 @@ def main(
                 plan,
                 tokenizer_files=stream.tokenizer.files,
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=fitting.reporter(run, bar),
             )
         fitting.finish(run, outcome, parameters=config.parameters())
 

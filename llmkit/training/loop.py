@@ -29,6 +29,7 @@ from llmkit.errors import LlmkitError, Terminated
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
+from llmkit.training.noise import NoiseScale, Part, measured
 from llmkit.training.objectives import Objective
 from llmkit.training.optimizer import clip_gradients, optimizer_tensors, restore_optimizer, set_rate
 from llmkit.training.schedule import Schedule
@@ -65,6 +66,7 @@ class Training:
     heldout: Source | None = None
     eval_every: int = 0
     flops_per_token: float = 0.0
+    noise: NoiseScale = field(default_factory=NoiseScale)
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
 
@@ -121,6 +123,7 @@ def _restore(t: Training) -> int:
     if t.start is None:
         return 0
     state = load_trainer_state(t.start)
+    t.noise.restore(state.noise, str(t.start))
     restore_optimizer(t.model, t.optimizer, load_optimizer_tensors(t.start), str(t.start))
     if t.processes.accelerator.scaler is not None and state.scaler:
         t.processes.accelerator.scaler.load_state_dict(state.scaler)
@@ -196,13 +199,18 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: dict[str, torch.Tensor] = {}
     t.model.train()
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
+    part, micro_batch = (Part() if measured(step) else None), t.micro_batch
+    if part and processes.count == 1:
+        micro_batch = max(1, min(micro_batch, source.rows(step) // 2))
+    for start, stop in processes.share(source.rows(step), micro_batch):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
             loss, figures = t.objective(t.model, batch, scale)
         (scaler.scale(loss) if scaler else loss).backward()
         for name, value in ({"loss": loss.detach()} | figures).items():
             sums[name] = sums.get(name, 0) + value
+        if part:
+            part.look(parameters, float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
@@ -214,6 +222,9 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
             f"loss {totals['loss']}, gradient norm {norm} at step {step + 1}",
             "lower the learning rate, or look at the data of this step; --resume would come to the same point",
         )
+    if part:
+        t.noise.measure(*part.together(processes.add(part.values)), norm**2, 1 / scale)
+        totals |= {} if t.noise.tokens is None else {"noise_scale": round(t.noise.tokens)}
     set_rate(t.optimizer, rate)
     if scaler:
         scaler.step(t.optimizer)
@@ -256,7 +267,14 @@ def _save(t: Training, step: int, tokens: int, rate: float, log: MetricsLog | No
     if log:
         log.sync()
         scaler = t.processes.accelerator.scaler
-        state = replace(t.state, step=step, tokens=tokens, rate=rate, scaler=scaler.state_dict() if scaler else {})
+        state = replace(
+            t.state,
+            step=step,
+            tokens=tokens,
+            rate=rate,
+            scaler=scaler.state_dict() if scaler else {},
+            noise=t.noise.state(),
+        )
         saved = t.directory.save(
             state,
             optimizer_tensors(t.model, t.optimizer),

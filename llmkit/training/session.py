@@ -162,10 +162,14 @@ class Session:
     def micro_batch(self) -> int:
         """Rows that go through the model at once."""
         assert self.state is not None
+        return self.rows_at_once(self.state.batch_size, self.state.length)
+
+    def rows_at_once(self, batch_size: int, length: int) -> int:
+        """The same of a run that is not begun."""
         if self.settings.micro_batch:
             return self.settings.micro_batch
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(self.state.batch_size, limit // self.state.length // self.settings.sequences_a_row))
+        return max(1, min(batch_size, limit // length // self.settings.sequences_a_row))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class TrainerState:
     length: int
     precision: str
     scaler: dict[str, Any]
+    noise: list[float] = field(default_factory=list)  # of the gradient: training.noise
 
     def to_json(self) -> bytes:
         return json.dumps({key: getattr(self, key) for key in self.__slots__}, indent=1, sort_keys=True).encode()
@@ -65,7 +66,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("command", "precision"), str),
     **dict.fromkeys(("options", "scaler"), dict),
     **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
-    "inputs": list,
+    **dict.fromkeys(("inputs", "noise"), list),
     "rate": (int, float),
 }
 
@@ -231,7 +232,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     path = checkpoint / "state" / TRAINER
     try:
         fields = json.loads(path.read_bytes())
-        state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
+        state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__ if key in fields or key != "noise"})
         for name, kind in FIELDS.items():
             if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
                 raise TypeError(f"{name} is {getattr(state, name)!r}")
