@@ -57,6 +57,7 @@ def main(
     ] = None,
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
+    z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
@@ -85,7 +86,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)

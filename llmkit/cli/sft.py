@@ -44,6 +44,7 @@ def main(
     decay: fitting.Decay = 0.2,
     weight_decay: fitting.WeightDecay = 0.0,
     clip: fitting.Clip = 1.0,
+    z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
@@ -73,7 +74,7 @@ def main(
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)

@@ -199,9 +199,9 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
     for start, stop in processes.share(source.rows(step), t.micro_batch):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
-            loss, figures = t.objective(t.model, batch, scale)
-        (scaler.scale(loss) if scaler else loss).backward()
-        for name, value in ({"loss": loss.detach()} | figures).items():
+            found = t.objective(t.model, batch, scale)
+        (scaler.scale(found.loss) if scaler else found.loss).backward()
+        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
     processes.add_gradients(parameters)
     if scaler:
@@ -245,7 +245,8 @@ def evaluate(t: Training, signals: Signals | None = None) -> float | None:
                 break
             batch = source.batch(0, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                total += float(t.objective(t.model, batch, scale)[0])
+                found = t.objective(t.model, batch, scale)
+            total += float(found.figures.get("loss", found.loss))
     total, stops = processes.add([total, float(stopped)])
     return None if stops else total
 

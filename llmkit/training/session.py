@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, start
 from llmkit.training.loop import Training, fit
-from llmkit.training.objectives import Objective
+from llmkit.training.objectives import Objective, Result
 from llmkit.training.optimizer import adamw, restore_optimizer
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
@@ -44,7 +45,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip` and `weight_decay` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay` and `z_loss` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -58,6 +59,7 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    z_loss: float = 0.0
 
 
 @dataclass(slots=True)
@@ -119,6 +121,9 @@ class Session:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
         assert self.state is not None
         settings, config = self.settings, model.config
+        if settings.z_loss:
+            plain: Callable[..., Result] = objective
+            objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
         optimizer = adamw(model, settings.weight_decay)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
