@@ -96,6 +96,9 @@ class PairSource:
         chosen = self._steps[step][start:stop]
         return pair_batch(self._rows, chosen, self._reference[torch.from_numpy(chosen)])
 
+    def document(self, step: int, row: int, position: int) -> str:
+        return f"pair {self._steps[step][row % len(self._steps[step])] + 1}"
+
 
 def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor) -> Batch:
     """The chosen rows of `pairs`, then the rejected ones, padded to the longest; `extra["reference"]` [pairs, 2]."""
