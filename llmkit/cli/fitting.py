@@ -46,12 +46,16 @@ Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over 
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
 OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers and adamw for the rest", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
+ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z in the loss, which holds logits down; 1e-4 is usual", rich_help_panel=OPTIMISER)]
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]
 ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (GPUs, or gloo on CPU)", rich_help_panel=MACHINE)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start it where there is none", rich_help_panel=KEEPING)]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
+KeepEvery = Annotated[int, typer.Option("--keep-every", min=0, help="Checkpoints of every so many steps stay, whatever --keep says", rich_help_panel=KEEPING)]
+MaxHours = Annotated[float, typer.Option("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75; 0 is never", rich_help_panel=KEEPING)]
+MaxRollbacks = Annotated[int, typer.Option("--max-rollbacks", min=0, help="Bad batches skipped and spikes undone within 128 steps before giving up; 0 lets all pass", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
 # fmt: on
@@ -59,7 +63,17 @@ HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
+NEUTRAL_OPTIONS = (
+    "processes",
+    "threads",
+    "resume",
+    "save_every",
+    "keep",
+    "keep_every",
+    "max_hours",
+    "heldout",
+    "eval_every",
+)
 
 
 def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bool:
@@ -116,7 +130,7 @@ def opened(run: Run, settings: Settings) -> Iterator[Session]:
     """The session of the run, which says where it goes on."""
     from llmkit.training.session import session
 
-    with session(settings, run.dry_run) as found:
+    with session(settings, run.dry_run, run.warn) as found:
         yield found
 
 
@@ -320,19 +334,10 @@ def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, r
     run.finish(counts, "dry run: nothing was written")
 
 
-def reporter(run: Run, run_bar: Progress) -> Callable[[dict[str, Any]], None]:
-    """A function that shows each record of the log on the progress bar, and says once where the batch passes its critical size."""
-    warned = False
+def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
+    """A function that shows each record of the log on the progress bar."""
 
     def report(record: dict[str, Any]) -> None:
-        nonlocal warned
-        batch, critical = record["tokens"] - run_bar.done, record.get("noise_scale")
-        if critical and run_bar.done and critical < batch and not warned:
-            warned = True
-            run.warn(
-                f"{batch:,} tokens a step are beyond the critical batch size here, about {critical:,} (gradient noise scale): "
-                "fewer a step would learn more from each"
-            )
         left = int(record["eta_seconds"])
         note = (
             f"loss {record['loss']:.4f}"

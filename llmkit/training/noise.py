@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import LlmkitError
-
 EVERY = 10  # steps between measurements
 MEMORY = 0.95  # of the running means, a measurement
 ENOUGH = 10  # measurements before the ratio says anything
@@ -58,13 +56,12 @@ class NoiseScale:
         """For a checkpoint."""
         return list(astuple(self))
 
-    def restore(self, state: Sequence[float], where: str) -> None:
-        """Inverse of `state`, which was read from the checkpoint `where`; LlmkitError for something else."""
-        if not state:  # of a run that measured nothing
-            return
-        if len(state) != 3 or not all(isinstance(number, (int, float)) and abs(number) < 1e30 for number in state):
-            raise LlmkitError(f"{where}: the gradient noise is no three numbers", "the checkpoint is damaged")
-        self.noise, self.signal, self.count = float(state[0]), float(state[1]), int(state[2])
+    def restore(self, state: Sequence[float]) -> None:
+        """Inverse of `state`, of a file that may be anybody's; ValueError or TypeError for something else."""
+        noise, signal, count = state or (0.0, 0.0, 0)  # nothing: of a run that has just begun
+        if not all(abs(number) < 1e30 for number in (noise, signal, count)):
+            raise ValueError("the gradient noise is no number")
+        self.noise, self.signal, self.count = float(noise), float(signal), int(count)
 
 
 def measured(step: int) -> bool:

