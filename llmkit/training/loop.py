@@ -29,7 +29,7 @@ from llmkit.training.diagnosis import suspects
 from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
-from llmkit.training.noise import NoiseScale
+from llmkit.training.noise import SETTLED, NoiseScale
 from llmkit.training.optimizer import optimizer_tensors, restore_optimizer
 from llmkit.training.signals import Interrupted, Signals, watch_signals
 from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
@@ -163,7 +163,7 @@ class Loop:
         critical = self.noise.tokens
         if critical is None:
             return {}
-        if critical < tokens and not self._warned:
+        if critical < tokens and not self._warned and self.step > SETTLED * self.t.source.steps:
             self._warned = True
             self.t.say(
                 f"{tokens:,} tokens a step are beyond the critical batch size here, about {critical:,.0f} (gradient noise scale): "

@@ -25,6 +25,7 @@ import torch
 EVERY = 10  # steps between measurements
 MEMORY = 0.95  # of the running means, a measurement
 ENOUGH = 10  # measurements before the ratio says anything
+SETTLED = 0.25  # share of a run before which a batch beyond it is nothing to say: the scale starts small and grows as the loss falls
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.training import noise
 from llmkit.training.metrics import read_metrics
@@ -68,6 +69,36 @@ def test_parts_of_processes_come_together() -> None:
     assert square == pytest.approx((25 / 4 + 36 / 9) / 2)
     assert size == pytest.approx(2 / (1 / 2 + 1 / 3))
     assert Part().together((0.0, 0.0, 0.0)) == (0.0, 0.0)
+    # Sharded, each of two processes has the norm of both's gradient, which is of both's weights: 6² / 5².
+    assert Part(sharded=True).together((2 * 36.0, 2.0 + 3.0, 2.0)) == (pytest.approx(36 / 25), 5.0)
+
+
+@pytest.mark.parametrize(("critical", "times"), [(10.0, 1), (1e9, 0)])
+def test_said_once_where_the_batch_passes_the_critical_size(
+    workplace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    critical: float,
+    times: int,
+) -> None:
+    """Behaviour: a run whose steps have more tokens than the scale is told so once, one below it is not; every measurement is in the log."""
+    monkeypatch.setattr(noise, "EVERY", 1)
+    monkeypatch.setattr(NoiseScale, "tokens", property(lambda self: critical))
+    monkeypatch.chdir(workplace)
+    assert (
+        run_command("train", ["shards", "-m", "config.json", "--tokens", "1k", "-b", "2", "-o", str(tmp_path / "run")])
+        == 0
+    )
+    assert capsys.readouterr().err.count("critical batch size") == times
+    assert scales(tmp_path / "run") == [(step, critical) for step in range(1, 9)]
+
+
+def test_a_run_set_back_to_its_start_knows_nothing() -> None:
+    """Behaviour: the state of a run that has just begun is empty, and takes back what was measured since."""
+    estimate = NoiseScale(1.0, 1.0, 99)
+    estimate.restore([])  # of a run set back to its start
+    assert estimate == NoiseScale()
 
 
 def scales(run: Path) -> list[tuple[int, int]]:
