@@ -151,8 +151,8 @@ def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], b
 
 
 def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
-    """The documents of a step in order, with the loss of each token under the weights as they are. Every process computes all of it."""
-    tokens: dict[str, list[np.ndarray]] = {}
+    """The documents of a step in order, with the loss of their tokens in it under the weights as they are. Every process computes all of it."""
+    tokens: dict[str, np.ndarray] = {}
     lost: dict[str, list[np.ndarray]] = {}
     t.model.eval()
     rows = t.source.rows(step)
@@ -164,13 +164,16 @@ def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
                 result = next_token(t.model, batch.to(t.processes.device), 1.0)
             if result.positions is not None and result.token_losses is not None:
                 found.reshape(-1)[result.positions.cpu().numpy()] = result.token_losses.cpu().numpy()
-        ids, length = batch.input_ids.numpy(), batch.targets.shape[1]
-        owners = np.zeros(ids.shape, np.int64) if batch.document_ids is None else batch.document_ids.numpy()
-        for row in range(len(ids)):
+        count, length = batch.targets.shape
+        owners = np.zeros((count, length), np.int64) if batch.document_ids is None else batch.document_ids.numpy()
+        for row in range(count):
             cuts = [0, *(np.flatnonzero(np.diff(owners[row])) + 1).tolist(), length]
             for first, last in zip(cuts, cuts[1:], strict=False):
                 if owners[row, first] >= 0:
-                    name = t.source.document(step, start + row % (min(start + t.micro_batch, rows) - start), first)
-                    tokens.setdefault(name, []).append(ids[row, first:last])
+                    # A batch of pairs has two rows for each.
+                    name, whole = t.source.document(
+                        step, start + row % (min(start + t.micro_batch, rows) - start), first
+                    )
+                    tokens[name] = whole
                     lost.setdefault(name, []).append(found[row, first:last])
-    return [Piece(name, np.concatenate(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]
+    return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]
