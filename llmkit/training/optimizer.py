@@ -6,7 +6,7 @@ gains and biases. The fused kernel does the whole update in one pass over memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -43,20 +43,28 @@ def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
     """Scale all gradients so that their joint 2-norm is at most `limit` (0: leave them); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # sharded gradients
+        norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]  # type: ignore[attr-defined]
     if limit > 0:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates as `step` (the same for all)."""
-    tensors: dict[str, torch.Tensor] = {}
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates as `step` (the same for all), as they lie."""
+    step = None
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
-            tensors |= {f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in MOMENTS}
-            tensors["step"] = state["step"].detach().cpu().reshape(1)
-    return tensors
+            yield from ((f"{moment}.{name}", state[moment]) for moment in MOMENTS)
+            step = state["step"].reshape(1)
+    if step is not None:
+        yield "step", step
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """`named_state` in host memory."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in named_state(model, optimizer)}
 
 
 def restore_optimizer(
