@@ -17,7 +17,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,9 +28,12 @@ import torch
 from llmkit.errors import LlmkitError, Terminated
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes
+from llmkit.training.environment import machine
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
 from llmkit.training.objectives import Objective
-from llmkit.training.optimizer import clip_gradients, optimizer_tensors, restore_optimizer, set_rate
+from llmkit.training.optimizer import clip_gradients, named_state, restore_optimizer, set_rate
+from llmkit.training.pace import Pace, collected
+from llmkit.training.parallel import full_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
@@ -45,7 +48,7 @@ CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not
 @dataclass(slots=True)
 class Training:
     """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
-    into `model`. `write_model(directory, step, tokens)` fills a model directory. `report` is called with every record of the log."""
+    into `model`. `write_model(directory, step, tokens, weights)` fills a model directory. `report` is called with every record of the log."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -56,7 +59,7 @@ class Training:
     processes: Processes
     directory: RunDirectory
     state: TrainerState
-    write_model: Callable[[Path, int, int], None]
+    write_model: Callable[[Path, int, int, Mapping[str, torch.Tensor]], None]
     start: Path | None = None
     micro_batch: int = 8
     clip: float = 1.0
@@ -65,6 +68,7 @@ class Training:
     heldout: Source | None = None
     eval_every: int = 0
     flops_per_token: float = 0.0
+    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
 
@@ -107,7 +111,8 @@ def fit(training: Training) -> dict[str, Any]:
     with watch_signals() as signals:
         log = MetricsLog(t.directory.metrics, first) if t.processes.main else None
         try:
-            outcome = _run(t, first, log, signals)
+            with collected() as collect:
+                outcome = _run(t, first, log, signals, collect)
         finally:
             if log:
                 log.close()
@@ -127,16 +132,22 @@ def _restore(t: Training) -> int:
     return state.step
 
 
-def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> dict[str, Any]:
+def _run(
+    t: Training, first: int, log: MetricsLog | None, signals: Signals, collect: Callable[[int], None]
+) -> dict[str, Any]:
     source, processes = t.source, t.processes
     total = source.tokens(source.steps)
     save_every = t.save_every or max(1, -(-source.steps // CHECKPOINTS))
     eval_every = t.eval_every or max(1, -(-source.steps // CHECKPOINTS))
     peak, how = peak_flops(processes.device, processes.precision, processes.count)
-    speed = Speed(t.flops_per_token, peak)
+    speed, pace = Speed(t.flops_per_token, peak), Pace()
     started = time.monotonic()
     if log:
-        t.directory.event("resume" if t.start else "start", step=first, peak_flops=peak, peak=how)
+        made_with = t.state.environment | machine(processes.device)
+        made_with |= {"processes": processes.count, "parallel": processes.layout.name}
+        more = {"accepted": t.changed} if t.changed else {}
+        name = "resume" if t.start else "start"
+        t.directory.event(name, step=first, peak_flops=peak, peak=how, environment=made_with, **more)
     record = dict(log.last) if log else {}
     checkpoint = t.start
 
@@ -162,6 +173,11 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
         seconds = time.perf_counter() - began
         record = {"step": step, "tokens": tokens, **figures, "lr": rate, "grad_norm": norm}
         record |= speed.step(new, seconds, total - tokens)
+        unevenness, late = pace.step(step, processes.seconds)
+        record |= unevenness
+        if log and late is not None:
+            t.directory.event("straggler", step=step, rank=late, spread=unevenness["rank_spread"])
+        collect(step)
         if due(step):
             found = evaluate(t, signals)
             record |= {} if found is None else {"heldout_loss": found}
@@ -196,10 +212,10 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: dict[str, torch.Tensor] = {}
     t.model.train()
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
+    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
-            loss, figures = t.objective(t.model, batch, scale)
+            loss, figures = t.objective(t.model, batch, scale * factor)
         (scaler.scale(loss) if scaler else loss).backward()
         for name, value in ({"loss": loss.detach()} | figures).items():
             sums[name] = sums.get(name, 0) + value
@@ -239,13 +255,13 @@ def evaluate(t: Training, signals: Signals | None = None) -> float | None:
     total, stopped = 0.0, False
     t.model.eval()
     with torch.no_grad():
-        for start, stop in processes.share(source.rows(0), t.micro_batch):
-            stopped = bool(signals and signals.number)
+        for start, stop, factor in processes.turns(t.model, source.rows(0), t.micro_batch):
+            stopped = processes.agree(bool(signals and signals.number))
             if stopped:
                 break
             batch = source.batch(0, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                total += float(t.objective(t.model, batch, scale)[0])
+                total += float(t.objective(t.model, batch, scale * factor)[0])
     total, stops = processes.add([total, float(stopped)])
     return None if stops else total
 
@@ -253,15 +269,14 @@ def evaluate(t: Training, signals: Signals | None = None) -> float | None:
 def _save(t: Training, step: int, tokens: int, rate: float, log: MetricsLog | None) -> Path | None:
     """Store a checkpoint (main process), the lines of the log in front of it."""
     saved = None
+    weights = dict(full_tensors(t.model.state_dict().items(), t.processes.main))
+    moments = dict(full_tensors(named_state(t.model, t.optimizer), t.processes.main))
     if log:
         log.sync()
         scaler = t.processes.accelerator.scaler
         state = replace(t.state, step=step, tokens=tokens, rate=rate, scaler=scaler.state_dict() if scaler else {})
         saved = t.directory.save(
-            state,
-            optimizer_tensors(t.model, t.optimizer),
-            lambda directory: t.write_model(directory, step, tokens),
-            t.keep,
+            state, moments, lambda directory: t.write_model(directory, step, tokens, weights), t.keep
         )
     t.processes.wait()
     return saved

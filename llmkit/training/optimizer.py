@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llmkit.errors import LlmkitError
+from llmkit.training.parallel import placed_like
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -62,15 +63,10 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
         yield "step", step
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """`named_state` in host memory."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named_state(model, optimizer)}
-
-
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str
 ) -> None:
-    """Inverse of `optimizer_tensors`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
+    """Inverse of `named_state`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
     if not tensors:  # no step was taken yet (fp16 skips those with infinite gradients)
         return
     for key, parameter in model.named_parameters():
@@ -82,7 +78,7 @@ def restore_optimizer(
                 raise LlmkitError(
                     f"{name}: {moment}.{key} is {found}, expected {list(parameter.shape)}", "the checkpoint is damaged"
                 )
-            state[moment] = tensor.to(parameter.device, parameter.dtype, copy=True)
+            state[moment] = placed_like(tensor, parameter)
         if tensors.get("step") is None or tensors["step"].numel() != 1:
             raise LlmkitError(f"{name}: step is missing or no single number", "the checkpoint is damaged")
         # The fused kernel wants the count on the device of the parameter.

@@ -8,7 +8,7 @@ precision is bf16, layers are gathered in bf16. Losses are divided by the weight
 
     layout = layout_named("fsdp", processes=2)
     layout.place(model, device, precision)                       # parameters are DTensors now
-    for name, tensor in full_tensors(model, optimizer, main): ...    # whole, on the main process, one at a time
+    for name, tensor in full_tensors(model.state_dict().items(), main): ...    # whole, on the main process, one at a time
     load_tensors(model, weights)                                     # each process takes its part of what is mapped from disk
 
 A checkpoint is the same whatever the layout: whole tensors by name, which any number of processes in either layout goes on from. Gathering costs
@@ -17,7 +17,7 @@ one whole tensor of device memory. Further layouts (tensor, context, expert para
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -25,10 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError, unknown_name
-from llmkit.training.optimizer import named_state
 
 BUCKET_ELEMENTS = 1 << 24  # gradients are summed in pieces of 64 MiB
-SHARE_FOR_GRADIENTS = 8  # whole gradients are kept over the micro-batches of a step where they take at most this part of a GPU
+SHARE_FOR_GRADIENTS = (
+    8  # whole gradients are kept over the micro-batches of a step where they take at most this part of a GPU
+)
 
 
 class Layout(Protocol):
@@ -118,15 +119,13 @@ def layout_named(name: str, processes: int) -> Layout:
     return Sharded(processes) if name == "fsdp" and processes > 1 else Replicated()
 
 
-def full_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, main: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of the model's weights, then of the optimiser's state under the names of `optimizer_tensors`.
+def full_tensors(named: Iterable[tuple[str, Tensor]], main: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) of tensors that may be laid over the processes: a model's state_dict, an optimiser's `named_state`.
 
-    Every process iterates to the end; only on `main` does anything come out. What comes out may share memory with the model: copy what is to
+    Every process iterates to the end; only on `main` does anything come out. What comes out may share memory with what went in: copy what is to
     outlive the next step.
     """
-    for name, tensor in [*model.state_dict().items(), *named_state(model, optimizer)]:
+    for name, tensor in named:
         whole = tensor.detach()
         if hasattr(whole, "full_tensor"):
             whole = whole.full_tensor()

@@ -20,13 +20,16 @@ import torch
 
 from llmkit.errors import UsageError
 from llmkit.io.lineage import Input, Lineage
-from llmkit.model.checkpoint import load_model, save_model
+from llmkit.model.checkpoint import load_info, load_model, open_weights, save_model
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import Source
-from llmkit.training.distributed import Processes, start
+from llmkit.training.distributed import Processes, lost, start
+from llmkit.training.elastic import restarted
+from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import Training, fit
 from llmkit.training.objectives import Objective
 from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
@@ -58,6 +61,9 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    parallel: str = "auto"
+    hang_timeout: float = 0.0
+    accept_change: str = ""  # names, with commas between them
 
 
 @dataclass(slots=True)
@@ -71,6 +77,7 @@ class Session:
     state: TrainerState | None = None
     kept: tuple[str, ...] = ()  # what this call has put into the directory already
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
+    changed: list[str] = field(default_factory=list)  # accepted changes of the environment
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
         """Settle what the run is; False where it is finished already.
@@ -81,13 +88,15 @@ class Session:
         self.lineage = lineage
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
-        self.state = TrainerState(
-            lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, self.processes.precision, {}
-        )
+        now = environment(self.processes.precision, self.processes.device)
+        self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
         checkpoints = self.directory.checkpoints() if self.settings.resume else []
         if checkpoints:
             self.checkpoint = checkpoints[-1]
-            refuse_changes(load_trainer_state(self.checkpoint), self.state)
+            old = load_trainer_state(self.checkpoint)
+            refuse_changes(old, self.state)
+            now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
+            self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
         if self.directory.finished and self.checkpoint:
             return False
         if self.processes.main and not self.checkpoint:
@@ -98,9 +107,19 @@ class Session:
         return True
 
     def model(self, fresh: Callable[[], Decoder]) -> Decoder:
-        """The model in float32 on this process's device: that of the last checkpoint, else `fresh()`."""
+        """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
+        processes = self.processes
+        if self.checkpoint and processes.layout.lockstep:  # no process ever holds all of it
+            info = load_info(self.checkpoint)
+            with torch.device("meta"):
+                model = Decoder(info.config)
+            processes.layout.place(model, processes.device, processes.precision)
+            model.to_empty(device=processes.device)
+            load_tensors(model, open_weights(info))
+            return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
-        return model.to(self.processes.device)
+        processes.layout.place(model, processes.device, processes.precision)
+        return model
 
     def train(
         self,
@@ -119,16 +138,15 @@ class Session:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
         assert self.state is not None
         settings, config = self.settings, model.config
+        self.state.environment["model"] = model_digest(config.to_hf())
         optimizer = adamw(model, settings.weight_decay)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
-        def write_model(directory: Path, step: int, tokens: int) -> None:
+        def write_model(directory: Path, step: int, tokens: int, weights: Mapping[str, torch.Tensor]) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
-            save_model(
-                directory, model.state_dict(), config, tokenizer_files, record.to_json(), torch.float32, stop_ids
-            )
+            save_model(directory, weights, config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
 
         return fit(
             Training(
@@ -150,6 +168,7 @@ class Session:
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
+                changed=self.changed,
                 report=report,
             )
         )
@@ -166,15 +185,26 @@ class Session:
 @contextmanager
 def session(settings: Settings, dry_run: bool = False) -> Iterator[Session]:
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made."""
-    processes = start(settings.precision, settings.threads)
+    accepted_names(settings.accept_change)  # a wrong one is said first
+    if restarted():
+        settings.resume, settings.force = True, False
+    processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
         yield Session(settings, processes, RunDirectory(settings.output))
         return
-    with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
-        processes.wait()  # the main process has made it
-        yield Session(settings, processes, directory)
-        processes.leave()
+    try:
+        with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
+            processes.watch(settings.hang_timeout, directory.event)
+            processes.wait()  # the main process has made it
+            yield Session(settings, processes, directory)
+    except RuntimeError as error:
+        processes.leave(failed=True)
+        raise (lost(error) if processes.count > 1 else None) or error from error
+    except BaseException:
+        processes.leave(failed=True)
+        raise
+    processes.leave()
 
 
 def check_positive(**values: float | None) -> None:

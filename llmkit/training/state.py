@@ -5,7 +5,7 @@
     RUN/events.jsonl              starts, resumptions, stops
     RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
         state/optimizer.safetensors   the moments of AdamW by parameter
-        state/trainer.json            step, tokens, learning rate, options, digests of the inputs
+        state/trainer.json            step, tokens, learning rate, options, digests of the inputs, environment
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
 
 A checkpoint is written under a temporary name, synced and renamed, so what bears its name is complete. The state is safetensors and JSON because
@@ -53,7 +53,7 @@ class TrainerState:
     rate: float
     batch_size: int
     length: int
-    precision: str
+    environment: dict[str, Any]  # see environment.py
     scaler: dict[str, Any]
 
     def to_json(self) -> bytes:
@@ -62,8 +62,8 @@ class TrainerState:
 
 # What they have to be in a file, which may be anybody's.
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("command", "precision"), str),
-    **dict.fromkeys(("options", "scaler"), dict),
+    "command": str,
+    **dict.fromkeys(("options", "environment", "scaler"), dict),
     **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
     "inputs": list,
     "rate": (int, float),
@@ -272,8 +272,3 @@ def refuse_changes(old: TrainerState, new: TrainerState) -> None:
             )
     if old.inputs != new.inputs:
         raise LlmkitError("the inputs are not those that the run was started with", "choose another output")
-    if old.precision != new.precision:
-        raise LlmkitError(
-            f"the run was started in {old.precision}, this would go on in {new.precision}",
-            f"--precision {old.precision}",
-        )
