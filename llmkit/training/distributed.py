@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -192,8 +193,9 @@ def lost(error: BaseException) -> LostError | None:
     text = str(error)
     if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST_WORDS):
         return None
-    reason = (text.splitlines() or [type(error).__name__])[0]
-    return LostError(f"lost the other processes ({reason})", "--resume goes on; --max-restarts does so by itself")
+    # "[/path/of/a/source.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically ..."
+    reason = re.sub(r"^\[[^\]]*\] ", "", (text.splitlines() or [type(error).__name__])[0]).partition(". ")[0]
+    return LostError(f"lost the other processes ({reason})", "go on with --resume; --max-restarts does so by itself")
 
 
 def _keep_memory() -> None:

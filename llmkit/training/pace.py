@@ -20,7 +20,7 @@ from statistics import median_low
 
 import torch
 
-GARBAGE = 100  # steps between collections
+GARBAGE = 50  # steps between collections
 WINDOW = 20  # steps over which processes are compared
 LATE = 1.3  # times the median from which a process counts as late
 
@@ -59,9 +59,10 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps: deque[Sequence[float]] = deque(maxlen=WINDOW)
+        self._late: int | None = None
 
     def step(self, step: int, seconds: Sequence[float]) -> tuple[dict[str, float], int | None]:
-        """Take in one step's seconds a row by rank; every WINDOW steps the figures for the log, and a rank that is late."""
+        """Take in one step's seconds a row by rank; every WINDOW steps the figures for the log, and a rank that has become late."""
         self._steps.append(seconds)
         if step % WINDOW or len(self._steps) < WINDOW or len(seconds) < 2:
             return {}, None
@@ -69,7 +70,9 @@ class Pace:
         busy = [value for value in mean if value > 0]  # a process may have had no row at all
         slowest = max(range(len(mean)), key=mean.__getitem__)
         spread = mean[slowest] / median_low(busy) if busy else 1.0
-        return {"slowest_rank": slowest, "rank_spread": round(spread, 3)}, slowest if spread > LATE else None
+        before, self._late = self._late, slowest if spread > LATE else None
+        news = self._late if self._late != before else None
+        return {"slowest_rank": slowest, "rank_spread": round(spread, 3)}, news
 
 
 @contextmanager
@@ -81,10 +84,11 @@ def collected() -> Iterator[Callable[[int], None]]:
             gc.collect()
 
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
+    gc.freeze()  # modules and the model are never garbage: looking through them each time would take longer than the rest
     try:
         yield collect
     finally:
+        gc.unfreeze()
         if was:
             gc.enable()

@@ -230,7 +230,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     """trainer.json of a checkpoint; LlmkitError where it is missing or damaged."""
     path = checkpoint / "state" / TRAINER
     try:
-        fields = json.loads(path.read_bytes())
+        fields = {"environment": {}} | json.loads(path.read_bytes())
         state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
         for name, kind in FIELDS.items():
             if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):

@@ -3,8 +3,8 @@
 One process that hangs (a dead disk, a driver, a stopped process) makes all the others wait in their next collective. So every process counts its
 passes and the collectives it has entered, and a thread publishes the counts in the group's store. Who has made no progress for `timeout` seconds
 looks at the others: hung are those whose thread is silent too, else those that are behind in collectives. A hung process whose thread lives
-reports itself, with its stack; one that is silent is named by another, and killed where it is on the same machine. The process then ends with
-`ExitCode.LOST`, which `--max-restarts` answers with a new group; the run directory is never in danger, since checkpoints are atomic.
+reports itself, with its stack; one that is silent is named by another, which on the same machine makes it show its stack and kills it. The process
+then ends with `ExitCode.LOST`, which `--max-restarts` answers with a new group; the run directory is never in danger: checkpoints are atomic.
 
     watchdog = Watchdog(rank=1, count=2, timeout=1800.0, event=directory.event)
     watchdog.start()
@@ -37,6 +37,8 @@ from llmkit.errors import ExitCode
 
 FRAMES = 12  # of the stack, in the event
 LONGEST_PERIOD = 30.0
+SHOW_STACK = signal.SIGUSR2
+STACK_SECONDS = 0.5  # what a process gets to write its stack
 
 
 @dataclass(slots=True)
@@ -78,11 +80,14 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._store = _connect(self._count, self._period)
+        faulthandler.register(SHOW_STACK, file=2, all_threads=True)
         self._last = time.monotonic()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
+        """Watch no longer."""
         self._ended.set()
+        faulthandler.unregister(SHOW_STACK)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._period):
@@ -150,12 +155,16 @@ class Watchdog:
             if stack:
                 faulthandler.dump_traceback(file=2, all_threads=True)
             print(
-                "hint: --resume goes on; --max-restarts does so by itself; --hang-timeout is the limit", file=sys.stderr
+                "hint: go on with --resume; --max-restarts does so by itself; --hang-timeout is the limit",
+                file=sys.stderr,
             )
         for rank in hung:
             host, process = self._sights[rank].where
             if rank != self._rank and process and host == socket.gethostname():
                 with suppress(OSError):
+                    for number in (SHOW_STACK, signal.SIGCONT):  # a stopped process shows it when it runs again
+                        os.kill(process, number)
+                    time.sleep(STACK_SECONDS)
                     os.kill(process, signal.SIGKILL)
         os._exit(ExitCode.LOST)
 
