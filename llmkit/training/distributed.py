@@ -182,7 +182,10 @@ def start(
     # The group's own timeout is the second line of defence: the watch-dog knows more.
     patience = [InitProcessGroupKwargs(timeout=timedelta(seconds=2 * hang_timeout + 60))] if hang_timeout else []
     mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=patience)
+    try:
+        accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=patience)
+    except RuntimeError as error:  # the others may be gone already
+        raise lost(error) or error from error
     return Processes(accelerator, precision, layout_named(parallel, accelerator.num_processes))
 
 
