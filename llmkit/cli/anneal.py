@@ -57,6 +57,7 @@ def main(
     ] = None,
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
+    z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
@@ -67,6 +68,9 @@ def main(
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -91,7 +95,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:

@@ -67,6 +67,9 @@ def main(
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -90,7 +93,7 @@ def main(
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:

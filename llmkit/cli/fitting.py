@@ -45,6 +45,7 @@ Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, rela
 Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
+ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z in the loss, which holds logits down; 1e-4 is usual", rich_help_panel=OPTIMISER)]
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]
 ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (GPUs, or gloo on CPU)", rich_help_panel=MACHINE)]
@@ -55,6 +56,9 @@ AcceptChange = Annotated[str, typer.Option("--accept-change", metavar="NAMES", h
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start it where there is none", rich_help_panel=KEEPING)]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
+KeepEvery = Annotated[int, typer.Option("--keep-every", min=0, help="Checkpoints of every so many steps stay, whatever --keep says", rich_help_panel=KEEPING)]
+MaxHours = Annotated[float, typer.Option("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75; 0 is never", rich_help_panel=KEEPING)]
+MaxRollbacks = Annotated[int, typer.Option("--max-rollbacks", min=0, help="Bad batches skipped and spikes undone within 128 steps before giving up; 0 lets all pass", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
 # fmt: on
@@ -64,7 +68,7 @@ HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 NEUTRAL_OPTIONS = (
     "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
-    "resume", "save_every", "keep", "heldout", "eval_every",
+    "resume", "save_every", "keep", "keep_every", "max_hours", "heldout", "eval_every",
 )  # fmt: skip
 
 
@@ -122,7 +126,7 @@ def opened(run: Run, settings: Settings) -> Iterator[Session]:
     """The session of the run, which says where it goes on."""
     from llmkit.training.session import session
 
-    with session(settings, run.dry_run) as found:
+    with session(settings, run.dry_run, run.warn) as found:
         yield found
 
 

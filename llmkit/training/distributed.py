@@ -15,7 +15,7 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
+from llmkit.model.safetensors import layout_of
 from llmkit.training.pace import Stopwatch
 from llmkit.training.parallel import Layout, layout_named
 from llmkit.training.watchdog import Watchdog
@@ -142,6 +143,19 @@ class Processes:
         self._meet()
         self.layout.add_gradients([parameter.grad for parameter in parameters])  # type: ignore[misc]
 
+    def tell(self, value: Any) -> Any:
+        """The main process's `value`, on every process."""
+        if self.count == 1:
+            return value
+        self._meet()
+        place = [value]
+        dist.broadcast_object_list(place, device=self.device)
+        return place[0]
+
+    def from_main(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The main process's tensors by name, for every process; all must ask for the same ones in the same order. They come one at a time."""
+        return tensors if self.count == 1 else FromMain(self, tensors)
+
     def wait(self) -> None:
         """Until every process is here."""
         self._meet()
@@ -160,6 +174,29 @@ class Processes:
             self._dog.stop()
         if self.count > 1 and not failed:
             dist.destroy_process_group()
+
+
+class FromMain(Mapping[str, torch.Tensor]):
+    """See `Processes.from_main`."""
+
+    def __init__(self, processes: Processes, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._processes, self._tensors = processes, tensors
+        self._layout = processes.tell(dict(layout_of(tensors)))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        dtype, shape = self._layout[name]
+        device = self._processes.device
+        here = self._processes.main
+        tensor = self._tensors[name].to(device) if here else torch.empty(shape, dtype=dtype, device=device)
+        self._processes.beat()
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
 
 
 def start(

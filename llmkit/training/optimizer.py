@@ -6,7 +6,7 @@ gains and biases. The fused kernel does the whole update in one pass over memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> None:
     """Inverse of `named_state`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
     if not tensors:  # no step was taken yet (fp16 skips those with infinite gradients)

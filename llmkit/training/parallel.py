@@ -41,6 +41,9 @@ class Layout(Protocol):
     def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
         """Lay the model's parameters over the processes; in place. They may be on the meta device."""
 
+    def rest(self, model: nn.Module) -> None:
+        """Make the model's parameters what they are between steps: after a pass without a backward pass some are still gathered."""
+
     def turn(self, model: nn.Module, last: bool) -> None:
         """Before each pass of a step: whether it is the last, after which gradients are added up."""
 
@@ -55,6 +58,9 @@ class Replicated:
 
     def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
         model.to(device)
+
+    def rest(self, model: nn.Module) -> None:
+        pass
 
     def turn(self, model: nn.Module, last: bool) -> None:
         pass
@@ -101,6 +107,13 @@ class Sharded:
         if device.type == "cuda":
             whole = 4 * sum(p.numel() for p in model.parameters())
             self._keep_gradients = whole * SHARE_FOR_GRADIENTS <= torch.cuda.get_device_properties(device).total_memory
+
+    def rest(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def turn(self, model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last or not self._keep_gradients)  # type: ignore[operator]
@@ -153,10 +166,15 @@ def placed_like(whole: Tensor, parameter: Tensor) -> Tensor:
     return placed
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, in its memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def copy_whole(target: Tensor, whole: Tensor) -> None:
     """Set `target`, which may be laid over processes, to `whole`."""
-    local = target.to_local() if hasattr(target, "to_local") else target
-    local.detach().copy_(local_part(whole, target))
+    local(target).detach().copy_(local_part(whole, target))
 
 
 def load_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from tiny import CONFIG, ListStream
 
-from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.model.decoder import Decoder
 from llmkit.training import distributed
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
-from llmkit.training.parallel import layout_named
+from llmkit.training.parallel import layout_named, local
 from llmkit.training.schedule import Schedule
 from llmkit.training.session import Session, Settings
 from llmkit.training.state import open_run
@@ -31,12 +30,13 @@ def untied() -> Decoder:
     return model
 
 
-def train(processes: distributed.Processes, path: Path, *, resume: bool = False, until: int = STEPS) -> None:
-    """Train for 20 steps of 3 rows and a ragged last one of 1, or until the crash that a report of step `until` makes."""
+def train(processes: distributed.Processes, path: Path, *, resume: bool = False, poisoned: bool = False) -> None:
+    """Train for 20 steps of 3 rows and a ragged last one of 1; `poisoned`: after step 8 an embedding of the first process is no number, once."""
+    struck = []
 
     def report(record: dict[str, object]) -> None:
-        if record["step"] == until and until < STEPS:
-            raise LlmkitError("enough")
+        if poisoned and record["step"] == 8 and not struck:
+            struck.append(local(model.state_dict()["model.embed_tokens.weight"]).detach()[1:9].fill_(torch.nan))
 
     stream = ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
     source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
@@ -46,8 +46,9 @@ def train(processes: distributed.Processes, path: Path, *, resume: bool = False,
         processes.wait()
         opened = Session(settings, processes, directory)
         opened.begin(Lineage("train", {"seed": 0}), [Input("input", "data", "xxh3:0")], 3, 32, "seed = 0\n")
+        model = opened.model(untied)
         opened.train(
-            opened.model(untied),
+            model,
             next_token,
             source,
             plan,
@@ -61,7 +62,9 @@ def main(place: Path) -> None:
     torch.set_num_threads(1)
     processes = distributed.start()
     for name in ("ddp", "fsdp"):
-        train(dataclasses.replace(processes, layout=layout_named(name, processes.count)), place / name)
+        laid = dataclasses.replace(processes, layout=layout_named(name, processes.count))
+        train(laid, place / name)
+        train(laid, place / f"{name}_poisoned", poisoned=True)
     sharded = dataclasses.replace(processes, layout=layout_named("fsdp", processes.count))
     train(sharded, place / "one_then_two", resume=True)
     processes.leave()

@@ -44,7 +44,7 @@ def only_until(run: Path, step: int) -> None:
 
 
 def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
-    """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5; checkpoints of 2 resume on 1 and of 1 on 2."""
+    """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5, also where weights become NaN; checkpoints of 2 resume on 1, and of 1 on 2."""
     from llmkit.model.checkpoint import load_model
 
     alone = distributed.start()
@@ -60,7 +60,7 @@ def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
     expected = losses(tmp_path / "one")
     assert len(expected) == STEPS
     heldout = [r["heldout_loss"] for r in read_metrics(tmp_path / "one" / "metrics.jsonl") if "heldout_loss" in r]
-    for name in ("ddp", "fsdp", "one_then_two"):
+    for name in ("ddp", "fsdp", "one_then_two", "ddp_poisoned", "fsdp_poisoned"):
         assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
         records = list(read_metrics(tmp_path / name / "metrics.jsonl"))
         assert [r["heldout_loss"] for r in records if "heldout_loss" in r] == pytest.approx(heldout, abs=1e-5)
@@ -68,6 +68,8 @@ def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
         model, _ = load_model(tmp_path / name)
         for key, value in load_model(tmp_path / "one")[0].state_dict().items():
             assert torch.allclose(model.state_dict()[key], value, atol=1e-4), (name, key)
+        rollbacks = [event["to"] for event in events(tmp_path / name) if event["event"] == "rollback"]
+        assert len(rollbacks) == name.endswith("poisoned"), name
     assert events(tmp_path / "one_then_two")[-2]["environment"]["parallel"] == "fsdp"
     only_until(tmp_path / "fsdp", 10)
     train(alone, tmp_path / "fsdp", resume=True)

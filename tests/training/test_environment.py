@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.training import environment
+from llmkit.training import environment, state
 from llmkit.training.metrics import read_metrics
 from llmkit.training.state import load_trainer_state
 
@@ -27,6 +27,11 @@ def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
 
     with pytest.raises(LlmkitError, match="enough"):
         train(run, report=report, **changes)
+
+
+def sealed(checkpoint: Path) -> None:
+    """Make the digests those of the files as they are now."""
+    (checkpoint / "state" / state.DIGESTS).write_text(json.dumps(state._digests(checkpoint)))
 
 
 def events(run: Path) -> list[dict[str, Any]]:
@@ -75,6 +80,7 @@ def test_other_threads_and_records_without_a_name_are_no_change(train: Train, tm
     fields = json.loads(path.read_bytes())
     del fields["environment"]
     path.write_text(json.dumps(fields))
+    sealed(run / "latest")
     threads = torch.get_num_threads()
     train(run, resume=True, threads=threads + 1)
     torch.set_num_threads(threads)
@@ -86,6 +92,7 @@ def test_several_changes(train: Train, tmp_path: Path, monkeypatch: pytest.Monke
     stopped(train, run)
     config = run / "latest" / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    sealed(run / "latest")
     with pytest.raises(LlmkitError, match="the model's configuration was"):
         train(run, resume=True)
     monkeypatch.setattr(environment, "__version__", "9.0")

@@ -36,6 +36,9 @@ class ListStream:
     def span(self, start: int, stop: int) -> np.ndarray:
         return self.data[start:stop]
 
+    def id(self, i: int) -> str:
+        return f"d{i}"
+
 
 def tiny_model(seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
