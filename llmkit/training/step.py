@@ -58,6 +58,7 @@ class Training:
     chance: float = math.inf  # loss of a guess among all tokens, where the loss is one of tokens
     decode: Callable[[list[int]], str] | None = None
     flops_per_token: float = 0.0
+    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
@@ -82,10 +83,10 @@ def accumulate(t: Training, step: int) -> Measured:
     sums: Tensors = {}
     worst = -math.inf
     t.model.train()
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
+    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
-            found = t.objective(t.model, batch, scale)
+            found = t.objective(t.model, batch, scale * factor)
         (scaler.scale(found.loss) if scaler else found.loss).backward()
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
@@ -138,13 +139,13 @@ def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], b
     total, stops = 0.0, False
     t.model.eval()
     with torch.no_grad():
-        for start, stop in processes.share(source.rows(step), t.micro_batch):
-            stops = stopped()
+        for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+            stops = processes.agree(stopped())
             if stops:
                 break
             batch = source.batch(step, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                found = t.objective(t.model, batch, scale)
+                found = t.objective(t.model, batch, scale * factor)
             total += float(found.figures.get("loss", found.loss))
     total, left = processes.add([total, float(stops)])
     return None if left else total
