@@ -96,8 +96,9 @@ class PairSource:
         chosen = self._steps[step][start:stop]
         return pair_batch(self._rows, chosen, self._reference[torch.from_numpy(chosen)])
 
-    def document(self, step: int, row: int, position: int) -> str:
-        return f"pair {self._steps[step][row % len(self._steps[step])] + 1}"
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        pair = int(self._steps[step][row])
+        return f"pair {pair + 1}", np.concatenate([self._rows[2 * pair + side].tokens for side in (0, 1)])
 
 
 def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor) -> Batch:

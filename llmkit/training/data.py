@@ -67,8 +67,8 @@ class Source(Protocol):
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the step."""
 
-    def document(self, step: int, row: int, position: int) -> str:
-        """Name of the document that the token at `position` of a row of the step is of."""
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        """Name and tokens [n] of the document that the token at `position` of a row of the step is of."""
 
 
 class TokenStream(Protocol):
@@ -91,6 +91,9 @@ class TokenStream(Protocol):
 
     def id(self, i: int) -> str:
         """Id of document `i`."""
+
+    def document(self, i: int) -> np.ndarray:
+        """Its tokens."""
 
 
 class StreamSource:
@@ -151,10 +154,11 @@ class StreamSource:
         weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
         return _batch(tokens, weights, documents[:, :-1] - documents[:, :1])
 
-    def document(self, step: int, row: int, position: int) -> str:
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
         inside = (self.tokens(step) + row * self._length + position) % self._stream.tokens
         number = int(np.searchsorted(self._starts, inside, side="right") - 1)
-        return self._stream.id(number if self._rows is None else int(self._rows[number]))
+        number = number if self._rows is None else int(self._rows[number])
+        return self._stream.id(number), self._stream.document(number)
 
     def _read(self, start: int) -> np.ndarray:
         """`length` + 1 tokens from position `start` of the endless stream."""
@@ -205,7 +209,7 @@ class HeldOutSource:
             batch.weights[-1, -self._beyond :] = 0.0
         return batch
 
-    def document(self, step: int, row: int, position: int) -> str:
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
         return self._inner.document(0, row, position)
 
     def _last_weights(self) -> np.ndarray:
@@ -266,10 +270,11 @@ class PackedSource:
         # As long as the longest of them: a model may claim a context of millions, and a few short rows need none of it.
         return pack(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
 
-    def document(self, step: int, row: int, position: int) -> str:
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
         chosen = self._bins[step * self._batch_size + row]
         ends = np.cumsum([len(self._rows[i][0]) - 1 for i in chosen])
-        return f"row {chosen[min(int(np.searchsorted(ends, position, side='right')), len(chosen) - 1)] + 1}"
+        number = chosen[min(int(np.searchsorted(ends, position, side="right")), len(chosen) - 1)]
+        return f"row {number + 1}", self._rows[number][0]
 
 
 def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:

@@ -1,7 +1,8 @@
 """The guard: which steps a run should not have taken, decided from the figures that the step gives anyway.
 
-Every step hands over its loss, gradient norm and the loss of its worst sequence. Against the last good steps (median and median absolute
-deviation, which a few wild values do not move) a step is
+Every step hands over its loss, gradient norm and the loss of its worst sequence. What is expected is the median of the last few good steps, and how
+far steps usually lie from that is known from the last 128 (by medians, which a few wild values do not move, nor a loss that falls). Against
+that a step is
 
     good     as the others
     odd      far from them: are its documents broken (training.diagnosis)? Then it is skipped; else it is taken, and doubt begins
@@ -21,15 +22,19 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from statistics import median
 from typing import Any
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
 WINDOW = 128  # good steps that a step is held against
-ENOUGH = 16  # with fewer, only what is worse than a guess is odd
+RECENT = 8  # of them say what is expected
+ENOUGH = 12  # more are needed to say how far steps lie from that; before, only what is worse than a guess is odd
 THRESHOLD = 8.0  # robust standard deviations
 PATIENCE = 5  # odd steps in a row that are waited for
 SPREAD = 1.4826  # of a normal distribution's standard deviation over its median absolute deviation
-LEAST = 0.005  # spread that is assumed at least, relative to the median: a loss that hardly moves makes no spike of a ripple
+LEAST = 0.005  # spread that is assumed at least, relative to what is expected: a loss that hardly moves makes no spike of a ripple
 FIGURES = ("loss", "grad_norm", "worst")
 
 
@@ -66,19 +71,17 @@ class Guard:
 
     def deviation(self, figures: Sequence[float]) -> float:
         """How many robust standard deviations the oddest figure lies away: the loss to either side, the others above; 0 where little is known."""
-        if len(self.history) < ENOUGH:
+        if len(self.history) < RECENT + ENOUGH:
             return 0.0
-        found = 0.0
-        for i, (value, seen) in enumerate(zip(figures, zip(*self.history, strict=True), strict=True)):
-            known = [x for x in seen if math.isfinite(x)]
-            if not math.isfinite(value) or len(known) < ENOUGH:
-                continue
-            middle = median(known)
-            spread = SPREAD * median(abs(x - middle) for x in known)
-            # Gradient norms are spread widely and to one side: they are compared as logarithms would be, roughly.
-            away = (value - middle) / max(spread, (LEAST if i != 1 else 0.1) * abs(middle), 1e-12)
-            found = max(found, abs(away) if i == 0 else away)
-        return found
+        seen = _scaled(np.array(self.history))
+        middles = np.median(sliding_window_view(seen, RECENT, axis=0), axis=-1)
+        residuals = seen[RECENT:] - middles[:-1]
+        usual = np.median(residuals, axis=0)
+        spread = SPREAD * np.median(np.abs(residuals - usual), axis=0)
+        away = _scaled(np.array(figures)) - middles[-1] - usual
+        away /= np.maximum(spread, LEAST * np.maximum(np.abs(middles[-1]), (1e-12, 1.0, 1e-12)))
+        away[0] = abs(away[0])
+        return float(np.nanmax(away, initial=0.0))
 
     def accept(self, step: int, figures: Sequence[float]) -> None:
         """Remember a good step; doubts are over."""
@@ -144,6 +147,13 @@ class Guard:
         self.started_badly = bool(state.get("started_badly", False))
         number, loss = state.get("reference", [0, None])
         self.reference = (_whole(number), _known(loss, math.inf))
+
+
+def _scaled(figures: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gradient norms as logarithms, since they vary by factors."""
+    scaled = figures.copy()
+    scaled[..., 1] = np.log(np.maximum(scaled[..., 1], 1e-30))
+    return scaled
 
 
 def _stored(value: float) -> float | None:

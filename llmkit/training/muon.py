@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkit.training.parallel import local, local_part
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0 of those that keep singular values near 1
 ITERATIONS = 5
@@ -67,9 +69,8 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalise(torch.stack(directions).to(product_type(directions[0].device)))
             scale = 0.2 * math.sqrt(max(batch[0].shape))
             for parameter, update in zip(batch, updates, strict=True):
-                parameter.mul_(1 - rate * decay).add_(
-                    _placed_as(update.to(parameter.dtype), parameter), alpha=-rate * scale
-                )
+                part = local_part(update, parameter).to(parameter.dtype)
+                local(parameter).mul_(1 - rate * decay).add_(part, alpha=-rate * scale)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -104,14 +105,3 @@ def _of_equal_shape(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _placed_as(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of what every process has, where the parameter is sharded."""
-    if not hasattr(parameter, "device_mesh") or not hasattr(parameter, "placements"):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate  # takes 1.5 s, which runs without it need not spend
-
-    mesh = parameter.device_mesh
-    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=parameter.placements)

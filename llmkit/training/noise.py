@@ -10,6 +10,7 @@ gradient's squared norm is noise; well above it a run needs more tokens, below i
 independent draws, so what is counted per token are the draws that they amount to at this sequence length.
 
 Cost: one norm over the gradients, on one step in EVERY. A step of a single micro-batch goes in two halves there, and of a single row gives nothing.
+Shared among processes that hold the whole model, each one's first micro-batch is a part; where the model is sharded, they are one part together.
 The running means decide nothing of the run; they are part of a checkpoint, so that the log of a resumed run is the same.
 """
 
@@ -72,28 +73,25 @@ def measured(step: int) -> bool:
 
 @dataclass(slots=True)
 class Part:
-    """The gradient of a process's first micro-batch of a step that weighs anything, as numbers that are summed over the processes."""
+    """The gradient of a process's first micro-batch of a step that weighs anything, as numbers that are summed over the processes.
 
+    `sharded`: gradients are those of all processes' first micro-batches together; every process looks at them, whatever its own weighs.
+    """
+
+    sharded: bool = False
     values: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    looked: bool = False
-    sharded: bool = False  # the gradients are those of all processes' micro-batches together
 
     def look(self, parameters: Iterable[torch.nn.Parameter], weight: float, factor: float) -> None:
         """After a backward pass of a micro-batch of so much weight, whose gradients are the sum over its tokens times `factor`."""
-        if self.looked or not weight:
+        if self.values[2] or not (weight or self.sharded):
             return
-        self.looked = True
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not gradients:  # they are held back until the last micro-batch
-            return
-        self.sharded = hasattr(gradients[0], "full_tensor")
-        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         square = (float(norm.full_tensor() if self.sharded else norm) / factor) ** 2
         self.values = (square, weight, 1.0) if self.sharded else (square / weight**2, 1 / weight, 1.0)
 
     def together(self, sums: Sequence[float]) -> tuple[float, float]:
         """(squared norm of the mean gradient, size) from the `values` of all processes: their mean, and the harmonic mean of the sizes."""
         square, size, count = sums
-        if not count:
+        if not size:
             return 0.0, 0.0
         return (square / count / size**2, size) if self.sharded else (square / count, count / size)

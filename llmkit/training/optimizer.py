@@ -2,20 +2,21 @@
 
     optimizer = build(model, "muon", weight_decay=0.1)
     set_rate(optimizer, 3e-4); optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)          # and restore_optimizer(model, other, tensors, file)
+    tensors = dict(named_state(model, optimizer))          # and restore_optimizer(model, other, tensors, file)
 
 Which tensor is whose and what decays stands in training.rules. AdamW's fused kernel does the whole update in one pass over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.training.muon import Muon
+from llmkit.training.parallel import placed_like
 from llmkit.training.rules import table
 
 BETAS = (0.9, 0.95)
@@ -51,19 +52,25 @@ def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
     """Scale all gradients so that their joint 2-norm is at most `limit` (0: leave them); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # sharded gradients
+        norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]  # type: ignore[attr-defined]
     if limit > 0:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME` or `momentum.NAME`, and AdamW's number of updates as `step` (the same for all)."""
-    tensors: dict[str, torch.Tensor] = {}
+def named_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME` or `momentum.NAME`, and AdamW's number of updates as `step` (the same for all), as they
+    lie."""
+    step = None
     for name, parameter in model.named_parameters():
         for key, tensor in optimizer.state.get(parameter, {}).items():
-            tensor = tensor.detach().cpu()
-            tensors |= {"step": tensor.reshape(1)} if key == "step" else {f"{key}.{name}": tensor.contiguous()}
-    return tensors
+            if key == "step":
+                step = tensor.reshape(1)
+            else:
+                yield f"{key}.{name}", tensor
+    if step is not None:
+        yield "step", step
 
 
 def kind_of(names: Iterable[str]) -> str:
@@ -72,9 +79,9 @@ def kind_of(names: Iterable[str]) -> str:
 
 
 def restore_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> None:
-    """Inverse of `optimizer_tensors`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
+    """Inverse of `named_state`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
     if not tensors:  # no step was taken yet (fp16 skips those with infinite gradients)
         return
     by = {parameter: group["optimizer"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -92,7 +99,7 @@ def restore_optimizer(
                 raise LlmkitError(
                     f"{name}: {moment}.{key} is {what}, expected {list(parameter.shape)}", "the checkpoint is damaged"
                 )
-            state[moment] = tensor.to(parameter.device, parameter.dtype, copy=True)
+            state[moment] = placed_like(tensor, parameter)
         if by[parameter] == "adamw":
             if tensors.get("step") is None or tensors["step"].numel() != 1:
                 raise LlmkitError(f"{name}: step is missing or no single number", "the checkpoint is damaged")

@@ -59,6 +59,7 @@ class Training:
     chance: float = math.inf  # loss of a guess among all tokens, where the loss is one of tokens
     decode: Callable[[list[int]], str] | None = None
     flops_per_token: float = 0.0
+    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
@@ -84,20 +85,21 @@ def accumulate(t: Training, step: int) -> Measured:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: Tensors = {}
     worst = -math.inf
-    part, micro_batch = Part(), t.micro_batch
-    if measured(step) and processes.count == 1:
-        micro_batch = max(1, min(micro_batch, source.rows(step) // 2))
+    rows, micro_batch, lockstep = source.rows(step), t.micro_batch, processes.layout.lockstep
+    part = Part(lockstep)
+    if measured(step) and (processes.count == 1 or lockstep):
+        micro_batch = max(1, min(micro_batch, rows // (2 * processes.count)))
     t.model.train()
-    for start, stop in processes.share(source.rows(step), micro_batch):
+    for start, stop, factor in processes.turns(t.model, rows, micro_batch, add_first=measured(step)):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
-            found = t.objective(t.model, batch, scale)
+            found = t.objective(t.model, batch, scale * factor)
         (scaler.scale(found.loss) if scaler else found.loss).backward()
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
         worst = max(worst, _worst_row(batch, found))
         if measured(step):
-            part.look(parameters, float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
+            part.look(parameters, factor * float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
@@ -147,21 +149,21 @@ def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], b
     total, stops = 0.0, False
     t.model.eval()
     with torch.no_grad():
-        for start, stop in processes.share(source.rows(step), t.micro_batch):
-            stops = stopped()
+        for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+            stops = processes.agree(stopped())
             if stops:
                 break
             batch = source.batch(step, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                found = t.objective(t.model, batch, scale)
+                found = t.objective(t.model, batch, scale * factor)
             total += float(found.figures.get("loss", found.loss))
     total, left = processes.add([total, float(stops)])
     return None if left else total
 
 
 def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
-    """The documents of a step in order, with the loss of each token under the weights as they are. Every process computes all of it."""
-    tokens: dict[str, list[np.ndarray]] = {}
+    """The documents of a step in order, with the loss of their tokens in it under the weights as they are. Every process computes all of it."""
+    tokens: dict[str, np.ndarray] = {}
     lost: dict[str, list[np.ndarray]] = {}
     t.model.eval()
     rows = t.source.rows(step)
@@ -173,13 +175,16 @@ def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
                 result = next_token(t.model, batch.to(t.processes.device), 1.0)
             if result.positions is not None and result.token_losses is not None:
                 found.reshape(-1)[result.positions.cpu().numpy()] = result.token_losses.cpu().numpy()
-        ids, length = batch.input_ids.numpy(), batch.targets.shape[1]
-        owners = np.zeros(ids.shape, np.int64) if batch.document_ids is None else batch.document_ids.numpy()
-        for row in range(len(ids)):
+        count, length = batch.targets.shape
+        owners = np.zeros((count, length), np.int64) if batch.document_ids is None else batch.document_ids.numpy()
+        for row in range(count):
             cuts = [0, *(np.flatnonzero(np.diff(owners[row])) + 1).tolist(), length]
             for first, last in zip(cuts, cuts[1:], strict=False):
                 if owners[row, first] >= 0:
-                    name = t.source.document(step, start + row % (min(start + t.micro_batch, rows) - start), first)
-                    tokens.setdefault(name, []).append(ids[row, first:last])
+                    # A batch of pairs has two rows for each.
+                    name, whole = t.source.document(
+                        step, start + row % (min(start + t.micro_batch, rows) - start), first
+                    )
+                    tokens[name] = whole
                     lost.setdefault(name, []).append(found[row, first:last])
-    return [Piece(name, np.concatenate(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]
+    return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]

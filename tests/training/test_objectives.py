@@ -9,7 +9,7 @@ from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
 from llmkit.training.data import StreamSource
-from llmkit.training.optimizer import build, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
+from llmkit.training.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def test_decay_groups_and_state() -> None:
     assert after == pytest.approx(1.0, rel=1e-4)
     set_rate(optimizer, 1e-3)
     optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)
+    tensors = dict(named_state(model, optimizer))
     other = build(model)
     restore_optimizer(model, other, tensors, "state")
-    assert all(torch.equal(tensors[key], value) for key, value in optimizer_tensors(model, other).items())
+    assert all(torch.equal(tensors[key], value) for key, value in named_state(model, other))
     del tensors["exp_avg.model.norm.weight"]
     from llmkit.errors import LlmkitError
 

@@ -14,7 +14,7 @@ from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.training import muon
 from llmkit.training.muon import orthogonalise
-from llmkit.training.optimizer import build, kind_of, optimizer_tensors, restore_optimizer, set_rate
+from llmkit.training.optimizer import build, kind_of, named_state, restore_optimizer, set_rate
 from llmkit.training.state import load_optimizer_tensors
 
 RATES = [1e-3 * (1 + step % 3) for step in range(10)]
@@ -141,7 +141,7 @@ def test_state_of_muon_and_of_the_other() -> None:
     optimizer = build(model, "muon")
     gradients(model, 0)
     optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)
+    tensors = dict(named_state(model, optimizer))
     assert kind_of(tensors) == "muon"
     assert "momentum.model.layers.0.mlp.up_proj.weight" in tensors
     assert {name for name in tensors if "embed" in name} == {
@@ -149,7 +149,7 @@ def test_state_of_muon_and_of_the_other() -> None:
     }
     other = build(model, "muon")
     restore_optimizer(model, other, tensors, "state")
-    again = optimizer_tensors(model, other)
+    again = dict(named_state(model, other))
     assert again.keys() == tensors.keys()
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     with pytest.raises(LlmkitError, match="x: the state of muon, this run is trained by adamw") as caught:

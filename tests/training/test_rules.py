@@ -16,7 +16,7 @@ from llmkit.errors import UsageError
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder, expected_tensors
 from llmkit.training.needs import activations, flops, memory
-from llmkit.training.optimizer import build, optimizer_tensors
+from llmkit.training.optimizer import build, named_state
 from llmkit.training.rules import kinds, table
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
@@ -80,7 +80,7 @@ def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
     made.step()
     needs = memory(table(expected_tensors(CONFIG), CONFIG, optimizer, 0.1), CONFIG, 1, "fp32", "cpu")
     weights = sum(p.nbytes for p in model.parameters())
-    moments = sum(t.nbytes for name, t in optimizer_tensors(model, made).items() if name != "step")
+    moments = sum(t.nbytes for name, t in named_state(model, made) if name != "step")
     assert needs["weights"] == needs["gradients"] == weights
     assert sum(size for name, size in needs.items() if name.startswith("moments")) == moments
     assert needs["snapshot on the host"] == weights + moments
