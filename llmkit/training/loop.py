@@ -31,7 +31,7 @@ from llmkit.training.environment import machine
 from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
-from llmkit.training.noise import SETTLED, NoiseScale
+from llmkit.training.noise import NoiseScale
 from llmkit.training.optimizer import named_state, restore_optimizer
 from llmkit.training.pace import Pace, collected
 from llmkit.training.parallel import copy_whole, full_tensors, local
@@ -73,7 +73,7 @@ class Loop:
     def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
         self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
         self.guard = Guard(t.chance, t.max_rollbacks)
-        self.noise, self._warned = NoiseScale(), False
+        self.noise = NoiseScale()
         self.step = 0
         if t.start:
             state = load_trainer_state(t.start)
@@ -171,16 +171,9 @@ class Loop:
         if not measured.part[1]:
             return {}
         self.noise.measure(*measured.part, measured.norm**2, self.t.source.weight(self.step))
-        critical = self.noise.tokens
-        if critical is None:
-            return {}
-        if critical < tokens and not self._warned and self.step > SETTLED * self.t.source.steps:
-            self._warned = True
-            self.t.say(
-                f"{tokens:,} tokens a step are beyond the critical batch size here, about {critical:,.0f} (gradient noise scale): "
-                "fewer a step would learn more from each"
-            )
-        return {"noise_scale": round(critical)}
+        if said := self.noise.objection(tokens, self.step / self.t.source.steps):
+            self.t.say(said)
+        return {"noise_scale": round(self.noise.tokens)} if self.noise.tokens else {}
 
     def _compare(self, number: int) -> dict[str, float]:
         """How evenly the processes work, now and then; says which has become late."""

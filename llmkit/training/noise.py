@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class NoiseScale:
     noise: float = 0.0
     signal: float = 0.0
     count: int = 0
+    objected: bool = False
 
     def measure(self, small: float, small_size: float, whole: float, whole_size: float) -> None:
         """Take in the squared norms of the mean gradients of a part and of the whole batch, with their sizes in tokens."""
@@ -54,9 +55,19 @@ class NoiseScale:
             return None
         return self.noise / self.signal
 
+    def objection(self, batch: int, done: float) -> str:
+        """What there is to say, once, of so many tokens a step when the share `done` of the run is behind."""
+        if self.objected or self.tokens is None or batch <= self.tokens or done < SETTLED:
+            return ""
+        self.objected = True
+        return (
+            f"{batch:,} tokens a step are beyond the critical batch size here, about {self.tokens:,.0f} (gradient noise scale): "
+            "fewer a step would learn more from each"
+        )
+
     def state(self) -> list[float]:
         """For a checkpoint."""
-        return list(astuple(self))
+        return [self.noise, self.signal, self.count]
 
     def restore(self, state: Sequence[float]) -> None:
         """Inverse of `state`, of a file that may be anybody's; ValueError or TypeError for something else."""
