@@ -58,6 +58,7 @@ HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+PATHS = ("from_", "model", "recipe")  # options that may name a file
 NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
 
 
@@ -99,7 +100,9 @@ def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
     naming it would be another record of the run."""
     lines = [f"# llmkit {run.command} ... -c config.toml -o RUN trains the same again"]
     for key, value in run._values.items():
-        name = key.replace("_", "-")
+        name = key.rstrip("_").replace("_", "-")
+        if key in PATHS and value and os.path.exists(value):
+            value = os.path.abspath(value)
         if key in NEUTRAL or key in arguments or key == "resume":
             continue
         if value is None or value == []:

@@ -45,7 +45,8 @@ CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not
 @dataclass(slots=True)
 class Training:
     """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
-    into `model`. `write_model(directory, step, tokens)` fills a model directory. `report` is called with every record of the log."""
+    into `model`. `write_model(directory, step, tokens)` fills a model directory. `before_step(step)` sets what of the model is a function of the step.
+    `report` is called with every record of the log."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -65,6 +66,7 @@ class Training:
     heldout: Source | None = None
     eval_every: int = 0
     flops_per_token: float = 0.0
+    before_step: Callable[[int], None] = field(default=lambda step: None)
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
 
@@ -155,6 +157,7 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
     while step < source.steps and not stop:
         began = time.perf_counter()
         rate = t.schedule.for_step(source.tokens(step), source.tokens(step + 1))
+        t.before_step(step)
         figures, norm = train_step(t, step, rate)
         step += 1
         tokens = source.tokens(step)
@@ -196,7 +199,7 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: dict[str, torch.Tensor] = {}
     t.model.train()
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
+    for start, stop in processes.share(source.rows(step), t.micro_batch * source.shortened(step)):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
             loss, figures = t.objective(t.model, batch, scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, start
 from llmkit.training.loop import Training, fit
 from llmkit.training.objectives import Objective
-from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.optimizer import BETAS, adamw, restore_optimizer
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
@@ -44,7 +44,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip` and `weight_decay` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay` and `betas` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -58,6 +58,7 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    betas: tuple[float, float] = BETAS
 
 
 @dataclass(slots=True)
@@ -114,20 +115,26 @@ class Session:
         stop_ids: list[int] | None = None,
         heldout: Source | None = None,
         optimizer_from: Path | None = None,
+        rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
+        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
+        the rotary embedding in that step, where it changes."""
         assert self.state is not None
-        settings, config = self.settings, model.config
-        optimizer = adamw(model, settings.weight_decay)
+        settings = self.settings
+        optimizer = adamw(model, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
+
+        def before_step(step: int) -> None:
+            if rope_theta and model.config.rope_theta != rope_theta(step):
+                model.config = replace(model.config, rope_theta=rope_theta(step))
 
         def write_model(directory: Path, step: int, tokens: int) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
             save_model(
-                directory, model.state_dict(), config, tokenizer_files, record.to_json(), torch.float32, stop_ids
+                directory, model.state_dict(), model.config, tokenizer_files, record.to_json(), torch.float32, stop_ids
             )
 
         return fit(
@@ -149,7 +156,8 @@ class Session:
                 keep=settings.keep,
                 heldout=heldout,
                 eval_every=settings.eval_every,
-                flops_per_token=config.flops_per_token(self.state.length),
+                flops_per_token=model.config.flops_per_token(self.state.length),
+                before_step=before_step,
                 report=report,
             )
         )

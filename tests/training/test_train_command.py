@@ -104,7 +104,7 @@ def test_stream_on_stdin_is_kept_for_a_resumption(place: Path, monkeypatch: pyte
 
 
 def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: starts at the checkpoint's rate, with its moments, and ends near zero; --step chooses; a bare model needs --lr."""
+    """Behaviour: starts at the checkpoint's rate, with its moments, and ends near zero; --from chooses; a bare model needs --lr."""
     assert train(*SMALL, "-o", "run", "--save-every", "4", "--schedule", "constant") == 0
     data = ("shards", "--tokens", "2k", "-q")
     assert train("run", *data, "-o", "annealed", command="anneal") == 0
@@ -113,7 +113,7 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rates[0] == pytest.approx(begin * (1 - 0.5 / len(rates)), rel=0.05)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.2 * begin
-    assert train("run", *data, "--step", "4", "-o", "from4", command="anneal") == 0
+    assert train("run", *data, "--from", "4", "-o", "from4", command="anneal") == 0
     assert weights("from4") != weights("annealed")
     record = read_lineage("from4")
     assert record is not None
@@ -127,7 +127,7 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run", *data, "--lr", "1e-3", "-o", "z", command="anneal") == 0
     assert losses("y")[0] == losses("z")[0]
     assert losses("y")[2] != losses("z")[2]
-    assert train("run", *data, "--step", "5", "-o", "w", command="anneal") == 1
+    assert train("run", *data, "--from", "step-00000005", "-o", "w", command="anneal") == 1
     assert "it has 4, 8" in capsys.readouterr().err
 
 
