@@ -38,17 +38,18 @@ class Steps:
     def __init__(self, changes: Sequence[Change], total: int) -> None:
         self.legs: list[Leg] = []
         step = token = 0
-        ends = [start for start, _, _ in changes[1:]] + [total]
+        ends = [min(start, total) for start, _, _ in changes[1:]] + [total]
         for (_, rows, length), end in zip(changes, ends, strict=True):
             if end <= token:  # the leg before ran beyond it
                 continue
             self.legs.append(Leg(step, token, rows, length))
-            last = end >= total
-            sequences = -(-(end - token) // length)
-            count = -(-sequences // rows)
-            step, token = step + count, token + (sequences if last else count * rows) * length
-            if last:
+            step_tokens = rows * length
+            steps = -(-(end - token) // step_tokens)
+            if token + steps * step_tokens >= total:  # the last one: whole sequences, but no whole step
+                sequences = -(-(total - token) // length)
+                step, token = step + -(-sequences // rows), token + sequences * length
                 break
+            step, token = step + steps, token + steps * step_tokens
         self.steps, self.total = step, token
 
     def _leg(self, step: int) -> Leg:
