@@ -54,7 +54,7 @@ def test_crystal() -> None:
 
 
 def test_olmo() -> None:
-    """Parity with the published stages: 3e-4 after 10B tokens, a cosine to 5e-5, and over the last 50B a line to 0."""
+    """Behaviour: 3e-4 after the 10,485,760,000 tokens of its configuration, a cosine to 5e-5, and over the last 50B a line to 0."""
     _, borders, schedule = published("olmo")
     assert borders == [2_700_000_000_000, 2_750_000_000_000]
     assert schedule.rate(10_485_760_000) == schedule.peak == 3e-4
