@@ -317,7 +317,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from mix' -l debug -d 'Show traceb
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -l version -s V -d 'Print the version'
 complete -c llmkit -n '__fish_seen_subcommand_from mix' -s h -l help -d 'Show the help'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l model -s m -r -d 'Preset (tiny, the default, 5m, '
-complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l from -r -d 'Go on from a model directory or a run, with its moments'
+complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l from -r -d 'Go on from a model directory, run or checkpoint, with its moments'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l tokens -r -d 'Tokens to train on; by default the data once'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l batch-size -s b -r -d 'Sequences a step, over all processes; by default 8, or as the recipe says'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l batch-warmup -r -d 'Smaller batches first: 8:1M,16:4M is 8 until 1M tokens, 16 until 4M'

@@ -37,7 +37,9 @@ def main(
     ] = None,
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="MODEL", help="Go on from a model directory or a run, with its moments"),
+        typer.Option(
+            "--from", metavar="MODEL", help="Go on from a model directory, run or checkpoint, with its moments"
+        ),
     ] = None,
     tokens: Annotated[
         int | None,

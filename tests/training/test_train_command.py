@@ -284,7 +284,26 @@ def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) 
     ):
         assert train(*data, *wrong, "-o", "x") == 2
         assert message in capsys.readouterr().err
-    assert train("run", "shards", "--tokens", "2k", "-q", "-o", "zero", command="anneal") == 0
+    assert train("run", "shards", "--tokens", "1k", "-q", "-o", "ended", "--ramp", "sqrt", command="anneal") == 0
+    Path("ended/final/state/trainer.json").write_text(
+        Path("ended/final/state/trainer.json").read_text().replace('"rate": ', '"rate": 0.0, "_": ')
+    )
+    assert train("--from", "ended", *data, "-o", "x") == 2 and "--rewarm" in capsys.readouterr().err
+
+
+def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a model with new rows trains on shards of its own tokenizer; those of the old one are refused."""
+    assert train(*SMALL, "-o", "run") == 0
+    Path("new.jsonl").write_text(
+        "".join(f'{{"text": "zebras graze gently on {i % 7} prairies"}}\n' for i in range(200))
+    )
+    assert run_command("vocab extend", ["run", "new.jsonl", "--add", "8", "--model", "run", "-q", "-o", "bigger"]) == 0
+    assert run_command("tokenize", ["new.jsonl", "-t", "bigger", "-q", "-o", "more"]) == 0
+    assert train("--from", "bigger", "more", "--rewarm", "-q", "-o", "on") == 0
+    assert json.loads(Path("on/final/config.json").read_text())["vocab_size"] > 280
+    assert losses("on")[-1] < losses("on")[0]
+    assert train("--from", "bigger", "shards", "-q", "-o", "x") == 1
+    assert "another tokenizer than the model's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
