@@ -26,7 +26,7 @@ from llmkit.io.atomic import atomic_file
 from llmkit.seeds import derive
 from llmkit.training.data import Batch, pack
 from llmkit.training.distributed import Processes
-from llmkit.training.objectives import Figures, Objective, counted, head_weight, token_log_probabilities
+from llmkit.training.objectives import Objective, Result, counted, head_weight, token_log_probabilities
 
 FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected")
 
@@ -34,7 +34,7 @@ FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chos
 def dpo(beta: float) -> Objective:
     """The sigmoid loss as an objective for batches of `PairSource`; figures are means over the pairs of the step (see FIGURES)."""
 
-    def objective(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Figures]:
+    def objective(model: Any, batch: Batch, scale: float) -> Result:
         log_p = sequence_log_probabilities(model, batch).view(2, -1)
         ratios = log_p - batch.extra["reference"].T
         margins = beta * (ratios[0] - ratios[1])
@@ -49,7 +49,7 @@ def dpo(beta: float) -> Objective:
                 log_p[1],
             )
             figures = {name: value.sum() * scale for name, value in zip(FIGURES, values, strict=True)}
-        return loss, figures
+        return Result(loss, figures)
 
     return objective
 
@@ -98,6 +98,10 @@ class PairSource:
     def batch(self, step: int, start: int, stop: int) -> Batch:
         chosen = self._steps[step][start:stop]
         return pair_batch(self._rows, chosen, self._reference[torch.from_numpy(chosen)])
+
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        pair = int(self._steps[step][row])
+        return f"pair {pair + 1}", np.concatenate([self._rows[2 * pair + side].tokens for side in (0, 1)])
 
 
 def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor) -> Batch:

@@ -75,12 +75,20 @@ def main(
     ] = 0.0,
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
+    z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -89,7 +97,9 @@ def main(
     The rate starts where the checkpoint's step had it. One trunk may be annealed any number of times, on different data and from different steps;
     `llmkit average` brings the branches together. From a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
-    if fitting.launched(run, [start, data, *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(
+        run, [start, data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+    ):
         return
     import torch
 
@@ -110,7 +120,8 @@ def main(
     if from_ and not (step.isascii() and step.isdigit()):
         raise UsageError(f"--from {from_}: no checkpoint is called so", "such as step-00000500, or 500")
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, int(step) if step else None)

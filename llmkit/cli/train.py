@@ -67,12 +67,20 @@ def main(
     weight_decay: staging.WeightDecay = None,
     clip: staging.Clip = None,
     betas: staging.Betas = None,
+    z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -87,7 +95,8 @@ def main(
     peak. --from goes on from any model directory or run: at the run's last rate, or with --rewarm up to --lr and down again (arXiv:2403.08763).
     Moments are kept where the start has them.
     """
-    if fitting.launched(run, [data, *([from_] if from_ else []), *(heldout or [])], resume=resume, processes=processes):
+    inputs = [data, *([from_] if from_ else []), *(heldout or [])]
+    if fitting.launched(run, inputs, resume=resume, processes=processes, max_restarts=max_restarts):
         return
     import dataclasses
 
@@ -115,8 +124,9 @@ def main(
     }  # fmt: skip
     asked = staging.resolve(run, known, given, staging.CONTINUED if from_ and not rewarm else staging.CURVE)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, asked["clip"], asked["weight_decay"],
-        save_every, keep, eval_every, betas=staging.parse_betas(asked["betas"]),
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, asked["clip"], asked["weight_decay"], save_every, keep, eval_every,
+        betas=staging.parse_betas(asked["betas"]), z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         start, before = starting_point(from_, None) if from_ else (None, None)
@@ -152,16 +162,16 @@ def main(
             staging.show_course(run, course, asked)
             fitting.show_plan(run, config, source, course.schedule.peak, length)
             return
-        record, inputs = run.lineage(), list(stream.inputs)
+        record, read = run.lineage(), list(stream.inputs)
         for option, path in (("model", model), ("recipe", recipe)):
             if path and os.path.isfile(path) and (option == "model" or is_path(path)):
                 record.options[option] = base_name(path)
-                inputs.append(describe_input(path, option))
+                read.append(describe_input(path, option))
         if start:
             record.options["from_"] = base_name(from_ or "")
-            inputs.append(dataclasses.replace(fitting.model_input(from_ or "", start), role="from_"))
+            read.append(dataclasses.replace(fitting.model_input(from_ or "", start), role="from_"))
         text = fitting.config_text(run, ("data",), **asked | {"lr": course.schedule.peak, "tokens": total})
-        if not opened.begin(record, inputs, asked["batch_size"], length, text):
+        if not opened.begin(record, read, asked["batch_size"], length, text):
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)

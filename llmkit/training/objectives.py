@@ -1,20 +1,24 @@
-"""Losses: functions of (model, batch, scale) that return what a step minimises, and figures for the log.
+"""Losses: functions of (model, batch, scale) that return what a step minimises, figures for the log, and what each token lost.
 
-    loss, figures = next_token(model, batch, 1 / source.weight(step))
+    found = next_token(model, batch, 1 / source.weight(step), z_loss=1e-4)
+    found.loss.backward()
 
-Everything returned is a sum over the batch times `scale`; the sum over all micro-batches and processes is then the figure of the step.
+Loss and figures are sums over the batch times `scale`; the sum over all micro-batches and processes is then the figure of the step.
 
 Linear cross-entropy. The logits of a batch (tokens × vocabulary) are by far its largest tensor, so the head and the loss are computed
 together, a chunk of rows at a time, and no more than one chunk of logits exists. `linear_cross_entropy` knows the factor of each token's loss
 beforehand and computes the gradients in the same pass, while the chunk is in cache: three matrix products in all, as without chunks.
 `token_log_probabilities` returns a log-probability per token for losses that need more (DPO) and computes the logits again on the way back.
 Positions of weight 0 take no part: in fine-tuning most of the work on the head falls away.
+
+The z-loss (PaLM, arXiv:2204.02311) adds coefficient · log² Z to the loss of each token, Z being what the softmax divides by: it keeps logits from
+drifting, at no cost beside the log Z that is known anyway. What is logged as `loss` stays the plain −log p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,17 +32,33 @@ CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
 Figures = dict[str, Tensor]
 
 
+class Result(NamedTuple):
+    """What an objective makes of a batch. `loss` is minimised and has a gradient; `figures` have none, and a `loss` among them is what the log
+    shows in its place. `token_losses` float32 [N] are −log p at `positions` int64 [N] of the flattened batch, where these are known."""
+
+    loss: Tensor
+    figures: Figures
+    token_losses: Tensor | None = None
+    positions: Tensor | None = None
+
+
 class Objective(Protocol):
-    """A loss. `loss` has a gradient, `figures` have none; both are sums times `scale`."""
+    """A loss; everything that is a sum is times `scale`."""
 
-    def __call__(self, model: Any, batch: Batch, scale: float) -> tuple[Tensor, Figures]: ...
+    def __call__(self, model: Any, batch: Batch, scale: float) -> Result: ...
 
 
-def next_token(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Figures]:
-    """Weighted cross-entropy of the next token: Σ weight · −log p(target) · scale."""
+def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> Result:
+    """Weighted cross-entropy of the next token: Σ weight · (−log p(target) + z_loss · log² Z) · scale."""
     hidden, index = counted(model, batch)
     factors = batch.weights.flatten()[index] * scale
-    return linear_cross_entropy(hidden, head_weight(model), batch.targets.flatten()[index], factors), {}
+    targets = batch.targets.flatten()[index]
+    loss, token_losses = linear_cross_entropy(hidden, head_weight(model), targets, factors, z_loss)
+    figures = {}
+    if z_loss:
+        figures["loss"] = (token_losses.double() * factors).sum()
+        figures["z_loss"] = loss.detach() - figures["loss"]
+    return Result(loss, figures, token_losses, index)
 
 
 def counted(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -54,16 +74,20 @@ def head_weight(model: Any) -> Tensor:
     return weight
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
-    """Σ_i factors_i · −log softmax(head · hidden_i)[targets_i], a scalar.
+def linear_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Σ_i factors_i · (−log p_i + z_loss · log² Z_i), a scalar, and all −log p_i, float32 [N] without gradient.
 
-    `hidden` [N, D], `head` [V, D], `targets` int64 [N], `factors` float32 [N] without gradient.
+    p_i = softmax(head · hidden_i)[targets_i], and Z_i is what that softmax divides by. `hidden` [N, D], `head` [V, D], `targets` int64 [N],
+    `factors` float32 [N] without gradient.
     """
     dtype = _compute_dtype(hidden)
     needs = torch.is_grad_enabled() and (
         hidden.requires_grad or head.requires_grad
     )  # which a Function cannot ask itself
-    return _LinearCrossEntropy.apply(hidden, head, targets, factors, dtype, needs)
+    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, dtype, needs)
+    return loss, token_losses
 
 
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -76,6 +100,11 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """Matrix products run in the type of autocast where it is on; logits and losses are float32 always."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32, unless it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
@@ -95,37 +124,56 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, dtype: torch.dtype, needs: bool
-    ) -> Tensor:
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        factors: Tensor,
+        z_loss: float,
+        dtype: torch.dtype,
+        needs: bool,
+    ) -> tuple[Tensor, Tensor]:
+        token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
             # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied on the way back, together with the loss scale.
             largest = factors.abs().amax().clamp(min=1e-30) if len(factors) else factors.new_ones(())
             relative = factors / largest
             grad_rows = torch.empty_like(rows) if needs else None
-            grad_weight = torch.zeros_like(head, dtype=torch.float32) if needs else None
+            grad_weight = torch.zeros_like(head, dtype=_wide(head[:0]).dtype) if needs else None
             loss = factors.new_zeros((), dtype=torch.float64)
             for part in _chunks(rows, len(weight)):
-                log_p = torch.log_softmax((rows[part] @ weight.T).float(), dim=1)
-                picked = log_p.gather(1, targets[part, None])
-                loss -= (picked[:, 0].double() * factors[part].double()).sum()
+                logits = _wide(rows[part] @ weight.T)
+                log_z = torch.logsumexp(logits, dim=1) if z_loss else None
+                log_p = torch.log_softmax(logits, dim=1) if log_z is None else logits.sub_(log_z[:, None])
+                lost = -log_p.gather(1, targets[part, None])[:, 0]
+                token_losses[part] = lost
+                if log_z is not None:
+                    lost = lost + z_loss * log_z.square()
+                loss += (lost.double() * factors[part].double()).sum()
                 if grad_rows is None or grad_weight is None:
                     continue
-                gradient = log_p.exp_()  # softmax − one-hot, times the factor of its row
-                gradient.scatter_add_(1, targets[part, None], torch.full_like(picked, -1.0))
+                # By logits: (1 + 2 · z_loss · log Z) · softmax − one-hot, times the factor of its row.
+                gradient = log_p.exp_()
+                if log_z is not None:
+                    gradient.mul_(1 + 2 * z_loss * log_z[:, None])
+                gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
                 gradient = gradient.mul_(relative[part, None]).to(dtype)
                 torch.mm(gradient, weight, out=grad_rows[part])
                 _add_product(grad_weight, gradient, rows[part])
         if needs:
             ctx.save_for_backward(grad_rows, grad_weight, largest)
             ctx.types = (hidden.dtype, head.dtype)
-        return loss.float()
+        ctx.mark_non_differentiable(token_losses)
+        ctx.set_materialize_grads(False)
+        return loss.to(_wide(hidden[:0]).dtype), token_losses
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_rows, grad_weight, largest = ctx.saved_tensors
         factor = grad * largest
-        return (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1]), None, None, None, None
+        gradients = (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1])
+        return *gradients, None, None, None, None, None
 
 
 class _TokenLogProbabilities(Function):

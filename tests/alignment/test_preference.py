@@ -84,8 +84,8 @@ def test_loss_at_step_0_is_ln_2(model: Decoder, rows: list[EncodedRow], tmp_path
     source = PairSource(rows, reference, 10)
     totals = dict.fromkeys(("loss", *FIGURES), 0.0)
     for a, b in ((0, 1), (1, 7), (7, 10)):
-        loss, figures = dpo(0.1)(model, source.batch(0, a, b), 1 / source.weight(0))
-        for name, value in ({"loss": loss.detach()} | figures).items():
+        found = dpo(0.1)(model, source.batch(0, a, b), 1 / source.weight(0))
+        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             totals[name] += float(value)
     assert totals["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert totals["margin"] == pytest.approx(0, abs=1e-5)
@@ -108,7 +108,7 @@ def test_loss_and_gradients_equal_a_direct_implementation(model: Decoder, rows: 
     source = PairSource(rows, reference, 10)
     found = 0.0
     for a, b in ((0, 6), (6, 10)):
-        loss, _ = dpo(beta)(model, source.batch(0, a, b), 1 / source.weight(0))
+        loss = dpo(beta)(model, source.batch(0, a, b), 1 / source.weight(0)).loss
         loss.backward()
         found += loss.item()
     assert found == pytest.approx(expected.item(), abs=1e-6)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
+from llmkit.training.data import StreamSource
 from llmkit.training.optimizer import adamw, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
 
 
@@ -30,11 +31,43 @@ def test_linear_cross_entropy_is_torch_cross_entropy(
     hidden, head, targets, factors = problem
     expected = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * factors).sum()
     wanted = torch.autograd.grad(expected * 3, (hidden, head))
-    found = objectives.linear_cross_entropy(hidden, head, targets, factors)
+    found, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors)
     gradients = torch.autograd.grad(found * 3, (hidden, head))
     assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(token_losses, F.cross_entropy(hidden @ head.T, targets, reduction="none"), atol=1e-5)
+    assert not token_losses.requires_grad
     for a, b in zip(gradients, wanted, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [33 * 20, 1 << 20])
+def test_z_loss_is_what_autograd_makes_of_it(
+    problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parity: value and gradients in float64 of autograd through logsumexp; the token losses do not hold it."""
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", chunk)
+    hidden, head = (part.detach().double().requires_grad_() for part in problem[:2])
+    targets, factors = problem[2], problem[3].double()
+    logits = hidden @ head.T
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    expected = ((plain + 0.3 * logits.logsumexp(1) ** 2) * factors).sum()
+    found, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors, 0.3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.allclose(token_losses, plain.float())
+    wanted = torch.autograd.grad(expected * 3, (hidden, head))
+    for a, b in zip(torch.autograd.grad(found * 3, (hidden, head)), wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_log_shows_the_plain_loss_beside_the_z_loss() -> None:
+    """Behaviour: with a z-loss the figures hold both parts of what is minimised, and `loss` is that of a run without one."""
+    source = StreamSource(ListStream([40, 30, 50]), 16, 4, 64)
+    model, batch = tiny_model(), source.batch(0, 0, 4)
+    plain = objectives.next_token(model, batch, 0.1)
+    found = objectives.next_token(model, batch, 0.1, z_loss=0.01)
+    assert found.figures["loss"].item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert (found.figures["loss"] + found.figures["z_loss"]).item() == pytest.approx(found.loss.item(), rel=1e-6)
+    assert found.figures["z_loss"].item() > 0.1
 
 
 def test_token_log_probabilities(problem: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +86,7 @@ def test_token_log_probabilities(problem: tuple[torch.Tensor, ...], monkeypatch:
 def test_no_rows_no_loss(problem: tuple[torch.Tensor, ...]) -> None:
     """Behaviour: a batch in which nothing counts has loss 0 and gradient 0."""
     hidden, head, targets, factors = problem
-    loss = objectives.linear_cross_entropy(hidden[:0], head, targets[:0], factors[:0])
+    loss, _ = objectives.linear_cross_entropy(hidden[:0], head, targets[:0], factors[:0])
     (gradient,) = torch.autograd.grad(loss, head)
     assert loss == 0
     assert not gradient.any()
@@ -62,9 +95,9 @@ def test_no_rows_no_loss(problem: tuple[torch.Tensor, ...]) -> None:
 def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) -> None:
     """Property: with autocast to bfloat16 and factors of 1e-6 the gradients are those of float32 within its precision."""
     hidden, head, targets, factors = problem
-    exact = torch.autograd.grad(objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4), head)[0]
+    exact = torch.autograd.grad(objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4)[0], head)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4)
+        loss, _ = objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4)
     rough = torch.autograd.grad(loss, head)[0]
     assert rough.dtype == torch.float32
     assert (rough - exact).norm() < 0.02 * exact.norm()
