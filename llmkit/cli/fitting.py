@@ -307,7 +307,7 @@ def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
     def report(record: dict[str, Any]) -> None:
         left = int(record["eta_seconds"])
         note = (
-            f"loss {record['loss']:.4f}"
+            (f"loss {record['loss']:.4f}" if "loss" in record else "skipped")
             + (f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else "")
             + f" lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s"
             + f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"

@@ -133,15 +133,16 @@ def main(
         info = load_info(start) if start else None
         stream = fitting.open_stream(data, opened, run.dry_run)
         wanted = fitting.packed_length(data, stream.sequence_length, sequence_length, document_mask)
+        usual = asked.get("sequence_length")
         total, files, stop_ids = tokens or stream.tokens, stream.tokenizer.files, None
         if info:
             digest = parse_tokenizer(info.tokenizer_files, from_ or "").digest
             fitting.refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
             config, files, stop_ids = info.config, info.tokenizer_files, info.stop_ids
-            length = fitting.context(info, wanted)
+            length = fitting.context(info, wanted or (min(usual, config.max_position_embeddings) if usual else None))
         else:
             run.options["model"] = model = model or "tiny"
-            config = _config(model, stream.tokenizer, wanted or asked.get("sequence_length"))
+            config = _config(model, stream.tokenizer, wanted or usual)
             length = config.max_position_embeddings
         if batch_size is None:
             scaled = known.scaled_batch(total) if known else None

@@ -246,6 +246,13 @@ def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert train("plan", *call, "-o", "run", "--resume") == 0 and weights("run") == before
     assert train("mixed", *call, "--tokens", "2k", "-o", "x") == 2
     assert "stages of the data come to" in capsys.readouterr().err
+    # From a model the file's length holds too, and a stage with a rope_theta may go beyond the context.
+    short = json.loads(Path("config.json").read_text()) | {"max_position_embeddings": 32}
+    Path("short.json").write_text(json.dumps(short))
+    assert train("shards", "-m", "short.json", "--tokens", "500", "-q", "-o", "base") == 0
+    assert train("mixed", "--from", "base", *call[2:], "-o", "longer") == 0
+    longer = json.loads(Path("longer/final/config.json").read_text())
+    assert (longer["max_position_embeddings"], longer["rope_theta"]) == (64, 50_000.0)
     assert train("shards", *call, "-o", "x", "-n") == 0  # no stages in the data: those of the recipe, scaled
     Path("wrong.toml").write_text(STAGES.replace("rope_theta", "rope_thetta"))
     assert run_command("mix", ["--stages", "wrong.toml", "--plan", "-q", "-o", "p2"]) == 2
