@@ -186,9 +186,9 @@ def read_recipe(name: str) -> Recipe:
 
 def _stage(table: dict[str, Any], number: int, name: str) -> Stage:
     title = table.get("name", f"stage {number + 1}")
-    what = f"{name}: {title}"
     if not isinstance(title, str):
-        raise UsageError(f"{what}: a name is a text", HINT)
+        raise UsageError(f"{name}: stage {number + 1}: a name is a text", HINT)
+    what = f"{name}: {title}"
     _known(table, ("name", "tokens", "mix", *STAGE_KEYS), what)
     stage = Stage(title, **{key: _value(table, key, what) for key in ("tokens", *STAGE_KEYS) if key in table})
     if stage.lr is None and any(key in table for key in ("schedule", "final_lr", "warmup", "horizon")):
@@ -206,7 +206,7 @@ def _value(table: dict[str, Any], key: str, what: str) -> Any:
     choices = {"schedule": NAMES, "decay_shape": RAMPS}.get(key)
     if choices:
         if value not in choices:
-            raise UsageError(f"{what}: unknown {key} {value!r}", suggestion(str(value), choices))
+            raise UsageError(f"{what}: unknown {key} {_shown(value)}", suggestion(_shown(value), choices))
         return value
     if key == "betas":
         if (
@@ -214,16 +214,23 @@ def _value(table: dict[str, Any], key: str, what: str) -> Any:
             or len(value) != 2
             or not all(_number(beta, 0, 1) and beta < 1 for beta in value)
         ):
-            raise UsageError(f"{what}: betas {value!r} are not two numbers from 0 up to 1", "betas = [0.9, 0.95]")
+            raise UsageError(f"{what}: betas {_shown(value)} are not two numbers from 0 up to 1", "betas = [0.9, 0.95]")
         return tuple(map(float, value))
     low, high, whole = RANGES[key]
     match = COUNT.fullmatch(value) if isinstance(value, str) and key in ("tokens", "horizon", "warmup") else None
     number = Decimal(match[1]) * SUFFIXES[match[2]] if match else value
     if not _number(number, low, high) or (whole and number != int(number)):
         raise UsageError(
-            f"{what}: {key} {value!r} is no {'count' if whole else 'number'} from {low:g} to {high:g}", HINT
+            f"{what}: {key} {_shown(value)} is no {'count' if whole else 'number'} from {low:g} to {high:g}", HINT
         )
     return int(number) if whole else float(number)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # hexadecimal has more digits than Python writes in decimal
+        return "so large a number"
 
 
 def _number(value: Any, low: float, high: float) -> bool:
