@@ -89,7 +89,7 @@ def main(
     from llmkit.model.checkpoint import load_model
     from llmkit.model.decoder import Decoder
     from llmkit.training import session as sessions
-    from llmkit.training.schedule import PREFERENCE, Schedule, default_rate, warmup_tokens
+    from llmkit.training.schedule import PREFERENCE, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
@@ -135,7 +135,7 @@ def main(
                 opened.model(initial),
                 dpo(beta),
                 source,
-                Schedule(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
+                named(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),

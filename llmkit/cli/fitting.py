@@ -67,6 +67,7 @@ HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+PATHS = ("from_", "model", "recipe")  # options that may name a file
 NEUTRAL_OPTIONS = (
     "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
     "resume", "save_every", "keep", "keep_every", "max_hours", "heldout", "eval_every",
@@ -111,7 +112,9 @@ def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
     naming it would be another record of the run."""
     lines = [f"# llmkit {run.command} ... -c config.toml -o RUN trains the same again"]
     for key, value in run._values.items():
-        name = key.replace("_", "-")
+        name = key.rstrip("_").replace("_", "-")
+        if key in PATHS and value and os.path.exists(value):
+            value = os.path.abspath(value)
         if key in NEUTRAL or key in arguments or key in ("resume", "accept_change"):
             continue
         if value is None or value == []:
@@ -337,7 +340,7 @@ def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
     def report(record: dict[str, Any]) -> None:
         left = int(record["eta_seconds"])
         note = (
-            f"loss {record['loss']:.4f}"
+            (f"loss {record['loss']:.4f}" if "loss" in record else "skipped")
             + (f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else "")
             + f" lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s"
             + f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"

@@ -252,6 +252,11 @@ class OrderedTokens:
         return sorted({name for store in self.stores for name in store.sources})
 
     @property
+    def stages(self) -> list[int]:
+        """Tokens after which each stage of the mix ends; the last is all of them."""
+        return [int(self.offsets[end]) for end in self.order.ends]
+
+    @property
     def padding(self) -> NDArray[np.bool_] | None:
         """Which rows only fill up a sequence, bool [documents]; None where none do."""
         return self.order.source < 0 if self.sequence_length else None

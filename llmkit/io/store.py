@@ -126,6 +126,14 @@ class TokenStore:
         return self._parts[0].sequence_length() if self._parts else None
 
     @property
+    def stages(self) -> list[int]:
+        """Tokens after which each stage of the mix ends; the last is all of them, in token shards of any other origin the only one."""
+        ends = self._parts[0].stages() if self._parts else []
+        if ends and ends[-1] != self.tokens:
+            raise LlmkitError(f"{self._parts[0].name}: stages of {ends[-1]:,} tokens, not of these", HINT_REMAKE)
+        return ends or [self.tokens]
+
+    @property
     def padding(self) -> NDArray[np.bool_] | None:
         """Which documents only fill up a sequence, bool [documents]; None where none do."""
         code = self._source_codes.get(PADDING)

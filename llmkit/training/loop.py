@@ -132,6 +132,7 @@ class Loop:
         """One step further, or some steps back; False where neither a step was taken nor passed over."""
         t, source, guard, number = self.t, self.t.source, self.guard, self.step + 1
         began = time.perf_counter()
+        t.before_step(self.step)
         tokens, before = source.tokens(number), source.tokens(self.step)
         rate = t.schedule.for_step(before, tokens)
         record: dict[str, Any] = {"step": number, "tokens": tokens}

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
+from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
@@ -31,7 +32,7 @@ from llmkit.training.elastic import restarted
 from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import build, kind_of, restore_optimizer
+from llmkit.training.optimizer import BETAS, build, kind_of, restore_optimizer
 from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
@@ -53,7 +54,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -68,6 +69,7 @@ class Settings:
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
     optimizer: str = "adamw"  # or muon; "": that of the state it starts from
+    betas: tuple[float, float] = BETAS
     z_loss: float = 0.0
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
@@ -167,9 +169,11 @@ class Session:
         stop_ids: list[int] | None = None,
         heldout: Source | None = None,
         optimizer_from: Path | None = None,
+        rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
+        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
+        the rotary embedding in that step, where it changes."""
         assert self.state is not None
         settings, config, of_tokens = self.settings, model.config, objective is next_token
         self.state.environment["model"] = model_digest(config.to_hf())
@@ -178,14 +182,21 @@ class Session:
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
         kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
-        optimizer = build(model, kind, settings.weight_decay)
+        optimizer = build(model, kind, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
+
+        def configured(step: int) -> ModelConfig:
+            return replace(config, rope_theta=rope_theta(step)) if rope_theta else config
+
+        def before_step(step: int) -> None:
+            model.config = configured(step)
 
         def write_model(directory: Path, weights: Tensors, step: int, tokens: int) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
-            save_model(directory, weights, config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
+            of_step = configured(max(0, step - 1))
+            save_model(directory, weights, of_step, tokenizer_files, record.to_json(), torch.float32, stop_ids)
 
         def initial() -> tuple[Tensors, Tensors]:
             assert self._fresh is not None
@@ -218,6 +229,7 @@ class Session:
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
+                before_step=before_step,
                 report=report,
                 changed=self.changed,
             )

@@ -254,7 +254,7 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
     if not found:
         directory = resolve_model(path)
         if step is not None:
-            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, without --step")
+            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, or leave --from out")
         return directory, load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
     if step is not None:
         chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]

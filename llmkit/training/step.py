@@ -33,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 class Training:
     """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
     into `model`. `write_model(directory, weights, step, tokens)` fills a model directory; `initial()` gives weights and moments of step 0 once more.
-    `report` is called with every record of the log, `say` with what a user should know."""
+    `before_step(step)` sets what of the model is a function of the step. `report` is called with every record of the log, `say` with what a user should know."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -60,6 +60,7 @@ class Training:
     decode: Callable[[list[int]], str] | None = None
     flops_per_token: float = 0.0
     changed: list[str] = field(default_factory=list)  # what --accept-change let pass
+    before_step: Callable[[int], None] = field(default=lambda step: None)
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
@@ -85,7 +86,8 @@ def accumulate(t: Training, step: int) -> Measured:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: Tensors = {}
     worst = -math.inf
-    rows, micro_batch, lockstep = source.rows(step), t.micro_batch, processes.layout.lockstep
+    rows, lockstep = source.rows(step), processes.layout.lockstep
+    micro_batch = t.micro_batch * source.shortened(step)
     part = Part(lockstep)
     if measured(step) and (processes.count == 1 or lockstep):
         micro_batch = max(1, min(micro_batch, rows // (2 * processes.count)))
