@@ -66,13 +66,14 @@ def main(
     keep: fitting.Keep = 0,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
 ) -> None:
     """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls in a straight line to zero.
 
     The rate starts where the checkpoint's step had it. One trunk may be annealed several times, on different data and from different steps. From
     a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
-    if fitting.launched(run, [start, data, *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(run, [start, data, *fitting.held_out_paths(heldout)], resume=resume, processes=processes):
         return
     import torch
 
@@ -86,7 +87,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)
@@ -108,6 +109,7 @@ def main(
             tokens or stream.tokens,
             document_mask=document_mask,
             vocabulary=info.config.vocab_size,
+            groups=fitting.groups(stream),
         )
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llmkit.io.store import TokenStore
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
-    from llmkit.training.data import Source
+    from llmkit.training.data import HeldOutSource, Source
+    from llmkit.training.groups import Groups
     from llmkit.training.session import Session, Settings
 
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
@@ -53,13 +54,14 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stop
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
-HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
+LogEvery = Annotated[int, typer.Option("--log-every", min=0, help="Steps between figures that cost a little (norms, maxima); 0 leaves them out", rich_help_panel=KEEPING)]
+HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="[NAME=]PATH", help="Data for the held-out loss, by domain where it is named or its documents are", rich_help_panel=KEEPING)]
 # fmt: on
 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
+NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every", "log_every")
 
 
 def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bool:
@@ -133,6 +135,15 @@ def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTo
     return stream
 
 
+def groups(stream: OrderedTokens | TokenStore) -> Groups:
+    """By what the losses on a stream are told apart."""
+    import numpy as np
+
+    from llmkit.training.groups import document_groups
+
+    return document_groups(np.diff(stream.offsets), *stream.origins())
+
+
 def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:
     """Tokens in a sequence: as the data was packed for, if it was, else as asked. UsageError where these differ."""
     if packed and asked not in (None, packed):
@@ -161,17 +172,40 @@ def _keep_stdin(session: Session, name: str) -> Path:
     return kept
 
 
-def held_out(paths: list[str] | None, digest: str, length: int, document_mask: bool) -> Any:
-    """Source of the held-out loss over token shards, None where none are named."""
+def held_out_paths(named: list[str] | None) -> dict[str, str]:
+    """Path to domain ("" where none is named) of each --heldout."""
+    found: dict[str, str] = {}
+    for text in named or []:
+        name, equals, path = text.partition("=")
+        found |= {path: name} if equals and not os.path.exists(text) else {text: ""}
+    return found
+
+
+def held_out(named: list[str] | None, digest: str, length: int, document_mask: bool) -> HeldOutSource | None:
+    """Source of the held-out loss over token shards, None where none are named. Domains are those named, else the documents' sources."""
+    paths = held_out_paths(named)
     if not paths:
         return None
+    import numpy as np
+
+    from llmkit.io.packing import PADDING
     from llmkit.io.store import TokenStore
     from llmkit.training.data import HeldOutSource
+    from llmkit.training.groups import document_groups
 
-    store = TokenStore.open(paths)
-    refuse_other_tokenizer(" ".join(paths), store.tokenizer.digest, digest)
-    packed_length(" ".join(paths), store.sequence_length, None, document_mask)
-    return HeldOutSource(store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size)
+    codes, names = [], {PADDING: 0}
+    for path, name in paths.items():
+        one = TokenStore.open(path)
+        refuse_other_tokenizer(path, one.tokenizer.digest, digest)
+        packed_length(path, one.sequence_length, None, document_mask)
+        own, known, _ = one.origins()
+        table = [names.setdefault(name if name and source != PADDING else source, len(names)) for source in known]
+        codes.append(np.array(table, np.int32)[own])
+    store = TokenStore.open(list(paths))
+    groups = document_groups(np.diff(store.offsets), np.concatenate(codes), list(names), None)
+    return HeldOutSource(
+        store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size, groups=groups
+    )
 
 
 def refuse_other_tokenizer(what: str, found: str, expected: str) -> None:

@@ -55,6 +55,7 @@ def main(
     keep: fitting.Keep = 0,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
@@ -62,7 +63,7 @@ def main(
     that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
     and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
     """
-    if fitting.launched(run, [data, *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(run, [data, *fitting.held_out_paths(heldout)], resume=resume, processes=processes):
         return
     from llmkit.io.lineage import base_name, describe_input
     from llmkit.model.decoder import Decoder
@@ -73,7 +74,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)
@@ -85,7 +86,13 @@ def main(
             lr or default_rate(config.parameters()),
         )
         source = StreamSource(
-            stream, length, batch_size, total, document_mask=document_mask, vocabulary=config.vocab_size
+            stream,
+            length,
+            batch_size,
+            total,
+            document_mask=document_mask,
+            vocabulary=config.vocab_size,
+            groups=fitting.groups(stream),
         )
         planned = source.tokens(source.steps)
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)

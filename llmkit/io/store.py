@@ -190,6 +190,12 @@ class TokenStore:
         column = self._columns[batch][1]
         return 0 if column is None else int(column[row].as_py())
 
+    def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32] | None]:
+        """Index of each document's source int32 [documents], the sources, and how often each was seen before (None: never)."""
+        if not self.has_epochs or not self._columns:
+            return self.codes, self.sources, None
+        return self.codes, self.sources, np.concatenate([numbers(epoch) for _, epoch in self._columns])
+
     def batches(self) -> Iterator[tuple[Tokens, pa.Array, pa.Array | None]]:
         """Token ids, ids of documents and times seen before (where stored) of each batch of documents, views."""
         for values, (ids, epochs) in zip(self._values, self._columns, strict=True):

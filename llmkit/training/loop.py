@@ -26,9 +26,11 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, Terminated
+from llmkit.training.curves import smoothed
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes
-from llmkit.training.metrics import MetricsLog, Speed, peak_flops
+from llmkit.training.groups import Tally
+from llmkit.training.metrics import MFU, MetricsLog, Speed, peak_flops
 from llmkit.training.objectives import Objective
 from llmkit.training.optimizer import clip_gradients, optimizer_tensors, restore_optimizer, set_rate
 from llmkit.training.schedule import Schedule
@@ -38,6 +40,7 @@ from llmkit.training.state import (
     load_optimizer_tensors,
     load_trainer_state,
 )
+from llmkit.training.watch import Watch
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
 
@@ -65,6 +68,8 @@ class Training:
     heldout: Source | None = None
     eval_every: int = 0
     flops_per_token: float = 0.0
+    log_every: int = 10
+    token_bytes: torch.Tensor | None = None
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
 
@@ -136,9 +141,10 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
     speed = Speed(t.flops_per_token, peak)
     started = time.monotonic()
     if log:
-        t.directory.event("resume" if t.start else "start", step=first, peak_flops=peak, peak=how)
+        t.directory.event("resume" if t.start else "start", step=first, peak_flops=peak, peak=how, mfu=MFU)
     record = dict(log.last) if log else {}
     checkpoint = t.start
+    watch = Watch(t.model, source, processes, t.directory.path, t.log_every, t.token_bytes)
 
     def due(step: int) -> bool:
         return t.heldout is not None and (step % eval_every == 0 or step == source.steps)
@@ -148,24 +154,23 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
     if owed:
         found = evaluate(t, signals)
         if log and found is not None:
-            record = {"step": first, "tokens": source.tokens(first)} | record | {"heldout_loss": found}
+            record = {"step": first, "tokens": source.tokens(first)} | record | found
             log.write(record)
 
     step, stop = first, bool(processes.add([float(signals.number)])[0])
     while step < source.steps and not stop:
-        began = time.perf_counter()
         rate = t.schedule.for_step(source.tokens(step), source.tokens(step + 1))
-        figures, norm = train_step(t, step, rate)
+        figures = train_step(t, step, rate, watch)
         step += 1
         tokens = source.tokens(step)
         new = tokens - source.tokens(step - 1)
-        seconds = time.perf_counter() - began
-        record = {"step": step, "tokens": tokens, **figures, "lr": rate, "grad_norm": norm}
-        record |= speed.step(new, seconds, total - tokens)
+        record = {"step": step, "tokens": tokens, **figures, "lr": rate}
+        record |= speed.step(new, figures["step_seconds"], total - tokens)
         if due(step):
             found = evaluate(t, signals)
-            record |= {} if found is None else {"heldout_loss": found}
+            record |= found or {}
         if log:
+            record["loss_smooth"] = smoothed(log.last.get("loss_smooth"), record["loss"], step)
             log.write(record)
             t.report(record)
         stop = bool(processes.add([float(signals.number)])[0])
@@ -189,24 +194,27 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
     }
 
 
-def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], float]:
-    """One optimiser step; returns the step's figures (`loss` and those of the objective) and the gradient norm before clipping."""
+def train_step(t: Training, step: int, rate: float, watch: Watch) -> dict[str, float]:
+    """One optimiser step; returns the step's figures: `loss`, those of the objective, `grad_norm` before clipping, and what `watch` saw."""
     source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
     scale = 1.0 / max(source.weight(step), 1e-9)
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: dict[str, torch.Tensor] = {}
     t.model.train()
+    watch.begin(step)
     for start, stop in processes.share(source.rows(step), t.micro_batch):
-        batch = source.batch(step, start, stop).to(processes.device)
+        batch = watch.take(step, start, stop)
         with processes.accelerator.autocast():
             found = t.objective(t.model, batch, scale)
         (scaler.scale(found.loss) if scaler else found.loss).backward()
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
+        watch.losses(batch, found)
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
-    totals = _gather(t, sums)
+    totals, seen = _gather(t, sums, watch.sums())
+    watch.before()
     norm = float(clip_gradients(parameters, t.clip))
     # The loss scaler of fp16 probes its limits: it skips a step with infinite gradients by itself.
     if not math.isfinite(totals["loss"]) or (scaler is None and not math.isfinite(norm)):
@@ -220,23 +228,26 @@ def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], f
         scaler.update()
     else:
         t.optimizer.step()
+    watch.after()
     t.optimizer.zero_grad(set_to_none=True)
-    return totals, norm
+    return totals | {"grad_norm": norm} | watch.end(seen, norm, t.clip)
 
 
-def _gather(t: Training, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The figures of the whole step, by name; a process that had no row in it adds zeros."""
+def _gather(t: Training, sums: dict[str, torch.Tensor], more: list[float]) -> tuple[dict[str, float], list[float]]:
+    """The figures of the whole step, by name, and the sums of `more`; a process that had no row in it adds zeros."""
     names = ("loss", *t.figures)
     values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
-    return dict(zip(names, t.processes.add(values), strict=True))
+    found = t.processes.add([*values, *more])
+    return dict(zip(names, found, strict=False)), found[len(names) :]
 
 
-def evaluate(t: Training, signals: Signals | None = None) -> float | None:
-    """Mean loss over the weights of the held-out source, all processes together; None where a signal arrived before the end."""
+def evaluate(t: Training, signals: Signals | None = None) -> dict[str, float] | None:
+    """Held-out figures, all processes together: the mean loss over the weights, losses and bits a byte by domain; None where a signal came before the end."""
     source, processes = t.heldout, t.processes
     assert source is not None
     scale = 1.0 / max(source.weight(0), 1e-9)
     total, stopped = 0.0, False
+    tally = Tally(source, t.token_bytes, processes.device)
     t.model.eval()
     with torch.no_grad():
         for start, stop in processes.share(source.rows(0), t.micro_batch):
@@ -247,8 +258,9 @@ def evaluate(t: Training, signals: Signals | None = None) -> float | None:
             with processes.accelerator.autocast():
                 found = t.objective(t.model, batch, scale)
             total += float(found.figures.get("loss", found.loss))
-    total, stops = processes.add([total, float(stopped)])
-    return None if stops else total
+            tally.add(batch, found)
+    total, stops, *numbers = processes.add([total, float(stopped), *tally.numbers()])
+    return None if stops else {"heldout_loss": total} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
 
 
 def _save(t: Training, step: int, tokens: int, rate: float, log: MetricsLog | None) -> Path | None:

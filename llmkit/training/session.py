@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmkit.errors import UsageError
 from llmkit.io.lineage import Input, Lineage
+from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_model, save_model
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import Source
@@ -60,6 +62,7 @@ class Settings:
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
     z_loss: float = 0.0
+    log_every: int = 10
 
 
 @dataclass(slots=True)
@@ -155,6 +158,8 @@ class Session:
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
+                log_every=settings.log_every,
+                token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
             )
         )
@@ -180,6 +185,16 @@ def session(settings: Settings, dry_run: bool = False) -> Iterator[Session]:
         processes.wait()  # the main process has made it
         yield Session(settings, processes, directory)
         processes.leave()
+
+
+def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:
+    """The text that each id of a model stands for, in bytes, int64 [vocabulary]."""
+    known = token_bytes(files)
+    return (
+        None
+        if known is None
+        else torch.from_numpy(np.resize(np.append(known, np.zeros(vocabulary, np.int64)), vocabulary))
+    )
 
 
 def check_positive(**values: float | None) -> None:
