@@ -122,6 +122,7 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
+        fitting.keep_trace(opened, stream, source)
         with run.progress(planned, "tokens") as bar:
             outcome = opened.train(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmkit.io.store import TokenStore
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
-    from llmkit.training.data import HeldOutSource, Source
+    from llmkit.training.data import HeldOutSource, Source, StreamSource
     from llmkit.training.groups import Groups
     from llmkit.training.session import Session, Settings
 
@@ -142,6 +142,15 @@ def groups(stream: OrderedTokens | TokenStore) -> Groups:
     from llmkit.training.groups import document_groups
 
     return document_groups(np.diff(stream.offsets), *stream.origins())
+
+
+def keep_trace(session: Session, stream: OrderedTokens | TokenStore, source: StreamSource) -> None:
+    """Leave in the run what leads from its steps to the documents (main process)."""
+    from llmkit.training.trace import write_trace
+
+    if session.processes.main:
+        legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
+        write_trace(session.directory.path, stream, legs, source.tokens(source.steps))
 
 
 def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:

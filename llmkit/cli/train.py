@@ -109,6 +109,7 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
+        fitting.keep_trace(opened, stream, source)
 
         def fresh() -> Decoder:
             new = Decoder(config)

@@ -121,6 +121,11 @@ class TokenStore:
         return list(self._source_codes)
 
     @property
+    def parts(self) -> list[Part]:
+        """The files behind the documents, in order."""
+        return list(self._parts)
+
+    @property
     def sequence_length(self) -> int | None:
         """The sequences that a mix has packed these documents for; None where they may be cut anywhere."""
         return self._parts[0].sequence_length() if self._parts else None

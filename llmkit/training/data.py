@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -88,6 +88,15 @@ class TokenStream(Protocol):
         """Tokens [start, stop) of the flat stream."""
 
 
+class Leg(NamedTuple):
+    """From step `step` on, which begins at token `token`: `rows` sequences of `length` tokens each."""
+
+    step: int
+    token: int
+    rows: int
+    length: int
+
+
 class StreamSource:
     """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen."""
 
@@ -106,6 +115,7 @@ class StreamSource:
             raise LlmkitError("no tokens to train on", "check what was tokenized")
         self._vocabulary = vocabulary
         self._stream, self._length, self._batch_size, self._mask = stream, length, batch_size, document_mask
+        self.legs = [Leg(0, 0, batch_size, length)]
         self.sequences = -(-total // length)
         self.steps = -(-self.sequences // batch_size)
         sizes = np.diff(stream.offsets)
