@@ -67,6 +67,10 @@ def main(
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls in a straight line to zero.
 
@@ -113,6 +117,9 @@ def main(
         )
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
+        fitting.at_checkpoints(
+            run, opened, info.tokenizer_files, info.stop_ids, samples, eval_tasks, eval_limit, include_path
+        )
         if run.dry_run:
             fitting.show_plan(run, info.config, source, rate, length)
             return

@@ -55,13 +55,30 @@ SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps betwe
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 LogEvery = Annotated[int, typer.Option("--log-every", min=0, help="Steps between figures that cost a little (norms, maxima); 0 leaves them out", rich_help_panel=KEEPING)]
+Samples = Annotated[Path | None, typer.Option("--samples", metavar="PROMPTS", help="Prompts, one a line, to complete at every checkpoint into samples.jsonl", rich_help_panel=KEEPING)]
+EvalTasks = Annotated[str | None, typer.Option("--eval-tasks", metavar="NAMES", help="lm-eval tasks to score at every checkpoint, separated by commas", rich_help_panel=KEEPING)]
+EvalLimit = Annotated[int, typer.Option("--eval-limit", min=1, help="Items of each of these tasks", rich_help_panel=KEEPING)]
+IncludePath = Annotated[list[str] | None, typer.Option("--include-path", metavar="DIR", help="Directory of your own task YAML files", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="[NAME=]PATH", help="Data for the held-out loss, by domain where it is named or its documents are", rich_help_panel=KEEPING)]
 # fmt: on
 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every", "log_every")
+NEUTRAL_OPTIONS = (
+    "processes",
+    "threads",
+    "resume",
+    "save_every",
+    "keep",
+    "heldout",
+    "eval_every",
+    "log_every",
+    "samples",
+    "eval_tasks",
+    "eval_limit",
+    "include_path",
+)
 
 
 def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bool:
@@ -142,6 +159,58 @@ def groups(stream: OrderedTokens | TokenStore) -> Groups:
     from llmkit.training.groups import document_groups
 
     return document_groups(np.diff(stream.offsets), *stream.origins())
+
+
+def at_checkpoints(
+    run: Run,
+    session: Session,
+    files: dict[str, str],
+    stop_ids: list[int],
+    samples: Path | None,
+    tasks: str | None,
+    limit: int,
+    include: list[str] | None,
+) -> None:
+    """Let checkpoints show what the model says to prompts, and how it does on tasks."""
+    if not session.processes.main:
+        return
+    acts = session.settings.at_checkpoint
+    if samples:
+        from llmkit.training.samples import gallery, read_prompts
+
+        path = session.directory.path / "samples.jsonl"
+        acts.append(gallery(path, read_prompts(samples), files, stop_ids, run.seed))
+    if tasks:
+        acts.append(_scorer(run, files, stop_ids, [name for name in tasks.split(",") if name], limit, include or []))
+
+
+def _scorer(
+    run: Run, files: dict[str, str], stop_ids: list[int], names: list[str], limit: int, include: list[str]
+) -> Callable[[Any, int], dict[str, float]]:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
+    from llmkit.model.checkpoint import LoadedModel
+    from llmkit.training.samples import undisturbed
+
+    manager = task_names(names, include)
+
+    def score(model: Any, step: int) -> dict[str, float]:
+        lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
+        try:
+            with undisturbed(model):
+                found = evaluate(lm, names, manager, limit=limit, seed=run.seed)
+        except LlmkitError as error:  # no reason to end a run
+            run.warn(f"--eval-tasks at step {step:,}: {error.message}")
+            return {}
+        return {
+            f"eval/{task}/{metric}": value
+            for task, metrics in found.items()
+            for metric, value in metrics.items()
+            if "_stderr" not in metric and metric != "items"
+        }
+
+    return score
 
 
 def keep_trace(session: Session, stream: OrderedTokens | TokenStore, source: StreamSource) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     examples=(
         "llmkit trace run/ --step 3",
         "llmkit trace run/ --step 3 --text --json",
-        "llmkit trace run/ --find 17",
     )
 )
 def main(

@@ -56,6 +56,10 @@ def main(
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
@@ -97,6 +101,16 @@ def main(
         planned = source.tokens(source.steps)
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)
+        fitting.at_checkpoints(
+            run,
+            opened,
+            stream.tokenizer.files,
+            [stream.tokenizer.eos_id],
+            samples,
+            eval_tasks,
+            eval_limit,
+            include_path,
+        )
         if run.dry_run:
             fitting.show_plan(run, config, source, rate, length)
             return

@@ -17,7 +17,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,6 +70,7 @@ class Training:
     flops_per_token: float = 0.0
     log_every: int = 10
     token_bytes: torch.Tensor | None = None
+    at_checkpoint: Sequence[Callable[[Any, int], dict[str, float]]] = ()  # of (model, step); what they return is logged
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
 
 
@@ -176,6 +177,10 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
         stop = bool(processes.add([float(signals.number)])[0])
         if step % save_every == 0 or step == source.steps or stop:
             checkpoint = _save(t, step, tokens, rate, log)
+            if log and not stop:
+                for act in t.at_checkpoint:
+                    record |= act(t.model, step)
+                    log.write(record)
     if stop and not signals.number:
         signals.number = signal.SIGTERM  # another process was told to stop
     if step == source.steps and not stop and processes.main:

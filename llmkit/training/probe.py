@@ -56,7 +56,7 @@ def probe(model: Any, source: Source, step: int, processes: Processes) -> dict[s
         layer.self_attn.register_forward_pre_hook(partial(attention, apart=apart)) for layer in model.model.layers
     ]
     try:
-        with processes.accelerator.autocast(), _eager():
+        with processes.accelerator.autocast(), eagerly():
             hidden = model.hidden(ids, document_ids=documents)
             index = weights.flatten().nonzero().squeeze(1)
             entropy, right = torch.zeros(2, dtype=torch.float64, device=ids.device)
@@ -90,6 +90,6 @@ def attention_logit_max(attention: Any, x_BTD: Tensor, rotation: tuple[Tensor, T
     return logits_BHTT.masked_fill(apart_TT, -torch.inf).amax()
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Compiled blocks would be compiled once more for this shape, and ignore hooks."""
+def eagerly() -> AbstractContextManager[Any]:
+    """For passes beside the training: compiled blocks would be compiled once more for their shapes, and ignore hooks."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

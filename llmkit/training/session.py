@@ -63,6 +63,7 @@ class Settings:
     sequences_a_row: int = 1  # a preference pair is two
     z_loss: float = 0.0
     log_every: int = 10
+    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -159,6 +160,7 @@ class Session:
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 log_every=settings.log_every,
+                at_checkpoint=settings.at_checkpoint,
                 token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
             )

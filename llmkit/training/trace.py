@@ -117,10 +117,11 @@ class Trace:
             self.legs: list[Leg] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
             self.total = int(content["total"])
             self._files = [[(str(a), int(b), int(c), str(d)) for a, b, c, d in files] for files in content["stores"]]
-            self._offsets = np.load(place / "offsets.npy", mmap_mode="r")
+            self._offsets = _mapped(place / "offsets.npy")
             names = [name for name in ("source", "document", "epoch", "start") if (place / f"{name}.npy").exists()]
-            self._columns = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in names}
+            self._columns = {name: _mapped(place / f"{name}.npy") for name in names}
             self._check()
+            self._whole = int(self._offsets[-1])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, EOFError) as error:
             raise LlmkitError(f"{place}: not a readable trace ({error})", HINT) from error
         self._firsts = [np.cumsum([0, *(file[2] for file in files)]) for files in self._files]
@@ -157,11 +158,10 @@ class Trace:
         step_tokens = leg[2] * leg[3]
         start = leg[1] + (number - 1 - leg[0]) * step_tokens
         at, end = start, min(start + step_tokens, self._end(leg))
-        whole = int(self._offsets[-1])
         while at < end:
-            rounds, inside = divmod(at, whole)
+            rounds, inside = divmod(at, self._whole)
             row = int(np.searchsorted(self._offsets, inside, side="right")) - 1
-            until = min(end, rounds * whole + int(self._offsets[row + 1]))
+            until = min(end, rounds * self._whole + int(self._offsets[row + 1]))
             yield from self._pieces(row, at, until)
             at = until
 
@@ -172,7 +172,7 @@ class Trace:
             raise LlmkitError(
                 f"{self._run}: no document {id!r} in its data", "ids are those of the documents that were tokenized"
             )
-        whole, found = int(self._offsets[-1]), np.sort(np.concatenate(rows)).tolist()
+        whole, found = self._whole, np.sort(np.concatenate(rows)).tolist()
         total = self.total if done is None or done >= self.steps else self._begins(done)
         for rounds in range(-(-total // whole)):
             for row in found:
@@ -191,8 +191,8 @@ class Trace:
 
     def _pieces(self, row: int, at: int, until: int) -> Iterator[Piece]:
         """Tokens [at, until) of the endless stream, which are of document `row`, cut where sequences end."""
-        rounds, begins = at // int(self._offsets[-1]), int(self._offsets[row])
-        shift = at - at % int(self._offsets[-1]) + begins  # of the document's first token
+        rounds = at // self._whole
+        shift = rounds * self._whole + int(self._offsets[row])  # of the document's first token
         store, document, epoch, start = self._origin(row)
         name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
         while at < until:
@@ -264,6 +264,11 @@ class Trace:
                 raise LlmkitError(f"{path}: not the data that the run read", hint)
             self._parts[store, number] = part
         return self._parts[store, number]
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """An array on disk; plain, as reading single elements of numpy's own kind of mapped array takes ten times as long."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _rows_of(wanted: bytes, starts: NDArray[np.int32], text: NDArray[np.uint8]) -> list[int]:
