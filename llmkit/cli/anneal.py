@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError
 
@@ -67,6 +67,7 @@ def main(
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
     samples: fitting.Samples = None,
     eval_tasks: fitting.EvalTasks = None,
     eval_limit: fitting.EvalLimit = 100,
@@ -91,7 +92,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)
@@ -130,7 +131,7 @@ def main(
             return
         fitting.say_start(run, opened, planned, stream.tokens)
         fitting.keep_trace(opened, stream, source)
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),
                 next_token,
@@ -140,6 +141,6 @@ def main(
                 stop_ids=info.stop_ids,
                 heldout=held_out,
                 optimizer_from=directory if before else None,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -64,6 +64,7 @@ def main(
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
     log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -87,7 +88,7 @@ def main(
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
@@ -123,7 +124,7 @@ def main(
             source_model.digest,
         )
         source = PairSource(encoded.rows, reference, batch_size, epochs=epochs, seed=run.seed)
-        with run.progress(total, "tokens") as bar:
+        with live.shown(run, opened, total) as report:
             outcome = opened.train(
                 opened.model(initial),
                 dpo(beta),
@@ -132,6 +133,6 @@ def main(
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

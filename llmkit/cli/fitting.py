@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.options import NEUTRAL, Progress, Run, toml_value
+from llmkit.cli.options import NEUTRAL, Run, toml_value
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
@@ -59,6 +59,7 @@ Samples = Annotated[Path | None, typer.Option("--samples", metavar="PROMPTS", he
 EvalTasks = Annotated[str | None, typer.Option("--eval-tasks", metavar="NAMES", help="lm-eval tasks to score at every checkpoint, separated by commas", rich_help_panel=KEEPING)]
 EvalLimit = Annotated[int, typer.Option("--eval-limit", min=1, help="Items of each of these tasks", rich_help_panel=KEEPING)]
 IncludePath = Annotated[list[str] | None, typer.Option("--include-path", metavar="DIR", help="Directory of your own task YAML files", rich_help_panel=KEEPING)]
+TrackerName = Annotated[str | None, typer.Option("--tracker", metavar="NAME", help="Send the figures to tensorboard (RUN/tracker), wandb or trackio too", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="[NAME=]PATH", help="Data for the held-out loss, by domain where it is named or its documents are", rich_help_panel=KEEPING)]
 # fmt: on
 
@@ -398,22 +399,6 @@ def show_plan(run: Run, config: ModelConfig, source: Source, rate: float, length
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
     run.finish({"parameters": parameters, "tokens": tokens, "steps": source.steps}, "dry run: nothing was written")
-
-
-def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
-    """A function that shows each record of the log on the progress bar."""
-
-    def report(record: dict[str, Any]) -> None:
-        left = int(record["eta_seconds"])
-        note = (
-            f"loss {record['loss']:.4f}"
-            + (f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else "")
-            + f" lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s"
-            + f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
-        run_bar.advance(record["tokens"] - run_bar.done, note)
-
-    return report
 
 
 def finish(run: Run, outcome: dict[str, Any], **more: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -54,6 +54,7 @@ def main(
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or plain text.
 
@@ -75,7 +76,7 @@ def main(
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
@@ -103,7 +104,7 @@ def main(
             return
         fitting.say_start(run, opened, planned)
         run.detail(f"{source.padding:.1%} of the positions are padding")
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(model, torch.float32)[0]),
                 next_token,
@@ -112,6 +113,6 @@ def main(
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

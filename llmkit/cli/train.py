@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import Run, command, count_option
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def main(
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
     samples: fitting.Samples = None,
     eval_tasks: fitting.EvalTasks = None,
     eval_limit: fitting.EvalLimit = 100,
@@ -78,7 +79,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)
@@ -130,7 +131,7 @@ def main(
             new.initialise(run.seed)
             return new
 
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(fresh),
                 next_token,
@@ -138,7 +139,7 @@ def main(
                 plan,
                 tokenizer_files=stream.tokenizer.files,
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, parameters=config.parameters())
 

@@ -179,8 +179,10 @@ def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> d
             checkpoint = _save(t, step, tokens, rate, log)
             if log and not stop:
                 for act in t.at_checkpoint:
-                    record |= act(t.model, step)
-                    log.write(record)
+                    if more := act(t.model, step):
+                        record |= more
+                        log.write(record)
+                        t.report(record)
     if stop and not signals.number:
         signals.number = signal.SIGTERM  # another process was told to stop
     if step == source.steps and not stop and processes.main:

@@ -41,6 +41,7 @@ from llmkit.training.state import (
     refuse_changes,
     write_config,
 )
+from llmkit.training.tracker import check_tracker
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
@@ -63,6 +64,7 @@ class Settings:
     sequences_a_row: int = 1  # a preference pair is two
     z_loss: float = 0.0
     log_every: int = 10
+    tracker: str | None = None
     at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
 
 
@@ -178,6 +180,8 @@ class Session:
 @contextmanager
 def session(settings: Settings, dry_run: bool = False) -> Iterator[Session]:
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made."""
+    if settings.tracker:
+        check_tracker(settings.tracker)
     processes = start(settings.precision, settings.threads)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
