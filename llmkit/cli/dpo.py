@@ -63,6 +63,9 @@ def main(
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     log_every: fitting.LogEvery = 10,
     tracker: fitting.TrackerName = None,
 ) -> None:
@@ -88,7 +91,7 @@ def main(
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)

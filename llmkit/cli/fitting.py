@@ -53,6 +53,9 @@ ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start it where there is none", rich_help_panel=KEEPING)]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
+KeepEvery = Annotated[int, typer.Option("--keep-every", min=0, help="Checkpoints of every so many steps stay, whatever --keep says", rich_help_panel=KEEPING)]
+MaxHours = Annotated[float, typer.Option("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75; 0 is never", rich_help_panel=KEEPING)]
+MaxRollbacks = Annotated[int, typer.Option("--max-rollbacks", min=0, help="Bad batches skipped and spikes undone within 128 steps before giving up; 0 lets all pass", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 LogEvery = Annotated[int, typer.Option("--log-every", min=0, help="Steps between figures that cost a little (norms, maxima); 0 leaves them out", rich_help_panel=KEEPING)]
 Samples = Annotated[Path | None, typer.Option("--samples", metavar="PROMPTS", help="Prompts, one a line, to complete at every checkpoint into samples.jsonl", rich_help_panel=KEEPING)]
@@ -72,6 +75,8 @@ NEUTRAL_OPTIONS = (
     "resume",
     "save_every",
     "keep",
+    "keep_every",
+    "max_hours",
     "heldout",
     "eval_every",
     "log_every",
@@ -136,7 +141,7 @@ def opened(run: Run, settings: Settings) -> Iterator[Session]:
     """The session of the run, which says where it goes on."""
     from llmkit.training.session import session
 
-    with session(settings, run.dry_run) as found:
+    with session(settings, run.dry_run, run.warn) as found:
         yield found
 
 

@@ -53,6 +53,9 @@ def main(
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
     log_every: fitting.LogEvery = 10,
@@ -79,7 +82,7 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)

@@ -7,6 +7,7 @@ whose bytes are not known) is left out of its lines.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
@@ -27,6 +28,7 @@ CURVES = tuple(
         ("step", "steps", "step", "finished steps"),
         ("tokens", "tokens", "step", "seen after this step"),
         ("epoch", "passes", "step", "through the data so far"),
+        ("skipped", "flag", "step", "the guard passed over this step"),
         ("loss", "nats/token", "step", "mean -log p over what counts in the step; of dpo its own loss"),
         ("loss_smooth", "nats/token", "step", "mean of the first 50 losses, then an exponential mean with that memory"),
         ("loss/*", "nats/token", "step", "the same of each source, the 15 largest and `other`"),
@@ -78,6 +80,8 @@ def known(name: str) -> bool:
     return name in names or f"{name.partition('/')[0]}/*" in names
 
 
-def smoothed(before: float | None, loss: float, step: int, memory: int = 50) -> float:
-    """The next value of `loss_smooth` after `before`: a function of the logged losses alone."""
+def smoothed(before: float | None, loss: float | None, step: int, memory: int = 50) -> float | None:
+    """The next value of `loss_smooth` after `before`: a function of the logged losses alone. A step without a finite loss changes nothing."""
+    if loss is None or not math.isfinite(loss):
+        return before
     return loss if before is None else before + (loss - before) / min(max(step, 1), memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         alter: Callable[[torch.nn.Module], None] = lambda model: None,
         source: Any = None,
         heldout: Any = None,
+        objective: Any = next_token,
         **settings: Any,
     ) -> dict[str, Any]:
         nonlocal count
@@ -70,7 +72,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
             opened.begin(Lineage("train", {}), [], batch_size, 32, "")
             opened.train(
                 opened.model(lambda: model),
-                next_token,
+                objective,
                 source,
                 Schedule("constant", rate, source.tokens(source.steps)),
                 tokenizer_files={},
@@ -225,10 +227,11 @@ def test_time(run: Run, tmp_path: Path) -> None:
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Behaviour: memory follows what is held, the peak stays; disk and GPU figures are those of the system."""
     before = machine.machine_figures(torch.device("cpu"), tmp_path)
-    held = np.ones(40 << 20, np.uint8)
+    held = mmap.mmap(-1, 40 << 20)  # not what an allocator may hold already
+    held.write(b"x" * len(held))
     during = machine.machine_figures(torch.device("cpu"), tmp_path)
     assert during["memory"] > before["memory"] + (30 << 20)
-    del held
+    held.close()
     assert machine.machine_figures(torch.device("cpu"), tmp_path)["memory_peak"] >= during["memory"] * 0.95
     free = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
@@ -257,6 +260,23 @@ def test_heldout_by_domain(run: Run) -> None:
     assert found["heldout_bpb/order"] == pytest.approx(found["heldout/order"] / np.log(2) / 2, rel=1e-5)
     assert found["heldout_bpb"] == pytest.approx(found["heldout_loss"] / np.log(2) / 2, rel=1e-5)
     moved("heldout_loss", "heldout/*", "heldout_bpb", "heldout_bpb/*")
+
+
+def test_skipped_step_is_marked(run: Run, tmp_path: Path) -> None:
+    """Behaviour: a step that the guard passes over is on its line, and leaves the smoothed loss as it was."""
+    calls = 0
+
+    def objective(model: Any, batch: Any, scale: float) -> Any:
+        nonlocal calls
+        calls += 1
+        found = next_token(model, batch, scale)
+        return found._replace(loss=found.loss * (float("nan") if calls == 4 else 1.0))
+
+    run(6, objective=objective)
+    records = list(read_metrics(tmp_path / "1" / "metrics.jsonl"))
+    assert [r["step"] for r in records if r.get("skipped")] == [4]
+    assert records[3]["loss_smooth"] == records[2]["loss_smooth"] != records[4]["loss_smooth"]
+    moved("skipped")
 
 
 def test_watching_changes_no_weight(run: Run, tmp_path: Path) -> None:
