@@ -8,7 +8,8 @@ whose bytes are not known) is left out of its lines.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Curve(NamedTuple):
@@ -48,6 +49,8 @@ CURVES = tuple(
         ("tokens_per_second", "tokens/s", "step", "all processes together"),
         ("mfu", "share", "step", "model FLOPs over the hardware's peak; convention in events.jsonl's start line"),
         ("eta_seconds", "s", "step", "left at the speed of the last steps"),
+        ("slowest_rank", "rank", "some", "the process that took longest for its rows, of several"),
+        ("rank_spread", "1", "some", "its time over the median's"),
         ("grad_norm/*", "1", "some", "gradient of a group of parameters: " + ", ".join(GROUPS)),
         ("param_norm/*", "1", "some", "length of a group of parameters"),
         ("update_ratio/*", "1", "some", "length of the step over that of the parameters, on up to 65,536 elements a tensor"),
@@ -80,8 +83,10 @@ def known(name: str) -> bool:
     return name in names or f"{name.partition('/')[0]}/*" in names
 
 
-def smoothed(before: float | None, loss: float | None, step: int, memory: int = 50) -> float | None:
-    """The next value of `loss_smooth` after `before`: a function of the logged losses alone. A step without a finite loss changes nothing."""
+def smoothed(last: Mapping[str, Any], record: Mapping[str, Any], memory: int = 50) -> float | None:
+    """`loss_smooth` of a record that follows `last`: a function of the logged losses alone. A step without a loss, or skipped, changes nothing."""
+    before: float | None = last.get("loss_smooth")
+    loss = None if "skipped" in record else record.get("loss")
     if loss is None or not math.isfinite(loss):
         return before
-    return loss if before is None else before + (loss - before) / min(max(step, 1), memory)
+    return loss if before is None else before + (loss - before) / min(max(record["step"], 1), memory)  # type: ignore[no-any-return]

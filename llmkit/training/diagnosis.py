@@ -2,7 +2,7 @@
 
 A loss alone cannot tell random bytes from a language that the model has never seen: both are worse than a guess. But any text has an order. So the
 pairs of neighbouring characters, and those of neighbouring tokens, are counted: text repeats more of them than a random permutation of the same
-characters does, in whatever language (tests/bench/noise.md: none of 1,590 pieces in 532 languages is taken for noise, 1 to 2 % of pieces of
+characters does, in whatever language (tests/bench/noise.md: 4 of 4,240 pieces in 532 languages are taken for noise, and 51 of 3,200 pieces of
 random bytes for text). What has no such order and costs the model far more than its neighbours do is noise. One token or phrase over and over
 is known by how few different tokens it has.
 
@@ -65,12 +65,13 @@ def suspects(
         start = tokens[: LOOKED_AT // 2]
         if len(np.unique(start)) * FEW_DIFFERENT <= len(start):
             found.append((piece, "repetition"))
-        elif piece.loss > middle + OUTLYING * spread and not _has_order(tokens, decode):
+        elif piece.loss > middle + OUTLYING * spread and not has_order(tokens, decode):
             found.append((piece, "noise"))
     return found
 
 
-def _has_order(tokens: NDArray[np.int64], decode: Callable[[list[int]], str] | None) -> bool:
+def has_order(tokens: NDArray[np.int64], decode: Callable[[list[int]], str] | None) -> bool:
+    """Whether tokens [n] follow each other as in a text, and the characters that they stand for, where these are known and enough."""
     if order(tokens) < ORDERED:
         return False
     if decode is None:

@@ -10,7 +10,7 @@ A disk that is full does not end a run: the checkpoint before stays, the failure
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -44,8 +44,10 @@ class Keeper:
         """Whether a checkpoint is under way."""
         return self._thread is not None and self._thread.is_alive()
 
-    def copy(self, state: TrainerState, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Hold this state instead of the one before; waits for a checkpoint that is under way."""
+    def copy(
+        self, state: TrainerState, weights: Iterable[tuple[str, Tensor]], moments: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Hold this state instead of the one before, each tensor copied as it comes; waits for a checkpoint that is under way."""
         self._join()
         self.weights = _copied(self.weights, weights)
         self.moments = _copied(self.moments, moments)
@@ -90,10 +92,10 @@ class Keeper:
             self._fault = error
 
 
-def _copied(old: Tensors, new: Mapping[str, Tensor]) -> Tensors:
+def _copied(old: Tensors, new: Iterable[tuple[str, Tensor]]) -> Tensors:
     """Copies of `new` on the host, in the memory of `old` where it fits."""
     result = {}
-    for name, tensor in new.items():
+    for name, tensor in new:
         place = old.get(name)
         if place is not None and place.shape == tensor.shape and place.dtype == tensor.dtype:
             result[name] = place.copy_(tensor.detach())

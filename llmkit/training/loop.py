@@ -18,8 +18,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,14 +28,16 @@ import torch
 from llmkit.errors import ExitCode, LlmkitError
 from llmkit.training.curves import smoothed
 from llmkit.training.diagnosis import suspects
-from llmkit.training.groups import Tally
+from llmkit.training.environment import machine
 from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MFU, MetricsLog, Speed, peak_flops
-from llmkit.training.optimizer import optimizer_tensors, restore_optimizer
+from llmkit.training.optimizer import named_state, restore_optimizer
+from llmkit.training.pace import Pace, collected
+from llmkit.training.parallel import copy_whole, full_tensors, local
 from llmkit.training.signals import Interrupted, Signals, watch_signals
 from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
-from llmkit.training.step import Measured, Training, accumulate, evaluate, pieces_of, update
+from llmkit.training.step import Measured, Training, accumulate, evaluate, held_out, pieces_of, update
 from llmkit.training.watch import Watch
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
@@ -48,8 +51,8 @@ def fit(training: Training) -> dict[str, Any]:
 
     Raises LlmkitError where the guard has given up, where the last checkpoint could not be stored, and (exit code 75) where the time is over.
     """
-    with watch_signals() as signals:
-        loop = Loop(training, signals)
+    with watch_signals() as signals, collected() as collect:
+        loop = Loop(training, signals, collect)
         try:
             outcome = loop.run()
         finally:
@@ -68,8 +71,8 @@ def fit(training: Training) -> dict[str, Any]:
 class Loop:
     """A run in progress: `step` steps are done."""
 
-    def __init__(self, t: Training, signals: Signals) -> None:
-        self.t, self.signals = t, signals
+    def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
+        self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
         self.guard = Guard(t.chance, t.max_rollbacks)
         self.step = 0
         if t.start:
@@ -86,6 +89,7 @@ class Loop:
         self._save_every = t.save_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._owed = False  # a checkpoint
+        self._due = False  # a copy to go back to
         self._stored = self.step  # the last step that a checkpoint was begun at
         self._seconds = 0.0  # that the last step took
         self._held = (0, 0.0, 0.0)  # step, time and cost of the last copy
@@ -101,7 +105,11 @@ class Loop:
         t, source = self.t, self.t.source
         peak, how = peak_flops(t.processes.device, t.processes.precision, t.processes.count)
         self._speed = Speed(t.flops_per_token, peak)
-        self._event("resume" if t.start else "start", step=self.step, peak_flops=peak, peak=how, mfu=MFU)
+        made_with = t.state.environment | machine(t.processes.device)
+        made_with |= {"processes": t.processes.count, "parallel": t.processes.layout.name}
+        more = {"accepted": t.changed} if t.changed else {}
+        name = "resume" if t.start else "start"
+        self._event(name, step=self.step, peak_flops=peak, peak=how, mfu=MFU, environment=made_with, **more)
         self._hold()
         # A run that was stopped in the middle of an evaluation owes it.
         owed = bool(self.log) and self.step > 0 and self._evaluates() and "heldout_loss" not in self.record
@@ -144,20 +152,27 @@ class Loop:
                 record["skipped"] = True
             else:
                 update(t, rate, self._watch)
+                record |= self._compare(number)
             record |= self._watch.end(measured.seen, measured.norm, t.clip)
         self.step = number
+        self._collect(number)
         self._seconds = time.perf_counter() - began
         record |= self._speed.step(tokens - before, self._seconds, source.tokens(source.steps) - tokens)
         if self._evaluates():
-            found = self._evaluate()
-            record |= found or {}
+            record |= self._evaluate() or {}
         self.record = record
         if self.log:
-            loss = None if "skipped" in record else record["loss"]
-            record["loss_smooth"] = smoothed(self.log.last.get("loss_smooth"), loss, number)
+            record["loss_smooth"] = smoothed(self.log.last, record)
             self.log.write(record)
             t.report(record)
         return True
+
+    def _compare(self, number: int) -> dict[str, float]:
+        """How evenly the processes work, now and then; says which has become late."""
+        figures, late = self._pace.step(number, self.t.processes.seconds)
+        if late is not None:
+            self._event("straggler", step=number, rank=late, spread=figures["rank_spread"])
+        return figures
 
     def _passes(self, number: int, measured: Measured) -> bool:
         """What the guard says of step `number`, whose gradients are there: whether to take it. Else it is skipped, or the run was set back."""
@@ -224,7 +239,12 @@ class Loop:
         self._give_up(patient, number)
 
     def _load_before(self, first: int) -> TrainerState:
-        """Make the keeper hold the latest good state with fewer than `first` steps: its own, a checkpoint, the start; returns what belongs to it."""
+        """Make the main process's keeper hold the latest good state with fewer than `first` steps; returns what belongs to it, on every process."""
+        found: TrainerState = self.t.processes.tell(self._find_before(first) if self.t.processes.main else None)
+        return found
+
+    def _find_before(self, first: int) -> TrainerState:
+        """Of what the keeper holds, the checkpoints and the start."""
         t, keeper = self.t, self.keeper
         keeper.failure(wait=True)
         held = keeper.state
@@ -234,9 +254,10 @@ class Loop:
             if step_of(checkpoint) < first:
                 state, weights = load_trainer_state(checkpoint), load_weights(checkpoint)
                 if _all_finite(weights.values()):
-                    keeper.copy(state, weights, load_optimizer_tensors(checkpoint))
+                    keeper.copy(state, weights.items(), load_optimizer_tensors(checkpoint).items())
                     return state
-        keeper.copy(t.state, *t.initial())
+        weights, moments = t.initial()
+        keeper.copy(t.state, weights.items(), moments.items())
         return t.state
 
     def _tell(
@@ -284,60 +305,61 @@ class Loop:
         return self.t.heldout is not None and (self.step % self._eval_every == 0 or self.step == self.t.source.steps)
 
     def _evaluate(self) -> dict[str, float] | None:
-        """Held-out figures; None where a signal came before the end."""
-        t = self.t
-        assert t.heldout is not None
-        tally = Tally(t.heldout, t.token_bytes, t.processes.device)
         try:
-            with self.signals.breaking(t.processes.count == 1):
-                found = evaluate(t, t.heldout, stopped=lambda: bool(self.signals.number), tally=tally)
+            with self.signals.breaking(self.t.processes.count == 1):
+                return held_out(self.t, lambda: bool(self.signals.number))
         except Interrupted:
             return None
-        if found is None:
-            return None
-        numbers = t.processes.add(tally.numbers())
-        return {"heldout_loss": found} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
 
     def _stopping(self) -> bool:
         """Whether any process was told to stop, or the time is over; every process gets the same answer."""
         t = self.t
         spent = time.monotonic() - self._started
         late = t.processes.main and spent + self._held[2] + self._seconds > 3600 * t.max_hours
-        stop, late_, save = t.processes.add([float(self.signals.number), float(late), float(self.signals.save)])
-        self._owed |= bool(save)
+        self._report(self.keeper.failure())
+        wishes = (self.signals.number, late, self.signals.save or self._owed, self._wants_copy())
+        stop, late_, save, due = t.processes.add([float(wish) for wish in wishes])
+        self._owed, self._due = bool(save), bool(due)
         self.signals.save = False
         self.out_of_time = bool(late_) and not stop and self.step < t.source.steps
         if stop and not self.signals.number:
             self.signals.number = signal.SIGTERM  # another process was told to
         return bool(stop or self.out_of_time)
 
+    def _wants_copy(self) -> bool:
+        """Whether the main process finds that a copy is worth its time."""
+        step, when, cost = self._held
+        idle = self.t.processes.main and self.t.max_rollbacks and not self.keeper.writing
+        return bool(idle and self.step - step >= HOLD_STEPS and time.monotonic() - when > cost / HOLD_SHARE)
+
     def _keep_safe(self, stop: bool) -> None:
         """A checkpoint where one is due, else now and then a copy to go back to; none of doubtful states, but where the run ends."""
         last = self.step == self.t.source.steps
         self._owed |= self.step % self._save_every == 0
-        self._report(self.keeper.failure())
         if last or stop or (self._owed and not self.guard.since):
             self._save(wait=last or stop)
-            if self.log and not stop:
+            if not stop:
                 self._show()
-        elif self.t.max_rollbacks and not self.guard.since and not self.keeper.writing:
-            step, when, cost = self._held
-            if self.step - step >= HOLD_STEPS and time.monotonic() - when > cost / HOLD_SHARE:
-                self._hold()
+        elif self._due and not self.guard.since:
+            self._hold()
 
     def _show(self) -> None:
-        """What a checkpoint is good for: samples, scores (main process)."""
-        assert self.log is not None
-        for act in self.t.at_checkpoint:
-            if figures := act(self.t.model, self.step):
-                self.record |= figures
-                self.log.write(self.record)
-                self.t.report(self.record)
+        """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
+        t = self.t
+        for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
+            self.record |= act(t.model, self.step)
+            t.processes.layout.rest(t.model)
+            t.processes.beat()
+        if self.log and t.at_checkpoint:
+            self.log.write(self.record)
+            t.report(self.record)
 
     def _hold(self) -> None:
-        """Copy the state to the host (main process)."""
+        """Copy the state to the host of the main process; all of them hand over what they have of it."""
         t = self.t
         began = time.monotonic()
+        weights = full_tensors(t.model.state_dict().items(), t.processes.main)
+        moments = full_tensors(named_state(t.model, t.optimizer), t.processes.main)
         if t.processes.main:
             scaler = t.processes.accelerator.scaler
             tokens = t.source.tokens(self.step)
@@ -350,7 +372,10 @@ class Loop:
                 scaler=scaler.state_dict() if scaler else {},
                 guard=self.guard.state(),
             )
-            self.keeper.copy(state, t.model.state_dict(), optimizer_tensors(t.model, t.optimizer))
+            self.keeper.copy(state, weights, moments)
+        else:
+            for _ in chain(weights, moments):
+                pass
         self._held = (self.step, time.monotonic(), time.monotonic() - began)
 
     def _save(self, wait: bool = False) -> None:
@@ -399,13 +424,14 @@ class Loop:
         }
 
     def _place(self) -> None:
-        """Put what the keeper holds back into model and optimiser."""
-        t, keeper = self.t, self.keeper
-        with torch.no_grad():
-            for name, tensor in t.model.state_dict().items():
-                tensor.copy_(keeper.weights[name])
+        """Put what the main process's keeper holds back into model and optimiser."""
+        t = self.t
+        t.processes.layout.rest(t.model)
+        weights, moments = map(t.processes.from_main, (self.keeper.weights, self.keeper.moments))
+        for name, tensor in t.model.state_dict().items():
+            copy_whole(tensor, weights[name])
         t.optimizer.state.clear()
-        restore_optimizer(t.model, t.optimizer, keeper.moments, "the last good state")
+        restore_optimizer(t.model, t.optimizer, moments, "the last good state")
 
     def _finite(self) -> bool:
         """Whether all weights are numbers, on every process."""
@@ -417,7 +443,7 @@ class Loop:
 
 
 def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(local(tensor.detach())).all()) for tensor in tensors)
 
 
 def _number(value: float) -> float | None:

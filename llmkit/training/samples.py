@@ -62,10 +62,13 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 def gallery(
-    path: Path, prompts: Sequence[str], tokenizer_files: dict[str, str], stop_ids: Sequence[int], seed: int = 0
+    path: Path | None, prompts: Sequence[str], tokenizer_files: dict[str, str], stop_ids: Sequence[int], seed: int = 0
 ) -> Callable[[Any, int], dict[str, float]]:
-    """A function of (model, step) that adds the completions of that step to the file at `path`; for Training.at_checkpoint."""
-    codec = load_tokenizer(tokenizer_files, path)
+    """A function of (model, step) that adds the completions of that step to the file at `path`; for Training.at_checkpoint.
+
+    Without a path it only takes its part in the passes of a model that lies over several processes.
+    """
+    codec = load_tokenizer(tokenizer_files, "the run")
     encoded = [list(codec.encode(prompt).ids) for prompt in prompts]
 
     def add(model: Any, step: int) -> dict[str, float]:
@@ -86,6 +89,8 @@ def gallery(
             for prompt, tokens in zip(prompts, found, strict=True):
                 text = codec.decode(tokens, skip_special_tokens=False)
                 records.append({"step": step, "prompt": prompt, "how": how, "completion": text})
+        if path is None:
+            return {}
         earlier = [line for line in _lines(path) if json.loads(line)["step"] < step]
         with atomic_file(path, force=True) as sink:
             sink.writelines([*earlier, *(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)])

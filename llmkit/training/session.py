@@ -24,13 +24,16 @@ import torch
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.io.tokenizer import token_bytes
-from llmkit.model.checkpoint import load_model, load_tokenizer, save_model
+from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import Source
-from llmkit.training.distributed import Processes, start
+from llmkit.training.distributed import Processes, lost, start
+from llmkit.training.elastic import restarted
+from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
@@ -72,6 +75,9 @@ class Settings:
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
     max_rollbacks: int = 8
+    parallel: str = "auto"
+    hang_timeout: float = 0.0
+    accept_change: str = ""  # names, with commas between them
 
 
 @dataclass(slots=True)
@@ -86,6 +92,7 @@ class Session:
     kept: tuple[str, ...] = ()  # what this call has put into the directory already
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
     say: Callable[[str], None] = lambda text: None
+    changed: list[str] = field(default_factory=list)  # accepted changes of the environment
     _fresh: Callable[[], Decoder] | None = None
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
@@ -97,12 +104,14 @@ class Session:
         self.lineage = lineage
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
-        self.state = TrainerState(
-            lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, self.processes.precision, {}
-        )
+        now = environment(self.processes.precision, self.processes.device)
+        self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
         self.checkpoint = self._last_intact() if self.settings.resume else None
         if self.checkpoint:
-            refuse_changes(load_trainer_state(self.checkpoint), self.state)
+            old = load_trainer_state(self.checkpoint)
+            refuse_changes(old, self.state)
+            now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
+            self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
         if self.directory.finished and self.checkpoint:
             return False
         if self.processes.main and not self.checkpoint:
@@ -135,10 +144,19 @@ class Session:
         return checkpoints[-1 - passed]
 
     def model(self, fresh: Callable[[], Decoder]) -> Decoder:
-        """The model in float32 on this process's device: that of the last checkpoint, else `fresh()`."""
-        self._fresh = fresh
+        """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
+        self._fresh, processes = fresh, self.processes
+        if self.checkpoint and processes.layout.lockstep:  # no process ever holds all of it
+            info = load_info(self.checkpoint)
+            with torch.device("meta"):
+                model = Decoder(info.config)
+            processes.layout.place(model, processes.device, processes.precision)
+            model.to_empty(device=processes.device)
+            load_tensors(model, open_weights(info))
+            return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
-        return model.to(self.processes.device)
+        processes.layout.place(model, processes.device, processes.precision)
+        return model
 
     def train(
         self,
@@ -157,6 +175,7 @@ class Session:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
         assert self.state is not None
         settings, config, of_tokens = self.settings, model.config, objective is next_token
+        self.state.environment["model"] = model_digest(config.to_hf())
         if settings.z_loss:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
@@ -204,6 +223,7 @@ class Session:
                 at_checkpoint=settings.at_checkpoint,
                 token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
+                changed=self.changed,
             )
         )
 
@@ -223,15 +243,26 @@ def session(
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
     if settings.tracker:
         check_tracker(settings.tracker)
-    processes = start(settings.precision, settings.threads)
+    accepted_names(settings.accept_change)  # a wrong one is said first
+    if restarted():
+        settings.resume, settings.force = True, False
+    processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
         yield Session(settings, processes, RunDirectory(settings.output), say=say)
         return
-    with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
-        processes.wait()  # the main process has made it
-        yield Session(settings, processes, directory, say=say)
-        processes.leave()
+    try:
+        with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
+            processes.watch(settings.hang_timeout, directory.event)
+            processes.wait()  # the main process has made it
+            yield Session(settings, processes, directory, say=say)
+    except BaseException as error:
+        processes.leave(failed=True)
+        gone = lost(error) if processes.count > 1 else None
+        if gone:
+            raise gone from error
+        raise
+    processes.leave()
 
 
 def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:

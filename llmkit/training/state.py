@@ -5,7 +5,7 @@
     RUN/events.jsonl              starts, resumptions, stops
     RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
         state/optimizer.safetensors   the moments of AdamW by parameter
-        state/trainer.json            step, tokens, learning rate, options, digests of the inputs, the guard's memory
+        state/trainer.json            step, tokens, learning rate, options, digests of the inputs, environment, the guard's memory
         state/digests.json            xxh3-128 of every other file
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
 
@@ -58,7 +58,7 @@ class TrainerState:
     rate: float
     batch_size: int
     length: int
-    precision: str
+    environment: dict[str, Any]  # see environment.py
     scaler: dict[str, Any]
     guard: dict[str, Any] = field(default_factory=dict)  # training.guard's state, the skipped steps in it
 
@@ -68,8 +68,8 @@ class TrainerState:
 
 # What they have to be in a file, which may be anybody's.
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("command", "precision"), str),
-    **dict.fromkeys(("options", "scaler", "guard"), dict),
+    "command": str,
+    **dict.fromkeys(("options", "environment", "scaler", "guard"), dict),
     **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
     "inputs": list,
     "rate": (int, float),
@@ -268,7 +268,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     """trainer.json of a checkpoint; LlmkitError where it is missing or damaged."""
     path = checkpoint / "state" / TRAINER
     try:
-        fields = json.loads(path.read_bytes())
+        fields = {"environment": {}} | json.loads(path.read_bytes())
         state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
         for name, kind in FIELDS.items():
             if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
@@ -318,8 +318,3 @@ def refuse_changes(old: TrainerState, new: TrainerState) -> None:
             )
     if old.inputs != new.inputs:
         raise LlmkitError("the inputs are not those that the run was started with", "choose another output")
-    if old.precision != new.precision:
-        raise LlmkitError(
-            f"the run was started in {old.precision}, this would go on in {new.precision}",
-            f"--precision {old.precision}",
-        )

@@ -63,6 +63,7 @@ class Training:
     log_every: int = 10
     token_bytes: torch.Tensor | None = None  # int64 [V]: the text that each token stands for, where that is known
     at_checkpoint: Sequence[Callable[[Any, int], dict[str, float]]] = ()  # of (model, step); what they return is logged
+    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
@@ -89,15 +90,16 @@ def accumulate(t: Training, step: int, watch: Watch) -> Measured:
     worst = -math.inf
     t.model.train()
     watch.begin(step)
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
-        batch = watch.take(step, start, stop)
+    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+        batch = watch.take(step, start, stop, counts=factor > 0)
         with processes.accelerator.autocast():
-            found = t.objective(t.model, batch, scale)
+            found = t.objective(t.model, batch, scale * factor)
         (scaler.scale(found.loss) if scaler else found.loss).backward()
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
         worst = max(worst, _worst_row(batch, found))
-        watch.losses(batch, found)
+        if factor:
+            watch.losses(batch, found)
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
@@ -157,18 +159,29 @@ def evaluate(
     total, stops = 0.0, False
     t.model.eval()
     with torch.no_grad():
-        for start, stop in processes.share(source.rows(step), t.micro_batch):
-            stops = stopped()
+        for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+            stops = processes.agree(stopped())
             if stops:
                 break
             batch = source.batch(step, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                found = t.objective(t.model, batch, scale)
+                found = t.objective(t.model, batch, scale * factor)
             total += float(found.figures.get("loss", found.loss))
-            if tally:
+            if tally and factor:
                 tally.add(batch, found)
     total, left = processes.add([total, float(stops)])
     return None if left else total
+
+
+def held_out(t: Training, stopped: Callable[[], bool]) -> dict[str, float] | None:
+    """What the log says of the held-out data: loss, losses and bits a byte by domain; None where a signal came before the end."""
+    assert t.heldout is not None
+    tally = Tally(t.heldout, t.token_bytes, t.processes.device)
+    loss = evaluate(t, t.heldout, stopped=stopped, tally=tally)
+    if loss is None:
+        return None
+    numbers = t.processes.add(tally.numbers())
+    return {"heldout_loss": loss} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
 
 
 def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:

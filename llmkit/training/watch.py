@@ -29,6 +29,7 @@ from llmkit.training.distributed import Processes
 from llmkit.training.groups import NOTHING, Tally
 from llmkit.training.machine import machine_figures
 from llmkit.training.objectives import Result
+from llmkit.training.parallel import local
 from llmkit.training.probe import probe
 
 SAMPLED = 1 << 16  # elements of a tensor whose change is followed
@@ -67,10 +68,18 @@ class Watch:
         """Whether this step measures what costs something."""
         return self._every > 0 and (self._step == 0 or (self._step + 1) % self._every == 0)
 
-    def take(self, step: int, start: int, stop: int) -> Batch:
-        """The rows [start, stop) of the step on this process's device."""
+    def take(self, step: int, start: int, stop: int, counts: bool = True) -> Batch:
+        """The rows [start, stop) of the step on this process's device; rows that only keep step with other processes do not count."""
         began = time.perf_counter()
         batch = self._source.batch(step, start, stop)
+        if counts:
+            self._tell(batch)
+        batch = batch.to(self._processes.device)
+        self._count["data_seconds"] += time.perf_counter() - began
+        return batch
+
+    def _tell(self, batch: Batch) -> None:
+        """Count what is in a batch."""
         count = self._count
         nothing = torch.zeros_like(batch.targets, dtype=torch.bool)
         if batch.document_ids is not None:
@@ -87,9 +96,6 @@ class Watch:
         count["documents"] += int(first.sum())
         count["sequences"] += len(batch.targets)
         count["counted"] += int((batch.weights != 0).sum())
-        batch = batch.to(self._processes.device)
-        count["data_seconds"] += time.perf_counter() - began
-        return batch
 
     def losses(self, batch: Batch, found: Result) -> None:
         """Add the token losses of a micro-batch to their groups."""
@@ -144,8 +150,8 @@ class Watch:
 
     def _norm(self, tensors: list[Any]) -> float:
         """Length of all tensors together; of shards over all processes."""
-        local = [_local(tensor) for tensor in tensors]
-        square = float(torch.stack(torch._foreach_norm(local)).double().square().sum()) if local else 0.0
+        parts = [local(tensor) for tensor in tensors]
+        square = float(torch.stack(torch._foreach_norm(parts)).double().square().sum()) if parts else 0.0
         shards = any(hasattr(tensor, "to_local") for group in self._parameters.values() for tensor in group)
         return math.sqrt(self._processes.add([square])[0] if shards else square)
 
@@ -156,11 +162,7 @@ def group_of(name: str) -> str:
     return next((group for part, group in kinds.items() if part in name), GROUPS[-1])
 
 
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
-
-
 def _sample(tensor: Tensor) -> Tensor:
     """Up to SAMPLED elements, evenly spread; a view."""
-    flat = _local(tensor.detach()).flatten()
+    flat = local(tensor.detach()).flatten()
     return flat[:: max(1, -(-len(flat) // SAMPLED))]

@@ -224,6 +224,18 @@ def test_time(run: Run, tmp_path: Path) -> None:
     moved("step_seconds", "data_seconds", "tokens_per_second", "mfu", "eta_seconds")
 
 
+def test_pace_of_processes() -> None:
+    """Behaviour: the process that takes longer is named."""
+    from llmkit.training.pace import Pace
+
+    pace = Pace()
+    found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
+    named = [figures for figures in found if figures]
+    assert named
+    assert all(figures == {"slowest_rank": 2, "rank_spread": 2.0} for figures in named)
+    moved("slowest_rank", "rank_spread")
+
+
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Behaviour: memory follows what is held, the peak stays; disk and GPU figures are those of the system."""
     before = machine.machine_figures(torch.device("cpu"), tmp_path)
@@ -302,12 +314,14 @@ def test_costly_figures_come_every_few_steps(run: Run, tmp_path: Path) -> None:
 def test_smoothed_is_a_function_of_the_log() -> None:
     """Property: a mean at first, then exponential; what it was is all that it needs."""
     losses = np.random.default_rng(0).random(200).tolist()
-    value: float | None = None
+    record: dict[str, Any] = {}
     for step, loss in enumerate(losses, 1):
-        value = curves.smoothed(value, loss, step)
+        record = {"loss_smooth": curves.smoothed(record, {"step": step, "loss": loss})}
         if step == 40:
-            assert value == pytest.approx(np.mean(losses[:40]))
-    assert value == pytest.approx(0.5, abs=0.1)
+            assert record["loss_smooth"] == pytest.approx(np.mean(losses[:40]))
+    assert record["loss_smooth"] == pytest.approx(0.5, abs=0.1)
+    for more in ({}, {"loss": None}, {"loss": 99.0, "skipped": True}, {"loss": float("nan")}):
+        assert curves.smoothed(record, {"step": 9, **more}) == record["loss_smooth"]
 
 
 def test_many_sources_share_a_curve() -> None:
