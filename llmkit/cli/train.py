@@ -71,9 +71,10 @@ def main(
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
-    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl), and at the end the link `final`. A run
-    that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
-    and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
+    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl; llmkit/training/curves.py says what each
+    name in it means), and at the end the link `final`. A run that was killed goes on with --resume and ends in the same bytes. Step s reads the
+    same tokens whatever the number of processes. torchrun and `accelerate launch -m llmkit train ...` may start them instead of --processes (on
+    CPU, Accelerate starts several only through MPI).
     """
     if fitting.launched(
         run, [data, *fitting.held_out_paths(heldout)], resume=resume, processes=processes, max_restarts=max_restarts

@@ -86,9 +86,10 @@ class Tally:
         return self._sums.flatten().tolist()  # type: ignore[no-any-return]
 
     def figures(self, numbers: list[float], loss: str, bits: str, whole: str) -> dict[str, float]:
-        """Mean losses as `loss`/SOURCE, bits a byte as `whole`, of more than one source also `bits`/SOURCE, from the `numbers` of all processes.
+        """Mean losses as `loss`/SOURCE, bits a byte as `whole` and `bits`/SOURCE, from the `numbers` of all processes.
 
-        With `bits` empty, as of a training step, losses on documents first seen and seen again stand in the place of the sources' bits.
+        With `bits` empty, as of a training step, losses on documents first seen and seen again stand in the place of the sources' bits, and a
+        single source is not told apart.
         """
         sums, weights, sizes = np.array(numbers).reshape(3, -1)
         found: dict[str, float] = {}
@@ -97,7 +98,7 @@ class Tally:
             if (total := by[which].sum()) > 0:
                 found[name] = float(sums[which].sum() / unit / total)
 
-        for i, source in enumerate(self.names if len(self.names) > 1 else ()):
+        for i, source in enumerate(self.names if len(self.names) > 1 or (bits and self.names[0]) else ()):
             mean(f"{loss}/{source}", slice(2 * i, 2 * i + 2), weights)
             if bits:
                 mean(f"{bits}/{source}", slice(2 * i, 2 * i + 2), sizes, math.log(2))

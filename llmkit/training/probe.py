@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkit.model.decoder import rotate
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes
 
@@ -49,7 +48,8 @@ def probe(model: Any, source: Source, step: int, processes: Processes) -> dict[s
         activations.append(out.abs().amax().float())
 
     def attention(module: Any, arguments: Any, *, apart: Tensor) -> None:
-        logits.append(attention_logit_max(module, arguments[0], arguments[1], apart))
+        # What the layers of a pass share: the rotation, alone or with more.
+        logits.append(attention_logit_max(module, arguments[0], getattr(arguments[1], "rotation", arguments[1]), apart))
 
     hooks = [layer.register_forward_hook(stream) for layer in model.model.layers]
     hooks += [
@@ -85,9 +85,12 @@ def attention_logit_max(attention: Any, x_BTD: Tensor, rotation: tuple[Tensor, T
     k_BTGK = attention.k_proj(x_BTD).view(b, t, -1, attention.head_dim)
     if attention.qk_norm:
         q_BTHK, k_BTGK = attention.q_norm(q_BTHK), attention.k_norm(k_BTGK)
-    q_BHTK, k_BGTK = (rotate(x.transpose(1, 2), *rotation) for x in (q_BTHK, k_BTGK))
-    k_BHTK = k_BGTK.repeat_interleave(q_BHTK.shape[1] // k_BGTK.shape[1], 1)
-    logits_BHTT = (q_BHTK @ k_BHTK.transpose(2, 3)).float() / attention.head_dim**0.5
+    cos, sin = (part.unsqueeze(-2) for part in rotation)  # [T, 1, K]
+    (q1, q2), (k1, k2) = (x.chunk(2, -1) for x in (q_BTHK, k_BTGK))
+    q_BTHK = q_BTHK * cos + torch.cat([-q2, q1], -1) * sin
+    k_BTGK = k_BTGK * cos + torch.cat([-k2, k1], -1) * sin
+    k_BTHK = k_BTGK.repeat_interleave(q_BTHK.shape[2] // k_BTGK.shape[2], 2)
+    logits_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).float() / attention.head_dim**0.5
     return logits_BHTT.masked_fill(apart_TT, -torch.inf).amax()
 
 

@@ -1,6 +1,6 @@
 """What watching costs: share of the CPU time of a run that goes into the figures of metrics.jsonl.
 
-    taskset -c 0 python tests/bench/curves_cost.py [--steps 21] [--layers 6] [--width 320]
+    taskset -c 0 python tests/bench/curves_cost.py [--steps 20] [--layers 6] [--width 320]
 
 A model of about 10M parameters, 8 sequences of 512 tokens a step, `--log-every` as by default. The calls that the loop makes for the curves are timed one by one (CPU
 time), and set against the CPU time of the steps they stand in. One process, so no pairs of runs are needed: the shares are of the same steps.
@@ -39,7 +39,7 @@ VOCABULARY = 8192
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=21)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=320)
     asked = parser.parse_args()
@@ -68,10 +68,11 @@ def main() -> None:
 
         setattr(owner, name, call)
 
-    for name in ("losses", "sums", "before", "after", "end"):
+    for name in ("_tell", "losses", "sums", "before", "after", "end"):
         timed(watch.Watch, name, name)
     timed(watch, "probe", "probe (in end)")
-    timed(loop, "train_step", "step")
+    timed(loop, "accumulate", "step")
+    timed(loop, "update", "step")
     stream = ListStream([300] * 4000, VOCABULARY)
     stream.data = np.random.default_rng(0).integers(0, VOCABULARY, stream.tokens).astype(np.uint16)
     sizes = np.full(4000, 300)
@@ -92,6 +93,7 @@ def main() -> None:
                 tokenizer_files={},
             )
         records = list(read_metrics(run / "metrics.jsonl"))
+    spent["step"] += spent["end"]
     print(
         f"{config.parameters() / 1e6:.1f}M parameters, {asked.steps} steps of {8 * 512:,} tokens, {spent['step']:.1f} s of CPU in steps"
     )
