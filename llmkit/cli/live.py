@@ -118,7 +118,7 @@ class Panel:
         }
         lines: list[Any] = [
             ProgressBar(total=self._total, completed=record["tokens"]),
-            Text("  ".join(f"{name} {value}" for name, value in figures.items() if value)),
+            Text("  ".join(f"{name}\u00a0{value}" for name, value in figures.items() if value)),
             Text(sparkline(self._losses, 60) or "▁", style="cyan"),
             *(Text(line, style="dim") for line in self._last_events()),
         ]

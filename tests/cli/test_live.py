@@ -25,7 +25,7 @@ def drawn(panel: live.Panel, width: int = 120) -> str:
 
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(panel.render())
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue().replace("\u00a0", " ")  # type: ignore[attr-defined]
 
 
 def test_panel_shows_what_matters(tmp_path: Path) -> None:

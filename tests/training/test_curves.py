@@ -324,6 +324,28 @@ def test_smoothed_is_a_function_of_the_log() -> None:
         assert curves.smoothed(record, {"step": 9, **more}) == record["loss_smooth"]
 
 
+def test_resumed_run_has_the_same_curves(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Property: killed between checkpoints and resumed, every curve of model and data is that of the undisturbed run; the log says how MFU counts."""
+
+    class Crash(Exception):
+        pass
+
+    def crash(record: dict[str, Any]) -> None:
+        if record["step"] == 8:
+            raise Crash
+
+    train(tmp_path / "whole", log_every=4)
+    with pytest.raises(Crash):
+        train(tmp_path / "run", log_every=4, report=crash)
+    train(tmp_path / "run", log_every=4, resume=True)
+    of_machine = ("memory", "disk", "gpu", "step_seconds", "data_seconds", "tokens_per", "mfu", "eta")
+    runs = [list(read_metrics(tmp_path / run / "metrics.jsonl")) for run in ("whole", "run")]
+    first, second = ([{k: v for k, v in r.items() if not k.startswith(of_machine)} for r in run] for run in runs)
+    assert first == second
+    assert "loss_smooth" in first[-1]
+    assert "causal attention at half" in (tmp_path / "run" / "events.jsonl").read_text()
+
+
 def test_many_sources_share_a_curve() -> None:
     """Behaviour: the largest sources keep their names, the rest are `other`; padding is none of them."""
     sizes = np.array([*range(1, 21), 50])
