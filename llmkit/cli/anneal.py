@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError, unknown_name
 
@@ -91,6 +91,12 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls to zero.
 
@@ -98,7 +104,11 @@ def main(
     `llmkit average` brings the branches together. From a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
     if fitting.launched(
-        run, [start, data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+        run,
+        [start, data, *fitting.held_out_paths(heldout)],
+        resume=resume,
+        processes=processes,
+        max_restarts=max_restarts,
     ):
         return
     import torch
@@ -120,7 +130,7 @@ def main(
     if from_ and not (step.isascii() and step.isdigit()):
         raise UsageError(f"--from {from_}: no checkpoint is called so", "such as step-00000500, or 500")
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer="",
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
@@ -143,11 +153,15 @@ def main(
             tokens or stream.tokens,
             document_mask=document_mask,
             vocabulary=info.config.vocab_size,
+            groups=fitting.groups(stream),
         )
         if length > stream.tokens:
             raise UsageError(f"sequences of {length:,} tokens, but {data} holds {stream.tokens:,}", "--sequence-length")
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
+        fitting.at_checkpoints(
+            run, opened, info.tokenizer_files, info.stop_ids, samples, eval_tasks, eval_limit, include_path
+        )
         if run.dry_run:
             fitting.show_plan(run, opened, info.config, source, rate, length)
             return
@@ -157,7 +171,8 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
-        with run.progress(planned, "tokens") as bar:
+        fitting.keep_trace(opened, stream, source)
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),
                 next_token,
@@ -167,6 +182,6 @@ def main(
                 stop_ids=info.stop_ids,
                 heldout=held_out,
                 optimizer_from=directory if before else None,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome)

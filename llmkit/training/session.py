@@ -18,10 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
+from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
@@ -48,6 +50,7 @@ from llmkit.training.state import (
     write_config,
 )
 from llmkit.training.step import Tensors, Training
+from llmkit.training.tracker import check_tracker
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
@@ -71,6 +74,9 @@ class Settings:
     optimizer: str = "adamw"  # or muon; "": that of the state it starts from
     betas: tuple[float, float] = BETAS
     z_loss: float = 0.0
+    log_every: int = 10
+    tracker: str | None = None
+    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
     max_rollbacks: int = 8
@@ -230,6 +236,9 @@ class Session:
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 before_step=before_step,
+                log_every=settings.log_every,
+                at_checkpoint=settings.at_checkpoint,
+                token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
                 changed=self.changed,
             )
@@ -253,6 +262,8 @@ def session(
     settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
+    if settings.tracker:
+        check_tracker(settings.tracker)
     accepted_names(settings.accept_change)  # a wrong one is said first
     if restarted():
         settings.resume, settings.force = True, False
@@ -273,6 +284,16 @@ def session(
             raise gone from error
         raise
     processes.leave()
+
+
+def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:
+    """The text that each id of a model stands for, in bytes, int64 [vocabulary]."""
+    known = token_bytes(files)
+    return (
+        None
+        if known is None
+        else torch.from_numpy(np.resize(np.append(known, np.zeros(vocabulary, np.int64)), vocabulary))
+    )
 
 
 def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] | None:
