@@ -14,7 +14,9 @@ one tensor of one model. Nothing here loads torch, except for quantised models.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,9 +36,9 @@ DENSITY = {"ties": 0.2, "dare": 0.5, "dare-ties": 0.5}  # methods that have one,
 # What may differ between models that are averaged: it does not change what a weight means.
 FREE = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BLOCK = (
-    1 << 16
-)  # elements at a time: with a few models beside each other they stay in cache. It is part of what DARE draws
+BLOCK = 1 << 16  # elements at a time: of a few models they stay in cache. It is part of what DARE draws
+AHEAD = 1 << 19  # elements of each model that are read at once, while those before are merged
+FLUSH = 16 << 20  # bytes
 
 Digests = Mapping[Path, str]
 
@@ -163,6 +165,7 @@ class Opened:
             for weights, layout in zip(self._all()[1:], others, strict=True):
                 _check_tensors(self.models[0].path, first, weights.path, layout)
             self.layout = first
+            self._ahead = stack.enter_context(ThreadPoolExecutor(1))
             _check_count(models[0], sum(entry.count for entry in first.values()))
             self._stack = stack.pop_all()
 
@@ -181,64 +184,67 @@ class Opened:
 
     def blocks(self, name: str, merge: Merge) -> Iterator[np.ndarray]:
         """The merged tensor, float32, in blocks of at most BLOCK elements; each is valid until the next."""
-        count = self.layout[name].count
-        room = np.empty((len(self.models) + 1, min(BLOCK, count)), np.float32)
-        starts = range(0, count, BLOCK)
-
-        def reader(start: int) -> formulas.Read:
-            def read(i: int) -> np.ndarray:
-                weights = self.models[i] if i < len(self.models) else self.base
-                assert weights is not None
-                out: np.ndarray = room[i, : min(BLOCK, count - start)]
-                weights.read(name, start, out)
-                return out
-
-            return read
-
         if merge.method in WITH_BASE:
-            yield from self._from_base(name, merge, reader, starts)
-            return
-        sums = np.zeros(3)
-        if merge.method == "slerp":
-            for start in starts:
-                read = reader(start)
-                sums += formulas.angle_sums(read(0), read(1))
-            between = formulas.slerp_coefficients(sums, merge.t)
-            for start in starts:
-                yield formulas.slerp(reader(start), between, merge.t)
-            return
-        for start in starts:
-            yield formulas.linear(reader(start), merge.weights)
+            yield from self._from_base(name, merge)
+        elif merge.method == "slerp":
+            sums, wide = np.zeros(3), np.empty(BLOCK)
+            for _, (a, b) in self._read(name, self.models):
+                sums += formulas.angle_sums(a, b, wide[: len(a)])
+            between = formulas.arc(sums, merge.t)
+            for _, (a, b) in self._read(name, self.models):
+                yield formulas.slerp(a, b, between, merge.t)
+        else:
+            for _, found in self._read(name, self.models):
+                yield formulas.linear(found, merge.weights)
 
-    def _from_base(
-        self, name: str, merge: Merge, reader: Callable[[int], formulas.Read], starts: range
-    ) -> Iterator[np.ndarray]:
-        models = range(len(self.models))
+    def _from_base(self, name: str, merge: Merge) -> Iterator[np.ndarray]:
+        assert self.base is not None
         least = [0.0] * len(self.models)
         if merge.method == "ties":
-            magnitudes = np.empty(self.layout[name].count, np.float32)
-            for i in models:
-                if merge.densities[i] == 1:
-                    continue
-                for start in starts:
-                    read = reader(start)
-                    task = read(i)
-                    task -= read(len(models))
-                    np.abs(task, out=magnitudes[start : start + len(task)])
-                least[i] = formulas.least_kept(magnitudes, merge.densities[i]) if len(magnitudes) else 0.0
+            least = [
+                self._least_kept(name, model, density)
+                for model, density in zip(self.models, merge.densities, strict=True)
+            ]
         join = formulas.elect if merge.method in ("ties", "dare-ties") else formulas.task_arithmetic
-        for start in starts:
-            read = reader(start)
-            base, tasks = read(len(models)), []
-            for i in models:
-                task = read(i)
+        for start, (base, *tasks) in self._read(name, [self.base, *self.models]):
+            for i, task in enumerate(tasks):
                 task -= base
                 if merge.method == "ties":
                     formulas.trim(task, least[i])
                 elif merge.method != "task":
                     formulas.drop(task, merge.densities[i], merge.seed, name, i, start)
-                tasks.append(task)
             yield join(tasks, base, merge.weights, merge.scale)
+
+    def _least_kept(self, name: str, model: StreamedWeights, density: float) -> float:
+        """The magnitude from which elements of a model's task vector stay, by TIES."""
+        assert self.base is not None
+        if density == 1 or not self.layout[name].count:
+            return 0.0
+        magnitudes = np.empty(self.layout[name].count, np.float32)
+        for start, (base, task) in self._read(name, [self.base, model]):
+            task -= base
+            np.abs(task, out=magnitudes[start : start + len(task)])
+        return formulas.least_kept(magnitudes, density)
+
+    def _read(self, name: str, weights: Sequence[StreamedWeights]) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Where each block of a tensor starts, and that block of some models; what comes next is read in the meantime."""
+        count = self.layout[name].count
+        room = np.empty((2, len(weights), min(AHEAD, count)), np.float32)
+
+        def fetch(start: int) -> np.ndarray:
+            found: np.ndarray = room[start // AHEAD % 2, :, : count - start]
+            for source, out in zip(weights, found, strict=True):
+                source.read(name, start, out)
+            return found
+
+        # Another thread is not worth its while for a small tensor.
+        coming = self._ahead.submit(fetch, 0) if count > AHEAD else None
+        for start in range(0, count, AHEAD):
+            found = coming.result() if coming else fetch(start)
+            if start + AHEAD < count:
+                coming = self._ahead.submit(fetch, start + AHEAD)
+            for at in range(0, found.shape[1], BLOCK):
+                yield start + at, list(found[:, at : at + BLOCK])
 
 
 def _layout(weights: StreamedWeights, tied: bool) -> dict[str, Stored]:
@@ -297,12 +303,15 @@ def write_average(
             return encode_header(opened.layout, {"format": "pt"} | ({"llmkit": record(digests)} if record else {}))
 
         before = header({})
-        sink.write(before)
+        stored = sink.write(before)
         for name in file_order(opened.layout):
             for block in opened.blocks(name, merge):
                 data = from_float32(block, opened.layout[name].dtype).view(np.uint8).data
                 while len(data):
                     data = data[sink.write(data) :]
+            if sink.tell() - stored > FLUSH:  # start to store what is written, rather than all of it at the end
+                os.posix_fadvise(sink.fileno(), stored, sink.tell() - stored, os.POSIX_FADV_DONTNEED)
+                stored = sink.tell()
             if advance:
                 advance(opened.layout[name].count)
         if record:

@@ -1,7 +1,7 @@
 """Formulas that make one model of several, block by block in float32 numpy.
 
-Each function returns the merged block [n] of a tensor. `read(i)` gives model i's block, to be overwritten. A task vector is what a model
-has learnt since the model that all started from: τ = θ − base.
+Each function takes a block [n] of the same tensor of every model, overwrites it, and returns the merged block, which may be one of those. A task
+vector is what a model has learnt since the model that all started from: τ = θ − base.
 
 - linear: mean ← mean + share · (θ − mean) over the models in order, with the `shares` of average.py. Equal models give that model to the bit.
 - slerp (Shoemake 1985): the arc between two, sin((1−t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b, Ω the angle between the tensors as vectors.
@@ -18,38 +18,35 @@ Cost: an element of a model takes 1 ns (linear) to 5 ns (TIES, DARE); TIES reads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from llmkit.seeds import derive
 
-Read = Callable[[int], np.ndarray]
 PARALLEL = 0.9995  # |cos Ω| from which the arc is taken for the straight line, whose formula is exact there
 
 
-def linear(read: Read, shares: Sequence[float]) -> np.ndarray:
+def linear(blocks: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
     """The running mean; `shares` say how far it moves towards each model."""
-    mean: np.ndarray | None = None
-    for i, share in enumerate(shares):
-        block = read(i)
-        if mean is None or share == 1:
+    mean = blocks[0]
+    for block, share in zip(blocks[1:], shares[1:], strict=True):
+        if share == 1:
             mean = block
             continue
         block -= mean
         block *= np.float32(share)
         mean += block
-    assert mean is not None
     return mean
 
 
-def angle_sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a·a, b·b and a·b of two blocks, float64 [3]; their sums over a tensor give `slerp_coefficients`."""
-    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
-    return np.array([(wide_a * wide_a).sum(), (wide_b * wide_b).sum(), (wide_a * wide_b).sum()])
+def angle_sums(a: np.ndarray, b: np.ndarray, wide: np.ndarray) -> np.ndarray:
+    """a·a, b·b and a·b of two blocks, float64 [3]; their sums over a tensor give `arc`. `wide` is float64 room of the size of a block."""
+    sums = [np.multiply(x, y, out=wide, dtype=np.float64).sum() for x, y in ((a, a), (b, b), (a, b))]
+    return np.array(sums)
 
 
-def slerp_coefficients(sums: np.ndarray, t: float) -> tuple[float, float] | None:
+def arc(sums: np.ndarray, t: float) -> tuple[float, float] | None:
     """Coefficients of the two models; None where their tensors are all but parallel, or one is zero: then the straight line is meant."""
     norms = math.sqrt(sums[0]) * math.sqrt(sums[1])
     cosine = float(sums[2]) / norms if norms else 1.0
@@ -59,11 +56,10 @@ def slerp_coefficients(sums: np.ndarray, t: float) -> tuple[float, float] | None
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def slerp(read: Read, coefficients: tuple[float, float] | None, t: float) -> np.ndarray:
-    """Between model 0 (t = 0) and model 1 (t = 1)."""
+def slerp(a: np.ndarray, b: np.ndarray, coefficients: tuple[float, float] | None, t: float) -> np.ndarray:
+    """Between `a` (t = 0) and `b` (t = 1)."""
     if coefficients is None:
-        return linear(read, (1.0, t))
-    a, b = read(0), read(1)
+        return linear((a, b), (1.0, t))
     a *= np.float32(coefficients[0])
     b *= np.float32(coefficients[1])
     a += b
@@ -74,10 +70,7 @@ def task_arithmetic(
     tasks: Sequence[np.ndarray], base: np.ndarray, weights: Sequence[float], scale: float
 ) -> np.ndarray:
     """base + scale · Σ weight · task."""
-    total = np.zeros_like(base)
-    for task, weight in zip(tasks, weights, strict=True):
-        task *= np.float32(weight)
-        total += task
+    total = _weighted_sum(tasks, weights)
     total *= np.float32(scale)
     total += base
     return total
@@ -85,24 +78,34 @@ def task_arithmetic(
 
 def elect(tasks: Sequence[np.ndarray], base: np.ndarray, weights: Sequence[float], scale: float) -> np.ndarray:
     """base + scale · the weighted mean of those elements of the tasks that have the sign of their weighted sum (TIES)."""
-    total = np.zeros_like(base)
     for task, weight in zip(tasks, weights, strict=True):
         task *= np.float32(weight)
+    total = tasks[0].copy()
+    for task in tasks[1:]:
         total += task
     positive = total >= 0
     total.fill(0)
-    share = np.zeros_like(base)
+    share = np.zeros_like(total)
     for task, weight in zip(tasks, weights, strict=True):
         agrees = (task > 0) == positive
         agrees &= task != 0
         task *= agrees
         total += task
         share += agrees * np.float32(weight)
-    share[share == 0] = 1
+    np.maximum(share, np.float32(1e-30), out=share)  # where none agrees, 0 is divided
     total /= share
     total *= np.float32(scale)
     total += base
     return total
+
+
+def _weighted_sum(tasks: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Σ weight · task, in the room of the first."""
+    for task, weight in zip(tasks, weights, strict=True):
+        task *= np.float32(weight)
+    for task in tasks[1:]:
+        tasks[0] += task  # type: ignore[misc]
+    return tasks[0]
 
 
 def least_kept(magnitudes: np.ndarray, density: float) -> float:
@@ -114,7 +117,7 @@ def least_kept(magnitudes: np.ndarray, density: float) -> float:
 
 def trim(task: np.ndarray, least: float) -> None:
     """Set the elements of a task vector that are smaller than `least` to 0."""
-    task[np.abs(task) < np.float32(least)] = 0
+    task *= np.abs(task) >= np.float32(least)
 
 
 def drop(task: np.ndarray, density: float, seed: int, name: str, model: int, start: int) -> None:
@@ -125,5 +128,5 @@ def drop(task: np.ndarray, density: float, seed: int, name: str, model: int, sta
     """
     bits = np.random.SFC64(derive(seed, "dare", name, model, start)).random_raw((len(task) + 1) // 2)
     drawn = np.asarray(bits, dtype="<u8").view("<u4")[: len(task)]
-    task[drawn >= round(density * 2**32)] = 0  # at density 1 no number of 32 bits is as large
+    task *= drawn < round(density * 2**32)  # at density 1 every number of 32 bits is smaller
     task *= np.float32(1 / density)
