@@ -199,7 +199,7 @@ class Opened:
 
     def _from_base(self, name: str, merge: Merge) -> Iterator[np.ndarray]:
         assert self.base is not None
-        least = [0.0] * len(self.models)
+        least: list[tuple[float, int] | None] = [None] * len(self.models)
         if merge.method == "ties":
             least = [
                 self._least_kept(name, model, density)
@@ -209,17 +209,17 @@ class Opened:
         for start, (base, *tasks) in self._read(name, [self.base, *self.models]):
             for i, task in enumerate(tasks):
                 task -= base
-                if merge.method == "ties":
-                    formulas.trim(task, least[i])
-                elif merge.method != "task":
+                if (limit := least[i]) is not None:
+                    least[i] = (limit[0], formulas.trim(task, *limit))
+                elif merge.method.startswith("dare"):
                     formulas.drop(task, merge.densities[i], merge.seed, name, i, start)
             yield join(tasks, base, merge.weights, merge.scale)
 
-    def _least_kept(self, name: str, model: StreamedWeights, density: float) -> float:
-        """The magnitude from which elements of a model's task vector stay, by TIES."""
+    def _least_kept(self, name: str, model: StreamedWeights, density: float) -> tuple[float, int] | None:
+        """Which elements of a model's task vector stay by TIES (`merge.least_kept`); None if all do."""
         assert self.base is not None
         if density == 1 or not self.layout[name].count:
-            return 0.0
+            return None
         magnitudes = np.empty(self.layout[name].count, np.float32)
         for start, (base, task) in self._read(name, [self.base, model]):
             task -= base

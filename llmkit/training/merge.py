@@ -7,7 +7,7 @@ vector is what a model has learnt since the model that all started from: τ = θ
 - slerp (Shoemake 1985): the arc between two, sin((1−t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b, Ω the angle between the tensors as vectors.
 - task arithmetic (arXiv:2212.04089): base + λ · Σ w·τ.
 - DARE (arXiv:2311.03099): each element of τ is dropped with probability 1 − density, the others divided by density.
-- TIES (arXiv:2306.01708): of each tensor of τ the elements of largest magnitude stay, a share `density` of them and any as large as the least;
+- TIES (arXiv:2306.01708): of each tensor of τ the elements of largest magnitude stay, a share `density`, the first of those that are equal;
   each position takes the sign of Σ w·τ, and base + λ · the weighted mean of those elements that have it.
 - DARE with TIES: the dropping of DARE in the place of the trimming.
 
@@ -108,16 +108,28 @@ def _weighted_sum(tasks: Sequence[np.ndarray], weights: Sequence[float]) -> np.n
     return tasks[0]
 
 
-def least_kept(magnitudes: np.ndarray, density: float) -> float:
-    """The magnitude from which elements stay, so that the largest do, a share `density` (one at least). Reorders `magnitudes`."""
-    dropped = len(magnitudes) - max(1, int(density * len(magnitudes)))
-    magnitudes.partition(dropped)
-    return float(magnitudes[dropped])
+def least_kept(magnitudes: np.ndarray, density: float) -> tuple[float, int]:
+    """The least magnitude that stays where the largest do, a share `density` (one at least), and how many elements of just that magnitude do.
+
+    Reorders `magnitudes`, which must not be empty.
+    """
+    kept = max(1, int(density * len(magnitudes)))
+    magnitudes.partition(len(magnitudes) - kept)
+    least = magnitudes[-kept]
+    return float(least), kept - int(np.count_nonzero(magnitudes[-kept:] > least))
 
 
-def trim(task: np.ndarray, least: float) -> None:
-    """Set the elements of a task vector that are smaller than `least` to 0."""
-    task *= np.abs(task) >= np.float32(least)
+def trim(task: np.ndarray, least: float, equal: int) -> int:
+    """Set the elements of a task vector that are smaller than `least` to 0, and those as large after the first `equal`.
+
+    Returns how many of these are left for the blocks that follow. (Of weights stored in bfloat16 many changes are of one size.)
+    """
+    size = np.abs(task)
+    stays = size >= np.float32(least)
+    ties = np.flatnonzero(size == np.float32(least))
+    stays[ties[equal:]] = False
+    task *= stays
+    return max(0, equal - len(ties))
 
 
 def drop(task: np.ndarray, density: float, seed: int, name: str, model: int, start: int) -> None:

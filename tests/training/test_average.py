@@ -158,6 +158,21 @@ def test_ties(density: float, weights: list[float], three: list[Path], base: Pat
         np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=2e-6)
 
 
+def test_ties_among_equal_changes(make_model: MakeModel, tmp_path: Path) -> None:
+    """Parity with the paper's algorithm where most changes have the size of others, as in bfloat16: just the share stays, the first in the tensor."""
+    paths = [make_model(tmp_path / str(seed), seed=seed) for seed in range(3)]
+    for path in paths:
+        tensors = load_file(path / "model.safetensors")
+        coarse = {name: (value * 8).round() / 8 for name, value in tensors.items()}
+        save_file(coarse, path / "model.safetensors", {"format": "pt"})
+    start, *models = [exact(path) for path in paths]
+    found = average(paths[1:], choose("ties", 2, density=[0.4]), tmp_path / "out", paths[0])
+    for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
+        assert len(np.unique(np.abs(models[0][name] - start[name]))) < 30
+        wanted = exact_ties(start[name], [model[name] for model in models], [1.0, 1.0], 1.0, 0.4)
+        np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=1e-6)
+
+
 def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) -> None:
     """Property: each change is gone or divided by the density, gone as often as the density says, by chance and not by place or model."""
     found = average(three[:1], choose("dare", 1, density=[0.3]), tmp_path / "out", base)
