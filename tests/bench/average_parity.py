@@ -2,10 +2,12 @@
 
     python tests/bench/average_parity.py
 
-Two sets of models of 5.0M weights: related (a base and three models a little away from it, as fine-tuning leaves them) and random (four that have
-nothing in common), each in float32 and in bfloat16. mergekit 0.1.5 runs in an environment of its own, made by this script (or `--mergekit
+Two sets of models of so many weights as the output says: related (a base and three models a little away from it, as fine-tuning leaves them) and random (four that have
+nothing in common), in float32, the related ones also in bfloat16. mergekit 0.1.5 runs in an environment of its own, made by this script (or `--mergekit
 PYTHON`), and is told to compute in float32 and to store the type of the models, as llmkit does. DARE draws by chance, another way in each tool:
-its formula is compared at density 1, and below it how many changes stay and what they amount to. Results: average_parity.md.
+its formula is compared at density 1, and below it how many changes stay and what they amount to. TIES: where several changes have the very size at
+which the trimming stops, mergekit's sort leaves open which of them stay (llmkit: the first); such elements are counted, and compared apart.
+Results: average_parity.md.
 """
 
 from __future__ import annotations
@@ -75,23 +77,25 @@ def ours(options: list[str], models: list[Path], output: Path) -> dict[str, torc
     return load_file(output / "model.safetensors")
 
 
-def theirs(python: str, config: dict[str, Any], output: Path) -> dict[str, torch.Tensor]:
-    """mergekit's result; its configuration is YAML, of which JSON is a part."""
-    file = output.with_suffix(".yml")
-    file.write_text(json.dumps(config))
-    command = [
-        python,
-        "-m",
-        "mergekit.scripts.run_yaml",
-        str(file),
-        str(output),
-        "--no-copy-tokenizer",
-        "--quiet",
-        "--random-seed",
-        "1",
-    ]
+BATCH = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for config, output in json.load(open(sys.argv[1])):
+    run_merge(MergeConfiguration.model_validate(config), output, options=MergeOptions(copy_tokenizer=False, quiet=True, random_seed=1))
+"""
+
+
+def run_theirs(python: str, jobs: list[tuple[dict[str, Any], Path]], place: Path) -> None:
+    """mergekit's results, as its command makes them, in one process: it takes seconds to start."""
+    (place / "jobs.json").write_text(json.dumps([(config, str(output)) for config, output in jobs]))
+    command = [python, "-c", BATCH, str(place / "jobs.json")]
     done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def stored(output: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(output.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
@@ -111,57 +115,75 @@ def flat(tensors: dict[str, torch.Tensor]) -> np.ndarray:
     return np.concatenate([tensors[name].double().flatten().numpy() for name in sorted(tensors)])
 
 
+def undecided(models: list[Path], base: Path, density: float) -> np.ndarray:
+    """Which elements, in the order of `flat`, have in some model a change of the least size that stays, which others have too."""
+    start, found = load_file(base / "model.safetensors"), []
+    tasks = [load_file(model / "model.safetensors") for model in models]
+    for name in sorted(start):
+        tied = torch.zeros(start[name].numel(), dtype=torch.bool)
+        for task in tasks:
+            size = (task[name].float() - start[name].float()).abs().flatten()
+            least = size.sort(descending=True).values[max(1, int(density * len(size))) - 1]
+            tied |= (size == least) & ((size == least).sum() > 1)
+        found.append(tied.numpy())
+    return np.concatenate(found)
+
+
 def main() -> None:
     python = asked(__doc__ or "", {"mergekit": MERGEKIT})[1]["mergekit"]
-    print(f"{date.today()}, {call()}; mergekit 0.1.5, torch {torch.__version__}, numpy {np.__version__}\n")
-    print("| models | method | largest difference | weights that differ | largest weight |\n|---|---|---:|---:|---:|")
-    chance = []
-    with tempfile.TemporaryDirectory(prefix="average-") as temporary:
-        for related in (True, False):
-            for dtype, kind in TYPES.items():
-                place = Path(temporary) / f"{related}-{dtype}"
-                base, *models = make(place, related, kind)
-                title = f"{'related' if related else 'random'}, {dtype}"
-                for number, (name, options, count, method, shared, each) in enumerate(CASES):
-                    own = ["--method", name.split(",")[0].split()[0], *options]
-                    own += ["--base", str(base)] if method not in ("linear", "slerp") else []
-                    a = flat(ours(own, models[:count], place / f"ours-{number}"))
-                    b = flat(
-                        theirs(
-                            python,
-                            described(method, shared, each, models[:count], base, dtype),
-                            place / f"theirs-{number}",
-                        )
-                    )
-                    assert a.shape == b.shape
-                    print(
-                        f"| {title} | {name} | {np.abs(a - b).max():.1e} | {(a != b).mean():.2%} | {np.abs(b).max():.2f} |",
-                        flush=True,
-                    )
-                if not (related and dtype == "float32"):
-                    continue
-                start, end = (flat(load_file(m / "model.safetensors")) for m in (base, models[0]))
-                each = [{"weight": 1, "density": 0.3}]
-                results = {
-                    "llmkit": ours(
-                        ["--method", "dare", "--density", "0.3", "--base", str(base)], models[:1], place / "ours-dare"
-                    ),
-                    "mergekit": theirs(
-                        python, described("dare_linear", {}, each, models[:1], base, dtype), place / "theirs-dare"
-                    ),
-                }
-                for tool, found in results.items():
-                    change, task = flat(found) - start, end - start
-                    kept = np.abs(change) > 0.5 * np.abs(task)
-                    factor = np.median(change[kept] / task[kept])
-                    chance.append(
-                        f"| {tool} | {kept.mean():.4f} | {factor:.4f} | {(change * task).sum() / (task * task).sum():.4f} |"
-                    )
-    print("\nDARE of one model at density 0.3 (related, float32):\n")
+    print(f"{date.today()}, {call()}; mergekit 0.1.5, torch {torch.__version__}, numpy {np.__version__}")
+    print(f"\nModels of {CONFIG.parameters():,} weights.\n")
     print(
-        "| tool | share of changes that stay | factor of those | projection on the whole change (1 is unbiased) |\n|---|---:|---:|---:|"
+        "| models | method | largest difference | weights that differ | undecided by TIES, and their largest difference |"
     )
-    print("\n".join(chance))
+    print("|---|---|---:|---:|---:|")
+    with tempfile.TemporaryDirectory(prefix="average-") as temporary:
+        sets = {
+            f"{'related' if related else 'random'}, {dtype}": (
+                dtype,
+                make(Path(temporary) / f"{related}-{dtype}", related, kind),
+            )
+            for related in (True, False)
+            for dtype, kind in (TYPES.items() if related else [("float32", torch.float32)])
+        }
+        _, (start, end, *_) = sets["related, float32"]
+        chance, out = Path(temporary) / "chance", Path(temporary)
+        each = [{"weight": 1, "density": 0.3}]
+        jobs = [(described("dare_linear", {}, each, [end], start, "float32"), chance)]
+        for title, (dtype, (base, *models)) in sets.items():
+            for name, _, count, method, shared, parameters in CASES:
+                jobs.append(
+                    (described(method, shared, parameters, models[:count], base, dtype), out / f"{title} {name}")
+                )
+        run_theirs(python, jobs, out)
+        for title, (_, (base, *models)) in sets.items():
+            for name, options, count, method, _, parameters in CASES:
+                own = ["--method", name.split(",")[0].split()[0], *options]
+                own += ["--base", str(base)] if method not in ("linear", "slerp") else []
+                a = flat(ours(own, models[:count], out / f"ours {title} {name}"))
+                b = flat(stored(out / f"{title} {name}"))
+                assert a.shape == b.shape
+                open_ = np.zeros(len(a), np.bool_)
+                if method == "ties" and parameters[0]["density"] < 1:
+                    open_ = undecided(models[:count], base, parameters[0]["density"])
+                apart = f"{open_.mean():.3%}, {np.abs(a - b)[open_].max():.1e}" if open_.any() else ""
+                a, b = a[~open_], b[~open_]
+                print(f"| {title} | {name} | {np.abs(a - b).max():.1e} | {(a != b).mean():.2%} | {apart} |", flush=True)
+        print("\nDARE of one model at density 0.3 (related, float32):\n")
+        print(
+            "| tool | share of changes that stay | factor of those | projection on the whole change (1 is unbiased) |"
+        )
+        print("|---|---:|---:|---:|")
+        results = {
+            "llmkit": ours(["--method", "dare", "--density", "0.3", "--base", str(start)], [end], out / "ours chance"),
+            "mergekit": stored(chance),
+        }
+        before, task = flat(stored(start)), flat(stored(end)) - flat(stored(start))
+        for tool, found in results.items():
+            change = flat(found) - before
+            kept = np.abs(change) > 0.5 * np.abs(task)
+            factor, projection = np.median(change[kept] / task[kept]), (change * task).sum() / (task * task).sum()
+            print(f"| {tool} | {kept.mean():.4f} | {factor:.4f} | {projection:.4f} |")
 
 
 if __name__ == "__main__":
