@@ -117,6 +117,9 @@ def main(
     named = [("base", base, resolve_model(base))] if base else []
     named += [("input", model, group[-1]) for model, group in zip(models, groups, strict=True)]
     named += [("heldout", path, Path(path)) for path in heldout or []]
+    for path in heldout or []:
+        if not Path(path).exists():
+            raise LlmkitError(f"{path}: no such file or directory", "name shards or documents, without wildcards")
     if run.up_to_date([str(place) for _, _, place in named]):
         return
     infos, base_info = [load_info(place) for place in places], load_info(base) if base else None
@@ -139,12 +142,12 @@ def main(
         merge = average.choose("uniform", len(infos))
         lineage.counts |= {"kept": len(infos)}
 
-    def record(digests: average.Digests) -> str:
+    def record(digests: average.Digests | None) -> str:
         lineage.inputs = [
             Input(
                 role,
                 base_name(name),
-                digest_path(place, digests) if digests or role == "heldout" else PENDING,
+                PENDING if digests is None else digest_path(place, digests),
                 read_lineage(place),
             )
             for role, name, place in named

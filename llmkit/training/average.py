@@ -285,24 +285,24 @@ def write_average(
     models: Sequence[LoadedModel],
     merge: Merge,
     directory: Path,
-    record: Callable[[Digests], str] | None = None,
+    record: Callable[[Digests | None], str] | None = None,
     advance: Callable[[int], None] | None = None,
     base: LoadedModel | None = None,
 ) -> None:
     """Fill `directory` (it exists; the caller makes it atomic) with the merged model.
 
     Configuration, tokenizer and type of the weights are the first model's. `record` makes the lineage of the digests of the models' files;
-    it is asked once before they are known, with none, for its length. `advance` hears of each tensor's number of weights.
+    it is asked once before they are known, with None, for its length. `advance` hears of each tensor's number of weights.
     """
     with (
         Opened(models, base, digesting=record is not None) as opened,
         open(directory / WEIGHTS, "wb", buffering=0) as sink,
     ):
 
-        def header(digests: Digests) -> bytes:
+        def header(digests: Digests | None) -> bytes:
             return encode_header(opened.layout, {"format": "pt"} | ({"llmkit": record(digests)} if record else {}))
 
-        before = header({})
+        before = header(None)
         stored = sink.write(before)
         for name in file_order(opened.layout):
             for block in opened.blocks(name, merge):

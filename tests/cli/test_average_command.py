@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkit.io.lineage import read_lineage
+from llmkit.io.lineage import digest_path, read_lineage
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -239,3 +239,19 @@ print(sorted(set(sys.modules) & {"torch", "numba", "pyarrow", "transformers"}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_quantised_models_are_averaged_with_a_warning(call: Call, place: Path) -> None:
+    """Behaviour: of their rounded weights, unquantised; the digests of such inputs are recorded too."""
+    for name in ("a", "b"):
+        assert call("quantize", name, "--to", "int8", "-o", f"{name}8")[0] == 0
+    code, _, err = call("average", "a8", "b8", "-o", "out")
+    assert code == 0 and err.count("is quantised") == 2
+    exact = {n: (weights(place / "a")[n] + weights(place / "b")[n]) / 2 for n in weights(place / "a")}
+    found = weights(place / "out")
+    assert max(float((found[n] - exact[n]).abs().max()) for n in exact) < 0.05
+    assert "quantization_config" not in json.loads((place / "out" / "config.json").read_text())
+    record = read_lineage(place / "out")
+    assert record is not None and [item["digest"] for item in record["inputs"]] == [
+        digest_path(place / n) for n in ("a8", "b8")
+    ]
