@@ -327,6 +327,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_su
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l warmup -r -d 'Tokens over which the rate rises; below 1 a share of all'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l min-lr -r -d 'Last learning rate, relative to the highest'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l decay -r -d 'Share of all tokens over which wsd decays'
+complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l optimizer -r -d 'adamw, or muon for the matrices of the layers and adamw for the rest'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l weight-decay -r -d 'On matrices; never on embeddings, norms and biases'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l clip -r -d 'Largest gradient norm; 0 does not clip'
 complete -c llmkit -n '__fish_seen_subcommand_from train; and not __fish_seen_subcommand_from filter' -l z-loss -r -d 'Weight of log² Z in the loss, which holds logits down; 1e-4 is usual'

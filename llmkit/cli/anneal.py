@@ -96,7 +96,7 @@ def main(
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
         run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer="",
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)
@@ -122,7 +122,7 @@ def main(
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]

@@ -108,7 +108,7 @@ def main(
         planned = PairSource(encoded.rows, empty, batch_size, epochs=epochs, seed=run.seed)
         total = planned.tokens(planned.steps)
         if run.dry_run:
-            fitting.show_plan(run, info.config, planned, rate, length)
+            fitting.show_plan(run, opened, info.config, planned, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         source_model = fitting.model_input(model)

@@ -44,6 +44,7 @@ Warmup = Annotated[float, typer.Option("--warmup", min=0, help="Tokens over whic
 Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, relative to the highest", rich_help_panel=OPTIMISER)]
 Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
+OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers and adamw for the rest", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
 ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z in the loss, which holds logits down; 1e-4 is usual", rich_help_panel=OPTIMISER)]
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
@@ -282,20 +283,52 @@ def nothing_to_do(run: Run) -> None:
     run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
 
 
-def show_plan(run: Run, config: ModelConfig, source: Source, rate: float, length: int) -> None:
-    """What --dry-run prints: sizes, steps, FLOPs, memory of weights, gradients and moments."""
+def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, rate: float, length: int) -> None:
+    """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
+    from llmkit.model.decoder import expected_tensors
+    from llmkit.training.needs import flops, memory
+    from llmkit.training.rules import kinds, table
+
+    settings, processes = session.settings, session.processes
     parameters, tokens = config.parameters(), source.tokens(source.steps)
+    tensors = table(
+        expected_tensors(config), config, settings.optimizer or "adamw", settings.weight_decay, processes.precision
+    )
+    at_once = session.rows_at_once(source.rows(0), length) * length * settings.sequences_a_row
+    needs = memory(tensors, config, at_once, processes.precision, processes.device.type)
+    full, half = (count * tokens for count in flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
         ["tokens", tokens],
         ["steps", source.steps],
+        ["tokens at once", at_once],
         ["learning rate", f"{rate:.2e}"],
-        ["FLOPs", f"{tokens * config.flops_per_token(length):.2e}"],
-        ["weights, gradients, moments", f"{parameters * 16 / 1e9:.2f} GB"],
+        ["FLOPs, 6N and causal attention at half", f"{half:.2e}"],
+        ["FLOPs, 6N and attention in full", f"{full:.2e}"],
+        *([name, f"{size / 1e9:.3f} GB"] for name, size in needs.items()),
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
-    run.finish({"parameters": parameters, "tokens": tokens, "steps": source.steps}, "dry run: nothing was written")
+    columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
+    run.table(
+        "tensors",
+        columns,
+        [
+            [
+                row.name,
+                count,
+                "x".join(map(str, row.shape)),
+                row.initial,
+                f"x{row.rate:g}",
+                f"{row.decay:g}",
+                row.optimizer,
+            ]
+            + [row.stored, row.computed]
+            for row, count in kinds(tensors)
+        ],
+    )
+    counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": needs}
+    run.finish(counts, "dry run: nothing was written")
 
 
 def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:

@@ -104,7 +104,7 @@ def main(
             other = encode_conversations(reader, files, length, too_long=too_long, template=template)
             held_out = PackedSource(other.pairs(), length, batch_size, shuffle=False)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         if not opened.begin(run.lineage(), [fitting.model_input(model), *row_inputs], batch_size, length, text):

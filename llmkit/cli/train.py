@@ -44,6 +44,7 @@ def main(
     warmup: fitting.Warmup = 0.05,
     min_lr: fitting.Floor = 0.1,
     decay: fitting.Decay = 0.2,
+    optimizer: fitting.OptimizerName = "adamw",
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
     z_loss: fitting.ZLoss = 0.0,
@@ -81,7 +82,7 @@ def main(
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
         run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer=optimizer,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)
@@ -99,7 +100,7 @@ def main(
         plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)
         if run.dry_run:
-            fitting.show_plan(run, config, source, rate, length)
+            fitting.show_plan(run, opened, config, source, rate, length)
             return
         record, inputs = run.lineage(), list(stream.inputs)
         if os.path.isfile(model):

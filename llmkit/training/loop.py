@@ -31,6 +31,7 @@ from llmkit.training.environment import machine
 from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
+from llmkit.training.noise import NoiseScale
 from llmkit.training.optimizer import named_state, restore_optimizer
 from llmkit.training.pace import Pace, collected
 from llmkit.training.parallel import copy_whole, full_tensors, local
@@ -72,6 +73,7 @@ class Loop:
     def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
         self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
         self.guard = Guard(t.chance, t.max_rollbacks)
+        self.noise = NoiseScale()
         self.step = 0
         if t.start:
             state = load_trainer_state(t.start)
@@ -149,6 +151,7 @@ class Loop:
                 record["skipped"] = True
             else:
                 update(t, rate)
+                record |= self._noise(measured, tokens - before)
                 record |= self._compare(number)
         self.step = number
         self._collect(number)
@@ -162,6 +165,15 @@ class Loop:
             self.log.write(record)
             t.report(record)
         return True
+
+    def _noise(self, measured: Measured, tokens: int) -> dict[str, float]:
+        """The gradient noise scale where it is measured; said once where a step of so many `tokens` passes it."""
+        if not measured.part[1]:
+            return {}
+        self.noise.measure(*measured.part, measured.norm**2, self.t.source.weight(self.step))
+        if said := self.noise.objection(tokens, self.step / self.t.source.steps):
+            self.t.say(said)
+        return {"noise_scale": round(self.noise.tokens)} if self.noise.tokens else {}
 
     def _compare(self, number: int) -> dict[str, float]:
         """How evenly the processes work, now and then; says which has become late."""
@@ -290,6 +302,7 @@ class Loop:
     def _restore(self, state: TrainerState, rollback: bool = False) -> None:
         try:
             self.guard.restore(state.guard, rollback=rollback)
+            self.noise.restore(state.noise)
         except (ValueError, TypeError) as error:
             raise LlmkitError(
                 f"{self.t.start}: not a readable trainer state ({error})", "take another checkpoint"
@@ -355,6 +368,7 @@ class Loop:
                 rate=rate,
                 scaler=scaler.state_dict() if scaler else {},
                 guard=self.guard.state(),
+                noise=self.noise.state(),
             )
             self.keeper.copy(state, weights, moments)
         else:

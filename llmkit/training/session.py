@@ -24,16 +24,18 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.decoder import Decoder
+from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
 from llmkit.training.elastic import restarted
 from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.optimizer import build, kind_of, restore_optimizer
 from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
+    OPTIMIZER,
     RunDirectory,
     TrainerState,
     check_run,
@@ -51,7 +53,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `z_loss` and `max_rollbacks` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -65,6 +67,7 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    optimizer: str = "adamw"  # or muon; "": that of the state it starts from
     z_loss: float = 0.0
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
@@ -173,7 +176,9 @@ class Session:
         if settings.z_loss:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
-        optimizer = adamw(model, settings.weight_decay)
+        before = self.checkpoint or optimizer_from
+        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        optimizer = build(model, kind, settings.weight_decay)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
@@ -221,10 +226,14 @@ class Session:
     def micro_batch(self) -> int:
         """Rows that go through the model at once."""
         assert self.state is not None
+        return self.rows_at_once(self.state.batch_size, self.state.length)
+
+    def rows_at_once(self, batch_size: int, length: int) -> int:
+        """The same of a run that is not begun."""
         if self.settings.micro_batch:
             return self.settings.micro_batch
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(self.state.batch_size, limit // self.state.length // self.settings.sequences_a_row))
+        return max(1, min(batch_size, limit // length // self.settings.sequences_a_row))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import torch
 from llmkit.training.data import Batch, Source
 from llmkit.training.diagnosis import Piece
 from llmkit.training.distributed import Processes
+from llmkit.training.noise import Part, measured
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optimizer import clip_gradients, set_rate
 from llmkit.training.schedule import Schedule
@@ -65,11 +66,13 @@ class Training:
 
 @dataclass(slots=True)
 class Measured:
-    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row."""
+    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row, and where the
+    noise is measured squared norm and weight of the gradient of a `part` (else 0)."""
 
     figures: dict[str, float]
     norm: float
     worst: float
+    part: tuple[float, float] = (0.0, 0.0)
 
     def for_guard(self) -> tuple[float, float, float]:
         return self.figures["loss"], self.norm, self.worst
@@ -82,8 +85,12 @@ def accumulate(t: Training, step: int) -> Measured:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: Tensors = {}
     worst = -math.inf
+    rows, micro_batch, lockstep = source.rows(step), t.micro_batch, processes.layout.lockstep
+    part = Part(lockstep)
+    if measured(step) and (processes.count == 1 or lockstep):
+        micro_batch = max(1, min(micro_batch, rows // (2 * processes.count)))
     t.model.train()
-    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+    for start, stop, factor in processes.turns(t.model, rows, micro_batch, add_first=measured(step)):
         batch = source.batch(step, start, stop).to(processes.device)
         with processes.accelerator.autocast():
             found = t.objective(t.model, batch, scale * factor)
@@ -91,11 +98,14 @@ def accumulate(t: Training, step: int) -> Measured:
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
         worst = max(worst, _worst_row(batch, found))
+        if measured(step):
+            part.look(parameters, factor * float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
     figures, worst = _gather(t, sums, worst)
-    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst)
+    small = part.together(processes.add(part.values)) if measured(step) else (0.0, 0.0)
+    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst, small)
 
 
 def update(t: Training, rate: float) -> None:
