@@ -49,7 +49,7 @@ class Watch:
         token_bytes: Tensor | None = None,
     ) -> None:
         self._model, self._source, self._processes, self._directory = model, source, processes, directory
-        self._every, self._bytes = every, token_bytes
+        self._every, self._bytes = every, None if token_bytes is None else token_bytes.to(processes.device)
         self._parameters: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
