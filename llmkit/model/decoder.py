@@ -12,6 +12,7 @@ width, V vocabulary. Norms and the rotary embedding compute in float32, as the r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,10 @@ class Operations:
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
         return weight * x32.to(x.dtype)
 
+    def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
+        """x through each of the matrices."""
+        return [matrix(x) for matrix in matrices]
+
     def rotate(self, x_BTHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary embedding; dimension i is paired with i + K/2 (Hugging Face's convention; arXiv:2104.09864)."""
         cos, sin = (part.unsqueeze(-2) for part in rotation)
@@ -131,11 +136,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, k, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.heads, self.groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, k
-        self.q_proj = nn.Linear(d, self.heads * k, bias=bias)
-        self.k_proj = nn.Linear(d, self.groups * k, bias=bias)
-        self.v_proj = nn.Linear(d, self.groups * k, bias=bias)
-        self.o_proj = nn.Linear(self.heads * k, d, bias=bias)
+        heads, groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, k
+        self.q_proj = nn.Linear(d, heads * k, bias=bias)
+        self.k_proj = nn.Linear(d, groups * k, bias=bias)
+        self.v_proj = nn.Linear(d, groups * k, bias=bias)
+        self.o_proj = nn.Linear(heads * k, d, bias=bias)
         if config.family.qk_norm:
             self.q_norm = RMSNorm(k, config.rms_norm_eps)
             self.k_norm = RMSNorm(k, config.rms_norm_eps)
@@ -144,9 +149,8 @@ class Attention(nn.Module):
     def forward(self, x_BTD: Tensor, shared: Pass, layer: int) -> Tensor:
         b, t, _ = x_BTD.shape
         operations = shared.operations
-        q_BTHK = self.q_proj(x_BTD).view(b, t, self.heads, self.head_dim)
-        k_BTGK = self.k_proj(x_BTD).view(b, t, self.groups, self.head_dim)
-        v_BTGK = self.v_proj(x_BTD).view(b, t, self.groups, self.head_dim)
+        parts = operations.project(x_BTD, (self.q_proj, self.k_proj, self.v_proj))
+        q_BTHK, k_BTGK, v_BTGK = (part.view(b, t, -1, self.head_dim) for part in parts)
         if self.qk_norm:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK, operations), self.k_norm(k_BTGK, operations)
         q_BTHK, k_BTGK = (operations.rotate(x, shared.rotation) for x in (q_BTHK, k_BTGK))
@@ -166,7 +170,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, d, bias=bias)
 
     def forward(self, x_BTD: Tensor, operations: Operations) -> Tensor:
-        return self.down_proj(operations.swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        return self.down_proj(operations.swiglu(*operations.project(x_BTD, (self.gate_proj, self.up_proj))))
 
 
 class Layer(nn.Module):

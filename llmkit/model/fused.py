@@ -115,8 +115,16 @@ def _blocks(begins_BT: np.ndarray, heads: int, groups: int) -> Any:
 
 def _spread(x_TGK: Tensor, share: int) -> Tensor:
     """[G · share, T, K] of keys or values [T, G, K], without a copy where share is 1."""
-    x_GTK = x_TGK.transpose(0, 1)
-    return x_GTK if share == 1 else x_GTK.repeat_interleave(share, 0)
+    return _repeat(x_TGK.transpose(0, 1), share)
+
+
+def _repeat(x: Tensor, share: int) -> Tensor:
+    return x if share == 1 else x.repeat_interleave(share, 0)
+
+
+def _upright(x_BTGK: Tensor) -> Tensor:
+    """[B, G, K, T], laid out anew: a product with it is a fifth faster than with the transposed view."""
+    return x_BTGK.permute(0, 2, 3, 1).contiguous()
 
 
 class _Attend(Function):
@@ -127,11 +135,12 @@ class _Attend(Function):
         out = torch.empty_like(q_BTHK)
         logsum = q_BTHK.new_empty(b, h, t)
         buffer = q_BTHK.new_empty(max(SCORES, share * QUERIES * t))
+        upright = _upright(k_BTGK)
         for row, heads, groups, queries, keys in _blocks(begins_BT, h, h // share):
             q = q_BTHK[row, queries, heads].transpose(0, 1)
             n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
             scores = buffer[: n * r * c].view(n, r, c)
-            torch.bmm(q, _spread(k_BTGK[row, keys, groups], share).transpose(1, 2), out=scores)
+            torch.bmm(q, _repeat(upright[row, groups, :, keys], share), out=scores)
             over_rows(
                 kernels.softmax, n * r, c, scores.view(n * r, c), r, queries.start, begins_BT[row], scale, logsum[row, heads]
             )  # fmt: skip
@@ -148,23 +157,25 @@ class _Attend(Function):
         delta = (grad * out).sum(-1).transpose(1, 2).contiguous()
         dq, dk, dv = torch.empty_like(q_BTHK), torch.zeros_like(k_BTGK), torch.zeros_like(v_BTGK)
         buffer = q_BTHK.new_empty(2, max(SCORES, share * QUERIES * t))
+        upright = _upright(k_BTGK), _upright(v_BTGK)
         for row, heads, groups, queries, keys in _blocks(ctx.begins, h, h // share):
             q, g = (x[row, queries, heads].transpose(0, 1) for x in (q_BTHK, grad))
             n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
             scores, change = (x[: n * r * c].view(n, r, c) for x in buffer)
-            key, value = (_spread(x[row, keys, groups], share) for x in (k_BTGK, v_BTGK))
-            torch.bmm(q, key.transpose(1, 2), out=scores)
-            torch.bmm(g, value.transpose(1, 2), out=change)
+            key, value = (_repeat(x[row, groups, :, keys], share) for x in upright)
+            torch.bmm(q, key, out=scores)
+            torch.bmm(g, value, out=change)
             over_rows(
                 kernels.softmax_back, n * r, c, scores.view(n * r, c), r, queries.start, ctx.begins[row], scale,
                 logsum[row, heads], change.view(n * r, c), delta[row, heads],
             )  # fmt: skip
-            dq[row, queries, heads] = torch.bmm(change, key).transpose(0, 1)
+            dq[row, queries, heads] = torch.bmm(change, _spread(k_BTGK[row, keys, groups], share)).transpose(0, 1)
             for total, left, right in ((dk, change, q), (dv, scores, g)):
-                part = torch.bmm(left.transpose(1, 2), right)
-                if share > 1:
-                    part = part.view(-1, share, c, k).sum(1)
-                total[row, keys, groups] += part.transpose(0, 1)
+                into = total[row, keys, groups].transpose(0, 1)
+                if share == 1:
+                    into.baddbmm_(left.transpose(1, 2), right)
+                else:
+                    into += torch.bmm(left.transpose(1, 2), right).view(-1, share, c, k).sum(1)
         return dq, dk, dv, None
 
 
@@ -202,3 +213,17 @@ def document_begins(document_ids: Tensor | None, b: int, t: int) -> np.ndarray |
     if any(len(np.unique(row)) != 1 + changes for row, changes in zip(ids, new.sum(1), strict=True)):
         return None
     return begins
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """−log p(target) and log Z of rows of logits [N, V]; with `gradient` the logits become d(loss + z_loss · log² Z) · factor."""
+    least, most = targets.aminmax() if len(targets) else (0, 0)
+    if least < 0 or most >= logits.shape[1]:
+        raise IndexError(f"a target is outside of the vocabulary of {logits.shape[1]:,}")
+    losses, log_z = logits.new_empty(2, len(logits))
+    over_rows(
+        kernels.cross_entropy, *logits.shape, logits, targets, factors, np.float32(z_loss), losses, log_z, gradient
+    )
+    return losses, log_z

@@ -61,7 +61,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     import llmkit.training.session as sessions
     from llmkit.model.config import ModelConfig
     from llmkit.model.decoder import Decoder
-    from llmkit.model.runtime import prepare
+    from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed import start
     from llmkit.training.loop import Training, train_step
@@ -86,7 +86,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         processes = start("fp32")
         model = Decoder(ModelConfig(*sizes, architecture="llama", max_position_embeddings=LENGTH))
         model.initialise(0)
-        prepare(model, compile=compiled)
+        prepare(model, Runtime(compile=compiled))
         source = StreamSource(Stream(), LENGTH, SEQUENCES, 1 << 40, document_mask=documents)
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH
         none: Any = None

@@ -195,8 +195,8 @@ def softmax_back(first, last, scores, rows, place, begins, scale, logsum, grad, 
 
 
 @rows_kernel
-def cross_entropy(first, last, logits, targets, factors, losses, gradient):  # type: ignore[no-untyped-def]
-    """-log softmax(logits)[target] of each row; with `gradient`, (softmax - one-hot) · factor in place of the logits."""
+def cross_entropy(first, last, logits, targets, factors, z_loss, losses, log_z, gradient):  # type: ignore[no-untyped-def]
+    """-log softmax(logits)[target] and log Z of each row; with `gradient`, that of (loss + z_loss · log² Z) · factor in place of the logits."""
     width = logits.shape[1]
     for i in range(first, last):
         top = LEAST
@@ -208,11 +208,10 @@ def cross_entropy(first, last, logits, targets, factors, losses, gradient):  # t
             p = exp(logits[i, j] - most)
             logits[i, j] = p
             total += p
-        losses[i] = most + np.log(total) - picked
+        log_z[i] = most + np.log(total)
+        losses[i] = log_z[i] - picked
         if gradient:
-            share = factors[i] / total
+            share = factors[i] * (ONE + _f(2) * z_loss * log_z[i]) / total
             for j in range(width):
                 logits[i, j] *= share
             logits[i, targets[i]] -= factors[i]
-
-
