@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     OK = 0
     ERROR = 1  # run-time error: bad data, full disk, missing file
     USAGE = 2  # the command line itself is wrong
+    LOST = 69  # another process of the group is gone or hangs, or the device is (EX_UNAVAILABLE)
     LOCKED = 75  # another run holds the output (EX_TEMPFAIL: try again later)
     INTERRUPTED = 130  # SIGINT
     BROKEN_PIPE = 141  # the reader of our stdout went away

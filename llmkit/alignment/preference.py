@@ -96,6 +96,10 @@ class PairSource:
         chosen = self._steps[step][start:stop]
         return pair_batch(self._rows, chosen, self._reference[torch.from_numpy(chosen)])
 
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        pair = int(self._steps[step][row])
+        return f"pair {pair + 1}", np.concatenate([self._rows[2 * pair + side].tokens for side in (0, 1)])
+
 
 def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor) -> Batch:
     """The chosen rows of `pairs`, then the rejected ones, padded to the longest; `extra["reference"]` [pairs, 2]."""

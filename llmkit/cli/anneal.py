@@ -61,9 +61,16 @@ def main(
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -72,7 +79,9 @@ def main(
     The rate starts where the checkpoint's step had it. One trunk may be annealed several times, on different data and from different steps. From
     a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
-    if fitting.launched(run, [start, data, *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(
+        run, [start, data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+    ):
         return
     import torch
 
@@ -86,7 +95,8 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, step)

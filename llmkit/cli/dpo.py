@@ -60,9 +60,16 @@ def main(
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -70,7 +77,7 @@ def main(
     (hh-rlhf) are understood. The reference log-probabilities are computed once before the first step and kept in the run. The log shows the
     rewards of both sides, their margin, and how often the chosen one is ahead.
     """
-    if fitting.launched(run, [model, *(rows or [])], resume=resume, processes=processes):
+    if fitting.launched(run, [model, *(rows or [])], resume=resume, processes=processes, max_restarts=max_restarts):
         return
     from functools import cache
 
@@ -86,7 +93,8 @@ def main(
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)

@@ -49,9 +49,16 @@ ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]
 ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (GPUs, or gloo on CPU)", rich_help_panel=MACHINE)]
+Parallel = Annotated[str, typer.Option("--parallel", metavar="LAYOUT", help="ddp: the whole model in each process; fsdp: its shards; auto is ddp", rich_help_panel=MACHINE)]
+MaxRestarts = Annotated[int, typer.Option("--max-restarts", min=0, help="Times that lost or hanging processes are replaced", rich_help_panel=MACHINE)]
+HangTimeout = Annotated[float, typer.Option("--hang-timeout", min=0, metavar="SECONDS", help="Without progress for so long a process counts as hung; 0 waits for ever", rich_help_panel=MACHINE)]
+AcceptChange = Annotated[str, typer.Option("--accept-change", metavar="NAMES", help="Go on though these differ from the start: torch, llmkit, device, precision, ...", rich_help_panel=MACHINE)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run stopped; start it where there is none", rich_help_panel=KEEPING)]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 Keep = Annotated[int, typer.Option("--keep", min=0, help="Checkpoints that stay; 0 is all", rich_help_panel=KEEPING)]
+KeepEvery = Annotated[int, typer.Option("--keep-every", min=0, help="Checkpoints of every so many steps stay, whatever --keep says", rich_help_panel=KEEPING)]
+MaxHours = Annotated[float, typer.Option("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75; 0 is never", rich_help_panel=KEEPING)]
+MaxRollbacks = Annotated[int, typer.Option("--max-rollbacks", min=0, help="Bad batches skipped and spikes undone within 128 steps before giving up; 0 lets all pass", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
 # fmt: on
@@ -59,11 +66,14 @@ HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-NEUTRAL_OPTIONS = ("processes", "threads", "resume", "save_every", "keep", "heldout", "eval_every")
+NEUTRAL_OPTIONS = (
+    "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
+    "resume", "save_every", "keep", "keep_every", "max_hours", "heldout", "eval_every",
+)  # fmt: skip
 
 
-def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bool:
-    """Check the call, which reads `inputs`; with `processes` above 1 run it again in as many processes, and say whether this one is done with that."""
+def launched(run: Run, inputs: list[str], *, resume: bool, processes: int, max_restarts: int = 0) -> bool:
+    """Check the call, which reads `inputs`; with several `processes`, or restarts, run it again in as many, and say whether this one is done with that."""
     from llmkit.training.state import CONFIG, check_run
 
     if run.output is None:
@@ -71,16 +81,16 @@ def launched(run: Run, inputs: list[str], *, resume: bool, processes: int) -> bo
     if run.force and os.path.exists(os.path.join(run.output, CONFIG)):
         _refuse_own_inputs(run.output, inputs)
     rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
-    if processes == 1 or rank is not None:
+    if (processes == 1 and not max_restarts) or rank is not None or run.dry_run:
         if rank not in (None, "0"):
             run.quiet = True  # the first process speaks for all, and keeps what is put aside
             if str(run._values.get("on_bad_line", "")).startswith("quarantine"):
                 run._values["on_bad_line"] = "skip"
         return False
     check_run(run.output, resume=resume, force=run.force)
-    from llmkit.training.distributed import launch
+    from llmkit.training.elastic import launch
 
-    code = launch(processes, sys.argv[1:])
+    code = launch(processes, sys.argv[1:], run.output, max_restarts)
     if code:
         raise SystemExit(code)
     return True
@@ -101,7 +111,7 @@ def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
     lines = [f"# llmkit {run.command} ... -c config.toml -o RUN trains the same again"]
     for key, value in run._values.items():
         name = key.replace("_", "-")
-        if key in NEUTRAL or key in arguments or key == "resume":
+        if key in NEUTRAL or key in arguments or key in ("resume", "accept_change"):
             continue
         if value is None or value == []:
             if key in came_to:
@@ -116,7 +126,7 @@ def opened(run: Run, settings: Settings) -> Iterator[Session]:
     """The session of the run, which says where it goes on."""
     from llmkit.training.session import session
 
-    with session(settings, run.dry_run) as found:
+    with session(settings, run.dry_run, run.warn) as found:
         yield found
 
 

@@ -48,9 +48,16 @@ def main(
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -60,7 +67,9 @@ def main(
     packed into sequences in which none sees another, and every step's loss is the mean over its counted tokens. A message may carry its own
     `weight`, or `train: false`. The model that comes out stops at its end of turn (generation_config.json).
     """
-    if fitting.launched(run, [model, *(rows or []), *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(
+        run, [model, *(rows or []), *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+    ):
         return
     import torch
 
@@ -74,7 +83,8 @@ def main(
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)

@@ -50,9 +50,16 @@ def main(
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
     processes: fitting.ProcessCount = 1,
+    parallel: fitting.Parallel = "auto",
+    max_restarts: fitting.MaxRestarts = 0,
+    hang_timeout: fitting.HangTimeout = 1800.0,
+    accept_change: fitting.AcceptChange = "",
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
+    keep_every: fitting.KeepEvery = 0,
+    max_hours: fitting.MaxHours = 0.0,
+    max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
 ) -> None:
@@ -62,7 +69,7 @@ def main(
     that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
     and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
     """
-    if fitting.launched(run, [data, *(heldout or [])], resume=resume, processes=processes):
+    if fitting.launched(run, [data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts):
         return
     from llmkit.io.lineage import base_name, describe_input
     from llmkit.model.decoder import Decoder
@@ -73,7 +80,8 @@ def main(
 
     sessions.check_positive(lr=lr, tokens=tokens)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         stream = fitting.open_stream(data, opened, run.dry_run)

@@ -67,6 +67,9 @@ class Source(Protocol):
     def batch(self, step: int, start: int, stop: int) -> Batch:
         """Rows [start, stop) of the step."""
 
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        """Name and tokens [n] of the document that the token at `position` of a row of the step is of."""
+
 
 class TokenStream(Protocol):
     """What pre-training reads: io.order.OrderedTokens, or io.shards.TokenStore."""
@@ -85,6 +88,12 @@ class TokenStream(Protocol):
 
     def span(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the flat stream."""
+
+    def id(self, i: int) -> str:
+        """Id of document `i`."""
+
+    def document(self, i: int) -> np.ndarray:
+        """Its tokens."""
 
 
 class StreamSource:
@@ -108,6 +117,7 @@ class StreamSource:
         self.steps = -(-self.sequences // batch_size)
         sizes = np.diff(stream.offsets)
         filled = sizes > 0  # documents without tokens start nothing
+        self._rows = None if filled.all() else np.flatnonzero(filled)
         self._starts = np.asarray(stream.offsets)[:-1][filled]
         self._padding = np.zeros(len(sizes), np.bool_)[filled] if stream.padding is None else stream.padding[filled]
         # Each token of padding counts as a document of its own: so it has weight 0, and nothing attends to it.
@@ -143,6 +153,12 @@ class StreamSource:
             return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
         weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
         return _batch(tokens, weights, documents[:, :-1] - documents[:, :1])
+
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        inside = (self.tokens(step) + row * self._length + position) % self._stream.tokens
+        number = int(np.searchsorted(self._starts, inside, side="right") - 1)
+        number = number if self._rows is None else int(self._rows[number])
+        return self._stream.id(number), self._stream.document(number)
 
     def _read(self, start: int) -> np.ndarray:
         """`length` + 1 tokens from position `start` of the endless stream."""
@@ -192,6 +208,9 @@ class HeldOutSource:
         if stop == self.rows(0) and self._beyond:
             batch.weights[-1, -self._beyond :] = 0.0
         return batch
+
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        return self._inner.document(0, row, position)
 
     def _last_weights(self) -> np.ndarray:
         rows = self._inner.rows(0)
@@ -250,6 +269,12 @@ class PackedSource:
         sequences = [[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]]
         # As long as the longest of them: a model may claim a context of millions, and a few short rows need none of it.
         return pack(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
+
+    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
+        chosen = self._bins[step * self._batch_size + row]
+        ends = np.cumsum([len(self._rows[i][0]) - 1 for i in chosen])
+        number = chosen[min(int(np.searchsorted(ends, position, side="right")), len(chosen) - 1)]
+        return f"row {number + 1}", self._rows[number][0]
 
 
 def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:

@@ -1,268 +1,434 @@
 """The training loop: train, anneal, sft and dpo are this one, with another objective, source of batches and schedule.
 
-    outcome = fit(Training(model, optimizer, next_token, (), source, schedule, processes, directory, state, write_model))
+    outcome = fit(Training(model, optimizer, next_token, (), source, schedule, processes, directory, state, write_model, initial))
 
 A step: every process computes the loss of its rows in micro-batches, divided by the weight of the whole step; one all-reduce adds the gradients up;
-they are clipped, and AdamW takes the step with a learning rate that is a function of the tokens seen. All of it is a function of the
-step number, the parameters and the optimiser's moments, which are what a checkpoint holds: a run that was killed anywhere ends in the same
+they are clipped; the guard looks at the figures (training.guard); and the optimiser takes the step with a learning rate that is a function of the
+tokens seen. Step n always reads batch n: what the guard skips is passed over, and nothing else moves. All of it is a function of the step number,
+the parameters, the optimiser's moments and the guard's memory, which are what a checkpoint holds: a run that was killed anywhere ends in the same
 bytes as one that was not (same number of processes and threads).
 
-SIGTERM and SIGINT set a flag, which is read between micro-batches of an evaluation too: the step is finished, saved, and the signal then takes
-its course (exit code 143 or 130). A second one ends the process at once.
+SIGTERM and SIGINT end the run with a checkpoint and then take their course (exit code 143 or 130); a second one ends the process at once. A single
+process drops the step or the evaluation that it is in the middle of, compilation included; several finish their step together. SIGUSR1 saves
+and goes on. `max_hours` ends the run like a signal, with exit code 75.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 
-from llmkit.errors import LlmkitError, Terminated
-from llmkit.training.data import Source
-from llmkit.training.distributed import Processes
+from llmkit.errors import ExitCode, LlmkitError
+from llmkit.training.diagnosis import suspects
+from llmkit.training.environment import machine
+from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
+from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MetricsLog, Speed, peak_flops
-from llmkit.training.objectives import Objective
-from llmkit.training.optimizer import clip_gradients, optimizer_tensors, restore_optimizer, set_rate
-from llmkit.training.schedule import Schedule
-from llmkit.training.state import (
-    RunDirectory,
-    TrainerState,
-    load_optimizer_tensors,
-    load_trainer_state,
-)
+from llmkit.training.optimizer import named_state, restore_optimizer
+from llmkit.training.pace import Pace, collected
+from llmkit.training.parallel import copy_whole, full_tensors, local
+from llmkit.training.signals import Interrupted, Signals, watch_signals
+from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
+from llmkit.training.step import Measured, Training, accumulate, evaluate, pieces_of, update
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
-
-
-@dataclass(slots=True)
-class Training:
-    """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
-    into `model`. `write_model(directory, step, tokens)` fills a model directory. `report` is called with every record of the log."""
-
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    figures: tuple[str, ...]  # names of what the objective reports beside the loss
-    source: Source
-    schedule: Schedule
-    processes: Processes
-    directory: RunDirectory
-    state: TrainerState
-    write_model: Callable[[Path, int, int], None]
-    start: Path | None = None
-    micro_batch: int = 8
-    clip: float = 1.0
-    save_every: int = 0
-    keep: int = 0
-    heldout: Source | None = None
-    eval_every: int = 0
-    flops_per_token: float = 0.0
-    report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
-
-
-@dataclass(slots=True)
-class Signals:
-    """The first SIGTERM or SIGINT that arrived; 0 while there was none."""
-
-    number: int = 0
-
-    def raise_it(self) -> None:
-        """Let the signal take its course."""
-        raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated
-
-
-@contextmanager
-def watch_signals() -> Iterator[Signals]:
-    """Note SIGTERM and SIGINT instead of obeying them; the second one is obeyed. Only the main thread can do this."""
-    signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    def note(number: int, frame: object) -> None:
-        if signals.number:
-            signals.raise_it()
-        signals.number = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+HOLD_SHARE = 0.01  # of the time may go into copies for rollbacks
+HOLD_STEPS = 10  # at least between them
+NAMED = 1000  # documents in one event
 
 
 def fit(training: Training) -> dict[str, Any]:
-    """Train to the end, or until a signal; returns steps, tokens, last loss and speed. Raises LlmkitError where the loss is not finite."""
-    t = training
-    first = _restore(t)
-    with watch_signals() as signals:
-        log = MetricsLog(t.directory.metrics, first) if t.processes.main else None
+    """Train to the end, or until a signal; returns steps, tokens, last loss and speed.
+
+    Raises LlmkitError where the guard has given up, where the last checkpoint could not be stored, and (exit code 75) where the time is over.
+    """
+    with watch_signals() as signals, collected() as collect:
+        loop = Loop(training, signals, collect)
         try:
-            outcome = _run(t, first, log, signals)
+            outcome = loop.run()
         finally:
-            if log:
-                log.close()
+            loop.close()
     if signals.number:
         signals.raise_it()
+    if loop.out_of_time:
+        error = LlmkitError(
+            f"{training.max_hours:g} hours are over at step {loop.step:,}", "--resume goes on from there"
+        )
+        error.code = ExitCode.LOCKED
+        raise error
     return outcome
 
 
-def _restore(t: Training) -> int:
-    """Put the optimiser where the checkpoint left it; returns the number of steps done."""
-    if t.start is None:
-        return 0
-    state = load_trainer_state(t.start)
-    restore_optimizer(t.model, t.optimizer, load_optimizer_tensors(t.start), str(t.start))
-    if t.processes.accelerator.scaler is not None and state.scaler:
-        t.processes.accelerator.scaler.load_state_dict(state.scaler)
-    return state.step
+class Loop:
+    """A run in progress: `step` steps are done."""
 
+    def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
+        self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
+        self.guard = Guard(t.chance, t.max_rollbacks)
+        self.step = 0
+        if t.start:
+            state = load_trainer_state(t.start)
+            self.step = state.step
+            restore_optimizer(t.model, t.optimizer, load_optimizer_tensors(t.start), str(t.start))
+            self._restore(state)
+        self.out_of_time = False
+        self.keeper = Keeper(t.directory, t.write_model, t.keep, t.keep_every)
+        self.keeper.saved = t.start
+        self.log = MetricsLog(t.directory.metrics, self.step) if t.processes.main else None
+        self.record: dict[str, Any] = dict(self.log.last) if self.log else {}
+        self._save_every = t.save_every or max(1, -(-t.source.steps // CHECKPOINTS))
+        self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
+        self._owed = False  # a checkpoint
+        self._due = False  # a copy to go back to
+        self._stored = self.step  # the last step that a checkpoint was begun at
+        self._seconds = 0.0  # that the last step took
+        self._held = (0, 0.0, 0.0)  # step, time and cost of the last copy
+        self._started = time.monotonic()
 
-def _run(t: Training, first: int, log: MetricsLog | None, signals: Signals) -> dict[str, Any]:
-    source, processes = t.source, t.processes
-    total = source.tokens(source.steps)
-    save_every = t.save_every or max(1, -(-source.steps // CHECKPOINTS))
-    eval_every = t.eval_every or max(1, -(-source.steps // CHECKPOINTS))
-    peak, how = peak_flops(processes.device, processes.precision, processes.count)
-    speed = Speed(t.flops_per_token, peak)
-    started = time.monotonic()
-    if log:
-        t.directory.event("resume" if t.start else "start", step=first, peak_flops=peak, peak=how)
-    record = dict(log.last) if log else {}
-    checkpoint = t.start
+    def close(self) -> None:
+        """Let a checkpoint under way come to its end."""
+        self.keeper.failure(wait=True)
+        if self.log:
+            self.log.close()
 
-    def due(step: int) -> bool:
-        return t.heldout is not None and (step % eval_every == 0 or step == source.steps)
+    def run(self) -> dict[str, Any]:
+        t, source = self.t, self.t.source
+        peak, how = peak_flops(t.processes.device, t.processes.precision, t.processes.count)
+        self._speed = Speed(t.flops_per_token, peak)
+        made_with = t.state.environment | machine(t.processes.device)
+        made_with |= {"processes": t.processes.count, "parallel": t.processes.layout.name}
+        more = {"accepted": t.changed} if t.changed else {}
+        name = "resume" if t.start else "start"
+        self._event(name, step=self.step, peak_flops=peak, peak=how, environment=made_with, **more)
+        self._hold()
+        # A run that was stopped in the middle of an evaluation owes it.
+        owed = bool(self.log) and self.step > 0 and self._evaluates() and "heldout_loss" not in self.record
+        if t.processes.add([float(owed)])[0]:
+            found = self._evaluate()
+            if self.log and found is not None:
+                self.record = {"step": self.step, "tokens": source.tokens(self.step)} | self.record
+                self.record |= {"heldout_loss": found}
+                self.log.write(self.record)
+        stop = self._stopping()
+        while self.step < source.steps and not stop:
+            taken = self._advance()
+            stop = self._stopping()
+            if taken:
+                self._keep_safe(stop)
+        if stop and self._stored != self.step:
+            self._save(wait=True)
+        return self._end(stop)
 
-    # A run that was stopped in the middle of an evaluation owes it.
-    owed = processes.add([float(bool(log) and first > 0 and due(first) and "heldout_loss" not in record)])[0]
-    if owed:
-        found = evaluate(t, signals)
-        if log and found is not None:
-            record = {"step": first, "tokens": source.tokens(first)} | record | {"heldout_loss": found}
-            log.write(record)
-
-    step, stop = first, bool(processes.add([float(signals.number)])[0])
-    while step < source.steps and not stop:
+    def _advance(self) -> bool:
+        """One step further, or some steps back; False where neither a step was taken nor passed over."""
+        t, source, guard, number = self.t, self.t.source, self.guard, self.step + 1
         began = time.perf_counter()
-        rate = t.schedule.for_step(source.tokens(step), source.tokens(step + 1))
-        figures, norm = train_step(t, step, rate)
-        step += 1
-        tokens = source.tokens(step)
-        new = tokens - source.tokens(step - 1)
-        seconds = time.perf_counter() - began
-        record = {"step": step, "tokens": tokens, **figures, "lr": rate, "grad_norm": norm}
-        record |= speed.step(new, seconds, total - tokens)
-        if due(step):
-            found = evaluate(t, signals)
+        tokens, before = source.tokens(number), source.tokens(self.step)
+        rate = t.schedule.for_step(before, tokens)
+        record: dict[str, Any] = {"step": number, "tokens": tokens}
+        if number in guard.skipped:
+            record |= {"lr": rate, "skipped": True}
+        else:
+            try:
+                with self.signals.breaking(t.processes.count == 1):
+                    measured = accumulate(t, self.step)
+            except Interrupted:
+                t.optimizer.zero_grad(set_to_none=True)
+                return False
+            record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
+            if t.max_rollbacks and not self._passes(number, measured):
+                if self.step + 1 != number:
+                    return False
+                record["skipped"] = True
+            else:
+                update(t, rate)
+                record |= self._compare(number)
+        self.step = number
+        self._collect(number)
+        self._seconds = time.perf_counter() - began
+        record |= self._speed.step(tokens - before, self._seconds, source.tokens(source.steps) - tokens)
+        if self._evaluates():
+            found = self._evaluate()
             record |= {} if found is None else {"heldout_loss": found}
-        if log:
-            log.write(record)
+        self.record = record
+        if self.log:
+            self.log.write(record)
             t.report(record)
-        stop = bool(processes.add([float(signals.number)])[0])
-        if step % save_every == 0 or step == source.steps or stop:
-            checkpoint = _save(t, step, tokens, rate, log)
-    if stop and not signals.number:
-        signals.number = signal.SIGTERM  # another process was told to stop
-    if step == source.steps and not stop and processes.main:
-        assert checkpoint is not None
-        t.directory.finish(checkpoint)
-    if log:
-        t.directory.event("stop" if stop else "end", step=step)
-    processes.wait()
-    return {
-        "steps": step,
-        "tokens": source.tokens(step),
-        "loss": record.get("loss"),
-        "heldout_loss": record.get("heldout_loss"),
-        "seconds": round(time.monotonic() - started, 1),
-        "tokens_per_second": round(speed.smooth),
-    }
+        return True
 
+    def _compare(self, number: int) -> dict[str, float]:
+        """How evenly the processes work, now and then; says which has become late."""
+        figures, late = self._pace.step(number, self.t.processes.seconds)
+        if late is not None:
+            self._event("straggler", step=number, rank=late, spread=figures["rank_spread"])
+        return figures
 
-def train_step(t: Training, step: int, rate: float) -> tuple[dict[str, float], float]:
-    """One optimiser step; returns the step's figures (`loss` and those of the objective) and the gradient norm before clipping."""
-    source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
-    scale = 1.0 / max(source.weight(step), 1e-9)
-    parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
-    sums: dict[str, torch.Tensor] = {}
-    t.model.train()
-    for start, stop in processes.share(source.rows(step), t.micro_batch):
-        batch = source.batch(step, start, stop).to(processes.device)
-        with processes.accelerator.autocast():
-            found = t.objective(t.model, batch, scale)
-        (scaler.scale(found.loss) if scaler else found.loss).backward()
-        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
-            sums[name] = sums.get(name, 0) + value
-    processes.add_gradients(parameters)
-    if scaler:
-        scaler.unscale_(t.optimizer)
-    totals = _gather(t, sums)
-    norm = float(clip_gradients(parameters, t.clip))
-    # The loss scaler of fp16 probes its limits: it skips a step with infinite gradients by itself.
-    if not math.isfinite(totals["loss"]) or (scaler is None and not math.isfinite(norm)):
+    def _passes(self, number: int, measured: Measured) -> bool:
+        """What the guard says of step `number`, whose gradients are there: whether to take it. Else it is skipped, or the run was set back."""
+        t, guard, figures = self.t, self.guard, measured.for_guard()
+        if t.processes.accelerator.scaler is not None and not math.isfinite(measured.norm):
+            return True  # fp16's loss scaler probes its limits, and leaves such a step out by itself
+        verdict = guard.judge(number, figures)
+        if verdict is Verdict.GOOD:
+            guard.accept(number, figures)
+            return True
+        t.optimizer.zero_grad(set_to_none=True) if verdict is Verdict.BROKEN else None
+        if verdict is Verdict.BROKEN and not self._finite():
+            again = guard.retried == number
+            guard.retried = number
+            self._go_back(number, number, number if again else 0, "weights that are no numbers", measured)
+            return False
+        pieces = pieces_of(t, self.step)
+        usual = [p.loss for p in pieces_of(t, guard.reference[0] - 1)] if guard.reference[0] else []
+        if verdict is Verdict.BROKEN:
+            found = [(p, "no number") for p in pieces if not math.isfinite(p.loss)] or [
+                (p, "in the batch") for p in pieces
+            ]
+        else:
+            found = suspects(pieces, usual, t.decode)
+        if t.processes.add([float(bool(found) and t.processes.main)])[0]:
+            t.optimizer.zero_grad(set_to_none=True)
+            cause = "loss that is no number" if verdict is Verdict.BROKEN else "broken documents"
+            documents = [{"id": p.name, "reason": why, "loss": _number(p.loss)} for p, why in found[:NAMED]]
+            patient = guard.skip(number, number, number)
+            self._tell(number, self.step, cause, [number], documents, measured)
+            self._give_up(patient, number)
+            return False
+        if verdict is Verdict.LASTING:
+            now = evaluate(t, t.source, guard.reference[0] - 1) if guard.reference[0] else None
+            if now is not None and guard.harmed(now, figures):
+                first = max(1, guard.since - 2 * PATIENCE) if guard.again(guard.since) else guard.since
+                self._go_back(number, first, number, "loss that went up and stayed", measured)
+                return False
+            self._event("change", step=number, since=guard.since, loss=figures[0])
+            guard.settle()
+            return True
+        self._event(
+            "spike", step=number, kept=True, loss=figures[0], grad_norm=figures[1], deviation=guard.deviation(figures)
+        )
+        guard.doubt(number)
+        return True
+
+    def _go_back(self, number: int, first: int, last: int, cause: str, measured: Measured) -> None:
+        """To the last good state before step `first`, to go on without the steps from there to `last` (0: with all of them)."""
+        t, guard = self.t, self.guard
+        skipped = list(range(first, last + 1)) if last else []
+        patient = guard.skip(first, last, number) if last else guard.rolled_back(number)
+        documents = [
+            {"id": name, "reason": "in the batch"}
+            for name in dict.fromkeys(p.name for step in skipped for p in pieces_of(t, step - 1, losses=False))
+        ]
+        state = self._load_before(first)
+        self._place()
+        self._restore(state, rollback=True)
+        self.step = state.step
+        if self.log:
+            self.log.cut(self.step)
+        self._tell(number, self.step, cause, skipped, documents[:NAMED], measured)
+        self._give_up(patient, number)
+
+    def _load_before(self, first: int) -> TrainerState:
+        """Make the main process's keeper hold the latest good state with fewer than `first` steps; returns what belongs to it, on every process."""
+        found: TrainerState = self.t.processes.tell(self._find_before(first) if self.t.processes.main else None)
+        return found
+
+    def _find_before(self, first: int) -> TrainerState:
+        """Of what the keeper holds, the checkpoints and the start."""
+        t, keeper = self.t, self.keeper
+        keeper.failure(wait=True)
+        held = keeper.state
+        if held is not None and held.step < first and _all_finite(keeper.weights.values()):
+            return held
+        for checkpoint in reversed(t.directory.checkpoints()):
+            if step_of(checkpoint) < first:
+                state, weights = load_trainer_state(checkpoint), load_weights(checkpoint)
+                if _all_finite(weights.values()):
+                    keeper.copy(state, weights.items(), load_optimizer_tensors(checkpoint).items())
+                    return state
+        weights, moments = t.initial()
+        keeper.copy(t.state, weights.items(), moments.items())
+        return t.state
+
+    def _tell(
+        self, number: int, to: int, cause: str, skipped: list[int], documents: list[dict[str, Any]], measured: Measured
+    ) -> None:
+        loss, norm, _ = measured.for_guard()
+        self._event(
+            "rollback", step=number, to=to, cause=cause, skipped=skipped, documents=documents, loss=_number(loss), grad_norm=_number(norm)
+        )  # fmt: skip
+        names = ", ".join(item["id"] for item in documents[:3]) + (
+            f" and {len(documents) - 3:,} more" if documents[3:] else ""
+        )
+        passed = (
+            f", steps {skipped[0]:,} to {skipped[-1]:,} are skipped"
+            if skipped[1:]
+            else ", which is skipped"
+            if skipped
+            else ""
+        )
+        self.t.say(
+            f"step {number:,}: {cause} (loss {loss:.4g}); back to step {to:,}{passed}" + (f": {names}" if names else "")
+        )
+
+    def _give_up(self, patient: bool, number: int) -> None:
+        if patient:
+            return
+        saved = self.keeper.saved
+        where = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
         raise LlmkitError(
-            f"loss {totals['loss']}, gradient norm {norm} at step {step + 1}",
-            "lower the learning rate, or look at the data of this step; --resume would come to the same point",
+            f"more than {self.t.max_rollbacks} rollbacks within {WINDOW} steps, the last at step {number:,}",
+            f"lower the learning rate, or look at the data (events.jsonl names it); {where}",
         )
-    set_rate(t.optimizer, rate)
-    if scaler:
-        scaler.step(t.optimizer)
-        scaler.update()
-    else:
-        t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    return totals, norm
+
+    def _restore(self, state: TrainerState, rollback: bool = False) -> None:
+        try:
+            self.guard.restore(state.guard, rollback=rollback)
+        except (ValueError, TypeError) as error:
+            raise LlmkitError(
+                f"{self.t.start}: not a readable trainer state ({error})", "take another checkpoint"
+            ) from error
+        if self.t.processes.accelerator.scaler is not None and state.scaler:
+            self.t.processes.accelerator.scaler.load_state_dict(state.scaler)
+
+    def _evaluates(self) -> bool:
+        return self.t.heldout is not None and (self.step % self._eval_every == 0 or self.step == self.t.source.steps)
+
+    def _evaluate(self) -> float | None:
+        try:
+            with self.signals.breaking(self.t.processes.count == 1):
+                assert self.t.heldout is not None
+                return evaluate(self.t, self.t.heldout, stopped=lambda: bool(self.signals.number))
+        except Interrupted:
+            return None
+
+    def _stopping(self) -> bool:
+        """Whether any process was told to stop, or the time is over; every process gets the same answer."""
+        t = self.t
+        spent = time.monotonic() - self._started
+        late = t.processes.main and spent + self._held[2] + self._seconds > 3600 * t.max_hours
+        self._report(self.keeper.failure())
+        wishes = (self.signals.number, late, self.signals.save or self._owed, self._wants_copy())
+        stop, late_, save, due = t.processes.add([float(wish) for wish in wishes])
+        self._owed, self._due = bool(save), bool(due)
+        self.signals.save = False
+        self.out_of_time = bool(late_) and not stop and self.step < t.source.steps
+        if stop and not self.signals.number:
+            self.signals.number = signal.SIGTERM  # another process was told to
+        return bool(stop or self.out_of_time)
+
+    def _wants_copy(self) -> bool:
+        """Whether the main process finds that a copy is worth its time."""
+        step, when, cost = self._held
+        idle = self.t.processes.main and self.t.max_rollbacks and not self.keeper.writing
+        return bool(idle and self.step - step >= HOLD_STEPS and time.monotonic() - when > cost / HOLD_SHARE)
+
+    def _keep_safe(self, stop: bool) -> None:
+        """A checkpoint where one is due, else now and then a copy to go back to; none of doubtful states, but where the run ends."""
+        last = self.step == self.t.source.steps
+        self._owed |= self.step % self._save_every == 0
+        if last or stop or (self._owed and not self.guard.since):
+            self._save(wait=last or stop)
+        elif self._due and not self.guard.since:
+            self._hold()
+
+    def _hold(self) -> None:
+        """Copy the state to the host of the main process; all of them hand over what they have of it."""
+        t = self.t
+        began = time.monotonic()
+        weights = full_tensors(t.model.state_dict().items(), t.processes.main)
+        moments = full_tensors(named_state(t.model, t.optimizer), t.processes.main)
+        if t.processes.main:
+            scaler = t.processes.accelerator.scaler
+            tokens = t.source.tokens(self.step)
+            rate = t.schedule.for_step(t.source.tokens(max(0, self.step - 1)), tokens) if self.step else 0.0
+            state = replace(
+                t.state,
+                step=self.step,
+                tokens=tokens,
+                rate=rate,
+                scaler=scaler.state_dict() if scaler else {},
+                guard=self.guard.state(),
+            )
+            self.keeper.copy(state, weights, moments)
+        else:
+            for _ in chain(weights, moments):
+                pass
+        self._held = (self.step, time.monotonic(), time.monotonic() - began)
+
+    def _save(self, wait: bool = False) -> None:
+        self._owed = False
+        self._stored = self.step
+        self._hold()
+        if self.log:
+            try:
+                self.log.sync()
+                self.keeper.save()
+            except OSError as error:
+                self._report(error)
+        if wait:
+            self._report(self.keeper.failure(wait=True))
+
+    def _report(self, error: OSError | None) -> None:
+        """Say that a checkpoint could not be stored; the next step tries again."""
+        if error is not None:
+            saved = self.keeper.saved.name if self.keeper.saved else "none"
+            self._event("save failed", step=self.step, error=str(error))
+            self.t.say(f"a checkpoint could not be stored ({error.strerror or error}); the last good one is {saved}")
+            self._owed = True
+
+    def _end(self, stop: bool) -> dict[str, Any]:
+        t, source = self.t, self.t.source
+        done = self.step == source.steps and not stop
+        saved = self.keeper.saved
+        if t.processes.main:
+            if self.step and (saved is None or step_of(saved) != self.step):
+                where = f"{saved} is the last good one" if saved else "there is none"
+                raise LlmkitError(
+                    f"the checkpoint of step {self.step:,} could not be stored", f"{where}; make room, then --resume"
+                )
+            if done and saved is not None:
+                t.directory.finish(saved)
+        self._event("end" if done else "stop", step=self.step)
+        t.processes.wait()
+        return {
+            "steps": self.step,
+            "tokens": source.tokens(self.step),
+            "loss": self.record.get("loss"),
+            "heldout_loss": self.record.get("heldout_loss"),
+            "skipped": len(self.guard.skipped) or None,
+            "seconds": round(time.monotonic() - self._started, 1),
+            "tokens_per_second": round(self._speed.smooth),
+        }
+
+    def _place(self) -> None:
+        """Put what the main process's keeper holds back into model and optimiser."""
+        t = self.t
+        t.processes.layout.rest(t.model)
+        weights, moments = map(t.processes.from_main, (self.keeper.weights, self.keeper.moments))
+        for name, tensor in t.model.state_dict().items():
+            copy_whole(tensor, weights[name])
+        t.optimizer.state.clear()
+        restore_optimizer(t.model, t.optimizer, moments, "the last good state")
+
+    def _finite(self) -> bool:
+        """Whether all weights are numbers, on every process."""
+        return not self.t.processes.add([float(not _all_finite(self.t.model.parameters()))])[0]
+
+    def _event(self, name: str, **details: Any) -> None:
+        if self.log:
+            self.t.directory.event(name, **details)
 
 
-def _gather(t: Training, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The figures of the whole step, by name; a process that had no row in it adds zeros."""
-    names = ("loss", *t.figures)
-    values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
-    return dict(zip(names, t.processes.add(values), strict=True))
+def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(local(tensor.detach())).all()) for tensor in tensors)
 
 
-def evaluate(t: Training, signals: Signals | None = None) -> float | None:
-    """Mean loss over the weights of the held-out source, all processes together; None where a signal arrived before the end."""
-    source, processes = t.heldout, t.processes
-    assert source is not None
-    scale = 1.0 / max(source.weight(0), 1e-9)
-    total, stopped = 0.0, False
-    t.model.eval()
-    with torch.no_grad():
-        for start, stop in processes.share(source.rows(0), t.micro_batch):
-            stopped = bool(signals and signals.number)
-            if stopped:
-                break
-            batch = source.batch(0, start, stop).to(processes.device)
-            with processes.accelerator.autocast():
-                found = t.objective(t.model, batch, scale)
-            total += float(found.figures.get("loss", found.loss))
-    total, stops = processes.add([total, float(stopped)])
-    return None if stops else total
-
-
-def _save(t: Training, step: int, tokens: int, rate: float, log: MetricsLog | None) -> Path | None:
-    """Store a checkpoint (main process), the lines of the log in front of it."""
-    saved = None
-    if log:
-        log.sync()
-        scaler = t.processes.accelerator.scaler
-        state = replace(t.state, step=step, tokens=tokens, rate=rate, scaler=scaler.state_dict() if scaler else {})
-        saved = t.directory.save(
-            state,
-            optimizer_tensors(t.model, t.optimizer),
-            lambda directory: t.write_model(directory, step, tokens),
-            t.keep,
-        )
-    t.processes.wait()
-    return saved
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

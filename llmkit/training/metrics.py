@@ -12,12 +12,14 @@ the vendor's dense figure for the precision, on a CPU the best of a few large ma
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +48,56 @@ class MetricsLog:
 
     def __init__(self, path: Path, after_step: int) -> None:
         self.last: dict[str, Any] = {}
-        self._last_size = keep = 0
-        if path.exists():
-            with open(path, "rb") as file:
-                for line in file:
-                    record = _parse(line)
-                    if record is None or record["step"] > after_step:
-                        break
-                    keep += len(line)
-                    self.last, self._last_size = record, len(line)
-            os.truncate(path, keep)
-        self._file = open(path, "ab")
+        self._path = path
+        self._size = self._last_size = 0
+        self._waiting: list[bytes] = []  # lines that a full disk did not take
+        self._file = open(path, "ab", buffering=0)
+        self.cut(after_step)
+
+    def cut(self, after_step: int) -> None:
+        """Take back the lines of later steps."""
+        self._store()
+        self.last, self._size = {}, 0
+        with open(self._path, "rb") as file:
+            for line in file:
+                record = _parse(line)
+                if record is None or record["step"] > after_step:
+                    break
+                self._size += len(line)
+                self.last, self._last_size = record, len(line)
+        self._file.truncate(self._size)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line; the record of the step that is already last replaces it."""
+        """Append one line; the record of the step that is already last replaces it. On a full disk lines wait until it takes them."""
         if record["step"] == self.last.get("step"):
-            self._file.truncate(os.path.getsize(self._file.name) - self._last_size)
+            if self._waiting:
+                self._waiting.pop()
+            else:
+                self._size -= self._last_size
+                self._file.truncate(self._size)
         line = _line(record)
-        self._file.write(line)
-        self._file.flush()
+        self._waiting.append(line)
+        self._store()
         self.last, self._last_size = record, len(line)
 
+    def _store(self) -> None:
+        lines = b"".join(self._waiting)
+        try:
+            written = self._file.write(lines)
+            if written != len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._size)  # no half line
+            return
+        self._size += len(lines)
+        self._waiting = []
+
     def sync(self) -> None:
-        """Make the lines durable; before a checkpoint, so that none is missing in front of it."""
+        """Make the lines durable; before a checkpoint, so that none is missing in front of it. OSError where lines are still waiting."""
+        self._store()
+        if self._waiting:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

@@ -6,12 +6,13 @@ gains and biases. The fused kernel does the whole update in one pass over memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from llmkit.errors import LlmkitError
+from llmkit.training.parallel import placed_like
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -43,26 +44,29 @@ def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Te
     """Scale all gradients so that their joint 2-norm is at most `limit` (0: leave them); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # sharded gradients
+        norm, gradients = norm.full_tensor(), [g.to_local() for g in gradients]  # type: ignore[attr-defined]
     if limit > 0:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates as `step` (the same for all)."""
-    tensors: dict[str, torch.Tensor] = {}
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The moments as `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates as `step` (the same for all), as they lie."""
+    step = None
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
-            tensors |= {f"{moment}.{name}": state[moment].detach().cpu().contiguous() for moment in MOMENTS}
-            tensors["step"] = state["step"].detach().cpu().reshape(1)
-    return tensors
+            yield from ((f"{moment}.{name}", state[moment]) for moment in MOMENTS)
+            step = state["step"].reshape(1)
+    if step is not None:
+        yield "step", step
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], name: str
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], name: str
 ) -> None:
-    """Inverse of `optimizer_tensors`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
+    """Inverse of `named_state`; `name` is the file, for messages. Raises LlmkitError where a tensor is missing or misshapen."""
     if not tensors:  # no step was taken yet (fp16 skips those with infinite gradients)
         return
     for key, parameter in model.named_parameters():
@@ -74,7 +78,7 @@ def restore_optimizer(
                 raise LlmkitError(
                     f"{name}: {moment}.{key} is {found}, expected {list(parameter.shape)}", "the checkpoint is damaged"
                 )
-            state[moment] = tensor.to(parameter.device, parameter.dtype, copy=True)
+            state[moment] = placed_like(tensor, parameter)
         if tensors.get("step") is None or tensors["step"].numel() != 1:
             raise LlmkitError(f"{name}: step is missing or no single number", "the checkpoint is damaged")
         # The fused kernel wants the count on the device of the parameter.

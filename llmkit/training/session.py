@@ -10,6 +10,7 @@ with session(settings) as run:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,33 +20,38 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import UsageError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
-from llmkit.model.checkpoint import load_model, save_model
+from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import Source
-from llmkit.training.distributed import Processes, start
-from llmkit.training.loop import Training, fit
-from llmkit.training.objectives import Objective, Result
+from llmkit.training.distributed import Processes, lost, start
+from llmkit.training.elastic import restarted
+from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
+from llmkit.training.loop import fit
+from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
     RunDirectory,
     TrainerState,
     check_run,
+    damage,
     load_optimizer_tensors,
     load_trainer_state,
     open_run,
     refuse_changes,
     write_config,
 )
+from llmkit.training.step import Tensors, Training
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay` and `z_loss` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay`, `z_loss` and `max_rollbacks` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -60,6 +66,12 @@ class Settings:
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
     z_loss: float = 0.0
+    keep_every: int = 0
+    max_hours: float = 0.0  # 0: no limit
+    max_rollbacks: int = 8
+    parallel: str = "auto"
+    hang_timeout: float = 0.0
+    accept_change: str = ""  # names, with commas between them
 
 
 @dataclass(slots=True)
@@ -73,6 +85,9 @@ class Session:
     state: TrainerState | None = None
     kept: tuple[str, ...] = ()  # what this call has put into the directory already
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
+    say: Callable[[str], None] = lambda text: None
+    changed: list[str] = field(default_factory=list)  # accepted changes of the environment
+    _fresh: Callable[[], Decoder] | None = None
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
         """Settle what the run is; False where it is finished already.
@@ -83,13 +98,14 @@ class Session:
         self.lineage = lineage
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
-        self.state = TrainerState(
-            lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, self.processes.precision, {}
-        )
-        checkpoints = self.directory.checkpoints() if self.settings.resume else []
-        if checkpoints:
-            self.checkpoint = checkpoints[-1]
-            refuse_changes(load_trainer_state(self.checkpoint), self.state)
+        now = environment(self.processes.precision, self.processes.device)
+        self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
+        self.checkpoint = self._last_intact() if self.settings.resume else None
+        if self.checkpoint:
+            old = load_trainer_state(self.checkpoint)
+            refuse_changes(old, self.state)
+            now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
+            self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
         if self.directory.finished and self.checkpoint:
             return False
         if self.processes.main and not self.checkpoint:
@@ -99,10 +115,42 @@ class Session:
         self.processes.wait()
         return True
 
+    def _last_intact(self) -> Path | None:
+        """The last checkpoint whose files are as they were written; those behind it are told of. LlmkitError where there are some, all damaged."""
+        checkpoints = self.directory.checkpoints()
+        if self.directory.finished or not checkpoints:  # there is nothing to go on from
+            return checkpoints[-1] if checkpoints else None
+        passed = 0
+        if self.processes.main:
+            while passed < len(checkpoints) and (wrong := damage(checkpoints[-1 - passed])):
+                place = checkpoints[-1 - passed]
+                self.say(f"{place}: {wrong}; going back to the checkpoint before")
+                self.directory.event("damaged checkpoint", checkpoint=place.name, problem=wrong)
+                passed += 1
+            if 0 < passed < len(checkpoints):
+                self.directory.point_at(checkpoints[-1 - passed])
+        passed = int(self.processes.add([float(passed)])[0])
+        if passed == len(checkpoints):
+            raise LlmkitError(
+                f"{self.directory.path}: all {passed} checkpoints are damaged",
+                "start anew with -f, or from another copy",
+            )
+        return checkpoints[-1 - passed]
+
     def model(self, fresh: Callable[[], Decoder]) -> Decoder:
-        """The model in float32 on this process's device: that of the last checkpoint, else `fresh()`."""
+        """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
+        self._fresh, processes = fresh, self.processes
+        if self.checkpoint and processes.layout.lockstep:  # no process ever holds all of it
+            info = load_info(self.checkpoint)
+            with torch.device("meta"):
+                model = Decoder(info.config)
+            processes.layout.place(model, processes.device, processes.precision)
+            model.to_empty(device=processes.device)
+            load_tensors(model, open_weights(info))
+            return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
-        return model.to(self.processes.device)
+        processes.layout.place(model, processes.device, processes.precision)
+        return model
 
     def train(
         self,
@@ -120,7 +168,8 @@ class Session:
     ) -> dict[str, Any]:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
         assert self.state is not None
-        settings, config = self.settings, model.config
+        settings, config, of_tokens = self.settings, model.config, objective is next_token
+        self.state.environment["model"] = model_digest(config.to_hf())
         if settings.z_loss:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
@@ -128,12 +177,14 @@ class Session:
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
-        def write_model(directory: Path, step: int, tokens: int) -> None:
+        def write_model(directory: Path, weights: Tensors, step: int, tokens: int) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
-            save_model(
-                directory, model.state_dict(), config, tokenizer_files, record.to_json(), torch.float32, stop_ids
-            )
+            save_model(directory, weights, config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
+
+        def initial() -> tuple[Tensors, Tensors]:
+            assert self._fresh is not None
+            return self._fresh().state_dict(), load_optimizer_tensors(optimizer_from) if optimizer_from else {}
 
         return fit(
             Training(
@@ -147,15 +198,23 @@ class Session:
                 directory=self.directory,
                 state=self.state,
                 write_model=write_model,
+                initial=initial,
                 start=self.checkpoint,
                 micro_batch=self.micro_batch(),
                 clip=settings.clip,
                 save_every=settings.save_every,
                 keep=settings.keep,
+                keep_every=settings.keep_every,
+                max_hours=settings.max_hours or math.inf,
+                max_rollbacks=settings.max_rollbacks,
+                chance=math.log(config.vocab_size) if of_tokens else math.inf,
+                decode=_decoder(tokenizer_files),
+                say=self.say if self.processes.main else lambda text: None,
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 report=report,
+                changed=self.changed,
             )
         )
 
@@ -169,17 +228,42 @@ class Session:
 
 
 @contextmanager
-def session(settings: Settings, dry_run: bool = False) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made."""
-    processes = start(settings.precision, settings.threads)
+def session(
+    settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Session]:
+    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
+    accepted_names(settings.accept_change)  # a wrong one is said first
+    if restarted():
+        settings.resume, settings.force = True, False
+    processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
-        yield Session(settings, processes, RunDirectory(settings.output))
+        yield Session(settings, processes, RunDirectory(settings.output), say=say)
         return
-    with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
-        processes.wait()  # the main process has made it
-        yield Session(settings, processes, directory)
-        processes.leave()
+    try:
+        with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
+            processes.watch(settings.hang_timeout, directory.event)
+            processes.wait()  # the main process has made it
+            yield Session(settings, processes, directory, say=say)
+    except BaseException as error:
+        processes.leave(failed=True)
+        gone = lost(error) if processes.count > 1 else None
+        if gone:
+            raise gone from error
+        raise
+    processes.leave()
+
+
+def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] | None:
+    """A function that turns ids into text; None where there is no tokenizer."""
+    if "tokenizer.json" not in tokenizer_files:
+        return None
+
+    def decode(ids: list[int]) -> str:
+        text: str = load_tokenizer(tokenizer_files, "the run").decode(ids, skip_special_tokens=False)
+        return text
+
+    return decode
 
 
 def check_positive(**values: float | None) -> None:

@@ -5,10 +5,12 @@
     RUN/events.jsonl              starts, resumptions, stops
     RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
         state/optimizer.safetensors   the moments of AdamW by parameter
-        state/trainer.json            step, tokens, learning rate, options, digests of the inputs
+        state/trainer.json            step, tokens, learning rate, options, digests of the inputs, environment, the guard's memory
+        state/digests.json            xxh3-128 of every other file
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
 
-A checkpoint is written under a temporary name, synced and renamed, so what bears its name is complete. The state is safetensors and JSON because
+A checkpoint is written under a temporary name, synced and renamed, so what bears its name is complete; whether it still is, its digests say
+before a run goes on from it. The state is safetensors and JSON because
 torch's own formats (DCP's metadata, torch.save) are pickles, which run code when they are read. There is no random state: the order of the data
 is a function of the step, and nothing else is drawn after the start.
 """
@@ -22,7 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,16 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.lineage import digest_path
 from llmkit.io.locks import lock
 from llmkit.model.checkpoint import resolve_model
 from llmkit.model.safetensors import layout_of, write_safetensors
+from llmkit.model.weights import WEIGHTS
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
+DIGESTS = "digests.json"
 CONFIG = "config.toml"
 LEFTOVERS = {".lock", "checkpoints", "data"}  # of a run that was killed before it began
 
@@ -53,8 +58,9 @@ class TrainerState:
     rate: float
     batch_size: int
     length: int
-    precision: str
+    environment: dict[str, Any]  # see environment.py
     scaler: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)  # training.guard's state, the skipped steps in it
 
     def to_json(self) -> bytes:
         return json.dumps({key: getattr(self, key) for key in self.__slots__}, indent=1, sort_keys=True).encode()
@@ -62,8 +68,8 @@ class TrainerState:
 
 # What they have to be in a file, which may be anybody's.
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("command", "precision"), str),
-    **dict.fromkeys(("options", "scaler"), dict),
+    "command": str,
+    **dict.fromkeys(("options", "environment", "scaler", "guard"), dict),
     **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
     "inputs": list,
     "rate": (int, float),
@@ -90,13 +96,18 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with open(self.path / "events.jsonl", "a") as file:
+        with suppress(OSError), open(self.path / "events.jsonl", "a") as file:  # a full disk is no reason to stop
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
-        self, state: TrainerState, tensors: Mapping[str, torch.Tensor], write_model: Callable[[Path], None], keep: int
+        self,
+        state: TrainerState,
+        tensors: Mapping[str, torch.Tensor],
+        write_model: Callable[[Path], None],
+        keep: int = 0,
+        keep_every: int = 0,
     ) -> Path:
-        """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none)."""
+        """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none) and those of every `keep_every` steps."""
         target = self.checkpoints_path / f"step-{state.step:08d}"
         with atomic_directory(target, force=True) as partial:
             write_model(partial)
@@ -105,10 +116,16 @@ class RunDirectory:
                 partial / "state" / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
             )
             (partial / "state" / TRAINER).write_bytes(state.to_json())
-        self._link("latest", target)
+            (partial / "state" / DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
+        self.point_at(target)
         for old in self.checkpoints()[:-keep] if keep else []:
-            self._remove(old)
+            if not keep_every or step_of(old) % keep_every:
+                self._remove(old)
         return target
+
+    def point_at(self, checkpoint: Path) -> None:
+        """Link `latest`."""
+        self._link("latest", checkpoint)
 
     def finish(self, checkpoint: Path) -> None:
         """Link `final`: the run is complete."""
@@ -209,6 +226,27 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """xxh3-128 of every file but the list itself, by its place in the checkpoint."""
+    names = sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file() and p.name != DIGESTS)
+    return {name: digest_path(checkpoint / name) for name in names}
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where all are there and as they were written. Reads every byte."""
+    try:
+        expected = json.loads((checkpoint / "state" / DIGESTS).read_bytes())
+        found = _digests(checkpoint)
+    except (OSError, ValueError, RecursionError, LlmkitError) as error:
+        return f"state/{DIGESTS} is not readable ({error})"
+    if not isinstance(expected, dict):
+        return f"state/{DIGESTS} holds no table"
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            return f"{name} is not what was written" if name in found else f"{name} is missing"
+    return None
+
+
 def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | None]:
     """The model directory to go on from and the state beside it: a run's checkpoint `step` (None: its last), a checkpoint, or a bare model (None)."""
     found = find_checkpoints(path)
@@ -230,7 +268,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     """trainer.json of a checkpoint; LlmkitError where it is missing or damaged."""
     path = checkpoint / "state" / TRAINER
     try:
-        fields = json.loads(path.read_bytes())
+        fields = {"environment": {}} | json.loads(path.read_bytes())
         state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
         for name, kind in FIELDS.items():
             if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
@@ -246,16 +284,24 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
 
 def load_optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Tensors of the optimiser's state; LlmkitError where the file is missing or damaged."""
+    return _load_file(checkpoint / "state" / OPTIMIZER, "optimiser state")
+
+
+def _load_file(path: Path, what: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = checkpoint / "state" / OPTIMIZER
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise LlmkitError(
-            f"{path}: not a readable optimiser state ({error})", "take another checkpoint, or start anew with -f"
+            f"{path}: not a readable {what} ({error})", "take another checkpoint, or start anew with -f"
         ) from error
+
+
+def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by name; LlmkitError where the file is missing or damaged."""
+    return _load_file(checkpoint / WEIGHTS, "weights")
 
 
 def refuse_changes(old: TrainerState, new: TrainerState) -> None:
@@ -272,8 +318,3 @@ def refuse_changes(old: TrainerState, new: TrainerState) -> None:
             )
     if old.inputs != new.inputs:
         raise LlmkitError("the inputs are not those that the run was started with", "choose another output")
-    if old.precision != new.precision:
-        raise LlmkitError(
-            f"the run was started in {old.precision}, this would go on in {new.precision}",
-            f"--precision {old.precision}",
-        )

@@ -35,12 +35,13 @@ def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
         objective = changes.pop("objective", next_token)
         heldout = changes.pop("heldout", False)
         rate = changes.pop("rate", 3e-3)
+        say = changes.pop("say", lambda text: None)
         batch_size = changes.pop("batch_size", 4)
         options = changes.pop("options", {"seed": 0})
         settings = sessions.Settings(str(path), **({"micro_batch": 2, "save_every": 3} | changes))
         source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
         plan = Schedule("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
-        with sessions.session(settings) as opened:
+        with sessions.session(settings, say=say) as opened:
             inputs = [Input("input", "data", "xxh3:0")]
             if not opened.begin(Lineage("train", options), inputs, batch_size, 32, "seed = 0\n"):
                 return {"finished": True}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
-from llmkit.training import loop, state
+from llmkit.training import loop, state, step
 from llmkit.training.metrics import MetricsLog, read_metrics
-from llmkit.training.objectives import next_token
+from llmkit.training.objectives import Result, next_token
 from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
 
 Train = Callable[..., dict[str, Any]]
@@ -39,6 +41,10 @@ def at_step(number: int, act: Callable[[], None]) -> Callable[[dict[str, Any]], 
 
 def crash() -> None:
     raise Crash
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 def weights(run: Path) -> bytes:
@@ -139,7 +145,7 @@ def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param(kill_in(loop, "clip_gradients", 6), id="in a step"),
+        pytest.param(kill_in(step, "clip_gradients", 6), id="in a step"),
         pytest.param(kill_in(state, "write_safetensors", 2), id="in a checkpoint"),
         pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
         pytest.param(kill_in(loop, "evaluate", 2), id="in an evaluation"),
@@ -248,33 +254,170 @@ def test_existing_output(train: Train, whole: Path, tmp_path: Path) -> None:
     assert steps(run) == list(range(1, 17))
 
 
+def test_keep_every(train: Train, tmp_path: Path) -> None:
+    """Behaviour: --keep 1 --keep-every 6 leaves the last one and those of steps 6 and 12."""
+    train(tmp_path / "run", keep=1, keep_every=6)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == [f"step-{n:08d}" for n in (6, 12, 16)]
+
+
 def test_keep_removes_old_checkpoints(train: Train, tmp_path: Path) -> None:
     """Behaviour: --keep 2 leaves the last two."""
     train(tmp_path / "run", keep=2)
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000015", "step-00000016"]
 
 
-def test_diverging_run_stops_with_a_clear_error(train: Train, tmp_path: Path) -> None:
-    """Behaviour: a loss that is no number ends the run before the optimiser takes the step."""
+def test_run_whose_every_loss_is_no_number_gives_up(train: Train, tmp_path: Path) -> None:
+    """Behaviour: batches that give no number are skipped and named, up to a limit; the error names the last good checkpoint."""
+    run = tmp_path / "run"
 
-    def objective(model: Any, batch: Any, scale: float) -> Any:
+    def objective(model: Any, batch: Any, scale: float) -> Result:
         found = next_token(model, batch, scale)
-        saved = len(list((tmp_path / "run" / "checkpoints").glob("step*")))
-        return found._replace(loss=found.loss * (float("nan") if saved else 1.0))
+        bad = find_checkpoints(run) and model.training
+        return found._replace(loss=found.loss * float("nan")) if bad else found
 
-    with pytest.raises(LlmkitError, match="loss nan") as caught:
-        train(tmp_path / "run", objective=objective)
-    assert "at step 4" in caught.value.message
+    with pytest.raises(LlmkitError, match="more than 8 rollbacks within 128 steps, the last at step 1[2-5]") as caught:
+        train(run, objective=objective, save_every=3)
+    assert "the last good checkpoint is" in caught.value.hint
+    assert len([e for e in events(run) if e["event"] == "rollback"]) == 9
 
 
-def test_damaged_state_is_an_error(train: Train, tmp_path: Path) -> None:
-    """Behaviour: a checkpoint whose optimiser state is cut off is refused by name."""
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [("state/optimizer.safetensors", "cut"), ("model.safetensors", "flip"), ("config.json", "remove"), ("state/digests.json", "remove")],
+)  # fmt: skip
+def test_damaged_checkpoint_is_passed_over(train: Train, whole: Path, tmp_path: Path, file: str, how: str) -> None:
+    """Property: with a file cut, a bit flipped or a file missing the run goes on from the checkpoint before, says so, and ends in the same bytes."""
+    run, said = tmp_path / "run", []
+    with pytest.raises(Crash):
+        train(run, heldout=True, eval_every=4, report=at_step(7, crash))
+    damaged = run / "checkpoints" / "step-00000006" / file
+    content = damaged.read_bytes()
+    if how == "remove":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content[:1000] if how == "cut" else content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
+    train(run, resume=True, heldout=True, eval_every=4, say=said.append)
+    assert "step-00000006" in said[0] and file in said[0]
+    assert weights(run) == weights(whole)
+    assert [e["checkpoint"] for e in events(run) if e["event"] == "damaged checkpoint"] == ["step-00000006"]
+
+
+def test_nothing_but_damaged_checkpoints(train: Train, tmp_path: Path) -> None:
+    """Behaviour: where no checkpoint is whole, the error says so, and nothing is trained."""
     with pytest.raises(Crash):
         train(tmp_path / "run", report=at_step(4, crash))
     file = tmp_path / "run" / "checkpoints" / "step-00000003" / "state" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(LlmkitError, match="not a readable optimiser state"):
+    with pytest.raises(LlmkitError, match="all 1 checkpoints are damaged"):
         train(tmp_path / "run", resume=True)
+
+
+def test_full_disk(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a checkpoint that the disk does not take is reported and tried again after the next step; the one before stays, the weights are the same."""
+    run, said, calls = tmp_path / "run", [], 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in (2, 3):  # the second checkpoint, twice
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_safetensors(*arguments)
+
+    write_safetensors = state.write_safetensors
+    monkeypatch.setattr(state, "write_safetensors", full)
+    train(run, heldout=True, eval_every=4, say=said.append, keep=1)
+    assert weights(run) == weights(whole)
+    assert "No space left on device" in said[0] and "step-00000003" in said[0]
+    failed = [e["step"] for e in events(run) if e["event"] == "save failed"]
+    assert failed and 6 <= failed[0] <= 8 and not list((run / "checkpoints").glob(".*"))
+
+
+def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where the last checkpoint finds no room the run ends with an error that names the last good one, and can be resumed."""
+    run = tmp_path / "run"
+    original = state.write_safetensors
+
+    def full(path: Path, *arguments: Any) -> None:
+        if "step-00000003" not in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_safetensors", full)
+        with pytest.raises(LlmkitError, match="the checkpoint of step 16 could not be stored") as caught:
+            train(run)
+    assert "step-00000003 is the last good one" in caught.value.hint
+    train(run, resume=True)
+    assert steps(run) == list(range(1, 17))
+
+
+def test_log_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: lines that a full disk does not take, in part or at all, come later, in order, none twice."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1})
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            self.file.write(data[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def truncate(self, size: int) -> None:
+            self.file.truncate(size)
+
+    file = log._file
+    monkeypatch.setattr(log, "_file", Full(file))
+    log.write({"step": 2})
+    log.write({"step": 3})
+    log.write({"step": 3, "heldout_loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()
+    monkeypatch.setattr(log, "_file", file)
+    log.write({"step": 4})
+    log.sync()
+    log.close()
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": 1}, {"step": 2}, {"step": 3, "heldout_loss": 1.0}, {"step": 4}]  # fmt: skip
+
+
+def test_signal_in_a_step_drops_it(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Property: SIGTERM in the middle of a forward pass (where compilation happens) ends it at once; the steps before are saved, and nothing is lost."""
+    run, calls = tmp_path / "run", 0
+
+    def objective(model: Any, batch: Any, scale: float) -> Result:
+        nonlocal calls
+        calls += model.training
+        if calls == 9:  # step 5
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("the step went on")
+        return next_token(model, batch, scale)
+
+    with pytest.raises(Terminated):
+        train(run, heldout=True, eval_every=4, objective=objective)
+    assert [p.name for p in find_checkpoints(run)] == ["step-00000003", "step-00000004"]
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert weights(run) == weights(whole)
+    assert losses(run) == losses(whole)
+
+
+def test_sigusr1_saves_and_goes_on(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Behaviour: SIGUSR1 makes a checkpoint of the step, and the run goes on to the same bytes."""
+    run = tmp_path / "run"
+    train(run, heldout=True, eval_every=4, report=at_step(5, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+    assert "step-00000005" in [p.name for p in find_checkpoints(run)]
+    assert weights(run) == weights(whole)
+
+
+def test_max_hours(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Behaviour: when the time is over the run is saved and ends with exit code 75; --resume goes on."""
+    run = tmp_path / "run"
+    with pytest.raises(LlmkitError, match="hours are over at step 5") as caught:
+        train(run, heldout=True, eval_every=4, max_hours=0.5 / 3600, report=at_step(5, lambda: time.sleep(0.6)))
+    assert caught.value.code == 75
+    assert find_checkpoints(run)[-1].name == "step-00000005"
+    train(run, resume=True, heldout=True, eval_every=4)
+    assert weights(run) == weights(whole)
 
 
 def test_hostile_trainer_state_is_an_error(train: Train, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ class ListStream:
     def span(self, start: int, stop: int) -> np.ndarray:
         return self.data[start:stop]
 
+    def id(self, i: int) -> str:
+        return f"d{i}"
+
+    def document(self, i: int) -> np.ndarray:
+        return self.data[self.offsets[i] : self.offsets[i + 1]]
+
 
 def tiny_model(seed: int = 0) -> Decoder:
     torch.manual_seed(seed)

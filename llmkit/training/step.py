@@ -1,0 +1,180 @@
+"""One step of training, and what it is made of: gradients over all micro-batches and processes, the update, an evaluation, the documents in it.
+
+    measured = accumulate(training, step)     # gradients are there, clipped; nothing has changed yet
+    update(training, rate)
+
+Losses of micro-batches are divided by the weight of the whole step, so that the gradients only have to be added up; see training.data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkit.training.data import Batch, Source
+from llmkit.training.diagnosis import Piece
+from llmkit.training.distributed import Processes
+from llmkit.training.objectives import Objective, Result, next_token
+from llmkit.training.optimizer import clip_gradients, set_rate
+from llmkit.training.schedule import Schedule
+from llmkit.training.state import RunDirectory, TrainerState
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Training:
+    """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
+    into `model`. `write_model(directory, weights, step, tokens)` fills a model directory; `initial()` gives weights and moments of step 0 once more.
+    `report` is called with every record of the log, `say` with what a user should know."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    figures: tuple[str, ...]  # names of what the objective reports beside the loss
+    source: Source
+    schedule: Schedule
+    processes: Processes
+    directory: RunDirectory
+    state: TrainerState
+    write_model: Callable[[Path, Tensors, int, int], None]
+    initial: Callable[[], tuple[Tensors, Tensors]]
+    start: Path | None = None
+    micro_batch: int = 8
+    clip: float = 1.0
+    save_every: int = 0
+    keep: int = 0
+    keep_every: int = 0
+    heldout: Source | None = None
+    eval_every: int = 0
+    max_hours: float = math.inf
+    max_rollbacks: int = 8  # within a window of the guard; 0: no guard
+    chance: float = math.inf  # loss of a guess among all tokens, where the loss is one of tokens
+    decode: Callable[[list[int]], str] | None = None
+    flops_per_token: float = 0.0
+    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
+    report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
+    say: Callable[[str], None] = field(default=lambda text: None)
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row."""
+
+    figures: dict[str, float]
+    norm: float
+    worst: float
+
+    def for_guard(self) -> tuple[float, float, float]:
+        return self.figures["loss"], self.norm, self.worst
+
+
+def accumulate(t: Training, step: int) -> Measured:
+    """Forward and backward passes of a step: the gradients of all processes, clipped, lie at the parameters. Weights and moments are as before."""
+    source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
+    scale = 1.0 / max(source.weight(step), 1e-9)
+    parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
+    sums: Tensors = {}
+    worst = -math.inf
+    t.model.train()
+    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+        batch = source.batch(step, start, stop).to(processes.device)
+        with processes.accelerator.autocast():
+            found = t.objective(t.model, batch, scale * factor)
+        (scaler.scale(found.loss) if scaler else found.loss).backward()
+        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
+            sums[name] = sums.get(name, 0) + value
+        worst = max(worst, _worst_row(batch, found))
+    processes.add_gradients(parameters)
+    if scaler:
+        scaler.unscale_(t.optimizer)
+    figures, worst = _gather(t, sums, worst)
+    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst)
+
+
+def update(t: Training, rate: float) -> None:
+    """Take the step whose gradients `accumulate` has left, with this learning rate."""
+    scaler = t.processes.accelerator.scaler
+    set_rate(t.optimizer, rate)
+    if scaler:
+        scaler.step(t.optimizer)
+        scaler.update()
+    else:
+        t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+
+
+def _gather(t: Training, sums: Tensors, worst: float) -> tuple[dict[str, float], float]:
+    """The figures of the whole step by name, and the loss of its worst row (nan: unknown). A process that had no row in it adds zeros."""
+    names = ("loss", *t.figures)
+    values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
+    each = [0.0] * t.processes.count  # one place for every process: their sum then holds the value of each
+    each[t.processes.rank] = worst if math.isfinite(worst) else 0.0
+    found = t.processes.add([*values, *each])
+    figures = dict(zip(names, found, strict=False))
+    largest = max(found[len(names) :])
+    return figures, largest if largest > 0 else math.nan
+
+
+def _worst_row(batch: Batch, found: Result) -> float:
+    """The highest mean loss of a row; -inf where losses of tokens are not known."""
+    if found.token_losses is None or found.positions is None or not len(found.positions):
+        return -math.inf
+    shape = batch.targets.shape
+    losses = found.token_losses.new_zeros(shape.numel()).index_put((found.positions,), found.token_losses).view(shape)
+    counted = (batch.weights > 0).sum(dim=1)
+    return float((losses.sum(dim=1) / counted.clamp(min=1)).max())
+
+
+def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], bool] = lambda: False) -> float | None:
+    """Mean loss over the weights of a step of `source`, all processes together; None where any was `stopped` before the end."""
+    processes = t.processes
+    scale = 1.0 / max(source.weight(step), 1e-9)
+    total, stops = 0.0, False
+    t.model.eval()
+    with torch.no_grad():
+        for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+            stops = processes.agree(stopped())
+            if stops:
+                break
+            batch = source.batch(step, start, stop).to(processes.device)
+            with processes.accelerator.autocast():
+                found = t.objective(t.model, batch, scale * factor)
+            total += float(found.figures.get("loss", found.loss))
+    total, left = processes.add([total, float(stops)])
+    return None if left else total
+
+
+def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
+    """The documents of a step in order, with the loss of their tokens in it under the weights as they are. Every process computes all of it."""
+    tokens: dict[str, np.ndarray] = {}
+    lost: dict[str, list[np.ndarray]] = {}
+    t.model.eval()
+    rows = t.source.rows(step)
+    for start in range(0, rows, t.micro_batch):
+        batch = t.source.batch(step, start, min(start + t.micro_batch, rows))
+        found = np.full(batch.targets.shape, np.nan, np.float32)
+        if losses:
+            with torch.no_grad(), t.processes.accelerator.autocast():
+                result = next_token(t.model, batch.to(t.processes.device), 1.0)
+            if result.positions is not None and result.token_losses is not None:
+                found.reshape(-1)[result.positions.cpu().numpy()] = result.token_losses.cpu().numpy()
+        count, length = batch.targets.shape
+        owners = np.zeros((count, length), np.int64) if batch.document_ids is None else batch.document_ids.numpy()
+        for row in range(count):
+            cuts = [0, *(np.flatnonzero(np.diff(owners[row])) + 1).tolist(), length]
+            for first, last in zip(cuts, cuts[1:], strict=False):
+                if owners[row, first] >= 0:
+                    # A batch of pairs has two rows for each.
+                    name, whole = t.source.document(
+                        step, start + row % (min(start + t.micro_batch, rows) - start), first
+                    )
+                    tokens[name] = whole
+                    lost.setdefault(name, []).append(found[row, first:last])
+    return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]

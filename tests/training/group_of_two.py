@@ -1,0 +1,74 @@
+"""What every process of `test_layouts_agree_with_one_process` does; run by torchrun, or alone: python group_of_two.py DIRECTORY."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny import CONFIG, ListStream
+
+from llmkit.io.lineage import Input, Lineage
+from llmkit.model.decoder import Decoder
+from llmkit.training import distributed
+from llmkit.training.data import HeldOutSource, StreamSource
+from llmkit.training.objectives import next_token
+from llmkit.training.parallel import layout_named, local
+from llmkit.training.schedule import Schedule
+from llmkit.training.session import Session, Settings
+from llmkit.training.state import open_run
+
+STEPS = 20
+
+
+def untied() -> Decoder:
+    """With a head of its own, so that the outermost group of FSDP has every kind of parameter."""
+    model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=False))
+    model.initialise(0)
+    return model
+
+
+def train(processes: distributed.Processes, path: Path, *, resume: bool = False, poisoned: bool = False) -> None:
+    """Train for 20 steps of 3 rows and a ragged last one of 1; `poisoned`: after step 8 an embedding of the first process is no number, once."""
+    struck = []
+
+    def report(record: dict[str, object]) -> None:
+        if poisoned and record["step"] == 8 and not struck:
+            struck.append(local(model.state_dict()["model.embed_tokens.weight"]).detach()[1:9].fill_(torch.nan))
+
+    stream = ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
+    source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
+    plan = Schedule("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
+    settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10)
+    with open_run(str(path), resume=resume, force=False, main=processes.main) as directory:
+        processes.wait()
+        opened = Session(settings, processes, directory)
+        opened.begin(Lineage("train", {"seed": 0}), [Input("input", "data", "xxh3:0")], 3, 32, "seed = 0\n")
+        model = opened.model(untied)
+        opened.train(
+            model,
+            next_token,
+            source,
+            plan,
+            tokenizer_files={},
+            heldout=HeldOutSource(ListStream([50, 40], seed=3), 32),
+            report=report,
+        )
+
+
+def main(place: Path) -> None:
+    torch.set_num_threads(1)
+    processes = distributed.start()
+    for name in ("ddp", "fsdp"):
+        laid = dataclasses.replace(processes, layout=layout_named(name, processes.count))
+        train(laid, place / name)
+        train(laid, place / f"{name}_poisoned", poisoned=True)
+    sharded = dataclasses.replace(processes, layout=layout_named("fsdp", processes.count))
+    train(sharded, place / "one_then_two", resume=True)
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,373 @@
+"""Several processes: layouts, restarts, the watch-dog, pace."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group_of_two import STEPS, train, untied
+
+from llmkit.errors import ExitCode, LlmkitError, UsageError
+from llmkit.training import distributed, elastic, pace, watchdog
+from llmkit.training.metrics import read_metrics
+from llmkit.training.parallel import layout_named, local_part
+from llmkit.training.state import RunDirectory, find_checkpoints
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def only_until(run: Path, step: int) -> None:
+    """Take a finished run back to its checkpoint `step`."""
+    for link in ("final", "latest"):
+        (run / link).unlink()
+    for checkpoint in find_checkpoints(run):
+        if int(checkpoint.name[-8:]) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
+    """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5, also where weights become NaN; checkpoints of 2 resume on 1, and of 1 on 2."""
+    from llmkit.model.checkpoint import load_model
+
+    alone = distributed.start()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(alone, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "one_then_two", symlinks=True)
+    only_until(tmp_path / "one_then_two", 10)
+    group = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    script = Path(__file__).with_name("group_of_two.py")
+    call = [*group, "--rdzv-endpoint", "127.0.0.1:0", str(script), str(tmp_path)]
+    subprocess.run(call, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    expected = losses(tmp_path / "one")
+    assert len(expected) == STEPS
+    heldout = [r["heldout_loss"] for r in read_metrics(tmp_path / "one" / "metrics.jsonl") if "heldout_loss" in r]
+    for name in ("ddp", "fsdp", "one_then_two", "ddp_poisoned", "fsdp_poisoned"):
+        assert losses(tmp_path / name) == pytest.approx(expected, abs=1e-5), name
+        records = list(read_metrics(tmp_path / name / "metrics.jsonl"))
+        assert [r["heldout_loss"] for r in records if "heldout_loss" in r] == pytest.approx(heldout, abs=1e-5)
+        assert name == "one_then_two" or records[-1]["slowest_rank"] in (0, 1)
+        model, _ = load_model(tmp_path / name)
+        for key, value in load_model(tmp_path / "one")[0].state_dict().items():
+            assert torch.allclose(model.state_dict()[key], value, atol=1e-4), (name, key)
+        rollbacks = [event["to"] for event in events(tmp_path / name) if event["event"] == "rollback"]
+        assert len(rollbacks) == name.endswith("poisoned"), name
+    assert events(tmp_path / "one_then_two")[-2]["environment"]["parallel"] == "fsdp"
+    only_until(tmp_path / "fsdp", 10)
+    train(alone, tmp_path / "fsdp", resume=True)
+    assert losses(tmp_path / "fsdp") == pytest.approx(expected, abs=1e-5)
+    torch.set_num_threads(threads)
+
+
+class Mesh:
+    """A mesh of one dimension as `local_part` sees it."""
+
+    def __init__(self, size: int, mine: int) -> None:
+        self.size, self.get_local_rank = (lambda dimension: size), (lambda dimension: mine)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+def test_parts_cover_the_whole_once(rows: int) -> None:
+    """Property: the parts of 3 processes, the last of which may be empty, are the tensor."""
+    from torch.distributed.tensor import Shard
+
+    class Parameter:
+        placements = (Shard(0),)
+
+    whole, parts = torch.arange(rows * 2.0).view(rows, 2), []
+    for rank in range(3):
+        Parameter.device_mesh = Mesh(3, rank)  # type: ignore[attr-defined]
+        parts.append(local_part(whole, Parameter))  # type: ignore[arg-type]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_layouts_are_named() -> None:
+    """Behaviour: a wrong layout gets a suggestion; fp16 does not go with shards."""
+    with pytest.raises(UsageError, match="unknown --parallel 'fdsp'") as error:
+        layout_named("fdsp", 2)
+    assert "fsdp" in error.value.hint
+    with pytest.raises(UsageError, match="fp16"):
+        layout_named("fsdp", 2).place(untied(), torch.device("cpu"), "fp16")
+    assert layout_named("auto", 4).name == layout_named("fsdp", 1).name == "ddp"
+
+
+@pytest.mark.parametrize(("rows", "micro_batch"), [(1, 1), (3, 1), (5, 2), (8, 3), (7, 8)])
+def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: in lockstep all processes make the same number of passes, and every row counts once; else none is made in vain."""
+
+    class Model:
+        last: list[bool]
+
+        def set_requires_gradient_sync(self, last: bool) -> None:
+            self.last.append(last)
+
+    processes = distributed.start()
+    monkeypatch.setattr(distributed.Processes, "count", 3)
+    for name in ("fsdp", "ddp"):
+        processes.layout, counts, seen = layout_named(name, 3), set(), []
+        for rank in range(3):
+            monkeypatch.setattr(distributed.Processes, "rank", rank)
+            model = Model()
+            model.last = []
+            turns = list(processes.turns(model, rows, micro_batch))  # type: ignore[arg-type]
+            counts.add(len(turns))
+            seen += [row for start, stop, factor in turns if factor for row in range(start, stop)]
+            assert name == "ddp" or model.last == [False] * (len(turns) - 1) + [True]
+        assert seen == list(range(rows))
+        assert name == "ddp" or len(counts) == 1
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "llmkit", *arguments], env=environment, stderr=subprocess.PIPE)
+
+
+def wait_for(condition: Callable[[], bool], group: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert group.poll() is None, group.stderr.read().decode()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def child(group: subprocess.Popen[bytes], rank: int) -> int:
+    """Process id of a rank."""
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == group.pid and f"\0RANK={rank}\0" in "\0" + (place / "environ").read_text():
+                return int(place.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
+def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: rank 1 killed, then stopped: the run goes on by itself, names it, and ends in the bytes of the undisturbed one; FSDP, 2 processes."""
+    monkeypatch.chdir(workplace)
+    call = ("train", "shards", "-m", "config.json", "--tokens", "60k", "--save-every", "10", "--processes", "2")
+    call = (*call, "--parallel", "fsdp", "-q")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    undisturbed = start(*call, "-o", str(whole))
+    assert undisturbed.wait(120) == 0, undisturbed.stderr.read().decode()  # type: ignore[union-attr]
+    group = start(*call, "-o", str(run), "--max-restarts", "2", "--hang-timeout", "10")
+
+    def trained(steps: int, starts: int) -> Callable[[], bool]:
+        def reached() -> bool:
+            if not (run / "events.jsonl").exists():
+                return False
+            begun = [event for event in events(run) if event["event"] in ("start", "resume")]
+            return len(begun) >= starts and len(losses(run)) >= steps
+
+        return reached
+
+    wait_for(trained(15, 1), group)
+    os.kill(child(group, 1), signal.SIGKILL)
+    wait_for(trained(25, 2), group)
+    os.kill(child(group, 1), signal.SIGSTOP)
+    said = group.communicate(timeout=120)[1].decode()
+    assert group.returncode == 0, said
+    found = events(run)
+    names = [event["event"] for event in found if event["event"] != "straggler"]
+    assert names == ["start", "restart", "resume", "hang", "restart", "resume", "end"]
+    restarts = [event for event in found if event["event"] == "restart"]
+    assert [r["reason"] for r in restarts] == [
+        "rank 1 was killed by signal 9 (SIGKILL)",
+        "rank 1 made no progress for 10 s",
+    ]
+    assert "lost the other processes" in said and "File " in said  # the stack of the rank that was stopped
+    assert losses(run) == losses(whole)
+    assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
+
+
+class Group:
+    """Stands for torch's agent: fails as the script says, (exit codes by rank, what the group does before it dies)."""
+
+    def __init__(self, script: list[tuple[dict[int, int], Callable[[], None]]]) -> None:
+        self.script, self.calls = list(script), []  # type: ignore[var-annotated]
+
+    def __call__(self, configuration: Any, program: str) -> Callable[..., None]:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+        def run(*arguments: str) -> None:
+            self.calls.append((configuration.nproc_per_node, elastic.restarted()))
+            codes, act = self.script.pop(0)
+            act()
+            if codes:
+                failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in codes.items()}
+                for failure in failures.values():
+                    failure.timestamp = 1
+                raise ChildFailedError("group", failures)
+
+        return run
+
+
+def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: what is started again, with how many processes and whether as a resumption; what is not; when it is given up."""
+    monkeypatch.setenv("LLMKIT_RESTARTED", "")
+    monkeypatch.delenv("LLMKIT_RESTARTED")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = RunDirectory(tmp_path)
+
+    def begin() -> None:
+        time.sleep(0.01)
+        (tmp_path / "config.toml").touch()
+        run.event("start")
+
+    def launch(restarts: int, *script: tuple[dict[int, int], Callable[[], None]]) -> tuple[int, list[Any]]:
+        group = Group(list(script))
+        monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", group)
+        os.environ.pop("LLMKIT_RESTARTED", None)
+        return elastic.launch(3, [], str(tmp_path), restarts), group.calls
+
+    nothing = lambda: None  # noqa: E731
+    # Died before the run had begun: the same call again. Then as a resumption; a group that does not come to train is made smaller.
+    code, calls = launch(
+        4, ({1: -9}, nothing), ({0: 69, 2: -9}, begin), ({2: -6}, nothing), ({0: 143, 1: 69}, begin), ({}, begin)
+    )
+    assert (code, calls) == (0, [(3, False), (3, False), (3, True), (2, True), (2, True)])
+    assert [e["reason"].split(" (")[0] for e in events(tmp_path) if e["event"] == "restart"] == [
+        "rank 2 was killed by signal 9",
+        "rank 2 was killed by signal 6",
+        "rank 1 lost the others or its device",
+    ]
+    assert "starting again with 2 processes" in capsys.readouterr().err
+    # Errors that would come again, and a run that was told to stop, are not repeated.
+    assert launch(3, ({0: 69, 1: 1}, begin)) == (1, [(3, False)])
+    assert launch(3, ({0: 143, 1: 143}, begin)) == (143, [(3, False)])
+    assert launch(1, ({0: 69}, begin), ({0: 69}, begin))[0] == ExitCode.LOST
+    with pytest.raises(LlmkitError, match=r"killed by signal 9 \(rank 1\)") as error:
+        launch(0, ({1: -9}, begin))
+    assert "--max-restarts" in error.value.hint
+
+
+def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST; one that beats is left alone."""
+    ended, codes, found = threading.Event(), [], []  # type: ignore[var-annotated]
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        dog.stop()
+        ended.set()
+
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: found.append((name, details)))
+    dog.start()
+    for _ in range(8):
+        time.sleep(0.1)
+        dog.beat()
+    assert not codes
+    assert ended.wait(10)
+    assert codes == [ExitCode.LOST]
+    assert found[0][0] == "hang"
+    assert found[0][1]["ranks"] == [0]
+    assert any("test_hung_process_names_itself" in line for line in found[0][1]["stack"])
+    said = capfd.readouterr().err
+    assert "rank 0 made no progress for 0.4 s" in said
+    assert "test_hung_process_names_itself" in said
+
+
+class Store:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.kept[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return keys[0] in self.kept
+
+    def get(self, key: str) -> bytes:
+        return self.kept[key].encode()
+
+
+def test_who_is_behind_is_hung() -> None:
+    """Behaviour: of three processes the one that has entered fewer collectives is meant, unless it still makes passes, or another's thread is silent."""
+    dogs, store = [watchdog.Watchdog(rank, 3, 0.2, lambda name, **details: None) for rank in range(3)], Store()
+    for dog in dogs:
+        dog._store = store
+        dog.meet()
+    dogs[0].meet()
+    dogs[2].meet()
+
+    def look(*awake: int) -> list[int]:
+        deadline = time.monotonic() + 0.15
+        while time.monotonic() < deadline:
+            for rank in awake:
+                dogs[rank]._publish()
+            for dog in dogs:
+                dog._look()
+            time.sleep(0.01)
+        return dogs[0]._hung()
+
+    assert look(0, 1, 2) == [1]
+    dogs[1].beat()
+    dogs[1]._publish()
+    dogs[0]._look()
+    assert dogs[0]._hung() == []
+    assert look(0, 1, 2) == [1]
+    assert look(0, 1) == [2]
+
+
+def test_lost_errors_are_recognised() -> None:
+    """Behaviour: what gloo, NCCL and a dead device raise becomes one line; our own errors and full memory do not."""
+    text = "[/a/pair.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically caused by ..."
+    error = distributed.lost(RuntimeError(text))
+    assert error is not None
+    assert error.message == "lost the other processes (Read error [127.0.0.1]:8942: Connection reset by peer)"
+    assert error.code == ExitCode.LOST
+    assert distributed.lost(torch.distributed.DistBackendError("NCCL error")) is not None
+    for other in (RuntimeError("shapes do not fit"), ValueError("gloo"), torch.OutOfMemoryError("CUDA error")):
+        assert distributed.lost(other) is None
+
+
+def test_pace() -> None:
+    """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
+    compare = pace.Pace()
+    slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
+    reports = [compare.step(step, slow if step <= 40 else even) for step in range(1, 61)]
+    assert [i + 1 for i, (figures, _) in enumerate(reports) if figures] == [20, 40, 60]
+    assert reports[19] == ({"slowest_rank": 2, "rank_spread": pytest.approx(1.5 / 1.1, abs=1e-3)}, 2)
+    assert reports[39][1] is None
+    assert reports[59][1] is None
+    assert pace.Pace().step(20, [1.0]) == ({}, None)
+
+
+def test_garbage_is_collected_at_chosen_steps() -> None:
+    """Behaviour: a cycle lives until the next step that is a multiple of 50, and Python's own collector is as it was afterwards."""
+    import weakref
+
+    class Node:
+        me: Any
+
+    with pace.collected() as collect:
+        assert not gc.isenabled()
+        node = Node()
+        node.me, gone = node, weakref.ref(node)
+        del node
+        collect(49)
+        assert gone() is not None
+        collect(50)
+        assert gone() is None
+    assert gc.isenabled()

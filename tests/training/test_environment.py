@@ -1,0 +1,119 @@
+"""What must not change in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.training import environment, state
+from llmkit.training.metrics import read_metrics
+from llmkit.training.state import load_trainer_state
+
+Train = Callable[..., dict[str, Any]]
+
+
+def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
+    """A run that ends after 7 of 16 steps, with a checkpoint at 6, or after another step."""
+
+    def report(record: dict[str, Any]) -> None:
+        if record["step"] == at:
+            raise LlmkitError("enough")
+
+    with pytest.raises(LlmkitError, match="enough"):
+        train(run, report=report, **changes)
+
+
+def sealed(checkpoint: Path) -> None:
+    """Make the digests those of the files as they are now."""
+    (checkpoint / "state" / state.DIGESTS).write_text(json.dumps(state._digests(checkpoint)))
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def test_record(train: Train, tmp_path: Path) -> None:
+    """Behaviour: the start and every checkpoint say what the run is made with; threads and processor stand in the event only."""
+    stopped(train, tmp_path / "run")
+    kept = load_trainer_state(tmp_path / "run" / "latest").environment
+    assert kept.keys() == set(environment.NAMES)
+    assert (kept["device"], kept["precision"], kept["deterministic"]) == ("cpu", "fp32", False)
+    assert torch.__version__.startswith(kept["torch"])
+    said = events(tmp_path / "run")[0]["environment"]
+    assert kept.items() <= said.items()
+    assert said["threads"] == torch.get_num_threads()
+    assert said["processes"] == 1
+
+
+def test_another_torch_is_refused_until_it_is_accepted(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: the line names what changed, from what to what; accepted it goes on, says so, and the new one counts from there."""
+    run = tmp_path / "run"
+    stopped(train, run)
+    before = load_trainer_state(run / "latest").environment["torch"]
+    monkeypatch.setattr(environment.torch, "__version__", "2.99.1+cpu")
+    with pytest.raises(LlmkitError) as error:
+        train(run, resume=True)
+    assert error.value.message == f"torch was {before} when the run was started and is 2.99.1 now"
+    assert error.value.hint == "--accept-change torch goes on; bits may differ"
+    with pytest.raises(LlmkitError, match="torch was"):
+        train(run, resume=True, accept_change="llmkit,precision")
+    stopped(train, run, at=10, resume=True, accept_change="torch")
+    assert events(run)[-1]["accepted"] == ["torch"]
+    train(run, resume=True)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(1, 17))
+    assert load_trainer_state(run / "final").environment["torch"] == "2.99.1"
+
+
+def test_other_threads_and_records_without_a_name_are_no_change(train: Train, tmp_path: Path) -> None:
+    """Behaviour: threads may change, and a checkpoint of a version that recorded nothing resumes."""
+    run = tmp_path / "run"
+    stopped(train, run)
+    path = run / "latest" / "state" / "trainer.json"
+    fields = json.loads(path.read_bytes())
+    del fields["environment"]
+    path.write_text(json.dumps(fields))
+    sealed(run / "latest")
+    threads = torch.get_num_threads()
+    train(run, resume=True, threads=threads + 1)
+    torch.set_num_threads(threads)
+
+
+def test_several_changes(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: the first is told in full, all stand in the hint; an edited config.json is a change too."""
+    run = tmp_path / "run"
+    stopped(train, run)
+    config = run / "latest" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    sealed(run / "latest")
+    with pytest.raises(LlmkitError, match="the model's configuration was"):
+        train(run, resume=True)
+    monkeypatch.setattr(environment, "__version__", "9.0")
+    with pytest.raises(LlmkitError, match=r"llmkit was .* and is 9\.0 now \(and model\)") as error:
+        train(run, resume=True, accept_change="torch")
+    assert error.value.hint == "--accept-change llmkit,model,torch goes on; bits may differ"
+
+
+@pytest.mark.parametrize(("text", "hint"), [("torhc", "'torch'"), ("torch,prec", "precision"), ("threads", "known")])
+def test_names_are_known(train: Train, tmp_path: Path, text: str, hint: str) -> None:
+    """Behaviour: a name that is none is a wrong call, with the nearest that is one."""
+    with pytest.raises(UsageError, match="unknown --accept-change") as error:
+        train(tmp_path / "run", accept_change=text)
+    assert hint in error.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_are_shown_as_words() -> None:
+    """Behaviour: on and off, not True and False."""
+    with pytest.raises(LlmkitError, match="deterministic mode was off when the run was started and is on now"):
+        environment.refuse_drift({"deterministic": False}, {"deterministic": True}, ())
+    with pytest.raises(LlmkitError, match="precision was fp32 when the run was started and is bf16 now"):
+        environment.refuse_drift({"precision": "fp32"}, {"precision": "bf16"}, ("torch",))
+    assert environment.refuse_drift({"a": 1, "b": 2}, {"a": 1, "c": 3}, ()) == []

@@ -1,0 +1,241 @@
+"""The guard: what is skipped, what is undone, what stays; and that a run which is killed around it ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import ListStream, tiny_model
+
+from llmkit.errors import LlmkitError
+from llmkit.io.lineage import Input, Lineage
+from llmkit.training import session as sessions
+from llmkit.training.data import StreamSource
+from llmkit.training.guard import ENOUGH, PATIENCE, RECENT, Guard, Verdict
+from llmkit.training.metrics import read_metrics
+from llmkit.training.objectives import Result, next_token
+from llmkit.training.schedule import Schedule
+
+STEPS = 70
+PLACES = {"noise": (61, 92), "repetition": (123,)}  # documents, far enough apart
+RARE = (76, 106)
+
+
+def documents(poisoned: bool) -> ListStream:
+    """160 documents of 128 tokens: walks over the lower half of the ids. Two hold random ids and one a single id; two are walks over the upper half,
+    of which no other document has any: a rare domain."""
+    stream = ListStream([128] * 160, vocabulary=32)
+    draw = np.random.default_rng(5)
+    for i in RARE:
+        stream.data[i * 128 : (i + 1) * 128] += 32
+    for i in PLACES["noise"] if poisoned else ():
+        stream.data[i * 128 : (i + 1) * 128] = draw.integers(0, 64, 128)
+    for i in PLACES["repetition"] if poisoned else ():
+        stream.data[i * 128 : (i + 1) * 128] = 60
+    return stream
+
+
+def train(path: Path, stream: ListStream | None = None, objective: Any = next_token, rate: float = 5e-3, **changes: Any) -> dict[str, Any]:  # fmt: skip
+    """70 steps of 2 documents each."""
+    source = StreamSource(stream or documents(True), 64, 4, STEPS * 256)
+    report, steps = changes.pop("report", lambda record: None), changes.pop("steps", STEPS)
+    source.steps = steps
+    settings = sessions.Settings(str(path), **({"micro_batch": 4, "save_every": 20, "resume": True} | changes))
+    with sessions.session(settings) as opened:
+        opened.begin(Lineage("train", {}), [Input("input", "data", "xxh3:0")], 4, 64, "")
+        return opened.train(
+            opened.model(tiny_model), objective, source, Schedule("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
+        )  # fmt: skip
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == name]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def log(run: Path) -> list[tuple[int, Any, Any]]:
+    return [(r["step"], r.get("loss"), r.get("skipped")) for r in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run over poisoned data that nothing else disturbed; tests only read it."""
+    run = tmp_path_factory.mktemp("guard") / "run"
+    train(run)
+    return run
+
+
+def test_poison_is_skipped_and_named_and_the_rare_stays(poisoned: Path, tmp_path: Path) -> None:
+    """Behaviour: exactly the injected documents are named and their batches skipped; the rare domain is trained on; the loss is that of clean data."""
+    found = events(poisoned, "rollback")
+    assert sorted((d["id"], d["reason"]) for e in found for d in e["documents"]) == sorted(
+        (f"d{i}", reason) for reason, places in PLACES.items() for i in places
+    )
+    batches = sorted(i // 2 + 1 for places in PLACES.values() for i in places)
+    assert [e["skipped"] for e in found] == [[n] for n in batches]
+    assert [r["step"] for r in read_metrics(poisoned / "metrics.jsonl") if r.get("skipped")] == batches
+    kept = {e["step"] for e in events(poisoned, "spike")}
+    assert {i // 2 + 1 for i in RARE} <= kept
+    train(tmp_path / "clean", documents(False))
+    last = [[r["loss"] for r in read_metrics(run / "metrics.jsonl")][-1] for run in (poisoned, tmp_path / "clean")]
+    assert last[0] == pytest.approx(last[1], rel=0.02)
+
+
+def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def report(record: dict[str, Any]) -> None:
+        if record["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return report
+
+
+@pytest.mark.parametrize("moment", [31, 46, 63])
+def test_killed_after_a_rollback_and_before_the_next_checkpoint(poisoned: Path, tmp_path: Path, moment: int) -> None:
+    """Property: with SIGKILL right after steps were skipped, the resumed run comes to the same decisions and the same bytes."""
+    run = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        try:
+            train(run, report=kill_at(moment))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    train(run)
+    assert weights(run) == weights(poisoned)
+    assert log(run) == log(poisoned)
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
+    """Property: a NaN in an embedding row, put there once, costs nothing but time: the run goes back to its last good state and ends as if it had not been."""
+    train(tmp_path / "clean", documents(False))
+    broken = False
+
+    def objective(model: Any, batch: Any, scale: float) -> Result:
+        nonlocal broken
+        if not broken and model.training and len(log(tmp_path / "run")) == 33:
+            broken = True
+            with torch.no_grad():
+                model.model.embed_tokens.weight[7] = float("nan")
+        return next_token(model, batch, scale)
+
+    train(tmp_path / "run", documents(False), objective)
+    (found,) = events(tmp_path / "run", "rollback")
+    assert (found["step"], found["skipped"], found["cause"]) == (34, [], "weights that are no numbers")
+    assert weights(tmp_path / "run") == weights(tmp_path / "clean")
+    assert log(tmp_path / "run") == log(tmp_path / "clean")
+
+
+def test_a_model_that_was_harmed_is_taken_back(tmp_path: Path) -> None:
+    """Property: a loss that goes up and stays up with what was learnt lost is undone: back to before, those batches skipped; resumed, the same bytes."""
+
+    def harmful(place: Path) -> Any:
+        def objective(model: Any, batch: Any, scale: float) -> Result:
+            if model.training and len(log(place)) == 40:  # step 41, unless it is passed over
+                with torch.no_grad():
+                    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight.flip(0))
+            return next_token(model, batch, scale)
+
+        return objective
+
+    results = []
+    for name, moment in (("whole", 0), ("killed", 44)):
+        run = tmp_path / name
+        if moment:
+            child = os.fork()
+            if child == 0:
+                try:
+                    train(run, documents(False), harmful(run), report=kill_at(moment))
+                finally:
+                    os._exit(1)
+            os.waitpid(child, 0)
+        train(run, documents(False), harmful(run))
+        results.append((weights(run), [e["skipped"] for e in events(run, "rollback")]))
+    assert results[0][1] == [[41, 42, 43, 44, 45]] and results[0] == results[1]
+
+
+def test_a_new_kind_of_data_becomes_normal(tmp_path: Path) -> None:
+    """Behaviour: a loss that goes up because the data changed for good is trained on: nothing is skipped, and the change is noted."""
+    stream = documents(False)
+    stream.data[80 * 128 :] = stream.data[80 * 128 :] % 32 + 32
+    train(tmp_path / "run", stream)
+    assert not events(tmp_path / "run", "rollback")
+    assert len(events(tmp_path / "run", "change")) == 1
+    losses = [loss for _, loss, _ in log(tmp_path / "run")]
+    assert losses[40] > losses[39] + 0.5 and losses[-1] < losses[41]
+
+
+def test_diverging_rate_ends_with_a_clear_error(tmp_path: Path) -> None:
+    """Behaviour: a learning rate far too high ends in an error that says what to do."""
+    with pytest.raises(LlmkitError, match="more than 8 rollbacks within 128 steps") as caught:
+        train(tmp_path / "run", documents(False), rate=300.0)
+    assert "lower the learning rate" in caught.value.hint
+
+
+def test_without_a_guard_all_is_taken(tmp_path: Path) -> None:
+    """Behaviour: --max-rollbacks 0 skips nothing."""
+    train(tmp_path / "run", max_rollbacks=0, steps=48)
+    assert [e["event"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open())] == ["start", "end"]
+    assert not any(skipped for _, _, skipped in log(tmp_path / "run"))
+
+
+def steady(count: int) -> Guard:
+    guard, draw = Guard(chance=9.0), np.random.default_rng(0)
+    for step in range(1, count + 1):
+        figures = (4 + 0.05 * draw.standard_normal(), float(np.exp(0.2 * draw.standard_normal())), 4.3)
+        assert guard.judge(step, figures) is Verdict.GOOD
+        guard.accept(step, figures)
+    return guard
+
+
+def test_verdicts() -> None:
+    """Behaviour: a loss far above or below, a large norm, a bad row are odd; not a ripple; odd for long is lasting; no number is broken."""
+    guard = steady(60)
+    for figures, verdict in (
+        ((4.1, 1.2, 4.4), Verdict.GOOD),
+        ((5.0, 1.0, 4.3), Verdict.ODD),
+        ((2.0, 1.0, 4.3), Verdict.ODD),
+        ((4.0, 20.0, 4.3), Verdict.ODD),
+        ((4.0, 1.0, 9.0), Verdict.ODD),
+        ((4.0, 0.01, 1.0), Verdict.GOOD),
+        ((float("nan"), 1.0, 4.3), Verdict.BROKEN),
+        ((4.0, float("inf"), 4.3), Verdict.BROKEN),
+        ((4.0, 1.0, float("nan")), Verdict.GOOD),
+    ):
+        assert guard.judge(61, figures) is verdict, figures
+    for step in range(61, 60 + PATIENCE):
+        assert guard.judge(step, (6.0, 1.0, 6.0)) is Verdict.ODD
+        guard.doubt(step)
+    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is Verdict.LASTING
+    assert guard.harmed(5.8, (6.0, 1.0, 6.0)) and not guard.harmed(4.2, (6.0, 1.0, 6.0))
+
+
+def test_early_steps() -> None:
+    """Behaviour: before much is known only a loss worse than a guess is odd."""
+    guard = steady(ENOUGH + RECENT - 1)
+    assert guard.judge(ENOUGH, (8.0, 50.0, 9.0)) is Verdict.GOOD
+    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is Verdict.ODD
+
+
+def test_state_goes_through_json() -> None:
+    """Property: a guard restored from its state judges and remembers as the one it came from; damaged states are refused."""
+    guard = steady(40)
+    guard.skip(41, 43, 43)
+    guard.doubt(44)
+    other = Guard(chance=9.0)
+    other.restore(json.loads(json.dumps(guard.state())))
+    assert other.state() == guard.state()
+    assert other.deviation((5.0, 1.0, 4.0)) == guard.deviation((5.0, 1.0, 4.0))
+    for damage in ({"skipped": ["a"]}, {"since": -1}, {"history": [[1.0]]}, {"reference": [1]}, {"rollbacks": 3}):
+        with pytest.raises((ValueError, TypeError)):
+            Guard().restore(guard.state() | damage)
