@@ -1,6 +1,6 @@
 """What makes a decoder ready to be trained on this machine: which operations it uses, and what is compiled, computed again or put into 8 bits.
 
-    prepare(model, Runtime(checkpoint=True))       # in place; names of parameters, state and optimiser stay as they are
+    prepare(model, device, Runtime(checkpoint=True))       # in place; names of parameters, state and optimiser stay as they are
 
 On the CPU in float32 the operations are the kernels of model/fused.py, which are as fast as what torch compiles there and need no compiler
 (tests/bench/train_speed.md). On a GPU every layer is compiled (one piece of code for all of them, kept in the user's cache directory), attention with a
@@ -37,37 +37,38 @@ class Runtime:
     emulate: bool = False  # fp8 in other arithmetic, for tests where no GPU has it
 
 
-def prepare(model: Decoder, runtime: Runtime, say: Callable[[str], None] = lambda line: None) -> Decoder:
-    """Make the model, which is where it will be trained, ready; `say` is told what cannot be had."""
-    device = next(model.parameters()).device
+def prepare(
+    model: Decoder, device: torch.device, runtime: Runtime, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Make a model that will be trained on `device` ready, before it is laid over processes; `say` is told what cannot be had."""
     compiled = device.type == "cuda" if runtime.compile is None else runtime.compile
     if compiled and (reason := no_compiler(device)):
         say(f"nothing is compiled: {reason}")
         compiled = False
     if runtime.fp8:
         to_fp8(model, runtime.emulate)
-    kernels = None if compiled else cpu_kernels(next(model.parameters()))
-    model.operations = kernels.Fused() if kernels else Joined(not runtime.fp8, device.type == "cuda")
+    kernels = None if compiled or device.type != "cpu" else fused_kernels()
+    model.operations = kernels.Fused() if kernels else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
     for layer in model.model.layers:
         if runtime.checkpoint:
             layer.forward = partial(_checkpointed, layer.forward)
         if compiled:
             layer.compile(dynamic=False)
-    return model
 
 
 @cache
-def _fused() -> ModuleType | None:
+def fused_kernels() -> ModuleType | None:
+    """model.fused; None where there is no numba for this Python."""
     try:
         from llmkit.model import fused
-    except ImportError:  # numba is not there for this Python
+    except ImportError:
         return None
     return fused
 
 
 def cpu_kernels(x: Tensor) -> ModuleType | None:
     """model.fused where its kernels take such a tensor."""
-    return _fused() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+    return fused_kernels() if x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
 class Joined(Operations):

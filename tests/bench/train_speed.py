@@ -3,8 +3,8 @@
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python tests/bench/train_speed.py --nanogpt ../nanoGPT --pairs 5
 
-A step is forward, backward, clipping at norm 1 and fused AdamW, on the same tokens for all. Ours is the loop's own `train_step`, as `llmkit train`
-calls it, with its default micro-batch; the others are stepped as their trainers do it, all with the fused AdamW, which only some of those use. The
+A step is forward, backward, clipping at norm 1 and fused AdamW, on the same tokens for all. Ours is the loop's own `accumulate` and `update`, as `llmkit train`
+calls them, with its default micro-batch; the others are stepped as their trainers do it, all with the fused AdamW, which only some of those use. The
 shapes are equal (width 320, 6 layers, 5 heads, 8,192 ids, tied); nanoGPT's feed-forward has two matrices instead of three, of the same size together.
 
 Each contestant is a process pinned to the first core, in an environment that has it; after two warm-up steps they take turns, a step each. Printed
@@ -64,9 +64,9 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed import start
-    from llmkit.training.loop import Training, train_step
     from llmkit.training.objectives import next_token
     from llmkit.training.optimizer import adamw
+    from llmkit.training.step import Training, accumulate, update
 
     class Stream:
         """The rows again and again; `documents`: of 100 tokens each."""
@@ -86,16 +86,22 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         processes = start("fp32")
         model = Decoder(ModelConfig(*sizes, architecture="llama", max_position_embeddings=LENGTH))
         model.initialise(0)
-        prepare(model, Runtime(compile=compiled))
+        prepare(model, processes.device, Runtime(compile=compiled))
         source = StreamSource(Stream(), LENGTH, SEQUENCES, 1 << 40, document_mask=documents)
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH
         none: Any = None
         training = Training(
             model=model, optimizer=adamw(model), objective=next_token, figures=(), source=source, schedule=none,
-            processes=processes, directory=none, state=none, write_model=none,
+            processes=processes, directory=none, state=none, write_model=none, initial=none,
             micro_batch=int(os.environ.get("MICRO_BATCH", max(1, min(SEQUENCES, limit)))),
         )  # fmt: skip
-        return lambda: train_step(training, 0, 1e-3)[0]["loss"]
+
+        def step() -> float:
+            measured = accumulate(training, 0)
+            update(training, 1e-3)
+            return measured.figures["loss"]
+
+        return step
 
     return make
 
