@@ -48,7 +48,9 @@ class KeyValueCache:
             while self._capacity < new:
                 self._capacity *= 2
             b, _, g, k = k_BTGK.shape
-            grown = tuple(x.new_empty(b, g, self._capacity, k).transpose(1, 2) for x in (k_BTGK, v_BTGK))
+            # Laid out head by head, as attention reads them.
+            new_k, new_v = k_BTGK.new_empty(2, b, g, self._capacity, k).transpose(2, 3)
+            grown = (new_k, new_v)
             if buffers is not None:
                 for old, larger in zip(buffers, grown, strict=True):
                     larger[:, :past] = old[:, :past]

@@ -89,7 +89,8 @@ class _Rotate(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turn(grad, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
 
 
 def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -152,7 +153,7 @@ class _Attend(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         q_BTHK, k_BTGK, v_BTGK, out, logsum = ctx.saved_tensors
-        b, t, h, k = q_BTHK.shape
+        t, h, k = q_BTHK.shape[1:]
         share, scale = h // k_BTGK.shape[2], np.float32(1 / math.sqrt(k))
         delta = (grad * out).sum(-1).transpose(1, 2).contiguous()
         dq, dk, dv = torch.empty_like(q_BTHK), torch.zeros_like(k_BTGK), torch.zeros_like(v_BTGK)

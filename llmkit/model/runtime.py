@@ -48,7 +48,9 @@ def prepare(
     if runtime.fp8:
         to_fp8(model, runtime.emulate)
     kernels = None if compiled or device.type != "cpu" else fused_kernels()
-    model.operations = kernels.Fused() if kernels else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
+    model.operations = (
+        kernels.Fused() if kernels else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
+    )
     for layer in model.model.layers:
         if runtime.checkpoint:
             layer.forward = partial(_checkpointed, layer.forward)

@@ -47,7 +47,7 @@ from llmkit.training.state import (
 )
 from llmkit.training.step import Tensors, Training
 
-MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
+MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 
 @dataclass(slots=True)

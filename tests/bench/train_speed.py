@@ -26,7 +26,7 @@ from typing import Any
 from peers import ROOT, environment_of, in_turn, ratios, spread
 
 SEQUENCES, LENGTH, VOCABULARY, WIDTH, LAYERS, HEADS, FEED_FORWARD = 8, 512, 8192, 320, 6, 5, 864
-OURS = ("llmkit", "llmkit, documents", "llmkit, compiled", "llmkit, compiled, documents")
+OURS = ("llmkit", "llmkit, documents", "llmkit, compiled")
 PEERS = tuple(f"{name}{how}" for name in ("nanoGPT", "litgpt", "transformers") for how in ("", ", compiled"))
 
 
@@ -252,8 +252,17 @@ def main() -> None:
             path = f"{Path(__file__).parent}:{given.nanogpt.absolute()}"
         contestants[name] = Contestant(name, python, path)
     steps = {name: contestant.step for name, contestant in contestants.items()}
-    in_turn(steps, 2)
-    seconds = in_turn(steps, given.pairs)
+    in_turn(steps, 1)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(given.pairs):
+        for name, found in in_turn(steps, 1).items():
+            seconds[name] += found
+        print(
+            f"turn {turn + 1}",
+            {name: round(found[-1], 2) for name, found in seconds.items()},
+            file=sys.stderr,
+            flush=True,
+        )
     print("| | CPU time over ours | tokens/s | memory, MB | first step, s | loss of the first and last step |")
     print("|---|---|---|---|---|---|")
     for name, contestant in contestants.items():
