@@ -56,6 +56,7 @@ def stepper(model: Any, loss: Callable[[], Any], decayed: list[Any] | None = Non
 
 
 def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
+    import accelerate  # noqa: F401
     import numpy as np
 
     import llmkit.training.session as sessions
@@ -177,6 +178,7 @@ def work(name: str) -> None:
         "transformers": lambda: transformers(compiled),
     }
     import torch
+    import torch._dynamo  # torch.optim loads it for everyone
 
     make = kinds[name.split(",")[0]]()
     torch.set_num_threads(1)
