@@ -32,14 +32,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def over_rows(kernel: Any, rows: int, width: int, *arguments: Any) -> None:
-    """Run a kernel over all rows, shared among the threads that torch uses."""
+def over_rows(kernel: Any, rows: int, width: int, *arguments: Any, together: int = 1) -> None:
+    """Run a kernel over all rows, shared among the threads that torch uses; `together` that many rows go to one thread."""
     threads = min(torch.get_num_threads(), rows * width // GRAIN)
     given = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     if threads < 2:
         kernel(0, rows, *given)
         return
-    step = -(-rows // (threads * kernels.BLOCK)) * kernels.BLOCK if rows > threads * kernels.BLOCK else rows
+    step = -(-rows // (threads * together)) * together
     starts = range(0, rows, step)
     list(_pool(threads).map(lambda start: kernel(start, min(start + step, rows), *given), starts))
 
@@ -59,7 +59,8 @@ class _Norm(Function):
         flat, grad = (v.reshape(-1, v.shape[-1]).contiguous() for v in (x, grad))
         dx = torch.empty_like(flat)
         dweight = flat.new_zeros(-(-len(flat) // kernels.BLOCK), len(weight))
-        over_rows(kernels.norm_back, *flat.shape, flat, weight, inverse, grad, dx, dweight)
+        given = (flat, weight, inverse, grad, dx, dweight)
+        over_rows(kernels.norm_back, *flat.shape, *given, together=kernels.BLOCK)
         return dx.view(x.shape), dweight.sum(0), None
 
 

@@ -112,7 +112,7 @@ def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "GRAIN", 64)
         y, dx, inverse, dweight = torch.empty_like(x), torch.empty_like(x), torch.empty(700), torch.zeros(3, 64)
         fused.over_rows(kernels.norm, 700, 64, x, weight, np.float32(1e-6), y, inverse)
-        fused.over_rows(kernels.norm_back, 700, 64, x, weight, inverse, grad, dx, dweight)
+        fused.over_rows(kernels.norm_back, 700, 64, x, weight, inverse, grad, dx, dweight, together=kernels.BLOCK)
         logits = x.clone()
         losses = fused.cross_entropy(logits, torch.arange(700) % 64, grad[:, 0].contiguous(), 1e-3, True)
         found.append([y, dx, dweight, logits, *losses])
