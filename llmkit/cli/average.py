@@ -199,6 +199,7 @@ def _scorer(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[list[L
     shards = [Path(path).suffix == ".arrow" or any(Path(path).glob("*.arrow")) for path in heldout]
     if all(shards):
         source = held_out(heldout, digest, min(info.config.max_position_embeddings, LONGEST), True)
+        assert source is not None
         return lambda models: heldout_loss(averaged_decoder(models, device), source)
     if any(shards):
         raise UsageError("--heldout names shards and documents", "give one kind")

@@ -48,7 +48,10 @@ WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On ma
 OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers and adamw for the rest", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
 ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z in the loss, which holds logits down; 1e-4 is usual", rich_help_panel=OPTIMISER)]
-Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16; auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
+Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16, fp8 (torchao, on GPUs that have it); auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
+Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Compile each layer; by default on a GPU only, a CPU has kernels as fast", show_default=False, rich_help_panel=MACHINE)]
+CheckpointActivations = Annotated[bool, typer.Option("--checkpoint-activations", help="Less memory for a third more work: keep the inputs of layers only", rich_help_panel=MACHINE)]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Only algorithms that give the same bits every time; slower on a GPU", rich_help_panel=MACHINE)]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of each process", rich_help_panel=MACHINE)]
 ProcessCount = Annotated[int, typer.Option("--processes", min=1, help="Processes on this machine (GPUs, or gloo on CPU)", rich_help_panel=MACHINE)]
 Parallel = Annotated[str, typer.Option("--parallel", metavar="LAYOUT", help="ddp: the whole model in each process; fsdp: its shards; auto is ddp", rich_help_panel=MACHINE)]
@@ -77,6 +80,7 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 PATHS = ("from_", "model", "recipe")  # options that may name a file
 NEUTRAL_OPTIONS = (
     "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
+    "compile", "checkpoint_activations", "deterministic",
     "resume", "save_every", "keep", "keep_every", "max_hours", "heldout", "eval_every",
     "log_every", "samples", "eval_tasks", "eval_limit", "include_path",
 )  # fmt: skip

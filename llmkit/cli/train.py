@@ -76,6 +76,9 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
@@ -135,6 +138,7 @@ def main(
         run.output or "", resume, run.force, precision, threads, micro_batch_size, asked["clip"], asked["weight_decay"], save_every, keep, eval_every,
         betas=staging.parse_betas(asked["betas"]), z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours,
         max_rollbacks=max_rollbacks, parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer=optimizer,
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         start, before = starting_point(from_, None) if from_ else (None, None)

@@ -27,6 +27,7 @@ from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.runtime import Runtime, be_deterministic, prepare
 from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
@@ -52,7 +53,7 @@ from llmkit.training.state import (
 from llmkit.training.step import Tensors, Training
 from llmkit.training.tracker import check_tracker
 
-MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
+MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 
 @dataclass(slots=True)
@@ -83,6 +84,9 @@ class Settings:
     parallel: str = "auto"
     hang_timeout: float = 0.0
     accept_change: str = ""  # names, with commas between them
+    compile: bool | None = None
+    checkpoint_activations: bool = False
+    deterministic: bool = False
 
 
 @dataclass(slots=True)
@@ -155,13 +159,20 @@ class Session:
             info = load_info(self.checkpoint)
             with torch.device("meta"):
                 model = Decoder(info.config)
+            self._prepare(model)
             processes.layout.place(model, processes.device, processes.precision)
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
+        self._prepare(model)
         processes.layout.place(model, processes.device, processes.precision)
         return model
+
+    def _prepare(self, model: Decoder) -> None:
+        settings, processes = self.settings, self.processes
+        runtime = Runtime(settings.compile, settings.checkpoint_activations, processes.precision == "fp8")
+        prepare(model, processes.device, runtime, self.say if processes.main else lambda line: None)
 
     def train(
         self,
@@ -267,6 +278,8 @@ def session(
     accepted_names(settings.accept_change)  # a wrong one is said first
     if restarted():
         settings.resume, settings.force = True, False
+    if settings.deterministic:
+        be_deterministic()
     processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)

@@ -35,8 +35,8 @@ from llmkit.io.atomic import atomic_directory, atomic_file, check_output
 from llmkit.io.lineage import digest_path
 from llmkit.io.locks import lock
 from llmkit.model.checkpoint import resolve_model
+from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import layout_of, write_safetensors
-from llmkit.model.weights import WEIGHTS
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
