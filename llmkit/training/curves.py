@@ -49,6 +49,7 @@ CURVES = tuple(
         ("tokens_per_second", "tokens/s", "step", "all processes together"),
         ("mfu", "share", "step", "model FLOPs over the hardware's peak; convention in events.jsonl's start line"),
         ("eta_seconds", "s", "step", "left at the speed of the last steps"),
+        ("noise_scale", "tokens", "some", "gradient noise scale: a batch well above it adds little (noise.py)"),
         ("slowest_rank", "rank", "some", "the process that took longest for its rows, of several"),
         ("rank_spread", "1", "some", "its time over the median's"),
         ("grad_norm/*", "1", "some", "gradient of a group of parameters: " + ", ".join(GROUPS)),

@@ -32,7 +32,7 @@ from llmkit.training.data import StreamSource
 from llmkit.training.groups import document_groups
 from llmkit.training.metrics import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.schedule import Schedule
+from llmkit.training.schedule import named
 
 VOCABULARY = 8192
 
@@ -89,7 +89,7 @@ def main() -> None:
                 opened.model(lambda: model),
                 next_token,
                 source,
-                Schedule("constant", 1e-3, source.tokens(source.steps)),
+                named("constant", 1e-3, source.tokens(source.steps)),
                 tokenizer_files={},
             )
         records = list(read_metrics(run / "metrics.jsonl"))

@@ -22,7 +22,7 @@ from llmkit.training.data import HeldOutSource, PackedSource, StreamSource
 from llmkit.training.groups import OTHER, document_groups
 from llmkit.training.metrics import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.schedule import Schedule
+from llmkit.training.schedule import named
 
 SIZES = [40] * 32
 GPU = {name for name in (c.name for c in curves.CURVES) if name.startswith("gpu_")}
@@ -74,7 +74,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
                 opened.model(lambda: model),
                 objective,
                 source,
-                Schedule("constant", rate, source.tokens(source.steps)),
+                named("constant", rate, source.tokens(source.steps)),
                 tokenizer_files={},
                 heldout=heldout,
             )
@@ -121,7 +121,11 @@ def test_counts(run: Run) -> None:
     packed = run(source=PackedSource(rows, 32, 4))
     assert (packed["padding"], packed["documents"], one["padding"]) == (0.0, 3, 0.0)
     uneven = [(np.arange(n, dtype=np.int32), np.ones(n, np.float32)) for n in (33, 21)]
-    assert run(source=PackedSource(uneven, 32, 4))["padding"] == pytest.approx(12 / 64)
+    longer = PackedSource(uneven * 4, 32, 4)  # its second step goes through the model at once
+    batch = longer.batch(1, 0, 4)
+    found = run(source=longer)
+    assert found["padding"] == pytest.approx(float((batch.document_ids == -1).float().mean()), rel=1e-5)
+    assert found["padding"] > 0
     filled = TwoSources([32] * 4)
     filled.padding = np.array([False, False, False, True])
     assert run(stream=filled)["padding"] == 0.25
@@ -224,6 +228,20 @@ def test_time(run: Run, tmp_path: Path) -> None:
     moved("step_seconds", "data_seconds", "tokens_per_second", "mfu", "eta_seconds")
 
 
+def test_noise_scale() -> None:
+    """Behaviour: the more the gradient of a part differs from that of the whole, the larger."""
+    from llmkit.training.noise import NoiseScale
+
+    little, much = NoiseScale(), NoiseScale()
+    for _ in range(20):
+        little.measure(1.5, 100, 1.0, 1000)
+        much.measure(3.0, 100, 1.0, 1000)
+    assert little.tokens is not None
+    assert much.tokens is not None
+    assert much.tokens > 3 * little.tokens
+    moved("noise_scale")
+
+
 def test_pace_of_processes() -> None:
     """Behaviour: the process that takes longer is named."""
     from llmkit.training.pace import Pace
@@ -286,8 +304,9 @@ def test_skipped_step_is_marked(run: Run, tmp_path: Path) -> None:
 
     run(6, objective=objective)
     records = list(read_metrics(tmp_path / "1" / "metrics.jsonl"))
-    assert [r["step"] for r in records if r.get("skipped")] == [4]
-    assert records[3]["loss_smooth"] == records[2]["loss_smooth"] != records[4]["loss_smooth"]
+    (skipped,) = (i for i, r in enumerate(records) if r.get("skipped"))
+    before, here, after = (records[i]["loss_smooth"] for i in (skipped - 1, skipped, skipped + 1))
+    assert before == here != after
     moved("skipped")
 
 
