@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -64,12 +64,17 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
     keep_every: fitting.KeepEvery = 0,
     max_hours: fitting.MaxHours = 0.0,
     max_rollbacks: fitting.MaxRollbacks = 8,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -89,12 +94,13 @@ def main(
     from llmkit.model.checkpoint import load_model
     from llmkit.model.decoder import Decoder
     from llmkit.training import session as sessions
-    from llmkit.training.schedule import PREFERENCE, Schedule, default_rate, warmup_tokens
+    from llmkit.training.schedule import PREFERENCE, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
@@ -130,15 +136,15 @@ def main(
             source_model.digest,
         )
         source = PairSource(encoded.rows, reference, batch_size, epochs=epochs, seed=run.seed)
-        with run.progress(total, "tokens") as bar:
+        with live.shown(run, opened, total) as report:
             outcome = opened.train(
                 opened.model(initial),
                 dpo(beta),
                 source,
-                Schedule(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
+                named(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -29,7 +29,7 @@ from llmkit.training.pace import Stopwatch
 from llmkit.training.parallel import Layout, layout_named
 from llmkit.training.watchdog import Watchdog
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "cuda error")
 
 
@@ -221,7 +221,7 @@ def start(
     _keep_memory()
     # The group's own timeout is the second line of defence: the watch-dog knows more.
     patience = [InitProcessGroupKwargs(timeout=timedelta(seconds=2 * hang_timeout + 60))] if hang_timeout else []
-    mixed = "no" if precision == "fp32" else precision
+    mixed = {"fp32": "no", "fp8": "bf16"}.get(precision, precision)
     try:
         accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=patience)
     except RuntimeError as error:  # the others may be gone already

@@ -53,5 +53,5 @@ def activations(config: ModelConfig, half: bool) -> int:
 def flops(config: ModelConfig, length: int) -> tuple[int, int]:
     """Training FLOPs a token, 6 for each weight that multiplies, with attention over all `length` positions (PaLM's count), and over half of them,
     which is what a causal model needs."""
-    full = config.flops_per_token(length)
-    return full, (full + config.flops_per_token(0)) // 2
+    half = config.flops_per_token(length)
+    return 2 * half - config.flops_per_token(0), half

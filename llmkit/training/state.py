@@ -35,8 +35,8 @@ from llmkit.io.atomic import atomic_directory, atomic_file, check_output
 from llmkit.io.lineage import digest_path
 from llmkit.io.locks import lock
 from llmkit.model.checkpoint import resolve_model
+from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import layout_of, write_safetensors
-from llmkit.model.weights import WEIGHTS
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
@@ -254,7 +254,7 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
     if not found:
         directory = resolve_model(path)
         if step is not None:
-            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, without --step")
+            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, or leave --from out")
         return directory, load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
     if step is not None:
         chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]

@@ -16,7 +16,7 @@ from llmkit.training import distributed
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
 from llmkit.training.parallel import layout_named, local
-from llmkit.training.schedule import Schedule
+from llmkit.training.schedule import named
 from llmkit.training.session import Session, Settings
 from llmkit.training.state import open_run
 
@@ -47,7 +47,7 @@ def train(
 
     stream = ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
     source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
-    plan = Schedule("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
+    plan = named("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
     settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10, optimizer=optimizer)
     with open_run(str(path), resume=resume, force=False, main=processes.main) as directory:
         processes.wait()

@@ -21,7 +21,7 @@ from llmkit.training.data import StreamSource
 from llmkit.training.guard import ENOUGH, PATIENCE, RECENT, Guard, Verdict
 from llmkit.training.metrics import read_metrics
 from llmkit.training.objectives import Result, next_token
-from llmkit.training.schedule import Schedule
+from llmkit.training.schedule import named
 
 STEPS = 70
 PLACES = {"noise": (61, 92), "repetition": (123,)}  # documents, far enough apart
@@ -51,7 +51,7 @@ def train(path: Path, stream: ListStream | None = None, objective: Any = next_to
     with sessions.session(settings) as opened:
         opened.begin(Lineage("train", {}), [Input("input", "data", "xxh3:0")], 4, 64, "")
         return opened.train(
-            opened.model(tiny_model), objective, source, Schedule("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
+            opened.model(tiny_model), objective, source, named("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
         )  # fmt: skip
 
 
