@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "engine": LEAF | {"io"},
     "corpus": LEAF | {"io", "engine", "kernels"},
     "tokens": LEAF | {"io", "engine", "kernels"},
-    "model": LEAF | {"io"},
+    "model": LEAF | {"io", "kernels"},
     "training": LEAF | {"io", "model"},
     "alignment": LEAF | {"io", "model", "training"},
     "quantization": LEAF | {"io", "model", "training"},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError, unknown_name
 
@@ -83,6 +83,9 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
@@ -91,6 +94,12 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls to zero.
 
@@ -98,7 +107,11 @@ def main(
     `llmkit average` brings the branches together. From a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
     if fitting.launched(
-        run, [start, data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+        run,
+        [start, data, *fitting.held_out_paths(heldout)],
+        resume=resume,
+        processes=processes,
+        max_restarts=max_restarts,
     ):
         return
     import torch
@@ -120,8 +133,9 @@ def main(
     if from_ and not (step.isascii() and step.isdigit()):
         raise UsageError(f"--from {from_}: no checkpoint is called so", "such as step-00000500, or 500")
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer="",
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         directory, before = starting_point(start, int(step) if step else None)
@@ -143,13 +157,17 @@ def main(
             tokens or stream.tokens,
             document_mask=document_mask,
             vocabulary=info.config.vocab_size,
+            groups=fitting.groups(stream),
         )
         if length > stream.tokens:
             raise UsageError(f"sequences of {length:,} tokens, but {data} holds {stream.tokens:,}", "--sequence-length")
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
+        fitting.at_checkpoints(
+            run, opened, info.tokenizer_files, info.stop_ids, samples, eval_tasks, eval_limit, include_path
+        )
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]
@@ -157,7 +175,8 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
-        with run.progress(planned, "tokens") as bar:
+        fitting.keep_trace(opened, stream, source)
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),
                 next_token,
@@ -167,6 +186,6 @@ def main(
                 stop_ids=info.stop_ids,
                 heldout=held_out,
                 optimizer_from=directory if before else None,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -64,12 +64,17 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
     keep_every: fitting.KeepEvery = 0,
     max_hours: fitting.MaxHours = 0.0,
     max_rollbacks: fitting.MaxRollbacks = 8,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -93,8 +98,9 @@ def main(
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
@@ -108,7 +114,7 @@ def main(
         planned = PairSource(encoded.rows, empty, batch_size, epochs=epochs, seed=run.seed)
         total = planned.tokens(planned.steps)
         if run.dry_run:
-            fitting.show_plan(run, info.config, planned, rate, length)
+            fitting.show_plan(run, opened, info.config, planned, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         source_model = fitting.model_input(model)
@@ -130,7 +136,7 @@ def main(
             source_model.digest,
         )
         source = PairSource(encoded.rows, reference, batch_size, epochs=epochs, seed=run.seed)
-        with run.progress(total, "tokens") as bar:
+        with live.shown(run, opened, total) as report:
             outcome = opened.train(
                 opened.model(initial),
                 dpo(beta),
@@ -139,6 +145,6 @@ def main(
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

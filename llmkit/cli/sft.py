@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -52,6 +52,9 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
@@ -60,6 +63,8 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or plain text.
 
@@ -83,8 +88,9 @@ def main(
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
@@ -104,7 +110,7 @@ def main(
             other = encode_conversations(reader, files, length, too_long=too_long, template=template)
             held_out = PackedSource(other.pairs(), length, batch_size, shuffle=False)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         if not opened.begin(run.lineage(), [fitting.model_input(model), *row_inputs], batch_size, length, text):
@@ -112,7 +118,7 @@ def main(
             return
         fitting.say_start(run, opened, planned)
         run.detail(f"{source.padding:.1%} of the positions are padding")
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(model, torch.float32)[0]),
                 next_token,
@@ -121,6 +127,6 @@ def main(
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.fitting import OPTIMISER, STEPS
+from llmkit.cli.fitting import OPTIMISER, STEPS, groups
 from llmkit.cli.options import Run, parse_count
 from llmkit.errors import UsageError
 
@@ -148,7 +148,7 @@ def plan_course(
     sizes = changes(asked["batch_size"], length, total, batches=batches, lengths=shorter, stages=stages)
     source = StreamSource(
         stream, longest, asked["batch_size"], total,
-        changes=sizes, document_mask=document_mask, vocabulary=config.vocab_size,
+        changes=sizes, document_mask=document_mask, vocabulary=config.vocab_size, groups=groups(stream),
     )  # fmt: skip
     schedule = recipe.schedule(borders, stretch) if recipe else None
     if schedule is None:

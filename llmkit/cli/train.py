@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli import fitting, staging
+from llmkit.cli import fitting, live, staging
 from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError
 
@@ -64,6 +64,7 @@ def main(
     min_lr: staging.Floor = None,
     decay: staging.Decay = None,
     decay_shape: staging.DecayShape = None,
+    optimizer: fitting.OptimizerName = "adamw",
     weight_decay: staging.WeightDecay = None,
     clip: staging.Clip = None,
     betas: staging.Betas = None,
@@ -75,6 +76,9 @@ def main(
     max_restarts: fitting.MaxRestarts = 0,
     hang_timeout: fitting.HangTimeout = 1800.0,
     accept_change: fitting.AcceptChange = "",
+    compile: fitting.Compile = None,
+    checkpoint_activations: fitting.CheckpointActivations = False,
+    deterministic: fitting.Deterministic = False,
     resume: fitting.Resume = False,
     save_every: fitting.SaveEvery = 0,
     keep: fitting.Keep = 0,
@@ -83,19 +87,26 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
-    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl), and at the end the link `final`. A run
-    that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
-    and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
+    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl; llmkit/training/curves.py says what each
+    name in it means), and at the end the link `final`. A run that was killed goes on with --resume and ends in the same bytes. Step s reads the
+    same tokens whatever the number of processes. torchrun and `accelerate launch -m llmkit train ...` may start them instead of --processes (on
+    CPU, Accelerate starts several only through MPI).
 
     --recipe takes rates, sizes and defaults from a model that was published, scaled to --tokens, or from a TOML of stages, each with its rates,
     sequence length and rope_theta; where the data is a mix of as many --stages, these say where each ends. --lr stretches its curve to another
     peak. --from goes on from any model directory or run: at the run's last rate, or with --rewarm up to --lr and down again (arXiv:2403.08763).
     Moments are kept where the start has them.
     """
-    inputs = [data, *([from_] if from_ else []), *(heldout or [])]
+    inputs = [data, *([from_] if from_ else []), *fitting.held_out_paths(heldout)]
     if fitting.launched(run, inputs, resume=resume, processes=processes, max_restarts=max_restarts):
         return
     import dataclasses
@@ -125,8 +136,9 @@ def main(
     asked = staging.resolve(run, known, given, staging.CONTINUED if from_ and not rewarm else staging.CURVE)
     settings = sessions.Settings(
         run.output or "", resume, run.force, precision, threads, micro_batch_size, asked["clip"], asked["weight_decay"], save_every, keep, eval_every,
-        betas=staging.parse_betas(asked["betas"]), z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        betas=staging.parse_betas(asked["betas"]), z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours,
+        max_rollbacks=max_rollbacks, parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer=optimizer,
+        compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         start, before = starting_point(from_, None) if from_ else (None, None)
@@ -159,9 +171,19 @@ def main(
         source, config = course.source, course.config
         planned, length = source.tokens(source.steps), max(leg.length for leg in source.legs)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)
+        fitting.at_checkpoints(
+            run,
+            opened,
+            files,
+            stop_ids or [stream.tokenizer.eos_id],
+            samples,
+            eval_tasks,
+            eval_limit,
+            include_path,
+        )
         if run.dry_run:
             staging.show_course(run, course, asked)
-            fitting.show_plan(run, config, source, course.schedule.peak, length)
+            fitting.show_plan(run, opened, config, source, course.schedule.peak, length)
             return
         record, read = run.lineage(), list(stream.inputs)
         for option, path in (("model", model), ("recipe", recipe)):
@@ -176,6 +198,7 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
+        fitting.keep_trace(opened, stream, source)
 
         def fresh() -> Decoder:
             if start:
@@ -186,7 +209,7 @@ def main(
             new.initialise(run.seed)
             return new
 
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(fresh),
                 next_token,
@@ -197,7 +220,7 @@ def main(
                 heldout=held_out,
                 optimizer_from=start if before else None,
                 rope_theta=course.theta if course.thetas else None,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, parameters=config.parameters())
 

@@ -291,6 +291,19 @@ class OrderedTokens:
         at = self._at(i)
         return int(self.order.epoch[i]) + at[0].epoch(at[1]) if at else 0
 
+    def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32]]:
+        """Index of each row's source int32 [documents], the sources (PADDING last), and how often each was seen before."""
+        names = [*self.sources, PADDING]
+        number = {name: i for i, name in enumerate(names)}
+        codes, epochs = np.full(self.documents, len(names) - 1, np.int32), self.order.epoch.copy()
+        for i, store in enumerate(self.stores):
+            here = np.flatnonzero(self.order.source == i)
+            rows, (own, known, seen) = self.order.document[here], store.origins()
+            codes[here] = np.array([number[name] for name in known], np.int32)[own[rows]]
+            if seen is not None:
+                epochs[here] += seen[rows]
+        return codes, names, epochs
+
     def span(self, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of the flat order; a view where they lie in one document, else a copy."""
         if not 0 <= start <= stop <= self.tokens:

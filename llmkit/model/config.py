@@ -109,9 +109,12 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * (attention + mlp + 2 * d) + d
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, 12·L·H·d_head·T for attention (PaLM, app. B)."""
+        """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, 6·L·H·d_head·T for attention.
+
+        That is half of what PaLM (app. B) counts for attention: a causal one need not compute what lies ahead.
+        """
         multiplied = self.parameters() - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
-        attention = 12 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6 * multiplied + attention
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:

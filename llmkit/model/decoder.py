@@ -12,16 +12,20 @@ width, V vocabulary. Norms and the rotary embedding compute in float32, as the r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.config import ModelConfig
+from llmkit.model.initial import initial
 
 
 class KeyValueCache:
-    """Keys and values of the tokens so far, [B, G, S, K] a layer, and their document ids [B, S]. For inference: it is written in place.
+    """Keys and values of the tokens so far, [B, S, G, K] a layer, and their document ids [B, S]. For inference: it is written in place.
 
     Memory: 2 · layers · B · G · K · capacity elements; the capacity doubles when it is used up, so a step costs no copy of the past.
     """
@@ -37,23 +41,25 @@ class KeyValueCache:
         """Tokens held."""
         return self._lengths[0]
 
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values; returns all of the layer's, [B, G, S, K]."""
-        past, new = self._lengths[layer], self._lengths[layer] + k_BGTK.shape[2]
+    def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values; returns all of the layer's, [B, S, G, K]."""
+        past, new = self._lengths[layer], self._lengths[layer] + k_BTGK.shape[1]
         buffers = self._buffers[layer]
-        if buffers is None or buffers[0].shape[2] < new:
+        if buffers is None or buffers[0].shape[1] < new:
             while self._capacity < new:
                 self._capacity *= 2
-            b, g, _, k = k_BGTK.shape
-            grown = (k_BGTK.new_empty(b, g, self._capacity, k), v_BGTK.new_empty(b, g, self._capacity, k))
+            b, _, g, k = k_BTGK.shape
+            # Laid out head by head, as attention reads them.
+            new_k, new_v = k_BTGK.new_empty(2, b, g, self._capacity, k).transpose(2, 3)
+            grown = (new_k, new_v)
             if buffers is not None:
                 for old, larger in zip(buffers, grown, strict=True):
-                    larger[:, :, :past] = old[:, :, :past]
+                    larger[:, :past] = old[:, :past]
             self._buffers[layer] = buffers = grown
-        buffers[0][:, :, past:new] = k_BGTK
-        buffers[1][:, :, past:new] = v_BGTK
+        buffers[0][:, past:new] = k_BTGK
+        buffers[1][:, past:new] = v_BTGK
         self._lengths[layer] = new
-        return buffers[0][:, :, :new], buffers[1][:, :, :new]
+        return buffers[0][:, :new], buffers[1][:, :new]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Go on with some rows of the batch only; `rows` holds their indices."""
@@ -62,18 +68,69 @@ class KeyValueCache:
             self.document_ids = self.document_ids[rows]
 
 
+class Operations:
+    """What a layer computes beside its matrix products, in plain torch. model/runtime.py gives a model others, which compute the same."""
+
+    def prepare(
+        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Operations, Any]:
+        """What will do for this pass, and the `mask` that its `attend` takes; once for all layers."""
+        return PLAIN, attention_mask(x_BTD, document_ids, cache)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) · weight over the last dimension (arXiv:1910.07467)."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * x32.to(x.dtype)
+
+    def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
+        """x through each of the matrices."""
+        return [matrix(x) for matrix in matrices]
+
+    def rotate(self, x_BTHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary embedding; dimension i is paired with i + K/2 (Hugging Face's convention; arXiv:2104.09864)."""
+        cos, sin = (part.unsqueeze(-2) for part in rotation)
+        first, second = x_BTHK.chunk(2, -1)
+        return x_BTHK * cos + torch.cat([-second, first], -1) * sin
+
+    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+        """softmax(q · kᵀ / √K) · v where the mask allows, [B, T, H, K]."""
+        allowed, causal = mask
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+        share = q.shape[1] // k.shape[1]
+        if share > 1 and allowed is not None and q.is_cuda:  # the fused kernels that take a mask know no groups
+            k, v, share = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1), 1
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=share > 1)
+        return out.transpose(1, 2)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) · up (arXiv:2002.05202)."""
+        return F.silu(gate) * up
+
+
+PLAIN = Operations()
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension (arXiv:1910.07467)."""
+    """The gains of a norm."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+    def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        return operations.norm(x, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class Pass:
+    """What all layers of one forward pass share."""
+
+    operations: Operations
+    rotation: tuple[Tensor, Tensor]  # cos and sin, [T, K] or [B, T, K]
+    mask: Any
+    cache: KeyValueCache | None
 
 
 class Attention(nn.Module):
@@ -82,47 +139,31 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, k, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.heads, self.groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, k
-        self.q_proj = nn.Linear(d, self.heads * k, bias=bias)
-        self.k_proj = nn.Linear(d, self.groups * k, bias=bias)
-        self.v_proj = nn.Linear(d, self.groups * k, bias=bias)
-        self.o_proj = nn.Linear(self.heads * k, d, bias=bias)
+        heads, groups, self.head_dim = config.num_attention_heads, config.num_key_value_heads, k
+        self.q_proj = nn.Linear(d, heads * k, bias=bias)
+        self.k_proj = nn.Linear(d, groups * k, bias=bias)
+        self.v_proj = nn.Linear(d, groups * k, bias=bias)
+        self.o_proj = nn.Linear(heads * k, d, bias=bias)
         if config.family.qk_norm:
             self.q_norm = RMSNorm(k, config.rms_norm_eps)
             self.k_norm = RMSNorm(k, config.rms_norm_eps)
         self.qk_norm = config.family.qk_norm
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        cache: KeyValueCache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, shared: Pass, layer: int) -> Tensor:
         b, t, _ = x_BTD.shape
-        q_BTHK = self.q_proj(x_BTD).view(b, t, self.heads, self.head_dim)
-        k_BTGK = self.k_proj(x_BTD).view(b, t, self.groups, self.head_dim)
-        v_BGTK = self.v_proj(x_BTD).view(b, t, self.groups, self.head_dim).transpose(1, 2)
+        operations = shared.operations
+        parts = operations.project(x_BTD, (self.q_proj, self.k_proj, self.v_proj))
+        q_BTHK, k_BTGK, v_BTGK = (part.view(b, t, -1, self.head_dim) for part in parts)
         if self.qk_norm:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        q_BHTK = rotate(q_BTHK.transpose(1, 2), *rotation)
-        k_BGTK = rotate(k_BTGK.transpose(1, 2), *rotation)
-        if cache is not None:
-            k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
-        grouped = self.groups != self.heads
-        if grouped and mask is not None and x_BTD.is_cuda:  # the fused kernels that take a mask know no groups
-            k_BGTK, v_BGTK = (x.repeat_interleave(self.heads // self.groups, 1) for x in (k_BGTK, v_BGTK))
-            grouped = False
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=causal, enable_gqa=grouped
-        )
-        return self.o_proj(out_BHTK.transpose(1, 2).reshape(b, t, -1))
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK, operations), self.k_norm(k_BTGK, operations)
+        q_BTHK, k_BTGK = (operations.rotate(x, shared.rotation) for x in (q_BTHK, k_BTGK))
+        if shared.cache is not None:
+            k_BTGK, v_BTGK = shared.cache.extend(layer, k_BTGK, v_BTGK)
+        return self.o_proj(operations.attend(q_BTHK, k_BTGK, v_BTGK, shared.mask).reshape(b, t, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv:2002.05202)."""
+    """SwiGLU between matrices: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -131,8 +172,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(d, f, bias=bias)
         self.down_proj = nn.Linear(f, d, bias=bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+    def forward(self, x_BTD: Tensor, operations: Operations) -> Tensor:
+        return self.down_proj(operations.swiglu(*operations.project(x_BTD, (self.gate_proj, self.up_proj))))
 
 
 class Layer(nn.Module):
@@ -145,17 +186,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        causal: bool,
-        cache: KeyValueCache | None,
-        layer: int,
-    ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, mask, causal, cache, layer)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(self, x_BTD: Tensor, shared: Pass, layer: int) -> Tensor:
+        operations = shared.operations
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD, operations), shared, layer)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD, operations), operations)
 
 
 class Body(nn.Module):
@@ -177,24 +211,22 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.operations = PLAIN
         self.model = Body(config)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     def initialise(self, seed: int) -> None:
-        """Normal(0, initializer_range) weights, those that write into the residual stream divided by √(2·layers); norms 1, biases 0."""
+        """Draw every weight as `initial` says, in the order of the parameters."""
         generator = torch.Generator().manual_seed(seed)
-        deep = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() < 2:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                drawn = initial(self.config, name, parameter.dim())
+                if drawn.std:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * drawn.std)
                 else:
-                    std = (
-                        deep if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.initializer_range
-                    )
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                    parameter.fill_(drawn.value)
 
     def forward(
         self,
@@ -220,17 +252,15 @@ class Decoder(nn.Module):
         `document_ids` [B, T]: a token attends to earlier ones of its own id only. `positions` [T] or [B, T] default to the number of tokens
         before. With a `cache`, ids are the continuation of what it holds, and it is extended.
         """
-        b, t = input_ids.shape
-        past = cache.length if cache is not None else 0
-        device = input_ids.device
         if positions is None:
-            positions = torch.arange(past, past + t, device=device)
+            past = cache.length if cache is not None else 0
+            positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x_BTD = self.model.embed_tokens(input_ids)
-        rotation = self._rotation(positions, x_BTD.dtype)
-        mask, causal = self._mask(document_ids, cache, b, t, past, device)
+        operations, mask = self.operations.prepare(x_BTD, document_ids, cache)
+        shared = Pass(operations, self._rotation(positions, x_BTD.dtype), mask, cache)
         for number, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, rotation, mask, causal, cache, number)
-        return self.model.norm(x_BTD)
+            x_BTD = layer(x_BTD, shared, number)
+        return self.model.norm(x_BTD, operations)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
@@ -238,46 +268,39 @@ class Decoder(nn.Module):
         return F.linear(hidden_BTD, weight_VD)
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [T, K] or [B, 1, T, K]."""
+        """cos and sin, [T, K] or [B, T, K]."""
         frequencies = inverse_frequencies(self.config).to(positions.device)
         angles = positions.float()[..., None] * frequencies
         angles = torch.cat([angles, angles], -1)
-        if angles.dim() == 3:
-            angles = angles[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    @staticmethod
-    def _mask(
-        document_ids: Tensor | None, cache: KeyValueCache | None, b: int, t: int, past: int, device: torch.device
-    ) -> tuple[Tensor | None, bool]:
-        """(mask [B, 1, T, S] or [T, S], whether plain causal attention will do), built once for all layers."""
-        if cache is not None and document_ids is not None:
-            if cache.document_ids is not None:
-                document_ids = torch.cat([cache.document_ids, document_ids], 1)
-            cache.document_ids = document_ids
-        if document_ids is None:
-            if past == 0:
-                return None, t > 1
-            if t == 1:
-                return None, False
-        order = torch.arange(past + t, device=device)
-        mask_TS = order[past:, None] >= order[None, :]
-        if document_ids is None:
-            return mask_TS, False
-        same_BTS = document_ids[:, past:, None] == document_ids[:, None, :]
-        return (same_BTS & mask_TS)[:, None], False
+
+def attention_mask(
+    x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+) -> tuple[Tensor | None, bool]:
+    """(mask [B, 1, T, S] or [T, S], whether plain causal attention will do) of a pass over x."""
+    t, past = x_BTD.shape[1], cache.length if cache is not None else 0
+    if cache is not None and document_ids is not None:
+        if cache.document_ids is not None:
+            document_ids = torch.cat([cache.document_ids, document_ids], 1)
+        cache.document_ids = document_ids
+    if document_ids is None:
+        if past == 0:
+            return None, t > 1
+        if t == 1:
+            return None, False
+    order = torch.arange(past + t, device=x_BTD.device)
+    mask_TS = order[past:, None] >= order[None, :]
+    if document_ids is None:
+        return mask_TS, False
+    same_BTS = document_ids[:, past:, None] == document_ids[:, None, :]
+    return (same_BTS & mask_TS)[:, None], False
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight of the decoder that `config` describes, without making it."""
     with torch.device("meta"):
         return {name: tuple(value.shape) for name, value in Decoder(config).state_dict().items()}
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, T, K]; dimension i is paired with i + K/2 (Hugging Face's convention; arXiv:2104.09864)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.io.packing import best_fit
 from llmkit.seeds import derive
+from llmkit.training.groups import NOTHING, Groups
 from llmkit.training.steps import Change, Steps
 
 PADDING = -1  # document id of positions that hold nothing
@@ -113,6 +114,7 @@ class StreamSource:
         changes: Sequence[Change] = (),
         document_mask: bool = True,
         vocabulary: int = 1 << 32,
+        groups: Groups | None = None,
     ) -> None:
         if stream.tokens < 2:
             raise LlmkitError("no tokens to train on", "check what was tokenized")
@@ -132,6 +134,9 @@ class StreamSource:
         # Each token of padding counts as a document of its own: so it has weight 0, and nothing attends to it.
         counts = np.where(self._padding, sizes[filled], 1)
         self._before = np.concatenate(([0], np.cumsum(counts)))
+        self.data_tokens, self.group_names = stream.tokens, groups.names if groups else ("",)
+        codes = np.zeros(len(sizes), np.int16) if groups is None else groups.codes
+        self._codes = np.where(self._padding, NOTHING, codes[filled]).astype(np.int16)
 
     def shortened(self, step: int) -> int:
         return self._longest // self.length(step)
@@ -153,13 +158,15 @@ class StreamSource:
                 f"token id {tokens.max()} at step {step + 1} is over the model's vocabulary of {self._vocabulary}",
                 "the shards are damaged, or not of this model's tokenizer",
             )
+        groups = np.stack([self._groups(int(position), length) for position in first])
+        ones = np.ones((len(first), length), dtype=np.float32)
         if not self._mask:
-            return _batch(tokens, np.ones((len(first), length), dtype=np.float32), None)
+            return _batch(tokens, ones, None, groups)
         documents = self._documents(first[:, None] + np.arange(length + 1))
         if (documents[:, 0] == documents[:, -1]).all():  # no border inside: plain causal attention is faster
-            return _batch(tokens, np.ones((len(first), length), dtype=np.float32), None)
+            return _batch(tokens, ones, None, groups)
         weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
-        return _batch(tokens, weights, documents[:, :-1] - documents[:, :1])
+        return _batch(tokens, weights, documents[:, :-1] - documents[:, :1], groups)
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
         inside = (self.tokens(step) + row * self.length(step) + position) % self._stream.tokens
@@ -177,6 +184,21 @@ class StreamSource:
             start, missing = start + len(piece), missing - len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
+    def _groups(self, start: int, length: int) -> np.ndarray:
+        """Code (groups.py) of `length` positions from `start` on; in a second round through the stream all were seen before."""
+        pieces, missing = [], length
+        while missing:
+            rounds, start = divmod(start, self._stream.tokens)
+            stop = min(start + missing, self._stream.tokens)
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            behind = int(np.searchsorted(self._starts, stop, side="left"))
+            cuts = np.concatenate(([start], self._starts[first + 1 : behind], [stop]))
+            codes = self._codes[first:behind]
+            pieces.append(np.repeat(np.where(codes < 0, codes, codes | (rounds > 0)), np.diff(cuts)))
+            missing -= stop - start
+            start = rounds * self._stream.tokens + stop
+        return np.concatenate(pieces)
+
     def _documents(self, positions: np.ndarray) -> np.ndarray:
         """Number of the document that each position of the endless stream is of."""
         rounds, inside = np.divmod(positions, self._stream.tokens)
@@ -191,12 +213,25 @@ class HeldOutSource:
     steps = 1
 
     def __init__(
-        self, stream: TokenStream, length: int, *, document_mask: bool = True, vocabulary: int = 1 << 32
+        self,
+        stream: TokenStream,
+        length: int,
+        *,
+        document_mask: bool = True,
+        vocabulary: int = 1 << 32,
+        groups: Groups | None = None,
     ) -> None:
         sequences = max(1, -(-(stream.tokens - 1) // length))
         self._inner = StreamSource(
-            stream, length, sequences, sequences * length, document_mask=document_mask, vocabulary=vocabulary
+            stream,
+            length,
+            sequences,
+            sequences * length,
+            document_mask=document_mask,
+            vocabulary=vocabulary,
+            groups=groups,
         )
+        self.group_names = self._inner.group_names
         # What lies beyond the end of the stream would be read from its start: positions that do not count.
         self._beyond = sequences * length - (stream.tokens - 1)
         self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._beyond].sum())
@@ -262,6 +297,7 @@ class PackedSource:
         counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
         totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
         self._tokens = [int(counts[cut]) for cut in cuts]
+        self.data_tokens = int(sizes.sum())
         self._weights = [float(totals[b] - totals[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
         self.padding = 1 - counts[-1] / max(1, len(self._bins) * length)
 
@@ -310,10 +346,11 @@ def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: i
     )
 
 
-def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None) -> Batch:
+def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None, groups: np.ndarray) -> Batch:
     return Batch(
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
         torch.from_numpy(weights),
         None if documents is None else torch.from_numpy(documents.astype(np.int32)),
+        {"groups": torch.from_numpy(groups.astype(np.int32))},
     )

@@ -2,12 +2,11 @@
 
     {"step": 500, "tokens": 1024000, "loss": 3.21, "lr": 0.003, "grad_norm": 0.7, "tokens_per_second": 4700.0, "mfu": 0.41, "eta_seconds": 212.0}
 
-`step` counts finished steps from 1, `tokens` is what was seen after it, `loss` is the mean over the tokens of the step, `grad_norm` is before clipping.
-`heldout_loss` stands on the lines of steps after which it was measured, and objectives add figures of their own. Rates and times are of this
-machine and this moment; they are written here and nowhere else.
+What each name means stands in curves.py. Rates and times are of this machine and this moment; they are written here and nowhere else.
 
-MFU (model FLOPs utilisation) is FLOPs of the model a token (forward and backward, PaLM's count) × tokens/s over the peak of the hardware: on a GPU
-the vendor's dense figure for the precision, on a CPU the best of a few large matrix products measured at the start, with as many threads.
+MFU (model FLOPs utilisation) is FLOPs of the model a token × tokens/s over the peak of the hardware: on a GPU the vendor's dense figure for the
+precision, on a CPU the best of a few large matrix products measured at the start, with as many threads. Forward and backward count, causal
+attention at half of PaLM's square, and nothing that is computed twice.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ GPU_PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
+MFU = "(6 N + 6 layers heads head_dim length) FLOPs a token over the peak: causal attention at half, recomputation not counted"
 WINDOW = 20  # steps over which the shown speed is taken
 
 

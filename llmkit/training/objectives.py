@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from llmkit.model.runtime import cpu_kernels
 from llmkit.training.data import Batch
 
-# Logits held at once: 4 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 27}
+# Logits held at once: 8 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 Figures = dict[str, Tensor]
 
@@ -121,6 +122,21 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
         total += gradient.T @ rows
 
 
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As model.fused.cross_entropy."""
+    log_z = torch.logsumexp(logits, dim=1)
+    lost = log_z - logits.gather(1, targets[:, None])[:, 0]
+    if gradient:
+        # By logits: (1 + 2 · z_loss · log Z) · softmax − one-hot, times the factor of its row.
+        logits.sub_(log_z[:, None]).exp_()
+        if z_loss:
+            logits.mul_(1 + 2 * z_loss * log_z[:, None])
+        logits.scatter_add_(1, targets[:, None], logits.new_full((len(logits), 1), -1.0)).mul_(factors[:, None])
+    return lost, log_z
+
+
 class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(
@@ -144,21 +160,16 @@ class _LinearCrossEntropy(Function):
             loss = factors.new_zeros((), dtype=torch.float64)
             for part in _chunks(rows, len(weight)):
                 logits = _wide(rows[part] @ weight.T)
-                log_z = torch.logsumexp(logits, dim=1) if z_loss else None
-                log_p = torch.log_softmax(logits, dim=1) if log_z is None else logits.sub_(log_z[:, None])
-                lost = -log_p.gather(1, targets[part, None])[:, 0]
+                kernels = cpu_kernels(logits)
+                one_pass = kernels.cross_entropy if kernels else _cross_entropy
+                lost, log_z = one_pass(logits, targets[part], relative[part], z_loss, needs)
                 token_losses[part] = lost
-                if log_z is not None:
+                if z_loss:
                     lost = lost + z_loss * log_z.square()
                 loss += (lost.double() * factors[part].double()).sum()
                 if grad_rows is None or grad_weight is None:
                     continue
-                # By logits: (1 + 2 · z_loss · log Z) · softmax − one-hot, times the factor of its row.
-                gradient = log_p.exp_()
-                if log_z is not None:
-                    gradient.mul_(1 + 2 * z_loss * log_z[:, None])
-                gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
-                gradient = gradient.mul_(relative[part, None]).to(dtype)
+                gradient = logits.to(dtype)
                 torch.mm(gradient, weight, out=grad_rows[part])
                 _add_product(grad_weight, gradient, rows[part])
         if needs:

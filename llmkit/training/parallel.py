@@ -97,7 +97,7 @@ class Sharded:
         mesh = ParallelismConfig(dp_shard_size=self._processes).build_device_mesh(device.type)["dp_shard"]
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for layer in model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, mesh=mesh, mp_policy=half if precision == "bf16" else MixedPrecisionPolicy())  # type: ignore[arg-type]
+            fully_shard(layer, mesh=mesh, mp_policy=half if precision in ("bf16", "fp8") else MixedPrecisionPolicy())  # type: ignore[arg-type]
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         register_fsdp_forward_method(model, "hidden")
         for module in model.modules():

@@ -18,23 +18,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
+from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.runtime import Runtime, be_deterministic, prepare
+from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
 from llmkit.training.elastic import restarted
 from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import BETAS, adamw, restore_optimizer
+from llmkit.training.optimizer import BETAS, build, kind_of, restore_optimizer
 from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
+    OPTIMIZER,
     RunDirectory,
     TrainerState,
     check_run,
@@ -46,13 +51,14 @@ from llmkit.training.state import (
     write_config,
 )
 from llmkit.training.step import Tensors, Training
+from llmkit.training.tracker import check_tracker
 
-MICRO_BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
+MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss` and `max_rollbacks` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -66,14 +72,21 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    optimizer: str = "adamw"  # or muon; "": that of the state it starts from
     betas: tuple[float, float] = BETAS
     z_loss: float = 0.0
+    log_every: int = 10
+    tracker: str | None = None
+    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
     max_rollbacks: int = 8
     parallel: str = "auto"
     hang_timeout: float = 0.0
     accept_change: str = ""  # names, with commas between them
+    compile: bool | None = None
+    checkpoint_activations: bool = False
+    deterministic: bool = False
 
 
 @dataclass(slots=True)
@@ -146,13 +159,20 @@ class Session:
             info = load_info(self.checkpoint)
             with torch.device("meta"):
                 model = Decoder(info.config)
+            self._prepare(model)
             processes.layout.place(model, processes.device, processes.precision)
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
+        self._prepare(model)
         processes.layout.place(model, processes.device, processes.precision)
         return model
+
+    def _prepare(self, model: Decoder) -> None:
+        settings, processes = self.settings, self.processes
+        runtime = Runtime(settings.compile, settings.checkpoint_activations, processes.precision == "fp8")
+        prepare(model, processes.device, runtime, self.say if processes.main else lambda line: None)
 
     def train(
         self,
@@ -177,7 +197,9 @@ class Session:
         if settings.z_loss:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
-        optimizer = adamw(model, settings.weight_decay, settings.betas)
+        before = self.checkpoint or optimizer_from
+        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        optimizer = build(model, kind, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
@@ -225,6 +247,9 @@ class Session:
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 before_step=before_step,
+                log_every=settings.log_every,
+                at_checkpoint=settings.at_checkpoint,
+                token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
                 changed=self.changed,
             )
@@ -233,10 +258,14 @@ class Session:
     def micro_batch(self) -> int:
         """Rows that go through the model at once."""
         assert self.state is not None
+        return self.rows_at_once(self.state.batch_size, self.state.length)
+
+    def rows_at_once(self, batch_size: int, length: int) -> int:
+        """The same of a run that is not begun."""
         if self.settings.micro_batch:
             return self.settings.micro_batch
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(self.state.batch_size, limit // self.state.length // self.settings.sequences_a_row))
+        return max(1, min(batch_size, limit // length // self.settings.sequences_a_row))
 
 
 @contextmanager
@@ -244,9 +273,13 @@ def session(
     settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
+    if settings.tracker:
+        check_tracker(settings.tracker)
     accepted_names(settings.accept_change)  # a wrong one is said first
     if restarted():
         settings.resume, settings.force = True, False
+    if settings.deterministic:
+        be_deterministic()
     processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
@@ -264,6 +297,16 @@ def session(
             raise gone from error
         raise
     processes.leave()
+
+
+def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:
+    """The text that each id of a model stands for, in bytes, int64 [vocabulary]."""
+    known = token_bytes(files)
+    return (
+        None
+        if known is None
+        else torch.from_numpy(np.resize(np.append(known, np.zeros(vocabulary, np.int64)), vocabulary))
+    )
 
 
 def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] | None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG
+from tiny import CONFIG, ListStream
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
+from llmkit.training.groups import document_groups
 from llmkit.training.steps import Steps, changes
 
 
@@ -193,3 +194,22 @@ def test_packed_rows_do_not_see_each_other() -> None:
             at += len(alone)
         leaking = model(batch.input_ids)[0]
     assert not torch.allclose(leaking[6:17], together[6:17], atol=1e-3)  # without the mask it would be otherwise
+
+
+def test_groups_are_those_of_the_documents() -> None:
+    """Property: the code of every position is that of its document, found one by one; in a second round all were seen before; padding is none."""
+    draw = np.random.default_rng(3)
+    stream = ListStream(draw.integers(0, 9, 60).tolist())
+    sizes, sources = np.diff(stream.offsets), draw.integers(0, 4, 60).astype(np.int32)
+    stream.padding = sources == 3  # type: ignore[assignment]
+    epochs = draw.integers(0, 2, 60).astype(np.int32)
+    groups = document_groups(sizes, sources, ["a", "b", "c", "<padding>"], epochs)
+    assert groups.names == ("a", "b", "c")
+    source = StreamSource(stream, 16, 3, int(stream.tokens * 2.5), groups=groups)
+    for step in range(source.steps):
+        batch = source.batch(step, 0, source.rows(step))
+        for row, codes in enumerate(batch.extra["groups"].tolist()):
+            for at, code in enumerate(codes, source.tokens(step) + row * 16):
+                number = int(np.searchsorted(stream.offsets, at % stream.tokens, side="right")) - 1
+                seen = bool(epochs[number]) or at >= stream.tokens
+                assert code == (-1 if sources[number] == 3 else 2 * sources[number] + seen)

@@ -413,7 +413,7 @@ def test_max_hours(train: Train, whole: Path, tmp_path: Path) -> None:
     """Behaviour: when the time is over the run is saved and ends with exit code 75; --resume goes on."""
     run = tmp_path / "run"
     with pytest.raises(LlmkitError, match="hours are over at step 5") as caught:
-        train(run, heldout=True, eval_every=4, max_hours=0.5 / 3600, report=at_step(5, lambda: time.sleep(0.6)))
+        train(run, heldout=True, eval_every=4, max_hours=2 / 3600, report=at_step(5, lambda: time.sleep(2)))
     assert caught.value.code == 75
     assert find_checkpoints(run)[-1].name == "step-00000005"
     train(run, resume=True, heldout=True, eval_every=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -386,8 +387,30 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
         time.sleep(0.02)
 
 
+def test_held_out_data_by_domain(place: Path) -> None:
+    """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
+    from llmkit.cli import fitting
+    from llmkit.io.store import TokenStore
+
+    digest = TokenStore.open("shards").tokenizer.digest
+
+    def domains(*named: str) -> tuple[str, ...]:
+        found = fitting.held_out(list(named), digest, 32, True)
+        assert found is not None
+        return found.group_names
+
+    assert domains("heldout.arrow") == ("test",)
+    assert domains("web=heldout.arrow", "shards") == ("web", "test")
+    os.symlink("heldout.arrow", "a=b.arrow")
+    assert domains("a=b.arrow") == ("test",)
+    assert train(*SMALL, "-o", "run", "--heldout", "web=heldout.arrow") == 0
+    last = list(read_metrics("run/metrics.jsonl"))[-1]
+    assert last["heldout/web"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+    assert 0 < last["heldout_bpb/web"] == last["heldout_bpb"]
+
+
 def test_two_processes_and_one(place: Path) -> None:
-    """Property: losses of two gloo processes equal those of one within 1e-5; SIGTERM saves in both (143); one process goes on from there."""
+    """Property: losses of two gloo processes equal those of one within 1e-5, as do the other curves of the model and the data; SIGTERM saves in both (143); one process goes on from there."""
     call = ("shards", "-m", "config.json", "--tokens", "40k", "-q")
     assert train(*call, "-o", "one", "--threads", "1") == 0
     group = start("train", *call, "-o", "two", "--processes", "2")
@@ -397,6 +420,10 @@ def test_two_processes_and_one(place: Path) -> None:
     done = load_trainer_state(place / "two" / "latest").step
     assert done == len(losses("two")) < len(losses("one"))
     assert losses("two") == pytest.approx(losses("one")[:done], abs=1e-5)
+    of_machine = r"memory|disk|gpu|seconds|per_second|mfu|rank|clipped"
+    for one, two in zip(*(read_metrics(f"{run}/metrics.jsonl") for run in ("one", "two")), strict=False):
+        kept = {name: value for name, value in one.items() if not re.search(of_machine, name)}
+        assert {name: two[name] for name in kept} == pytest.approx(kept, rel=2e-3)
     assert train(*call, "-o", "two", "--resume") == 0
     assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
 

@@ -1,0 +1,231 @@
+"""The decoder's operations on CPU in float32, forward and backward, over the kernels of model/kernels: less memory traffic than torch's own,
+and attention that computes neither what the causal mask hides nor what lies in another document.
+
+Tensors and shapes are those of decoder.py's plain operations. Threads share the rows; results do not depend on how many there are.
+
+Attention (after FlashAttention-2, arXiv:2307.08691): for a block of queries only the keys that one of them sees take part, two matrix
+products a block forwards and five backwards, which compute the probabilities again. Memory: the block's scores, at most SCORES elements a thread.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from llmkit.model.decoder import KeyValueCache, Operations
+from llmkit.model.kernels import rows as kernels
+
+QUERIES = 128  # in a block of attention
+SCORES = 1 << 19  # elements of scores at once: with their gradients 4 MiB, about a core's share of cache
+GRAIN = 1 << 16  # elements that are worth a thread
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def over_rows(kernel: Any, rows: int, width: int, *arguments: Any, together: int = 1) -> None:
+    """Run a kernel over all rows, shared among the threads that torch uses; `together` that many rows go to one thread."""
+    threads = min(torch.get_num_threads(), rows * width // GRAIN)
+    given = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    if threads < 2:
+        kernel(0, rows, *given)
+        return
+    step = -(-rows // (threads * together)) * together
+    starts = range(0, rows, step)
+    list(_pool(threads).map(lambda start: kernel(start, min(start + step, rows), *given), starts))
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        y, inverse = torch.empty_like(flat), flat.new_empty(len(flat))
+        over_rows(kernels.norm, *flat.shape, flat, weight, np.float32(eps), y, inverse)
+        ctx.save_for_backward(x, weight, inverse)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        flat, grad = (v.reshape(-1, v.shape[-1]).contiguous() for v in (x, grad))
+        dx = torch.empty_like(flat)
+        dweight = flat.new_zeros(-(-len(flat) // kernels.BLOCK), len(weight))
+        given = (flat, weight, inverse, grad, dx, dweight)
+        over_rows(kernels.norm_back, *flat.shape, *given, together=kernels.BLOCK)
+        return dx.view(x.shape), dweight.sum(0), None
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        flat = [v.view(-1, gate.shape[-1]) for v in (gate.contiguous(), up.contiguous(), y)]
+        over_rows(kernels.swiglu, *flat[0].shape, *flat)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        flat = [v.view(-1, gate.shape[-1]) for v in (gate.contiguous(), up.contiguous(), grad.contiguous(), dgate, dup)]
+        over_rows(kernels.swiglu_back, *flat[0].shape, *flat)
+        return dgate, dup
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_BTHK, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1.0), None, None
+
+
+def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    flat = x_BTHK.contiguous().flatten(0, 1)
+    y = torch.empty_like(flat)
+    over_rows(kernels.rotate, len(flat), flat[0].numel(), flat, cos, sin, np.float32(sign), y)
+    return y.view(x_BTHK.shape)
+
+
+def _blocks(begins_BT: np.ndarray, heads: int, groups: int) -> Any:
+    """(sequence, heads, their groups, queries, keys) of each block of attention."""
+    sequences, length = begins_BT.shape
+    share = heads // groups
+    for b in range(sequences):
+        for start in range(0, length, QUERIES):
+            stop = min(start + QUERIES, length)
+            low = int(begins_BT[b, start])
+            together = max(1, SCORES // ((stop - start) * (stop - low) * share))
+            for g in range(0, groups, together):
+                last = min(g + together, groups)
+                yield b, slice(g * share, last * share), slice(g, last), slice(start, stop), slice(low, stop)
+
+
+def _spread(x_TGK: Tensor, share: int) -> Tensor:
+    """[G · share, T, K] of keys or values [T, G, K], without a copy where share is 1."""
+    return _repeat(x_TGK.transpose(0, 1), share)
+
+
+def _repeat(x: Tensor, share: int) -> Tensor:
+    return x if share == 1 else x.repeat_interleave(share, 0)
+
+
+def _upright(x_BTGK: Tensor) -> Tensor:
+    """[B, G, K, T], laid out anew: a product with it is a fifth faster than with the transposed view."""
+    return x_BTGK.permute(0, 2, 3, 1).contiguous()
+
+
+class _Attend(Function):
+    @staticmethod
+    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, begins_BT: np.ndarray) -> Tensor:
+        b, t, h, k = q_BTHK.shape
+        share, scale = h // k_BTGK.shape[2], np.float32(1 / math.sqrt(k))
+        out = torch.empty_like(q_BTHK)
+        logsum = q_BTHK.new_empty(b, h, t)
+        buffer = q_BTHK.new_empty(max(SCORES, share * QUERIES * t))
+        upright = _upright(k_BTGK)
+        for row, heads, groups, queries, keys in _blocks(begins_BT, h, h // share):
+            q = q_BTHK[row, queries, heads].transpose(0, 1)
+            n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
+            scores = buffer[: n * r * c].view(n, r, c)
+            torch.bmm(q, _repeat(upright[row, groups, :, keys], share), out=scores)
+            over_rows(
+                kernels.softmax, n * r, c, scores.view(n * r, c), r, queries.start, begins_BT[row], scale, logsum[row, heads]
+            )  # fmt: skip
+            out[row, queries, heads] = torch.bmm(scores, _spread(v_BTGK[row, keys, groups], share)).transpose(0, 1)
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, out, logsum)
+        ctx.begins = begins_BT
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        q_BTHK, k_BTGK, v_BTGK, out, logsum = ctx.saved_tensors
+        t, h, k = q_BTHK.shape[1:]
+        share, scale = h // k_BTGK.shape[2], np.float32(1 / math.sqrt(k))
+        delta = (grad * out).sum(-1).transpose(1, 2).contiguous()
+        dq, dk, dv = torch.empty_like(q_BTHK), torch.zeros_like(k_BTGK), torch.zeros_like(v_BTGK)
+        buffer = q_BTHK.new_empty(2, max(SCORES, share * QUERIES * t))
+        upright = _upright(k_BTGK), _upright(v_BTGK)
+        for row, heads, groups, queries, keys in _blocks(ctx.begins, h, h // share):
+            q, g = (x[row, queries, heads].transpose(0, 1) for x in (q_BTHK, grad))
+            n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
+            scores, change = (x[: n * r * c].view(n, r, c) for x in buffer)
+            key, value = (_repeat(x[row, groups, :, keys], share) for x in upright)
+            torch.bmm(q, key, out=scores)
+            torch.bmm(g, value, out=change)
+            over_rows(
+                kernels.softmax_back, n * r, c, scores.view(n * r, c), r, queries.start, ctx.begins[row], scale,
+                logsum[row, heads], change.view(n * r, c), delta[row, heads],
+            )  # fmt: skip
+            dq[row, queries, heads] = torch.bmm(change, _spread(k_BTGK[row, keys, groups], share)).transpose(0, 1)
+            for total, left, right in ((dk, change, q), (dv, scores, g)):
+                into = total[row, keys, groups].transpose(0, 1)
+                if share == 1:
+                    into.baddbmm_(left.transpose(1, 2), right)
+                else:
+                    into += torch.bmm(left.transpose(1, 2), right).view(-1, share, c, k).sum(1)
+        return dq, dk, dv, None
+
+
+class Fused(Operations):
+    """The decoder's operations, where a pass is in float32 on the CPU, over whole sequences, and documents lie together."""
+
+    def prepare(
+        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Operations, Any]:
+        plain = x_BTD.device.type != "cpu" or x_BTD.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        begins = None if plain or cache is not None else document_begins(document_ids, *x_BTD.shape[:2])
+        return super().prepare(x_BTD, document_ids, cache) if begins is None else (self, begins)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _Norm.apply(x, weight, eps)
+
+    def rotate(self, x_BTHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return _Rotate.apply(x_BTHK, *(part.flatten(0, -2) for part in rotation))
+
+    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+        return _Attend.apply(q_BTHK, k_BSGK, v_BSGK, mask)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate, up)
+
+
+def document_begins(document_ids: Tensor | None, b: int, t: int) -> np.ndarray | None:
+    """Place int64 [B, T] where each token's document begins in its row; None where a document is not in one piece."""
+    begins = np.zeros((b, t), np.int64)
+    if document_ids is None:
+        return begins
+    ids = document_ids.numpy()
+    new = ids[:, 1:] != ids[:, :-1]
+    np.maximum.accumulate(np.where(new, np.arange(1, t), 0), 1, out=begins[:, 1:])
+    if any(len(np.unique(row)) != 1 + changes for row, changes in zip(ids, new.sum(1), strict=True)):
+        return None
+    return begins
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """−log p(target) and log Z of rows of logits [N, V]; with `gradient` the logits become d(loss + z_loss · log² Z) · factor."""
+    least, most = targets.aminmax() if len(targets) else (0, 0)
+    if least < 0 or most >= logits.shape[1]:
+        raise IndexError(f"a target is outside of the vocabulary of {logits.shape[1]:,}")
+    losses, log_z = logits.new_empty(2, len(logits))
+    over_rows(
+        kernels.cross_entropy, *logits.shape, logits, targets, factors, np.float32(z_loss), losses, log_z, gradient
+    )
+    return losses, log_z

@@ -1,0 +1,217 @@
+"""Row by row over float32 on the CPU: norm, rotation, SwiGLU, softmax of attention and of the loss, each in one pass over memory, both ways.
+
+Every kernel takes [first, last) of its rows and then C-contiguous arrays, writes into what it is given, and computes a row in the same order however
+the rows are split: results do not depend on threads. NaN and infinity come out where they come in.
+
+exp is the polynomial of Cephes (expf.c: 2 units in the last place over [-87, 88]); LLVM turns all loops into vector instructions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+# Sums may be taken in another order, which is what lets them use vectors; nothing is assumed about NaN or infinity.
+_SETTINGS: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False, "error_model": "numpy"}
+SUMS = {"reassoc", "contract", "nsz"}
+
+
+def rows_kernel(function: Any) -> Any:
+    return numba.njit(**_SETTINGS, fastmath=SUMS)(function)
+
+
+def exact(function: Any) -> Any:
+    """Written into its callers, with its own order of operations."""
+    return numba.njit(**_SETTINGS, fastmath={"contract"}, forceinline=True)(function)
+
+
+_emitted: Any = intrinsic  # written in LLVM's terms
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+
+
+@_emitted
+def _power(_, magic):  # type: ignore[no-untyped-def]
+    """2^n of n + MAGIC."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], _I32)
+        n = builder.sub(bits, ir.Constant(_I32, 0x4B400000 - 127))
+        return builder.bitcast(builder.shl(n, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.float32), generate
+
+
+@_emitted
+def _key(_, value):  # type: ignore[no-untyped-def]
+    """An int32 that is ordered as floats are: its largest is found with vectors, that of floats is not."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits = builder.bitcast(arguments[0], _I32)
+        sign = builder.ashr(bits, ir.Constant(_I32, 31))
+        return builder.xor(bits, builder.and_(sign, ir.Constant(_I32, 0x7FFFFFFF)))
+
+    return types.int32(types.float32), generate
+
+
+@_emitted
+def _value(_, key):  # type: ignore[no-untyped-def]
+    """The float that `_key` made it of."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sign = builder.ashr(arguments[0], ir.Constant(_I32, 31))
+        bits = builder.xor(arguments[0], builder.and_(sign, ir.Constant(_I32, 0x7FFFFFFF)))
+        return builder.bitcast(bits, _F32)
+
+    return types.float32(types.int32), generate
+
+
+_f = np.float32
+ZERO, ONE, LOWEST, MAGIC = _f(0), _f(1), _f(-87), _f(12582912)  # 1.5 · 2^23: adding it rounds to a whole number
+LOG2E, LN2_HIGH, LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
+C0, C1, C2, C3, C4, C5 = map(_f, (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
+LEAST = np.int32(-(2**31))
+BLOCK = 256  # rows whose gradients of a norm's weight are one sum
+
+
+@exact
+def exp(x):  # type: ignore[no-untyped-def]
+    """e^x for x up to 88; below -87 as for -87 (1.6e-38)."""
+    x = LOWEST if x < LOWEST else x
+    magic = x * LOG2E + MAGIC
+    n = magic - MAGIC
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    p = ((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + C5
+    return (p * r * r + r + ONE) * _power(magic)
+
+
+@rows_kernel
+def norm(first, last, x, weight, eps, y, inverse):  # type: ignore[no-untyped-def]
+    """y = x · inverse · weight, inverse = 1 / rms(x)."""
+    width = x.shape[1]
+    for i in range(first, last):
+        total = ZERO
+        for j in range(width):
+            total += x[i, j] * x[i, j]
+        scale = ONE / np.sqrt(total / _f(width) + eps)
+        inverse[i] = scale
+        for j in range(width):
+            y[i, j] = x[i, j] * scale * weight[j]
+
+
+@rows_kernel
+def norm_back(first, last, x, weight, inverse, grad, dx, dweight):  # type: ignore[no-untyped-def]
+    """Gradients of `norm`; that of the weight is added to dweight [blocks of BLOCK rows, width]."""
+    width = x.shape[1]
+    for i in range(first, last):
+        block = i // BLOCK
+        scale, total = inverse[i], ZERO
+        for j in range(width):
+            normed = x[i, j] * scale
+            dweight[block, j] += grad[i, j] * normed
+            total += grad[i, j] * weight[j] * normed
+        total /= _f(width)
+        for j in range(width):
+            dx[i, j] = (grad[i, j] * weight[j] - x[i, j] * scale * total) * scale
+
+
+@rows_kernel
+def swiglu(first, last, gate, up, y):  # type: ignore[no-untyped-def]
+    """y = silu(gate) · up."""
+    for i in range(first, last):
+        for j in range(gate.shape[1]):
+            g = gate[i, j]
+            y[i, j] = g / (ONE + exp(-g)) * up[i, j]
+
+
+@rows_kernel
+def swiglu_back(first, last, gate, up, grad, dgate, dup):  # type: ignore[no-untyped-def]
+    for i in range(first, last):
+        for j in range(gate.shape[1]):
+            g = gate[i, j]
+            s = ONE / (ONE + exp(-g))
+            dup[i, j] = grad[i, j] * g * s
+            dgate[i, j] = grad[i, j] * up[i, j] * s * (ONE + g * (ONE - s))
+
+
+@rows_kernel
+def rotate(first, last, x, cos, sin, sign, y):  # type: ignore[no-untyped-def]
+    """Turn each head of x [rows, H, K] by the angle of cos and sin [rows of a sequence, K]; backwards with sign -1."""
+    period, half = cos.shape[0], x.shape[2] // 2
+    for i in range(first, last):
+        place = i % period
+        for h in range(x.shape[1]):
+            for j in range(half):
+                a, b = x[i, h, j], x[i, h, half + j]
+                c, s = cos[place, j], sin[place, j] * sign
+                y[i, h, j] = a * c - b * s
+                y[i, h, half + j] = b * c + a * s
+
+
+@rows_kernel
+def softmax(first, last, scores, rows, place, begins, scale, logsum):  # type: ignore[no-untyped-def]
+    """Probabilities in place of raw scores [heads · rows, keys]: row r of a head is query place + r of a sequence, which sees the keys from
+    begins[query] to its own; key 0 here is begins[place]. `logsum` [heads, queries] is for the way back."""
+    offset = begins[place]
+    for i in range(first, last):
+        query = place + i % rows
+        low, high = begins[query] - offset, query + 1 - offset
+        seen, top = scores[i, low:high], LEAST
+        for j in range(len(seen)):
+            top = max(top, _key(seen[j]))
+        most, total = _value(top) * scale, ZERO
+        for j in range(len(seen)):
+            p = exp(seen[j] * scale - most)
+            seen[j] = p
+            total += p
+        logsum[i // rows, query] = most + np.log(total)
+        share = ONE / total
+        for j in range(len(seen)):
+            seen[j] *= share
+        scores[i, :low] = ZERO
+        scores[i, high:] = ZERO
+
+
+@rows_kernel
+def softmax_back(first, last, scores, rows, place, begins, scale, logsum, grad, delta):  # type: ignore[no-untyped-def]
+    """Probabilities in place of raw scores again, and the gradient of the raw scores in place of that of the probabilities."""
+    offset = begins[place]
+    for i in range(first, last):
+        query, head = place + i % rows, i // rows
+        low, high = begins[query] - offset, query + 1 - offset
+        shift, mean = logsum[head, query], delta[head, query]
+        seen, change = scores[i, low:high], grad[i, low:high]
+        for j in range(len(seen)):
+            p = exp(seen[j] * scale - shift)
+            seen[j] = p
+            change[j] = p * (change[j] - mean) * scale
+        for part in (scores, grad):
+            part[i, :low] = ZERO
+            part[i, high:] = ZERO
+
+
+@rows_kernel
+def cross_entropy(first, last, logits, targets, factors, z_loss, losses, log_z, gradient):  # type: ignore[no-untyped-def]
+    """-log softmax(logits)[target] and log Z of each row; with `gradient`, that of (loss + z_loss · log² Z) · factor in place of the logits."""
+    width = logits.shape[1]
+    for i in range(first, last):
+        top = LEAST
+        for j in range(width):
+            top = max(top, _key(logits[i, j]))
+        most, total = _value(top), ZERO
+        picked = logits[i, targets[i]]
+        for j in range(width):
+            p = exp(logits[i, j] - most)
+            logits[i, j] = p
+            total += p
+        log_z[i] = most + np.log(total)
+        losses[i] = log_z[i] - picked
+        if gradient:
+            share = factors[i] * (ONE + _f(2) * z_loss * log_z[i]) / total
+            for j in range(width):
+                logits[i, j] *= share
+            logits[i, targets[i]] -= factors[i]
