@@ -74,10 +74,10 @@ TrackerName = Annotated[str | None, typer.Option("--tracker", metavar="NAME", he
 HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="[NAME=]PATH", help="Data for the held-out loss, by domain where it is named or its documents are", rich_help_panel=KEEPING)]
 # fmt: on
 
-# How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 PATHS = ("from_", "model", "recipe")  # options that may name a file
+# How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 NEUTRAL_OPTIONS = (
     "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
     "compile", "checkpoint_activations", "deterministic",
@@ -419,23 +419,11 @@ def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, r
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
     columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
-    run.table(
-        "tensors",
-        columns,
-        [
-            [
-                row.name,
-                count,
-                "x".join(map(str, row.shape)),
-                row.initial,
-                f"x{row.rate:g}",
-                f"{row.decay:g}",
-                row.optimizer,
-            ]
-            + [row.stored, row.computed]
-            for row, count in kinds(tensors)
-        ],
-    )
+    cells = [
+        [row.name, count, "x".join(map(str, row.shape)), row.initial, f"x{row.rate:g}", f"{row.decay:g}", row.optimizer, row.stored, row.computed]
+        for row, count in kinds(tensors)
+    ]  # fmt: skip
+    run.table("tensors", columns, cells)
     counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": needs}
     run.finish(counts, "dry run: nothing was written")
 

@@ -35,7 +35,7 @@ def main() -> None:
     print(f"| processes | skipped | named | other rollbacks | rare steps | loss {AFTER} steps later, over clean | last held-out loss, over clean |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for processes in (1, 2):
         for name in ("clean", "poisoned"):
-            what = f"llmkit.training.loop:accumulate:{NAN_AT}:nan:0" if name == "poisoned" else ""
+            what = f"llmkit.training.loop:accumulate:{NAN_AT}:nan:all" if name == "poisoned" else ""
             tokens = str(STEPS * 1024)
             run = ["train", name, *TRAIN, "--tokens", tokens, "--heldout", "heldout.arrow", "--processes", str(processes), "-o", f"{name}{processes}", "-f"]  # fmt: skip
             process = start(work, run, disturbing(work, what))

@@ -83,52 +83,50 @@ def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ..
 # Read by every Python that is started with this directory on its path: patches one function as it is imported.
 SITE = """
 import os, sys
-wanted = os.environ.get("DISTURB")
-if wanted:
+from importlib.abc import MetaPathFinder
+
+
+class Hook(MetaPathFinder):
+    def __init__(self, module, name, call, action):
+        self.module, self.name, self.call, self.action = module, name, int(call), action
+
+    def find_spec(self, found, path, target=None):
+        if found != self.module or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        import importlib.util
+        spec = importlib.util.find_spec(found)
+        execute = spec.loader.exec_module
+        spec.loader.exec_module = lambda made: (execute(made), self.patch(made))
+        return spec
+
+    def patch(self, made):
+        owner, _, attribute = self.name.rpartition(".")
+        place = getattr(made, owner) if owner else made
+        original, count = getattr(place, attribute), [0]
+
+        def replacement(*arguments, **named):
+            count[0] += 1
+            if count[0] == self.call and self.action == "nan":
+                import torch
+                with torch.no_grad():
+                    arguments[0].model.model.embed_tokens.weight[65] = float("nan")
+            elif count[0] == self.call:
+                os.kill(os.getpid(), int(os.environ["DISTURB_SIGNAL"]))
+            return original(*arguments, **named)
+
+        setattr(place, attribute, replacement)
+
+
+for wanted in filter(None, os.environ.get("DISTURB", "").split(";")):
     module, name, call, action, rank = wanted.split(":")
-    if os.environ.get("RANK", "0") == rank:
-        from importlib.abc import MetaPathFinder
-
-        class Hook(MetaPathFinder):
-            def find_spec(self, found, path, target=None):
-                if found != module or self not in sys.meta_path:
-                    return None
-                sys.meta_path.remove(self)
-                import importlib.util
-                spec = importlib.util.find_spec(found)
-                execute = spec.loader.exec_module
-
-                def run(made):
-                    execute(made)
-                    patch(made)
-
-                spec.loader.exec_module = run
-                return spec
-
-        def patch(made):
-            owner, _, attribute = name.rpartition(".")
-            place = getattr(made, owner) if owner else made
-            original, count = getattr(place, attribute), [0]
-
-            def replacement(*arguments, **named):
-                count[0] += 1
-                if count[0] == int(call):
-                    if action == "nan":
-                        import torch
-                        with torch.no_grad():
-                            arguments[0].model.model.embed_tokens.weight[65] = float("nan")
-                    else:
-                        os.kill(os.getpid() if action != "group" else os.getppid(), int(os.environ["DISTURB_SIGNAL"]))
-                return original(*arguments, **named)
-
-            setattr(place, attribute, replacement)
-
-        sys.meta_path.insert(0, Hook())
+    if rank in ("all", os.environ.get("RANK", "0")):
+        sys.meta_path.insert(0, Hook(module, name, call, action))
 """
 
 
 def disturbing(place: Path, what: str = "", number: int = 9) -> dict[str, str]:
-    """The environment of a process that is disturbed: `what` is module:function:call:kill|group|nan:rank."""
+    """The environment of a process that is disturbed: `what` is module:function:call:kill|nan:rank|all, several between semicolons."""
     (place / "site").mkdir(exist_ok=True)
     (place / "site" / "sitecustomize.py").write_text(SITE)
     path = os.pathsep.join(filter(None, (str(place / "site"), os.environ.get("PYTHONPATH", ""))))

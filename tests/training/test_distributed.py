@@ -168,7 +168,7 @@ def child(group: subprocess.Popen[bytes], rank: int) -> int:
 def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Property: rank 1 killed, then stopped: the run goes on by itself, names it, and ends in the bytes of the undisturbed one; FSDP, 2 processes."""
     monkeypatch.chdir(workplace)
-    call = ("train", "shards", "-m", "config.json", "--tokens", "60k", "--save-every", "10", "--processes", "2")
+    call = ("train", "shards", "-m", "config.json", "--tokens", "100k", "--save-every", "10", "--processes", "2")
     call = (*call, "--parallel", "fsdp", "-q")
     whole, run = tmp_path / "whole", tmp_path / "run"
     undisturbed = start(*call, "-o", str(whole))
@@ -185,9 +185,14 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
         return reached
 
     wait_for(trained(15, 1), group)
-    os.kill(group.pid, signal.SIGUSR1)
-    between = lambda: any(int(place.name[-1]) for place in find_checkpoints(run))  # noqa: E731
-    wait_for(between, group)  # every 10 steps there is one without
+
+    def saved_between() -> bool:
+        """Whether there is a checkpoint beside those of every 10 steps, which is asked for."""
+        os.kill(group.pid, signal.SIGUSR1)
+        time.sleep(0.03)
+        return any(int(place.name[-1]) for place in find_checkpoints(run))
+
+    wait_for(saved_between, group)
     os.kill(child(group, 1), signal.SIGKILL)
     wait_for(trained(25, 2), group)
     os.kill(child(group, 1), signal.SIGSTOP)

@@ -148,7 +148,7 @@ def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
         pytest.param(kill_in(step, "clip_gradients", 6), id="in a step"),
         pytest.param(kill_in(state, "write_safetensors", 2), id="in a checkpoint"),
         pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
-        pytest.param(kill_in(loop, "evaluate", 2), id="in an evaluation"),
+        pytest.param(kill_in(loop, "held_out", 2), id="in an evaluation"),
         pytest.param(kill_in(RunDirectory, "finish", 1), id="before the end"),
     ],
 )
