@@ -104,7 +104,7 @@ if __name__ == "__main__":
         from llmkit.cli.main import main
 
         gc.freeze()  # so that the collector of a call does not touch, and so copy, what all share
-        arguments = serve(sys.argv[2])
+        arguments = sys.argv[1:] = serve(sys.argv[2])
         try:
             main(arguments)
         except SystemExit as exit:

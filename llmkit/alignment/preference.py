@@ -89,6 +89,9 @@ class PairSource:
     def tokens(self, step: int) -> int:
         return int(self._tokens[step])
 
+    def shortened(self, step: int) -> int:
+        return 1
+
     def weight(self, step: int) -> float:
         return float(len(self._steps[step]))
 

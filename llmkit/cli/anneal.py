@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import Run, command, count_option
-from llmkit.errors import UsageError
+from llmkit.errors import UsageError, unknown_name
 
 
 @command(
     examples=(
         "llmkit anneal run/ shards/ --tokens 10k -o annealed/",
-        "llmkit anneal run/ shards/ --tokens 10k --step 2 -o annealed2/",
+        "llmkit anneal run/ shards/ --tokens 10k --from step-00000002 --ramp sqrt -o annealed2/",
     ),
     neutral=fitting.NEUTRAL_OPTIONS,
 )
@@ -30,10 +30,13 @@ def main(
         int | None,
         count_option("--tokens", help="Tokens to train on; by default the data once", rich_help_panel=fitting.STEPS),
     ] = None,
-    step: Annotated[
-        int | None,
+    from_: Annotated[
+        str | None,
         typer.Option(
-            "--step", help="Checkpoint of the run to start from; by default its last", rich_help_panel=fitting.STEPS
+            "--from",
+            metavar="STEP",
+            help="Checkpoint of the run to start from, such as step-00000500 or 500; by default its last",
+            rich_help_panel=fitting.STEPS,
         ),
     ] = None,
     batch_size: Annotated[
@@ -55,6 +58,21 @@ def main(
             "--lr", help="First learning rate; by default that of the checkpoint", rich_help_panel=fitting.OPTIMISER
         ),
     ] = None,
+    ramp: Annotated[
+        str,
+        typer.Option(
+            "--ramp",
+            metavar="NAME",
+            help="How the rate falls: linear, sqrt or cosine",
+            rich_help_panel=fitting.OPTIMISER,
+        ),
+    ] = "linear",
+    to: Annotated[
+        float,
+        typer.Option(
+            "--to", min=0, help="Last learning rate, relative to the first", rich_help_panel=fitting.OPTIMISER
+        ),
+    ] = 0.0,
     weight_decay: fitting.WeightDecay = 0.1,
     clip: fitting.Clip = 1.0,
     z_loss: fitting.ZLoss = 0.0,
@@ -76,14 +94,24 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
-    """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls in a straight line to zero.
+    """Continue from a checkpoint, optimiser included, on data of its own, while the learning rate falls to zero.
 
-    The rate starts where the checkpoint's step had it. One trunk may be annealed several times, on different data and from different steps. From
-    a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
+    The rate starts where the checkpoint's step had it. One trunk may be annealed any number of times, on different data and from different steps;
+    `llmkit average` brings the branches together. From a model directory without the state of an optimiser the moments start at zero, and --lr is needed.
     """
     if fitting.launched(
-        run, [start, data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts
+        run,
+        [start, data, *fitting.held_out_paths(heldout)],
+        resume=resume,
+        processes=processes,
+        max_restarts=max_restarts,
     ):
         return
     import torch
@@ -93,17 +121,24 @@ def main(
     from llmkit.training import session as sessions
     from llmkit.training.data import StreamSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.schedule import Schedule
+    from llmkit.training.schedule import RAMPS, named
     from llmkit.training.state import starting_point
 
     sessions.check_positive(lr=lr, tokens=tokens)
+    if ramp not in RAMPS:
+        raise unknown_name("ramp", ramp, RAMPS)
+    if to > 1:
+        raise UsageError(f"--to {to} is above 1", "it is the last learning rate over the first")
+    step = from_.removeprefix("step-") if from_ else ""
+    if from_ and not (step.isascii() and step.isdigit()):
+        raise UsageError(f"--from {from_}: no checkpoint is called so", "such as step-00000500, or 500")
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer="",
         compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
-        directory, before = starting_point(start, step)
+        directory, before = starting_point(start, int(step) if step else None)
         info = load_info(directory)
         rate = lr or (before.rate if before else None)
         if not rate:
@@ -122,11 +157,17 @@ def main(
             tokens or stream.tokens,
             document_mask=document_mask,
             vocabulary=info.config.vocab_size,
+            groups=fitting.groups(stream),
         )
+        if length > stream.tokens:
+            raise UsageError(f"sequences of {length:,} tokens, but {data} holds {stream.tokens:,}", "--sequence-length")
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
+        fitting.at_checkpoints(
+            run, opened, info.tokenizer_files, info.stop_ids, samples, eval_tasks, eval_limit, include_path
+        )
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]
@@ -134,16 +175,17 @@ def main(
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
-        with run.progress(planned, "tokens") as bar:
+        fitting.keep_trace(opened, stream, source)
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),
                 next_token,
                 source,
-                Schedule("linear", rate, planned),
+                named(ramp, rate, planned, floor=to),
                 tokenizer_files=info.tokenizer_files,
                 stop_ids=info.stop_ids,
                 heldout=held_out,
                 optimizer_from=directory if before else None,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -73,6 +73,8 @@ def main(
     keep_every: fitting.KeepEvery = 0,
     max_hours: fitting.MaxHours = 0.0,
     max_rollbacks: fitting.MaxRollbacks = 8,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Align a model by direct preference optimisation: make chosen answers more probable, rejected ones less, relative to the model as it was.
 
@@ -92,11 +94,11 @@ def main(
     from llmkit.model.checkpoint import load_model
     from llmkit.model.decoder import Decoder
     from llmkit.training import session as sessions
-    from llmkit.training.schedule import PREFERENCE, Schedule, default_rate, warmup_tokens
+    from llmkit.training.schedule import PREFERENCE, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, sequences_a_row=2, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
         compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
@@ -112,7 +114,7 @@ def main(
         planned = PairSource(encoded.rows, empty, batch_size, epochs=epochs, seed=run.seed)
         total = planned.tokens(planned.steps)
         if run.dry_run:
-            fitting.show_plan(run, info.config, planned, rate, length)
+            fitting.show_plan(run, opened, info.config, planned, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         source_model = fitting.model_input(model)
@@ -134,15 +136,15 @@ def main(
             source_model.digest,
         )
         source = PairSource(encoded.rows, reference, batch_size, epochs=epochs, seed=run.seed)
-        with run.progress(total, "tokens") as bar:
+        with live.shown(run, opened, total) as report:
             outcome = opened.train(
                 opened.model(initial),
                 dpo(beta),
                 source,
-                Schedule(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
+                named(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.options import NEUTRAL, Progress, Run, toml_value
+from llmkit.cli.options import NEUTRAL, Run, toml_value
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from llmkit.io.store import TokenStore
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
-    from llmkit.training.data import Source
+    from llmkit.training.data import HeldOutSource, Source, StreamSource
+    from llmkit.training.groups import Groups
     from llmkit.training.session import Session, Settings
 
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
@@ -44,6 +45,7 @@ Warmup = Annotated[float, typer.Option("--warmup", min=0, help="Tokens over whic
 Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, relative to the highest", rich_help_panel=OPTIMISER)]
 Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]
+OptimizerName = Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers and adamw for the rest", rich_help_panel=OPTIMISER)]
 Clip = Annotated[float, typer.Option("--clip", min=0, help="Largest gradient norm; 0 does not clip", rich_help_panel=OPTIMISER)]
 ZLoss = Annotated[float, typer.Option("--z-loss", min=0, help="Weight of log² Z in the loss, which holds logits down; 1e-4 is usual", rich_help_panel=OPTIMISER)]
 Precision = Annotated[str, typer.Option("--precision", metavar="TYPE", help="fp32, bf16, fp16, fp8 (torchao, on GPUs that have it); auto is bf16 on GPUs that have it, else fp32", rich_help_panel=MACHINE)]
@@ -63,16 +65,24 @@ KeepEvery = Annotated[int, typer.Option("--keep-every", min=0, help="Checkpoints
 MaxHours = Annotated[float, typer.Option("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75; 0 is never", rich_help_panel=KEEPING)]
 MaxRollbacks = Annotated[int, typer.Option("--max-rollbacks", min=0, help="Bad batches skipped and spikes undone within 128 steps before giving up; 0 lets all pass", rich_help_panel=KEEPING)]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between evaluations; 0 is a tenth of the run", rich_help_panel=KEEPING)]
-HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="PATH", help="Data for the held-out loss", rich_help_panel=KEEPING)]
+LogEvery = Annotated[int, typer.Option("--log-every", min=0, help="Steps between figures that cost a little (norms, maxima); 0 leaves them out", rich_help_panel=KEEPING)]
+Samples = Annotated[Path | None, typer.Option("--samples", metavar="PROMPTS", help="Prompts, one a line, to complete at every checkpoint into samples.jsonl", rich_help_panel=KEEPING)]
+EvalTasks = Annotated[str | None, typer.Option("--eval-tasks", metavar="NAMES", help="lm-eval tasks to score at every checkpoint, separated by commas", rich_help_panel=KEEPING)]
+EvalLimit = Annotated[int, typer.Option("--eval-limit", min=1, help="Items of each of these tasks", rich_help_panel=KEEPING)]
+IncludePath = Annotated[list[str] | None, typer.Option("--include-path", metavar="DIR", help="Directory of your own task YAML files", rich_help_panel=KEEPING)]
+TrackerName = Annotated[str | None, typer.Option("--tracker", metavar="NAME", help="Send the figures to tensorboard (RUN/tracker), wandb or trackio too", rich_help_panel=KEEPING)]
+HeldOut = Annotated[list[str] | None, typer.Option("--heldout", metavar="[NAME=]PATH", help="Data for the held-out loss, by domain where it is named or its documents are", rich_help_panel=KEEPING)]
 # fmt: on
 
 # How and where a run is carried out, not what it is: outside the lineage, and free to change on --resume.
 # Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+PATHS = ("from_", "model", "recipe")  # options that may name a file
 NEUTRAL_OPTIONS = (
     "processes", "threads", "parallel", "max_restarts", "hang_timeout", "accept_change",
     "compile", "checkpoint_activations", "deterministic",
     "resume", "save_every", "keep", "keep_every", "max_hours", "heldout", "eval_every",
+    "log_every", "samples", "eval_tasks", "eval_limit", "include_path",
 )  # fmt: skip
 
 
@@ -114,7 +124,9 @@ def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
     naming it would be another record of the run."""
     lines = [f"# llmkit {run.command} ... -c config.toml -o RUN trains the same again"]
     for key, value in run._values.items():
-        name = key.replace("_", "-")
+        name = key.rstrip("_").replace("_", "-")
+        if key in PATHS and value and os.path.exists(value):
+            value = os.path.abspath(value)
         if key in NEUTRAL or key in arguments or key in ("resume", "accept_change"):
             continue
         if value is None or value == []:
@@ -147,6 +159,77 @@ def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTo
     return stream
 
 
+def groups(stream: OrderedTokens | TokenStore) -> Groups:
+    """By what the losses on a stream are told apart."""
+    import numpy as np
+
+    from llmkit.training.groups import document_groups
+
+    return document_groups(np.diff(stream.offsets), *stream.origins())
+
+
+def at_checkpoints(
+    run: Run,
+    session: Session,
+    files: dict[str, str],
+    stop_ids: list[int],
+    samples: Path | None,
+    tasks: str | None,
+    limit: int,
+    include: list[str] | None,
+) -> None:
+    """Let checkpoints show what the model says to prompts, and how it does on tasks."""
+    main = session.processes.main
+    if not main and not session.processes.layout.lockstep:
+        return
+    acts = session.settings.at_checkpoint
+    if samples:
+        from llmkit.training.samples import gallery, read_prompts
+
+        path = session.directory.path / "samples.jsonl" if main else None
+        acts.append(gallery(path, read_prompts(samples), files, stop_ids, run.seed))
+    if tasks:
+        acts.append(_scorer(run, files, stop_ids, [name for name in tasks.split(",") if name], limit, include or []))
+
+
+def _scorer(
+    run: Run, files: dict[str, str], stop_ids: list[int], names: list[str], limit: int, include: list[str]
+) -> Callable[[Any, int], dict[str, float]]:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
+    from llmkit.model.checkpoint import LoadedModel
+    from llmkit.training.samples import undisturbed
+
+    manager = task_names(names, include)
+
+    def score(model: Any, step: int) -> dict[str, float]:
+        lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
+        try:
+            with undisturbed(model):
+                found = evaluate(lm, names, manager, limit=limit, seed=run.seed)
+        except LlmkitError as error:  # no reason to end a run
+            run.warn(f"--eval-tasks at step {step:,}: {error.message}")
+            return {}
+        return {
+            f"eval/{task}/{metric}": value
+            for task, metrics in found.items()
+            for metric, value in metrics.items()
+            if "_stderr" not in metric and metric != "items"
+        }
+
+    return score
+
+
+def keep_trace(session: Session, stream: OrderedTokens | TokenStore, source: StreamSource) -> None:
+    """Leave in the run what leads from its steps to the documents (main process)."""
+    from llmkit.training.trace import write_trace
+
+    if session.processes.main:
+        legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
+        write_trace(session.directory.path, stream, legs, source.tokens(source.steps))
+
+
 def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:
     """Tokens in a sequence: as the data was packed for, if it was, else as asked. UsageError where these differ."""
     if packed and asked not in (None, packed):
@@ -175,17 +258,40 @@ def _keep_stdin(session: Session, name: str) -> Path:
     return kept
 
 
-def held_out(paths: list[str] | None, digest: str, length: int, document_mask: bool) -> Any:
-    """Source of the held-out loss over token shards, None where none are named."""
+def held_out_paths(named: list[str] | None) -> dict[str, str]:
+    """Path to domain ("" where none is named) of each --heldout."""
+    found: dict[str, str] = {}
+    for text in named or []:
+        name, equals, path = text.partition("=")
+        found |= {path: name} if equals and not os.path.exists(text) else {text: ""}
+    return found
+
+
+def held_out(named: list[str] | None, digest: str, length: int, document_mask: bool) -> HeldOutSource | None:
+    """Source of the held-out loss over token shards, None where none are named. Domains are those named, else the documents' sources."""
+    paths = held_out_paths(named)
     if not paths:
         return None
+    import numpy as np
+
+    from llmkit.io.packing import PADDING
     from llmkit.io.store import TokenStore
     from llmkit.training.data import HeldOutSource
+    from llmkit.training.groups import document_groups
 
-    store = TokenStore.open(paths)
-    refuse_other_tokenizer(" ".join(paths), store.tokenizer.digest, digest)
-    packed_length(" ".join(paths), store.sequence_length, None, document_mask)
-    return HeldOutSource(store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size)
+    codes, names = [], {PADDING: 0}
+    for path, name in paths.items():
+        one = TokenStore.open(path)
+        refuse_other_tokenizer(path, one.tokenizer.digest, digest)
+        packed_length(path, one.sequence_length, None, document_mask)
+        own, known, _ = one.origins()
+        table = [names.setdefault(name if name and source != PADDING else source, len(names)) for source in known]
+        codes.append(np.array(table, np.int32)[own])
+    store = TokenStore.open(list(paths))
+    groups = document_groups(np.diff(store.offsets), np.concatenate(codes), list(names), None)
+    return HeldOutSource(
+        store, length, document_mask=document_mask, vocabulary=store.tokenizer.vocab_size, groups=groups
+    )
 
 
 def refuse_other_tokenizer(what: str, found: str, expected: str) -> None:
@@ -286,36 +392,52 @@ def nothing_to_do(run: Run) -> None:
     run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
 
 
-def show_plan(run: Run, config: ModelConfig, source: Source, rate: float, length: int) -> None:
-    """What --dry-run prints: sizes, steps, FLOPs, memory of weights, gradients and moments."""
+def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, rate: float, length: int) -> None:
+    """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
+    from llmkit.model.decoder import expected_tensors
+    from llmkit.training.needs import flops, memory
+    from llmkit.training.rules import kinds, table
+
+    settings, processes = session.settings, session.processes
     parameters, tokens = config.parameters(), source.tokens(source.steps)
+    tensors = table(
+        expected_tensors(config), config, settings.optimizer or "adamw", settings.weight_decay, processes.precision
+    )
+    at_once = session.rows_at_once(source.rows(0), length) * length * settings.sequences_a_row
+    needs = memory(tensors, config, at_once, processes.precision, processes.device.type)
+    full, half = (count * tokens for count in flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
         ["tokens", tokens],
         ["steps", source.steps],
+        ["tokens at once", at_once],
         ["learning rate", f"{rate:.2e}"],
-        ["FLOPs", f"{tokens * config.flops_per_token(length):.2e}"],
-        ["weights, gradients, moments", f"{parameters * 16 / 1e9:.2f} GB"],
+        ["FLOPs, 6N and causal attention at half", f"{half:.2e}"],
+        ["FLOPs, 6N and attention in full", f"{full:.2e}"],
+        *([name, f"{size / 1e9:.3f} GB"] for name, size in needs.items()),
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
-    run.finish({"parameters": parameters, "tokens": tokens, "steps": source.steps}, "dry run: nothing was written")
-
-
-def reporter(run_bar: Progress) -> Callable[[dict[str, Any]], None]:
-    """A function that shows each record of the log on the progress bar."""
-
-    def report(record: dict[str, Any]) -> None:
-        left = int(record["eta_seconds"])
-        note = (
-            f"loss {record['loss']:.4f}"
-            + (f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else "")
-            + f" lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s"
-            + f" {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
-        )
-        run_bar.advance(record["tokens"] - run_bar.done, note)
-
-    return report
+    columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
+    run.table(
+        "tensors",
+        columns,
+        [
+            [
+                row.name,
+                count,
+                "x".join(map(str, row.shape)),
+                row.initial,
+                f"x{row.rate:g}",
+                f"{row.decay:g}",
+                row.optimizer,
+            ]
+            + [row.stored, row.computed]
+            for row, count in kinds(tensors)
+        ],
+    )
+    counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": needs}
+    run.finish(counts, "dry run: nothing was written")
 
 
 def finish(run: Run, outcome: dict[str, Any], **more: Any) -> None:

@@ -235,6 +235,7 @@ def _mix_shards(
             force=run.force,
             epochs=True,
             sequence_length=made.sequence_length,
+            stages=ordered.stages,
         ) as writer:
             with run.progress(ordered.documents, "documents") as bar:
                 write_ordered(ordered, writer, bar.advance)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live
 from llmkit.cli.options import ModelPath, Run, command
 
 
@@ -63,6 +63,8 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
 ) -> None:
     """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or plain text.
 
@@ -82,11 +84,11 @@ def main(
     from llmkit.training import session as sessions
     from llmkit.training.data import PackedSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.schedule import FINE_TUNING, Schedule, default_rate, warmup_tokens
+    from llmkit.training.schedule import FINE_TUNING, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
         compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
@@ -101,14 +103,14 @@ def main(
         source = PackedSource(encoded.pairs(), length, batch_size, epochs=epochs, seed=run.seed)
         planned = source.tokens(source.steps)
         rate = lr or default_rate(info.config.parameters()) * FINE_TUNING
-        plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
+        plan = named(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = None
         if heldout:
             reader = run.reader(heldout, text_key=None, files_from=None)
             other = encode_conversations(reader, files, length, too_long=too_long, template=template)
             held_out = PackedSource(other.pairs(), length, batch_size, shuffle=False)
         if run.dry_run:
-            fitting.show_plan(run, info.config, source, rate, length)
+            fitting.show_plan(run, opened, info.config, source, rate, length)
             return
         text = fitting.config_text(run, ("model", "rows"), lr=rate)
         if not opened.begin(run.lineage(), [fitting.model_input(model), *row_inputs], batch_size, length, text):
@@ -116,7 +118,7 @@ def main(
             return
         fitting.say_start(run, opened, planned)
         run.detail(f"{source.padding:.1%} of the positions are padding")
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(lambda: load_model(model, torch.float32)[0]),
                 next_token,
@@ -125,6 +127,6 @@ def main(
                 tokenizer_files=files,
                 stop_ids=fitting.stop_ids(info, files),
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                report=report,
             )
         fitting.finish(run, outcome, **encoded.counts)

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("Training", "Pre-train a decoder from scratch"),
     "anneal": ("Training", "Continue a run while its learning rate falls to zero"),
     "average": ("Training", "Average the weights of models or checkpoints"),
+    "trace": ("Training", "Show the documents of a training step, or the steps of a document"),
     "sft": ("Alignment", "Fine-tune on conversations, loss on the answers only"),
     "dpo": ("Alignment", "Align with preference pairs"),
     "quantize": ("Release", "Store weights in 8 or 4 bits"),

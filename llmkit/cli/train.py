@@ -1,4 +1,4 @@
-"""`llmkit train`: pre-train a decoder from scratch."""
+"""`llmkit train`: pre-train a decoder, from scratch or from another model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli import fitting
+from llmkit.cli import fitting, live, staging
 from llmkit.cli.options import Run, command, count_option
+from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.tokenizer import TokenizerInfo
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         "llmkit train mix/ -m tiny --tokens 20k -o run/",
         "llmkit train mix/ -m tiny --tokens 20k -o run/ --resume",
         "llmkit train mix/ -m tiny --tokens 20k --schedule wsd --heldout heldout/ -o run2/",
+        "llmkit train mix/ -m tiny --tokens 20k --recipe amber --sequence-length 256 -o run3/",
+        "llmkit train --from run/ shards/ --tokens 20k --rewarm --lr 1e-3 -o on/",
     ),
     neutral=fitting.NEUTRAL_OPTIONS,
 )
@@ -29,23 +32,42 @@ def main(
         str, typer.Argument(metavar="DATA", help="Token shards, a mix, its plan, or '-' for a stream")
     ] = "-",
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Preset (tiny, 5m, ... 1b; llama-tiny) or config.json")
-    ] = "tiny",
+        str | None,
+        typer.Option("--model", "-m", help="Preset (tiny, the default, 5m, ... 1b; llama-tiny) or config.json"),
+    ] = None,
+    from_: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="MODEL", help="Go on from a model directory, run or checkpoint, with its moments"
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         count_option("--tokens", help="Tokens to train on; by default the data once", rich_help_panel=fitting.STEPS),
     ] = None,
-    batch_size: fitting.BatchSize = 8,
+    batch_size: staging.BatchSize = None,
+    batch_warmup: staging.BatchWarmup = None,
     micro_batch_size: fitting.MicroBatch = None,
     sequence_length: fitting.SequenceLength = None,
+    length_warmup: staging.LengthWarmup = None,
     document_mask: fitting.DocumentMask = True,
+    recipe: staging.RecipeName = None,
     lr: fitting.Rate = None,
-    schedule: fitting.ScheduleName = "cosine",
-    warmup: fitting.Warmup = 0.05,
-    min_lr: fitting.Floor = 0.1,
-    decay: fitting.Decay = 0.2,
-    weight_decay: fitting.WeightDecay = 0.1,
-    clip: fitting.Clip = 1.0,
+    schedule: staging.ScheduleName = None,
+    warmup: staging.Warmup = None,
+    rewarm: Annotated[
+        bool,
+        typer.Option(
+            "--rewarm", help="With --from: raise the rate again, then let it fall", rich_help_panel=fitting.OPTIMISER
+        ),
+    ] = False,
+    min_lr: staging.Floor = None,
+    decay: staging.Decay = None,
+    decay_shape: staging.DecayShape = None,
+    optimizer: fitting.OptimizerName = "adamw",
+    weight_decay: staging.WeightDecay = None,
+    clip: staging.Clip = None,
+    betas: staging.Betas = None,
     z_loss: fitting.ZLoss = 0.0,
     precision: fitting.Precision = "auto",
     threads: fitting.Threads = None,
@@ -65,70 +87,140 @@ def main(
     max_rollbacks: fitting.MaxRollbacks = 8,
     heldout: fitting.HeldOut = None,
     eval_every: fitting.EvalEvery = 0,
+    log_every: fitting.LogEvery = 10,
+    tracker: fitting.TrackerName = None,
+    samples: fitting.Samples = None,
+    eval_tasks: fitting.EvalTasks = None,
+    eval_limit: fitting.EvalLimit = 100,
+    include_path: fitting.IncludePath = None,
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
-    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl), and at the end the link `final`. A run
-    that was killed goes on with --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun
-    and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several only through MPI).
+    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl; llmkit/training/curves.py says what each
+    name in it means), and at the end the link `final`. A run that was killed goes on with --resume and ends in the same bytes. Step s reads the
+    same tokens whatever the number of processes. torchrun and `accelerate launch -m llmkit train ...` may start them instead of --processes (on
+    CPU, Accelerate starts several only through MPI).
+
+    --recipe takes rates, sizes and defaults from a model that was published, scaled to --tokens, or from a TOML of stages, each with its rates,
+    sequence length and rope_theta; where the data is a mix of as many --stages, these say where each ends. --lr stretches its curve to another
+    peak. --from goes on from any model directory or run: at the run's last rate, or with --rewarm up to --lr and down again (arXiv:2403.08763).
+    Moments are kept where the start has them.
     """
-    if fitting.launched(run, [data, *(heldout or [])], resume=resume, processes=processes, max_restarts=max_restarts):
+    inputs = [data, *([from_] if from_ else []), *fitting.held_out_paths(heldout)]
+    if fitting.launched(run, inputs, resume=resume, processes=processes, max_restarts=max_restarts):
         return
+    import dataclasses
+
+    import torch
+
     from llmkit.io.lineage import base_name, describe_input
+    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.model.checkpoint import load_info, load_model
     from llmkit.model.decoder import Decoder
     from llmkit.training import session as sessions
-    from llmkit.training.data import StreamSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.schedule import Schedule, default_rate, warmup_tokens
+    from llmkit.training.recipe import is_path, read_recipe
+    from llmkit.training.schedule import default_rate
+    from llmkit.training.state import starting_point
 
     sessions.check_positive(lr=lr, tokens=tokens)
+    if from_ and model:
+        raise UsageError("--model together with --from", "the start says what the model is")
+    if rewarm and not from_:
+        raise UsageError("--rewarm without --from", "a new model is warmed up anyway")
+    known = read_recipe(recipe) if recipe else None
+    given = {
+        "batch_size": batch_size, "weight_decay": weight_decay, "clip": clip, "betas": betas, "schedule": schedule,
+        "warmup": warmup, "min_lr": min_lr, "decay": decay, "decay_shape": decay_shape, "rewarm": rewarm,
+    }  # fmt: skip
+    asked = staging.resolve(run, known, given, staging.CONTINUED if from_ and not rewarm else staging.CURVE)
     settings = sessions.Settings(
-        run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
-        parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change,
+        run.output or "", resume, run.force, precision, threads, micro_batch_size, asked["clip"], asked["weight_decay"], save_every, keep, eval_every,
+        betas=staging.parse_betas(asked["betas"]), z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours,
+        max_rollbacks=max_rollbacks, parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer=optimizer,
         compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
+        start, before = starting_point(from_, None) if from_ else (None, None)
+        info = load_info(start) if start else None
         stream = fitting.open_stream(data, opened, run.dry_run)
-        asked = fitting.packed_length(data, stream.sequence_length, sequence_length, document_mask)
-        config = _config(model, stream.tokenizer, asked)
-        length, total, rate = (
-            config.max_position_embeddings,
-            tokens or stream.tokens,
-            lr or default_rate(config.parameters()),
-        )
-        source = StreamSource(
-            stream, length, batch_size, total, document_mask=document_mask, vocabulary=config.vocab_size
-        )
-        planned = source.tokens(source.steps)
-        plan = Schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
+        wanted = fitting.packed_length(data, stream.sequence_length, sequence_length, document_mask)
+        usual = asked.get("sequence_length")
+        total, files, stop_ids = tokens or stream.tokens, stream.tokenizer.files, None
+        if info:
+            digest = parse_tokenizer(info.tokenizer_files, from_ or "").digest
+            fitting.refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+            config, files, stop_ids = info.config, info.tokenizer_files, info.stop_ids
+            length = fitting.context(info, wanted or (min(usual, config.max_position_embeddings) if usual else None))
+        else:
+            run.options["model"] = model = model or "tiny"
+            config = _config(model, stream.tokenizer, wanted or usual)
+            length = config.max_position_embeddings
+        if batch_size is None:
+            scaled = known.scaled_batch(total) if known else None
+            asked["batch_size"] = scaled or (before.batch_size if before else asked["batch_size"])
+        run.options["batch_size"] = asked["batch_size"]
+        last = before.rate if before else None
+        rate = lr or (default_rate(config.parameters()) if rewarm or last is None else last)
+        if not rate:
+            raise UsageError(f"{from_}: its last step had a learning rate of 0", "raise it again: --rewarm, or --lr")
+        course = staging.plan_course(
+            stream, data, config, length, asked, total=total, recipe=known, lr=rate, stretch=lr, first=last or 0.0,
+            batch_warmup=batch_warmup, length_warmup=length_warmup, document_mask=document_mask, fixed_context=bool(info),
+        )  # fmt: skip
+        source, config = course.source, course.config
+        planned, length = source.tokens(source.steps), max(leg.length for leg in source.legs)
         held_out = fitting.held_out(heldout, stream.tokenizer.digest, length, document_mask)
+        fitting.at_checkpoints(
+            run,
+            opened,
+            files,
+            stop_ids or [stream.tokenizer.eos_id],
+            samples,
+            eval_tasks,
+            eval_limit,
+            include_path,
+        )
         if run.dry_run:
-            fitting.show_plan(run, config, source, rate, length)
+            staging.show_course(run, course, asked)
+            fitting.show_plan(run, opened, config, source, course.schedule.peak, length)
             return
-        record, inputs = run.lineage(), list(stream.inputs)
-        if os.path.isfile(model):
-            record.options["model"] = base_name(model)
-            inputs.append(describe_input(model, "model"))
-        text = fitting.config_text(run, ("data",), lr=rate, tokens=total)
-        if not opened.begin(record, inputs, batch_size, length, text):
+        record, read = run.lineage(), list(stream.inputs)
+        for option, path in (("model", model), ("recipe", recipe)):
+            if path and os.path.isfile(path) and (option == "model" or is_path(path)):
+                record.options[option] = base_name(path)
+                read.append(describe_input(path, option))
+        if start:
+            record.options["from_"] = base_name(from_ or "")
+            read.append(dataclasses.replace(fitting.model_input(from_ or "", start), role="from_"))
+        text = fitting.config_text(run, ("data",), **asked | {"lr": course.schedule.peak, "tokens": total})
+        if not opened.begin(record, read, asked["batch_size"], length, text):
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)
+        fitting.keep_trace(opened, stream, source)
 
         def fresh() -> Decoder:
+            if start:
+                started = load_model(start, torch.float32)[0]
+                started.config = config
+                return started
             new = Decoder(config)
             new.initialise(run.seed)
             return new
 
-        with run.progress(planned, "tokens") as bar:
+        with live.shown(run, opened, planned) as report:
             outcome = opened.train(
                 opened.model(fresh),
                 next_token,
                 source,
-                plan,
-                tokenizer_files=stream.tokenizer.files,
+                course.schedule,
+                tokenizer_files=files,
+                stop_ids=stop_ids,
                 heldout=held_out,
-                report=fitting.reporter(bar),
+                optimizer_from=start if before else None,
+                rope_theta=course.theta if course.thetas else None,
+                report=report,
             )
         fitting.finish(run, outcome, parameters=config.parameters())
 

@@ -354,4 +354,9 @@ def digest_bytes(blocks: Iterator[bytes]) -> str:
     state = xxhash.xxh3_128()
     for block in blocks:
         state.update(block)
+    return digest_text(state)
+
+
+def digest_text(state: xxhash.xxh3_128) -> str:
+    """A digest as records hold it."""
     return "xxh3:" + state.hexdigest()

@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmkit import __version__
@@ -94,12 +95,12 @@ def base_name(path: str | Path) -> str:
     return os.path.basename(shown(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
 
 
-def digest_path(path: str | Path) -> str:
+def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
     """Digest of a file's content (decompressed where it is compressed, web archives apart) or of a directory (names and digests of its files, sorted).
 
     Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
     final model. Token shards and mix plans have digests of their own (io/shards.py, io/plan.py): of the documents, and of what decides
-    the order, not of where the shards lie.
+    the order, not of where the shards lie. `known` holds digests of files of the directory that were taken while they were read.
     """
     if is_remote(str(path)):
         return _digest_file(str(path))
@@ -117,7 +118,7 @@ def digest_path(path: str | Path) -> str:
 
         return shard_digest(path)
     if path.is_dir():
-        return digest_bytes(_directory_entries(path))
+        return digest_bytes(_directory_entries(path, known))
     return _digest_file(str(path))
 
 
@@ -128,7 +129,7 @@ def _digest_file(path: str) -> str:
         return digest_bytes(decompress(raw, display_name(path), Notes()))
 
 
-def _directory_entries(directory: Path) -> Iterator[bytes]:
+def _directory_entries(directory: Path, known: Mapping[Path, str]) -> Iterator[bytes]:
     for file in sorted(directory.rglob("*")):
         parts = file.relative_to(directory).parts
         if (
@@ -138,7 +139,7 @@ def _directory_entries(directory: Path) -> Iterator[bytes]:
             or any(part.startswith(".") for part in parts)
         ):
             continue
-        yield f"{'/'.join(parts)}\0{digest_bytes(_file_blocks(file))}\n".encode()
+        yield f"{'/'.join(parts)}\0{known.get(file) or digest_bytes(_file_blocks(file))}\n".encode()
 
 
 def _file_blocks(path: Path | str) -> Iterator[bytes]:

@@ -252,6 +252,11 @@ class OrderedTokens:
         return sorted({name for store in self.stores for name in store.sources})
 
     @property
+    def stages(self) -> list[int]:
+        """Tokens after which each stage of the mix ends; the last is all of them."""
+        return [int(self.offsets[end]) for end in self.order.ends]
+
+    @property
     def padding(self) -> NDArray[np.bool_] | None:
         """Which rows only fill up a sequence, bool [documents]; None where none do."""
         return self.order.source < 0 if self.sequence_length else None
@@ -285,6 +290,19 @@ class OrderedTokens:
         """How often document `i` was seen before; passes that an earlier `mix` made over it are added."""
         at = self._at(i)
         return int(self.order.epoch[i]) + at[0].epoch(at[1]) if at else 0
+
+    def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32]]:
+        """Index of each row's source int32 [documents], the sources (PADDING last), and how often each was seen before."""
+        names = [*self.sources, PADDING]
+        number = {name: i for i, name in enumerate(names)}
+        codes, epochs = np.full(self.documents, len(names) - 1, np.int32), self.order.epoch.copy()
+        for i, store in enumerate(self.stores):
+            here = np.flatnonzero(self.order.source == i)
+            rows, (own, known, seen) = self.order.document[here], store.origins()
+            codes[here] = np.array([number[name] for name in known], np.int32)[own[rows]]
+            if seen is not None:
+                epochs[here] += seen[rows]
+        return codes, names, epochs
 
     def span(self, start: int, stop: int) -> Tokens:
         """Tokens `start` to `stop` of the flat order; a view where they lie in one document, else a copy."""

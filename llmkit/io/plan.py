@@ -31,6 +31,19 @@ PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
 LONGEST = 1 << 24  # sequence that is packed for
 MOST_TIMES = 1000  # that a document comes in a pass
+# What `train --recipe` reads of a file of stages, at its top and in each stage: the same file may say how a mix is made and how it is trained on.
+RECIPE_KEYS = ("batch_size", "sequence_length", "betas", "weight_decay", "clip")
+STAGE_KEYS = (
+    "lr",
+    "final_lr",
+    "schedule",
+    "warmup",
+    "decay",
+    "decay_shape",
+    "horizon",
+    "sequence_length",
+    "rope_theta",
+)
 SHUFFLES = ("global", "block", "none")
 HINT = "plans come from: llmkit mix --plan"
 

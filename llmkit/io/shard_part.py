@@ -23,6 +23,7 @@ Names = tuple[NDArray[np.int32], list[str]]  # of each document the index of its
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
 LENGTH = b"llmkit.sequence_length"
+STAGES = b"llmkit.stages"
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
 
 
@@ -182,6 +183,14 @@ class Part:
         if length is not None and (type(length) is not int or length < 1):
             raise LlmkitError(f"{self.name}: malformed sequence length", "the file was not written by llmkit")
         return length
+
+    def stages(self) -> list[int]:
+        """Tokens after which each stage of the mix ends; nothing where it has one."""
+        ends = self._json(self.metadata.get(STAGES, b"[]"), "stages")
+        whole = isinstance(ends, list) and all(type(end) is int for end in ends)
+        if not whole or any(a >= b for a, b in zip([0, *ends], ends, strict=False)):
+            raise LlmkitError(f"{self.name}: malformed stages", "the file was not written by llmkit")
+        return list(ends)
 
     def lineage(self) -> dict[str, Any] | None:
         header = self._json(self.metadata.get(b"llmkit.lineage", b"null"), "lineage")

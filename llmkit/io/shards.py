@@ -9,7 +9,7 @@
 | duplicates | int64, by `tokenize --keep-duplicates` only | how often the document was found by `dedup` |
 
 Schema metadata: `llmkit.tokenizer` (digest, vocab_size, eos_id, bos_id, pad_id), `llmkit.lineage` (header), and in single files and
-streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`; in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
+streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`, of a mix with several stages `llmkit.stages` (tokens after which each ends); in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
 is empty and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} and in the last part the lineage's trailer:
 a stream without it was cut off and is refused, as is a directory that lacks a part.
 
@@ -38,7 +38,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, LENGTH, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
+from llmkit.io.shard_part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
 from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
 
@@ -65,7 +65,7 @@ class ShardWriter:
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
     column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source
-    io.packing.PADDING.
+    io.packing.PADDING. `stages` holds the tokens after which each stage of a mix ends.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class ShardWriter:
         epochs: bool = False,
         duplicates: bool = False,
         sequence_length: int | None = None,
+        stages: Sequence[int] = (),
     ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.tokenizer = tokenizer
@@ -90,7 +91,8 @@ class ShardWriter:
         self._limit = max_tokens_per_shard
         self._epochs = epochs
         self._duplicates = duplicates
-        self._sequence_length = sequence_length
+        self._notes: dict[bytes, Any] = {LENGTH: sequence_length} if sequence_length else {}
+        self._notes |= {STAGES: list(stages)} if len(stages) > 1 else {}
         self._stack = ExitStack()
         self._finished = False
         self._part = 0
@@ -113,9 +115,9 @@ class ShardWriter:
         self._schema = _schema(self.tokenizer, self.dtype, self.lineage, embed=self._directory is None)
         for name, kind in (("epoch", pa.int32()),) * self._epochs + (("duplicates", pa.int64()),) * self._duplicates:
             self._schema = self._schema.append(pa.field(name, kind, nullable=False))
-        if self._sequence_length:
-            metadata = self._schema.metadata | {LENGTH: str(self._sequence_length).encode()}
-            self._schema = self._schema.with_metadata(metadata)
+        if self._notes:
+            notes = {key: json.dumps(value).encode() for key, value in self._notes.items()}
+            self._schema = self._schema.with_metadata(self._schema.metadata | notes)
         self._open_part()
         return self
 

@@ -121,9 +121,22 @@ class TokenStore:
         return list(self._source_codes)
 
     @property
+    def parts(self) -> list[Part]:
+        """The files behind the documents, in order."""
+        return list(self._parts)
+
+    @property
     def sequence_length(self) -> int | None:
         """The sequences that a mix has packed these documents for; None where they may be cut anywhere."""
         return self._parts[0].sequence_length() if self._parts else None
+
+    @property
+    def stages(self) -> list[int]:
+        """Tokens after which each stage of the mix ends; the last is all of them, in token shards of any other origin the only one."""
+        ends = self._parts[0].stages() if self._parts else []
+        if ends and ends[-1] != self.tokens:
+            raise LlmkitError(f"{self._parts[0].name}: stages of {ends[-1]:,} tokens, not of these", HINT_REMAKE)
+        return ends or [self.tokens]
 
     @property
     def padding(self) -> NDArray[np.bool_] | None:
@@ -189,6 +202,12 @@ class TokenStore:
         batch, row = self._row(i)
         column = self._columns[batch][1]
         return 0 if column is None else int(column[row].as_py())
+
+    def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32] | None]:
+        """Index of each document's source int32 [documents], the sources, and how often each was seen before (None: never)."""
+        if not self.has_epochs or not self._columns:
+            return self.codes, self.sources, None
+        return self.codes, self.sources, np.concatenate([numbers(epoch) for _, epoch in self._columns])
 
     def batches(self) -> Iterator[tuple[Tokens, pa.Array, pa.Array | None]]:
         """Token ids, ids of documents and times seen before (where stored) of each batch of documents, views."""

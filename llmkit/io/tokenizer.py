@@ -9,12 +9,15 @@ form, and neither its layout nor the chat template. Cost: one parse of tokenizer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 
@@ -158,6 +161,27 @@ def added_ids(content: dict[str, Any]) -> dict[str, int]:
             found[name] = known.get(name, free)
             free += name not in known
     return found
+
+
+def token_bytes(files: Mapping[str, str]) -> NDArray[np.int64] | None:
+    """Bytes of text that each id of a byte-level tokenizer stands for, 0 for added tokens, int64 [ids]; None for other tokenizers.
+
+    Byte-level vocabularies write each byte as one character (GPT-2), so that the length of a token is that of its name.
+    """
+    try:
+        content = _object(files.get("tokenizer.json", "{}"), "tokenizer.json")
+        kinds = [content.get(part) or {} for part in ("pre_tokenizer", "decoder")]
+        kinds += [inner for kind in kinds for inner in kind.get("pretokenizers") or kind.get("decoders") or []]
+        vocabulary = content["model"]["vocab"]
+        if not any(kind.get("type") == "ByteLevel" for kind in kinds) or not isinstance(vocabulary, dict):
+            return None
+        added = added_ids(content)
+        lengths = np.zeros(max([*vocabulary.values(), *added.values()]) + 1, np.int64)
+        lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
+    except (LlmkitError, AttributeError, KeyError, TypeError, ValueError):
+        return None  # a malformed tokenizer is refused where it is needed
+    lengths[list(added.values())] = 0
+    return lengths
 
 
 def _object(text: str, name: str) -> dict[str, Any]:

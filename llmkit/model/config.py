@@ -108,12 +108,13 @@ class ModelConfig:
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * (attention + mlp + 2 * d) + d
 
-    def flops_per_token(self, sequence_length: int, causal: bool = False) -> int:
-        """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, 12·L·H·d_head·T for attention (PaLM, app. B);
-        `causal` counts the half of attention that the mask leaves."""
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, 6·L·H·d_head·T for attention.
+
+        That is half of what PaLM (app. B) counts for attention: a causal one need not compute what lies ahead.
+        """
         multiplied = self.parameters() - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
-        heads = self.num_hidden_layers * self.num_attention_heads
-        attention = (6 if causal else 12) * heads * self.head_dim * sequence_length
+        attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6 * multiplied + attention
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.model.config import ModelConfig
+from llmkit.model.initial import initial
 
 
 class KeyValueCache:
@@ -217,18 +218,15 @@ class Decoder(nn.Module):
         )
 
     def initialise(self, seed: int) -> None:
-        """Normal(0, initializer_range) weights, those that write into the residual stream divided by √(2·layers); norms 1, biases 0."""
+        """Draw every weight as `initial` says, in the order of the parameters."""
         generator = torch.Generator().manual_seed(seed)
-        deep = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if parameter.dim() < 2:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                drawn = initial(self.config, name, parameter.dim())
+                if drawn.std:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * drawn.std)
                 else:
-                    std = (
-                        deep if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.initializer_range
-                    )
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+                    parameter.fill_(drawn.value)
 
     def forward(
         self,

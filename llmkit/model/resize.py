@@ -22,8 +22,8 @@ from llmkit.errors import LlmkitError
 from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
 from llmkit.model.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
 from llmkit.model.decoder import expected_tensors
+from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import write_safetensors
-from llmkit.model.weights import WEIGHTS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

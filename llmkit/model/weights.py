@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.config import read_json
+from llmkit.model.directory import weight_files
 from llmkit.model.safetensors import read_layout
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the weight's name
 UNSUPPORTED = ("_zero_point", "_g_idx")
 DAMAGED = "the file is damaged or incomplete; fetch or make it again"
@@ -133,29 +131,6 @@ class Weights(Mapping[str, Tensor]):
 
     def _misfit(self, name: str) -> LlmkitError:
         return LlmkitError(f"{self.directory}: tensor {name}{PACKED} does not fit its {name}{SHAPE}", DAMAGED)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, sharded or not, in order."""
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        table = read_json(path / INDEX).get("weight_map")
-        named = list(table.values()) if isinstance(table, dict) else []
-        names = sorted(set(named)) if all(isinstance(name, str) for name in named) else []
-        if not names or any(Path(name).name != name for name in names):
-            raise LlmkitError(f"{path / INDEX}: no usable weight_map", "the file is damaged")
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            more = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise LlmkitError(f"{path}: missing {missing[0]}{more}", "the directory is incomplete")
-        return [path / name for name in names]
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-    if others:
-        raise LlmkitError(
-            f"{path}: only pickled weights ({others[0]})", "pickles can run code; convert them to safetensors first"
-        )
-    raise LlmkitError(f"{path}: no {WEIGHTS}", "the directory is incomplete")
 
 
 def declared_bits(quantization: Any, where: Path) -> list[int]:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
+from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import write_safetensors
-from llmkit.model.weights import PACKED, SCALE, SHAPE, WEIGHTS, dequantise
+from llmkit.model.weights import PACKED, SCALE, SHAPE, dequantise
 from llmkit.quantization.round_to_nearest import quantise
 
 GROUPS = (128, 64, 32)

@@ -13,7 +13,8 @@
     tokens = "100M"
     mix = { web = 0.5, wiki = 0.5 }
 
-Amounts are those of the command line (tokens/mix.py): a number is a weight, "x6" a multiplier, "2B" a token budget.
+Amounts are those of the command line (tokens/mix.py): a number is a weight, "x6" a multiplier, "2B" a token budget. The keys of a recipe
+(training/recipe.py) may stand in the file too, so that one says what each stage reads and how it is trained on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.inputs import STDIN, STDIN_PATH
+from llmkit.io.plan import RECIPE_KEYS, STAGE_KEYS
 from llmkit.tokens.mix import Spec, budgets, parse_amount
 
 HINT = "see examples/k2.toml for the form"
@@ -54,7 +56,7 @@ def read_stages(path: Path, places: Sequence[str]) -> tuple[list[str], list[Stag
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: invalid TOML ({error})", HINT) from error
-    _known(content, ("sources", "stage"), str(path))
+    _known(content, ("sources", "stage", *RECIPE_KEYS), str(path))
     sources, stages = content.get("sources"), content.get("stage")
     if not isinstance(sources, dict) or not sources or not all(isinstance(p, str) and p for p in sources.values()):
         raise UsageError(f"{path}: [sources] does not give names and paths", HINT)
@@ -70,7 +72,7 @@ def read_stages(path: Path, places: Sequence[str]) -> tuple[list[str], list[Stag
 def _stage(path: Path, number: int, table: dict[str, Any], sources: dict[str, str]) -> Stage:
     name = table.get("name", f"stage {number + 1}")
     what = f"{path}: {name}"
-    _known(table, ("name", "tokens", "mix"), what)
+    _known(table, ("name", "tokens", "mix", *STAGE_KEYS), what)
     mix = table.get("mix")
     if not isinstance(name, str):
         raise UsageError(f"{what}: a name is a text", HINT)

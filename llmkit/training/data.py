@@ -1,8 +1,8 @@
 """What step s trains on: a pure function of the data and s, so that resuming costs nothing and holds for any number of processes.
 
 Pre-training reads the flat stream of tokens: sequence i is tokens [i·L, i·L + L + 1), of which the first L are inputs and the last L targets, and
-step s takes the sequences [s·B, (s+1)·B). The stream starts again where it ends. Fine-tuning packs rows into sequences of L positions
-(best fit, so that little is padding) in an order drawn anew for each epoch.
+step s takes the sequences [s·B, (s+1)·B); where B and L change with the tokens seen (steps.py), sequences still follow each other. The stream starts
+again where it ends. Fine-tuning packs rows into sequences of L positions (best fit, so that little is padding) in an order drawn anew for each epoch.
 
 Every batch carries loss weights, and `weight(step)` is their sum over the whole step, known before any forward pass: losses are divided by
 it, which makes the result independent of micro-batches and processes. With a document mask the step from the last token of a document to
@@ -23,6 +23,8 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.io.packing import best_fit
 from llmkit.seeds import derive
+from llmkit.training.groups import NOTHING, Groups
+from llmkit.training.steps import Change, Steps
 
 PADDING = -1  # document id of positions that hold nothing
 
@@ -61,6 +63,9 @@ class Source(Protocol):
     def tokens(self, step: int) -> int:
         """Tokens before `step`; `tokens(steps)` is the total."""
 
+    def shortened(self, step: int) -> int:
+        """How many rows of the step are as long as one of the longest of the run; 1 where all may be as long."""
+
     def weight(self, step: int) -> float:
         """Sum of the loss weights of the whole step."""
 
@@ -97,7 +102,7 @@ class TokenStream(Protocol):
 
 
 class StreamSource:
-    """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen."""
+    """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen; other sizes where `changes` says so."""
 
     def __init__(
         self,
@@ -106,15 +111,21 @@ class StreamSource:
         batch_size: int,
         total: int,
         *,
+        changes: Sequence[Change] = (),
         document_mask: bool = True,
         vocabulary: int = 1 << 32,
+        groups: Groups | None = None,
     ) -> None:
         if stream.tokens < 2:
             raise LlmkitError("no tokens to train on", "check what was tokenized")
         self._vocabulary = vocabulary
-        self._stream, self._length, self._batch_size, self._mask = stream, length, batch_size, document_mask
-        self.sequences = -(-total // length)
-        self.steps = -(-self.sequences // batch_size)
+        self._stream, self._mask = stream, document_mask
+        self._steps = Steps(changes or [(0, batch_size, length)], total)
+        self.steps = self._steps.steps
+        self.rows, self.tokens, self.length = self._steps.rows, self._steps.tokens, self._steps.length
+        self.step_at = self._steps.step_at
+        self.legs = self._steps.legs
+        self._longest = max(leg.length for leg in self.legs)
         sizes = np.diff(stream.offsets)
         filled = sizes > 0  # documents without tokens start nothing
         self._rows = None if filled.all() else np.flatnonzero(filled)
@@ -123,52 +134,70 @@ class StreamSource:
         # Each token of padding counts as a document of its own: so it has weight 0, and nothing attends to it.
         counts = np.where(self._padding, sizes[filled], 1)
         self._before = np.concatenate(([0], np.cumsum(counts)))
+        self.data_tokens, self.group_names = stream.tokens, groups.names if groups else ("",)
+        codes = np.zeros(len(sizes), np.int16) if groups is None else groups.codes
+        self._codes = np.where(self._padding, NOTHING, codes[filled]).astype(np.int16)
 
-    def rows(self, step: int) -> int:
-        return max(0, min(self._batch_size, self.sequences - step * self._batch_size))
-
-    def tokens(self, step: int) -> int:
-        return min(step * self._batch_size, self.sequences) * self._length
+    def shortened(self, step: int) -> int:
+        return self._longest // self.length(step)
 
     def weight(self, step: int) -> float:
-        rows = self.rows(step)
+        rows, length = self.rows(step), self.length(step)
         if not self._mask:
-            return float(rows * self._length)
-        first = np.arange(rows, dtype=np.int64) * self._length + self.tokens(step)
-        borders = self._documents(first + self._length) - self._documents(first)
-        return float(rows * self._length - borders.sum())
+            return float(rows * length)
+        first = np.arange(rows, dtype=np.int64) * length + self.tokens(step)
+        borders = self._documents(first + length) - self._documents(first)
+        return float(rows * length - borders.sum())
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
-        first = self.tokens(step) + np.arange(start, stop, dtype=np.int64) * self._length
-        tokens = np.stack([self._read(int(position)) for position in first])
+        length = self.length(step)
+        first = self.tokens(step) + np.arange(start, stop, dtype=np.int64) * length
+        tokens = np.stack([self._read(int(position), length + 1) for position in first])
         if tokens.max(initial=0) >= self._vocabulary:
             raise LlmkitError(
                 f"token id {tokens.max()} at step {step + 1} is over the model's vocabulary of {self._vocabulary}",
                 "the shards are damaged, or not of this model's tokenizer",
             )
+        groups = np.stack([self._groups(int(position), length) for position in first])
+        ones = np.ones((len(first), length), dtype=np.float32)
         if not self._mask:
-            return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
-        documents = self._documents(first[:, None] + np.arange(self._length + 1))
+            return _batch(tokens, ones, None, groups)
+        documents = self._documents(first[:, None] + np.arange(length + 1))
         if (documents[:, 0] == documents[:, -1]).all():  # no border inside: plain causal attention is faster
-            return _batch(tokens, np.ones((len(first), self._length), dtype=np.float32), None)
+            return _batch(tokens, ones, None, groups)
         weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
-        return _batch(tokens, weights, documents[:, :-1] - documents[:, :1])
+        return _batch(tokens, weights, documents[:, :-1] - documents[:, :1], groups)
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
-        inside = (self.tokens(step) + row * self._length + position) % self._stream.tokens
+        inside = (self.tokens(step) + row * self.length(step) + position) % self._stream.tokens
         number = int(np.searchsorted(self._starts, inside, side="right") - 1)
         number = number if self._rows is None else int(self._rows[number])
         return self._stream.id(number), self._stream.document(number)
 
-    def _read(self, start: int) -> np.ndarray:
-        """`length` + 1 tokens from position `start` of the endless stream."""
-        pieces, missing = [], self._length + 1
+    def _read(self, start: int, missing: int) -> np.ndarray:
+        """`missing` tokens from position `start` of the endless stream."""
+        pieces = []
         while missing:
             start %= self._stream.tokens
             piece = self._stream.span(start, min(start + missing, self._stream.tokens))
             pieces.append(np.asarray(piece).astype(np.int64))
             start, missing = start + len(piece), missing - len(piece)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _groups(self, start: int, length: int) -> np.ndarray:
+        """Code (groups.py) of `length` positions from `start` on; in a second round through the stream all were seen before."""
+        pieces, missing = [], length
+        while missing:
+            rounds, start = divmod(start, self._stream.tokens)
+            stop = min(start + missing, self._stream.tokens)
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            behind = int(np.searchsorted(self._starts, stop, side="left"))
+            cuts = np.concatenate(([start], self._starts[first + 1 : behind], [stop]))
+            codes = self._codes[first:behind]
+            pieces.append(np.repeat(np.where(codes < 0, codes, codes | (rounds > 0)), np.diff(cuts)))
+            missing -= stop - start
+            start = rounds * self._stream.tokens + stop
+        return np.concatenate(pieces)
 
     def _documents(self, positions: np.ndarray) -> np.ndarray:
         """Number of the document that each position of the endless stream is of."""
@@ -184,12 +213,25 @@ class HeldOutSource:
     steps = 1
 
     def __init__(
-        self, stream: TokenStream, length: int, *, document_mask: bool = True, vocabulary: int = 1 << 32
+        self,
+        stream: TokenStream,
+        length: int,
+        *,
+        document_mask: bool = True,
+        vocabulary: int = 1 << 32,
+        groups: Groups | None = None,
     ) -> None:
         sequences = max(1, -(-(stream.tokens - 1) // length))
         self._inner = StreamSource(
-            stream, length, sequences, sequences * length, document_mask=document_mask, vocabulary=vocabulary
+            stream,
+            length,
+            sequences,
+            sequences * length,
+            document_mask=document_mask,
+            vocabulary=vocabulary,
+            groups=groups,
         )
+        self.group_names = self._inner.group_names
         # What lies beyond the end of the stream would be read from its start: positions that do not count.
         self._beyond = sequences * length - (stream.tokens - 1)
         self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._beyond].sum())
@@ -199,6 +241,9 @@ class HeldOutSource:
 
     def tokens(self, step: int) -> int:
         return self._inner.tokens(step) - (self._beyond if step else 0)
+
+    def shortened(self, step: int) -> int:
+        return 1
 
     def weight(self, step: int) -> float:
         return self._weight
@@ -252,6 +297,7 @@ class PackedSource:
         counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
         totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
         self._tokens = [int(counts[cut]) for cut in cuts]
+        self.data_tokens = int(sizes.sum())
         self._weights = [float(totals[b] - totals[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
         self.padding = 1 - counts[-1] / max(1, len(self._bins) * length)
 
@@ -260,6 +306,9 @@ class PackedSource:
 
     def tokens(self, step: int) -> int:
         return self._tokens[step]
+
+    def shortened(self, step: int) -> int:
+        return 1
 
     def weight(self, step: int) -> float:
         return self._weights[step]
@@ -297,10 +346,11 @@ def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: i
     )
 
 
-def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None) -> Batch:
+def _batch(tokens: np.ndarray, weights: np.ndarray, documents: np.ndarray | None, groups: np.ndarray) -> Batch:
     return Batch(
         torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
         torch.from_numpy(weights),
         None if documents is None else torch.from_numpy(documents.astype(np.int32)),
+        {"groups": torch.from_numpy(groups.astype(np.int32))},
     )

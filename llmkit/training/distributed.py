@@ -75,10 +75,13 @@ class Processes:
             self.beat()
             yield start, min(start + micro_batch, last)
 
-    def turns(self, model: torch.nn.Module, rows: int, micro_batch: int) -> Iterator[tuple[int, int, float]]:
+    def turns(
+        self, model: torch.nn.Module, rows: int, micro_batch: int, *, add_first: bool = False
+    ) -> Iterator[tuple[int, int, float]]:
         """(start, stop, factor) of each pass that this process makes through `model`: its row ranges with factor 1.
 
         Where a layout goes in lockstep, a process with fewer ranges makes passes of factor 0 more, over a row whose loss does not count.
+        With `add_first` it adds up the gradients after the first pass too, not only after the last.
         """
         turns = [(start, stop, 1.0) for start, stop in self.share(rows, micro_batch)]
         if self._watch is None:
@@ -90,7 +93,7 @@ class Processes:
             turns += [(0, 1, 0.0)] * (most - len(turns))
         for number, turn in enumerate(turns, 1):
             self.beat()
-            self.layout.turn(model, number == len(turns))
+            self.layout.turn(model, number == len(turns) or (add_first and number == 1))
             yield turn
 
     def beat(self) -> None:

@@ -3,7 +3,7 @@
     code = launch(2, ["train", "mix/", "-o", "run/"], "run/", restarts=3)
 
 torch's elastic agent starts the processes and tells each its place by the environment, as torchrun does; a signal to this process reaches all of
-them. Where one is killed, hangs (see `watchdog`) or loses its device, the agent stops the others, and a new group goes on from the last checkpoint:
+them, SIGUSR1 too, and where this process is killed they end as by SIGTERM (the watch-dog sees to it). Where one is killed, hangs (see `watchdog`) or loses its device, the agent stops the others, and a new group goes on from the last checkpoint:
 the order of the data is a function of the step, so the same number of processes ends in the same bytes. A new group that dies before it comes to
 train (a device that is gone for good) is followed by one with a process fewer. Each restart stands in events.jsonl with its reason. Errors that
 would come again (bad data, a full disk, a loss that is not finite) end the run at once.
@@ -16,9 +16,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from llmkit.errors import ExitCode, LlmkitError
@@ -35,14 +36,20 @@ def restarted() -> bool:
 
 def launch(count: int, arguments: Sequence[str], output: str, restarts: int = 0) -> int:
     """Run `python -m llmkit ARGUMENTS`, which trains in `output`, as a group of `count` processes; returns the exit code."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
     # Not more threads than processors, whatever the number of processes.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     logging.disable(logging.CRITICAL)  # the processes speak for themselves
     run = RunDirectory(output)
+    with _passed_on(signal.SIGUSR1):
+        return _groups(run, count, arguments, restarts)
+
+
+def _groups(run: RunDirectory, count: int, arguments: Sequence[str], restarts: int) -> int:
+    """One group after the other, until one comes to an end."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     for attempt in range(restarts + 1):
         before = _stamps(run)
         try:
@@ -69,6 +76,31 @@ def launch(count: int, arguments: Sequence[str], output: str, restarts: int = 0)
             run.event("restart", number=attempt + 1, rank=rank, reason=reason, processes=count)
         print(f"llmkit: {reason}; starting again with {count} processes", file=sys.stderr, flush=True)
     raise AssertionError
+
+
+@contextmanager
+def _passed_on(number: signal.Signals) -> Iterator[None]:
+    """Hand this signal, of which torch's agent knows nothing, to the processes. They are born with it blocked, and take it when they can."""
+    import psutil  # Accelerate needs it too
+
+    ended = threading.Event()
+
+    def wait() -> None:
+        while not ended.is_set():
+            if signal.sigtimedwait({number}, 0.2):
+                for child in psutil.Process().children():
+                    with suppress(psutil.Error):
+                        child.send_signal(number)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _configuration(count: int) -> Any:
@@ -110,10 +142,13 @@ def _guilt(code: int) -> int:
 
 def _reason(run: RunDirectory, rank: int, code: int) -> str:
     """What became of the group, in words."""
-    with suppress(OSError, ValueError, IndexError, KeyError):
-        last = json.loads((run.path / "events.jsonl").read_text().splitlines()[-1])
-        if last["event"] == "hang":
-            return f"rank {', '.join(map(str, last['ranks']))} made no progress for {last['seconds']:g} s"
+    with suppress(OSError, ValueError, KeyError):
+        for line in reversed((run.path / "events.jsonl").read_text().splitlines()):
+            event = json.loads(line)
+            if event["event"] == "hang":
+                return f"rank {', '.join(map(str, event['ranks']))} made no progress for {event['seconds']:g} s"
+            if event["event"] in ("start", "resume"):
+                break
     if code < 0:
         return f"rank {rank} was killed by signal {-code} ({signal.Signals(-code).name})"
     return f"rank {rank} lost the others or its device"

@@ -45,8 +45,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def model_digest(config_json: Mapping[str, Any]) -> str:
-    """A short digest of a model's configuration."""
-    return hashlib.sha256(json.dumps(config_json, sort_keys=True).encode()).hexdigest()[:16]
+    """A short digest of a model's configuration, but for what a stage may change."""
+    lasting = {key: value for key, value in config_json.items() if key != "rope_theta"}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def accepted_names(text: str) -> tuple[str, ...]:

@@ -26,17 +26,20 @@ from typing import Any
 import torch
 
 from llmkit.errors import ExitCode, LlmkitError
+from llmkit.training.curves import smoothed
 from llmkit.training.diagnosis import suspects
 from llmkit.training.environment import machine
 from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
-from llmkit.training.metrics import MetricsLog, Speed, peak_flops
+from llmkit.training.metrics import MFU, MetricsLog, Speed, peak_flops
+from llmkit.training.noise import NoiseScale
 from llmkit.training.optimizer import named_state, restore_optimizer
 from llmkit.training.pace import Pace, collected
 from llmkit.training.parallel import copy_whole, full_tensors, local
 from llmkit.training.signals import Interrupted, Signals, watch_signals
 from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
-from llmkit.training.step import Measured, Training, accumulate, evaluate, pieces_of, update
+from llmkit.training.step import Measured, Training, accumulate, evaluate, held_out, pieces_of, update
+from llmkit.training.watch import Watch
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
 HOLD_SHARE = 0.01  # of the time may go into copies for rollbacks
@@ -72,6 +75,7 @@ class Loop:
     def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
         self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
         self.guard = Guard(t.chance, t.max_rollbacks)
+        self.noise = NoiseScale()
         self.step = 0
         if t.start:
             state = load_trainer_state(t.start)
@@ -83,6 +87,7 @@ class Loop:
         self.keeper.saved = t.start
         self.log = MetricsLog(t.directory.metrics, self.step) if t.processes.main else None
         self.record: dict[str, Any] = dict(self.log.last) if self.log else {}
+        self._watch = Watch(t.model, t.source, t.processes, t.directory.path, t.log_every, t.token_bytes)
         self._save_every = t.save_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._owed = False  # a checkpoint
@@ -106,7 +111,7 @@ class Loop:
         made_with |= {"processes": t.processes.count, "parallel": t.processes.layout.name}
         more = {"accepted": t.changed} if t.changed else {}
         name = "resume" if t.start else "start"
-        self._event(name, step=self.step, peak_flops=peak, peak=how, environment=made_with, **more)
+        self._event(name, step=self.step, peak_flops=peak, peak=how, mfu=MFU, environment=made_with, **more)
         self._hold()
         # A run that was stopped in the middle of an evaluation owes it.
         owed = bool(self.log) and self.step > 0 and self._evaluates() and "heldout_loss" not in self.record
@@ -114,7 +119,7 @@ class Loop:
             found = self._evaluate()
             if self.log and found is not None:
                 self.record = {"step": self.step, "tokens": source.tokens(self.step)} | self.record
-                self.record |= {"heldout_loss": found}
+                self.record |= found
                 self.log.write(self.record)
         stop = self._stopping()
         while self.step < source.steps and not stop:
@@ -130,6 +135,7 @@ class Loop:
         """One step further, or some steps back; False where neither a step was taken nor passed over."""
         t, source, guard, number = self.t, self.t.source, self.guard, self.step + 1
         began = time.perf_counter()
+        t.before_step(self.step)
         tokens, before = source.tokens(number), source.tokens(self.step)
         rate = t.schedule.for_step(before, tokens)
         record: dict[str, Any] = {"step": number, "tokens": tokens}
@@ -138,7 +144,7 @@ class Loop:
         else:
             try:
                 with self.signals.breaking(t.processes.count == 1):
-                    measured = accumulate(t, self.step)
+                    measured = accumulate(t, self.step, self._watch)
             except Interrupted:
                 t.optimizer.zero_grad(set_to_none=True)
                 return False
@@ -148,20 +154,31 @@ class Loop:
                     return False
                 record["skipped"] = True
             else:
-                update(t, rate)
+                update(t, rate, self._watch)
+                record |= self._noise(measured, tokens - before)
                 record |= self._compare(number)
+            record |= self._watch.end(measured.seen, measured.norm, t.clip)
         self.step = number
         self._collect(number)
         self._seconds = time.perf_counter() - began
         record |= self._speed.step(tokens - before, self._seconds, source.tokens(source.steps) - tokens)
         if self._evaluates():
-            found = self._evaluate()
-            record |= {} if found is None else {"heldout_loss": found}
+            record |= self._evaluate() or {}
         self.record = record
         if self.log:
+            record["loss_smooth"] = smoothed(self.log.last, record)
             self.log.write(record)
             t.report(record)
         return True
+
+    def _noise(self, measured: Measured, tokens: int) -> dict[str, float]:
+        """The gradient noise scale where it is measured; said once where a step of so many `tokens` passes it."""
+        if not measured.part[1]:
+            return {}
+        self.noise.measure(*measured.part, measured.norm**2, self.t.source.weight(self.step))
+        if said := self.noise.objection(tokens, self.step / self.t.source.steps):
+            self.t.say(said)
+        return {"noise_scale": round(self.noise.tokens)} if self.noise.tokens else {}
 
     def _compare(self, number: int) -> dict[str, float]:
         """How evenly the processes work, now and then; says which has become late."""
@@ -290,6 +307,7 @@ class Loop:
     def _restore(self, state: TrainerState, rollback: bool = False) -> None:
         try:
             self.guard.restore(state.guard, rollback=rollback)
+            self.noise.restore(state.noise)
         except (ValueError, TypeError) as error:
             raise LlmkitError(
                 f"{self.t.start}: not a readable trainer state ({error})", "take another checkpoint"
@@ -300,11 +318,10 @@ class Loop:
     def _evaluates(self) -> bool:
         return self.t.heldout is not None and (self.step % self._eval_every == 0 or self.step == self.t.source.steps)
 
-    def _evaluate(self) -> float | None:
+    def _evaluate(self) -> dict[str, float] | None:
         try:
             with self.signals.breaking(self.t.processes.count == 1):
-                assert self.t.heldout is not None
-                return evaluate(self.t, self.t.heldout, stopped=lambda: bool(self.signals.number))
+                return held_out(self.t, lambda: bool(self.signals.number))
         except Interrupted:
             return None
 
@@ -335,8 +352,21 @@ class Loop:
         self._owed |= self.step % self._save_every == 0
         if last or stop or (self._owed and not self.guard.since):
             self._save(wait=last or stop)
+            if not stop:
+                self._show()
         elif self._due and not self.guard.since:
             self._hold()
+
+    def _show(self) -> None:
+        """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
+        t = self.t
+        for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
+            self.record |= act(t.model, self.step)
+            t.processes.layout.rest(t.model)
+            t.processes.beat()
+        if self.log and t.at_checkpoint:
+            self.log.write(self.record)
+            t.report(self.record)
 
     def _hold(self) -> None:
         """Copy the state to the host of the main process; all of them hand over what they have of it."""
@@ -355,6 +385,7 @@ class Loop:
                 rate=rate,
                 scaler=scaler.state_dict() if scaler else {},
                 guard=self.guard.state(),
+                noise=self.noise.state(),
             )
             self.keeper.copy(state, weights, moments)
         else:

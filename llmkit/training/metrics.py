@@ -2,12 +2,11 @@
 
     {"step": 500, "tokens": 1024000, "loss": 3.21, "lr": 0.003, "grad_norm": 0.7, "tokens_per_second": 4700.0, "mfu": 0.41, "eta_seconds": 212.0}
 
-`step` counts finished steps from 1, `tokens` is what was seen after it, `loss` is the mean over the tokens of the step, `grad_norm` is before clipping.
-`heldout_loss` stands on the lines of steps after which it was measured, and objectives add figures of their own. Rates and times are of this
-machine and this moment; they are written here and nowhere else.
+What each name means stands in curves.py. Rates and times are of this machine and this moment; they are written here and nowhere else.
 
-MFU (model FLOPs utilisation) is FLOPs of the model a token (forward and backward, PaLM's count) × tokens/s over the peak of the hardware: on a GPU
-the vendor's dense figure for the precision, on a CPU the best of a few large matrix products measured at the start, with as many threads.
+MFU (model FLOPs utilisation) is FLOPs of the model a token × tokens/s over the peak of the hardware: on a GPU the vendor's dense figure for the
+precision, on a CPU the best of a few large matrix products measured at the start, with as many threads. Forward and backward count, causal
+attention at half of PaLM's square, and nothing that is computed twice.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -40,6 +39,8 @@ GPU_PEAKS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
 }
+MFU = "(6 N + 6 layers heads head_dim length) FLOPs a token over the peak: causal attention at half, recomputation not counted"
+BLOCK = 1 << 14  # bytes of a log that are read at once
 WINDOW = 20  # steps over which the shown speed is taken
 
 
@@ -55,16 +56,18 @@ class MetricsLog:
         self.cut(after_step)
 
     def cut(self, after_step: int) -> None:
-        """Take back the lines of later steps."""
+        """Take back the lines of later steps, and what a crash left of one. Read from the end: the cost does not grow with the run."""
         self._store()
-        self.last, self._size = {}, 0
+        self.last, self._last_size, self._size = {}, 0, 0
         with open(self._path, "rb") as file:
-            for line in file:
-                record = _parse(line)
-                if record is None or record["step"] > after_step:
-                    break
-                self._size += len(line)
-                self.last, self._last_size = record, len(line)
+            end = file.seek(0, os.SEEK_END)
+            while end and not self._size:
+                start = _line_start(file, end)
+                file.seek(start)
+                record = _parse(line := file.read(end - start))
+                if record is not None and record["step"] <= after_step:
+                    self.last, self._last_size, self._size = record, len(line), end
+                end = start
         self._file.truncate(self._size)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -112,6 +115,19 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
             if record is None:
                 return
             yield record
+
+
+def _line_start(file: BinaryIO, end: int) -> int:
+    """Where the line begins that ends, with or without a line feed, at byte `end`."""
+    stop = end - 1
+    while stop > 0:
+        start = max(0, stop - BLOCK)
+        file.seek(start)
+        found = file.read(stop - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        stop = start
+    return 0
 
 
 def _line(record: dict[str, Any]) -> bytes:

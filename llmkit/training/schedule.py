@@ -1,13 +1,18 @@
 """Learning rate as a pure function of the tokens seen, so that a resumed run needs no scheduler state.
 
-    schedule = Schedule("wsd", peak=3e-3, total=10_000_000, warmup=500_000, decay=0.2)
-    schedule.rate(5_000_000)  # 3e-3
+A schedule is a list of segments, each with the token where it starts, the one where it ends, its first and last rate and a shape between them:
 
-| name | after the warm-up |
+    linear, cosine, sqrt (1 - sqrt: most of the way at once), constant
+    Schedule((Segment(0, 500_000, 0.0, 3e-3), Segment(500_000, 10_000_000, 3e-3, 3e-4, "cosine"))).rate(500_000)  # 3e-3
+
+`named` makes the usual ones; recipes (recipe.py) put several behind each other:
+
+| name | after the warm-up, which rises in a straight line |
 |---|---|
 | cosine | half a cosine from the peak to `floor` × peak at the end |
 | linear | a straight line from the peak to `floor` × peak at the end |
-| wsd | constant, then over the last `decay` of all tokens a straight line to `floor` × peak (warmup, stable, decay) |
+| sqrt | along 1 - √(share that is done) from the peak to `floor` × peak at the end |
+| wsd | constant, then over the last `decay` of all tokens to `floor` × peak by `shape` (warm-up, stable, decay; arXiv:2404.06395, 2405.18392) |
 | constant | constant |
 
 A step that covers the tokens [a, b) is given the rate at (a + b) / 2: neither the first step of a warm-up nor the last of a decay to zero is then lost.
@@ -16,6 +21,7 @@ A step that covers the tokens [a, b) is given the rate at (a + b) / 2: neither t
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,76 +32,107 @@ LARGEST_RATE = 3e-3
 FINE_TUNING = 0.1
 PREFERENCE = 0.005
 
+# Each maps the share of the segment that is done, in [0, 1], to the share of the way from its first rate to its last.
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 0.0,
+    "linear": lambda done: done,
+    "cosine": lambda done: 0.5 * (1 - math.cos(math.pi * done)),
+    "sqrt": math.sqrt,
+}
+RAMPS = ("linear", "sqrt", "cosine")
+NAMES = ("cosine", "linear", "sqrt", "wsd", "constant")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rates from token `start` on, `last` from token `end` on. What follows in a schedule may begin before `end`: the rest is then not run."""
+
+    start: int
+    end: int
+    first: float
+    last: float
+    shape: str = "linear"
+
+    def rate(self, tokens: float) -> float:
+        """Learning rate after `tokens` tokens, which are at or after the start."""
+        span = self.end - self.start
+        done = SHAPES[self.shape](min((tokens - self.start) / span, 1.0) if span > 0 else 1.0)
+        return self.first * (1 - done) + self.last * done
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Shape `name`, `peak` learning rate, `total` and `warmup` in tokens, `floor` relative to the peak, `decay` as a share of all tokens."""
+    """Segments in the order of their starts, the first of which is at 0."""
 
-    name: str
-    peak: float
-    total: int
-    warmup: int = 0
-    floor: float = 0.0
-    decay: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.name not in SHAPES:
-            raise unknown_name("schedule", self.name, SHAPES)
-        if not (math.isfinite(self.peak) and self.peak > 0):
-            raise UsageError(f"learning rate {self.peak} is not above 0", "usual values lie between 1e-5 and 1e-2")
-        if not 0 <= self.floor <= 1:
-            raise UsageError(
-                f"--min-lr {self.floor} is not between 0 and 1", "it is the last learning rate over the peak"
-            )
-        if not 0 <= self.decay <= 1:
-            raise UsageError(f"--decay {self.decay} is not between 0 and 1", "it is a share of all tokens")
-        if not 0 <= self.warmup <= self.total:
-            raise UsageError(
-                f"a warm-up of {self.warmup:,} tokens does not fit into {self.total:,}", "give a smaller --warmup"
-            )
+    segments: tuple[Segment, ...]
 
     def rate(self, tokens: float) -> float:
-        """Learning rate after `tokens` tokens; constant beyond the end."""
-        if tokens < self.warmup:
-            return self.peak * tokens / self.warmup
-        span = self.total - self.warmup
-        done = min((tokens - self.warmup) / span, 1.0) if span else 1.0
-        return self.peak * (self.floor + (1 - self.floor) * SHAPES[self.name](self, done))
+        """Learning rate after `tokens` tokens; constant beyond the end of the last segment."""
+        return self.segments[bisect_right(self.segments, tokens, key=lambda segment: segment.start) - 1].rate(tokens)
 
     def for_step(self, before: int, after: int) -> float:
         """Learning rate of the step that covers the tokens [before, after)."""
         return self.rate((before + after) / 2)
 
-
-def _cosine(schedule: Schedule, done: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _linear(schedule: Schedule, done: float) -> float:
-    return 1 - done
+    @property
+    def peak(self) -> float:
+        """The highest rate."""
+        return max(max(segment.first, segment.last) for segment in self.segments)
 
 
-def _wsd(schedule: Schedule, done: float) -> float:
-    """`done` counts from the end of the warm-up, `decay` from the start of the run."""
-    after_warmup = schedule.total - schedule.warmup
-    decayed = min(schedule.decay * schedule.total, after_warmup)
-    left = (1 - done) * after_warmup
-    if left > decayed or not schedule.decay:
-        return 1.0
-    return left / decayed if decayed else 0.0
+def named(
+    name: str,
+    peak: float,
+    total: int,
+    warmup: int = 0,
+    floor: float = 0.0,
+    decay: float = 0.2,
+    shape: str = "linear",
+    *,
+    first: float = 0.0,
+) -> Schedule:
+    """The schedule `name` over `total` tokens: from rate `first` up to `peak` within `warmup` tokens, then as the table above says.
+
+    `floor` is relative to the peak, `decay` a share of all tokens.
+    """
+    if name not in NAMES:
+        raise unknown_name("schedule", name, NAMES)
+    if shape not in RAMPS:
+        raise unknown_name("shape of the decay", shape, RAMPS)
+    if not (math.isfinite(peak) and peak > 0):
+        raise UsageError(f"learning rate {peak} is not above 0", "usual values lie between 1e-5 and 1e-2")
+    if not 0 <= floor <= 1:
+        raise UsageError(f"--min-lr {floor} is not between 0 and 1", "it is the last learning rate over the peak")
+    if not 0 <= decay <= 1:
+        raise UsageError(f"--decay {decay} is not between 0 and 1", "it is a share of all tokens")
+    if not 0 <= warmup <= total:
+        raise UsageError(f"a warm-up of {warmup:,} tokens does not fit into {total:,}", "give a smaller --warmup")
+    return Schedule(tuple(segments(name, peak, peak * floor, 0, total, warmup, decay, shape, first=first)))
 
 
-def _constant(schedule: Schedule, done: float) -> float:
-    return 1.0
-
-
-# Each maps the share of the way from warm-up to end, in [0, 1], to a factor between 1 and 0.
-SHAPES: dict[str, Callable[[Schedule, float], float]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "wsd": _wsd,
-    "constant": _constant,
-}
+def segments(
+    name: str,
+    peak: float,
+    last: float,
+    start: int,
+    end: int,
+    warmup: int = 0,
+    decay: float = 0.2,
+    shape: str = "linear",
+    *,
+    first: float = 0.0,
+) -> list[Segment]:
+    """Segments of the schedule `name` from token `start` to `end`: `warmup` tokens from rate `first` up to `peak`, then down to `last`."""
+    found = [Segment(start, start + warmup, first, peak)] if warmup else []
+    falls = start + warmup
+    if name == "wsd":
+        # A decay longer than what the warm-up leaves takes all of that.
+        falls = max(falls, end - round(decay * (end - start)))
+        found += [Segment(start + warmup, falls, peak, peak, "constant")] if falls > start + warmup else []
+        name = shape if falls < end else "constant"
+    if name == "constant":
+        last = peak
+    return [*found, Segment(falls, end, peak, last, name)] if falls < end or not found else found
 
 
 def warmup_tokens(value: float, total: int) -> int:

@@ -13,28 +13,33 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Input, Lineage
+from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
+from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.runtime import Runtime, be_deterministic, prepare
+from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
 from llmkit.training.elastic import restarted
 from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import adamw, restore_optimizer
+from llmkit.training.optimizer import BETAS, build, kind_of, restore_optimizer
 from llmkit.training.parallel import load_tensors
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import (
+    OPTIMIZER,
     RunDirectory,
     TrainerState,
     check_run,
@@ -46,13 +51,14 @@ from llmkit.training.state import (
     write_config,
 )
 from llmkit.training.step import Tensors, Training
+from llmkit.training.tracker import check_tracker
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `z_loss` and `max_rollbacks` decides what comes out beyond rounding."""
+    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
 
     output: str
     resume: bool = False
@@ -66,7 +72,12 @@ class Settings:
     keep: int = 0
     eval_every: int = 0
     sequences_a_row: int = 1  # a preference pair is two
+    optimizer: str = "adamw"  # or muon; "": that of the state it starts from
+    betas: tuple[float, float] = BETAS
     z_loss: float = 0.0
+    log_every: int = 10
+    tracker: str | None = None
+    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
     keep_every: int = 0
     max_hours: float = 0.0  # 0: no limit
     max_rollbacks: int = 8
@@ -175,23 +186,34 @@ class Session:
         stop_ids: list[int] | None = None,
         heldout: Source | None = None,
         optimizer_from: Path | None = None,
+        rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from."""
+        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
+        the rotary embedding in that step, where it changes."""
         assert self.state is not None
         settings, config, of_tokens = self.settings, model.config, objective is next_token
         self.state.environment["model"] = model_digest(config.to_hf())
         if settings.z_loss:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
-        optimizer = adamw(model, settings.weight_decay)
+        before = self.checkpoint or optimizer_from
+        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        optimizer = build(model, kind, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
+
+        def configured(step: int) -> ModelConfig:
+            return replace(config, rope_theta=rope_theta(step)) if rope_theta else config
+
+        def before_step(step: int) -> None:
+            model.config = configured(step)
 
         def write_model(directory: Path, weights: Tensors, step: int, tokens: int) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
-            save_model(directory, weights, config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
+            of_step = configured(max(0, step - 1))
+            save_model(directory, weights, of_step, tokenizer_files, record.to_json(), torch.float32, stop_ids)
 
         def initial() -> tuple[Tensors, Tensors]:
             assert self._fresh is not None
@@ -224,6 +246,10 @@ class Session:
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
+                before_step=before_step,
+                log_every=settings.log_every,
+                at_checkpoint=settings.at_checkpoint,
+                token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
                 changed=self.changed,
             )
@@ -232,10 +258,14 @@ class Session:
     def micro_batch(self) -> int:
         """Rows that go through the model at once."""
         assert self.state is not None
+        return self.rows_at_once(self.state.batch_size, self.state.length)
+
+    def rows_at_once(self, batch_size: int, length: int) -> int:
+        """The same of a run that is not begun."""
         if self.settings.micro_batch:
             return self.settings.micro_batch
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(self.state.batch_size, limit // self.state.length // self.settings.sequences_a_row))
+        return max(1, min(batch_size, limit // length // self.settings.sequences_a_row))
 
 
 @contextmanager
@@ -243,6 +273,8 @@ def session(
     settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
     """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
+    if settings.tracker:
+        check_tracker(settings.tracker)
     accepted_names(settings.accept_change)  # a wrong one is said first
     if restarted():
         settings.resume, settings.force = True, False
@@ -265,6 +297,16 @@ def session(
             raise gone from error
         raise
     processes.leave()
+
+
+def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:
+    """The text that each id of a model stands for, in bytes, int64 [vocabulary]."""
+    known = token_bytes(files)
+    return (
+        None
+        if known is None
+        else torch.from_numpy(np.resize(np.append(known, np.zeros(vocabulary, np.int64)), vocabulary))
+    )
 
 
 def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] | None:

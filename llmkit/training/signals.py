@@ -28,6 +28,7 @@ class Signals:
     number: int = 0
     save: bool = False
     breakable: bool = False
+    own: bool = False  # this process got a SIGTERM or SIGINT itself
 
     def raise_it(self) -> None:
         """Let the signal take its course."""
@@ -57,14 +58,15 @@ def watch_signals() -> Iterator[Signals]:
         if number == signal.SIGUSR1:
             signals.save = True
             return
-        if signals.number:
+        if signals.own:  # `number` may have come from another process, which got the same signal a moment before
             signals.raise_it()
-        signals.number = number
+        signals.number, signals.own = number, True
         if signals.breakable:
             signals.breakable = False
             raise Interrupted
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which `elastic` has blocked until there is a handler
     try:
         yield signals
     finally:

@@ -35,8 +35,8 @@ from llmkit.io.atomic import atomic_directory, atomic_file, check_output
 from llmkit.io.lineage import digest_path
 from llmkit.io.locks import lock
 from llmkit.model.checkpoint import resolve_model
+from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import layout_of, write_safetensors
-from llmkit.model.weights import WEIGHTS
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
@@ -61,6 +61,7 @@ class TrainerState:
     environment: dict[str, Any]  # see environment.py
     scaler: dict[str, Any]
     guard: dict[str, Any] = field(default_factory=dict)  # training.guard's state, the skipped steps in it
+    noise: list[float] = field(default_factory=list)  # of the gradient: training.noise
 
     def to_json(self) -> bytes:
         return json.dumps({key: getattr(self, key) for key in self.__slots__}, indent=1, sort_keys=True).encode()
@@ -71,7 +72,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "command": str,
     **dict.fromkeys(("options", "environment", "scaler", "guard"), dict),
     **dict.fromkeys(("step", "tokens", "batch_size", "length"), int),
-    "inputs": list,
+    **dict.fromkeys(("inputs", "noise"), list),
     "rate": (int, float),
 }
 
@@ -253,7 +254,7 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
     if not found:
         directory = resolve_model(path)
         if step is not None:
-            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, without --step")
+            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, or leave --from out")
         return directory, load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
     if step is not None:
         chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]

@@ -9,7 +9,7 @@ Losses of micro-batches are divided by the weight of the whole step, so that the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import torch
 from llmkit.training.data import Batch, Source
 from llmkit.training.diagnosis import Piece
 from llmkit.training.distributed import Processes
+from llmkit.training.groups import Tally
+from llmkit.training.noise import Part, measured
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optimizer import clip_gradients, set_rate
 from llmkit.training.schedule import Schedule
 from llmkit.training.state import RunDirectory, TrainerState
+from llmkit.training.watch import Watch
 
 Tensors = dict[str, torch.Tensor]
 
@@ -32,7 +35,7 @@ Tensors = dict[str, torch.Tensor]
 class Training:
     """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
     into `model`. `write_model(directory, weights, step, tokens)` fills a model directory; `initial()` gives weights and moments of step 0 once more.
-    `report` is called with every record of the log, `say` with what a user should know."""
+    `before_step(step)` sets what of the model is a function of the step. `report` is called with every record of the log, `say` with what a user should know."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -58,47 +61,66 @@ class Training:
     chance: float = math.inf  # loss of a guess among all tokens, where the loss is one of tokens
     decode: Callable[[list[int]], str] | None = None
     flops_per_token: float = 0.0
+    log_every: int = 10
+    token_bytes: torch.Tensor | None = None  # int64 [V]: the text that each token stands for, where that is known
+    at_checkpoint: Sequence[Callable[[Any, int], dict[str, float]]] = ()  # of (model, step); what they return is logged
     changed: list[str] = field(default_factory=list)  # what --accept-change let pass
+    before_step: Callable[[int], None] = field(default=lambda step: None)
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
     say: Callable[[str], None] = field(default=lambda text: None)
 
 
 @dataclass(slots=True)
 class Measured:
-    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row."""
+    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row, and where the
+    noise is measured squared norm and weight of the gradient of a `part` (else 0)."""
 
     figures: dict[str, float]
     norm: float
     worst: float
+    part: tuple[float, float] = (0.0, 0.0)
+    seen: list[float] = field(default_factory=list)  # Watch.sums() of all processes
 
     def for_guard(self) -> tuple[float, float, float]:
         return self.figures["loss"], self.norm, self.worst
 
 
-def accumulate(t: Training, step: int) -> Measured:
+def accumulate(t: Training, step: int, watch: Watch) -> Measured:
     """Forward and backward passes of a step: the gradients of all processes, clipped, lie at the parameters. Weights and moments are as before."""
     source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
     scale = 1.0 / max(source.weight(step), 1e-9)
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     sums: Tensors = {}
     worst = -math.inf
+    rows, lockstep = source.rows(step), processes.layout.lockstep
+    micro_batch = t.micro_batch * source.shortened(step)
+    part = Part(lockstep)
+    if measured(step) and (processes.count == 1 or lockstep):
+        micro_batch = max(1, min(micro_batch, rows // (2 * processes.count)))
     t.model.train()
-    for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
-        batch = source.batch(step, start, stop).to(processes.device)
+    watch.begin(step)
+    for start, stop, factor in processes.turns(t.model, rows, micro_batch, add_first=measured(step)):
+        batch = watch.take(step, start, stop, counts=factor > 0)
         with processes.accelerator.autocast():
             found = t.objective(t.model, batch, scale * factor)
         (scaler.scale(found.loss) if scaler else found.loss).backward()
         for name, value in ({"loss": found.loss.detach()} | found.figures).items():
             sums[name] = sums.get(name, 0) + value
         worst = max(worst, _worst_row(batch, found))
+        if factor:
+            watch.losses(batch, found)
+        if measured(step):
+            part.look(parameters, factor * float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
     processes.add_gradients(parameters)
     if scaler:
         scaler.unscale_(t.optimizer)
-    figures, worst = _gather(t, sums, worst)
-    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst)
+    figures, worst, seen = _gather(t, sums, worst, watch.sums())
+    watch.before()
+    small = part.together(processes.add(part.values)) if measured(step) else (0.0, 0.0)
+    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst, small, seen)
 
 
-def update(t: Training, rate: float) -> None:
+def update(t: Training, rate: float, watch: Watch) -> None:
     """Take the step whose gradients `accumulate` has left, with this learning rate."""
     scaler = t.processes.accelerator.scaler
     set_rate(t.optimizer, rate)
@@ -107,19 +129,22 @@ def update(t: Training, rate: float) -> None:
         scaler.update()
     else:
         t.optimizer.step()
+    watch.after()
     t.optimizer.zero_grad(set_to_none=True)
 
 
-def _gather(t: Training, sums: Tensors, worst: float) -> tuple[dict[str, float], float]:
-    """The figures of the whole step by name, and the loss of its worst row (nan: unknown). A process that had no row in it adds zeros."""
+def _gather(t: Training, sums: Tensors, worst: float, more: list[float]) -> tuple[dict[str, float], float, list[float]]:
+    """The figures of the whole step by name, the loss of its worst row (nan: unknown), and the sums of `more`. A process that had no row in it adds
+    zeros."""
     names = ("loss", *t.figures)
     values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
     each = [0.0] * t.processes.count  # one place for every process: their sum then holds the value of each
     each[t.processes.rank] = worst if math.isfinite(worst) else 0.0
-    found = t.processes.add([*values, *each])
+    found = t.processes.add([*values, *each, *more])
     figures = dict(zip(names, found, strict=False))
-    largest = max(found[len(names) :])
-    return figures, largest if largest > 0 else math.nan
+    found = found[len(names) :]
+    largest = max(found[: len(each)])
+    return figures, largest if largest > 0 else math.nan, found[len(each) :]
 
 
 def _worst_row(batch: Batch, found: Result) -> float:
@@ -132,8 +157,15 @@ def _worst_row(batch: Batch, found: Result) -> float:
     return float((losses.sum(dim=1) / counted.clamp(min=1)).max())
 
 
-def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], bool] = lambda: False) -> float | None:
-    """Mean loss over the weights of a step of `source`, all processes together; None where any was `stopped` before the end."""
+def evaluate(
+    t: Training,
+    source: Source,
+    step: int = 0,
+    stopped: Callable[[], bool] = lambda: False,
+    tally: Tally | None = None,
+) -> float | None:
+    """Mean loss over the weights of a step of `source`, all processes together; None where any was `stopped` before the end. `tally` gets the losses
+    of this process's tokens."""
     processes = t.processes
     scale = 1.0 / max(source.weight(step), 1e-9)
     total, stops = 0.0, False
@@ -147,8 +179,21 @@ def evaluate(t: Training, source: Source, step: int = 0, stopped: Callable[[], b
             with processes.accelerator.autocast():
                 found = t.objective(t.model, batch, scale * factor)
             total += float(found.figures.get("loss", found.loss))
+            if tally and factor:
+                tally.add(batch, found)
     total, left = processes.add([total, float(stops)])
     return None if left else total
+
+
+def held_out(t: Training, stopped: Callable[[], bool]) -> dict[str, float] | None:
+    """What the log says of the held-out data: loss, losses and bits a byte by domain; None where a signal came before the end."""
+    assert t.heldout is not None
+    tally = Tally(t.heldout, t.token_bytes, t.processes.device)
+    loss = evaluate(t, t.heldout, stopped=stopped, tally=tally)
+    if loss is None:
+        return None
+    numbers = t.processes.add(tally.numbers())
+    return {"heldout_loss": loss} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
 
 
 def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:

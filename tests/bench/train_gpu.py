@@ -165,7 +165,7 @@ def main() -> None:
     config = config_of(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, how = peak_flops(device, "bf16")
-    flops = config.flops_per_token(given.length, causal=True)
+    flops = config.flops_per_token(given.length)
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "torchao") if importlib.util.find_spec(name)
     )

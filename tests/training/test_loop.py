@@ -17,7 +17,7 @@ import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
-from llmkit.training import loop, state, step
+from llmkit.training import loop, metrics, state, step
 from llmkit.training.metrics import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token
 from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
@@ -413,7 +413,7 @@ def test_max_hours(train: Train, whole: Path, tmp_path: Path) -> None:
     """Behaviour: when the time is over the run is saved and ends with exit code 75; --resume goes on."""
     run = tmp_path / "run"
     with pytest.raises(LlmkitError, match="hours are over at step 5") as caught:
-        train(run, heldout=True, eval_every=4, max_hours=0.5 / 3600, report=at_step(5, lambda: time.sleep(0.6)))
+        train(run, heldout=True, eval_every=4, max_hours=2 / 3600, report=at_step(5, lambda: time.sleep(2)))
     assert caught.value.code == 75
     assert find_checkpoints(run)[-1].name == "step-00000005"
     train(run, resume=True, heldout=True, eval_every=4)
@@ -451,3 +451,20 @@ def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     log.close()
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
     assert list(read_metrics(path))[2]["heldout_loss"] == 2.0
+
+
+@pytest.mark.parametrize("width", [1, 30_000])
+def test_log_of_a_long_run_is_read_from_its_end(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: what is kept does not depend on how long lines are; little of a long log is read."""
+    path = tmp_path / "metrics.jsonl"
+    count = 3000 if width == 1 else 20
+    path.write_bytes(b"".join(json.dumps({"step": n, "x": "y" * width}).encode() + b"\n" for n in range(1, count + 1)))
+    parsed, parse = [], metrics._parse
+    monkeypatch.setattr(metrics, "_parse", lambda line: parsed.append(line) or parse(line))
+    log = MetricsLog(path, count - 2)
+    assert len(parsed) == 3 and log.last["step"] == count - 2
+    log.close()
+    monkeypatch.undo()
+    assert [r["step"] for r in read_metrics(path)] == list(range(1, count - 1))
+    MetricsLog(path, 0).close()
+    assert path.read_bytes() == b""

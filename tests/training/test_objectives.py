@@ -9,7 +9,7 @@ from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
 from llmkit.training.data import StreamSource
-from llmkit.training.optimizer import adamw, clip_gradients, optimizer_tensors, restore_optimizer, set_rate
+from llmkit.training.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) 
 def test_decay_groups_and_state() -> None:
     """Behaviour: matrices decay, embeddings and norms do not; the state survives a round through tensors."""
     model = tiny_model()
-    optimizer = adamw(model, 0.1)
+    optimizer = build(model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("proj.weight") for name in decayed)
@@ -119,10 +119,10 @@ def test_decay_groups_and_state() -> None:
     assert after == pytest.approx(1.0, rel=1e-4)
     set_rate(optimizer, 1e-3)
     optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)
-    other = adamw(model, 0.1)
+    tensors = dict(named_state(model, optimizer))
+    other = build(model)
     restore_optimizer(model, other, tensors, "state")
-    assert all(torch.equal(tensors[key], value) for key, value in optimizer_tensors(model, other).items())
+    assert all(torch.equal(tensors[key], value) for key, value in named_state(model, other))
     del tensors["exp_avg.model.norm.weight"]
     from llmkit.errors import LlmkitError
 

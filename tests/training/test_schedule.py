@@ -3,67 +3,83 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.training.schedule import SHAPES, Schedule, default_rate, warmup_tokens
+from llmkit.training.schedule import NAMES, RAMPS, Schedule, Segment, default_rate, named, warmup_tokens
 
-schedules = st.builds(
-    Schedule,
-    st.sampled_from(sorted(SHAPES)),
-    peak=st.floats(1e-6, 1.0),
-    total=st.integers(1001, 10**12),  # more than the warm-up, whose end would be the floor
-    warmup=st.integers(0, 1000),
-    floor=st.floats(0, 1),
-    decay=st.floats(0, 1),
+settings = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(NAMES),
+        "peak": st.floats(1e-6, 1.0),
+        "total": st.integers(1001, 10**12),  # more than the warm-up, whose end would be the floor
+        "warmup": st.integers(0, 1000),
+        "floor": st.floats(0, 1),
+        "decay": st.floats(0, 1),
+        "shape": st.sampled_from(RAMPS),
+    }
 )
 
 
-@given(schedules, st.floats(0, 1.2))
-def test_rate_lies_between_zero_and_peak(schedule: Schedule, share: float) -> None:
+@given(settings, st.floats(0, 1.2))
+def test_rate_lies_between_zero_and_peak(asked: dict[str, Any], share: float) -> None:
     """Property: 0 <= rate <= peak everywhere, and at least floor * peak after the warm-up."""
-    tokens = share * schedule.total
-    rate = schedule.rate(tokens)
-    assert 0 <= rate <= schedule.peak * (1 + 1e-9)
-    if tokens >= schedule.warmup:
-        assert rate >= schedule.peak * schedule.floor * (1 - 1e-9)
+    tokens = share * asked["total"]
+    rate = named(**asked).rate(tokens)
+    assert 0 <= rate <= asked["peak"] * (1 + 1e-9)
+    if tokens >= asked["warmup"]:
+        assert rate >= asked["peak"] * asked["floor"] * (1 - 1e-9)
 
 
-@given(schedules, st.floats(0, 1), st.floats(0, 1))
-def test_rises_then_never_rises(schedule: Schedule, a: float, b: float) -> None:
+@given(settings, st.floats(0, 1), st.floats(0, 1))
+def test_rises_then_never_rises(asked: dict[str, Any], a: float, b: float) -> None:
     """Property: the rate grows during the warm-up and does not grow after it."""
+    schedule, warmup, rest = named(**asked), asked["warmup"], asked["total"] - asked["warmup"]
     low, high = sorted((a, b))
-    assert schedule.rate(low * schedule.warmup) <= schedule.rate(high * schedule.warmup) * (1 + 1e-9)
-    rest = schedule.total - schedule.warmup
-    before, after = schedule.rate(schedule.warmup + low * rest), schedule.rate(schedule.warmup + high * rest)
-    assert after <= before * (1 + 1e-9)
+    assert schedule.rate(low * warmup) <= schedule.rate(high * warmup) * (1 + 1e-9)
+    assert schedule.rate(warmup + high * rest) <= schedule.rate(warmup + low * rest) * (1 + 1e-9)
 
 
-@given(schedules)
-def test_ends_at_the_floor(schedule: Schedule) -> None:
+@given(settings)
+def test_ends_at_the_floor(asked: dict[str, Any]) -> None:
     """Property: every decaying schedule ends at floor * peak, and stays there."""
-    if schedule.name == "constant" or (schedule.name == "wsd" and schedule.decay == 0):
+    schedule = named(**asked)
+    if asked["name"] == "constant" or (asked["name"] == "wsd" and schedule.segments[-1].shape == "constant"):
         return
-    assert math.isclose(schedule.rate(schedule.total), schedule.peak * schedule.floor, abs_tol=1e-9 * schedule.peak)
-    assert schedule.rate(2 * schedule.total) == schedule.rate(schedule.total)
+    end = schedule.rate(asked["total"])
+    assert math.isclose(end, asked["peak"] * asked["floor"], abs_tol=1e-9 * asked["peak"])
+    assert schedule.rate(2 * asked["total"]) == end
 
 
 def test_values() -> None:
     """Behaviour: figures worked out by hand."""
-    cosine = Schedule("cosine", 1.0, 1100, warmup=100, floor=0.1)
+    cosine = named("cosine", 1.0, 1100, warmup=100, floor=0.1)
     assert cosine.rate(50) == 0.5
     assert cosine.rate(100) == 1.0
     assert math.isclose(cosine.rate(600), 0.55)
-    wsd = Schedule("wsd", 2.0, 1000, warmup=100, decay=0.2)
+    wsd = named("wsd", 2.0, 1000, warmup=100, decay=0.2)
     assert wsd.rate(799) == 2.0
     assert math.isclose(wsd.rate(900), 1.0)
-    long = Schedule("wsd", 1.0, 1000, warmup=400, decay=0.9)  # the decay would begin before the warm-up ends
+    long = named("wsd", 1.0, 1000, warmup=400, decay=0.9)  # the decay would begin before the warm-up ends
     assert long.rate(400) == 1.0 and math.isclose(long.rate(700), 0.5)
-    assert Schedule("linear", 1.0, 100).for_step(0, 10) == 0.95
-    assert Schedule("linear", 1.0, 100).for_step(90, 100) == pytest.approx(0.05)
+    assert named("linear", 1.0, 100).for_step(0, 10) == 0.95
+    assert named("linear", 1.0, 100).for_step(90, 100) == pytest.approx(0.05)
+    assert named("sqrt", 1.0, 100).rate(25) == 0.5
+    root = named("wsd", 1.0, 1000, decay=0.4, shape="sqrt")
+    assert root.rate(600) == 1.0 and root.rate(700) == 0.5 and root.rate(1000) == 0.0
+    again = named("cosine", 1.0, 1000, warmup=100, floor=0.1, first=0.2)  # a re-warm-up from a rate that was
+    assert again.rate(0) == 0.2 and again.rate(50) == pytest.approx(0.6) and again.rate(100) == again.peak == 1.0
+
+
+def test_a_segment_may_be_cut_by_the_next() -> None:
+    """Behaviour: what follows takes over at its start, before the line has come to its end."""
+    schedule = Schedule((Segment(0, 100, 1.0, 0.0), Segment(40, 60, 5.0, 1.0)))
+    assert schedule.rate(39) == pytest.approx(0.61)
+    assert [schedule.rate(at) for at in (40, 50, 60, 99)] == [5.0, 3.0, 1.0, 1.0]
 
 
 def test_default_rate_passes_through_common_practice() -> None:
@@ -80,16 +96,17 @@ def test_warmup_is_a_share_or_a_count() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"name": "cosin"}, {"peak": 0.0}, {"floor": 1.5}, {"decay": -0.1}, {"warmup": 2000}]
+    "changes",
+    [{"name": "cosin"}, {"peak": 0.0}, {"floor": 1.5}, {"decay": -0.1}, {"warmup": 2000}, {"shape": "constant"}],
 )
-def test_refused(changes: dict[str, object]) -> None:
+def test_refused(changes: dict[str, Any]) -> None:
     """Behaviour: values that make no schedule are usage errors."""
     with pytest.raises(UsageError):
-        Schedule(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))  # type: ignore[arg-type]
+        named(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))
 
 
 def test_unknown_name_suggests() -> None:
     """Behaviour: did you mean."""
     with pytest.raises(UsageError) as caught:
-        Schedule("cosin", 1.0, 10)
+        named("cosin", 1.0, 10)
     assert "cosine" in caught.value.hint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
@@ -34,6 +36,12 @@ def train(*arguments: str, command: str = "train") -> int:
 
 def weights(run: str) -> bytes:
     return (Path(run) / "final" / "model.safetensors").read_bytes()
+
+
+def tensors(run: str) -> bytes:
+    """The weights without the header, which holds the lineage."""
+    content = weights(run)
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def losses(run: str) -> list[float]:
@@ -104,7 +112,7 @@ def test_stream_on_stdin_is_kept_for_a_resumption(place: Path, monkeypatch: pyte
 
 
 def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: starts at the checkpoint's rate, with its moments, and ends near zero; --step chooses; a bare model needs --lr."""
+    """Behaviour: starts at the checkpoint's rate, with its moments, and ends near zero; --from chooses; a bare model needs --lr."""
     assert train(*SMALL, "-o", "run", "--save-every", "4", "--schedule", "constant") == 0
     data = ("shards", "--tokens", "2k", "-q")
     assert train("run", *data, "-o", "annealed", command="anneal") == 0
@@ -113,7 +121,7 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rates[0] == pytest.approx(begin * (1 - 0.5 / len(rates)), rel=0.05)
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.2 * begin
-    assert train("run", *data, "--step", "4", "-o", "from4", command="anneal") == 0
+    assert train("run", *data, "--from", "4", "-o", "from4", command="anneal") == 0
     assert weights("from4") != weights("annealed")
     record = read_lineage("from4")
     assert record is not None
@@ -127,8 +135,183 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run", *data, "--lr", "1e-3", "-o", "z", command="anneal") == 0
     assert losses("y")[0] == losses("z")[0]
     assert losses("y")[2] != losses("z")[2]
-    assert train("run", *data, "--step", "5", "-o", "w", command="anneal") == 1
+    assert train("run", *data, "--from", "step-00000005", "-o", "w", command="anneal") == 1
     assert "it has 4, 8" in capsys.readouterr().err
+
+
+def test_ramps_and_ends(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: an anneal falls by the ramp it is told, to the share it is told; other names are refused."""
+    assert train(*SMALL, "-o", "run", "--schedule", "constant") == 0
+    data = ("run", "shards", "--tokens", "2k", "-q", "--lr", "1e-3")
+    rates = {}
+    for ramp in ("linear", "sqrt", "cosine"):
+        assert train(*data, "--ramp", ramp, "--to", "0.5", "-o", ramp, command="anneal") == 0
+        rates[ramp] = [record["lr"] for record in read_metrics(f"{ramp}/metrics.jsonl")]
+        assert rates[ramp] == sorted(rates[ramp], reverse=True) and 5e-4 < rates[ramp][-1] < 7e-4
+    assert rates["sqrt"][0] < rates["linear"][0] < rates["cosine"][0] < 1e-3
+    for wrong, message in ((("--ramp", "cosin"), "'cosine'"), (("--to", "2"), "--to"), (("--from", "last"), "--from")):
+        assert train(*data, *wrong, "-o", "x", command="anneal") == 2
+        assert message in capsys.readouterr().err
+
+
+def stop_at(run: str, step: int) -> None:
+    """Leave of a finished run what was there when its checkpoint of `step` was the last."""
+    (Path(run) / "final").unlink()
+    for checkpoint in Path(run, "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_recipe_and_warm_ups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: rates and defaults of a recipe, scaled; --lr stretches; sizes warm up; config.toml and a resumption give the same bytes."""
+    call = (
+        "shards",
+        "-m",
+        "config.json",
+        "--tokens",
+        "6k",
+        "--recipe",
+        "amber",
+        "--sequence-length",
+        "64",
+        "--batch-size",
+        "4",
+    )
+    warm = ("--batch-warmup", "1:1k,2:2k", "--length-warmup", "16:500,32:3k", "--save-every", "5", "-q")
+    assert train(*call, *warm, "-o", "run") == 0
+    records = list(read_metrics("run/metrics.jsonl"))
+    rates = [record["lr"] for record in records]
+    assert 2.8e-4 < max(rates) <= 3e-4 and 3e-5 <= rates[-1] < 4e-5
+    sizes = np.diff([0, *(record["tokens"] for record in records)]).tolist()
+    assert sizes[0] == 64 and sizes[-2] == 256 and sizes == sorted(sizes[:-1]) + sizes[-1:]
+    before, whole = losses("run"), weights("run")
+    stop_at("run", 10)
+    assert train(*call, *warm, "-o", "run", "--resume") == 0 and losses("run") == before and weights("run") == whole
+    assert train("shards", "-c", "run/config.toml", "-q", "-o", "third") == 0 and weights("third") == weights("run")
+    record = read_lineage("run")
+    assert record is not None and record["options"]["recipe"] == "amber" and "schedule" not in record["options"]
+    assert record["options"]["betas"] == "0.9,0.95"
+    assert train(*call, "--lr", "1e-3", "--betas", "0.8,0.9", "-o", "x", "-n") == 0
+    shown = capsys.readouterr().err
+    assert "cosine" in shown and "1.00e-03" in shown and "0.8,0.9" in shown
+    Path("mine.toml").write_text("weight_decay = 0.5\n[[stage]]\nlr = 2e-3\nwarmup = 0.1\nschedule = 'linear'\n")
+    assert train(*SMALL, "--recipe", "mine.toml", "-o", "mine") == 0
+    record = read_lineage("mine")
+    assert (
+        record is not None and record["options"]["weight_decay"] == 0.5 and record["inputs"][-1]["name"] == "mine.toml"
+    )
+    os.chdir("mine")  # the configuration finds its files from anywhere
+    assert train("../shards", "-c", "config.toml", "-q", "-o", "../mine2") == 0
+    os.chdir("..")
+    assert weights("mine2") == weights("mine")
+
+
+STAGES = """
+sequence_length = 32
+[sources]
+all = "shards"
+[[stage]]
+name = "short"
+tokens = 1500
+mix = { all = 1 }
+lr = 1e-3
+warmup = 0.2
+[[stage]]
+name = "long"
+tokens = 1000
+mix = { all = 1 }
+lr = 5e-4
+schedule = "linear"
+sequence_length = 64
+rope_theta = 50000.0
+"""
+
+
+def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: one file mixes and trains; each stage has its rates, length and rope_theta; a plan, shards and a resumption give the same bytes."""
+    Path("stages.toml").write_text(STAGES)
+    for output, more in (("plan", ["--plan"]), ("mixed", [])):
+        assert run_command("mix", ["--stages", "stages.toml", *more, "-q", "-o", output]) == 0
+    call = ("-m", "config.json", "--recipe", "stages.toml", "--batch-size", "2", "--save-every", "5", "-q")
+    assert train("plan", *call, "-o", "run") == 0 and train("mixed", *call, "-o", "other") == 0
+    assert tensors("other") == tensors("run")  # the lineage of their data differs
+    config = {p.name: json.loads((p / "config.json").read_text()) for p in Path("run/checkpoints").iterdir()}
+    thetas = [config[name]["rope_theta"] for name in sorted(config)]
+    assert thetas == sorted(thetas) and set(thetas) == {10_000.0, 50_000.0}
+    assert {c["max_position_embeddings"] for c in config.values()} == {64}
+    border = thetas.index(50_000.0) * 5  # the last checkpoint in front of the second stage
+    rates = [record["lr"] for record in read_metrics("run/metrics.jsonl")]
+    assert rates[border - 2] == 1e-3 and rates[-1] < 1e-4
+    before = weights("run")
+    stop_at("run", border)
+    assert train("plan", *call, "-o", "run", "--resume") == 0 and weights("run") == before
+    assert train("mixed", *call, "--tokens", "2k", "-o", "x") == 2
+    assert "stages of the data come to" in capsys.readouterr().err
+    # From a model the file's length holds too, and a stage with a rope_theta may go beyond the context.
+    short = json.loads(Path("config.json").read_text()) | {"max_position_embeddings": 32}
+    Path("short.json").write_text(json.dumps(short))
+    assert train("shards", "-m", "short.json", "--tokens", "500", "-q", "-o", "base") == 0
+    assert train("mixed", "--from", "base", *call[2:], "-o", "longer") == 0
+    longer = json.loads(Path("longer/final/config.json").read_text())
+    assert (longer["max_position_embeddings"], longer["rope_theta"]) == (64, 50_000.0)
+    assert train("shards", *call, "-o", "x", "-n") == 0  # no stages in the data: those of the recipe, scaled
+    Path("wrong.toml").write_text(STAGES.replace("rope_theta", "rope_thetta"))
+    assert run_command("mix", ["--stages", "wrong.toml", "--plan", "-q", "-o", "p2"]) == 2
+    assert train("mixed", "-m", "config.json", "--recipe", "wrong.toml", "-o", "x") == 2
+    assert capsys.readouterr().err.count("did you mean 'rope_theta'?") == 2
+
+
+def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --from keeps moments and the last rate; --rewarm raises it from there; a bare model has neither; the lineage holds the start."""
+    assert train(*SMALL, "-o", "run", "--save-every", "4") == 0
+    last = load_trainer_state(Path("run/final")).rate
+    data = ("shards", "--tokens", "4k", "-q")
+    assert train("--from", "run", *data, "-o", "on", "--batch-size", "4") == 0
+    assert [record["lr"] for record in read_metrics("on/metrics.jsonl")] == [last] * 16
+    assert train("--from", "run", *data, "-o", "up", "--rewarm", "--lr", "2e-3", "--warmup", "0.5") == 0
+    rates = [record["lr"] for record in read_metrics("up/metrics.jsonl")]
+    assert rates[:4] == sorted(rates[:4]) and last < rates[0] < rates[3] < 2e-3 and rates[4:] == sorted(rates[4:])[::-1]
+    shutil.copytree("run/final", "bare", ignore=shutil.ignore_patterns("state"))
+    assert train("--from", "bare", *data, "-o", "cold", "--lr", str(last), "--batch-size", "4") == 0
+    assert losses("cold")[0] == losses("on")[0] and losses("cold")[2] != losses("on")[2]  # without moments
+    record = read_lineage("up")
+    assert record is not None and record["options"]["from_"] == "run" and "model" not in record["options"]
+    assert [(item["role"], item["name"]) for item in record["inputs"]] == [("input", "shards"), ("from_", "run")]
+    stop_at("up", 4)
+    done = load_trainer_state(sorted(Path("up/checkpoints").iterdir())[-1]).step
+    assert 0 < done <= 4
+    kept = rates
+    assert train("shards", "-c", "up/config.toml", "-q", "-o", "up", "--resume") == 0
+    assert [record["lr"] for record in read_metrics("up/metrics.jsonl")] == kept
+    assert train("shards", "-c", "up/config.toml", "-q", "-o", "up2") == 0 and weights("up2") == weights("up")
+    for wrong, message in (
+        (("--from", "run", "-m", "tiny"), "--model together with --from"),
+        (("--rewarm",), "--rewarm without --from"),
+        (("--from", "run", "--sequence-length", "128"), "beyond the model's context of 64"),
+        (("--from", "run", "--recipe", "amber", "--rewarm"), "--rewarm together with --recipe"),
+    ):
+        assert train(*data, *wrong, "-o", "x") == 2
+        assert message in capsys.readouterr().err
+    assert train("run", "shards", "--tokens", "1k", "-q", "-o", "ended", "--ramp", "sqrt", command="anneal") == 0
+    Path("ended/final/state/trainer.json").write_text(
+        Path("ended/final/state/trainer.json").read_text().replace('"rate": ', '"rate": 0.0, "_": ')
+    )
+    assert train("--from", "ended", *data, "-o", "x") == 2 and "--rewarm" in capsys.readouterr().err
+
+
+def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a model with new rows trains on shards of its own tokenizer; those of the old one are refused."""
+    assert train(*SMALL, "-o", "run") == 0
+    Path("new.jsonl").write_text(
+        "".join(f'{{"text": "zebras graze gently on {i % 7} prairies"}}\n' for i in range(200))
+    )
+    assert run_command("vocab extend", ["run", "new.jsonl", "--add", "8", "--model", "run", "-q", "-o", "bigger"]) == 0
+    assert run_command("tokenize", ["new.jsonl", "-t", "bigger", "-q", "-o", "more"]) == 0
+    assert train("--from", "bigger", "more", "--rewarm", "-q", "-o", "on") == 0
+    assert json.loads(Path("on/final/config.json").read_text())["vocab_size"] > 280
+    assert losses("on")[-1] < losses("on")[0]
+    assert train("--from", "bigger", "shards", "-q", "-o", "x") == 1
+    assert "another tokenizer than the model's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,6 +325,19 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("shards", "-m", "tiny", "-o", "x", "--lr", "0"), 2, "--lr"),
         (("shards", "-m", "tiny", "-o", "x", "--precision", "fp12"), 2, "unknown precision"),
         (("shards", "-m", "tiny", "-o", "x", "--heldout", "other.arrow"), 1, "another tokenizer"),
+        (("shards", "-m", "tiny", "-o", "x", "--recipe", "ambr"), 2, "did you mean 'amber'?"),
+        (
+            ("shards", "-m", "tiny", "-o", "x", "--recipe", "amber", "--warmup", "0.1"),
+            2,
+            "--warmup together with --rec",
+        ),
+        (("shards", "-m", "tiny", "-o", "x", "--recipe", "none.toml"), 1, "none.toml: No such file"),
+        (("shards", "-m", "tiny", "-o", "x", "--batch-warmup", "4"), 2, "no size with its tokens"),
+        (("shards", "-m", "tiny", "-o", "x", "--batch-warmup", "16:1k"), 2, "--batch-warmup: 16 is not below 8"),
+        (("shards", "-m", "tiny", "-o", "x", "--warmup", "10M"), 2, "--warmup"),
+        (("shards", "-m", "tiny", "-o", "x", "--warmup", "1000000"), 2, "does not fit into"),
+        (("shards", "-m", "tiny", "-o", "x", "--sequence-length", "8192"), 2, "sequences of 8,192 tokens, but shards"),
+        (("shards", "-m", "tiny", "-o", "x", "--betas", "0.9,1"), 2, "--betas"),
         (("shards", "-m", "tiny", "-o", "no/where"), 1, "mkdir"),
         (("shards", "-m", "tiny", "-o", "shards"), 1, "shards exists"),
         (("shards", "-m", "tiny", "-o", "shards", "-f"), 1, "is not a run"),
@@ -191,8 +387,30 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
         time.sleep(0.02)
 
 
+def test_held_out_data_by_domain(place: Path) -> None:
+    """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
+    from llmkit.cli import fitting
+    from llmkit.io.store import TokenStore
+
+    digest = TokenStore.open("shards").tokenizer.digest
+
+    def domains(*named: str) -> tuple[str, ...]:
+        found = fitting.held_out(list(named), digest, 32, True)
+        assert found is not None
+        return found.group_names
+
+    assert domains("heldout.arrow") == ("test",)
+    assert domains("web=heldout.arrow", "shards") == ("web", "test")
+    os.symlink("heldout.arrow", "a=b.arrow")
+    assert domains("a=b.arrow") == ("test",)
+    assert train(*SMALL, "-o", "run", "--heldout", "web=heldout.arrow") == 0
+    last = list(read_metrics("run/metrics.jsonl"))[-1]
+    assert last["heldout/web"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+    assert 0 < last["heldout_bpb/web"] == last["heldout_bpb"]
+
+
 def test_two_processes_and_one(place: Path) -> None:
-    """Property: losses of two gloo processes equal those of one within 1e-5; SIGTERM saves in both (143); one process goes on from there."""
+    """Property: losses of two gloo processes equal those of one within 1e-5, as do the other curves of the model and the data; SIGTERM saves in both (143); one process goes on from there."""
     call = ("shards", "-m", "config.json", "--tokens", "40k", "-q")
     assert train(*call, "-o", "one", "--threads", "1") == 0
     group = start("train", *call, "-o", "two", "--processes", "2")
@@ -202,6 +420,10 @@ def test_two_processes_and_one(place: Path) -> None:
     done = load_trainer_state(place / "two" / "latest").step
     assert done == len(losses("two")) < len(losses("one"))
     assert losses("two") == pytest.approx(losses("one")[:done], abs=1e-5)
+    of_machine = r"memory|disk|gpu|seconds|per_second|mfu|rank|clipped"
+    for one, two in zip(*(read_metrics(f"{run}/metrics.jsonl") for run in ("one", "two")), strict=False):
+        kept = {name: value for name, value in one.items() if not re.search(of_machine, name)}
+        assert {name: two[name] for name in kept} == pytest.approx(kept, rel=2e-3)
     assert train(*call, "-o", "two", "--resume") == 0
     assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
 

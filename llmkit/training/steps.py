@@ -1,0 +1,102 @@
+"""Which sequences each step takes: batch size and sequence length as functions of the tokens seen.
+
+Sequences partition the stream in order, whatever their length. A run is a few legs of equal steps; a leg begins at the first step that starts at or
+after the token where its sizes are due. So rows, length and first token of a step are found by bisection, O(log legs), with no state:
+
+    steps = Steps([(0, 16, 512), (1_000_000, 32, 1024)], total=10_000_000)   # (from token, sequences a step, tokens a sequence)
+    steps.tokens(3), steps.rows(3), steps.length(3), steps.step_at(1_000_000)
+
+`changes` makes such a list. It keeps the tokens of a step as they are where the length changes: half the length, twice the sequences. So only a batch
+warm-up changes how noisy a gradient is (arXiv:2108.06084 warms up the length for stability; 1812.06162 says why small batches are enough early).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmkit.errors import UsageError
+
+Change = tuple[int, int, int]  # from this token on: sequences a step, tokens a sequence
+Sizes = Sequence[tuple[int, int]]  # a size, and the token until which it holds
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """From step `step` on, which begins at token `token`: `rows` sequences of `length` tokens each."""
+
+    step: int
+    token: int
+    rows: int
+    length: int
+
+
+class Steps:
+    """The steps of a run of `total` tokens, rounded up to whole sequences. `changes` rise in tokens, and the first is at 0."""
+
+    def __init__(self, changes: Sequence[Change], total: int) -> None:
+        self.legs: list[Leg] = []
+        step = token = 0
+        ends = [min(start, total) for start, _, _ in changes[1:]] + [total]
+        for (_, rows, length), end in zip(changes, ends, strict=True):
+            if end <= token:  # the leg before ran beyond it
+                continue
+            self.legs.append(Leg(step, token, rows, length))
+            step_tokens = rows * length
+            steps = -(-(end - token) // step_tokens)
+            if token + steps * step_tokens >= total:  # the last one: whole sequences, but no whole step
+                sequences = -(-(total - token) // length)
+                step, token = step + -(-sequences // rows), token + sequences * length
+                break
+            step, token = step + steps, token + steps * step_tokens
+        self.steps, self.total = step, token
+
+    def _leg(self, step: int) -> Leg:
+        return self.legs[bisect_right(self.legs, step, key=lambda leg: leg.step) - 1]
+
+    def tokens(self, step: int) -> int:
+        """Tokens before `step`."""
+        leg = self._leg(step)
+        return min(leg.token + (step - leg.step) * leg.rows * leg.length, self.total)
+
+    def rows(self, step: int) -> int:
+        """Sequences of `step`; fewer in the last."""
+        return (self.tokens(step + 1) - self.tokens(step)) // self.length(step) if step < self.steps else 0
+
+    def length(self, step: int) -> int:
+        """Tokens in each sequence of `step`."""
+        return self._leg(step).length
+
+    def step_at(self, tokens: int) -> int:
+        """The step that covers token `tokens`; `steps` from the end of the run on."""
+        if tokens >= self.total:
+            return self.steps
+        leg = self.legs[bisect_right(self.legs, tokens, key=lambda leg: leg.token) - 1]
+        return leg.step + (tokens - leg.token) // (leg.rows * leg.length)
+
+
+def changes(
+    rows: int, length: int, total: int, *, batches: Sizes = (), lengths: Sizes = (), stages: Sizes = ()
+) -> list[Change]:
+    """What `Steps` takes for a batch of `rows` sequences of `length` tokens.
+
+    `batches` and `lengths` are warm-ups: smaller sizes with the token until which each holds. `stages` are lengths with the token until which each
+    holds. UsageError where a warm-up is longer than the run, or does not rise.
+    """
+    for option, sizes, most in (("--batch-warmup", batches, rows), ("--length-warmup", lengths, length)):
+        rising = [(0, 0), *sizes, (most, max(total, 1))]
+        for (size, until), (larger, later) in zip(rising, rising[1:], strict=False):
+            if until >= later and (size, until) != (0, 0):
+                raise UsageError(f"{option}: {until:,} tokens is not before {later:,}", "sizes and tokens have to rise")
+            if size >= larger:
+                raise UsageError(f"{option}: {size} is not below {larger}", "sizes and tokens have to rise")
+    points = sorted({0, *(until for sizes in (batches, lengths, stages) for _, until in sizes)})
+    found = []
+    for token in points:
+        if token < total:
+            long = next((size for size, until in stages if token < until), length)
+            long = min(long, next((size for size, until in lengths if token < until), long))
+            wide = next((size for size, until in batches if token < until), rows)
+            found.append((token, max(1, wide * length // long), long))
+    return found

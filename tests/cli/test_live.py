@@ -1,0 +1,173 @@
+"""What a training command shows, and the trackers that it sends its figures to."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmkit.cli import live
+from llmkit.errors import LlmkitError, UsageError
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    return {
+        "step": step, "tokens": step * 100, "loss": 5.0 - step / 1000, "lr": 1e-3, "grad_norm": 0.5,
+        "tokens_per_second": 1234.5, "mfu": 0.42, "eta_seconds": 3661.0,
+    } | more  # fmt: skip
+
+
+def drawn(panel: live.Panel, width: int = 120) -> str:
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(panel.render())
+    return console.file.getvalue().replace("\u00a0", " ")  # type: ignore[attr-defined]
+
+
+def test_panel_shows_what_matters(tmp_path: Path) -> None:
+    """Behaviour: course of the loss, rates, time left, the last events; markup and control characters in them are text."""
+    events = tmp_path / "events.jsonl"
+    panel = live.Panel("llmkit train [red]run", 100_000, events)
+    assert "first step" in drawn(panel)
+    for step in range(1, 2001):
+        panel.add(record(step) | ({"heldout_loss": 4.5} if step == 1000 else {}))
+    time = "2026-11-22T10:11:12Z"
+    lines = [{"event": f"e{n}", "time": time, "step": n} for n in range(9)]
+    lines.append({"event": "rollback\x1b[2J", "time": time, "step": 9, "cause": "[bold]broken"})
+    events.write_text("{cut off\n" + "".join(json.dumps(line) + "\n" for line in lines))
+    text = drawn(panel)
+    for part in (
+        "2,000",
+        "loss 3.0000",
+        "held-out 4.5000",
+        "tok/s 1,23",
+        "MFU 42.0%",
+        "left 1:01:01",
+        "e8",
+        "[red]run",
+    ):
+        assert part in text, part
+    assert "rollback?[2J at step 9: [bold]broken" in text
+    assert "e6" not in text
+    assert "█" in text
+    assert len(panel._losses) < live.POINTS
+    panel.add({key: value for key, value in record(2001).items() if key not in ("loss", "grad_norm")})
+    assert "skipped" in drawn(panel, 60)
+
+
+def test_sparkline() -> None:
+    """Property: as many bars as asked for at most, falling with the values, whole range used; equal values are level."""
+    line = live.sparkline([10 - i / 50 for i in range(500)], 40)
+    assert len(line) == 40
+    assert list(line) == sorted(line, key=live.BARS.index, reverse=True)
+    assert (line[0], line[-1]) == ("█", "▁")
+    assert live.sparkline([2.0, 2.0], 40) == "▁▁"
+    assert live.sparkline([], 40) == ""
+
+
+def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: one line at most every 30 seconds, with loss, rate and time left."""
+    from types import SimpleNamespace
+
+    from llmkit.cli.run import Progress, Run
+
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False) | {"jobs": 1, "seed": 0}
+    session: Any = SimpleNamespace(
+        settings=SimpleNamespace(tracker=None),
+        processes=SimpleNamespace(main=True),
+        directory=SimpleNamespace(path=Path()),
+    )
+    with live.shown(Run("train", values, {}, {}), session, 1000) as report:
+        report(record(1, heldout_loss=4.25))
+    line = capsys.readouterr().err
+    assert "100 of 1,000 tokens loss 4.9990 held-out 4.2500 lr 1.00e-03 1,23" in line
+
+
+class TestTrackers:
+    """`--tracker`."""
+
+    @pytest.fixture
+    def fake(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """What a tracker that is known to Accelerate as `fake` gets."""
+        from accelerate import tracking
+
+        seen: list[Any] = []
+
+        class Fake(tracking.GeneralTracker):
+            name = "fake"
+            requires_logging_directory = True
+
+            def __init__(self, run_name: str, logging_dir: str, **more: Any) -> None:
+                super().__init__()
+                seen.append(("start", run_name, logging_dir))
+
+            def start(self) -> None:
+                """Nothing to open."""
+
+            @property
+            def tracker(self) -> None:
+                return None
+
+            def store_init_configuration(self, values: dict[str, Any]) -> None:
+                seen.append(("options", values))
+
+            def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+                seen.append((step, values))
+
+            def finish(self) -> None:
+                seen.append("finish")
+
+        from llmkit.training import tracker
+
+        register = getattr(tracking, "register_tracker_class", None)
+        if register is None:
+            pytest.skip("this accelerate registers no trackers")
+        register(Fake)
+        monkeypatch.setattr(tracker, "TRACKERS", ("fake",))
+        yield seen
+        tracking.LOGGER_TYPE_TO_CLASS.pop("fake", None)
+
+    def test_every_number_arrives(self, fake: list[Any], tmp_path: Path) -> None:
+        """Behaviour: options at first, then the finite numbers of each record at its step, then the end."""
+        from llmkit.training.distributed import start
+        from llmkit.training.tracker import Tracker, check_tracker
+
+        check_tracker("fake")
+        tracker = Tracker("fake", start("fp32").accelerator, tmp_path / "run", {"lr": 0.1, "data": ["a"]})
+        tracker.log({"step": 3, "loss": 2.5, "grad_norm": float("inf"), "note": "text"})
+        tracker.finish()
+        assert fake == [("start", "run", str(tmp_path / "run")), ("options", {"lr": 0.1}), (3, {"loss": 2.5}), "finish"]
+
+    def test_missing_packages_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Behaviour: an unknown name, and a package that is not installed, are one line each."""
+        from accelerate import tracking
+
+        from llmkit.training.tracker import check_tracker
+
+        monkeypatch.setattr(tracking, "get_available_trackers", list)
+        with pytest.raises(LlmkitError, match="the package wandb is not installed") as caught:
+            check_tracker("wandb")
+        assert caught.value.hint == "pip install 'llmkit[wandb]'"
+        with pytest.raises(UsageError, match="unknown --tracker 'wanbd'"):
+            check_tracker("wanbd")
+
+    def test_tensorboard(self, tmp_path: Path) -> None:
+        """Behaviour: TensorBoard reads back what was logged."""
+        pytest.importorskip("tensorboard")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        from llmkit.training.distributed import start
+        from llmkit.training.tracker import Tracker
+
+        tracker = Tracker("tensorboard", start("fp32").accelerator, tmp_path, {"lr": 0.1})
+        for step in (1, 2):
+            tracker.log(record(step))
+        tracker.finish()
+        found = EventAccumulator(str(tmp_path / "tracker"))
+        found.Reload()
+        assert [(e.step, round(e.value, 3)) for e in found.Scalars("loss")] == [(1, 4.999), (2, 4.998)]
