@@ -49,8 +49,9 @@ class _Norm(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(flat), flat.new_empty(len(flat))
-        over_rows(kernels.norm, *flat.shape, flat, weight, np.float32(eps), y, inverse)
-        ctx.save_for_backward(x, weight, inverse)
+        gains = weight.detach().clone()  # numpy pins what it sees, and FSDP has to free a gathered weight
+        over_rows(kernels.norm, *flat.shape, flat, gains, np.float32(eps), y, inverse)
+        ctx.save_for_backward(x, gains, inverse)
         return y.view(x.shape)
 
     @staticmethod

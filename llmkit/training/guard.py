@@ -6,7 +6,7 @@ that a step is
 
     good     as the others
     odd      far from them: are its documents broken (training.diagnosis)? Then it is skipped; else it is taken, and doubt begins
-    lasting  odd, and so were those before it: has the model lost what it knew? Then back to before the doubt began, and past those steps
+    lasting  odd, and so were those before it: did the model as it was before them know better? Then back to there, and past those steps
     broken   not a number: a batch that gives no number is skipped, weights that are none are taken from the last good state
 
 A hard or rare batch is odd once and then forgotten; a new kind of data is odd for long without harm to what was learnt, and becomes the new normal.
@@ -101,10 +101,11 @@ class Guard:
         self.since = self.odd = 0
         self.started_badly = not self.reference[0]
 
-    def harmed(self, now: float, figures: Sequence[float]) -> bool:
-        """Whether the model got worse: `now` is the loss of the reference step's batch with today's weights."""
-        before = min(self.reference[1], self.chance)
-        return not math.isfinite(now) or now - before > 0.5 * max(figures[0] - before, 0.0) > 0
+    def harmed(self, before: float, figures: Sequence[float]) -> bool:
+        """Whether the model got worse since the doubts began: `before` is what the step's batch would have cost it then. A batch that is hard for both is
+        merely new."""
+        rise = figures[0] - min(self.reference[1], self.chance)
+        return figures[0] - before > 0.5 * max(rise, 0.0) > 0
 
     def skip(self, first: int, last: int, at: int) -> bool:
         """Leave out the steps `first` to `last`; False where there were too many such decisions lately."""

@@ -18,12 +18,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from typing import Any
-
-import torch
 
 from llmkit.errors import ExitCode, LlmkitError
 from llmkit.training.curves import smoothed
@@ -33,13 +30,13 @@ from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
 from llmkit.training.keeper import Keeper
 from llmkit.training.metrics import MFU, MetricsLog, Speed, peak_flops
 from llmkit.training.noise import NoiseScale
-from llmkit.training.optimizer import named_state, restore_optimizer
+from llmkit.training.optimizer import restore_optimizer
 from llmkit.training.pace import Pace, collected
-from llmkit.training.parallel import copy_whole, full_tensors, local
 from llmkit.training.signals import Interrupted, Signals, watch_signals
-from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
+from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
 from llmkit.training.step import Measured, Training, accumulate, evaluate, held_out, pieces_of, update
 from llmkit.training.watch import Watch
+from llmkit.training.way_back import all_finite, find_before, hold, place, weights_of
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
 HOLD_SHARE = 0.01  # of the time may go into copies for rollbacks
@@ -219,8 +216,10 @@ class Loop:
             self._give_up(patient, number)
             return False
         if verdict is Verdict.LASTING:
-            now = evaluate(t, t.source, guard.reference[0] - 1) if guard.reference[0] else None
-            if now is not None and guard.harmed(now, figures):
+            find_before(t, self.keeper, guard.since)
+            with weights_of(t, self.keeper):
+                before = evaluate(t, t.source, self.step)
+            if before is not None and guard.harmed(before, figures):
                 first = max(1, guard.since - 2 * PATIENCE) if guard.again(guard.since) else guard.since
                 self._go_back(number, first, number, "loss that went up and stayed", measured)
                 return False
@@ -242,36 +241,14 @@ class Loop:
             {"id": name, "reason": "in the batch"}
             for name in dict.fromkeys(p.name for step in skipped for p in pieces_of(t, step - 1, losses=False))
         ]
-        state = self._load_before(first)
-        self._place()
+        state = find_before(t, self.keeper, first)
+        place(t, self.keeper)
         self._restore(state, rollback=True)
         self.step = state.step
         if self.log:
             self.log.cut(self.step)
         self._tell(number, self.step, cause, skipped, documents[:NAMED], measured)
         self._give_up(patient, number)
-
-    def _load_before(self, first: int) -> TrainerState:
-        """Make the main process's keeper hold the latest good state with fewer than `first` steps; returns what belongs to it, on every process."""
-        found: TrainerState = self.t.processes.tell(self._find_before(first) if self.t.processes.main else None)
-        return found
-
-    def _find_before(self, first: int) -> TrainerState:
-        """Of what the keeper holds, the checkpoints and the start."""
-        t, keeper = self.t, self.keeper
-        keeper.failure(wait=True)
-        held = keeper.state
-        if held is not None and held.step < first and _all_finite(keeper.weights.values()):
-            return held
-        for checkpoint in reversed(t.directory.checkpoints()):
-            if step_of(checkpoint) < first:
-                state, weights = load_trainer_state(checkpoint), load_weights(checkpoint)
-                if _all_finite(weights.values()):
-                    keeper.copy(state, weights.items(), load_optimizer_tensors(checkpoint).items())
-                    return state
-        weights, moments = t.initial()
-        keeper.copy(t.state, weights.items(), moments.items())
-        return t.state
 
     def _tell(
         self, number: int, to: int, cause: str, skipped: list[int], documents: list[dict[str, Any]], measured: Measured
@@ -360,10 +337,14 @@ class Loop:
     def _show(self) -> None:
         """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
         t = self.t
-        for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
-            self.record |= act(t.model, self.step)
-            t.processes.layout.rest(t.model)
-            t.processes.beat()
+        try:
+            with self.signals.breaking(t.processes.count == 1):
+                for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
+                    self.record |= act(t.model, self.step)
+                    t.processes.layout.rest(t.model)
+                    t.processes.beat()
+        except Interrupted:
+            return
         if self.log and t.at_checkpoint:
             self.log.write(self.record)
             t.report(self.record)
@@ -372,25 +353,19 @@ class Loop:
         """Copy the state to the host of the main process; all of them hand over what they have of it."""
         t = self.t
         began = time.monotonic()
-        weights = full_tensors(t.model.state_dict().items(), t.processes.main)
-        moments = full_tensors(named_state(t.model, t.optimizer), t.processes.main)
-        if t.processes.main:
-            scaler = t.processes.accelerator.scaler
-            tokens = t.source.tokens(self.step)
-            rate = t.schedule.for_step(t.source.tokens(max(0, self.step - 1)), tokens) if self.step else 0.0
-            state = replace(
-                t.state,
-                step=self.step,
-                tokens=tokens,
-                rate=rate,
-                scaler=scaler.state_dict() if scaler else {},
-                guard=self.guard.state(),
-                noise=self.noise.state(),
-            )
-            self.keeper.copy(state, weights, moments)
-        else:
-            for _ in chain(weights, moments):
-                pass
+        scaler = t.processes.accelerator.scaler
+        tokens = t.source.tokens(self.step)
+        rate = t.schedule.for_step(t.source.tokens(max(0, self.step - 1)), tokens) if self.step else 0.0
+        state = replace(
+            t.state,
+            step=self.step,
+            tokens=tokens,
+            rate=rate,
+            scaler=scaler.state_dict() if scaler else {},
+            guard=self.guard.state(),
+            noise=self.noise.state(),
+        )
+        hold(t, self.keeper, state)
         self._held = (self.step, time.monotonic(), time.monotonic() - began)
 
     def _save(self, wait: bool = False) -> None:
@@ -438,27 +413,13 @@ class Loop:
             "tokens_per_second": round(self._speed.smooth),
         }
 
-    def _place(self) -> None:
-        """Put what the main process's keeper holds back into model and optimiser."""
-        t = self.t
-        t.processes.layout.rest(t.model)
-        weights, moments = map(t.processes.from_main, (self.keeper.weights, self.keeper.moments))
-        for name, tensor in t.model.state_dict().items():
-            copy_whole(tensor, weights[name])
-        t.optimizer.state.clear()
-        restore_optimizer(t.model, t.optimizer, moments, "the last good state")
-
     def _finite(self) -> bool:
         """Whether all weights are numbers, on every process."""
-        return not self.t.processes.add([float(not _all_finite(self.t.model.parameters()))])[0]
+        return not self.t.processes.add([float(not all_finite(self.t.model.parameters()))])[0]
 
     def _event(self, name: str, **details: Any) -> None:
         if self.log:
             self.t.directory.event(name, **details)
-
-
-def _all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    return all(bool(torch.isfinite(local(tensor.detach())).all()) for tensor in tensors)
 
 
 def _number(value: float) -> float | None:

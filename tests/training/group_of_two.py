@@ -54,6 +54,8 @@ def train(
         opened = Session(settings, processes, directory)
         opened.begin(Lineage("train", {"seed": 0}), [Input("input", "data", "xxh3:0")], 3, 32, "seed = 0\n")
         model = opened.model(untied)
+        if processes.layout.lockstep and processes.count == 2:  # half of every tensor is here
+            assert 2 * sum(local(p).numel() for p in model.parameters()) == sum(p.numel() for p in model.parameters())
         opened.train(
             model,
             next_token,

@@ -218,7 +218,8 @@ def test_verdicts() -> None:
         assert guard.judge(step, (6.0, 1.0, 6.0)) is Verdict.ODD
         guard.doubt(step)
     assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is Verdict.LASTING
-    assert guard.harmed(5.8, (6.0, 1.0, 6.0)) and not guard.harmed(4.2, (6.0, 1.0, 6.0))
+    assert guard.harmed(4.2, (6.0, 1.0, 6.0)) and not guard.harmed(5.8, (6.0, 1.0, 6.0))
+    assert not guard.harmed(7.0, (6.0, 1.0, 6.0)) and not guard.harmed(2.0, (3.0, 99.0, 3.0))
 
 
 def test_early_steps() -> None:
