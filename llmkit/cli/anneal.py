@@ -160,7 +160,10 @@ def main(
             groups=fitting.groups(stream),
         )
         if length > stream.tokens:
-            raise UsageError(f"sequences of {length:,} tokens, but {data} holds {stream.tokens:,}", "--sequence-length")
+            raise UsageError(
+                f"sequences of {length:,} tokens, but {data} holds {stream.tokens:,}",
+                "give a shorter --sequence-length",
+            )
         planned = source.tokens(source.steps)
         held_out = fitting.held_out(heldout, digest, length, document_mask)
         fitting.at_checkpoints(
@@ -172,6 +175,7 @@ def main(
         text = fitting.config_text(run, ("start", "data"), lr=rate, batch_size=batch, tokens=tokens or stream.tokens)
         inputs = [fitting.model_input(start, directory), *stream.inputs]
         if not opened.begin(run.lineage(), inputs, batch, length, text):
+            fitting.keep_trace(opened, stream, source)  # the data may lie elsewhere now
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmkit.cli.fitting import refuse_own_inputs
 from llmkit.cli.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
 
@@ -120,6 +121,7 @@ def main(
     for path in heldout or []:
         if not Path(path).exists():
             raise LlmkitError(f"{path}: no such file or directory", "name shards or documents, without wildcards")
+    refuse_own_inputs(run, [name for _, name, _ in named])
     if run.up_to_date([str(place) for _, _, place in named]):
         return
     infos, base_info = [load_info(place) for place in places], load_info(base) if base else None
@@ -137,7 +139,10 @@ def main(
     lineage.counts = {"models": len(places), "parameters": parameters}
     if score is not None:
         infos = [
-            infos[i] for i in _soup(run, infos, [place.name if last else base_name(place) for place in places], score)
+            infos[i]
+            for i in _soup(
+                run, infos, [place.name for place in places] if last else [base_name(model) for model in models], score
+            )
         ]
         merge = average.choose("uniform", len(infos))
         lineage.counts |= {"kept": len(infos)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,12 +88,11 @@ NEUTRAL_OPTIONS = (
 
 def launched(run: Run, inputs: list[str], *, resume: bool, processes: int, max_restarts: int = 0) -> bool:
     """Check the call, which reads `inputs`; with several `processes`, or restarts, run it again in as many, and say whether this one is done with that."""
-    from llmkit.training.state import CONFIG, check_run
+    from llmkit.training.state import check_run
 
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")
-    if run.force and os.path.exists(os.path.join(run.output, CONFIG)):
-        _refuse_own_inputs(run.output, inputs)
+    refuse_own_inputs(run, inputs)
     rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
     if (processes == 1 and not max_restarts) or rank is not None or run.dry_run:
         if rank not in (None, "0"):
@@ -110,13 +109,13 @@ def launched(run: Run, inputs: list[str], *, resume: bool, processes: int, max_r
     return True
 
 
-def _refuse_own_inputs(output: str, inputs: list[str]) -> None:
-    """UsageError where a run would be replaced by one that is made of it."""
-    place = Path(output).resolve()
-    for path in inputs:
+def refuse_own_inputs(run: Run, inputs: Iterable[str]) -> None:
+    """UsageError where a directory would be replaced by what is made of it."""
+    place = Path(run.output or "").resolve()
+    for path in inputs if run.force and place.is_dir() else ():
         where = Path(path).resolve()
         if path != STDIN and place in (where, *where.parents):
-            raise UsageError(f"{path} is in the output {output}, which -f replaces", "choose another output")
+            raise UsageError(f"{path} is in the output {run.output}, which -f replaces", "choose another output")
 
 
 def config_text(run: Run, arguments: tuple[str, ...], **came_to: Any) -> str:
@@ -253,6 +252,8 @@ def _keep_stdin(session: Session, name: str) -> Path:
         kept.parent.mkdir(exist_ok=True)
         with atomic_file(kept, force=True) as sink:
             shutil.copyfileobj(open_raw(STDIN), sink, 1 << 20)
+            if not sink.tell():
+                raise LlmkitError("standard input is empty", "name the data, or pipe it in")
     session.kept = (kept.parent.name,)
     session.processes.wait()
     return kept
@@ -415,7 +416,7 @@ def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, r
         ["learning rate", f"{rate:.2e}"],
         ["FLOPs, 6N and causal attention at half", f"{half:.2e}"],
         ["FLOPs, 6N and attention in full", f"{full:.2e}"],
-        *([name, f"{size / 1e9:.3f} GB"] for name, size in needs.items()),
+        *([name, f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"] for name, size in needs.items()),
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
     columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llmkit.cli.fitting import refuse_own_inputs
 from llmkit.cli.options import ModelPath, Run, command
 from llmkit.errors import UsageError, unknown_name
 
@@ -48,6 +49,7 @@ def main(
     from llmkit.model.checkpoint import load_info
     from llmkit.quantization import compressed_tensors
 
+    refuse_own_inputs(run, [model])
     info = load_info(model)
     if run.up_to_date([str(info.path)]):
         return

@@ -136,7 +136,9 @@ def plan_course(
     shorter = parse_sizes(length_warmup, "--length-warmup")
     longest = max([length, *(size for size, _ in stages)])
     if longest > stream.tokens:
-        raise UsageError(f"sequences of {longest:,} tokens, but {data} holds {stream.tokens:,}", "--sequence-length")
+        raise UsageError(
+            f"sequences of {longest:,} tokens, but {data} holds {stream.tokens:,}", "give a shorter --sequence-length"
+        )
     if stream.sequence_length and (shorter or any(size != length for size, _ in stages)):
         raise UsageError(f"{data} is packed for sequences of {length:,}, which would change", "mix with --pack concat")
     if fixed_context and longest > config.max_position_embeddings and not thetas:

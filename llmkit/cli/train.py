@@ -195,6 +195,7 @@ def main(
             read.append(dataclasses.replace(fitting.model_input(from_ or "", start), role="from_"))
         text = fitting.config_text(run, ("data",), **asked | {"lr": course.schedule.peak, "tokens": total})
         if not opened.begin(record, read, asked["batch_size"], length, text):
+            fitting.keep_trace(opened, stream, source)  # the data may lie elsewhere now
             fitting.nothing_to_do(run)
             return
         fitting.say_start(run, opened, planned, stream.tokens)

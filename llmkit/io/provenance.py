@@ -7,6 +7,8 @@ from the command of its record; one without a record is an original, which the s
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ Record = dict[str, Any]
 Flags = Callable[[str], dict[str, tuple[str, str, Any]]]
 
 _STREAM = "(standard input)"
+RUNS = ("train", "anneal", "sft", "dpo")  # commands that leave checkpoints
 MAX_DEPTH = 200  # records come from untrusted files
 
 
@@ -176,10 +179,13 @@ class _Script:
         self._made: dict[tuple[str, str], str] = {}
         self._places: set[str] = set()
 
-    def make(self, node: Record, name: str) -> None:
-        """Append what makes `name`."""
-        place = self._place(name)
-        self.lines.append(f"{self._pipeline(node, 0)} -o {place}")
+    def make(self, node: Record, name: str, every: int = 0) -> str:
+        """Append what makes `name`, and say where it lies. A run keeps the checkpoints of `every` so many steps where some of them are needed."""
+        checkpoint = re.fullmatch(r"step-0*([1-9][0-9]{0,17})", name) if node.get("command") in RUNS else None
+        place = self._place("run" if checkpoint else name)
+        every = int(checkpoint[1]) if checkpoint else every
+        self.lines.append(f"{self._pipeline(node, 0)}{f' --save-every {every}' if every else ''} -o {place}")
+        return f"{place}/checkpoints/{name}" if checkpoint else place
 
     def _place(self, name: str) -> str:
         """Where an artefact goes; a second one of the same name goes into a numbered directory, since its name is part of the lineage."""
@@ -209,7 +215,7 @@ class _Script:
                 file = self._original(self._files[str(item.get("digest"))], str(item.get("digest")))
                 reference, redirection = STDIN, f' < "$IN"/{shlex.quote(file)}'
             else:
-                reference = self._reference(item)
+                reference = self._reference(item, _spacing(node))
             option, _, place = str(item.get("role")).partition(" ")
             if option in flags:  # "rule url.domains=*": the path stands where the star is
                 before, _, after = place.partition("*")
@@ -228,7 +234,7 @@ class _Script:
                 words += _as_words(value, *flags[key])
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
-    def _reference(self, item: Record) -> str:
+    def _reference(self, item: Record, every: int = 0) -> str:
         """How the script names an input: made by an earlier line, or an original."""
         name = Path(item["name"]).name or "input"  # a record must not lead the script outside its directories
         if not item["lineage"]:
@@ -243,10 +249,7 @@ class _Script:
             return f'"$IN"/{shlex.quote(self._original(name, digest))}'
         key = (name, str(item.get("digest")))
         if key not in self._made:
-            lines_before = len(self.lines)
-            self.make(item["lineage"], name)
-            assert len(self.lines) > lines_before
-            self._made[key] = self.lines[-1].rsplit(" -o ", 1)[1]
+            self._made[key] = self.make(item["lineage"], name, every if item["lineage"].get("command") in RUNS else 0)
         return self._made[key]
 
     def _original(self, name: str, digest: str) -> str:
@@ -257,6 +260,20 @@ class _Script:
             place = f"{number}/{name}"
         self.originals[place] = digest
         return place
+
+
+def _spacing(node: Record) -> int:
+    """Steps between the checkpoints that a command needs of the runs it reads; 0 where their last ones do."""
+    options = _options(node)
+    if node.get("command") == "anneal":
+        step = str(options.get("from_") or "").removeprefix("step-")
+        return int(step[:18]) if step.isascii() and step.isdigit() else 0
+    steps, last = options.get("steps"), options.get("last")
+    if node.get("command") != "average" or not isinstance(steps, list) or not isinstance(last, int) or last < 1:
+        return 0
+    # The last checkpoint of each run may be its end, which is stored anyway.
+    passed = [step for i, step in enumerate(steps) if (i + 1) % last and isinstance(step, int)]
+    return math.gcd(*passed)
 
 
 def _as_words(value: Any, flag: str, negative: str, default: Any) -> list[str]:

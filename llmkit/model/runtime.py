@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -145,18 +146,22 @@ def _cache_directory() -> Path:
 
 def to_fp8(model: Decoder, emulate: bool = False) -> None:
     """Matrix products of the layers in 8 bits, scaled tensor by tensor (arXiv:2209.05433), by torchao; the weights stay as they are."""
-    try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    except ImportError as error:
-        raise UsageError("fp8 needs torchao", "pip install 'llmkit[fp8]', or train in bf16") from error
-    if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
-        raise UsageError("fp8 needs a GPU that multiplies in 8 bits (H100, H200, L4, ...)", "train in bf16")
+    check_fp8(emulate)
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def fits(module: nn.Module, name: str) -> bool:  # the hardware multiplies in sixteens
         sizes = (getattr(module, "in_features", 1), getattr(module, "out_features", 1))
         return "lm_head" not in name and all(size % 16 == 0 for size in sizes)
 
     convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
+
+
+def check_fp8(emulate: bool = False) -> None:
+    """UsageError where there is nothing to multiply in 8 bits with."""
+    if find_spec("torchao") is None:
+        raise UsageError("fp8 needs torchao", "pip install 'llmkit[fp8]', or train in bf16")
+    if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
+        raise UsageError("fp8 needs a GPU that multiplies in 8 bits (H100, H200, L4, ...)", "train in bf16")
 
 
 def be_deterministic() -> None:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
+from llmkit.model.runtime import check_fp8
 from llmkit.model.safetensors import layout_of
 from llmkit.training.pace import Stopwatch
 from llmkit.training.parallel import Layout, layout_named
@@ -216,6 +217,8 @@ def start(
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and not cuda:
         raise UsageError("fp16 needs a GPU", "train in fp32 or bf16 on this machine")
+    if precision == "fp8":
+        check_fp8()
     if threads:
         torch.set_num_threads(threads)
     _keep_memory()

@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmkit.errors import ExitCode, LlmkitError
@@ -56,6 +57,7 @@ def fit(training: Training) -> dict[str, Any]:
         finally:
             loop.close()
     if signals.number:
+        training.say(f"stopped after step {loop.step:,}; --resume goes on from there")
         signals.raise_it()
     if loop.out_of_time:
         error = LlmkitError(
@@ -89,6 +91,7 @@ class Loop:
         self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._owed = False  # a checkpoint
         self._due = False  # a copy to go back to
+        self._told: Path | str | None = ""  # the checkpoint behind which none could be stored, which was said
         self._stored = self.step  # the last step that a checkpoint was begun at
         self._seconds = 0.0  # that the last step took
         self._held = (0, 0.0, 0.0)  # step, time and cost of the last copy
@@ -384,10 +387,14 @@ class Loop:
     def _report(self, error: OSError | None) -> None:
         """Say that a checkpoint could not be stored; the next step tries again."""
         if error is not None:
-            saved = self.keeper.saved.name if self.keeper.saved else "none"
-            self._event("save failed", step=self.step, error=str(error))
-            self.t.say(f"a checkpoint could not be stored ({error.strerror or error}); the last good one is {saved}")
             self._owed = True
+            self._event("save failed", step=self.step, error=str(error))
+            if self._told != (saved := self.keeper.saved):  # not at every step
+                where = f"the last good one is {saved.name}" if saved else "there is none yet"
+                self.t.say(
+                    f"a checkpoint could not be stored ({error.strerror or error}); each step tries again, {where}"
+                )
+            self._told = saved
 
     def _end(self, stop: bool) -> dict[str, Any]:
         t, source = self.t, self.t.source
@@ -401,6 +408,10 @@ class Loop:
                 )
             if done and saved is not None:
                 t.directory.finish(saved)
+            if done and (loss := self.record.get("loss") or 0.0) > t.chance + 1:
+                self.t.say(
+                    f"the run ends with a loss of {loss:.4g}, a guess has {t.chance:.4g}: lower the learning rate"
+                )
         self._event("end" if done else "stop", step=self.step)
         t.processes.wait()
         return {

@@ -100,7 +100,7 @@ def named(
     if shape not in RAMPS:
         raise unknown_name("shape of the decay", shape, RAMPS)
     if not (math.isfinite(peak) and peak > 0):
-        raise UsageError(f"learning rate {peak} is not above 0", "usual values lie between 1e-5 and 1e-2")
+        raise UsageError(f"learning rate {peak} is no number above 0", "usual values lie between 1e-5 and 1e-2")
     if not 0 <= floor <= 1:
         raise UsageError(f"--min-lr {floor} is not between 0 and 1", "it is the last learning rate over the peak")
     if not 0 <= decay <= 1:

@@ -165,6 +165,9 @@ class Session:
             load_tensors(model, open_weights(info))
             return model
         model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
+        for name, weight in () if self.checkpoint else model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise LlmkitError(f"tensor {name} of the model to start from holds what is no number", "take another")
         self._prepare(model)
         processes.layout.place(model, processes.device, processes.precision)
         return model

@@ -43,6 +43,7 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 DIGESTS = "digests.json"
 CONFIG = "config.toml"
+EVENTS = "events.jsonl"
 LEFTOVERS = {".lock", "checkpoints", "data"}  # of a run that was killed before it began
 
 
@@ -97,7 +98,7 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with suppress(OSError), open(self.path / "events.jsonl", "a") as file:  # a full disk is no reason to stop
+        with suppress(OSError), open(self.path / EVENTS, "a") as file:  # a full disk is no reason to stop
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
@@ -184,8 +185,10 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
         directory.clean()
         try:
             yield directory
-        except BaseException:
-            if not (directory.path / CONFIG).exists():  # it did not come to a run: leave nothing that stands in the way
+        except BaseException as error:
+            begun = (directory.path / CONFIG).exists()
+            failed = isinstance(error, Exception) and not resume and not (directory.path / EVENTS).exists()
+            if not begun or failed:  # it did not come to a step: leave nothing that stands in the way
                 with suppress(OSError):  # what went wrong is said already
                     directory.empty(".lock")
                     (directory.path / ".lock").unlink(missing_ok=True)
@@ -239,7 +242,8 @@ def damage(checkpoint: Path) -> str | None:
         expected = json.loads((checkpoint / "state" / DIGESTS).read_bytes())
         found = _digests(checkpoint)
     except (OSError, ValueError, RecursionError, LlmkitError) as error:
-        return f"state/{DIGESTS} is not readable ({error})"
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"state/{DIGESTS} is not readable ({reason})"
     if not isinstance(expected, dict):
         return f"state/{DIGESTS} holds no table"
     for name, digest in expected.items():
@@ -255,14 +259,23 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
         directory = resolve_model(path)
         if step is not None:
             raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, or leave --from out")
-        return directory, load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
+        return _intact(directory), load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
     if step is not None:
         chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]
         if not chosen:
             steps = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
             raise LlmkitError(f"{path}: no checkpoint at step {step}", f"it has {steps}")
-        return chosen[0], load_trainer_state(chosen[0])
-    return found[-1], load_trainer_state(found[-1])
+        return _intact(chosen[0]), load_trainer_state(chosen[0])
+    return _intact(found[-1]), load_trainer_state(found[-1])
+
+
+def _intact(directory: Path) -> Path:
+    """A model directory to start from; LlmkitError where it is a checkpoint whose files are no longer what was written."""
+    if (directory / "state" / DIGESTS).exists() and (wrong := damage(directory)):
+        raise LlmkitError(
+            f"{directory}: {wrong}", "take a checkpoint before it; one changed on purpose goes without its state/"
+        )
+    return directory
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
@@ -313,8 +326,9 @@ def refuse_changes(old: TrainerState, new: TrainerState) -> None:
     for key in sorted(old.options.keys() | current.keys()):
         before, now = old.options.get(key), current.get(key)
         if before != now:
+            was, is_ = ("not given" if value is None else repr(value) for value in (before, now))
             raise LlmkitError(
-                f"--{key.replace('_', '-')} was {before!r} when the run was started and is {now!r} now",
+                f"--{key.rstrip('_').replace('_', '-')} was {was} when the run was started and is {is_} now",
                 "resume with the options of its config.toml, or choose another output",
             )
     if old.inputs != new.inputs:
