@@ -273,7 +273,7 @@ def _intact(directory: Path) -> Path:
     """A model directory to start from; LlmkitError where it is a checkpoint whose files are no longer what was written."""
     if (directory / "state" / DIGESTS).exists() and (wrong := damage(directory)):
         raise LlmkitError(
-            f"{directory}: {wrong}", "take a checkpoint before it; one changed on purpose goes without its state/"
+            f"{directory}: {wrong}", f"take a checkpoint before it; one changed on purpose goes without state/{DIGESTS}"
         )
     return directory
 
