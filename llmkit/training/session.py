@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -135,22 +136,24 @@ class Session:
         checkpoints = self.directory.checkpoints()
         if self.directory.finished or not checkpoints:  # there is nothing to go on from
             return checkpoints[-1] if checkpoints else None
-        passed = 0
+        passed: list[Path] = []
         if self.processes.main:
-            while passed < len(checkpoints) and (wrong := damage(checkpoints[-1 - passed])):
-                place = checkpoints[-1 - passed]
-                self.say(f"{place}: {wrong}; going back to the checkpoint before")
-                self.directory.event("damaged checkpoint", checkpoint=place.name, problem=wrong)
-                passed += 1
-            if 0 < passed < len(checkpoints):
-                self.directory.point_at(checkpoints[-1 - passed])
-        passed = int(self.processes.add([float(passed)])[0])
-        if passed == len(checkpoints):
+            left = list(checkpoints)
+            while left and (wrong := damage(left[-1])):
+                passed.append(left.pop())
+                self.say(f"{passed[-1]}: {wrong}; going back to the checkpoint before")
+                self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
+            if left and passed:
+                self.directory.point_at(left[-1])
+        count = int(self.processes.add([float(len(passed))])[0])
+        if count == len(checkpoints):
             raise LlmkitError(
-                f"{self.directory.path}: all {passed} checkpoints are damaged",
+                f"{self.directory.path}: all {count} checkpoints are damaged",
                 "start anew with -f, or from another copy",
             )
-        return checkpoints[-1 - passed]
+        for place in passed:  # all processes have looked
+            self.directory.set_aside(place)
+        return checkpoints[-1 - count]
 
     def model(self, fresh: Callable[[], Decoder]) -> Decoder:
         """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
@@ -280,6 +283,7 @@ def session(
         settings.resume, settings.force = True, False
     if settings.deterministic:
         be_deterministic()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is taken when there is something to save
     processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)
