@@ -147,17 +147,20 @@ class Loop:
             except Interrupted:
                 drop(t)
                 return False
-            record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
             if t.max_rollbacks and not self._passes(number, measured):
                 drop(t)
                 if self.step + 1 != number:
                     return False
-                record["skipped"] = True
+                record |= {
+                    "lr": rate,
+                    "skipped": True,
+                }  # its figures stand in events.jsonl: passed over again it would have none
             else:
                 update(t, rate, self._watch)
+                record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
                 record |= self._noise(measured, tokens - before)
                 record |= self._compare(number)
-            record |= self._watch.end(measured.seen, measured.norm, t.clip)
+                record |= self._watch.end(measured.seen, measured.norm, t.clip)
         self.step = number
         self._collect(number)
         self._seconds = time.perf_counter() - began

@@ -28,7 +28,7 @@ from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.model.runtime import Runtime, be_deterministic, prepare
+from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
@@ -115,15 +115,16 @@ class Session:
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
         now = environment(self.processes.precision, self.processes.device)
+        now["kernels"] = kernels(self.processes.device, self._runtime())
         self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
         self.checkpoint = self._last_intact() if self.settings.resume else None
         if self.checkpoint:
             old = load_trainer_state(self.checkpoint)
             refuse_changes(old, self.state)
+            if self.directory.finished:
+                return False
             now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
             self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
-        if self.directory.finished and self.checkpoint:
-            return False
         if self.processes.main and not self.checkpoint:
             if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
                 self.directory.start_anew(*self.kept)
@@ -173,9 +174,11 @@ class Session:
         return model
 
     def _prepare(self, model: Decoder) -> None:
-        settings, processes = self.settings, self.processes
-        runtime = Runtime(settings.compile, settings.checkpoint_activations, processes.precision == "fp8")
-        prepare(model, processes.device, runtime, self.say if processes.main else lambda line: None)
+        say = self.say if self.processes.main else lambda line: None
+        prepare(model, self.processes.device, self._runtime(), say)
+
+    def _runtime(self) -> Runtime:
+        return Runtime(self.settings.compile, self.settings.checkpoint_activations, self.processes.precision == "fp8")
 
     def train(
         self,

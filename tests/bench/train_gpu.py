@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from peers import ROOT, call
@@ -62,8 +63,9 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed import start
     from llmkit.training.objectives import next_token
-    from llmkit.training.optimizer import adamw
+    from llmkit.training.optimizer import build
     from llmkit.training.step import Training, accumulate, update
+    from llmkit.training.watch import Watch
 
     class Stream:
         """The ids again and again, as documents of 1,000 tokens where that is asked for."""
@@ -85,15 +87,16 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     documents = "documents" in words
     none: Any = None
     training = Training(
-        model=model, optimizer=adamw(model), objective=next_token, figures=(),
+        model=model, optimizer=build(model), objective=next_token, figures=(),
         source=StreamSource(Stream(), given.length, given.sequences, 1 << 40, document_mask=documents),
         schedule=none, processes=processes, directory=none, state=none, write_model=none, initial=none, micro_batch=given.rows,
     )  # fmt: skip
+    watch = Watch(model, training.source, processes, Path("."), 0)
     seconds, loss = [], 0.0
     for _ in range(given.warmup + given.steps):
         began = time.perf_counter()
-        loss = accumulate(training, 0).figures["loss"]  # a number: the GPU is done
-        update(training, 3e-4)
+        loss = accumulate(training, 0, watch).figures["loss"]  # a number: the GPU is done
+        update(training, 3e-4, watch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)

@@ -66,8 +66,9 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed import start
     from llmkit.training.objectives import next_token
-    from llmkit.training.optimizer import adamw
+    from llmkit.training.optimizer import build
     from llmkit.training.step import Training, accumulate, update
+    from llmkit.training.watch import Watch
 
     class Stream:
         """The rows again and again; `documents`: of 100 tokens each."""
@@ -92,14 +93,16 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH
         none: Any = None
         training = Training(
-            model=model, optimizer=adamw(model), objective=next_token, figures=(), source=source, schedule=none,
+            model=model, optimizer=build(model), objective=next_token, figures=(), source=source, schedule=none,
             processes=processes, directory=none, state=none, write_model=none, initial=none,
             micro_batch=int(os.environ.get("MICRO_BATCH", max(1, min(SEQUENCES, limit)))),
         )  # fmt: skip
 
+        watch = Watch(model, source, processes, Path("."), 0)
+
         def step() -> float:
-            measured = accumulate(training, 0)
-            update(training, 1e-3)
+            measured = accumulate(training, 0, watch)
+            update(training, 1e-3, watch)
             return measured.figures["loss"]
 
         return step
