@@ -151,10 +151,8 @@ class Loop:
                 drop(t)
                 if self.step + 1 != number:
                     return False
-                record |= {
-                    "lr": rate,
-                    "skipped": True,
-                }  # its figures stand in events.jsonl: passed over again it would have none
+                # Its figures stand in events.jsonl: passed over again it would have none.
+                record |= {"lr": rate, "skipped": True}
             else:
                 update(t, rate, self._watch)
                 record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
@@ -350,14 +348,13 @@ class Loop:
         """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
         t = self.t
         try:
-            with self.signals.breaking(t.processes.count == 1):
+            with self.signals.breaking(t.processes.count == 1), t.processes.at_length():
                 for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
                     try:
                         self.record |= act(t.model, self.step)
                     except OSError as error:  # a full disk, most likely
                         t.say(f"step {self.step:,}: {error}")
                     t.processes.layout.rest(t.model)
-                    t.processes.beat()
         except Interrupted:
             return
         if self.log and t.at_checkpoint:

@@ -15,8 +15,9 @@ import torch
 from test_guard import documents, events, log, train, weights
 from test_loop import Train, at_step
 
+from llmkit.cli.run import Run
 from llmkit.errors import LlmkitError, Terminated
-from llmkit.training import distributed, loop, state
+from llmkit.training import distributed, loop, state, watchdog
 from llmkit.training import session as sessions
 from llmkit.training.metrics import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token
@@ -189,6 +190,32 @@ def test_samples_on_a_full_disk(train: Train, tmp_path: Path) -> None:
 
     train(tmp_path / "run", at_checkpoint=[act], say=said.append)
     assert len(said) == 6 and "No space left" in said[0]
+
+
+def test_warnings_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where stderr goes to a file that finds no room, a warning is lost and nothing else."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False)
+        Run("train", values | {"jobs": 1, "seed": 0}, {}, {}).warn("the disk is full")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it holds back goes there
+
+
+def test_watchdog_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: what may take long is no hang; afterwards silence is one again."""
+    dog, reported = watchdog.Watchdog(0, 1, 0.3, lambda *_, **__: None), []
+    monkeypatch.setattr(dog, "_report", reported.append)
+    dog.patient = True
+    dog.start()
+    time.sleep(0.8)
+    assert not reported
+    dog.patient = False
+    time.sleep(0.8)
+    dog.stop()
+    assert reported
 
 
 def test_waiting_lines_are_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
