@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,15 @@ def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record],
             shows.append(panel.add)
 
         def report(record: Record) -> None:
-            for show in shows:
-                show(record)
+            for show in [*shows]:
+                try:
+                    show(record)
+                except (
+                    Exception
+                ) as error:  # a tracker's disk is full, its server away, the terminal gone: the run goes on
+                    shows.remove(show)
+                    with suppress(OSError):
+                        run.warn(f"step {record['step']:,}: the figures are no longer shown here ({error})")
 
         yield report
 

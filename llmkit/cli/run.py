@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ class Run:
         self._say(f"warning: {text}")
 
     def _say(self, text: str) -> None:
-        print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on a full disk is no reason to stop
+            print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:

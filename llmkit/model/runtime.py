@@ -42,21 +42,27 @@ def prepare(
     model: Decoder, device: torch.device, runtime: Runtime, say: Callable[[str], None] = lambda line: None
 ) -> None:
     """Make a model that will be trained on `device` ready, before it is laid over processes; `say` is told what cannot be had."""
-    compiled = device.type == "cuda" if runtime.compile is None else runtime.compile
-    if compiled and (reason := no_compiler(device)):
-        say(f"nothing is compiled: {reason}")
-        compiled = False
+    kind = kernels(device, runtime, say)
     if runtime.fp8:
         to_fp8(model, runtime.emulate)
-    kernels = None if compiled or device.type != "cpu" else fused_kernels()
+    fused = fused_kernels() if kind == "numba" else None
     model.operations = (
-        kernels.Fused() if kernels else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
+        fused.Fused() if fused else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
     )
     for layer in model.model.layers:
         if runtime.checkpoint:
             layer.forward = partial(_checkpointed, layer.forward)
-        if compiled:
+        if kind == "compiled":
             layer.compile(dynamic=False)
+
+
+def kernels(device: torch.device, runtime: Runtime, say: Callable[[str], None] = lambda line: None) -> str:
+    """By what a model is computed: compiled, numba or plain. It decides the last bits; `say` is told what cannot be had."""
+    compiled = device.type == "cuda" if runtime.compile is None else runtime.compile
+    if compiled and (reason := no_compiler(device)):
+        say(f"nothing is compiled: {reason}")
+        compiled = False
+    return "compiled" if compiled else "numba" if device.type == "cpu" and fused_kernels() else "plain"
 
 
 @cache

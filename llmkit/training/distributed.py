@@ -16,6 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -101,6 +102,17 @@ class Processes:
         """Tell the watch-dog that this process gets on; for whatever takes long."""
         if self._dog:
             self._dog.beat()
+
+    @contextmanager
+    def at_length(self) -> Iterator[None]:
+        """What may take as long as it likes, such as scores on tasks: to the watch-dog it is progress."""
+        if self._dog:
+            self._dog.patient = True
+        try:
+            yield
+        finally:
+            if self._dog:
+                self._dog.patient = False
 
     def _meet(self) -> None:
         if self._dog:

@@ -1,7 +1,7 @@
 """What a run was made with beside its options, so that nothing of it changes unnoticed in the middle.
 
 A resumed run is the run that was started to the bit, if the machinery is the same: numeric type, kind of device, versions of torch and llmkit,
-deterministic kernels or not, and the configuration of the model. These are recorded at each start, in the event and in every checkpoint's
+deterministic mode or not, compiled or not, and the configuration of the model. These are recorded at each start, in the event and in every checkpoint's
 state/trainer.json, and a change is refused unless `--accept-change NAME` names it. Recorded and free to change: processes, threads, layout and the
 processor, which move sums in their last bits at most.
 
@@ -22,19 +22,19 @@ from llmkit import __version__
 from llmkit.errors import LlmkitError, unknown_name
 
 SPOKEN = {"deterministic": "deterministic mode", "model": "the model's configuration"}
-NAMES = ("deterministic", "device", "llmkit", "model", "precision", "torch")
+NAMES = ("deterministic", "device", "kernels", "llmkit", "model", "precision", "torch")
 
 
 def environment(precision: str, device: torch.device) -> dict[str, Any]:
-    """What must not change by itself, by the names that --accept-change takes; `model` is added when there is one (`model_digest`)."""
+    """What must not change by itself, by the names that --accept-change takes; `kernels` (model.runtime) and `model` (`model_digest`) are added when
+    they are known."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "device": device.type,
         "llmkit": __version__,
         "precision": precision,
-        "torch": torch.__version__.partition("+")[
-            0
-        ],  # the local part names the build (cpu, cu130), which `device` tells
+        # The local part names the build (cpu, cu130), which `device` tells.
+        "torch": torch.__version__.partition("+")[0],
     }
 
 

@@ -48,21 +48,21 @@ class Keeper:
         self, state: TrainerState, weights: Iterable[tuple[str, Tensor]], moments: Iterable[tuple[str, Tensor]]
     ) -> None:
         """Hold this state instead of the one before, each tensor copied as it comes; waits for a checkpoint that is under way."""
-        self._join()
+        self.wait()
         self.weights = _copied(self.weights, weights)
         self.moments = _copied(self.moments, moments)
         self.state = state
 
     def save(self) -> None:
         """Start to write what is held."""
-        self._join()
+        self.wait()
         self._thread = threading.Thread(target=self._write, name="checkpoint")
         self._thread.start()
 
     def failure(self, *, wait: bool = False) -> OSError | None:
         """What kept the last checkpoint from being written, reported once; with `wait` after it has come to its end."""
         if wait:
-            self._join()
+            self.wait()
         elif self.writing:
             return None
         if self._fault is not None:
@@ -70,7 +70,12 @@ class Keeper:
         error, self._error = self._error, None
         return error
 
-    def _join(self) -> None:
+    def forget(self, after: int) -> None:
+        """Remove the checkpoints of later steps: the run went back before them, and takes another way."""
+        self.saved = self._directory.forget(after)
+
+    def wait(self) -> None:
+        """Until no checkpoint is under way."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -35,7 +35,7 @@ from llmkit.training.optimizer import restore_optimizer
 from llmkit.training.pace import Pace, collected
 from llmkit.training.signals import Interrupted, Signals, watch_signals
 from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
-from llmkit.training.step import Measured, Training, accumulate, evaluate, held_out, pieces_of, update
+from llmkit.training.step import Measured, Training, accumulate, drop, evaluate, held_out, pieces_of, update
 from llmkit.training.watch import Watch
 from llmkit.training.way_back import all_finite, find_before, hold, place, weights_of
 
@@ -127,8 +127,10 @@ class Loop:
             stop = self._stopping()
             if taken:
                 self._keep_safe(stop)
-        if stop and self._stored != self.step:
-            self._save(wait=True)
+        if stop:
+            self._report(self.keeper.failure(wait=True))
+            if t.processes.add([float(self._owed or self._stored != self.step)])[0]:
+                self._save(wait=True)
         return self._end(stop)
 
     def _advance(self) -> bool:
@@ -146,18 +148,20 @@ class Loop:
                 with self.signals.breaking(t.processes.count == 1):
                     measured = accumulate(t, self.step, self._watch)
             except Interrupted:
-                t.optimizer.zero_grad(set_to_none=True)
+                drop(t)
                 return False
-            record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
             if t.max_rollbacks and not self._passes(number, measured):
+                drop(t)
                 if self.step + 1 != number:
                     return False
-                record["skipped"] = True
+                # Its figures stand in events.jsonl: passed over again it would have none.
+                record |= {"lr": rate, "skipped": True}
             else:
                 update(t, rate, self._watch)
+                record |= {**measured.figures, "lr": rate, "grad_norm": measured.norm}
                 record |= self._noise(measured, tokens - before)
                 record |= self._compare(number)
-            record |= self._watch.end(measured.seen, measured.norm, t.clip)
+                record |= self._watch.end(measured.seen, measured.norm, t.clip)
         self.step = number
         self._collect(number)
         self._seconds = time.perf_counter() - began
@@ -190,17 +194,21 @@ class Loop:
     def _passes(self, number: int, measured: Measured) -> bool:
         """What the guard says of step `number`, whose gradients are there: whether to take it. Else it is skipped, or the run was set back."""
         t, guard, figures = self.t, self.guard, measured.for_guard()
-        if t.processes.accelerator.scaler is not None and not math.isfinite(measured.norm):
+        if (
+            t.processes.accelerator.scaler is not None
+            and math.isfinite(figures[0])
+            and not math.isfinite(measured.norm)
+        ):
             return True  # fp16's loss scaler probes its limits, and leaves such a step out by itself
         verdict = guard.judge(number, figures)
         if verdict is Verdict.GOOD:
             guard.accept(number, figures)
             return True
-        t.optimizer.zero_grad(set_to_none=True) if verdict is Verdict.BROKEN else None
         if verdict is Verdict.BROKEN and not self._finite():
-            again = guard.retried == number
+            again = guard.retried == number  # then it was this step, or the one that left such weights
             guard.retried = number
-            self._go_back(number, number, number if again else 0, "weights that are no numbers", measured)
+            first = max(1, number - again)
+            self._go_back(number, first, number if again else 0, "weights that are no numbers", measured)
             return False
         pieces = pieces_of(t, self.step)
         usual = [p.loss for p in pieces_of(t, guard.reference[0] - 1)] if guard.reference[0] else []
@@ -211,7 +219,6 @@ class Loop:
         else:
             found = suspects(pieces, usual, t.decode)
         if t.processes.add([float(bool(found) and t.processes.main)])[0]:
-            t.optimizer.zero_grad(set_to_none=True)
             cause = "loss that is no number" if verdict is Verdict.BROKEN else "broken documents"
             documents = [{"id": p.name, "reason": why, "loss": _number(p.loss)} for p, why in found[:NAMED]]
             patient = guard.skip(number, number, number)
@@ -250,6 +257,7 @@ class Loop:
         self.step = state.step
         if self.log:
             self.log.cut(self.step)
+            self.keeper.forget(self.step)
         self._tell(number, self.step, cause, skipped, documents[:NAMED], measured)
         self._give_up(patient, number)
 
@@ -286,14 +294,16 @@ class Loop:
 
     def _restore(self, state: TrainerState, rollback: bool = False) -> None:
         try:
+            if state.step > self.t.source.steps:
+                raise ValueError(f"step {state.step} of {self.t.source.steps}")
             self.guard.restore(state.guard, rollback=rollback)
             self.noise.restore(state.noise)
-        except (ValueError, TypeError) as error:
+            if self.t.processes.accelerator.scaler is not None and state.scaler:
+                self.t.processes.accelerator.scaler.load_state_dict(state.scaler)
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
             raise LlmkitError(
                 f"{self.t.start}: not a readable trainer state ({error})", "take another checkpoint"
             ) from error
-        if self.t.processes.accelerator.scaler is not None and state.scaler:
-            self.t.processes.accelerator.scaler.load_state_dict(state.scaler)
 
     def _evaluates(self) -> bool:
         return self.t.heldout is not None and (self.step % self._eval_every == 0 or self.step == self.t.source.steps)
@@ -311,10 +321,10 @@ class Loop:
         spent = time.monotonic() - self._started
         late = t.processes.main and spent + self._held[2] + self._seconds > 3600 * t.max_hours
         self._report(self.keeper.failure())
-        wishes = (self.signals.number, late, self.signals.save or self._owed, self._wants_copy())
+        asked, self.signals.save = self.signals.save, False  # one that comes from here on is for the next time
+        wishes = (self.signals.number, late, asked or self._owed, self._wants_copy())
         stop, late_, save, due = t.processes.add([float(wish) for wish in wishes])
         self._owed, self._due = bool(save), bool(due)
-        self.signals.save = False
         self.out_of_time = bool(late_) and not stop and self.step < t.source.steps
         if stop and not self.signals.number:
             self.signals.number = signal.SIGTERM  # another process was told to
@@ -341,11 +351,13 @@ class Loop:
         """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
         t = self.t
         try:
-            with self.signals.breaking(t.processes.count == 1):
+            with self.signals.breaking(t.processes.count == 1), t.processes.at_length():
                 for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
-                    self.record |= act(t.model, self.step)
+                    try:
+                        self.record |= act(t.model, self.step)
+                    except OSError as error:  # a full disk, most likely
+                        t.say(f"step {self.step:,}: {error}")
                     t.processes.layout.rest(t.model)
-                    t.processes.beat()
         except Interrupted:
             return
         if self.log and t.at_checkpoint:

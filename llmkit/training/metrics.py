@@ -58,6 +58,7 @@ class MetricsLog:
     def cut(self, after_step: int) -> None:
         """Take back the lines of later steps, and what a crash left of one. Read from the end: the cost does not grow with the run."""
         self._store()
+        self._waiting = [line for line in self._waiting if json.loads(line)["step"] <= after_step]
         self.last, self._last_size, self._size = {}, 0, 0
         with open(self._path, "rb") as file:
             end = file.seek(0, os.SEEK_END)
@@ -69,6 +70,8 @@ class MetricsLog:
                     self.last, self._last_size, self._size = record, len(line), end
                 end = start
         self._file.truncate(self._size)
+        if self._waiting:
+            self.last = json.loads(self._waiting[-1])
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line; the record of the step that is already last replaces it. On a full disk lines wait until it takes them."""
@@ -143,7 +146,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

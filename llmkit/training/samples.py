@@ -25,6 +25,7 @@ from llmkit.io.atomic import atomic_file
 from llmkit.model.checkpoint import load_tokenizer
 from llmkit.model.generate import generate
 from llmkit.seeds import derive
+from llmkit.training.metrics import read_metrics
 from llmkit.training.probe import eagerly
 
 MAX_PROMPTS = 32
@@ -91,16 +92,12 @@ def gallery(
                 records.append({"step": step, "prompt": prompt, "how": how, "completion": text})
         if path is None:
             return {}
-        earlier = [line for line in _lines(path) if json.loads(line)["step"] < step]
+        earlier = [r for r in read_metrics(path) if r["step"] < step] if path.exists() else []
         with atomic_file(path, force=True) as sink:
-            sink.writelines([*earlier, *(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)])
+            sink.writelines(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in [*earlier, *records])
         return {}
 
     return add
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from llmkit.io.tokenizer import token_bytes
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.model.runtime import Runtime, be_deterministic, prepare
+from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.model.safetensors import read_layout
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start
@@ -114,15 +115,16 @@ class Session:
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
         now = environment(self.processes.precision, self.processes.device)
+        now["kernels"] = kernels(self.processes.device, self._runtime())
         self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
         self.checkpoint = self._last_intact() if self.settings.resume else None
         if self.checkpoint:
             old = load_trainer_state(self.checkpoint)
             refuse_changes(old, self.state)
+            if self.directory.finished:
+                return False
             now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
             self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
-        if self.directory.finished and self.checkpoint:
-            return False
         if self.processes.main and not self.checkpoint:
             if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
                 self.directory.start_anew(*self.kept)
@@ -135,22 +137,24 @@ class Session:
         checkpoints = self.directory.checkpoints()
         if self.directory.finished or not checkpoints:  # there is nothing to go on from
             return checkpoints[-1] if checkpoints else None
-        passed = 0
+        passed: list[Path] = []
         if self.processes.main:
-            while passed < len(checkpoints) and (wrong := damage(checkpoints[-1 - passed])):
-                place = checkpoints[-1 - passed]
-                self.say(f"{place}: {wrong}; going back to the checkpoint before")
-                self.directory.event("damaged checkpoint", checkpoint=place.name, problem=wrong)
-                passed += 1
-            if 0 < passed < len(checkpoints):
-                self.directory.point_at(checkpoints[-1 - passed])
-        passed = int(self.processes.add([float(passed)])[0])
-        if passed == len(checkpoints):
+            left = list(checkpoints)
+            while left and (wrong := damage(left[-1])):
+                passed.append(left.pop())
+                self.say(f"{passed[-1]}: {wrong}; going back to the checkpoint before")
+                self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
+            if left and passed:
+                self.directory.point_at(left[-1])
+        count = int(self.processes.add([float(len(passed))])[0])
+        if count == len(checkpoints):
             raise LlmkitError(
-                f"{self.directory.path}: all {passed} checkpoints are damaged",
+                f"{self.directory.path}: all {count} checkpoints are damaged",
                 "start anew with -f, or from another copy",
             )
-        return checkpoints[-1 - passed]
+        for place in passed:  # all processes have looked
+            self.directory.set_aside(place)
+        return checkpoints[-1 - count]
 
     def model(self, fresh: Callable[[], Decoder]) -> Decoder:
         """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
@@ -173,9 +177,11 @@ class Session:
         return model
 
     def _prepare(self, model: Decoder) -> None:
-        settings, processes = self.settings, self.processes
-        runtime = Runtime(settings.compile, settings.checkpoint_activations, processes.precision == "fp8")
-        prepare(model, processes.device, runtime, self.say if processes.main else lambda line: None)
+        say = self.say if self.processes.main else lambda line: None
+        prepare(model, self.processes.device, self._runtime(), say)
+
+    def _runtime(self) -> Runtime:
+        return Runtime(self.settings.compile, self.settings.checkpoint_activations, self.processes.precision == "fp8")
 
     def train(
         self,
@@ -283,6 +289,7 @@ def session(
         settings.resume, settings.force = True, False
     if settings.deterministic:
         be_deterministic()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is taken when there is something to save
     processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
     if dry_run:
         check_run(settings.output, resume=settings.resume, force=settings.force)

@@ -66,9 +66,10 @@ def watch_signals() -> Iterator[Signals]:
             raise Interrupted
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # which `elastic` has blocked until there is a handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked until there is a handler
     try:
         yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing is left to save: no reason to die of it

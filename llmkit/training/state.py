@@ -4,7 +4,7 @@
     RUN/metrics.jsonl             one line a step
     RUN/events.jsonl              starts, resumptions, stops
     RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
-        state/optimizer.safetensors   the moments of AdamW by parameter
+        state/optimizer.safetensors   the optimiser's moments by parameter
         state/trainer.json            step, tokens, learning rate, options, digests of the inputs, environment, the guard's memory
         state/digests.json            xxh3-128 of every other file
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
@@ -120,10 +120,30 @@ class RunDirectory:
             (partial / "state" / TRAINER).write_bytes(state.to_json())
             (partial / "state" / DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
         self.point_at(target)
-        for old in self.checkpoints()[:-keep] if keep else []:
-            if not keep_every or step_of(old) % keep_every:
+        since = state.guard.get("since", 0)  # a doubtful state may have to go back before that
+        checkpoints = self.checkpoints()
+        for old, newer in zip(checkpoints[:-keep] if keep else [], checkpoints[1:], strict=False):
+            if (not keep_every or step_of(old) % keep_every) and not step_of(old) < since <= step_of(newer):
                 self._remove(old)
         return target
+
+    def forget(self, after: int) -> Path | None:
+        """Remove the checkpoints of steps after this one, and return the last that is left."""
+        left = [checkpoint for checkpoint in self.checkpoints() if step_of(checkpoint) <= after]
+        with suppress(OSError):
+            for checkpoint in self.checkpoints()[len(left) :]:
+                self._remove(checkpoint)
+            if left:
+                self.point_at(left[-1])
+            else:
+                (self.path / "latest").unlink(missing_ok=True)
+        return left[-1] if left else None
+
+    def set_aside(self, checkpoint: Path) -> None:
+        """Let a damaged checkpoint bear another name, so that nothing takes it for one."""
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint, aside)
 
     def point_at(self, checkpoint: Path) -> None:
         """Link `latest`."""

@@ -1,7 +1,7 @@
 """One step of training, and what it is made of: gradients over all micro-batches and processes, the update, an evaluation, the documents in it.
 
     measured = accumulate(training, step)     # gradients are there, clipped; nothing has changed yet
-    update(training, rate)
+    update(training, rate)                    # or drop(training)
 
 Losses of micro-batches are divided by the weight of the whole step, so that the gradients only have to be added up; see training.data.
 """
@@ -133,6 +133,13 @@ def update(t: Training, rate: float, watch: Watch) -> None:
     t.optimizer.zero_grad(set_to_none=True)
 
 
+def drop(t: Training) -> None:
+    """Forget the gradients that `accumulate` has left."""
+    t.optimizer.zero_grad(set_to_none=True)
+    if t.processes.accelerator.scaler:  # which knows of no step that is not taken
+        t.processes.accelerator.scaler._per_optimizer_states.clear()
+
+
 def _gather(t: Training, sums: Tensors, worst: float, more: list[float]) -> tuple[dict[str, float], float, list[float]]:
     """The figures of the whole step by name, the loss of its worst row (nan: unknown), and the sums of `more`. A process that had no row in it adds
     zeros."""
@@ -222,4 +229,5 @@ def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
                     )
                     tokens[name] = whole
                     lost.setdefault(name, []).append(found[row, first:last])
+    t.processes.layout.rest(t.model)
     return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]

@@ -60,6 +60,7 @@ class Watchdog:
     def __init__(self, rank: int, count: int, timeout: float, event: Callable[..., None]) -> None:
         self._rank, self._count, self.timeout, self._event = rank, count, timeout, event
         self._meetings = self._beats = self._signs = 0
+        self.patient = False  # something takes as long as it likes
         self._last = time.monotonic()
         self._period = min(timeout / 20, LONGEST_PERIOD)
         self._sights = [Sight() for _ in range(count)]
@@ -94,6 +95,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._period):
+            if self.patient:
+                self.beat()
             self._publish()
             if self._parent not in (None, os.getppid()):
                 self._parent = None

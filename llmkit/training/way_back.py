@@ -14,7 +14,14 @@ import torch
 from llmkit.training.keeper import Keeper
 from llmkit.training.optimizer import named_state, restore_optimizer
 from llmkit.training.parallel import copy_whole, full_tensors, local
-from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, load_weights, step_of
+from llmkit.training.state import (
+    TrainerState,
+    damage,
+    load_optimizer_tensors,
+    load_trainer_state,
+    load_weights,
+    step_of,
+)
 from llmkit.training.step import Training
 
 
@@ -36,12 +43,15 @@ def find_before(t: Training, keeper: Keeper, first: int) -> TrainerState:
 
 
 def _find(t: Training, keeper: Keeper, first: int) -> TrainerState:
-    keeper.failure(wait=True)
+    keeper.wait()
     held = keeper.state
     if held is not None and held.step < first and all_finite(keeper.weights.values()):
         return held
-    for checkpoint in reversed(t.directory.checkpoints()):
-        if step_of(checkpoint) < first:
+    checkpoints = t.directory.checkpoints()
+    before = [checkpoint for checkpoint in checkpoints if step_of(checkpoint) < first]
+    # Where --keep has removed those, the oldest that is left: better than the start.
+    for checkpoint in reversed(before or (checkpoints[:1] if t.keep else [])):
+        if damage(checkpoint) is None:
             state, weights = load_trainer_state(checkpoint), load_weights(checkpoint)
             if all_finite(weights.values()):
                 keeper.copy(state, weights.items(), load_optimizer_tensors(checkpoint).items())

@@ -47,9 +47,10 @@ def main() -> None:
         named = [d["id"] for e in back for d in e["documents"]]
         other = [f"step {e['step']}: {e['cause']}, back to {e['to']}" for e in back if not e["skipped"]]
         kept = [n for n in RARE if n not in skipped]
+        odd = {e["step"] for e in events(work / f"poisoned{processes}", "spike")} & set(RARE)
         ratios = [poisoned[n + AFTER] / clean[n + AFTER] for n in POISON]
         held = [last_heldout(work / f"{name}{processes}") for name in ("poisoned", "clean")]
-        print(f"| {processes} | {skipped} | {', '.join(named)} | {'; '.join(other)} | {len(kept)} of {len(RARE)} taken | {', '.join(f'{r:.4f}' for r in ratios)} | {held[0] / held[1]:.4f} |")  # fmt: skip
+        print(f"| {processes} | {skipped} | {', '.join(named)} | {'; '.join(other)} | {len(kept)} of {len(RARE)} taken, {len(odd)} of them looked at | {', '.join(f'{r:.4f}' for r in ratios)} | {held[0] / held[1]:.4f} |")  # fmt: skip
 
 
 def last_heldout(run: Path) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from llmkit.io.lineage import Input, Lineage
 from llmkit.model.decoder import Decoder
 from llmkit.training import distributed
 from llmkit.training.data import HeldOutSource, StreamSource
+from llmkit.training.guard import Guard, Verdict
 from llmkit.training.objectives import next_token
 from llmkit.training.parallel import layout_named, local
 from llmkit.training.schedule import named
@@ -38,8 +41,11 @@ def train(
     poisoned: bool = False,
     optimizer: str = "adamw",
 ) -> None:
-    """Train for 20 steps of 3 rows and a ragged last one of 1; `poisoned`: after step 8 an embedding of the first process is no number, once."""
-    struck = []
+    """Train for 20 steps of 3 rows and a ragged last one of 1, two of them odd; `poisoned`: after step 8 an embedding of the first process is no number, once."""
+    struck, judge = [], Guard.judge
+
+    def doubtful(self: Guard, step: int, figures: Sequence[float]) -> Verdict:
+        return Verdict.ODD if step in (6, 7) else judge(self, step, figures)
 
     def report(record: dict[str, object]) -> None:
         if poisoned and record["step"] == 8 and not struck:
@@ -49,7 +55,10 @@ def train(
     source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
     plan = named("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
     settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10, optimizer=optimizer)
-    with open_run(str(path), resume=resume, force=False, main=processes.main) as directory:
+    with (
+        patch.object(Guard, "judge", doubtful),
+        open_run(str(path), resume=resume, force=False, main=processes.main) as directory,
+    ):
         processes.wait()
         opened = Session(settings, processes, directory)
         opened.begin(Lineage("train", {"seed": 0}), [Input("input", "data", "xxh3:0")], 3, 32, "seed = 0\n")

@@ -88,7 +88,7 @@ def test_poison_is_skipped_and_named_and_the_rare_stays(poisoned: Path, tmp_path
     kept = {e["step"] for e in events(poisoned, "spike")}
     assert {i // 2 + 1 for i in RARE} <= kept
     train(tmp_path / "clean", documents(False))
-    last = [[r["loss"] for r in read_metrics(run / "metrics.jsonl")][-1] for run in (poisoned, tmp_path / "clean")]
+    last = [list(read_metrics(run / "metrics.jsonl"))[-1]["loss"] for run in (poisoned, tmp_path / "clean")]
     assert last[0] == pytest.approx(last[1], rel=0.02)
 
 

@@ -283,7 +283,7 @@ def test_run_whose_every_loss_is_no_number_gives_up(train: Train, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("file", "how"),
-    [("state/optimizer.safetensors", "cut"), ("model.safetensors", "flip"), ("config.json", "remove"), ("state/digests.json", "remove")],
+    [("state/optimizer.safetensors", "cut"), ("model.safetensors", "flip"), ("model.safetensors", "remove"), ("config.json", "remove"), ("state/digests.json", "remove")],
 )  # fmt: skip
 def test_damaged_checkpoint_is_passed_over(train: Train, whole: Path, tmp_path: Path, file: str, how: str) -> None:
     """Property: with a file cut, a bit flipped or a file missing the run goes on from the checkpoint before, says so, and ends in the same bytes."""

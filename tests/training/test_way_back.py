@@ -1,0 +1,257 @@
+"""What a run goes back to, and that nothing of the way it left stays: gradients, checkpoints, lines of the log."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_guard import documents, events, log, train, weights
+from test_loop import Train, at_step
+
+from llmkit.cli.run import Run
+from llmkit.errors import LlmkitError, Terminated
+from llmkit.training import distributed, loop, state, watchdog
+from llmkit.training import session as sessions
+from llmkit.training.metrics import MetricsLog, read_metrics
+from llmkit.training.objectives import Result, next_token
+from llmkit.training.state import find_checkpoints, load_trainer_state
+
+
+def harmful(place: Path, after: int) -> Any:
+    """An objective that ruins the embeddings in the step after so many."""
+
+    def objective(model: Any, batch: Any, scale: float) -> Result:
+        if model.training and len(log(place)) == after:
+            with torch.no_grad():
+                embeddings = model.model.embed_tokens.weight
+                embeddings.copy_(embeddings.sort(0).values)
+        return next_token(model, batch, scale)
+
+    return objective
+
+
+def names(run: Path) -> list[str]:
+    return [p.name for p in find_checkpoints(run)]
+
+
+@pytest.fixture(scope="module")
+def undone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that took back steps 41 to 45."""
+    run, patch = tmp_path_factory.mktemp("undone") / "run", pytest.MonkeyPatch()
+    accumulate = loop.accumulate
+
+    def from_nothing(t: Any, *arguments: Any) -> Any:
+        assert all(p.grad is None for p in t.model.parameters())
+        return accumulate(t, *arguments)
+
+    patch.setattr(loop, "accumulate", from_nothing)
+    train(run, documents(False), harmful(run, 40), save_every=30, steps=56)
+    patch.undo()
+    return run
+
+
+def test_what_is_undone_leaves_no_gradient(undone: Path) -> None:
+    """Property: every step starts without gradients, that after a rollback too."""
+    assert [e["skipped"] for e in events(undone, "rollback")] == [[41, 42, 43, 44, 45]]
+
+
+def test_stopped_in_doubt(undone: Path, tmp_path: Path) -> None:
+    """Property: SIGTERM in the middle of doubts leaves a state before them too, whatever --keep says; the resumed run goes back to it and ends in the same bytes."""
+    run = tmp_path / "run"
+    with pytest.raises(Terminated):
+        stop = at_step(43, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train(run, documents(False), harmful(run, 40), keep=1, save_every=30, steps=56, report=stop)
+    assert names(run) == ["step-00000030", "step-00000043"]
+    train(run, documents(False), harmful(run, 40), keep=1, save_every=30, steps=56)
+    assert [(e["to"], e["skipped"]) for e in events(run, "rollback")] == [(30, [41, 42, 43, 44, 45])]
+    assert weights(run) == weights(undone)
+    assert names(run) == ["step-00000056"]
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss scaler as fp16 has it, on the CPU."""
+
+    def start(*arguments: Any) -> distributed.Processes:
+        found = distributed.start(*arguments)
+        found.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        return found
+
+    monkeypatch.setattr(sessions, "start", start)
+
+
+def breaking(run: Path, after: int, times: int) -> Any:
+    """(objective, report) of a run whose weights are no numbers after that step, so many times."""
+    models: list[Any] = []
+
+    def objective(model: Any, batch: Any, scale: float) -> Result:
+        models[:] = [model]
+        return next_token(model, batch, scale)
+
+    def report(record: dict[str, Any]) -> None:
+        nonlocal times
+        if record["step"] == after and times and "skipped" not in record:
+            times -= 1
+            with torch.no_grad():
+                models[0].model.embed_tokens.weight[7] = float("nan")
+
+    return {"objective": objective, "report": report}
+
+
+@pytest.mark.usefixtures("scaled")
+def test_guard_with_a_loss_scaler(tmp_path: Path) -> None:
+    """Behaviour: under fp16's scaler poison is skipped, and weights that are no numbers are taken back."""
+    train(tmp_path / "run", steps=66, **breaking(tmp_path / "run", 40, 1))
+    found = {e["step"]: e["cause"] for e in events(tmp_path / "run", "rollback")}
+    assert found == {31: "broken documents", 41: "weights that are no numbers", 47: "broken documents", 62: "broken documents"}  # fmt: skip
+
+
+def test_checkpoints_of_a_way_that_was_left(tmp_path: Path) -> None:
+    """Property: checkpoints behind the place that a run went back to are removed, so that neither --resume nor another rollback comes to them."""
+    run, seen = tmp_path / "run", []
+    broken = breaking(run, 40, 1)
+
+    def report(record: dict[str, Any]) -> None:
+        broken["report"](record)
+        if record["step"] == 21:
+            seen.append((names(run), os.readlink(run / "latest")))
+
+    train(run, documents(False), broken["objective"], report=report)
+    assert seen[1] == (["step-00000020"], "checkpoints/step-00000020")
+    assert names(run) == [f"step-000000{n}" for n in (20, 40, 60, 70)]
+
+
+def test_step_that_breaks_the_weights_every_time(tmp_path: Path) -> None:
+    """Behaviour: where weights are no numbers again after the same steps, the step that left them and the one that found them are skipped."""
+    train(tmp_path / "run", documents(False), steps=40, **breaking(tmp_path / "run", 33, 9))
+    assert [(e["step"], e["skipped"]) for e in events(tmp_path / "run", "rollback")] == [(34, []), (34, [33, 34])]
+
+
+def test_nothing_before_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where --keep has removed what a run would go back to, it takes the oldest checkpoint that is left, not the start."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop.Guard, "again", lambda self, first: True)  # ten steps further back
+    train(run, documents(False), harmful(run, 40), keep=1, save_every=36, steps=50)
+    assert [(e["to"], e["skipped"][0]) for e in events(run, "rollback")] == [(36, 31)]
+
+
+def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: SIGTERM in a step, with the checkpoint of the one before still being written, is an end like any other."""
+    run, calls, write = tmp_path / "run", 0, state.write_safetensors
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        write(*arguments)
+
+    def objective(model: Any, batch: Any, scale: float) -> Result:
+        nonlocal calls
+        calls += 1
+        if calls == 7:  # step 4
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token(model, batch, scale)
+
+    monkeypatch.setattr(state, "write_safetensors", slow)
+    with pytest.raises(Terminated):
+        train(run, objective=objective)
+    assert names(run) == ["step-00000003"]
+
+
+def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: SIGUSR1 while the processes agree is heard the next time; before the first step it waits, after the last one it is ignored."""
+    add, due = distributed.Processes.add, []
+
+    def late(self: Any, values: Any) -> list[float]:
+        if due and len(values) == 4:
+            due.clear()
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return add(self, values)
+
+    monkeypatch.setattr(distributed.Processes, "add", late)
+    train(tmp_path / "run", report=at_step(7, lambda: due.append(1)))
+    assert "step-00000008" in names(tmp_path / "run")
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    with sessions.session(sessions.Settings(str(tmp_path / "other"))):
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_samples_on_a_full_disk(train: Train, tmp_path: Path) -> None:
+    """Behaviour: what is shown at a checkpoint and finds no room is told of; the run goes on."""
+    said: list[str] = []
+
+    def act(model: Any, step: int) -> dict[str, float]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    train(tmp_path / "run", at_checkpoint=[act], say=said.append)
+    assert len(said) == 6 and "No space left" in said[0]
+
+
+def test_warnings_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where stderr goes to a file that finds no room, a warning is lost and nothing else."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False)
+        Run("train", values | {"jobs": 1, "seed": 0}, {}, {}).warn("the disk is full")
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what it holds back goes there
+
+
+def test_watchdog_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: what may take long is no hang; afterwards silence is one again."""
+    dog, reported = watchdog.Watchdog(0, 1, 0.3, lambda *_, **__: None), []
+    monkeypatch.setattr(dog, "_report", reported.append)
+    dog.patient = True
+    dog.start()
+    time.sleep(0.8)
+    assert not reported
+    dog.patient = False
+    time.sleep(0.8)
+    dog.stop()
+    assert reported
+
+
+def test_waiting_lines_are_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: lines of undone steps that a full disk has not taken yet are not written later."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1})
+    file = log._file
+
+    class Full:
+        truncate = file.truncate
+
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log, "_file", Full())
+    for step in (2, 3, 4):
+        log.write({"step": step})
+    log.cut(2)
+    assert log.last == {"step": 2}
+    monkeypatch.setattr(log, "_file", file)
+    log.write({"step": 3, "skipped": True})
+    log.close()
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": 1}, {"step": 2}, {"step": 3, "skipped": True}]
+
+
+@pytest.mark.parametrize(
+    "damage", [{"guard": {"history": [[10**400, 1, 1]]}}, {"noise": ["a", 1, 1]}, {"guard": {"reference": {}}}, {"step": 17}]
+)  # fmt: skip
+def test_hostile_state_is_one_line(train: Train, tmp_path: Path, damage: dict[str, Any]) -> None:
+    """Behaviour: a state whose digests are right and whose memory of the guard or the noise is none is refused, without a traceback."""
+    with pytest.raises(Terminated):
+        train(tmp_path / "run", report=at_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    (checkpoint,) = find_checkpoints(tmp_path / "run")
+    file = checkpoint / "state" / "trainer.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | damage))
+    load_trainer_state(checkpoint)
+    (checkpoint / "state" / "digests.json").write_text(json.dumps(state._digests(checkpoint)))
+    with pytest.raises(LlmkitError, match="not a readable trainer state"):
+        train(tmp_path / "run", resume=True)
