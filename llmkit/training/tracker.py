@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 def check_tracker(name: str) -> None:
     """LlmkitError where there is no such tracker, or its package is missing."""
+    from accelerate import tracking
+
     if name not in TRACKERS:
         raise unknown_name("--tracker", name, TRACKERS)
-    packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
-    if not any(map(find_spec, packages)):  # Accelerate's own check speaks through a logger that wants a run
+    # Not `filter_trackers`, which speaks of what is missing through a logger that there is in a run alone.
+    if name not in map(str, tracking.get_available_trackers()):
         raise LlmkitError(f"--tracker {name}: the package {name} is not installed", f"pip install 'llmkit[{name}]'")
 
 

@@ -159,6 +159,10 @@ def test_existing_output(call: Call, place: Path) -> None:
     assert call("average", "a", "b", "--method", "weighted", "--weights", "1,3", "-o", "out")[0] == 0
     assert call("average", "a", "b", "-f", "-o", "out")[0] == 0
     assert is_mean(place / "out", {place / "a": 0.5, place / "b": 0.5})
+    for model, output in (("run", "run"), ("run/checkpoints/step-00000005", "run"), ("a", "a")):
+        code, _, err = call("average", model, "b", "-f", "-o", output)
+        assert code == 2 and f"{model} is in the output {output}" in err
+    assert (place / "run" / "final").exists()
 
 
 def test_script_makes_it_again(call: Call, place: Path) -> None:

@@ -161,9 +161,8 @@ class TestTrackers:
     def test_every_number_arrives(self, fake: list[Any], tmp_path: Path) -> None:
         """Behaviour: options at first, then the finite numbers of each record at its step, then the end."""
         from llmkit.training.distributed import start
-        from llmkit.training.tracker import Tracker, check_tracker
+        from llmkit.training.tracker import Tracker
 
-        check_tracker("fake")
         tracker = Tracker("fake", start("fp32").accelerator, tmp_path / "run", {"lr": 0.1, "data": ["a"]})
         tracker.log({"step": 3, "loss": 2.5, "grad_norm": float("inf"), "note": "text"})
         tracker.finish()
@@ -171,10 +170,11 @@ class TestTrackers:
 
     def test_missing_packages_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Behaviour: an unknown name, and a package that is not installed, are one line each."""
-        from accelerate import tracking
+        from accelerate import PartialState, tracking
 
         from llmkit.training.tracker import check_tracker
 
+        PartialState._reset_state()  # as in a call that has just begun
         monkeypatch.setattr(tracking, "get_available_trackers", list)
         with pytest.raises(LlmkitError, match="the package wandb is not installed") as caught:
             check_tracker("wandb")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
-from llmkit.training import loop, metrics, state, step
+from llmkit.training import loop, metrics, session, state, step
 from llmkit.training.metrics import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token
 from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
@@ -327,9 +328,18 @@ def test_full_disk(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(state, "write_safetensors", full)
     train(run, heldout=True, eval_every=4, say=said.append, keep=1)
     assert weights(run) == weights(whole)
-    assert "No space left on device" in said[0] and "step-00000003" in said[0]
+    assert "No space left on device" in said[0] and "step-00000003" in said[0] and not said[1:]
     failed = [e["step"] for e in events(run) if e["event"] == "save failed"]
     assert failed and 6 <= failed[0] <= 8 and not list((run / "checkpoints").glob(".*"))
+
+
+def test_run_that_ends_worse_than_a_guess(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: it is said, with what to do."""
+    said: list[str] = []
+    fit = session.fit
+    monkeypatch.setattr(session, "fit", lambda training: fit(replace(training, chance=1.0)))
+    train(tmp_path / "run", max_rollbacks=0, say=said.append)
+    assert "lower the learning rate" in said[-1]
 
 
 def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

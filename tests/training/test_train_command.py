@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
+from llmkit.errors import LlmkitError
 from llmkit.io.lineage import read_lineage
 from llmkit.training.metrics import read_metrics
-from llmkit.training.state import load_trainer_state
+from llmkit.training.state import load_trainer_state, open_run
 
 
 @pytest.fixture
@@ -137,6 +138,21 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert losses("y")[2] != losses("z")[2]
     assert train("run", *data, "--from", "step-00000005", "-o", "w", command="anneal") == 1
     assert "it has 4, 8" in capsys.readouterr().err
+    # The script keeps the checkpoint that was the start, however it was named.
+    assert train("run/checkpoints/step-00000004", *data, "-o", "named4", command="anneal") == 0
+    for made, start in (("from4", "run "), ("named4", "run/checkpoints/step-00000004 ")):
+        assert run_command("lineage", [made, "--script"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2].endswith('--save-every 4 -o "$OUT"/run') and f'llmkit anneal "$OUT"/{start}' in lines[-1]
+    # A damaged start, and one with what is no number.
+    file = Path("run/checkpoints/step-00000004/state/optimizer.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    assert train("run", *data, "--from", "4", "-o", "w", command="anneal") == 1
+    assert "step-00000004: state/optimizer.safetensors is not what was written" in capsys.readouterr().err
+    content = Path("bare/model.safetensors").read_bytes()
+    Path("bare/model.safetensors").write_bytes(content[:-4] + np.float32("nan").tobytes())
+    assert train("bare", *data, "--lr", "1e-3", "-o", "w", command="anneal") == 1
+    assert "holds what is no number" in capsys.readouterr().err and not Path("w").exists()
 
 
 def test_ramps_and_ends(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +309,7 @@ def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) 
         assert train(*data, *wrong, "-o", "x") == 2
         assert message in capsys.readouterr().err
     assert train("run", "shards", "--tokens", "1k", "-q", "-o", "ended", "--ramp", "sqrt", command="anneal") == 0
+    Path("ended/final/state/digests.json").unlink()
     Path("ended/final/state/trainer.json").write_text(
         Path("ended/final/state/trainer.json").read_text().replace('"rate": ', '"rate": 0.0, "_": ')
     )
@@ -324,6 +341,7 @@ def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.Captur
         (("shards", "-m", "tiny", "-o", "x", "--schedule", "cosin"), 2, "did you mean 'cosine'?"),
         (("shards", "-m", "tiny", "-o", "x", "--lr", "0"), 2, "--lr"),
         (("shards", "-m", "tiny", "-o", "x", "--precision", "fp12"), 2, "unknown precision"),
+        (("shards", "-m", "tiny", "-o", "x", "--precision", "fp8"), 2, "fp8 needs"),
         (("shards", "-m", "tiny", "-o", "x", "--heldout", "other.arrow"), 1, "another tokenizer"),
         (("shards", "-m", "tiny", "-o", "x", "--recipe", "ambr"), 2, "did you mean 'amber'?"),
         (
@@ -340,7 +358,7 @@ def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.Captur
         (("shards", "-m", "tiny", "-o", "x", "--betas", "0.9,1"), 2, "--betas"),
         (("shards", "-m", "tiny", "-o", "no/where"), 1, "mkdir"),
         (("shards", "-m", "tiny", "-o", "shards"), 1, "shards exists"),
-        (("shards", "-m", "tiny", "-o", "shards", "-f"), 1, "is not a run"),
+        (("shards", "-m", "tiny", "-o", "shards", "-f"), 2, "shards is in the output shards"),
     ],
 )
 def test_bad_calls(
@@ -363,6 +381,17 @@ def test_bad_calls(
     assert train(*arguments, "-q") == code
     assert message in capsys.readouterr().err
     assert not (place / "x").exists()
+
+
+def test_failed_start_leaves_nothing(tmp_path: Path) -> None:
+    """Behaviour: an error before the first step takes the directory away again, not so a signal, nor where something was to be resumed."""
+    config = tmp_path / "run" / "config.toml"
+    cases = ((LlmkitError("", ""), False, False), (KeyboardInterrupt(), False, True), (LlmkitError("", ""), True, True))
+    for error, resume, stays in cases:
+        with pytest.raises(type(error)), open_run(str(tmp_path / "run"), resume=resume, force=False):
+            config.write_text("")
+            raise error
+        assert config.exists() == stays == config.parent.exists()
 
 
 def test_dry_run_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
