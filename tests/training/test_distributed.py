@@ -269,7 +269,7 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert launch(1, ({0: 69}, begin), ({0: 69}, begin))[0] == ExitCode.LOST
     with pytest.raises(LlmkitError, match=r"killed by signal 9 \(rank 1\)") as error:
         launch(0, ({1: -9}, begin))
-    assert "--max-restarts" in error.value.hint
+    assert "--max-restarts" in error.value.hint and error.value.code == ExitCode.LOST
 
 
 def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
