@@ -3,7 +3,7 @@
     python tests/bench/poison.py [--work DIR] > tests/bench/poison.md
 
 Three documents of 512 tokens (half a step each) are broken: random bytes as text, one token repeated, random bytes again; at another step a row of
-the embedding becomes NaN; two steps begin with source code, which is no more than rare. The clean run reads ordinary text of the same length in
+the embedding becomes NaN; two steps begin with Georgian, which is no more than rare. The clean run reads ordinary text of the same length in
 the places of the three.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     work = parser.parse_args().work or Path(tempfile.mkdtemp(prefix="poison-"))
     prepare(work, STEPS, POISON, RARE)
     print(f"# Poison\n\n{time.strftime('%Y-%m-%d')}, two shared CPU cores, torch {torch.__version__}, Python {platform.python_version()}. `python tests/bench/poison.py`\n")  # fmt: skip
-    print(f"{STEPS} steps of 1,024 tokens; poison at steps {', '.join(f'{n} ({what})' for n, what in POISON.items())}; a NaN at step {NAN_AT}; source code, which is rare, at {RARE[0]} and {RARE[1]}.\n")  # fmt: skip
+    print(f"{STEPS} steps of 1,024 tokens; poison at steps {', '.join(f'{n} ({what})' for n, what in POISON.items())}; a NaN at step {NAN_AT}; Georgian, which nothing else is in, at {RARE[0]} and {RARE[1]}.\n")  # fmt: skip
     print(f"| processes | skipped | named | other rollbacks | rare steps | loss {AFTER} steps later, over clean | last held-out loss, over clean |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for processes in (1, 2):
         for name in ("clean", "poisoned"):

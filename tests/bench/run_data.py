@@ -1,20 +1,21 @@
 """Data, models and disturbances for benchmarks of training runs: real text with known poison in it, and processes that are killed at chosen places.
 
-Text is Python's own language reference (pydoc_data); the rare domain is source code of the standard library. `prepare` writes token shards in which
+Text is Python's own language reference (pydoc_data); the rare domain is Georgian, of which the vocabulary and the model know nothing. `prepare` writes token shards in which
 document i of the clean and of the poisoned set has the same number of tokens, so that step n reads the same batch in both, poison apart.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import random
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+
+import zstandard
+from peers import SHARED
 
 SIZE = 512  # tokens a document; half a step
 STEP_TOKENS = 1024
@@ -27,7 +28,7 @@ TRAIN = ("-m", "model.json", "--batch-size", "8", "--sequence-length", "128", "-
 
 def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ...]) -> None:
     """clean/ and poisoned/ shards, heldout.arrow and model.json in `place`, for `steps` steps. `poison` maps steps to "noise" or "repetition": the first
-    document of that step; `rare` steps begin with source code in both."""
+    document of that step; `rare` steps begin with Georgian in both."""
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,7 +48,9 @@ def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ..
     config = {"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     info = parse_tokenizer({"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}, "bench")
     ids = tokenizer.encode(text).ids
-    code = tokenizer.encode(inspect.getsource(textwrap) + inspect.getsource(inspect)).ids
+    packed = (SHARED / "lang" / "udhr_xml_text.jsonl.zst").read_bytes()
+    rows = map(json.loads, zstandard.ZstdDecompressor().stream_reader(packed).read().splitlines())
+    foreign = tokenizer.encode(next(row["text"] for row in rows if row["iso639_3"] == "kat")).ids
     pieces = [ids[at : at + SIZE - 1] for at in range(0, len(ids) - SIZE, SIZE - 1)]
     held, ordinary = pieces[::20], [piece for i, piece in enumerate(pieces) if i % 20]
     draw = random.Random(0)
@@ -59,7 +62,7 @@ def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ..
             tokens, name = ordinary[i % len(ordinary)], f"text-{i}"
             if step in rare:
                 at = rare.index(step) * SIZE
-                tokens, name = code[at : at + SIZE - 1], f"code-{i}"
+                tokens, name = foreign[at : at + SIZE - 1], f"georgian-{i}"
             if step in poison and poisoned:
                 name = f"{poison[step]}-{i}"
                 bad = random.Random(step)
