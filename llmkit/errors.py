@@ -19,7 +19,7 @@ class ExitCode(IntEnum):
     ERROR = 1  # run-time error: bad data, full disk, missing file
     USAGE = 2  # the command line itself is wrong
     LOST = 69  # another process of the group is gone or hangs, or the device is (EX_UNAVAILABLE)
-    LOCKED = 75  # another run holds the output (EX_TEMPFAIL: try again later)
+    LOCKED = 75  # another run holds the output, or the time is over (EX_TEMPFAIL: try again later)
     INTERRUPTED = 130  # SIGINT
     BROKEN_PIPE = 141  # the reader of our stdout went away
     TERMINATED = 143  # SIGTERM
@@ -48,6 +48,18 @@ class UsageError(LlmkitError):
 
 class LockedError(LlmkitError):
     """Another run holds the lock on the output."""
+
+    code = ExitCode.LOCKED
+
+
+class LostError(LlmkitError):
+    """Another process of the group, or the device, is gone."""
+
+    code = ExitCode.LOST
+
+
+class UnfinishedError(LlmkitError):
+    """The time is over; the same call with --resume goes on."""
 
     code = ExitCode.LOCKED
 

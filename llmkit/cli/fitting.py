@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.options import NEUTRAL, Run, toml_value
+from llmkit.cli.options import NEUTRAL, Run, parse_share, toml_value
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
@@ -41,7 +41,7 @@ Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Times that every r
 TooLong = Annotated[str, typer.Option("--too-long", metavar="HOW", help="Rows longer than the sequence: drop, or truncate at the end", rich_help_panel=STEPS)]
 Rate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate; by default one that suits the model's size", rich_help_panel=OPTIMISER)]
 ScheduleName = Annotated[str, typer.Option("--schedule", metavar="NAME", help="cosine, linear, wsd (warm-up, stable, decay) or constant", rich_help_panel=OPTIMISER)]
-Warmup = Annotated[float, typer.Option("--warmup", min=0, help="Tokens over which the rate rises; below 1 a share of all", rich_help_panel=OPTIMISER)]
+Warmup = Annotated[float, typer.Option("--warmup", parser=parse_share, metavar="TOKENS", help="Tokens over which the rate rises; below 1 a share of all", rich_help_panel=OPTIMISER)]
 Floor = Annotated[float, typer.Option("--min-lr", help="Last learning rate, relative to the highest", rich_help_panel=OPTIMISER)]
 Decay = Annotated[float, typer.Option("--decay", help="Share of all tokens over which wsd decays", rich_help_panel=OPTIMISER)]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0, help="On matrices; never on embeddings, norms and biases", rich_help_panel=OPTIMISER)]

@@ -30,6 +30,7 @@ __all__ = [
     "command",
     "count_option",
     "parse_count",
+    "parse_share",
     "toml_value",
 ]
 
@@ -55,6 +56,17 @@ def parse_count(text: Any) -> int:
     except (ValueError, OverflowError, InvalidOperation):
         raise typer.BadParameter(f"{text!r} is not a count such as 5000, 10k, 2.5M or 1B") from None
     return int(value)
+
+
+def parse_share(text: Any) -> float:
+    """A share below 1, or a count of tokens such as 5000 or 50k."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float(parse_count(text))
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is no share or count of tokens")
+    return value
 
 
 def count_option(*names: str, help: str, **more: Any) -> Any:

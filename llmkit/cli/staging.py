@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.fitting import OPTIMISER, STEPS, groups
-from llmkit.cli.options import Run, parse_count
+from llmkit.cli.options import Run, parse_count, parse_share
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help
 BatchWarmup = Annotated[str | None, typer.Option("--batch-warmup", metavar="SIZES", help="Smaller batches first: 8:1M,16:4M is 8 until 1M tokens, 16 until 4M", rich_help_panel=STEPS)]
 LengthWarmup = Annotated[str | None, typer.Option("--length-warmup", metavar="SIZES", help="Shorter sequences first, as many more of them a step: 512:1M,1024:4M", rich_help_panel=STEPS)]
 ScheduleName = Annotated[str | None, typer.Option("--schedule", metavar="NAME", help="cosine (the default), linear, sqrt, wsd (warm-up, stable, decay) or constant", rich_help_panel=OPTIMISER)]
-Warmup = Annotated[float | None, typer.Option("--warmup", min=0, help="Tokens over which the rate rises; below 1 a share of all; by default 0.05", rich_help_panel=OPTIMISER)]
+Warmup = Annotated[float | None, typer.Option("--warmup", parser=parse_share, metavar="TOKENS", help="Tokens over which the rate rises; below 1 a share of all; by default 0.05", rich_help_panel=OPTIMISER)]
 Floor = Annotated[float | None, typer.Option("--min-lr", help="Last learning rate, relative to the highest; by default 0.1", rich_help_panel=OPTIMISER)]
 Decay = Annotated[float | None, typer.Option("--decay", help="Share of all tokens over which wsd decays; by default 0.2", rich_help_panel=OPTIMISER)]
 DecayShape = Annotated[str | None, typer.Option("--decay-shape", metavar="NAME", help="How wsd decays: linear (the default), sqrt or cosine", rich_help_panel=OPTIMISER)]

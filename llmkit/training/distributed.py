@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llmkit.errors import ExitCode, LlmkitError, UsageError
+from llmkit.errors import LostError, UsageError
 from llmkit.model.runtime import check_fp8
 from llmkit.model.safetensors import layout_of
 from llmkit.training.pace import Stopwatch
@@ -33,12 +33,6 @@ from llmkit.training.watchdog import Watchdog
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "cuda error")
-
-
-class LostError(LlmkitError):
-    """Another process of the group, or the device, is gone."""
-
-    code = ExitCode.LOST
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from llmkit.errors import ExitCode, LlmkitError
+from llmkit.errors import ExitCode, LostError
 from llmkit.training.state import CONFIG, RunDirectory
 
 SHUTDOWN_SECONDS = 600  # what a stopped group may take to save
@@ -66,9 +66,7 @@ def _groups(run: RunDirectory, count: int, arguments: Sequence[str], restarts: i
             if code > 0:  # it has said what happened
                 return code
             hint = "go on with --resume" + ("" if restarts else "; --max-restarts does so by itself")
-            gone = LlmkitError(f"a training process was killed by signal {-code} (rank {rank})", hint)
-            gone.code = ExitCode.LOST
-            raise gone
+            raise LostError(f"a training process was killed by signal {-code} (rank {rank})", hint)
         if after[0] is not None and after != before:  # the run has begun: it is gone on with
             os.environ[RESTARTED] = "1"
         if attempt and after[1] == before[1] and count > 1:  # this group did not come to train

@@ -1,8 +1,8 @@
 """The last good state of a run on the host, and its way to disk while training goes on.
 
 There is one copy: weights and moments as they were after some step (4 bytes each: 12 bytes a parameter with AdamW in float32). A rollback is taken
-from it; a checkpoint is written from it by a thread, which syncs every file, digests it and renames the directory (training.state). While it is
-being written it is not renewed; a rollback then goes back a little further, and comes to the same weights again.
+from it; a checkpoint is written from it by a thread, which syncs every file, digests it and renames the directory (training.state). It is renewed
+when that is done.
 
 A disk that is full does not end a run: the checkpoint before stays, the failure is reported, and the next step that may tries again.
 """

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmkit.errors import ExitCode, LlmkitError
+from llmkit.errors import LlmkitError, UnfinishedError
 from llmkit.training.curves import smoothed
 from llmkit.training.diagnosis import suspects
 from llmkit.training.environment import machine
@@ -40,8 +40,10 @@ from llmkit.training.watch import Watch
 from llmkit.training.way_back import all_finite, find_before, hold, place, weights_of
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
-HOLD_SHARE = 0.01  # of the time may go into copies for rollbacks
-HOLD_STEPS = 10  # at least between them
+# Between copies for rollbacks lie so many steps, and where copying is slow beside computing so many tokens: about 1 % of the time. Not the clock
+# decides: what a step is compared with must be the same in a run that was killed.
+HOLD_STEPS = 10
+HOLD_TOKENS = {"cuda": 1 << 24}
 NAMED = 1000  # documents in one event
 
 
@@ -60,11 +62,9 @@ def fit(training: Training) -> dict[str, Any]:
         training.say(f"stopped after step {loop.step:,}; --resume goes on from there")
         signals.raise_it()
     if loop.out_of_time:
-        error = LlmkitError(
+        raise UnfinishedError(
             f"{training.max_hours:g} hours are over at step {loop.step:,}", "--resume goes on from there"
         )
-        error.code = ExitCode.LOCKED
-        raise error
     return outcome
 
 
@@ -90,11 +90,13 @@ class Loop:
         self._save_every = t.save_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._owed = False  # a checkpoint
-        self._due = False  # a copy to go back to
+        self._hold_every = max(
+            HOLD_STEPS, HOLD_TOKENS.get(t.processes.device.type, 0) // (t.state.batch_size * t.state.length)
+        )
         self._told: Path | str | None = ""  # the checkpoint behind which none could be stored, which was said
         self._stored = self.step  # the last step that a checkpoint was begun at
         self._seconds = 0.0  # that the last step took
-        self._held = (0, 0.0, 0.0)  # step, time and cost of the last copy
+        self._copying = 0.0  # seconds that the last copy took
         self._started = time.monotonic()
 
     def close(self) -> None:
@@ -319,22 +321,16 @@ class Loop:
         """Whether any process was told to stop, or the time is over; every process gets the same answer."""
         t = self.t
         spent = time.monotonic() - self._started
-        late = t.processes.main and spent + self._held[2] + self._seconds > 3600 * t.max_hours
+        late = t.processes.main and spent + self._copying + self._seconds > 3600 * t.max_hours
         self._report(self.keeper.failure())
         asked, self.signals.save = self.signals.save, False  # one that comes from here on is for the next time
-        wishes = (self.signals.number, late, asked or self._owed, self._wants_copy())
-        stop, late_, save, due = t.processes.add([float(wish) for wish in wishes])
-        self._owed, self._due = bool(save), bool(due)
+        wishes = (self.signals.number, late, asked or self._owed)
+        stop, late_, save = t.processes.add([float(wish) for wish in wishes])
+        self._owed = bool(save)
         self.out_of_time = bool(late_) and not stop and self.step < t.source.steps
         if stop and not self.signals.number:
             self.signals.number = signal.SIGTERM  # another process was told to
         return bool(stop or self.out_of_time)
-
-    def _wants_copy(self) -> bool:
-        """Whether the main process finds that a copy is worth its time."""
-        step, when, cost = self._held
-        idle = self.t.processes.main and self.t.max_rollbacks and not self.keeper.writing
-        return bool(idle and self.step - step >= HOLD_STEPS and time.monotonic() - when > cost / HOLD_SHARE)
 
     def _keep_safe(self, stop: bool) -> None:
         """A checkpoint where one is due, else now and then a copy to go back to; none of doubtful states, but where the run ends."""
@@ -344,7 +340,7 @@ class Loop:
             self._save(wait=last or stop)
             if not stop:
                 self._show()
-        elif self._due and not self.guard.since:
+        elif self.t.max_rollbacks and self.step % self._hold_every == 0 and not self.guard.since:
             self._hold()
 
     def _show(self) -> None:
@@ -381,7 +377,7 @@ class Loop:
             noise=self.noise.state(),
         )
         hold(t, self.keeper, state)
-        self._held = (self.step, time.monotonic(), time.monotonic() - began)
+        self._copying = time.monotonic() - began
 
     def _save(self, wait: bool = False) -> None:
         self._owed = False

@@ -2,7 +2,8 @@
 
     RUN/config.toml               resolved options; `-c RUN/config.toml` trains the same again
     RUN/metrics.jsonl             one line a step
-    RUN/events.jsonl              starts, resumptions, stops
+    RUN/events.jsonl              starts, resumptions, stops; spikes, rollbacks and their documents; lost processes
+    RUN/samples.jsonl, RUN/trace/     what the model said to prompts (samples.py); from steps to documents (trace.py)
     RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
         state/optimizer.safetensors   the optimiser's moments by parameter
         state/trainer.json            step, tokens, learning rate, options, digests of the inputs, environment, the guard's memory
@@ -10,9 +11,8 @@
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
 
 A checkpoint is written under a temporary name, synced and renamed, so what bears its name is complete; whether it still is, its digests say
-before a run goes on from it. The state is safetensors and JSON because
-torch's own formats (DCP's metadata, torch.save) are pickles, which run code when they are read. There is no random state: the order of the data
-is a function of the step, and nothing else is drawn after the start.
+before a run goes on from it. The state is safetensors and JSON because torch's own formats (DCP's metadata, torch.save) are pickles, which run code
+when they are read. There is no random state: the order of the data is a function of the step, and nothing else is drawn after the start.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """The state of a run copied to the host and back, over all processes in whatever layout: what rollbacks and checkpoints are made of.
 
 The main process's keeper holds whole tensors, one copy (training.keeper). Every process calls these functions, and hands over or takes its part.
+
+When copies are made depends on the step alone, so a run that was killed has the same to go back to. A checkpoint that a signal asked for is one copy
+more: a rollback from it comes to the same weights, but what a lasting rise is compared with is then a later state than it would have been.
 """
 
 from __future__ import annotations

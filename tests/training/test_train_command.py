@@ -477,3 +477,14 @@ def test_accelerate_launch(place: Path) -> None:
     subprocess.run([*launcher, "train", *SMALL, "-o", "launched"], check=True, capture_output=True)
     assert train(*SMALL, "-o", "one") == 0
     assert losses("launched") == pytest.approx(losses("one"), abs=1e-5)
+
+
+def test_warmup_is_a_share_or_a_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --warmup 1k is 1,000 tokens, 0.25 a share; a negative one or a word is a usage error."""
+    for name, warmup in (("a", "1k"), ("b", "1000"), ("c", "0.25")):
+        assert train(*SMALL, "--warmup", warmup, "-o", name) == 0
+    rates = [[record["lr"] for record in read_metrics(f"{name}/metrics.jsonl")] for name in "abc"]
+    assert rates[0] == rates[1] and rates[2] == pytest.approx(rates[1], rel=0.02)
+    for wrong in ("-1", "many", "nan"):
+        assert train(*SMALL, "--warmup", wrong, "-o", "x") == 2
+        assert "Traceback" not in capsys.readouterr().err
