@@ -178,8 +178,8 @@ def write_shards(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
         import numpy as np
 
         from llmkit.io.lineage import Lineage
-        from llmkit.io.shards import ShardWriter
-        from llmkit.io.tokenizer import parse_tokenizer
+        from llmkit.shards.tokenizer_info import parse_tokenizer
+        from llmkit.shards.writer import ShardWriter
 
         info = tokenizer or parse_tokenizer(small_tokenizer, "small")
         random = np.random.default_rng(len(lengths) + len(source))

@@ -116,8 +116,8 @@ def main(
         return
     import torch
 
-    from llmkit.io.tokenizer import parse_tokenizer
     from llmkit.model.checkpoint import load_info, load_model
+    from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
     from llmkit.training.data import StreamSource
     from llmkit.training.objectives import next_token

@@ -196,7 +196,7 @@ def _scorer(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[list[L
     import torch
 
     from llmkit.cli.fitting import held_out
-    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training.soup import averaged_decoder, heldout_loss
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader
     from llmkit.io.lineage import Input
     from llmkit.io.order import OrderedTokens
-    from llmkit.io.store import TokenStore
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
+    from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource, Source, StreamSource
     from llmkit.training.groups import Groups
     from llmkit.training.session import Session, Settings
@@ -276,7 +276,7 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
     import numpy as np
 
     from llmkit.io.packing import PADDING
-    from llmkit.io.store import TokenStore
+    from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource
     from llmkit.training.groups import document_groups
 

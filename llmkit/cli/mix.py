@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llmkit.io.lineage import Input
     from llmkit.io.order import Order
     from llmkit.io.plan import Plan
-    from llmkit.io.shards import TokenStore
+    from llmkit.shards.writer import TokenStore
     from llmkit.tokens.curriculum import Stage
     from llmkit.tokens.pool import Count
 
@@ -193,7 +193,7 @@ def _mix_shards(
     from llmkit.io.holdout import held_out
     from llmkit.io.order import OrderedTokens, usable
     from llmkit.io.plan import Plan, PlannedSource
-    from llmkit.io.shards import ShardWriter, TokenStore
+    from llmkit.shards.writer import ShardWriter, TokenStore
 
     stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
@@ -248,7 +248,7 @@ def _write_held_out(
     run: Run, directory: Path | None, made: Plan, stores: list[TokenStore], inputs: list[Input]
 ) -> None:
     """Token shards of the documents that the mix keeps out, in the directory of the mix; nothing where there are none."""
-    from llmkit.io.shards import ShardWriter
+    from llmkit.shards.writer import ShardWriter
 
     found = sum(len(source.held_out) for source in made.sources)
     if not found:
@@ -299,7 +299,7 @@ def _mix_documents(
     from llmkit.io.lineage import Input, base_name, digest_path
     from llmkit.io.order import copies_by, resolve
     from llmkit.io.plan import Plan, PlannedSource
-    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 
     count: Count = estimate

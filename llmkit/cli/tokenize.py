@@ -16,8 +16,8 @@ from llmkit.errors import UsageError, unknown_name
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
     from llmkit.io.lineage import Input
-    from llmkit.io.token_files import Block
-    from llmkit.io.tokenizer import TokenizerInfo
+    from llmkit.shards.foreign import Block
+    from llmkit.shards.tokenizer_info import TokenizerInfo
 
     # Whose tokens, the documents, and the inputs for the lineage.
     Found = tuple[TokenizerInfo, Iterable[Block], list[Input]]
@@ -183,7 +183,7 @@ def _encoded(
     engine: Engine,
 ) -> Found | None:
     """Documents to be encoded; None where that was done before."""
-    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens.encode import EncodeOptions, Encoder
     from llmkit.tokens.fim import fill_in_the_middle
 
@@ -214,8 +214,8 @@ def _stored(
 ) -> Found | None:
     """Tokens that are stored already; None where the output has them."""
     from llmkit.io.inputs import STDIN, read_list
-    from llmkit.io.token_files import dataset_prefix
-    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.shards.foreign import dataset_prefix
+    from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens.convert import stored
 
     run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
@@ -284,9 +284,9 @@ def _writer(
     """What stores documents in that form, a context manager, and how it is given a block of them."""
     import numpy as np
 
-    from llmkit.io.shard_part import as_arrow, coded
-    from llmkit.io.shards import ShardWriter
-    from llmkit.io.token_files import TokenFileWriter
+    from llmkit.shards.foreign import TokenFileWriter
+    from llmkit.shards.part import as_arrow, coded
+    from llmkit.shards.writer import ShardWriter
     from llmkit.tokens.convert import text_lines, token_lines
 
     if form in ("jsonl", "documents"):

@@ -12,8 +12,8 @@ from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.io.tokenizer import TokenizerInfo
     from llmkit.model.config import ModelConfig
+    from llmkit.shards.tokenizer_info import TokenizerInfo
 
 
 @command(
@@ -114,9 +114,9 @@ def main(
     import torch
 
     from llmkit.io.lineage import base_name, describe_input
-    from llmkit.io.tokenizer import parse_tokenizer
     from llmkit.model.checkpoint import load_info, load_model
     from llmkit.model.decoder import Decoder
+    from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
     from llmkit.training.objectives import next_token
     from llmkit.training.recipe import is_path, read_recipe

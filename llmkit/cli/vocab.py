@@ -59,7 +59,7 @@ def main(
     """
     from llmkit.engine.local import Local
     from llmkit.io.atomic import atomic_directory, check_output
-    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.tokens import vocabulary
     from llmkit.tokens.pretokenize import pattern as find_pattern
 

@@ -13,7 +13,7 @@ from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader
-    from llmkit.io.tokenizer import TokenizerInfo
+    from llmkit.shards.tokenizer_info import TokenizerInfo
     from llmkit.tokens.extend import Extended
 
 
@@ -52,7 +52,7 @@ def main(
     """
     from llmkit.io.atomic import atomic_directory, check_output
     from llmkit.io.lineage import describe_input
-    from llmkit.io.tokenizer import load_tokenizer_info
+    from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens import extend
     from llmkit.tokens.pretokenize import gguf_warning
 

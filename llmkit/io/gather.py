@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from llmkit.io.order import OrderedTokens
 from llmkit.io.packing import PADDING
-from llmkit.io.shard_part import Names, Tokens, numbers, text_array, text_bytes
-from llmkit.io.shards import BATCH_DOCUMENTS, ShardWriter
-from llmkit.io.store import TokenStore
+from llmkit.shards.part import Names, Tokens, numbers, text_array, text_bytes
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.writer import BATCH_DOCUMENTS, ShardWriter
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.io.shard_part import text_bytes
-from llmkit.io.store import TokenStore
+from llmkit.shards.part import text_bytes
+from llmkit.shards.reader import TokenStore
 
 Keys = NDArray[np.uint64]
 

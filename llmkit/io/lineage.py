@@ -99,7 +99,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
     """Digest of a file's content (decompressed where it is compressed, web archives apart) or of a directory (names and digests of its files, sorted).
 
     Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
-    final model. Token shards and mix plans have digests of their own (io/shards.py, io/plan.py): of the documents, and of what decides
+    final model. Token shards and mix plans have digests of their own (shards/writer.py, io/plan.py): of the documents, and of what decides
     the order, not of where the shards lie. `known` holds digests of files of the directory that were taken while they were read.
     """
     if is_remote(str(path)):
@@ -114,7 +114,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
         if found:
             return found
     if path.suffix == ".arrow" or (path.is_dir() and any(path.glob("*.arrow"))):
-        from llmkit.io.shards import shard_digest
+        from llmkit.shards.writer import shard_digest
 
         return shard_digest(path)
     if path.is_dir():
@@ -175,7 +175,7 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if path.suffix == ".safetensors":
         return _parse(read_safetensors_metadata(path).get("llmkit"))
     if path.suffix == ".arrow":
-        from llmkit.io.shards import read_shard_lineage
+        from llmkit.shards.writer import read_shard_lineage
 
         return _parse(read_shard_lineage(path))
     if path.suffix == ".parquet":

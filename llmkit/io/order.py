@@ -31,10 +31,10 @@ from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, describe_input
 from llmkit.io.packing import PADDING, packed
 from llmkit.io.plan import PLAN_NAME, Plan, located, read_plan
-from llmkit.io.shard_part import Tokens
-from llmkit.io.store import TokenStore
-from llmkit.io.tokenizer import TokenizerInfo
 from llmkit.seeds import derive
+from llmkit.shards.part import Tokens
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 MAX_DOCUMENTS = 1 << 31
 MAX_PASSES = 1 << 16

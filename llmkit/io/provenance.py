@@ -111,7 +111,7 @@ def content_digest(path: str | Path) -> str | None:
     """Digest of an artefact's content, computed anew as its writer did; None for formats that are checked only as someone's input."""
     path = Path(path)
     if path.suffix == ".arrow" or (path.is_dir() and any(path.glob("*.arrow"))):
-        from llmkit.io.shards import shard_digest
+        from llmkit.shards.writer import shard_digest
 
         return shard_digest(path)
     if path.suffix == ".toml" or (path / "plan.toml").is_file():

@@ -89,7 +89,7 @@ def pieces(made: Vocabulary, sizes: Sequence[int]) -> NDArray[np.int32]:
 
 def measure(made: Vocabulary, held: HeldOut, sizes: Sequence[int]) -> Curve:
     """What each of `sizes` makes of the held-out text. LlmkitError where there is none."""
-    from llmkit.io.tokenizer import TokenizerInfo
+    from llmkit.shards.tokenizer_info import TokenizerInfo
 
     if not held.texts:
         raise LlmkitError(

@@ -1,6 +1,6 @@
 """Stored token ids as blocks of documents, counts of blocks, and blocks as JSON lines: of ids, or of texts.
 
-In: token shards, nanoGPT's or Megatron's files (io/token_files.py). Memory: one block, about 2^20 tokens.
+In: token shards, nanoGPT's or Megatron's files (shards/foreign.py). Memory: one block, about 2^20 tokens.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -15,8 +15,7 @@ import orjson
 
 from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Input, base_name, digest_path
-from llmkit.io.store import TokenStore
-from llmkit.io.token_files import (
+from llmkit.shards.foreign import (
     BLOCK_TOKENS,
     Block,
     check_file,
@@ -25,7 +24,8 @@ from llmkit.io.token_files import (
     read_megatron,
     read_nanogpt,
 )
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encode import decode
 from llmkit.tokens.text_encoder import load
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
-from llmkit.io.token_files import Block
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.foreign import Block
+from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fim import FillInTheMiddle, Segment, assemble
 from llmkit.tokens.text_encoder import TextEncoder
 

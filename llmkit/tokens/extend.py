@@ -26,7 +26,7 @@ import orjson
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.lineage import Lineage
-from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens.pretokenize import byte_alphabet, pattern_of
 from llmkit.tokens.text_encoder import load
 from llmkit.tokens.vocabulary import MAX_SIZE, reserved

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encode import source_name
 from llmkit.tokens.text_encoder import TextEncoder
 

@@ -25,8 +25,8 @@ import orjson
 from numpy.typing import NDArray
 
 from llmkit.errors import UsageError
-from llmkit.io.tokenizer import TokenizerInfo, added_ids
 from llmkit.seeds import derive
+from llmkit.shards.tokenizer_info import TokenizerInfo, added_ids
 
 Segment = str | int  # a text to encode, or the id of one token
 # Prefix, suffix, middle as Qwen2.5-Coder, StarCoder 2, SantaCoder, DeepSeek-Coder and Code Llama call them.

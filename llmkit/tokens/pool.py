@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmkit.io.compression import BLOCK
 from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
     from llmkit.io.order import Order

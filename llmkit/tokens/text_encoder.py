@@ -23,7 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 NEVER = -1
 MARKS = 200  # beginnings of added tokens; looking for more takes longer than the library does for all

@@ -33,8 +33,8 @@ from llmkit.cli.options import parse_count
 from llmkit.io.gather import write_ordered
 from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens
-from llmkit.io.shard_part import as_arrow, coded
-from llmkit.io.shards import ShardWriter, TokenizerInfo, TokenStore
+from llmkit.shards.part import as_arrow, coded
+from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore
 
 SHARES = {"web": 5, "code": 3, "wiki": 2}
 OURS, VIEWS, MEMMAP = "llmkit mix", "plain gather, memoryview", "plain gather, np.memmap"

@@ -34,8 +34,8 @@ def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ..
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from llmkit.io.lineage import Lineage
-    from llmkit.io.shards import ShardWriter
-    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.shards.tokenizer_info import parse_tokenizer
+    from llmkit.shards.writer import ShardWriter
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokenizer = Tokenizer(models.BPE())

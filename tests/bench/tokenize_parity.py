@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from peers import SHARED, call, decompress, members, rows_of
 
-from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.tokens import vocabulary
 from llmkit.tokens.pretokenize import PATTERNS
 from llmkit.tokens.text_encoder import TextEncoder, load

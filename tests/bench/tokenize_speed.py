@@ -62,8 +62,8 @@ WORKER = {
 import sys, time
 from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.lineage import Lineage
-from llmkit.io.shard_part import as_arrow, coded
-from llmkit.io.shards import ShardWriter, load_tokenizer_info
+from llmkit.shards.part import as_arrow, coded
+from llmkit.shards.writer import ShardWriter, load_tokenizer_info
 from llmkit.tokens.encode import Encoder
 info = load_tokenizer_info(TOKENIZER)
 options = ReadOptions()
@@ -135,7 +135,7 @@ def up_to(rows: list[dict[str, str]], size: int) -> list[dict[str, str]]:
 
 def tokens_in(path: Path) -> int:
     """Tokens in a file of token shards."""
-    from llmkit.io.store import TokenStore
+    from llmkit.shards.reader import TokenStore
 
     return TokenStore.open(str(path)).tokens
 

@@ -26,8 +26,8 @@ from llmkit.cli.main import run_command
 from llmkit.cli.options import parse_count
 from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens
-from llmkit.io.shard_part import as_arrow, coded
-from llmkit.io.shards import ShardWriter, TokenizerInfo
+from llmkit.shards.part import as_arrow, coded
+from llmkit.shards.writer import ShardWriter, TokenizerInfo
 from llmkit.training.trace import write_trace
 
 MEASURE = """

@@ -20,7 +20,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
 from llmkit.io.provenance import check
-from llmkit.io.shards import TokenStore
+from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -325,7 +325,7 @@ def test_force_replaces_and_keeps(llmkit_here, place: Path) -> None:
 
 KILLING = """
 import os, random, shutil, signal, sys, time
-import llmkit.io.order, llmkit.io.shards, pyarrow.ipc
+import llmkit.io.order, llmkit.shards.writer, pyarrow.ipc
 from llmkit.cli.main import run_command
 def begin(output):
     child = os.fork()

@@ -14,7 +14,7 @@ import zstandard
 
 from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
-from llmkit.io.shards import TokenStore
+from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]
 
@@ -149,7 +149,7 @@ def test_repeated_run_does_nothing(llmkit, place: Path) -> None:
 )
 def test_bad_calls(llmkit, place: Path, write_shards: Write, arguments: list[str], code: int, message: str) -> None:
     """Behaviour: exit code, one error line, and nothing under the output's name."""
-    from llmkit.io.shards import TokenizerInfo
+    from llmkit.shards.writer import TokenizerInfo
 
     (place / "empty").mkdir()
     (place / "docs.jsonl").write_bytes(b'{"text": "x"}\n')

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from llmkit.io.lineage import Lineage
-from llmkit.io.shard_part import as_arrow, coded
-from llmkit.io.shards import ShardWriter
-from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.shards.part import as_arrow, coded
+from llmkit.shards.tokenizer_info import parse_tokenizer
+from llmkit.shards.writer import ShardWriter
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 MIX = ("mix", "web:2", "code:1", "--tokens", "10M", "-q")

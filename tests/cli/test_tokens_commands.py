@@ -18,7 +18,7 @@ import pytest
 from llmkit.cli.main import run_command
 from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.lineage import read_lineage
-from llmkit.io.shards import TokenStore
+from llmkit.shards.writer import TokenStore
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 

@@ -17,8 +17,8 @@ import pytest
 from llmkit.cli.main import run_command
 from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens
-from llmkit.io.shards import ShardWriter
-from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.shards.tokenizer_info import parse_tokenizer
+from llmkit.shards.writer import ShardWriter
 from llmkit.training.data import StreamSource
 from llmkit.training.trace import Trace, write_trace
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.io.lineage import read_lineage
-from llmkit.io.tokenizer import load_tokenizer_info
+from llmkit.shards.tokenizer_info import load_tokenizer_info
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 ENGLISH = "The mixture of words in this document is plain English prose, number {} of many that say about the same. "

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io import gather, shards
+from llmkit.io import gather
 from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens
 from llmkit.io.plan import Plan, PlannedSource
-from llmkit.io.shard_part import text_array
-from llmkit.io.shards import ShardWriter, TokenStore
+from llmkit.shards import writer as shards
+from llmkit.shards.part import text_array
+from llmkit.shards.writer import ShardWriter, TokenStore
 
 Write = Callable[..., Path]
 

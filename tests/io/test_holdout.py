@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from llmkit.io.holdout import grouped, held_out
 from llmkit.io.lineage import Lineage
-from llmkit.io.shards import ShardWriter, TokenStore
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.writer import ShardWriter, TokenStore
 
 Documents = list[tuple[str, list[int]]]
 

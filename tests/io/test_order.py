@@ -15,7 +15,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.lineage import digest_path
 from llmkit.io.order import Order, OrderedTokens, permutation, resolve
 from llmkit.io.plan import Plan, PlannedSource, plan_text
-from llmkit.io.shards import TokenStore
+from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]
 SOURCES = st.lists(

@@ -18,7 +18,7 @@ from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens, one_pass, resolve
 from llmkit.io.packing import PADDING
 from llmkit.io.plan import Plan, PlannedSource, plan_digest, plan_text
-from llmkit.io.shards import ShardWriter, TokenStore
+from llmkit.shards.writer import ShardWriter, TokenStore
 
 Write = Callable[..., Path]
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.io.tokenizer import parse_tokenizer
 from llmkit.model.checkpoint import load_info, load_model
 from llmkit.model.resize import EMBEDDING, HEAD, check_match, write_resized
+from llmkit.shards.tokenizer_info import parse_tokenizer
 
 PIECES = [[5, 6, 7], [8, 8], []]
 

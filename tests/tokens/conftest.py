@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import pytest
 
-from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import vocabulary
 
 TEXTS = [

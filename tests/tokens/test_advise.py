@@ -7,7 +7,7 @@ import math
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens import advise, vocabulary
 from llmkit.tokens.text_encoder import load
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.token_files import Block
-from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.shards.foreign import Block
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens.encode import EncodeOptions, Encoder, decode, source_name
 from llmkit.tokens.pretokenize import PATTERNS
 from llmkit.tokens.text_encoder import load

@@ -11,7 +11,7 @@ import pytest
 
 from llmkit.errors import LlmkitError
 from llmkit.io.lineage import Lineage
-from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import extend, vocabulary
 from llmkit.tokens.pretokenize import PATTERNS
 from llmkit.tokens.text_encoder import load

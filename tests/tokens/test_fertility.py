@@ -12,7 +12,7 @@ import pytest
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.tokenizer import TokenizerInfo, parse_tokenizer
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import fertility
 from llmkit.tokens.text_encoder import load
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens import vocabulary
 from llmkit.tokens.pretokenize import PATTERNS, pattern, pre_tokenizer
 from llmkit.tokens.trainer import Counts

@@ -12,8 +12,8 @@ import pytest
 from tiny import CONFIG, ListStream, tiny_model
 
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shards import ShardWriter
-from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.shards.tokenizer_info import parse_tokenizer
+from llmkit.shards.writer import ShardWriter
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token

@@ -15,7 +15,7 @@ import torch
 from tiny import ListStream, tiny_model
 
 from llmkit.io.lineage import Lineage
-from llmkit.io.tokenizer import token_bytes
+from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training import curves, machine
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, PackedSource, StreamSource

@@ -371,8 +371,8 @@ def test_bad_calls(
 ) -> None:
     """Behaviour: what is wrong is said in a line, and nothing is left behind."""
     from llmkit.io.lineage import Lineage
-    from llmkit.io.shards import ShardWriter
-    from llmkit.io.tokenizer import parse_tokenizer
+    from llmkit.shards.tokenizer_info import parse_tokenizer
+    from llmkit.shards.writer import ShardWriter
 
     other = tokenizer_files | {"tokenizer.json": tokenizer_files["tokenizer.json"].replace("<|im_end|>", "<|eot|>")}
     with ShardWriter("other.arrow", parse_tokenizer(other, "other"), Lineage("tokenize")) as writer:
@@ -419,7 +419,7 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
 def test_held_out_data_by_domain(place: Path) -> None:
     """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
     from llmkit.cli import fitting
-    from llmkit.io.store import TokenStore
+    from llmkit.shards.reader import TokenStore
 
     digest = TokenStore.open("shards").tokenizer.digest
 

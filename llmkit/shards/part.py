@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.io.tokenizer import TOKENIZER_FILES, TokenizerInfo, load_tokenizer_info
+from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, load_tokenizer_info
 
 if TYPE_CHECKING:
     import pyarrow as pa

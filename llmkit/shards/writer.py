@@ -38,9 +38,9 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.lineage import Input, Lineage
-from llmkit.io.shard_part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
-from llmkit.io.store import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
-from llmkit.io.tokenizer import TokenizerInfo, load_tokenizer_info
+from llmkit.shards.part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
+from llmkit.shards.reader import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
+from llmkit.shards.tokenizer_info import TokenizerInfo, load_tokenizer_info
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -71,7 +71,7 @@ def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
     """The tokenizer at `path`: a directory with tokenizer.json (or a run, whose model is in final/), that file itself, or shards."""
     path = Path(path)
     if path.suffix == ".arrow":
-        from llmkit.io.shards import read_tokenizer
+        from llmkit.shards.writer import read_tokenizer
 
         return read_tokenizer(path)
     if not path.exists():

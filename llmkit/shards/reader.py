@@ -18,8 +18,8 @@ from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.lineage import Input, base_name
 from llmkit.io.packing import PADDING
-from llmkit.io.shard_part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.io import token_files
-from llmkit.io.token_files import Block, TokenFileWriter, read_megatron, read_nanogpt
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards import foreign
+from llmkit.shards.foreign import Block, TokenFileWriter, read_megatron, read_nanogpt
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 SMALL, WIDE = TokenizerInfo("xxh3:0", 300, 0), TokenizerInfo("xxh3:1", 70_001, 0)
 READERS = {"nanogpt": read_nanogpt, "megatron": read_megatron}
@@ -70,7 +70,7 @@ def test_what_is_written_is_read(documents: list[list[int]], wide: bool, block: 
     info = WIDE if wide else SMALL
     ended = [[*tokens[:-1], 70_000 if wide else tokens[-1], 0] for tokens in documents]
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_files, "BLOCK_TOKENS", block)
+        patch.setattr(foreign, "BLOCK_TOKENS", block)
         for kind, name in (("nanogpt", "a.bin"), ("megatron", "b")):
             path = Path(directory, name)
             write(path, kind, info, ended[:cut], ended[cut:])
@@ -159,7 +159,7 @@ def test_damaged_nanogpt_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         path.write_bytes(content)
         with pytest.raises(LlmkitError, match=rf"x\.bin: .*{message}"):
             list(read_nanogpt(str(path), SMALL))
-    monkeypatch.setattr(token_files, "MAX_DOCUMENT", 10)
+    monkeypatch.setattr(foreign, "MAX_DOCUMENT", 10)
     path.write_bytes(b"\1\0" * 11)
     with pytest.raises(LlmkitError, match=r"x\.bin: 11 tokens without the end-of-text id 0"):
         list(read_nanogpt(str(path), SMALL))

@@ -35,7 +35,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.documents import BadLine
 from llmkit.io.lineage import Input
-from llmkit.io.tokenizer import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 Tokens = NDArray[Any]
 BLOCK_TOKENS = 1 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io import tokenizer as tokenizers
-from llmkit.io.tokenizer import load_tokenizer_info, parse_tokenizer
+from llmkit.shards import tokenizer_info as tokenizers
+from llmkit.shards.tokenizer_info import load_tokenizer_info, parse_tokenizer
 
 
 def files(

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io import shards
 from llmkit.io.lineage import Lineage, digest_path, read_lineage
-from llmkit.io.shard_part import as_arrow
-from llmkit.io.shards import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
-from llmkit.io.tokenizer import parse_tokenizer
+from llmkit.shards import writer as shards
+from llmkit.shards.part import as_arrow
+from llmkit.shards.tokenizer_info import parse_tokenizer
+from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
 
 BARE = TokenizerInfo("xxh3:0", 300, 0)
 Write = Callable[..., Path]
