@@ -97,7 +97,7 @@ def main(
     if run.output is None:
         raise UsageError("no output", "name the directory of the averaged model with -o")
     from llmkit.io.atomic import atomic_directory
-    from llmkit.io.lineage import Input, base_name, digest_path, read_lineage
+    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.directory import load_info, resolve_model
     from llmkit.training import average
 

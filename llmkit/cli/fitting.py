@@ -20,8 +20,8 @@ from llmkit.io.inputs import STDIN, open_raw
 if TYPE_CHECKING:
     from llmkit.alignment.encode import Encoded
     from llmkit.io.documents import DocumentReader
-    from llmkit.io.lineage import Input
     from llmkit.io.order import OrderedTokens
+    from llmkit.lineage.record import Input
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
     from llmkit.shards.reader import TokenStore
@@ -371,7 +371,7 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
-    from llmkit.io.lineage import Input, base_name, digest_path, read_lineage
+    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.checkpoint import resolve_model
 
     place = directory or resolve_model(path)

@@ -99,7 +99,7 @@ def main(
     import orjson
 
     from llmkit.alignment.prompts import complete
-    from llmkit.io.lineage import Input, base_name, digest_path, read_lineage
+    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.checkpoint import load_for_inference, load_info, load_tokenizer
 
     files = [] if prompt else run.inputs(prompts)

@@ -34,7 +34,8 @@ def main(
     or in the directories given by --inputs; one that differs ends it with exit code 1. Models, tokenizers, plans and Parquet are
     not checked themselves, only as inputs of what was made from them. --json prints the record as it is stored.
     """
-    from llmkit.io import lineage, provenance
+    from llmkit.lineage import record as lineage
+    from llmkit.lineage import tree
 
     record = lineage.read_lineage(artefact)
     if record is None:
@@ -44,11 +45,11 @@ def main(
     if run.as_json:
         print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
     elif script:
-        print(provenance.as_script(record, artefact, _flags), end="")
+        print(tree.as_script(record, artefact, _flags), end="")
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
-        print(provenance.as_tree(record, artefact), end="")
+        print(tree.as_tree(record, artefact), end="")
 
 
 def _flags(name: str) -> dict[str, tuple[str, str, object]]:
@@ -68,9 +69,9 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]) -> None:
-    from llmkit.io import provenance
+    from llmkit.lineage import tree
 
-    results = list(provenance.check(record, artefact, places))
+    results = list(tree.check(record, artefact, places))
     for name, state in results:
         print(f"{state:<9} {name}")
     wrong = [name for name, state in results if state == "DIFFERS"]

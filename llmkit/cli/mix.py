@@ -14,9 +14,9 @@ from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from llmkit.io.lineage import Input
     from llmkit.io.order import Order
     from llmkit.io.plan import Plan
+    from llmkit.lineage.record import Input
     from llmkit.shards.writer import TokenStore
     from llmkit.tokens.curriculum import Stage
     from llmkit.tokens.pool import Count
@@ -296,9 +296,9 @@ def _mix_documents(
 
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
-    from llmkit.io.lineage import Input, base_name, digest_path
     from llmkit.io.order import copies_by, resolve
     from llmkit.io.plan import Plan, PlannedSource
+    from llmkit.lineage.record import Input, base_name, digest_path
     from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 

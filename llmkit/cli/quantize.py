@@ -45,7 +45,7 @@ def main(
     if run.output is None:
         raise UsageError("no output", "name the directory of the quantised model with -o")
     from llmkit.io.atomic import atomic_directory
-    from llmkit.io.lineage import Input, base_name, digest_path, read_lineage
+    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.checkpoint import load_info
     from llmkit.quantization import compressed_tensors
 

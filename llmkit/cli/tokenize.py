@@ -15,7 +15,7 @@ from llmkit.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
-    from llmkit.io.lineage import Input
+    from llmkit.lineage.record import Input
     from llmkit.shards.foreign import Block
     from llmkit.shards.tokenizer_info import TokenizerInfo
 

@@ -113,7 +113,7 @@ def main(
 
     import torch
 
-    from llmkit.io.lineage import base_name, describe_input
+    from llmkit.lineage.record import base_name, describe_input
     from llmkit.model.checkpoint import load_info, load_model
     from llmkit.model.decoder import Decoder
     from llmkit.shards.tokenizer_info import parse_tokenizer

@@ -51,7 +51,7 @@ def main(
     copied, so that the logits of the old tokens stay as they are until training goes on (llmkit anneal BIGGER DATA --lr X).
     """
     from llmkit.io.atomic import atomic_directory, check_output
-    from llmkit.io.lineage import describe_input
+    from llmkit.lineage.record import describe_input
     from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens import extend
     from llmkit.tokens.pretokenize import gguf_warning

@@ -136,7 +136,7 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
 
 def _refuse_foreign(directory: Path, name: str | Path) -> None:
     """LlmkitError where a directory that is to be replaced holds something that no command of ours has made."""
-    from llmkit.io.lineage import read_lineage
+    from llmkit.lineage.record import read_lineage
 
     if not directory.is_dir() or not any(directory.iterdir()):
         return

@@ -40,7 +40,7 @@ from llmkit.io.compression import (
     decompress,
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.io.lineage import Input, Lineage, base_name, describe_input, join_notes
+from llmkit.lineage.record import Input, Lineage, base_name, describe_input, join_notes
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 8 << 10  # what a chunk is joined from

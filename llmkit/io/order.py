@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.holdout import mixed
 from llmkit.io.inputs import STDIN
-from llmkit.io.lineage import Input, describe_input
 from llmkit.io.packing import PADDING, packed
 from llmkit.io.plan import PLAN_NAME, Plan, located, read_plan
+from llmkit.lineage.record import Input, describe_input
 from llmkit.seeds import derive
 from llmkit.shards.part import Tokens
 from llmkit.shards.reader import TokenStore

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import MAX_HEADER_BYTES
+from llmkit.lineage.record import MAX_HEADER_BYTES
 
 # Bytes of one element, by the format's name of its type.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, is_special
 from llmkit.io.inputs import STDIN
-from llmkit.io.lineage import Input, Lineage
+from llmkit.lineage.record import Input, Lineage
 from llmkit.shards.part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
 from llmkit.shards.reader import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
 from llmkit.shards.tokenizer_info import TokenizerInfo, load_tokenizer_info

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import Input, base_name, digest_path
+from llmkit.lineage.record import Input, base_name, digest_path
 from llmkit.shards.foreign import (
     BLOCK_TOKENS,
     Block,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.lineage import Input, Lineage
+from llmkit.lineage.record import Input, Lineage
 from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder

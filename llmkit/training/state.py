@@ -32,8 +32,8 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, check_output
-from llmkit.io.lineage import digest_path
 from llmkit.io.locks import lock
+from llmkit.lineage.record import digest_path
 from llmkit.model.checkpoint import resolve_model
 from llmkit.model.directory import WEIGHTS
 from llmkit.model.safetensors import layout_of, write_safetensors

@@ -13,7 +13,7 @@ import pytest
 
 from llmkit.alignment.chat import chat_template, special_contents
 from llmkit.cli.main import run_command
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.model.checkpoint import load_info
 from llmkit.training.metrics import read_metrics
 

@@ -31,8 +31,8 @@ from peers import in_turn, measured, measured_python, ratios, spread
 
 from llmkit.cli.options import parse_count
 from llmkit.io.gather import write_ordered
-from llmkit.io.lineage import Lineage
 from llmkit.io.order import OrderedTokens
+from llmkit.lineage.record import Lineage
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore
 

@@ -61,7 +61,7 @@ WORKER = {
     "llmkit": """
 import sys, time
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.io.lineage import Lineage
+from llmkit.lineage.record import Lineage
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.writer import ShardWriter, load_tokenizer_info
 from llmkit.tokens.encode import Encoder

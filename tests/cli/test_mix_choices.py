@@ -17,9 +17,9 @@ import orjson
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import read_lineage
 from llmkit.io.order import OrderedTokens
-from llmkit.io.provenance import check
+from llmkit.lineage.record import read_lineage
+from llmkit.lineage.tree import check
 from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]

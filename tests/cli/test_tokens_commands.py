@@ -17,7 +17,7 @@ import pytest
 
 from llmkit.cli.main import run_command
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.shards.writer import TokenStore
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.shards.tokenizer_info import load_tokenizer_info
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.io.holdout import grouped, held_out
-from llmkit.io.lineage import Lineage
+from llmkit.lineage.record import Lineage
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.shards.writer import ShardWriter, TokenStore
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import Lineage, read_lineage
+from llmkit.lineage.record import Lineage, read_lineage
 from llmkit.model.checkpoint import load_for_inference, load_info, load_model, load_tokenizer, resolve_model, save_model
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder

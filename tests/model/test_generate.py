@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmkit.alignment.prompts import cut, read_prompt, stop_test
 from llmkit.alignment.rows import RowError
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.model.checkpoint import load_model, load_tokenizer
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate, sample

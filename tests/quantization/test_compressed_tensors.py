@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.model.checkpoint import load_info, load_model
 from llmkit.model.safetensors import layout_of, write_safetensors
 from llmkit.model.weights import dequantise, unpack

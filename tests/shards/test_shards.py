@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.lineage import Lineage, digest_path, read_lineage
+from llmkit.lineage.record import Lineage, digest_path, read_lineage
 from llmkit.shards import writer as shards
 from llmkit.shards.part import as_arrow
 from llmkit.shards.tokenizer_info import parse_tokenizer

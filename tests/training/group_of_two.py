@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tiny import CONFIG, ListStream
 
-from llmkit.io.lineage import Input, Lineage
+from llmkit.lineage.record import Input, Lineage
 from llmkit.model.decoder import Decoder
 from llmkit.training import distributed
 from llmkit.training.data import HeldOutSource, StreamSource

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.lineage import digest_path, read_lineage
+from llmkit.lineage.record import digest_path, read_lineage
 from llmkit.model.checkpoint import load_info, load_model
 from llmkit.model.streamed import from_float32, to_float32
 from llmkit.training import average as averages

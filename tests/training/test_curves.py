@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import ListStream, tiny_model
 
-from llmkit.io.lineage import Lineage
+from llmkit.lineage.record import Lineage
 from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training import curves, machine
 from llmkit.training import session as sessions

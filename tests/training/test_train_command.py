@@ -17,7 +17,7 @@ import pytest
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.io.lineage import read_lineage
+from llmkit.lineage.record import read_lineage
 from llmkit.training.metrics import read_metrics
 from llmkit.training.state import load_trainer_state, open_run
 
@@ -370,7 +370,7 @@ def test_bad_calls(
     message: str,
 ) -> None:
     """Behaviour: what is wrong is said in a line, and nothing is left behind."""
-    from llmkit.io.lineage import Lineage
+    from llmkit.lineage.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
 

@@ -1,6 +1,6 @@
 """What a lineage record is good for: a tree to read, a check of every digest, a script that makes the artefact again.
 
-A record is a tree: a command, its options, and its inputs with their own records (see io/lineage.py). An input named `-` came through a pipe
+A record is a tree: a command, its options, and its inputs with their own records (see lineage/record.py). An input named `-` came through a pipe
 from the command of its record; one without a record is an original, which the script looks for by name.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-from llmkit.io.lineage import base_name, digest_path
+from llmkit.lineage.record import base_name, digest_path
 
 Record = dict[str, Any]
 # Parameter name -> (flag, negative flag or "", default) of one command's options.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from llmkit.io.provenance import as_script, as_tree
+from llmkit.lineage.tree import as_script, as_tree
 
 FLAGS = {
     "filter": {"preset": ("--preset", "", ["gopher"])},
