@@ -6,7 +6,7 @@ import sys
 
 import xxhash
 
-from llmkit.io.order import OrderedTokens
+from llmkit.mixing.order import OrderedTokens
 from llmkit.training.data import StreamSource
 
 BATCHES, BATCH_SIZE, LENGTH = 1000, 4, 256

@@ -20,8 +20,8 @@ from llmkit.io.inputs import STDIN, open_raw
 if TYPE_CHECKING:
     from llmkit.alignment.encode import Encoded
     from llmkit.io.documents import DocumentReader
-    from llmkit.io.order import OrderedTokens
     from llmkit.lineage.record import Input
+    from llmkit.mixing.order import OrderedTokens
     from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
     from llmkit.shards.reader import TokenStore
@@ -147,7 +147,7 @@ def opened(run: Run, settings: Settings) -> Iterator[Session]:
 
 def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTokens | TokenStore:
     """The training data in its order; a stream on stdin is kept in the run directory first, so that a resumed run finds it."""
-    from llmkit.io.order import OrderedTokens
+    from llmkit.mixing.order import OrderedTokens
 
     if data != STDIN or dry_run:
         return OrderedTokens.open(data)
@@ -275,7 +275,7 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
         return None
     import numpy as np
 
-    from llmkit.io.packing import PADDING
+    from llmkit.mixing.packing import PADDING
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource
     from llmkit.training.groups import document_groups

@@ -14,12 +14,12 @@ from llmkit.cli.options import Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from llmkit.io.order import Order
-    from llmkit.io.plan import Plan
     from llmkit.lineage.record import Input
+    from llmkit.mixing.document_pool import Count
+    from llmkit.mixing.order import Order
+    from llmkit.mixing.plan import Plan
+    from llmkit.mixing.stages import Stage
     from llmkit.shards.writer import TokenStore
-    from llmkit.tokens.curriculum import Stage
-    from llmkit.tokens.pool import Count
 
 STDIN = "-"
 HELD_OUT = "heldout"
@@ -95,9 +95,9 @@ def main(
     """
     from llmkit.io.atomic import check_output, is_special
     from llmkit.io.inputs import read_list
-    from llmkit.io.plan import SHUFFLES
-    from llmkit.tokens.curriculum import one_stage, read_stages
-    from llmkit.tokens.mix import parse_share, parse_spec, parse_weight_map
+    from llmkit.mixing.plan import SHUFFLES
+    from llmkit.mixing.specs import parse_share, parse_spec, parse_weight_map
+    from llmkit.mixing.stages import one_stage, read_stages
 
     given = list(sources or []) + (read_list(run.files_from) if run.files_from else [])
     for kind, name, known in (("--shuffle", shuffle, SHUFFLES), ("--pack", pack, ("concat", "best-fit"))):
@@ -189,10 +189,10 @@ def _mix_shards(
 ) -> None:
     import numpy as np
 
-    from llmkit.io.gather import write_ordered
-    from llmkit.io.holdout import held_out
-    from llmkit.io.order import OrderedTokens, usable
-    from llmkit.io.plan import Plan, PlannedSource
+    from llmkit.mixing.gather import write_ordered
+    from llmkit.mixing.holdout import held_out
+    from llmkit.mixing.order import OrderedTokens, usable
+    from llmkit.mixing.plan import Plan, PlannedSource
     from llmkit.shards.writer import ShardWriter, TokenStore
 
     stores = [TokenStore.open(path) for path in paths]
@@ -267,7 +267,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
     from dataclasses import replace
 
     from llmkit.io.atomic import atomic_directory, atomic_file
-    from llmkit.io.plan import PLAN_NAME, digest_of, plan_text
+    from llmkit.mixing.plan import PLAN_NAME, digest_of, plan_text
 
     def text(directory: str) -> bytes:
         home = os.path.realpath(directory)
@@ -296,11 +296,11 @@ def _mix_documents(
 
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
-    from llmkit.io.order import copies_by, resolve
-    from llmkit.io.plan import Plan, PlannedSource
     from llmkit.lineage.record import Input, base_name, digest_path
+    from llmkit.mixing.document_pool import DocumentPool, by_tokenizer, estimate, measure
+    from llmkit.mixing.order import copies_by, resolve
+    from llmkit.mixing.plan import Plan, PlannedSource
     from llmkit.shards.tokenizer_info import load_tokenizer_info
-    from llmkit.tokens.pool import DocumentPool, by_tokenizer, estimate, measure
 
     count: Count = estimate
     if tokenizer:
@@ -356,7 +356,7 @@ def _available(lengths: list[Any], copies: list[Any]) -> list[int]:
 
 def _budgets(run: Run, paths: list[str], asked: Asked, available: list[int]) -> list[tuple[int, ...]]:
     """Tokens of each source in each stage, with a warning for those that are repeated without having been asked to."""
-    from llmkit.tokens.curriculum import stage_budgets
+    from llmkit.mixing.stages import stage_budgets
 
     wanted = stage_budgets(asked.stages, available)
     for i, (path, has, budget) in enumerate(zip(paths, available, map(sum, wanted), strict=True)):
@@ -379,11 +379,11 @@ def _report(
     made: Order | None = None,
 ) -> dict[str, Any]:
     """The tables of what came out on stderr, and the counts for lineage and summary."""
-    from llmkit.tokens import realised
+    from llmkit.mixing import statistics
 
-    stages = realised.by_stage(order, paths, asked.stages)
-    sources = realised.by_source(order, paths, lengths, copies)
-    packing = realised.by_packing(order, asked.length, made) if asked.length else []
+    stages = statistics.by_stage(order, paths, asked.stages)
+    sources = statistics.by_source(order, paths, lengths, copies)
+    packing = statistics.by_packing(order, asked.length, made) if asked.length else []
     for row in stages:
         if not row["tokens"]:
             to = f" to {row['stage']}" if row["stage"] else ""

@@ -99,7 +99,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
     """Digest of a file's content (decompressed where it is compressed, web archives apart) or of a directory (names and digests of its files, sorted).
 
     Hidden files, links and a checkpoint's `state/` do not count: they do not decide what a reader of the directory gets. A run stands for its
-    final model. Token shards and mix plans have digests of their own (shards/writer.py, io/plan.py): of the documents, and of what decides
+    final model. Token shards and mix plans have digests of their own (shards/writer.py, mixing/plan.py): of the documents, and of what decides
     the order, not of where the shards lie. `known` holds digests of files of the directory that were taken while they were read.
     """
     if is_remote(str(path)):
@@ -108,7 +108,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
     if (path / "final").is_dir():
         path = path / "final"
     if path.suffix == ".toml" or (path / "plan.toml").is_file():
-        from llmkit.io.plan import plan_digest
+        from llmkit.mixing.plan import plan_digest
 
         found = plan_digest(path)
         if found:

@@ -115,7 +115,7 @@ def content_digest(path: str | Path) -> str | None:
 
         return shard_digest(path)
     if path.suffix == ".toml" or (path / "plan.toml").is_file():
-        from llmkit.io.plan import plan_digest
+        from llmkit.mixing.plan import plan_digest
 
         return plan_digest(path)
     return digest_path(path) if path.is_file() and path.suffix in (".zst", ".gz") else None

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.io.packing import PADDING
 from llmkit.lineage.record import Input, base_name
+from llmkit.mixing.packing import PADDING
 from llmkit.shards.part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
 from llmkit.shards.tokenizer_info import TokenizerInfo
 

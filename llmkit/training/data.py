@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.io.packing import best_fit
+from llmkit.mixing.packing import best_fit
 from llmkit.seeds import derive
 from llmkit.training.groups import NOTHING, Groups
 from llmkit.training.steps import Change, Steps

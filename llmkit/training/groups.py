@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmkit.io.packing import PADDING
+from llmkit.mixing.packing import PADDING
 
 if TYPE_CHECKING:
     from llmkit.training.data import Batch

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion, unknown_name
-from llmkit.io.plan import RECIPE_KEYS, STAGE_KEYS
+from llmkit.mixing.plan import RECIPE_KEYS, STAGE_KEYS
 from llmkit.training.schedule import NAMES, RAMPS, Schedule, Segment, segments, warmup_tokens
 
 HINT = "see llmkit/training/recipes/crystal.toml for the form"

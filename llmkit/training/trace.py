@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.io.packing import PADDING
+from llmkit.mixing.packing import PADDING
 from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
 
 VERSION = 1

@@ -30,9 +30,9 @@ import numpy as np
 from peers import in_turn, measured, measured_python, ratios, spread
 
 from llmkit.cli.options import parse_count
-from llmkit.io.gather import write_ordered
-from llmkit.io.order import OrderedTokens
 from llmkit.lineage.record import Lineage
+from llmkit.mixing.gather import write_ordered
+from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore
 

@@ -24,8 +24,8 @@ import pyarrow
 
 from llmkit.cli.main import run_command
 from llmkit.cli.options import parse_count
-from llmkit.io.order import OrderedTokens
 from llmkit.lineage.record import Lineage
+from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.writer import ShardWriter, TokenizerInfo
 from llmkit.training.trace import write_trace

@@ -17,9 +17,9 @@ import orjson
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io.order import OrderedTokens
 from llmkit.lineage.record import read_lineage
 from llmkit.lineage.tree import check
+from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]
@@ -75,8 +75,8 @@ CHOICES = {
 
 def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Property: for every way to order, the first 1,000 batches (inputs, targets, weights, documents) are one digest, and another for every way."""
-    monkeypatch.setattr("llmkit.io.order.BLOCK_TOKENS", 512)
-    monkeypatch.setattr("llmkit.io.packing.WINDOW", 100)
+    monkeypatch.setattr("llmkit.mixing.order.BLOCK_TOKENS", 512)
+    monkeypatch.setattr("llmkit.mixing.packing.WINDOW", 100)
     found = []
     for name, choices in CHOICES.items():
         for output, more in ((f"{name}-mix", ()), (f"{name}-plan", ("--plan",))):
@@ -325,7 +325,7 @@ def test_force_replaces_and_keeps(llmkit_here, place: Path) -> None:
 
 KILLING = """
 import os, random, shutil, signal, sys, time
-import llmkit.io.order, llmkit.shards.writer, pyarrow.ipc
+import llmkit.mixing.order, llmkit.shards.writer, pyarrow.ipc
 from llmkit.cli.main import run_command
 def begin(output):
     child = os.fork()

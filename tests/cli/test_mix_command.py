@@ -12,8 +12,8 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.io.order import OrderedTokens
 from llmkit.lineage.record import read_lineage
+from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
-from llmkit.io.order import OrderedTokens
 from llmkit.lineage.record import Lineage
+from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter
 from llmkit.training.data import StreamSource

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.io import packing
-from llmkit.io.packing import best_fit, cut_share, packed
+from llmkit.mixing import packing
+from llmkit.mixing.packing import best_fit, cut_share, packed
 
 
 def one_at_a_time(sizes: list[int], capacity: int) -> list[int]:

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.io.holdout import grouped, held_out
 from llmkit.lineage.record import Lineage
+from llmkit.mixing.holdout import grouped, held_out
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.shards.writer import ShardWriter, TokenStore
 

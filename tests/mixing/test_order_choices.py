@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.io import order as orders
-from llmkit.io.holdout import held_out
-from llmkit.io.order import OrderedTokens, one_pass, resolve
-from llmkit.io.packing import PADDING
-from llmkit.io.plan import Plan, PlannedSource, plan_digest, plan_text
 from llmkit.lineage.record import Lineage
+from llmkit.mixing import order as orders
+from llmkit.mixing.holdout import held_out
+from llmkit.mixing.order import OrderedTokens, one_pass, resolve
+from llmkit.mixing.packing import PADDING
+from llmkit.mixing.plan import Plan, PlannedSource, plan_digest, plan_text
 from llmkit.shards.writer import ShardWriter, TokenStore
 
 Write = Callable[..., Path]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.io.order import Order, OrderedTokens, permutation, resolve
-from llmkit.io.plan import Plan, PlannedSource, plan_text
 from llmkit.lineage.record import digest_path
+from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve
+from llmkit.mixing.plan import Plan, PlannedSource, plan_text
 from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]

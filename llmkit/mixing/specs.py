@@ -10,7 +10,7 @@
 stdin is `-`, with an amount `/dev/stdin:0.7`, since `-:0.7` would be taken for an option.
 
 Without --tokens the weights are scaled until the first source is used up, so that none is repeated. Which documents make up a budget, and
-in which order, is decided by io/order.py.
+in which order, is decided by mixing/order.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Literal
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-from llmkit.io.plan import MOST_TIMES
+from llmkit.mixing.plan import MOST_TIMES
 
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}

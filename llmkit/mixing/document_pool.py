@@ -21,7 +21,7 @@ from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
-    from llmkit.io.order import Order
+    from llmkit.mixing.order import Order
 
 BYTES_PER_TOKEN = 4
 Count = Callable[[list[str]], list[int]]  # tokens of each text

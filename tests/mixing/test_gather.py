@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io import gather
-from llmkit.io.order import OrderedTokens
-from llmkit.io.plan import Plan, PlannedSource
 from llmkit.lineage.record import Lineage
+from llmkit.mixing import gather
+from llmkit.mixing.order import OrderedTokens
+from llmkit.mixing.plan import Plan, PlannedSource
 from llmkit.shards import writer as shards
 from llmkit.shards.part import text_array
 from llmkit.shards.writer import ShardWriter, TokenStore

@@ -8,9 +8,9 @@ length) / tokens taken of that source, so any stretch of the order holds the sha
 The order of a pass is by `shuffle`: global, a seeded permutation of its documents; block, a permutation of blocks of 2^18 tokens, read as they
 are stored; none, the stored order. A document with several copies comes as often in a pass, evenly spread; one with none is left out, which is
 how held-out documents stay out. Permutations sort splitmix64 hashes, so no version of any library changes them. With a sequence length the
-result is packed by best fit (io/packing.py).
+result is packed by best fit (mixing/packing.py).
 
-`OrderedTokens.open` follows a plan (io/plan.py) without writing its tokens anywhere, in the same order, to the bit, as `mix` writes them. Memory:
+`OrderedTokens.open` follows a plan (mixing/plan.py) without writing its tokens anywhere, in the same order, to the bit, as `mix` writes them. Memory:
 32 bytes a document of the order, twice that where it is packed, about 100 while it is made.
 """
 
@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.io.holdout import mixed
 from llmkit.io.inputs import STDIN
-from llmkit.io.packing import PADDING, packed
-from llmkit.io.plan import PLAN_NAME, Plan, located, read_plan
 from llmkit.lineage.record import Input, describe_input
+from llmkit.mixing.holdout import mixed
+from llmkit.mixing.packing import PADDING, packed
+from llmkit.mixing.plan import PLAN_NAME, Plan, located, read_plan
 from llmkit.seeds import derive
 from llmkit.shards.part import Tokens
 from llmkit.shards.reader import TokenStore

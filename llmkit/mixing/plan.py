@@ -1,4 +1,4 @@
-"""A mix plan: a small TOML that decides a training order, which io/order.py follows.
+"""A mix plan: a small TOML that decides a training order, which mixing/order.py follows.
 
     version = 2
     seed = 7

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.io.order import copies_by, pack, resolve
-from llmkit.io.plan import SHUFFLES, Plan, PlannedSource
-from llmkit.tokens.curriculum import Stage, read_stages, stage_budgets
-from llmkit.tokens.mix import Spec, budgets, parse_share, parse_spec, parse_weight_map
-from llmkit.tokens.pool import DocumentPool, estimate, measure
+from llmkit.mixing.document_pool import DocumentPool, estimate, measure
+from llmkit.mixing.order import copies_by, pack, resolve
+from llmkit.mixing.plan import SHUFFLES, Plan, PlannedSource
+from llmkit.mixing.specs import Spec, budgets, parse_share, parse_spec, parse_weight_map
+from llmkit.mixing.stages import Stage, read_stages, stage_budgets
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

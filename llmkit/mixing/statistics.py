@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.io.order import Order
-from llmkit.io.packing import cut_share, packed
-from llmkit.tokens.curriculum import Stage
+from llmkit.mixing.order import Order
+from llmkit.mixing.packing import cut_share, packed
+from llmkit.mixing.stages import Stage
 
 Row = dict[str, Any]
 Numbers = NDArray[np.int64]

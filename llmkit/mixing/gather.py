@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.io.order import OrderedTokens
-from llmkit.io.packing import PADDING
+from llmkit.mixing.order import OrderedTokens
+from llmkit.mixing.packing import PADDING
 from llmkit.shards.part import Names, Tokens, numbers, text_array, text_bytes
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.writer import BATCH_DOCUMENTS, ShardWriter

@@ -13,7 +13,7 @@
     tokens = "100M"
     mix = { web = 0.5, wiki = 0.5 }
 
-Amounts are those of the command line (tokens/mix.py): a number is a weight, "x6" a multiplier, "2B" a token budget. The keys of a recipe
+Amounts are those of the command line (mixing/specs.py): a number is a weight, "x6" a multiplier, "2B" a token budget. The keys of a recipe
 (training/recipe.py) may stand in the file too, so that one says what each stage reads and how it is trained on.
 """
 
@@ -28,8 +28,8 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.inputs import STDIN, STDIN_PATH
-from llmkit.io.plan import RECIPE_KEYS, STAGE_KEYS
-from llmkit.tokens.mix import Spec, budgets, parse_amount
+from llmkit.mixing.plan import RECIPE_KEYS, STAGE_KEYS
+from llmkit.mixing.specs import Spec, budgets, parse_amount
 
 HINT = "see examples/k2.toml for the form"
 
