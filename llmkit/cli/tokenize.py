@@ -185,7 +185,7 @@ def _encoded(
     """Documents to be encoded; None where that was done before."""
     from llmkit.shards.tokenizer_info import load_tokenizer_info
     from llmkit.tokens.encode import EncodeOptions, Encoder
-    from llmkit.tokens.fim import fill_in_the_middle
+    from llmkit.tokens.fill_in_the_middle import fill_in_the_middle
 
     assert tokenizer is not None
     info = load_tokenizer_info(tokenizer)

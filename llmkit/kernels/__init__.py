@@ -1,6 +1,6 @@
 """How kernels are compiled and kept: loops over UTF-8 bytes and numbers that numba compiles on first use and caches.
 
-Here is what all of them share: eight bytes at a time (octets), UTF-8 and hashes (utf8). Those over documents stand in corpus/kernels, those over
+Here is what all of them share: eight bytes at a time (swar), UTF-8 and hashes (utf8). Those over documents stand in corpus/kernels, those over
 tokens in tokens/kernels. One signature each, so that little is compiled.
 """
 

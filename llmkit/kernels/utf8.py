@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.kernels import inner, kernel, octets
+from llmkit.kernels import inner, kernel, swar
 
 Bytes = NDArray[np.uint8]
 
@@ -76,8 +76,8 @@ def hash_bytes(data, start, stop):  # type: ignore[no-untyped-def]
     h = HASH_START
     i = start
     while i + 8 <= stop:
-        h = hash_eight(h, octets.load(data, i))
+        h = hash_eight(h, swar.load(data, i))
         i += 8
     if i < stop:
-        h = hash_rest(h, octets.load(data, i) & octets.below(stop - i))
+        h = hash_rest(h, swar.load(data, i) & swar.below(stop - i))
     return finish(h + np.uint64(stop - start))

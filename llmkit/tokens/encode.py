@@ -22,7 +22,7 @@ from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
 from llmkit.shards.foreign import Block
 from llmkit.shards.tokenizer_info import TokenizerInfo
-from llmkit.tokens.fim import FillInTheMiddle, Segment, assemble
+from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble
 from llmkit.tokens.text_encoder import TextEncoder
 
 

@@ -10,7 +10,7 @@ from numba import njit
 from llmkit.corpus.kernels.characters import ALNUM, SPACE, TERMINAL, stripped
 from llmkit.corpus.kernels.lines import end_of_line, rare_breaks
 from llmkit.corpus.words import ABBREVIATIONS
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import Bytes, decode, start_of
 
 LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # what a pattern means
@@ -66,15 +66,15 @@ def count_signs(data, signs, places):  # type: ignore[no-untyped-def]
     counts = np.zeros(len(places), np.int64)
     size = len(data)
     for i in range(0, size, 8):
-        a, b = octets.load(data, i) | SPACES, octets.load(data, i + 1) | SPACES
+        a, b = swar.load(data, i) | SPACES, swar.load(data, i + 1) | SPACES
         found = np.uint64(0)
         for k in range(6):
             differences = a ^ FIRSTS[k] | b ^ SECONDS[k]
-            found |= differences - octets.ONES & ~differences  # a byte of zeros, or perhaps one behind it
-        found &= octets.HIGH
+            found |= differences - swar.ONES & ~differences  # a byte of zeros, or perhaps one behind it
+        found &= swar.HIGH
         while found:
-            place = i + octets.first(found)
-            found &= found - octets.ONE
+            place = i + swar.first(found)
+            found &= found - swar.ONE
             for k in range(len(places)):
                 if place >= places[k] and match(data, place - places[k], size, signs, True)[0] == k + 1:
                     counts[k] += 1
@@ -105,13 +105,13 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
     count = i = 0
     size = len(data)
     while True:
-        word = octets.load(data, i)
-        some = word & octets.HIGH | octets.equal(word, octets.NEWLINES) | octets.equal(word, STOPS)
-        some |= octets.equal(word, EXCLAMATIONS) | octets.equal(word, QUESTIONS)
+        word = swar.load(data, i)
+        some = word & swar.HIGH | swar.equal(word, swar.NEWLINES) | swar.equal(word, STOPS)
+        some |= swar.equal(word, EXCLAMATIONS) | swar.equal(word, QUESTIONS)
         if not some:
             i += 8
         else:
-            i += octets.first(some)
+            i += swar.first(some)
         if i >= size:
             return count
         if not some:
@@ -188,8 +188,8 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
         if longest >= 0 and most > longest:
             continue
         begin, start, stop = first, o, o  # written behind what is kept; kept itself if `o` moves on
-        if not brackets or octets.find(data, first, last, BRACKETS) == last:
-            octets.copy(data, first, last, out, o)
+        if not brackets or swar.find(data, first, last, BRACKETS) == last:
+            swar.copy(data, first, last, out, o)
             stop += last - first
             first = last
         j = first
@@ -223,7 +223,7 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
             return out[:0], LOREM, number
         if found & JAVASCRIPT:
             continue
-        if curly and octets.find(data, begin, last, BRACES) < last:
+        if curly and swar.find(data, begin, last, BRACES) < last:
             return out[:0], CURLY, number
         if found & POLICY:
             continue

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 from llmkit.corpus.words import MARKS, TERMINALS
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import HASH_START, Bytes, decode, finish, hash_eight, hash_rest, start_of
 
 ALNUM = 1  # str.isalnum
@@ -66,12 +66,12 @@ def line_at(data, start):  # type: ignore[no-untyped-def]
     """(end at the next newline or that of the text, characters, `hash_bytes`) of the line that begins at byte `start`."""
     i, size, inner, h = start, len(data), 0, HASH_START
     while i < size:
-        word = octets.load(data, i)
-        found = octets.equal(word, octets.NEWLINES)
-        step = min(octets.first(found), size - i)
+        word = swar.load(data, i)
+        found = swar.equal(word, swar.NEWLINES)
+        step = min(swar.first(found), size - i)
         if step < 8:
-            word &= octets.below(step)
-        inner += octets.count(octets.continuations(word))
+            word &= swar.below(step)
+        inner += swar.count(swar.continuations(word))
         if step < 8:
             if step > 0:
                 h = hash_rest(h, word)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.kernels.characters import SPACE, TERMINAL, line_at
 from llmkit.corpus.kernels.repetition import EMPTY, line_repeats
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes, start_of
 
 BLANK = 2  # nothing but whitespace
@@ -52,7 +52,7 @@ def rare_breaks(data):  # type: ignore[no-untyped-def]
 def end_of_line(data, start, stop, rare):  # type: ignore[no-untyped-def]
     """(end of the line that begins at `start`, bytes of its break): at the next newline or, if there may be `rare` breaks, at any."""
     if not rare:
-        return octets.find(data, start, stop, octets.NEWLINES), 1
+        return swar.find(data, start, stop, swar.NEWLINES), 1
     i = start
     while i < stop and data[i] != 0x0A:
         if data[i] < 0x20 or data[i] == 0xC2 or data[i] == 0xE2:
@@ -79,7 +79,7 @@ def lines(data, table, universal):  # type: ignore[no-untyped-def]
         start = i
         if universal and strange:
             i, width = end_of_line(data, start, size, strange)
-            hashes[n], characters[n] = hash_bytes(data, start, i), octets.length(data, start, i)
+            hashes[n], characters[n] = hash_bytes(data, start, i), swar.length(data, start, i)
         else:
             i, characters[n], hashes[n] = line_at(data, start)
             width = 1

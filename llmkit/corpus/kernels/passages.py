@@ -10,7 +10,7 @@ from numba import njit
 
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.normalise import loose
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes
 
 NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
@@ -25,7 +25,7 @@ def spans(data, paragraphs):  # type: ignore[no-untyped-def]
     starts, stops = np.zeros(room, np.int64), np.empty(room, np.int64)
     n = i = 0
     while True:
-        stop = octets.find(data, i, len(data), octets.NEWLINES)
+        stop = swar.find(data, i, len(data), swar.NEWLINES)
         i = stop + 1
         while paragraphs and i < len(data) and data[i] == 0x0A:
             i += 1
@@ -70,7 +70,7 @@ def hashes_of(data, paragraphs, how, shortest, table, becomes, pool):  # type: i
     hashes, out = np.zeros(len(starts), np.uint64), np.empty(len(data) + 1, np.uint8)
     for i in range(len(starts)):
         n = collapse(data, starts[i], stops[i], table, out)
-        if n == 0 or (n < 4 * shortest and octets.length(out, 0, n) < shortest):
+        if n == 0 or (n < 4 * shortest and swar.length(out, 0, n) < shortest):
             continue
         if how == NONE:
             h = hash_bytes(data, starts[i], stops[i])
@@ -82,5 +82,5 @@ def hashes_of(data, paragraphs, how, shortest, table, becomes, pool):  # type: i
                     return hashes, False
                 if len(text):
                     h = hash_bytes(text, 0, len(text))
-        hashes[i] = max(h, octets.ONE)
+        hashes[i] = max(h, swar.ONE)
     return hashes, True

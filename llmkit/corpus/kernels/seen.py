@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 
 FULL = 0.7
 
@@ -18,7 +18,7 @@ def slot(keys, h):  # type: ignore[no-untyped-def]
     last = np.uint64(len(keys) - 1)
     i = h & last
     while keys[i] != 0 and keys[i] != h:
-        i = (i + octets.ONE) & last
+        i = (i + swar.ONE) & last
     return i
 
 

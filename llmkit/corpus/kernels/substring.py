@@ -13,7 +13,7 @@ from numba import njit
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.corpus.kernels.minhash import BASE
 from llmkit.corpus.kernels.seen import slot
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, finish, hash_bytes
 
 FENCE = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -45,7 +45,7 @@ def words(data, table):  # type: ignore[no-untyped-def]
                 break
             stop = i
         if stop > start:
-            starts[n], stops[n], hashes[n] = start, stop, min(hash_bytes(data, start, stop), FENCE - octets.ONE)
+            starts[n], stops[n], hashes[n] = start, stop, min(hash_bytes(data, start, stop), FENCE - swar.ONE)
             n += 1
     return starts[:n], stops[:n], hashes[:n]
 
@@ -55,7 +55,7 @@ def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
     """Hash of every run of so many units: uint64 [units - length + 1], empty where there are fewer; never 0. A polynomial that rolls on."""
     n = len(units) - length + 1
     hashes = np.empty(max(0, n), np.uint64)
-    power, h = octets.ONE, np.uint64(0)
+    power, h = swar.ONE, np.uint64(0)
     for i in range(len(units)):
         h = h * BASE + finish(np.uint64(units[i]))
         if i < length:
@@ -63,7 +63,7 @@ def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
         else:
             h -= power * finish(np.uint64(units[i - length]))
         if i >= length - 1:
-            hashes[i - length + 1] = max(finish(h), octets.ONE)
+            hashes[i - length + 1] = max(finish(h), swar.ONE)
     return hashes
 
 

@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.kernels.characters import ALNUM, ALPHA, COMBINING, MARK, RUN, SPACE, classes
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import HASH_START, decode, finish, hash_bytes, hash_eight, hash_rest, start_of
 
 JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # those under 0x40 that `joins` knows
@@ -132,10 +132,10 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
         # Most words: ASCII characters up to one that ends them for certain, eight at a time.
         h, letters, digits, stop = HASH_START, np.uint64(0), np.uint64(0), i
         while True:
-            word = octets.load(data, stop)
-            some_letters, some_digits = octets.letters_and_digits(word)
-            inside = octets.visible(word) if whitespace else some_letters | some_digits
-            step = octets.first(~inside & octets.HIGH)
+            word = swar.load(data, stop)
+            some_letters, some_digits = swar.letters_and_digits(word)
+            inside = swar.visible(word) if whitespace else some_letters | some_digits
+            step = swar.first(~inside & swar.HIGH)
             if step < 8:
                 break
             letters |= some_letters
@@ -144,9 +144,9 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
             stop += 8
         if stop + step + 1 < size:
             if step > 0:
-                letters |= some_letters & octets.below(step)
-                digits |= some_digits & octets.below(step)
-                h = hash_rest(h, word & octets.below(step))
+                letters |= some_letters & swar.below(step)
+                digits |= some_digits & swar.below(step)
+                h = hash_rest(h, word & swar.below(step))
             stop += step
             mark, after = data[stop], data[stop + 1]
             if stop == i:  # a mark alone
@@ -156,7 +156,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
                 ends = mark < 0x80 and table[mark] & SPACE != 0
                 closed = False
             else:
-                joined = mark >= 0x40 or JOINERS >> np.uint64(mark) & octets.ONE != 0
+                joined = mark >= 0x40 or JOINERS >> np.uint64(mark) & swar.ONE != 0
                 closed = mark > 0x20 and after <= 0x20
                 ends = mark < 0x80 and (not joined or (closed and (stop - i > 1 or mark != 0x2E)))
             if ends:
@@ -167,7 +167,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
                 i = stop
                 if closed:
                     h = hash_rest(HASH_START, np.uint64(mark))
-                    hashes[n], lengths[n], flags[n] = finish(h + octets.ONE), 1, MARK
+                    hashes[n], lengths[n], flags[n] = finish(h + swar.ONE), 1, MARK
                     n += 1
                     i += 1
                 continue
@@ -221,9 +221,9 @@ def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
         lettered += flags[i] & ALPHA != 0
     missing, perhaps = wanted.copy(), np.uint64(0)
     for h in wanted:
-        perhaps |= octets.ONE << (h & np.uint64(63))
+        perhaps |= swar.ONE << (h & np.uint64(63))
     for i in range(len(hashes)):
-        if not perhaps >> (hashes[i] & np.uint64(63)) & octets.ONE:
+        if not perhaps >> (hashes[i] & np.uint64(63)) & swar.ONE:
             continue
         if found == len(missing):
             break

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.kernels import kernel, octets
+from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import finish, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
@@ -25,9 +25,9 @@ SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: lengths far apart
 @kernel
 def key(data, start, size):  # type: ignore[no-untyped-def]
     """(first eight bytes, or all and zeros behind; hash) of a word."""
-    first = octets.load(data, start)
+    first = swar.load(data, start)
     if size < 8:
-        first &= octets.below(size)
+        first &= swar.below(size)
     return np.int64(first), finish(first ^ np.uint64(size) * SPREAD) if size <= 8 else hash_bytes(
         data, start, start + size
     )
@@ -37,10 +37,10 @@ def key(data, start, size):  # type: ignore[no-untyped-def]
 def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
     """Whether data[i:i+size] and pool[k:k+size] are equal."""
     while size >= 8:
-        if octets.load(data, i) != octets.load(pool, k):
+        if swar.load(data, i) != swar.load(pool, k):
             return False
         i, k, size = i + 8, k + 8, size - 8
-    return not (octets.load(data, i) ^ octets.load(pool, k)) & octets.below(size)
+    return not (swar.load(data, i) ^ swar.load(pool, k)) & swar.below(size)
 
 
 @kernel
@@ -71,9 +71,9 @@ def insert(data, start, size, times, row, table, pool, known, used):  # type: ig
     """Enter a new word, the last of `known`, that then fill `used` bytes; returns table and pool, in which there is room for another row."""
     if used + 8 > len(pool):  # octets.copy writes whole eights
         larger = np.empty(2 * len(pool) + size, np.uint8)
-        octets.copy(pool, 0, used - size, larger, 0)
+        swar.copy(pool, 0, used - size, larger, 0)
         pool = larger
-    octets.copy(data, start, start + size, pool, used - size)
+    swar.copy(data, start, start + size, pool, used - size)
     table[row, FIRST], _ = key(data, start, size)
     table[row, COUNT], table[row, START], table[row, LENGTH] = times, used - size, size
     if 2 * known < len(table):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmkit.kernels import inner, kernel, octets
+from llmkit.kernels import inner, kernel, swar
 from llmkit.kernels.utf8 import MIX_A, MIX_B, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
@@ -62,8 +62,8 @@ def key_of(data, start, stop):  # type: ignore[no-untyped-def]
     if size > SHORT:
         return hash_bytes(data, start, stop), LONG
     # Masks instead of branches, which the processor cannot foresee.
-    second = octets.load(data, start + 8) & SECOND_PART[size] | np.uint64(size) << TOP
-    return octets.load(data, start) & FIRST_PART[size], second
+    second = swar.load(data, start + 8) & SECOND_PART[size] | np.uint64(size) << TOP
+    return swar.load(data, start) & FIRST_PART[size], second
 
 
 @inner
@@ -71,14 +71,14 @@ def find(data, start, stop, key, second, i, table, texts):  # type: ignore[no-un
     """The slot at or behind `i` that holds the piece data[start:stop] of that key, or the free one where it has to go."""
     last = np.uint64(len(table) - 1)
     if second != LONG:
-        while table[i + octets.ONE] != 0 and (table[i] != key or table[i + octets.ONE] != second):
+        while table[i + swar.ONE] != 0 and (table[i] != key or table[i + swar.ONE] != second):
             i = i + FOUR & last
         return i
     size = stop - start
-    while table[i + octets.ONE] != 0:
-        if table[i] == key and table[i + octets.ONE] >= LONG:
-            place = np.int64(table[i + octets.ONE] & PLACE)
-            if np.int64(octets.load(texts, place)) == size:
+    while table[i + swar.ONE] != 0:
+        if table[i] == key and table[i + swar.ONE] >= LONG:
+            place = np.int64(table[i + swar.ONE] & PLACE)
+            if np.int64(swar.load(texts, place)) == size:
                 k = 0
                 while k < size and texts[place + 8 + k] == data[start + k]:
                     k += 1
@@ -93,8 +93,8 @@ def keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
     """Enter the piece data[start:stop], of the ids found[:n], at slot `i`, where `find` says that it goes."""
     if second == LONG:
         place = counts[BYTES]
-        octets.store(texts, place, np.uint64(stop - start))
-        octets.copy(data, start, stop, texts, place + 8)
+        swar.store(texts, place, np.uint64(stop - start))
+        swar.copy(data, start, stop, texts, place + 8)
         counts[BYTES] = place + 8 + stop - start
         second |= np.uint64(place)
     value, more = np.uint64(n) << TOP, np.uint64(0)
@@ -111,7 +111,7 @@ def keep(data, start, stop, i, key, second, found, n, table, texts, ids, counts)
             more = np.uint64(found[2])
         if n > 3:
             more |= np.uint64(found[3]) << SECOND
-    table[i], table[i + octets.ONE], table[i + TWO], table[i + THREE] = key, second, value, more
+    table[i], table[i + swar.ONE], table[i + TWO], table[i + THREE] = key, second, value, more
     counts[USED] += 1
 
 
@@ -268,20 +268,20 @@ def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, tab
                     k = q & (BLOCK - 1)
                     key, second = key_of(data, begin, ends[q])
                     i = first_slot(key, second, table)
-                    octets.prefetch(table, i)
+                    swar.prefetch(table, i)
                     near[0, k], near[1, k], slots[k] = key, second, i
                     begin = ends[q]
             stop = ends[p]
             k = p & (BLOCK - 1)
             key, second = near[0, k], near[1, k]
             i = find(data, start, stop, key, second, slots[k], table, texts)
-            if table[i + octets.ONE] != 0:
+            if table[i + swar.ONE] != 0:
                 value = table[i + TWO]
                 n = np.int64(value >> TOP)
                 if n <= INLINE:  # written all, counted as many as there are: no branches
                     more = table[i + THREE]
                     out[at] = value & ID
-                    out[at + octets.ONE] = value >> SECOND & ID
+                    out[at + swar.ONE] = value >> SECOND & ID
                     out[at + TWO] = more & ID
                     out[at + THREE] = more >> SECOND
                 else:
@@ -312,7 +312,7 @@ def encode(data, bounds, ends, pieces, byte_ids, byte_ranks, results, pairs, tab
             start = stop
         if end >= 0:
             out[at] = end
-            at += octets.ONE
+            at += swar.ONE
         t += 1
         begins[t] = np.int64(at)
     return DONE
@@ -336,7 +336,7 @@ def move(table, larger):  # type: ignore[no-untyped-def]
         second = table[j + 1]
         if second != 0:
             i = first_slot(table[j], min(second, LONG), larger)
-            while larger[i + octets.ONE] != 0:
+            while larger[i + swar.ONE] != 0:
                 i = i + FOUR & np.uint64(len(larger) - 1)
             for k in range(4):
                 larger[i + np.uint64(k)] = table[j + k]

@@ -19,7 +19,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from llmkit.kernels import inner, kernel, octets
+from llmkit.kernels import inner, kernel, swar
 from llmkit.kernels.utf8 import Bytes, decode
 
 LETTER, NUMBER, SPACE, DIGIT = 1, 2, 4, 8  # \p{L}, \p{N}, \s; what the pre-tokenizer Digits puts alone
@@ -97,8 +97,8 @@ def class_at(data, i, table):  # type: ignore[no-untyped-def]
 def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
     """First byte at or behind `i` that begins no letter."""
     while i < stop:
-        letters, _ = octets.letters_and_digits(octets.load(data, i))
-        n = octets.first(~letters & octets.HIGH)
+        letters, _ = swar.letters_and_digits(swar.load(data, i))
+        n = swar.first(~letters & swar.HIGH)
         i += n
         if n == 8:
             continue

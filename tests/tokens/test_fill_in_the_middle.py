@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens.encode import EncodeOptions, Encoder
-from llmkit.tokens.fim import NAMES, FillInTheMiddle, Segment, assemble, fill_in_the_middle
+from llmkit.tokens.fill_in_the_middle import NAMES, FillInTheMiddle, Segment, assemble, fill_in_the_middle
 from llmkit.tokens.text_encoder import load
 
 Trained = Callable[[str], TokenizerInfo]
