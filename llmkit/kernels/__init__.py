@@ -29,7 +29,14 @@ else:
     del _loaded[BLAS]
 
 HERE = Path(__file__).parent
-COMPILED = ("kernels", "corpus", "corpus/kernels", "tokens/kernels")  # where compiled functions stand
+COMPILED = (
+    "kernels",
+    "corpus",
+    "corpus/kernels",
+    "corpus/filters/kernels",
+    "corpus/dedup/kernels",
+    "tokens/kernels",
+)  # where compiled functions stand
 
 
 def _place_of_cache() -> str:

@@ -18,12 +18,12 @@ from rows import Rows, texts_to_rows
 
 from llmkit.corpus.dedup.exact import Exact, Stream, passing_key, text_key
 from llmkit.corpus.dedup.groups import Groups
+from llmkit.corpus.dedup.kernels import groups as kernels
+from llmkit.corpus.dedup.kernels.minhash import Shingles, functions, jaccard, sketch
+from llmkit.corpus.dedup.local import CHAIN
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.minhash import MinHash, bands_for
-from llmkit.corpus.dedup.spool import Blobs, Column
-from llmkit.corpus.dedup.waiting import CHAIN
-from llmkit.corpus.kernels import groups as kernels
-from llmkit.corpus.kernels.minhash import Shingles, functions, jaccard, sketch
+from llmkit.corpus.dedup.temp_columns import Blobs, Column
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
 

@@ -11,7 +11,8 @@ import numpy as np
 import plain
 import pytest
 
-from llmkit.corpus.kernels import c4, characters
+from llmkit.corpus.filters.kernels import c4
+from llmkit.corpus.kernels import characters
 from llmkit.corpus.kernels.repetition import group
 from llmkit.corpus.kernels.tokens import has_words
 from llmkit.corpus.page import Page

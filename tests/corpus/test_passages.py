@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from packed import files_of
 from rows import Rows, outcome_of
 
+from llmkit.corpus.dedup.hash_set import Seen
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.passages import Passages
-from llmkit.corpus.dedup.seen import Seen
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
 

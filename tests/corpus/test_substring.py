@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rows import outcome_of
 
+from llmkit.corpus.dedup.kernels import substring as kernels
 from llmkit.corpus.dedup.method import METHODS
 from llmkit.corpus.dedup.substring import Substring
-from llmkit.corpus.kernels import substring as kernels
 from llmkit.corpus.kernels.characters import classes
 from llmkit.engine.local import Local
 from llmkit.errors import UsageError

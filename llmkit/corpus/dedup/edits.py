@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.method import Tally, with_fields
-from llmkit.corpus.dedup.spool import Blobs, Column, pack, unpack
+from llmkit.corpus.dedup.temp_columns import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
 from llmkit.kernels.utf8 import Bytes

@@ -26,11 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
+from llmkit.corpus.dedup.local import REASONS, Choice, Telling, Waiting
 from llmkit.corpus.dedup.measure import Measure
 from llmkit.corpus.dedup.method import Decided, Tally
 from llmkit.corpus.dedup.minhash import MinHash
-from llmkit.corpus.dedup.scattered import Scattered
-from llmkit.corpus.dedup.waiting import REASONS, Choice, Telling, Waiting
+from llmkit.corpus.dedup.ray import Scattered
 from llmkit.engine.cluster import Cluster
 from llmkit.engine.local import Engine, Local
 from llmkit.errors import UsageError

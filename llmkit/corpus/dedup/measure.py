@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
-from llmkit.corpus.dedup.spool import pack
+from llmkit.corpus.dedup.temp_columns import pack
 from llmkit.corpus.lists import dotted
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse

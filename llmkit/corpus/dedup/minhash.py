@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from llmkit.corpus.dedup.kernels.minhash import functions, sketch
 from llmkit.corpus.dedup.method import METHODS
-from llmkit.corpus.kernels.minhash import functions, sketch
 from llmkit.errors import UsageError
 from llmkit.io.documents import Document
 

@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
+from llmkit.corpus.dedup.hash_set import Seen
+from llmkit.corpus.dedup.kernels import passages as kernels
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
-from llmkit.corpus.dedup.seen import Seen
-from llmkit.corpus.kernels import passages as kernels
 from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries

@@ -29,10 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
+from llmkit.corpus.dedup.hash_set import Seen
+from llmkit.corpus.dedup.kernels import substring as kernels
 from llmkit.corpus.dedup.method import METHODS, Decided
-from llmkit.corpus.dedup.seen import Seen
-from llmkit.corpus.dedup.spool import Column
-from llmkit.corpus.kernels import substring as kernels
+from llmkit.corpus.dedup.temp_columns import Column
 from llmkit.corpus.kernels.characters import classes
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader

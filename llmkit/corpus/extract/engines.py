@@ -13,7 +13,7 @@ import xxhash
 
 from llmkit.corpus.extract.archives import Page
 from llmkit.corpus.extract.blocks import main_text
-from llmkit.corpus.extract.html import declared
+from llmkit.corpus.extract.page_metadata import declared
 
 HTML = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from llmkit.corpus.filters import FILTERS, Check, below
-from llmkit.corpus.kernels.c4 import (
+from llmkit.corpus.filters.kernels.c4 import (
     CITATIONS,
     CURLY,
     JAVASCRIPT,

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmkit.corpus.filters import FILTERS, Check, above, below
+from llmkit.corpus.filters.kernels.code import encoded_runs
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.code import encoded_runs
 from llmkit.corpus.kernels.line_shapes import letters
 from llmkit.corpus.lists import dotted
 from llmkit.corpus.page import Page

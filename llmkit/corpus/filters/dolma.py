@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.filters import FILTERS, Check, above, below
+from llmkit.corpus.filters.kernels.dolma import all_copies, line_copies, summary
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.dolma import all_copies, line_copies, summary
 from llmkit.corpus.kernels.tokens import Tokens, scan, tokens_of
 from llmkit.corpus.page import Page
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmkit.corpus.filters import FILTERS, Check, above, below
-from llmkit.corpus.kernels.c4 import SHORT_FORMS, sentences
+from llmkit.corpus.filters.kernels.c4 import SHORT_FORMS, sentences
 from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.page import Page
 

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.filters import FILTERS, Check, above
+from llmkit.corpus.filters.kernels.phrases import MASK, count_phrases, letter_runs
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.phrases import MASK, count_phrases, letter_runs
 from llmkit.corpus.lists import entries
 from llmkit.corpus.page import Page
 from llmkit.errors import UsageError

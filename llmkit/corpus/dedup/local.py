@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.corpus.dedup.kernels import groups as kernels
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided, verdict, with_fields
 from llmkit.corpus.dedup.minhash import MinHash
-from llmkit.corpus.dedup.spool import Blobs, Column, unpack
-from llmkit.corpus.kernels import groups as kernels
+from llmkit.corpus.dedup.temp_columns import Blobs, Column, unpack
 from llmkit.engine.local import Engine
 from llmkit.io.documents import DocumentReader
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from llmkit.corpus.dedup.kernels.hash_set import slot
+from llmkit.corpus.dedup.kernels.minhash import BASE
 from llmkit.corpus.kernels.characters import SPACE
-from llmkit.corpus.kernels.minhash import BASE
-from llmkit.corpus.kernels.seen import slot
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, finish, hash_bytes
 

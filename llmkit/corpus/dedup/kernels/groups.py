@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.kernels.minhash import jaccard
+from llmkit.corpus.dedup.kernels.minhash import jaccard
 from llmkit.kernels import kernel
 
 NONE = -1  # no match

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from llmkit.corpus.dedup.edits import Hashes
-from llmkit.corpus.kernels import seen as kernels
+from llmkit.corpus.dedup.kernels import hash_set as kernels
 
 
 class Seen:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.corpus.dedup.kernels import groups as kernels
+from llmkit.corpus.dedup.local import LEAST, SORTED, Choice, Telling, Waiting, halves, sharing, tell
 from llmkit.corpus.dedup.measure import Measure, Part
 from llmkit.corpus.dedup.method import Decided
-from llmkit.corpus.dedup.waiting import LEAST, SORTED, Choice, Telling, Waiting, halves, sharing, tell
-from llmkit.corpus.kernels import groups as kernels
 from llmkit.engine.cluster import Cluster, Ref
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
 
