@@ -147,9 +147,9 @@ def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
     def make(path: Path, seed: int = 0, dtype: Any = None, tokenizer: bool = True, **changes: Any) -> Path:
         import torch
 
-        from llmkit.model.checkpoint import save_model
         from llmkit.model.config import ModelConfig
         from llmkit.model.decoder import Decoder
+        from llmkit.model.pretrained.checkpoint import save_model
 
         sizes: dict[str, Any] = {
             "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -28,7 +28,7 @@ import numpy as np
 
 from llmkit.alignment.rows import common_length
 from llmkit.errors import LlmkitError
-from llmkit.model.checkpoint import load_tokenizer
+from llmkit.model.pretrained.checkpoint import load_tokenizer
 
 CHATML = """\
 {%- for message in messages %}

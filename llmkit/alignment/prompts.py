@@ -21,9 +21,9 @@ from typing import Any
 from llmkit.alignment.chat import render, tokenizer_of
 from llmkit.alignment.rows import Messages, RowError, to_conversation
 from llmkit.errors import LlmkitError
-from llmkit.model.checkpoint import LoadedModel
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate
+from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.seeds import derive
 
 ALPACA = ("instruction", "input", "system")

@@ -116,7 +116,7 @@ def main(
         return
     import torch
 
-    from llmkit.model.checkpoint import load_info, load_model
+    from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
     from llmkit.training.data import StreamSource

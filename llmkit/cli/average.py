@@ -13,7 +13,7 @@ from llmkit.cli.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.model.directory import LoadedModel
+    from llmkit.model.pretrained.directory import LoadedModel
 
 # fmt: off
 # Options of some methods alone, by parameter.
@@ -98,7 +98,7 @@ def main(
         raise UsageError("no output", "name the directory of the averaged model with -o")
     from llmkit.io.atomic import atomic_directory
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
-    from llmkit.model.directory import load_info, resolve_model
+    from llmkit.model.pretrained.directory import load_info, resolve_model
     from llmkit.training import average
 
     groups = [_checkpoints(model, last) for model in models]
@@ -169,7 +169,7 @@ def main(
 def _checkpoints(model: str, last: int | None) -> list[Path]:
     """The directories that `model` stands for: itself, or with `last` that many checkpoints of the run, oldest first."""
     if last is None:
-        from llmkit.model.directory import resolve_model
+        from llmkit.model.pretrained.directory import resolve_model
 
         return [resolve_model(model)]
     from llmkit.training.state import find_checkpoints
@@ -211,7 +211,7 @@ def _scorer(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[list[L
     from llmkit.evaluation.harness import end_of_text_id
     from llmkit.evaluation.perplexity import perplexity
     from llmkit.io.documents import DocumentReader
-    from llmkit.model.checkpoint import load_tokenizer
+    from llmkit.model.pretrained.checkpoint import load_tokenizer
 
     codec = load_tokenizer(info.tokenizer_files, info.path)
     codec.encode_special_tokens = True  # text is text

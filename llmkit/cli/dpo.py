@@ -91,8 +91,8 @@ def main(
     from llmkit.alignment import chat
     from llmkit.alignment.encode import encode_preferences
     from llmkit.alignment.preference import FIGURES, PairSource, dpo, reference_log_probabilities
-    from llmkit.model.checkpoint import load_model
     from llmkit.model.decoder import Decoder
+    from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
     from llmkit.training.schedule import PREFERENCE, default_rate, named, warmup_tokens
 

@@ -18,8 +18,8 @@ from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN, open_raw
 
 if TYPE_CHECKING:
-    from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.decoder import Decoder
+    from llmkit.model.pretrained.checkpoint import LoadedModel
 
 
 @command(
@@ -66,7 +66,7 @@ def main(
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
-    from llmkit.model.checkpoint import load_for_inference, load_info, resolve_model
+    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, resolve_model
 
     for model in models:  # every mistake is found before the first model is scored
         load_info(model)
@@ -123,7 +123,7 @@ def _perplexity(
 
     from llmkit.evaluation.harness import end_of_text_id
     from llmkit.evaluation.perplexity import perplexity
-    from llmkit.model.checkpoint import load_tokenizer
+    from llmkit.model.pretrained.checkpoint import load_tokenizer
 
     model, info = loaded
     codec = load_tokenizer(info.tokenizer_files, info.path)

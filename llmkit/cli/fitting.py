@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader
     from llmkit.lineage.record import Input
     from llmkit.mixing.order import OrderedTokens
-    from llmkit.model.checkpoint import LoadedModel
     from llmkit.model.config import ModelConfig
+    from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource, Source, StreamSource
     from llmkit.training.groups import Groups
@@ -197,7 +197,7 @@ def _scorer(
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
-    from llmkit.model.checkpoint import LoadedModel
+    from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.training.samples import undisturbed
 
     manager = task_names(names, include)
@@ -318,7 +318,7 @@ def chat_model(
 ) -> tuple[LoadedModel, dict[str, str], int]:
     """What the model directory says, its tokenizer files with a chat template, and the length of sequences."""
     from llmkit.alignment import chat
-    from llmkit.model.checkpoint import load_info
+    from llmkit.model.pretrained.checkpoint import load_info
 
     info = load_info(model)
     files = info.tokenizer_files
@@ -372,7 +372,7 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
-    from llmkit.model.checkpoint import resolve_model
+    from llmkit.model.pretrained.checkpoint import resolve_model
 
     place = directory or resolve_model(path)
     return Input("input", base_name(path), digest_path(place), read_lineage(place))

@@ -16,7 +16,7 @@ from llmkit.errors import UsageError
 if TYPE_CHECKING:
     from llmkit.alignment.prompts import Prompt
     from llmkit.io.documents import DocumentReader
-    from llmkit.model.checkpoint import LoadedModel
+    from llmkit.model.pretrained.checkpoint import LoadedModel
 
 SAMPLING = "Sampling"
 
@@ -100,7 +100,7 @@ def main(
 
     from llmkit.alignment.prompts import complete
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
-    from llmkit.model.checkpoint import load_for_inference, load_info, load_tokenizer
+    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, load_tokenizer
 
     files = [] if prompt else run.inputs(prompts)
     info = load_info(model)

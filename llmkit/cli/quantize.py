@@ -46,7 +46,7 @@ def main(
         raise UsageError("no output", "name the directory of the quantised model with -o")
     from llmkit.io.atomic import atomic_directory
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
-    from llmkit.model.checkpoint import load_info
+    from llmkit.model.pretrained.checkpoint import load_info
     from llmkit.quantization import compressed_tensors
 
     refuse_own_inputs(run, [model])

@@ -80,7 +80,7 @@ def main(
 
     from llmkit.alignment import chat
     from llmkit.alignment.encode import encode_conversations
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
     from llmkit.training.data import PackedSource
     from llmkit.training.objectives import next_token

@@ -114,8 +114,8 @@ def main(
     import torch
 
     from llmkit.lineage.record import base_name, describe_input
-    from llmkit.model.checkpoint import load_info, load_model
     from llmkit.model.decoder import Decoder
+    from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
     from llmkit.training.objectives import next_token

@@ -72,7 +72,7 @@ def main(
         return
     check_output(run.output, run.force)
     if model is not None:
-        from llmkit.model.checkpoint import load_info, open_weights
+        from llmkit.model.pretrained.checkpoint import load_info, open_weights
         from llmkit.model.resize import check_match
 
         loaded = load_info(model)

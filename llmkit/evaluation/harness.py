@@ -23,8 +23,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.evaluation.scoring import BATCH_TOKENS, score
-from llmkit.model.checkpoint import LoadedModel, load_tokenizer
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import LoadedModel, load_tokenizer
 
 # What a chat prompt looks like: messages -> text. alignment.chat.render, handed in by the command, since this layer does not import alignment.
 Render = Callable[[list[dict[str, str]], bool], str]

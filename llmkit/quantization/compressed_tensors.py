@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.model.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
-from llmkit.model.directory import WEIGHTS
-from llmkit.model.safetensors import write_safetensors
-from llmkit.model.weights import PACKED, SCALE, SHAPE, dequantise
+from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
+from llmkit.model.pretrained.directory import WEIGHTS
+from llmkit.model.pretrained.safetensors import write_safetensors
+from llmkit.model.pretrained.weights import PACKED, SCALE, SHAPE, dequantise
 from llmkit.quantization.round_to_nearest import quantise
 
 GROUPS = (128, 64, 32)

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import LlmkitError, UsageError, unknown_name
-from llmkit.model.directory import WEIGHTS, LoadedModel, save_description
-from llmkit.model.header import Stored, encode_header, file_order
-from llmkit.model.streamed import StreamedWeights, from_float32
+from llmkit.model.pretrained.directory import WEIGHTS, LoadedModel, save_description
+from llmkit.model.pretrained.header import Stored, encode_header, file_order
+from llmkit.model.pretrained.streamed import StreamedWeights, from_float32
 from llmkit.training import merge as formulas
 
 METHODS = ("uniform", "weighted", "ema", "slerp", "task", "ties", "dare", "dare-ties", "greedy")

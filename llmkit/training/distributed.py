@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from llmkit.errors import LostError, UsageError
+from llmkit.model.pretrained.safetensors import layout_of
 from llmkit.model.runtime import check_fp8
-from llmkit.model.safetensors import layout_of
 from llmkit.training.pace import Stopwatch
 from llmkit.training.parallel import Layout, layout_named
 from llmkit.training.watchdog import Watchdog

@@ -22,8 +22,8 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
-from llmkit.model.checkpoint import load_tokenizer
 from llmkit.model.generate import generate
+from llmkit.model.pretrained.checkpoint import load_tokenizer
 from llmkit.seeds import derive
 from llmkit.training.metrics import read_metrics
 from llmkit.training.probe import eagerly

@@ -24,11 +24,11 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.record import Input, Lineage
-from llmkit.model.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
+from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
-from llmkit.model.safetensors import read_layout
 from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training.data import Source
 from llmkit.training.distributed import Processes, lost, start

@@ -34,9 +34,9 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_directory, atomic_file, check_output
 from llmkit.io.locks import lock
 from llmkit.lineage.record import digest_path
-from llmkit.model.checkpoint import resolve_model
-from llmkit.model.directory import WEIGHTS
-from llmkit.model.safetensors import layout_of, write_safetensors
+from llmkit.model.pretrained.checkpoint import resolve_model
+from llmkit.model.pretrained.directory import WEIGHTS
+from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.model.checkpoint import save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import save_model
 
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"

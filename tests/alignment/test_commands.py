@@ -14,7 +14,7 @@ import pytest
 from llmkit.alignment.chat import chat_template, special_contents
 from llmkit.cli.main import run_command
 from llmkit.lineage.record import read_lineage
-from llmkit.model.checkpoint import load_info
+from llmkit.model.pretrained.checkpoint import load_info
 from llmkit.training.metrics import read_metrics
 
 WORDS = ["what", "is", "the", "weather", "like", "sunny", "today"]
@@ -56,7 +56,7 @@ def test_sft_learns_the_answers_and_to_stop(
     import torch
 
     from llmkit.alignment.chat import render, tokenizer_of
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     arguments = ("base", "chat.jsonl", "--lr", "1e-2", "--epochs", "12", "--batch-size", "2", "-o", "sft")
     assert run_command("sft", [*arguments, "--heldout", "chat.jsonl"]) == 0

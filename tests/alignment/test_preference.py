@@ -19,8 +19,8 @@ from llmkit.alignment.preference import (
     reference_log_probabilities,
     sequence_log_probabilities,
 )
-from llmkit.model.checkpoint import load_model
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import load_model
 from llmkit.training.distributed import start
 
 

@@ -26,9 +26,9 @@ import torch
 from peers import ROOT, asked, call
 from safetensors.torch import load_file
 
-from llmkit.model.checkpoint import save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import save_model
 
 MERGEKIT = ["mergekit==0.1.5", "torch>=2.9,<2.14"]
 CONFIG = ModelConfig(2048, 256, 640, 5, 8, 4, 32, architecture="llama", tie_word_embeddings=False)

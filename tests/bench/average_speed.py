@@ -59,8 +59,8 @@ def make_large(place: Path, megabytes: int) -> list[Path]:
     """Three float32 models of about so many megabytes, of random numbers."""
     from llmkit.model.config import ModelConfig
     from llmkit.model.decoder import expected_tensors
-    from llmkit.model.directory import save_description
-    from llmkit.model.header import Stored, encode_header, file_order
+    from llmkit.model.pretrained.directory import save_description
+    from llmkit.model.pretrained.header import Stored, encode_header, file_order
 
     layers = max(1, round((megabytes * 1e6 / 4 - (16384 * 1024)) / 11.8e6))
     config = ModelConfig(16384, 1024, 2816, layers, 16, 8, 64, architecture="llama")

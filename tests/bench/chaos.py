@@ -35,7 +35,7 @@ PLACES = {
     "clipping": ("llmkit.training.step:clip_gradients", 60),
     "data": ("llmkit.training.data:StreamSource.batch", 60),
     "checkpoint, optimiser": ("llmkit.training.state:write_safetensors", 6),
-    "checkpoint, model": ("llmkit.model.checkpoint:write_safetensors", 6),
+    "checkpoint, model": ("llmkit.model.pretrained.checkpoint:write_safetensors", 6),
     "checkpoint, link": ("llmkit.training.state:RunDirectory._link", 6),
     "copy to the host": ("llmkit.training.keeper:Keeper.copy", 8),
     "evaluation": ("llmkit.training.loop:held_out", 6),

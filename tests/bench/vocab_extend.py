@@ -113,9 +113,9 @@ def report(place: Path, seeds: int) -> None:
     import torch
 
     from llmkit import __version__
-    from llmkit.model.checkpoint import load_info, load_model, save_model
     from llmkit.model.config import load_config
     from llmkit.model.decoder import Decoder
+    from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
     from llmkit.model.resize import write_resized
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.tokens import extend, vocabulary

@@ -121,7 +121,7 @@ def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Pat
     """Behaviour: a tokenizer directory, or with --model a model with its rows; the same bytes again; the lineage names what was read."""
     import torch
 
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     make_model(place / "base")
     call = ("vocab extend", "tok", "de.jsonl", "--add", "50")

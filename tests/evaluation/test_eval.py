@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError
 from llmkit.evaluation.perplexity import perplexity, windows
 from llmkit.evaluation.scoring import score
-from llmkit.model.checkpoint import load_model, load_tokenizer, save_model
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import load_model, load_tokenizer, save_model
 
 WORDS = "the quick brown fox jumps over the lazy dog while many others sit and watch what happens next in this long story".split()
 TASK = """\

@@ -13,10 +13,17 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import Lineage, read_lineage
-from llmkit.model.checkpoint import load_for_inference, load_info, load_model, load_tokenizer, resolve_model, save_model
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
-from llmkit.model.safetensors import layout_of, write_safetensors
+from llmkit.model.pretrained.checkpoint import (
+    load_for_inference,
+    load_info,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_model,
+)
+from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def test_tokenizer_opens_in_transformers(model: Path) -> None:
     """Parity with transformers: AutoTokenizer encodes as ours does, renders the template, and knows the end of text."""
     from transformers import AutoTokenizer
 
-    from llmkit.model.checkpoint import load_tokenizer
+    from llmkit.model.pretrained.checkpoint import load_tokenizer
 
     theirs = AutoTokenizer.from_pretrained(model)
     text = "the quick brown fox<|im_end|> über 12"

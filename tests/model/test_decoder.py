@@ -12,9 +12,9 @@ import torch
 from random_models import SIZES, VARIANTS, random_model
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.model.checkpoint import load_model, save_model
 from llmkit.model.config import PRESETS, ModelConfig, load_config
 from llmkit.model.decoder import Decoder, KeyValueCache
+from llmkit.model.pretrained.checkpoint import load_model, save_model
 
 IDS_BT = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(1))
 

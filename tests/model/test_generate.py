@@ -18,9 +18,9 @@ from llmkit.alignment.prompts import cut, read_prompt, stop_test
 from llmkit.alignment.rows import RowError
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import read_lineage
-from llmkit.model.checkpoint import load_model, load_tokenizer
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate, sample
+from llmkit.model.pretrained.checkpoint import load_model, load_tokenizer
 
 PROMPTS = [[5, 7, 9], [11], [100, 3, 4, 5, 6, 7, 8, 20, 30], [5, 7, 9]]
 

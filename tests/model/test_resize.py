@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.model.checkpoint import load_info, load_model
+from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.resize import EMBEDDING, HEAD, check_match, write_resized
 from llmkit.shards.tokenizer_info import parse_tokenizer
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkit.model.checkpoint import load_info, load_model, save_model
+from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
 from llmkit.quantization.compressed_tensors import SCHEMES, fit_scheme, write_quantised
 
 

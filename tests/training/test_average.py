@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.record import digest_path, read_lineage
-from llmkit.model.checkpoint import load_info, load_model
-from llmkit.model.streamed import from_float32, to_float32
+from llmkit.model.pretrained.checkpoint import load_info, load_model
+from llmkit.model.pretrained.streamed import from_float32, to_float32
 from llmkit.training import average as averages
 from llmkit.training.average import Merge, Opened, check_alike, choose, shares, write_average
 
@@ -473,7 +473,7 @@ def test_types_are_converted_as_torch_does(name: str, dtype: torch.dtype) -> Non
 MEASURED = """
 import sys
 from pathlib import Path
-from llmkit.model.directory import load_info
+from llmkit.model.pretrained.directory import load_info
 from llmkit.training.average import Opened, choose, write_average
 
 def peak():
@@ -495,8 +495,8 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     """
     from llmkit.model.config import ModelConfig
     from llmkit.model.decoder import expected_tensors
-    from llmkit.model.directory import save_description
-    from llmkit.model.header import SIZES, Stored, encode_header
+    from llmkit.model.pretrained.directory import save_description
+    from llmkit.model.pretrained.header import SIZES, Stored, encode_header
 
     config = ModelConfig(4096, 1024, 4096, 3, 8, 8, 64)
     layout = {name: Stored("F32", shape) for name, shape in expected_tensors(config).items()}

@@ -45,7 +45,7 @@ def only_until(run: Path, step: int) -> None:
 
 def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
     """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5, FSDP2 with Muon too, also where weights become NaN; checkpoints of 2 resume on 1, and of 1 on 2."""
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     alone = distributed.start()
     threads = torch.get_num_threads()

@@ -70,7 +70,7 @@ def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_learns_and_leaves_what_it_promises(whole: Path) -> None:
     """Behaviour: loss falls; checkpoints, links, log and configuration are there; checkpoints load as models."""
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     records = list(read_metrics(whole / "metrics.jsonl"))
     assert [r["step"] for r in records] == list(range(1, 17))
@@ -91,7 +91,7 @@ def test_heldout_loss_is_the_mean_over_tokens(train: Train, tmp_path: Path) -> N
     import torch.nn.functional as F
     from tiny import ListStream
 
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training.data import HeldOutSource
 
     outcome = train(tmp_path / "run", heldout=True)

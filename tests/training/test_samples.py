@@ -63,7 +63,7 @@ def test_checkpoints_show_what_they_say(place: Path) -> None:
     assert all(isinstance(r["completion"], str) for r in found)
     Path("run/samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found) + json.dumps({"step": 9}) + "\n")
     prompts = read_prompts("prompts.txt")
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     model, info = load_model("run")
     gallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)

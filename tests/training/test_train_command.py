@@ -87,7 +87,7 @@ def test_model_loads_in_transformers(place: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llmkit.model.checkpoint import load_model
+    from llmkit.model.pretrained.checkpoint import load_model
 
     assert train(*SMALL, "-o", "run", "--save-every", "3") == 0
     path = "run/checkpoints/step-00000003"

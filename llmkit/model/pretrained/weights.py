@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.directory import weight_files
-from llmkit.model.safetensors import read_layout
+from llmkit.model.pretrained.directory import weight_files
+from llmkit.model.pretrained.safetensors import read_layout
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the weight's name
 UNSUPPORTED = ("_zero_point", "_g_idx")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmkit.model.header import Stored, encode_header, file_order, read_header
+from llmkit.model.pretrained.header import Stored, encode_header, file_order, read_header
 
 DTYPES = {
     "F64": torch.float64,

@@ -21,8 +21,8 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.compression import digest_text
-from llmkit.model.directory import LoadedModel, weight_files
-from llmkit.model.header import SIZES, Stored, read_header
+from llmkit.model.pretrained.directory import LoadedModel, weight_files
+from llmkit.model.pretrained.header import SIZES, Stored, read_header
 
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # how numpy reads the types that weights come in
 GAP = 1 << 20  # bytes: what is skipped between two reads, headers above all, and still digested in passing
@@ -80,8 +80,8 @@ class StreamedWeights:
         self._whole: tuple[str, np.ndarray] = ("", self._room)
         self._quantised = None
         if info.quantization is not None:
-            from llmkit.model.checkpoint import open_weights
-            from llmkit.model.safetensors import NAMES
+            from llmkit.model.pretrained.checkpoint import open_weights
+            from llmkit.model.pretrained.safetensors import NAMES
 
             self._quantised = open_weights(info)
             self.layout = {name: Stored(NAMES[kind], shape) for name, (kind, shape) in self._quantised.layout.items()}

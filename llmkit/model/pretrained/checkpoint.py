@@ -15,7 +15,7 @@ from torch import Tensor
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder, expected_tensors
-from llmkit.model.directory import (
+from llmkit.model.pretrained.directory import (
     WEIGHTS,
     LoadedModel,
     check_vocabulary,
@@ -24,8 +24,8 @@ from llmkit.model.directory import (
     resolve_model,
     save_description,
 )
-from llmkit.model.safetensors import layout_of, write_safetensors
-from llmkit.model.weights import Weights
+from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
+from llmkit.model.pretrained.weights import Weights
 
 __all__ = [
     "DTYPE_NAMES",
