@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 
-from llmkit.alignment.chat import EncodedRow
+from llmkit.chat.templates import EncodedRow
 from llmkit.io.atomic import atomic_file
 from llmkit.seeds import derive
 from llmkit.training.data import Batch, pack

@@ -88,9 +88,9 @@ def main(
 
     import torch
 
-    from llmkit.alignment import chat
-    from llmkit.alignment.encode import encode_preferences
     from llmkit.alignment.preference import FIGURES, PairSource, dpo, reference_log_probabilities
+    from llmkit.chat import templates
+    from llmkit.chat.encode import encode_preferences
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
@@ -104,7 +104,7 @@ def main(
     )  # fmt: skip
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
-        chat.check_template(files)
+        templates.check_template(files)
         reader = fitting.row_reader(run, opened, rows)
         encoded = encode_preferences(reader, files, length, too_long=too_long)
         row_inputs = fitting.row_inputs(reader)

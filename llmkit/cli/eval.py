@@ -150,7 +150,7 @@ def _tasks(
     shots: int | None,
     chat: bool,
 ) -> dict[str, dict[str, float]]:
-    from llmkit.alignment.chat import render
+    from llmkit.chat.templates import render
     from llmkit.evaluation.harness import DecoderLM, evaluate
 
     model, info = loaded

@@ -18,7 +18,7 @@ from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
 
 if TYPE_CHECKING:
-    from llmkit.alignment.encode import Encoded
+    from llmkit.chat.encode import Encoded
     from llmkit.io.documents import DocumentReader
     from llmkit.lineage.record import Input
     from llmkit.mixing.order import OrderedTokens
@@ -317,7 +317,7 @@ def chat_model(
     run: Run, model: str, template: Path | None, sequence_length: int | None
 ) -> tuple[LoadedModel, dict[str, str], int]:
     """What the model directory says, its tokenizer files with a chat template, and the length of sequences."""
-    from llmkit.alignment import chat
+    from llmkit.chat import templates
     from llmkit.model.pretrained.checkpoint import load_info
 
     info = load_info(model)
@@ -325,10 +325,10 @@ def chat_model(
     if "tokenizer.json" not in files:
         raise LlmkitError(f"{model}: no tokenizer.json", "copy the tokenizer's files into the model directory")
     if template is not None:
-        files = chat.with_template(files, template.read_text(encoding="utf-8"))
-    elif chat.chat_template(files) is None:
-        name, text = chat.default_template(files)
-        files = chat.with_template(files, text)
+        files = templates.with_template(files, template.read_text(encoding="utf-8"))
+    elif templates.chat_template(files) is None:
+        name, text = templates.default_template(files)
+        files = templates.with_template(files, text)
         run.note(f"the model has no chat template: {name}'s is used and stored with it")
     return info, files, context(info, sequence_length)
 
@@ -364,7 +364,7 @@ def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
 
 def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
     """Every id that ends a generation of the fine-tuned model, end of turn first."""
-    from llmkit.alignment.chat import stop_token_ids
+    from llmkit.chat.templates import stop_token_ids
 
     return list(dict.fromkeys([*stop_token_ids(files), *info.stop_ids]))
 

@@ -14,7 +14,7 @@ from llmkit.cli.options import ModelPath, Run, command, count_option
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.alignment.prompts import Prompt
+    from llmkit.chat.prompts import Prompt
     from llmkit.io.documents import DocumentReader
     from llmkit.model.pretrained.checkpoint import LoadedModel
 
@@ -98,7 +98,7 @@ def main(
         raise UsageError("--stop is empty", "leave it out")
     import orjson
 
-    from llmkit.alignment.prompts import complete
+    from llmkit.chat.prompts import complete
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, load_tokenizer
 
@@ -148,8 +148,8 @@ def _prompts(
     run: Run, info: LoadedModel, reader: DocumentReader | None, given: list[str], chat: bool, keep: int | None
 ) -> Iterator[Prompt]:
     """Every prompt with its tokens, each of which fits into the context."""
-    from llmkit.alignment.prompts import fit, read_prompt
-    from llmkit.alignment.rows import read_rows
+    from llmkit.chat.prompts import fit, read_prompt
+    from llmkit.chat.rows import read_rows
 
     def convert(fields: Mapping[str, Any]) -> Prompt:
         return read_prompt(fields, info.tokenizer_files, chat=chat, text_key=run.options["text_key"])

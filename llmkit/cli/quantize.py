@@ -36,7 +36,7 @@ def main(
     int8 has one scale a row. int4 has one for each group of neighbours in a row, the best of sixteen by squared error. Embeddings, norms and the
     output layer stay as they are, and so do activations. No data is needed. `llmkit eval` says what was lost.
     """
-    from llmkit.quantization.compressed_tensors import SCHEMES
+    from llmkit.quantization.formats.compressed_tensors import SCHEMES
 
     if to not in SCHEMES:
         raise unknown_name("format", to, SCHEMES)
@@ -47,7 +47,7 @@ def main(
     from llmkit.io.atomic import atomic_directory
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.model.pretrained.checkpoint import load_info
-    from llmkit.quantization import compressed_tensors
+    from llmkit.quantization.formats import compressed_tensors
 
     refuse_own_inputs(run, [model])
     info = load_info(model)

@@ -78,8 +78,8 @@ def main(
         return
     import torch
 
-    from llmkit.alignment import chat
-    from llmkit.alignment.encode import encode_conversations
+    from llmkit.chat import templates
+    from llmkit.chat.encode import encode_conversations
     from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
     from llmkit.training.data import PackedSource
@@ -95,7 +95,7 @@ def main(
     with fitting.opened(run, settings) as opened:
         info, files, length = fitting.chat_model(run, model, chat_template, sequence_length)
         if template:
-            chat.check_template(files)
+            templates.check_template(files)
         reader = fitting.row_reader(run, opened, rows)
         encoded = encode_conversations(reader, files, length, too_long=too_long, template=template)
         row_inputs = fitting.row_inputs(reader)

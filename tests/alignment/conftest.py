@@ -79,7 +79,7 @@ def files() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def templates(files: dict[str, str]) -> dict[str, dict[str, str]]:
     """The tokenizer with each of four chat templates."""
-    from llmkit.alignment.chat import CHATML, with_template
+    from llmkit.chat.templates import CHATML, with_template
 
     found = {"chatml": CHATML, "llama3": LLAMA3, "tulu": TULU, "qwen3": QWEN3}
     return {name: with_template(files, template) for name, template in found.items()}

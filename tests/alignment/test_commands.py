@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llmkit.alignment.chat import chat_template, special_contents
+from llmkit.chat.templates import chat_template, special_contents
 from llmkit.cli.main import run_command
 from llmkit.lineage.record import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info
@@ -55,7 +55,7 @@ def test_sft_learns_the_answers_and_to_stop(
     """Behaviour: loss falls far; the template is stored in both places; every stop token is listed; the model then says the answer and stops."""
     import torch
 
-    from llmkit.alignment.chat import render, tokenizer_of
+    from llmkit.chat.templates import render, tokenizer_of
     from llmkit.model.pretrained.checkpoint import load_model
 
     arguments = ("base", "chat.jsonl", "--lr", "1e-2", "--epochs", "12", "--batch-size", "2", "-o", "sft")

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkit.alignment.chat import EncodedRow
 from llmkit.alignment.preference import (
     FIGURES,
     PairSource,
@@ -19,6 +18,7 @@ from llmkit.alignment.preference import (
     reference_log_probabilities,
     sequence_log_probabilities,
 )
+from llmkit.chat.templates import EncodedRow
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_model
 from llmkit.training.distributed import start

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.alignment.prompts import cut, read_prompt, stop_test
-from llmkit.alignment.rows import RowError
+from llmkit.chat.prompts import cut, read_prompt, stop_test
+from llmkit.chat.rows import RowError
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import read_lineage
 from llmkit.model.decoder import Decoder

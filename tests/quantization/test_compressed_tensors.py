@@ -19,7 +19,7 @@ from llmkit.lineage.record import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.model.pretrained.weights import dequantise, unpack
-from llmkit.quantization.compressed_tensors import SCHEMES, Scheme, fit_scheme, pack, write_quantised
+from llmkit.quantization.formats.compressed_tensors import SCHEMES, Scheme, fit_scheme, pack, write_quantised
 from llmkit.quantization.round_to_nearest import quantise
 
 MODELS = [

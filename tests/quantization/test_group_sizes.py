@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
-from llmkit.quantization.compressed_tensors import SCHEMES, fit_scheme, write_quantised
+from llmkit.quantization.formats.compressed_tensors import SCHEMES, fit_scheme, write_quantised
 
 
 @torch.no_grad()

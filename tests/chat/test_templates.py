@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmkit.alignment import chat
-from llmkit.alignment.chat import assistant_spans, encode_chat, render, stop_token_ids, tokenizer_of, with_template
+from llmkit.chat import templates as chat
+from llmkit.chat.templates import assistant_spans, encode_chat, render, stop_token_ids, tokenizer_of, with_template
 from llmkit.errors import LlmkitError
 
 Templates = dict[str, dict[str, str]]

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.alignment.rows import common_length
+from llmkit.chat.rows import common_length
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_tokenizer
 

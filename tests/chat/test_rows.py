@@ -8,8 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from llmkit.alignment.encode import encode_conversations, encode_preferences
-from llmkit.alignment.rows import RowError, read_rows, to_conversation, to_preference
+from llmkit.chat.encode import encode_conversations, encode_preferences
+from llmkit.chat.rows import RowError, read_rows, to_conversation, to_preference
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import DocumentReader, ReadOptions
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkit.alignment.chat import EncodedRow, Span, encode_chat, encode_spans, special_contents, special_tokens
-from llmkit.alignment.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
+from llmkit.chat.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
+from llmkit.chat.templates import EncodedRow, Span, encode_chat, encode_spans, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from llmkit.alignment.chat import render, tokenizer_of
-from llmkit.alignment.rows import Messages, RowError, to_conversation
+from llmkit.chat.rows import Messages, RowError, to_conversation
+from llmkit.chat.templates import render, tokenizer_of
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate
