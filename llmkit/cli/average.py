@@ -98,8 +98,8 @@ def main(
         raise UsageError("no output", "name the directory of the averaged model with -o")
     from llmkit.io.atomic import atomic_directory
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.merging import average
     from llmkit.model.pretrained.directory import load_info, resolve_model
-    from llmkit.training import average
 
     groups = [_checkpoints(model, last) for model in models]
     places = [place for group in groups for place in group]
@@ -196,8 +196,8 @@ def _scorer(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[list[L
     import torch
 
     from llmkit.cli.fitting import held_out
+    from llmkit.merging.greedy_soup import averaged_decoder, heldout_loss
     from llmkit.shards.tokenizer_info import parse_tokenizer
-    from llmkit.training.soup import averaged_decoder, heldout_loss
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     digest = parse_tokenizer(info.tokenizer_files, str(info.path)).digest
@@ -233,7 +233,7 @@ def _soup(
     run: Run, infos: list[LoadedModel], names: list[str], score: Callable[[list[LoadedModel]], float]
 ) -> list[int]:
     """The models that the greedy soup keeps, in the order in which they joined; shows the decisions."""
-    from llmkit.training.soup import greedy_soup
+    from llmkit.merging.greedy_soup import greedy_soup
 
     with run.progress(2 * len(infos) - 1, "evaluations") as bar:
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.record import digest_path, read_lineage
+from llmkit.merging import average as averages
+from llmkit.merging.average import Merge, Opened, check_alike, choose, shares, write_average
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.streamed import from_float32, to_float32
-from llmkit.training import average as averages
-from llmkit.training.average import Merge, Opened, check_alike, choose, shares, write_average
 
 MakeModel = Callable[..., Path]
 Exact = dict[str, np.ndarray]
@@ -217,7 +217,7 @@ def test_dare_is_right_on_average_and_exact_when_nothing_is_dropped(
 
 def test_what_dare_draws_is_fixed() -> None:
     """Behaviour: a golden digest; another one means that the same call gives another model than before."""
-    from llmkit.training.merge import drop
+    from llmkit.merging.methods import drop
 
     ones = np.ones(1000, np.float32)
     drop(ones, 0.25, 7, "model.norm.weight", 1, 65536)
@@ -474,7 +474,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 from llmkit.model.pretrained.directory import load_info
-from llmkit.training.average import Opened, choose, write_average
+from llmkit.merging.average import Opened, choose, write_average
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -521,7 +521,7 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
 @given(st.lists(st.floats(0.5, 4), min_size=1, max_size=6), st.data())
 def test_greedy_soup(alone: list[float], data: st.DataObject) -> None:
     """Property: recipe 1 of the paper, for any losses: from the best to the worst, a model stays if the average does not get worse."""
-    from llmkit.training.soup import greedy_soup
+    from llmkit.merging.greedy_soup import greedy_soup
 
     losses: dict[tuple[int, ...], float] = {(i,): loss for i, loss in enumerate(alone)}
 
@@ -542,7 +542,7 @@ def test_greedy_soup(alone: list[float], data: st.DataObject) -> None:
 
 def test_soup_is_evaluated_as_it_is_stored(make_model: MakeModel, tmp_path: Path) -> None:
     """Property: the decoder that greedy soup scores has the weights of the model that it would write, rounded to bfloat16."""
-    from llmkit.training.soup import averaged_decoder
+    from llmkit.merging.greedy_soup import averaged_decoder
 
     paths = [make_model(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in range(3)]
     found = average(paths, choose("uniform", 3), tmp_path / "out")

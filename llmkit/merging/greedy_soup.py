@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.merging.average import Opened, choose
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import open_weights
 from llmkit.model.pretrained.directory import LoadedModel
 from llmkit.model.pretrained.streamed import from_float32, to_float32
-from llmkit.training.average import Opened, choose
 from llmkit.training.data import Source
 from llmkit.training.objectives import next_token
 

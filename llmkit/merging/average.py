@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import LlmkitError, UsageError, unknown_name
+from llmkit.merging import methods as formulas
 from llmkit.model.pretrained.directory import WEIGHTS, LoadedModel, save_description
 from llmkit.model.pretrained.header import Stored, encode_header, file_order
 from llmkit.model.pretrained.streamed import StreamedWeights, from_float32
-from llmkit.training import merge as formulas
 
 METHODS = ("uniform", "weighted", "ema", "slerp", "task", "ties", "dare", "dare-ties", "greedy")
 LINEAR = ("uniform", "weighted", "ema")
