@@ -25,7 +25,7 @@ from llmkit.chat.templates import EncodedRow
 from llmkit.io.atomic import atomic_file
 from llmkit.seeds import derive
 from llmkit.training.data import Batch, pack
-from llmkit.training.distributed import Processes
+from llmkit.training.distributed.processes import Processes
 from llmkit.training.objectives import Objective, Result, counted, head_weight, token_log_probabilities
 
 FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected")

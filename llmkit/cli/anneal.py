@@ -119,10 +119,10 @@ def main(
     from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
+    from llmkit.training.checkpoint.run_directory import starting_point
     from llmkit.training.data import StreamSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.schedule import RAMPS, named
-    from llmkit.training.state import starting_point
+    from llmkit.training.optim.schedule import RAMPS, named
 
     sessions.check_positive(lr=lr, tokens=tokens)
     if ramp not in RAMPS:

@@ -172,7 +172,7 @@ def _checkpoints(model: str, last: int | None) -> list[Path]:
         from llmkit.model.pretrained.directory import resolve_model
 
         return [resolve_model(model)]
-    from llmkit.training.state import find_checkpoints
+    from llmkit.training.checkpoint.run_directory import find_checkpoints
 
     found = find_checkpoints(model)
     if not found:

@@ -94,7 +94,7 @@ def main(
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
-    from llmkit.training.schedule import PREFERENCE, default_rate, named, warmup_tokens
+    from llmkit.training.optim.schedule import PREFERENCE, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(

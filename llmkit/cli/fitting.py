@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource, Source, StreamSource
-    from llmkit.training.groups import Groups
     from llmkit.training.session import Session, Settings
+    from llmkit.training.source_groups import Groups
 
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
 STEPS, OPTIMISER, MACHINE, KEEPING = "Data and steps", "Optimiser", "Machine", "Checkpoints and evaluation"
@@ -88,7 +88,7 @@ NEUTRAL_OPTIONS = (
 
 def launched(run: Run, inputs: list[str], *, resume: bool, processes: int, max_restarts: int = 0) -> bool:
     """Check the call, which reads `inputs`; with several `processes`, or restarts, run it again in as many, and say whether this one is done with that."""
-    from llmkit.training.state import check_run
+    from llmkit.training.checkpoint.run_directory import check_run
 
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")
@@ -101,7 +101,7 @@ def launched(run: Run, inputs: list[str], *, resume: bool, processes: int, max_r
                 run._values["on_bad_line"] = "skip"
         return False
     check_run(run.output, resume=resume, force=run.force)
-    from llmkit.training.elastic import launch
+    from llmkit.training.distributed.elastic import launch
 
     code = launch(processes, sys.argv[1:], run.output, max_restarts)
     if code:
@@ -162,7 +162,7 @@ def groups(stream: OrderedTokens | TokenStore) -> Groups:
     """By what the losses on a stream are told apart."""
     import numpy as np
 
-    from llmkit.training.groups import document_groups
+    from llmkit.training.source_groups import document_groups
 
     return document_groups(np.diff(stream.offsets), *stream.origins())
 
@@ -278,7 +278,7 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
     from llmkit.mixing.packing import PADDING
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource
-    from llmkit.training.groups import document_groups
+    from llmkit.training.source_groups import document_groups
 
     codes, names = [], {PADDING: 0}
     for path, name in paths.items():
@@ -396,8 +396,8 @@ def nothing_to_do(run: Run) -> None:
 def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, rate: float, length: int) -> None:
     """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
     from llmkit.model.decoder import expected_tensors
-    from llmkit.training.needs import flops, memory
-    from llmkit.training.rules import kinds, table
+    from llmkit.training.memory_estimate import flops, memory
+    from llmkit.training.optim.parameter_groups import kinds, table
 
     settings, processes = session.settings, session.processes
     parameters, tokens = config.parameters(), source.tokens(source.steps)

@@ -36,7 +36,7 @@ def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record],
     with ExitStack() as stack:
         shows: list[Callable[[Record], None]] = []
         if session.settings.tracker and session.processes.main:
-            from llmkit.training.tracker import Tracker
+            from llmkit.training.metrics.tracker import Tracker
 
             options = session.state.options if session.state else {}
             tracker = Tracker(session.settings.tracker, session.processes.accelerator, session.directory.path, options)

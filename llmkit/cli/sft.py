@@ -84,7 +84,7 @@ def main(
     from llmkit.training import session as sessions
     from llmkit.training.data import PackedSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.schedule import FINE_TUNING, default_rate, named, warmup_tokens
+    from llmkit.training.optim.schedule import FINE_TUNING, default_rate, named, warmup_tokens
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(

@@ -15,8 +15,8 @@ from llmkit.errors import UsageError
 if TYPE_CHECKING:
     from llmkit.model.config import ModelConfig
     from llmkit.training.data import StreamSource
+    from llmkit.training.optim.schedule import Schedule
     from llmkit.training.recipe import Recipe, Thetas
-    from llmkit.training.schedule import Schedule
 
 # fmt: off
 RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="amber, crystal, olmo, or a TOML of stages: rates, sizes and defaults", rich_help_panel=OPTIMISER)]
@@ -126,9 +126,9 @@ def plan_course(
 
     With `fixed_context` the model has one that only a stage with a rope_theta may go beyond. UsageError where something does not fit.
     """
+    from llmkit.training.batch_schedule import changes
     from llmkit.training.data import StreamSource
-    from llmkit.training.schedule import named, warmup_tokens
-    from llmkit.training.steps import changes
+    from llmkit.training.optim.schedule import named, warmup_tokens
 
     borders = recipe.borders(total, stream.stages) if recipe else [total]
     stages = recipe.lengths(borders, length) if recipe else []

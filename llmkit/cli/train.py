@@ -96,7 +96,7 @@ def main(
 ) -> None:
     """Train a decoder on token shards in their order, which is that of `mix`.
 
-    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl; llmkit/training/curves.py says what each
+    The run directory holds a Hugging Face model directory for every checkpoint, the log (metrics.jsonl; llmkit/training/metrics/curves.py says what each
     name in it means), and at the end the link `final`. A run that was killed goes on with --resume and ends in the same bytes. Step s reads the
     same tokens whatever the number of processes. torchrun and `accelerate launch -m llmkit train ...` may start them instead of --processes (on
     CPU, Accelerate starts several only through MPI).
@@ -118,10 +118,10 @@ def main(
     from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training import session as sessions
+    from llmkit.training.checkpoint.run_directory import starting_point
     from llmkit.training.objectives import next_token
+    from llmkit.training.optim.schedule import default_rate
     from llmkit.training.recipe import is_path, read_recipe
-    from llmkit.training.schedule import default_rate
-    from llmkit.training.state import starting_point
 
     sessions.check_positive(lr=lr, tokens=tokens)
     if from_ and model:

@@ -23,8 +23,8 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.mixing.packing import best_fit
 from llmkit.seeds import derive
-from llmkit.training.groups import NOTHING, Groups
-from llmkit.training.steps import Change, Steps
+from llmkit.training.batch_schedule import Change, Steps
+from llmkit.training.source_groups import NOTHING, Groups
 
 PADDING = -1  # document id of positions that hold nothing
 

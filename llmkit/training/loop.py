@@ -24,20 +24,20 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UnfinishedError
-from llmkit.training.curves import smoothed
-from llmkit.training.diagnosis import suspects
+from llmkit.training.checkpoint.run_directory import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
+from llmkit.training.checkpoint.snapshot import Keeper
+from llmkit.training.distributed.stragglers import Pace, collected
 from llmkit.training.environment import machine
-from llmkit.training.guard import PATIENCE, WINDOW, Guard, Verdict
-from llmkit.training.keeper import Keeper
-from llmkit.training.metrics import MFU, MetricsLog, Speed, peak_flops
-from llmkit.training.noise import NoiseScale
-from llmkit.training.optimizer import restore_optimizer
-from llmkit.training.pace import Pace, collected
+from llmkit.training.guard.diagnosis import suspects
+from llmkit.training.guard.guard import PATIENCE, WINDOW, Guard, Verdict
+from llmkit.training.guard.rollback import all_finite, find_before, hold, place, weights_of
+from llmkit.training.metrics.curves import smoothed
+from llmkit.training.metrics.gradient_noise import NoiseScale
+from llmkit.training.metrics.log import MFU, MetricsLog, Speed, peak_flops
+from llmkit.training.metrics.step_metrics import Watch
+from llmkit.training.optim.optimizer import restore_optimizer
 from llmkit.training.signals import Interrupted, Signals, watch_signals
-from llmkit.training.state import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
-from llmkit.training.step import Measured, Training, accumulate, drop, evaluate, held_out, pieces_of, update
-from llmkit.training.watch import Watch
-from llmkit.training.way_back import all_finite, find_before, hold, place, weights_of
+from llmkit.training.train_step import Measured, Training, accumulate, drop, evaluate, held_out, pieces_of, update
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
 # Between copies for rollbacks lie so many steps, and where copying is slow beside computing so many tokens: about 1 % of the time. Not the clock

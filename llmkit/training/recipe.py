@@ -34,7 +34,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion, unknown_name
 from llmkit.mixing.plan import RECIPE_KEYS, STAGE_KEYS
-from llmkit.training.schedule import NAMES, RAMPS, Schedule, Segment, segments, warmup_tokens
+from llmkit.training.optim.schedule import NAMES, RAMPS, Schedule, Segment, segments, warmup_tokens
 
 HINT = "see llmkit/training/recipes/crystal.toml for the form"
 MOST = 10**18

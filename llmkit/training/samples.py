@@ -25,8 +25,8 @@ from llmkit.io.atomic import atomic_file
 from llmkit.model.generate import generate
 from llmkit.model.pretrained.checkpoint import load_tokenizer
 from llmkit.seeds import derive
-from llmkit.training.metrics import read_metrics
-from llmkit.training.probe import eagerly
+from llmkit.training.metrics.activations import eagerly
+from llmkit.training.metrics.log import read_metrics
 
 MAX_PROMPTS = 32
 MAX_TOKENS = 64

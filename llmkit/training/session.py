@@ -30,16 +30,7 @@ from llmkit.model.pretrained.checkpoint import load_info, load_model, load_token
 from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.shards.tokenizer_info import token_bytes
-from llmkit.training.data import Source
-from llmkit.training.distributed import Processes, lost, start
-from llmkit.training.elastic import restarted
-from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
-from llmkit.training.loop import fit
-from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import BETAS, build, kind_of, restore_optimizer
-from llmkit.training.parallel import load_tensors
-from llmkit.training.schedule import Schedule
-from llmkit.training.state import (
+from llmkit.training.checkpoint.run_directory import (
     OPTIMIZER,
     RunDirectory,
     TrainerState,
@@ -51,8 +42,17 @@ from llmkit.training.state import (
     refuse_changes,
     write_config,
 )
-from llmkit.training.step import Tensors, Training
-from llmkit.training.tracker import check_tracker
+from llmkit.training.data import Source
+from llmkit.training.distributed.elastic import restarted
+from llmkit.training.distributed.layout import load_tensors
+from llmkit.training.distributed.processes import Processes, lost, start
+from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
+from llmkit.training.loop import fit
+from llmkit.training.metrics.tracker import check_tracker
+from llmkit.training.objectives import Objective, Result, next_token
+from llmkit.training.optim.optimizer import BETAS, build, kind_of, restore_optimizer
+from llmkit.training.optim.schedule import Schedule
+from llmkit.training.train_step import Tensors, Training
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 

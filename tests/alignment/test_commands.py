@@ -15,7 +15,7 @@ from llmkit.chat.templates import chat_template, special_contents
 from llmkit.cli.main import run_command
 from llmkit.lineage.record import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info
-from llmkit.training.metrics import read_metrics
+from llmkit.training.metrics.log import read_metrics
 
 WORDS = ["what", "is", "the", "weather", "like", "sunny", "today"]
 

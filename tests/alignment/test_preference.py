@@ -21,7 +21,7 @@ from llmkit.alignment.preference import (
 from llmkit.chat.templates import EncodedRow
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_model
-from llmkit.training.distributed import start
+from llmkit.training.distributed.processes import start
 
 
 @pytest.fixture

@@ -26,13 +26,14 @@ from tiny import ListStream
 from llmkit.lineage.record import Lineage
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.training import loop, watch
+from llmkit.training import loop
 from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
-from llmkit.training.groups import document_groups
-from llmkit.training.metrics import read_metrics
+from llmkit.training.metrics import step_metrics
+from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.schedule import named
+from llmkit.training.optim.schedule import named
+from llmkit.training.source_groups import document_groups
 
 VOCABULARY = 8192
 
@@ -69,8 +70,8 @@ def main() -> None:
         setattr(owner, name, call)
 
     for name in ("_tell", "losses", "sums", "before", "after", "end"):
-        timed(watch.Watch, name, name)
-    timed(watch, "probe", "probe (in end)")
+        timed(step_metrics.Watch, name, name)
+    timed(step_metrics, "probe", "probe (in end)")
     timed(loop, "accumulate", "step")
     timed(loop, "update", "step")
     stream = ListStream([300] * 4000, VOCABULARY)

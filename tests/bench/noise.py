@@ -4,7 +4,7 @@
 
 A vocabulary of 4,096 tokens is trained on English (Wikipedia, web pages). The translations of the Universal Declaration of Human Rights are
 encoded with it, two pieces of n tokens of each; noise is random bytes read as Latin-1 or as UTF-8 (what is none replaced, or left out), and random
-ASCII. Each piece is asked for order as llmkit.training.diagnosis does it, the loss left out: in a run only what costs a model far more than its
+ASCII. Each piece is asked for order as llmkit.training.guard.diagnosis does it, the loss left out: in a run only what costs a model far more than its
 neighbours is asked at all.
 """
 
@@ -23,7 +23,7 @@ import zstandard
 from peers import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llmkit.training.diagnosis import FEWEST, ORDERED, has_order
+from llmkit.training.guard.diagnosis import FEWEST, ORDERED, has_order
 
 SIZES = (128, 192, 256, 512)
 PIECES = 200  # of each kind of noise and size

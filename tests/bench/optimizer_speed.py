@@ -18,8 +18,8 @@ from peers import in_turn, ratios, spread
 
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
-from llmkit.training.muon import Muon
-from llmkit.training.optimizer import BETAS, EPSILON, build, set_rate
+from llmkit.training.optim.muon import Muon
+from llmkit.training.optim.optimizer import BETAS, EPSILON, build, set_rate
 
 
 def timed(step: Callable[[], object]) -> Callable[[], float]:

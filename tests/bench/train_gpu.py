@@ -61,11 +61,11 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     from llmkit.model.decoder import Decoder
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
-    from llmkit.training.distributed import start
+    from llmkit.training.distributed.processes import start
+    from llmkit.training.metrics.step_metrics import Watch
     from llmkit.training.objectives import next_token
-    from llmkit.training.optimizer import build
-    from llmkit.training.step import Training, accumulate, update
-    from llmkit.training.watch import Watch
+    from llmkit.training.optim.optimizer import build
+    from llmkit.training.train_step import Training, accumulate, update
 
     class Stream:
         """The ids again and again, as documents of 1,000 tokens where that is asked for."""
@@ -161,7 +161,7 @@ def main() -> None:
         return work(given)
     import torch
 
-    from llmkit.training.metrics import peak_flops
+    from llmkit.training.metrics.log import peak_flops
 
     if not torch.cuda.is_available() and not given.tiny:
         sys.exit("no GPU: --tiny tries the script on a small shape")

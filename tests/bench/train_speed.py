@@ -64,11 +64,11 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     from llmkit.model.decoder import Decoder
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
-    from llmkit.training.distributed import start
+    from llmkit.training.distributed.processes import start
+    from llmkit.training.metrics.step_metrics import Watch
     from llmkit.training.objectives import next_token
-    from llmkit.training.optimizer import build
-    from llmkit.training.step import Training, accumulate, update
-    from llmkit.training.watch import Watch
+    from llmkit.training.optim.optimizer import build
+    from llmkit.training.train_step import Training, accumulate, update
 
     class Stream:
         """The rows again and again; `documents`: of 100 tokens each."""

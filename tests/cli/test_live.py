@@ -96,7 +96,7 @@ class TestTrackers:
         from types import SimpleNamespace
 
         from llmkit.cli.run import Run
-        from llmkit.training import tracker
+        from llmkit.training.metrics import tracker
 
         def full(record: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -148,7 +148,7 @@ class TestTrackers:
             def finish(self) -> None:
                 seen.append("finish")
 
-        from llmkit.training import tracker
+        from llmkit.training.metrics import tracker
 
         register = getattr(tracking, "register_tracker_class", None)
         if register is None:
@@ -160,8 +160,8 @@ class TestTrackers:
 
     def test_every_number_arrives(self, fake: list[Any], tmp_path: Path) -> None:
         """Behaviour: options at first, then the finite numbers of each record at its step, then the end."""
-        from llmkit.training.distributed import start
-        from llmkit.training.tracker import Tracker
+        from llmkit.training.distributed.processes import start
+        from llmkit.training.metrics.tracker import Tracker
 
         tracker = Tracker("fake", start("fp32").accelerator, tmp_path / "run", {"lr": 0.1, "data": ["a"]})
         tracker.log({"step": 3, "loss": 2.5, "grad_norm": float("inf"), "note": "text"})
@@ -172,7 +172,7 @@ class TestTrackers:
         """Behaviour: an unknown name, and a package that is not installed, are one line each."""
         from accelerate import PartialState, tracking
 
-        from llmkit.training.tracker import check_tracker
+        from llmkit.training.metrics.tracker import check_tracker
 
         PartialState._reset_state()  # as in a call that has just begun
         monkeypatch.setattr(tracking, "get_available_trackers", list)
@@ -187,8 +187,8 @@ class TestTrackers:
         pytest.importorskip("tensorboard")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        from llmkit.training.distributed import start
-        from llmkit.training.tracker import Tracker
+        from llmkit.training.distributed.processes import start
+        from llmkit.training.metrics.tracker import Tracker
 
         tracker = Tracker("tensorboard", start("fp32").accelerator, tmp_path, {"lr": 0.1})
         for step in (1, 2):

@@ -17,7 +17,7 @@ from llmkit.shards.writer import ShardWriter
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
-from llmkit.training.schedule import named
+from llmkit.training.optim.schedule import named
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,14 @@ from tiny import CONFIG, ListStream
 
 from llmkit.lineage.record import Input, Lineage
 from llmkit.model.decoder import Decoder
-from llmkit.training import distributed
+from llmkit.training.checkpoint.run_directory import open_run
 from llmkit.training.data import HeldOutSource, StreamSource
-from llmkit.training.guard import Guard, Verdict
+from llmkit.training.distributed import processes as distributed
+from llmkit.training.distributed.layout import layout_named, local
+from llmkit.training.guard.guard import Guard, Verdict
 from llmkit.training.objectives import next_token
-from llmkit.training.parallel import layout_named, local
-from llmkit.training.schedule import named
+from llmkit.training.optim.schedule import named
 from llmkit.training.session import Session, Settings
-from llmkit.training.state import open_run
 
 STEPS = 20
 

@@ -16,13 +16,13 @@ from tiny import ListStream, tiny_model
 
 from llmkit.lineage.record import Lineage
 from llmkit.shards.tokenizer_info import token_bytes
-from llmkit.training import curves, machine
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, PackedSource, StreamSource
-from llmkit.training.groups import OTHER, document_groups
-from llmkit.training.metrics import read_metrics
+from llmkit.training.metrics import curves, machine
+from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.schedule import named
+from llmkit.training.optim.schedule import named
+from llmkit.training.source_groups import OTHER, document_groups
 
 SIZES = [40] * 32
 GPU = {name for name in (c.name for c in curves.CURVES) if name.startswith("gpu_")}
@@ -186,8 +186,8 @@ def test_attention_logits_are_those_of_the_model() -> None:
     """Parity: the maximum is that of q and k as they reach torch's attention, within documents."""
     import torch.nn.functional as F
 
-    from llmkit.training.distributed import start
-    from llmkit.training.probe import probe
+    from llmkit.training.distributed.processes import start
+    from llmkit.training.metrics.activations import probe
 
     model, stream = tiny_model(), TwoSources()
     source = StreamSource(stream, 32, 4, 128)
@@ -230,7 +230,7 @@ def test_time(run: Run, tmp_path: Path) -> None:
 
 def test_noise_scale() -> None:
     """Behaviour: the more the gradient of a part differs from that of the whole, the larger."""
-    from llmkit.training.noise import NoiseScale
+    from llmkit.training.metrics.gradient_noise import NoiseScale
 
     little, much = NoiseScale(), NoiseScale()
     for _ in range(20):
@@ -244,7 +244,7 @@ def test_noise_scale() -> None:
 
 def test_pace_of_processes() -> None:
     """Behaviour: the process that takes longer is named."""
-    from llmkit.training.pace import Pace
+    from llmkit.training.distributed.stragglers import Pace
 
     pace = Pace()
     found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]

@@ -11,9 +11,9 @@ from tiny import CONFIG, ListStream
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
+from llmkit.training.batch_schedule import Steps, changes
 from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
-from llmkit.training.groups import document_groups
-from llmkit.training.steps import Steps, changes
+from llmkit.training.source_groups import document_groups
 
 
 class Numbered:

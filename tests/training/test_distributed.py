@@ -20,10 +20,11 @@ import torch
 from group_of_two import STEPS, train, untied
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
-from llmkit.training import distributed, elastic, pace, watchdog
-from llmkit.training.metrics import read_metrics
-from llmkit.training.parallel import layout_named, local_part
-from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.distributed import elastic, stragglers, watchdog
+from llmkit.training.distributed import processes as distributed
+from llmkit.training.distributed.layout import layout_named, local_part
+from llmkit.training.metrics.log import read_metrics
 
 
 def losses(run: Path) -> list[float]:
@@ -356,14 +357,14 @@ def test_lost_errors_are_recognised() -> None:
 
 def test_pace() -> None:
     """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
-    compare = pace.Pace()
+    compare = stragglers.Pace()
     slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
     reports = [compare.step(step, slow if step <= 40 else even) for step in range(1, 61)]
     assert [i + 1 for i, (figures, _) in enumerate(reports) if figures] == [20, 40, 60]
     assert reports[19] == ({"slowest_rank": 2, "rank_spread": pytest.approx(1.5 / 1.1, abs=1e-3)}, 2)
     assert reports[39][1] is None
     assert reports[59][1] is None
-    assert pace.Pace().step(20, [1.0]) == ({}, None)
+    assert stragglers.Pace().step(20, [1.0]) == ({}, None)
 
 
 def test_garbage_is_collected_at_chosen_steps() -> None:
@@ -373,7 +374,7 @@ def test_garbage_is_collected_at_chosen_steps() -> None:
     class Node:
         me: Any
 
-    with pace.collected() as collect:
+    with stragglers.collected() as collect:
         assert not gc.isenabled()
         node = Node()
         node.me, gone = node, weakref.ref(node)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.training import environment, state
-from llmkit.training.metrics import read_metrics
-from llmkit.training.state import load_trainer_state
+from llmkit.training import environment
+from llmkit.training.checkpoint import run_directory
+from llmkit.training.checkpoint.run_directory import load_trainer_state
+from llmkit.training.metrics.log import read_metrics
 
 Train = Callable[..., dict[str, Any]]
 
@@ -31,7 +32,7 @@ def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
 
 def sealed(checkpoint: Path) -> None:
     """Make the digests those of the files as they are now."""
-    (checkpoint / "state" / state.DIGESTS).write_text(json.dumps(state._digests(checkpoint)))
+    (checkpoint / "state" / run_directory.DIGESTS).write_text(json.dumps(run_directory._digests(checkpoint)))
 
 
 def events(run: Path) -> list[dict[str, Any]]:

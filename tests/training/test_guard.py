@@ -18,10 +18,10 @@ from llmkit.errors import LlmkitError
 from llmkit.lineage.record import Input, Lineage
 from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
-from llmkit.training.guard import ENOUGH, PATIENCE, RECENT, Guard, Verdict
-from llmkit.training.metrics import read_metrics
+from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, Verdict
+from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import Result, next_token
-from llmkit.training.schedule import named
+from llmkit.training.optim.schedule import named
 
 STEPS = 70
 PLACES = {"noise": (61, 92), "repetition": (123,)}  # documents, far enough apart

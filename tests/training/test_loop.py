@@ -18,10 +18,12 @@ import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
-from llmkit.training import loop, metrics, session, state, step
-from llmkit.training.metrics import MetricsLog, read_metrics
+from llmkit.training import loop, session, train_step
+from llmkit.training.checkpoint import run_directory
+from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.metrics import log as metrics
+from llmkit.training.metrics.log import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token
-from llmkit.training.state import RunDirectory, find_checkpoints, load_trainer_state
 
 Train = Callable[..., dict[str, Any]]
 
@@ -146,8 +148,8 @@ def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param(kill_in(step, "clip_gradients", 6), id="in a step"),
-        pytest.param(kill_in(state, "write_safetensors", 2), id="in a checkpoint"),
+        pytest.param(kill_in(train_step, "clip_gradients", 6), id="in a step"),
+        pytest.param(kill_in(run_directory, "write_safetensors", 2), id="in a checkpoint"),
         pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
         pytest.param(kill_in(loop, "held_out", 2), id="in an evaluation"),
         pytest.param(kill_in(RunDirectory, "finish", 1), id="before the end"),
@@ -324,8 +326,8 @@ def test_full_disk(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytes
             raise OSError(errno.ENOSPC, "No space left on device")
         write_safetensors(*arguments)
 
-    write_safetensors = state.write_safetensors
-    monkeypatch.setattr(state, "write_safetensors", full)
+    write_safetensors = run_directory.write_safetensors
+    monkeypatch.setattr(run_directory, "write_safetensors", full)
     train(run, heldout=True, eval_every=4, say=said.append, keep=1)
     assert weights(run) == weights(whole)
     assert "No space left on device" in said[0] and "step-00000003" in said[0] and not said[1:]
@@ -345,7 +347,7 @@ def test_run_that_ends_worse_than_a_guess(train: Train, tmp_path: Path, monkeypa
 def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: where the last checkpoint finds no room the run ends with an error that names the last good one, and can be resumed."""
     run = tmp_path / "run"
-    original = state.write_safetensors
+    original = run_directory.write_safetensors
 
     def full(path: Path, *arguments: Any) -> None:
         if "step-00000003" not in str(path):
@@ -353,7 +355,7 @@ def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.
         original(path, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write_safetensors", full)
+        patch.setattr(run_directory, "write_safetensors", full)
         with pytest.raises(LlmkitError, match="the checkpoint of step 16 could not be stored") as caught:
             train(run)
     assert "step-00000003 is the last good one" in caught.value.hint

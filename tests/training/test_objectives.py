@@ -9,7 +9,7 @@ from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
 from llmkit.training.data import StreamSource
-from llmkit.training.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
+from llmkit.training.optim.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
 
 
 @pytest.fixture

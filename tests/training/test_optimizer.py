@@ -12,10 +12,10 @@ from tiny import tiny_model
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.training import muon
-from llmkit.training.muon import orthogonalise
-from llmkit.training.optimizer import build, kind_of, named_state, restore_optimizer, set_rate
-from llmkit.training.state import load_optimizer_tensors
+from llmkit.training.checkpoint.run_directory import load_optimizer_tensors
+from llmkit.training.optim import muon
+from llmkit.training.optim.muon import orthogonalise
+from llmkit.training.optim.optimizer import build, kind_of, named_state, restore_optimizer, set_rate
 
 RATES = [1e-3 * (1 + step % 3) for step in range(10)]
 

@@ -13,7 +13,7 @@ import torch
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.training.metrics import read_metrics
+from llmkit.training.metrics.log import read_metrics
 from llmkit.training.samples import MAX_PROMPTS, MAX_TOKENS, gallery, read_prompts, undisturbed
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.training.schedule import NAMES, RAMPS, Schedule, Segment, default_rate, named, warmup_tokens
+from llmkit.training.optim.schedule import NAMES, RAMPS, Schedule, Segment, default_rate, named, warmup_tokens
 
 settings = st.fixed_dictionaries(
     {

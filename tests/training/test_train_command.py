@@ -18,8 +18,8 @@ import pytest
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import read_lineage
-from llmkit.training.metrics import read_metrics
-from llmkit.training.state import load_trainer_state, open_run
+from llmkit.training.checkpoint.run_directory import load_trainer_state, open_run
+from llmkit.training.metrics.log import read_metrics
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmkit.training.state import RunDirectory, TrainerState
+from llmkit.training.checkpoint.run_directory import RunDirectory, TrainerState
 
 Tensors = dict[str, Tensor]
 

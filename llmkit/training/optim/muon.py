@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkit.training.parallel import local, local_part
+from llmkit.training.distributed.layout import local, local_part
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0 of those that keep singular values near 1

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmkit.training.checkpoint.run_directory import RunDirectory, TrainerState
 from llmkit.training.data import Batch, Source
-from llmkit.training.diagnosis import Piece
-from llmkit.training.distributed import Processes
-from llmkit.training.groups import Tally
-from llmkit.training.noise import Part, measured
+from llmkit.training.distributed.processes import Processes
+from llmkit.training.guard.diagnosis import Piece
+from llmkit.training.metrics.gradient_noise import Part, measured
+from llmkit.training.metrics.step_metrics import Watch
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optimizer import clip_gradients, set_rate
-from llmkit.training.schedule import Schedule
-from llmkit.training.state import RunDirectory, TrainerState
-from llmkit.training.watch import Watch
+from llmkit.training.optim.optimizer import clip_gradients, set_rate
+from llmkit.training.optim.schedule import Schedule
+from llmkit.training.source_groups import Tally
 
 Tensors = dict[str, torch.Tensor]
 

@@ -17,11 +17,13 @@ from test_loop import Train, at_step
 
 from llmkit.cli.run import Run
 from llmkit.errors import LlmkitError, Terminated
-from llmkit.training import distributed, loop, state, watchdog
+from llmkit.training import loop
 from llmkit.training import session as sessions
-from llmkit.training.metrics import MetricsLog, read_metrics
+from llmkit.training.checkpoint import run_directory
+from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.training.distributed import processes, watchdog
+from llmkit.training.metrics.log import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token
-from llmkit.training.state import find_checkpoints, load_trainer_state
 
 
 def harmful(place: Path, after: int) -> Any:
@@ -79,8 +81,8 @@ def test_stopped_in_doubt(undone: Path, tmp_path: Path) -> None:
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss scaler as fp16 has it, on the CPU."""
 
-    def start(*arguments: Any) -> distributed.Processes:
-        found = distributed.start(*arguments)
+    def start(*arguments: Any) -> processes.Processes:
+        found = processes.start(*arguments)
         found.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
         return found
 
@@ -144,7 +146,7 @@ def test_nothing_before_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: SIGTERM in a step, with the checkpoint of the one before still being written, is an end like any other."""
-    run, calls, write = tmp_path / "run", 0, state.write_safetensors
+    run, calls, write = tmp_path / "run", 0, run_directory.write_safetensors
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.5)
@@ -157,7 +159,7 @@ def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return next_token(model, batch, scale)
 
-    monkeypatch.setattr(state, "write_safetensors", slow)
+    monkeypatch.setattr(run_directory, "write_safetensors", slow)
     with pytest.raises(Terminated):
         train(run, objective=objective)
     assert names(run) == ["step-00000003"]
@@ -165,7 +167,7 @@ def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, mo
 
 def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: SIGUSR1 while the processes agree is heard the next time; before the first step it waits, after the last one it is ignored."""
-    add, due = distributed.Processes.add, []
+    add, due = processes.Processes.add, []
 
     def late(self: Any, values: Any) -> list[float]:
         if due and len(values) == 4:
@@ -173,7 +175,7 @@ def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, mon
             os.kill(os.getpid(), signal.SIGUSR1)
         return add(self, values)
 
-    monkeypatch.setattr(distributed.Processes, "add", late)
+    monkeypatch.setattr(processes.Processes, "add", late)
     train(tmp_path / "run", report=at_step(7, lambda: due.append(1)))
     assert "step-00000008" in names(tmp_path / "run")
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
@@ -252,6 +254,6 @@ def test_hostile_state_is_one_line(train: Train, tmp_path: Path, damage: dict[st
     file = checkpoint / "state" / "trainer.json"
     file.write_text(json.dumps(json.loads(file.read_bytes()) | damage))
     load_trainer_state(checkpoint)
-    (checkpoint / "state" / "digests.json").write_text(json.dumps(state._digests(checkpoint)))
+    (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._digests(checkpoint)))
     with pytest.raises(LlmkitError, match="not a readable trainer state"):
         train(tmp_path / "run", resume=True)

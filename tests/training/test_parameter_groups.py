@@ -15,9 +15,9 @@ from llmkit.cli.main import run_command
 from llmkit.errors import UsageError
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder, expected_tensors
-from llmkit.training.needs import activations, flops, memory
-from llmkit.training.optimizer import build, named_state
-from llmkit.training.rules import kinds, table
+from llmkit.training.memory_estimate import activations, flops, memory
+from llmkit.training.optim.optimizer import build, named_state
+from llmkit.training.optim.parameter_groups import kinds, table
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
 

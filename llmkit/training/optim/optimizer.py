@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.training.muon import Muon
-from llmkit.training.parallel import placed_like
-from llmkit.training.rules import table
+from llmkit.training.distributed.layout import placed_like
+from llmkit.training.optim.muon import Muon
+from llmkit.training.optim.parameter_groups import table
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8

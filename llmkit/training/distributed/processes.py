@@ -27,9 +27,9 @@ import torch.distributed as dist
 from llmkit.errors import LostError, UsageError
 from llmkit.model.pretrained.safetensors import layout_of
 from llmkit.model.runtime import check_fp8
-from llmkit.training.pace import Stopwatch
-from llmkit.training.parallel import Layout, layout_named
-from llmkit.training.watchdog import Watchdog
+from llmkit.training.distributed.layout import Layout, layout_named
+from llmkit.training.distributed.stragglers import Stopwatch
+from llmkit.training.distributed.watchdog import Watchdog
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
 LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "cuda error")

@@ -13,10 +13,10 @@ import torch
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.training import noise
-from llmkit.training.metrics import read_metrics
-from llmkit.training.noise import NoiseScale, Part
-from llmkit.training.state import find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.training.metrics import gradient_noise
+from llmkit.training.metrics.gradient_noise import NoiseScale, Part
+from llmkit.training.metrics.log import read_metrics
 
 
 @pytest.mark.parametrize(("small", "whole", "parts"), [(4, 16, 1), (8, 64, 3)])
@@ -44,12 +44,12 @@ def test_estimate_says_nothing_too_early_or_from_nothing() -> None:
     for bad in ((1.0, 8, 1.0, 8), (1.0, 0, 1.0, 8), (float("inf"), 4, 1.0, 8), (1.0, 9, 1.0, 8)):
         estimate.measure(*bad)
     assert estimate == NoiseScale()
-    for _ in range(noise.ENOUGH):
+    for _ in range(gradient_noise.ENOUGH):
         assert estimate.tokens is None
         estimate.measure(3.0, 4, 2.0, 8)  # |G|² = 1, tr(Σ) = 8
     assert estimate.tokens == pytest.approx(8.0)
     drowned = NoiseScale()
-    for _ in range(noise.ENOUGH):
+    for _ in range(gradient_noise.ENOUGH):
         drowned.measure(3.0, 4, 1.0, 8)
     assert drowned.tokens is None
 
@@ -83,7 +83,7 @@ def test_said_once_where_the_batch_passes_the_critical_size(
     times: int,
 ) -> None:
     """Behaviour: a run whose steps have more tokens than the scale is told so once, one below it is not; every measurement is in the log."""
-    monkeypatch.setattr(noise, "EVERY", 1)
+    monkeypatch.setattr(gradient_noise, "EVERY", 1)
     monkeypatch.setattr(NoiseScale, "tokens", property(lambda self: critical))
     monkeypatch.chdir(workplace)
     assert (
@@ -109,8 +109,8 @@ def test_log_is_the_same_after_a_resumption(
     train: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Property: measured at fixed steps, of one micro-batch in halves; the running means go through a checkpoint, the weights are the same."""
-    monkeypatch.setattr(noise, "EVERY", 2)
-    monkeypatch.setattr(noise, "ENOUGH", 3)
+    monkeypatch.setattr(gradient_noise, "EVERY", 2)
+    monkeypatch.setattr(gradient_noise, "ENOUGH", 3)
 
     def stop(record: dict[str, Any]) -> None:
         if record["step"] == 8:

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkit.training.curves import GROUPS
 from llmkit.training.data import PADDING, Batch, Source
-from llmkit.training.distributed import Processes
-from llmkit.training.groups import NOTHING, Tally
-from llmkit.training.machine import machine_figures
+from llmkit.training.distributed.layout import local
+from llmkit.training.distributed.processes import Processes
+from llmkit.training.metrics.activations import probe
+from llmkit.training.metrics.curves import GROUPS
+from llmkit.training.metrics.machine import machine_figures
 from llmkit.training.objectives import Result
-from llmkit.training.parallel import local
-from llmkit.training.probe import probe
+from llmkit.training.source_groups import NOTHING, Tally
 
 SAMPLED = 1 << 16  # elements of a tensor whose change is followed
 COUNTS = ("positions", "nothing", "documents", "sequences", "counted", "data_seconds")

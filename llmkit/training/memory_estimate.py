@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from llmkit.model.config import ModelConfig
 from llmkit.training.objectives import CHUNK_ELEMENTS
-from llmkit.training.rules import Row
+from llmkit.training.optim.parameter_groups import Row
 
 
 def memory(rows: Iterable[Row], config: ModelConfig, tokens: int, precision: str, device: str) -> dict[str, int]:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from llmkit.errors import ExitCode, LostError
-from llmkit.training.state import CONFIG, RunDirectory
+from llmkit.training.checkpoint.run_directory import CONFIG, RunDirectory
 
 SHUTDOWN_SECONDS = 600  # what a stopped group may take to save
 RESTARTED = "LLMKIT_RESTARTED"  # set for processes that go on with what others have begun

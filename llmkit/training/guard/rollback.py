@@ -14,10 +14,7 @@ from itertools import chain
 
 import torch
 
-from llmkit.training.keeper import Keeper
-from llmkit.training.optimizer import named_state, restore_optimizer
-from llmkit.training.parallel import copy_whole, full_tensors, local
-from llmkit.training.state import (
+from llmkit.training.checkpoint.run_directory import (
     TrainerState,
     damage,
     load_optimizer_tensors,
@@ -25,7 +22,10 @@ from llmkit.training.state import (
     load_weights,
     step_of,
 )
-from llmkit.training.step import Training
+from llmkit.training.checkpoint.snapshot import Keeper
+from llmkit.training.distributed.layout import copy_whole, full_tensors, local
+from llmkit.training.optim.optimizer import named_state, restore_optimizer
+from llmkit.training.train_step import Training
 
 
 def hold(t: Training, keeper: Keeper, state: TrainerState) -> None:

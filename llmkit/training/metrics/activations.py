@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmkit.training.data import Source
-from llmkit.training.distributed import Processes
+from llmkit.training.distributed.processes import Processes
 
 TOKENS = 256
 FEWEST = 16
