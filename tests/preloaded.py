@@ -37,8 +37,8 @@ def preload() -> None:
     from importlib import import_module
 
     import llmkit
-    from llmkit.cli.options import build
-    from llmkit.cli.table import COMMANDS, module_of
+    from llmkit.cli.shared.options import build
+    from llmkit.cli.shared.table import COMMANDS, module_of
 
     for name in ("accelerate", "lm_eval.evaluator", "tokenizers", "torch._dynamo"):  # which functions import
         import_module(name)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 from startup import HEAVY
 
-from llmkit.cli.table import COMMANDS
+from llmkit.cli.shared.table import COMMANDS
 
 PACKAGE = ROOT / "llmkit"
 

@@ -17,7 +17,7 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.cli.table import COMMANDS, module_of
+from llmkit.cli.shared.table import COMMANDS, module_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {

@@ -10,7 +10,7 @@ import sys
 from typing import NoReturn
 
 from llmkit import __version__
-from llmkit.cli.table import COMMANDS, followers, module_of, overview, split
+from llmkit.cli.shared.table import COMMANDS, followers, module_of, overview, split
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -73,7 +73,7 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        from llmkit.cli.options import build
+        from llmkit.cli.shared.options import build
 
         build(import_module(module_of(name)).main, name)(arguments)
         sys.stdout.flush()

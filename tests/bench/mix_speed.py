@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from peers import in_turn, measured, measured_python, ratios, spread
 
-from llmkit.cli.options import parse_count
+from llmkit.cli.shared.options import parse_count
 from llmkit.lineage.record import Lineage
 from llmkit.mixing.gather import write_ordered
 from llmkit.mixing.order import OrderedTokens

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 
 from llmkit.cli.main import run_command
-from llmkit.cli.options import parse_count
+from llmkit.cli.shared.options import parse_count
 from llmkit.lineage.record import Lineage
 from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.part import as_arrow, coded

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.cli.completions import scripts
+from llmkit.cli.shared.completions import scripts
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "completions"
 
@@ -19,9 +19,9 @@ def generated() -> dict[str, str]:
 
 
 def test_no_drift(generated: dict[str, str]) -> None:
-    """Property: the stored scripts are what `python -m llmkit.cli.completions` writes now."""
+    """Property: the stored scripts are what `python -m llmkit.cli.shared.completions` writes now."""
     stale = [name for name, text in generated.items() if (DIRECTORY / name).read_text() != text]
-    assert not stale, f"run: python -m llmkit.cli.completions completions  ({stale})"
+    assert not stale, f"run: python -m llmkit.cli.shared.completions completions  ({stale})"
 
 
 @pytest.mark.parametrize(

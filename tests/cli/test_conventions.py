@@ -14,7 +14,7 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.cli.table import COMMANDS
+from llmkit.cli.shared.table import COMMANDS
 
 PROSE = "The quick brown fox jumps over the lazy dog, and then it rests with the others that have been there before. "
 LINES = b"".join(

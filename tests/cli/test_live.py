@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llmkit.cli import live
+from llmkit.cli.shared import live_view
 from llmkit.errors import LlmkitError, UsageError
 
 
@@ -20,7 +20,7 @@ def record(step: int, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def drawn(panel: live.Panel, width: int = 120) -> str:
+def drawn(panel: live_view.Panel, width: int = 120) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
@@ -31,7 +31,7 @@ def drawn(panel: live.Panel, width: int = 120) -> str:
 def test_panel_shows_what_matters(tmp_path: Path) -> None:
     """Behaviour: course of the loss, rates, time left, the last events; markup and control characters in them are text."""
     events = tmp_path / "events.jsonl"
-    panel = live.Panel("llmkit train [red]run", 100_000, events)
+    panel = live_view.Panel("llmkit train [red]run", 100_000, events)
     assert "first step" in drawn(panel)
     for step in range(1, 2001):
         panel.add(record(step) | ({"heldout_loss": 4.5} if step == 1000 else {}))
@@ -54,26 +54,26 @@ def test_panel_shows_what_matters(tmp_path: Path) -> None:
     assert "rollback?[2J at step 9: [bold]broken" in text
     assert "e6" not in text
     assert "█" in text
-    assert len(panel._losses) < live.POINTS
+    assert len(panel._losses) < live_view.POINTS
     panel.add({key: value for key, value in record(2001).items() if key not in ("loss", "grad_norm")})
     assert "skipped" in drawn(panel, 60)
 
 
 def test_sparkline() -> None:
     """Property: as many bars as asked for at most, falling with the values, whole range used; equal values are level."""
-    line = live.sparkline([10 - i / 50 for i in range(500)], 40)
+    line = live_view.sparkline([10 - i / 50 for i in range(500)], 40)
     assert len(line) == 40
-    assert list(line) == sorted(line, key=live.BARS.index, reverse=True)
+    assert list(line) == sorted(line, key=live_view.BARS.index, reverse=True)
     assert (line[0], line[-1]) == ("█", "▁")
-    assert live.sparkline([2.0, 2.0], 40) == "▁▁"
-    assert live.sparkline([], 40) == ""
+    assert live_view.sparkline([2.0, 2.0], 40) == "▁▁"
+    assert live_view.sparkline([], 40) == ""
 
 
 def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: one line at most every 30 seconds, with loss, rate and time left."""
     from types import SimpleNamespace
 
-    from llmkit.cli.run import Progress, Run
+    from llmkit.cli.shared.invocation import Progress, Run
 
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False) | {"jobs": 1, "seed": 0}
@@ -82,7 +82,7 @@ def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], m
         processes=SimpleNamespace(main=True),
         directory=SimpleNamespace(path=Path()),
     )
-    with live.shown(Run("train", values, {}, {}), session, 1000) as report:
+    with live_view.shown(Run("train", values, {}, {}), session, 1000) as report:
         report(record(1, heldout_loss=4.25))
     line = capsys.readouterr().err
     assert "100 of 1,000 tokens loss 4.9990 held-out 4.2500 lr 1.00e-03 1,23" in line
@@ -95,7 +95,7 @@ class TestTrackers:
         """Behaviour: a tracker whose disk is full is told of once and asked no more; the run goes on."""
         from types import SimpleNamespace
 
-        from llmkit.cli.run import Run
+        from llmkit.cli.shared.invocation import Run
         from llmkit.training.metrics import tracker
 
         def full(record: Any) -> None:
@@ -112,7 +112,7 @@ class TestTrackers:
             directory=SimpleNamespace(path=Path()),
             state=None,
         )
-        with live.shown(Run("train", values, {}, {}), session, 1000) as report:
+        with live_view.shown(Run("train", values, {}, {}), session, 1000) as report:
             report(record(1))
             report(record(2))
         assert capsys.readouterr().err.count("No space left on device") == 1

@@ -15,7 +15,7 @@ import torch
 from test_guard import documents, events, log, train, weights
 from test_loop import Train, at_step
 
-from llmkit.cli.run import Run
+from llmkit.cli.shared.invocation import Run
 from llmkit.errors import LlmkitError, Terminated
 from llmkit.training import loop
 from llmkit.training import session as sessions

@@ -418,13 +418,13 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
 
 def test_held_out_data_by_domain(place: Path) -> None:
     """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
-    from llmkit.cli import fitting
+    from llmkit.cli.shared import training_options
     from llmkit.shards.reader import TokenStore
 
     digest = TokenStore.open("shards").tokenizer.digest
 
     def domains(*named: str) -> tuple[str, ...]:
-        found = fitting.held_out(list(named), digest, 32, True)
+        found = training_options.held_out(list(named), digest, 32, True)
         assert found is not None
         return found.group_names
 

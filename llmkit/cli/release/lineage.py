@@ -1,0 +1,82 @@
+"""`llmkit lineage`: show how an artefact was made, check its digests, print the pipeline that makes it again."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Annotated
+
+import typer
+
+from llmkit.cli.shared.options import Run, command
+from llmkit.errors import LlmkitError
+
+
+@command(
+    examples=(
+        "llmkit lineage clean.jsonl.zst",
+        "llmkit lineage clean.jsonl.zst --check --inputs .",
+        "llmkit lineage clean.jsonl.zst --script > again.sh",
+    )
+)
+def main(
+    run: Run,
+    artefact: Annotated[str, typer.Argument(help="Documents, shards, a tokenizer, a model, or a run")],
+    script: Annotated[bool, typer.Option("--script", help="Print the shell script that makes it again")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Verify every digest that can be verified")] = False,
+    inputs: Annotated[
+        list[str] | None, typer.Option("--inputs", metavar="DIR", help="Where --check looks for inputs by name")
+    ] = None,
+) -> None:
+    """Print the tree of commands that made an artefact: each with its options, its inputs and what came out.
+
+    --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, INPUTS being the directory that holds the
+    original inputs. --check computes the digest of the artefact's content, and of every input that it finds by name beside the artefact
+    or in the directories given by --inputs; one that differs ends it with exit code 1. Models, tokenizers, plans and Parquet are
+    not checked themselves, only as inputs of what was made from them. --json prints the record as it is stored.
+    """
+    from llmkit.lineage import record as lineage
+    from llmkit.lineage import tree
+
+    record = lineage.read_lineage(artefact)
+    if record is None:
+        raise LlmkitError(
+            f"{artefact}: no lineage inside", "plain .jsonl has no room for it, and other tools do not write it"
+        )
+    if run.as_json:
+        print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
+    elif script:
+        print(tree.as_script(record, artefact, _flags), end="")
+    elif check:
+        _check(run, artefact, record, inputs or [])
+    else:
+        print(tree.as_tree(record, artefact), end="")
+
+
+def _flags(name: str) -> dict[str, tuple[str, str, object]]:
+    """Flag, negative flag and default of each option of a command, by parameter name."""
+    from importlib import import_module
+
+    from llmkit.cli.shared.options import click_command
+    from llmkit.cli.shared.table import COMMANDS, module_of
+
+    if name not in COMMANDS:  # "cat" of joined streams, or a record that is not ours
+        raise LlmkitError(
+            f"the lineage names the command {name!r}, which no script can repeat", "make that input by hand"
+        )
+    built = click_command(import_module(module_of(name)).main, name)
+    options = [parameter for parameter in built.params if parameter.param_type_name == "option"]
+    return {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
+
+
+def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]) -> None:
+    from llmkit.lineage import tree
+
+    results = list(tree.check(record, artefact, places))
+    for name, state in results:
+        print(f"{state:<9} {name}")
+    wrong = [name for name, state in results if state == "DIFFERS"]
+    if wrong:
+        raise LlmkitError(f"{', '.join(wrong)}: not what the lineage says", "it was changed after it was used or made")
+    counts = {state: sum(1 for _, found in results if found == state) for state in ("ok", "not found")}
+    itself = f"; {results[0][0]} itself was not checked" if results[0][1] == "unchecked" else ""
+    run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")

@@ -1,0 +1,159 @@
+"""Shell completion scripts, static, generated from the same table and options as the help.
+
+    python -m llmkit.cli.shared.completions completions/
+
+writes llmkit.bash, _llmkit (zsh) and llmkit.fish there. Static scripts complete at once, where asking the program would cost its start.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmkit.cli.shared.options import click_command
+from llmkit.cli.shared.table import COMMANDS, followers, module_of
+
+
+class Flag(NamedTuple):
+    """One option: its names (`-o`, `--output`), its help, and whether a value follows."""
+
+    names: list[str]
+    help: str
+    takes_value: bool
+
+
+def flags(name: str) -> list[Flag]:
+    """Every option of a subcommand."""
+    built: Any = click_command(import_module(module_of(name)).main, name)
+    found = []
+    for parameter in built.params:
+        if parameter.param_type_name == "option":
+            names = [*parameter.opts, *parameter.secondary_opts]
+            found.append(Flag(names, _one_line(parameter.help), not parameter.is_flag))
+    return [*found, Flag(["-h", "--help"], "Show the help", False)]
+
+
+def _one_line(text: str | None) -> str:
+    return (text or "").split(". ")[0].rstrip(".")
+
+
+def _first_words(table: dict[str, list[Flag]]) -> list[str]:
+    return [name for name in table if " " not in name]
+
+
+def _longest_first(table: dict[str, list[Flag]]) -> list[tuple[str, list[Flag]]]:
+    """`filter train` before `filter`, of which it is no argument."""
+    return sorted(table.items(), key=lambda item: -item[0].count(" "))
+
+
+def bash(table: dict[str, list[Flag]]) -> str:
+    """Script for bash: subcommands, their options, files."""
+    cases = []
+    for name, options in _longest_first(table):
+        words = " ".join(word for option in options for word in option.names)
+        more = f" more='{' '.join(followers(name))}'" if followers(name) else ""
+        cases.append(f"        '{name} '*) words='{words}'{more} ;;")
+    return "\n".join(
+        [
+            "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
+            "_llmkit() {",
+            "    local current=${COMP_WORDS[COMP_CWORD]} words='' more=''",
+            "    COMPREPLY=()",
+            "    if [ \"$COMP_CWORD\" -eq 1 ]; then",
+            f"        COMPREPLY=($(compgen -W '{' '.join(_first_words(table))} --help --version' -- \"$current\"))",
+            "        return",
+            "    fi",
+            '    case "${COMP_WORDS[*]:1:COMP_CWORD-1} " in',
+            *cases,
+            "    esac",
+            '    case "$current" in',
+            '        -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;',
+            "        *) [ \"$COMP_CWORD\" -eq 2 ] || more=''",
+            '           COMPREPLY=($(compgen -W "$more" -- "$current"; compgen -f -- "$current"; true)) ;;',
+            "    esac",
+            "}",
+            "complete -o filenames -F _llmkit llmkit",
+            "",
+        ]
+    )  # fmt: skip
+
+
+def zsh(table: dict[str, list[Flag]]) -> str:
+    """Script for zsh, with descriptions."""
+
+    def quoted(text: str) -> str:
+        return (
+            text.replace("\\", "\\\\").replace("'", "'\\''").replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
+        )
+
+    pairs = "|".join(f"'{name}'" for name in table if " " in name)
+    lines = ["#compdef llmkit", "", "_llmkit() {", "  if (( CURRENT == 2 )); then", "    local -a commands=("]
+    lines += [f"      '{name}:{quoted(COMMANDS[name][1])}'" for name in _first_words(table)]
+    lines += [
+        "    )",
+        "    _describe command commands",
+        "    return",
+        "  fi",
+        "  local command=$words[2]",
+        "  shift words",
+        "  (( CURRENT-- ))",
+        f'  if (( CURRENT > 2 )) && [[ "$words[1] $words[2]" == ({pairs}) ]]; then',
+        '    command="$words[1] $words[2]"',
+        "    shift words",
+        "    (( CURRENT-- ))",
+        "  fi",
+    ]
+    lines += ["  case $command in"]
+    for name, options in table.items():
+        lines.append(f"    '{name}') _arguments -s -S \\")
+        for option in options:
+            for word in option.names:
+                value = ":value:_files" if option.takes_value else ""
+                lines.append(f"      '*{word}[{quoted(option.help)}]{value}' \\")
+        if followers(name):
+            words = " ".join(followers(name))
+            lines.append(f"      '1:command or file:{{compadd {words}; _files}}' \\")
+        lines.append("      '*:file:_files' ;;")
+    return "\n".join([*lines, "  esac", "}", "", '_llmkit "$@"', ""])
+
+
+def fish(table: dict[str, list[Flag]]) -> str:
+    """Script for fish, with descriptions."""
+
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = ["# fish completion for llmkit"]
+    for name in table:
+        parent, _, word = name.rpartition(" ")
+        seen = f"'{_seen(parent)}'" if parent else "__fish_use_subcommand"
+        lines.append(f"complete -c llmkit -f -n {seen} -a {word} -d {quoted(COMMANDS[name][1])}")
+    for name, options in table.items():
+        for option in options:
+            words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in option.names)
+            value = " -r" if option.takes_value else ""
+            lines.append(f"complete -c llmkit -n '{_seen(name)}' {words}{value} -d {quoted(option.help)}")
+    return "\n".join([*lines, ""])
+
+
+def _seen(name: str) -> str:
+    """fish's condition that the words before the cursor are those of a command, and no longer one's."""
+    words = [f"__fish_seen_subcommand_from {word}" for word in name.split()]
+    others = followers(name) + [
+        parent for parent in COMMANDS if f"{parent} {name}" in COMMANDS
+    ]  # `train` of `filter train`
+    return "; and ".join(words + ([f"not __fish_seen_subcommand_from {' '.join(others)}"] if others else []))
+
+
+def scripts() -> dict[str, str]:
+    """File name -> content of every completion script."""
+    table = {name: flags(name) for name in COMMANDS}
+    return {"llmkit.bash": bash(table), "_llmkit": zsh(table), "llmkit.fish": fish(table)}
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1] if len(sys.argv) > 1 else "completions")
+    for name, text in scripts().items():
+        (directory / name).write_text(text)

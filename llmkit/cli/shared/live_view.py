@@ -1,0 +1,170 @@
+"""What a training command shows while it runs: a panel on a terminal, else a line every 30 seconds. Not a command.
+
+    with live.shown(run, session, total_tokens) as report:
+        session.train(..., report=report)
+
+The panel holds the course of the loss, rates, time left and the last events of the run; it goes when the run ends. --tracker gets every record too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.cli.shared.options import Progress, Run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmkit.training.session import Session
+
+Record = dict[str, Any]
+BARS = "▁▂▃▄▅▆▇█"
+POINTS = 512  # of the loss's course that are kept
+EVENTS = 3  # that are shown
+TAIL = 1 << 12  # bytes of events.jsonl that are looked at
+
+
+@contextmanager
+def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record], None]]:
+    """A function that shows each record of the log, and sends it to the tracker where there is one."""
+    with ExitStack() as stack:
+        shows: list[Callable[[Record], None]] = []
+        if session.settings.tracker and session.processes.main:
+            from llmkit.training.metrics.tracker import Tracker
+
+            options = session.state.options if session.state else {}
+            tracker = Tracker(session.settings.tracker, session.processes.accelerator, session.directory.path, options)
+            stack.callback(tracker.finish)
+            shows.append(tracker.log)
+        if run.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            shows.append(_lines(stack.enter_context(run.progress(total, "tokens"))))
+        else:
+            from rich.console import Console
+            from rich.live import Live
+
+            panel = Panel(f"llmkit {run.command} {run.output}", total, session.directory.path / "events.jsonl")
+            console = Console(stderr=True)
+            live = Live(get_renderable=panel.render, console=console, refresh_per_second=2, transient=True)
+            stack.enter_context(live)
+            shows.append(panel.add)
+
+        def report(record: Record) -> None:
+            for show in [*shows]:
+                try:
+                    show(record)
+                except (
+                    Exception
+                ) as error:  # a tracker's disk is full, its server away, the terminal gone: the run goes on
+                    shows.remove(show)
+                    with suppress(OSError):
+                        run.warn(f"step {record['step']:,}: the figures are no longer shown here ({error})")
+
+        yield report
+
+
+def _lines(bar: Progress) -> Callable[[Record], None]:
+    def show(record: Record) -> None:
+        bar.advance(record["tokens"] - bar.done, _summary(record))
+
+    return show
+
+
+def _summary(record: Record) -> str:
+    held_out = f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
+    loss = f"loss {record['loss']:.4f}" if isinstance(record.get("loss"), float) else "skipped"
+    return f"{loss}{held_out} lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s {_clock(record['eta_seconds'])} left"
+
+
+class Panel:
+    """The state of the live view."""
+
+    def __init__(self, title: str, total: int, events: Path) -> None:
+        self._title, self._total, self._events = title, total, events
+        self._losses: list[float] = []
+        self._weight, self._held = 1, [0.0]  # losses to a point, and those of the point that is not full
+        self._record: Record = {}
+
+    def add(self, record: Record) -> None:
+        """Show this record from the next refresh on."""
+        if isinstance(record.get("loss"), float):
+            self._held.append(record["loss"])
+            if len(self._held) > self._weight:
+                self._losses.append(sum(self._held[1:]) / self._weight)
+                self._held = [0.0]
+            if len(self._losses) == POINTS:
+                self._losses = [(a + b) / 2 for a, b in zip(self._losses[::2], self._losses[1::2], strict=True)]
+                self._weight *= 2
+        kept = {name: self._record[name] for name in ("heldout_loss", "mfu") if name in self._record}
+        self._record = kept | record
+
+    def render(self) -> RenderableType:
+        """What stands on the terminal now."""
+        from rich.panel import Panel as Box
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        record = self._record
+        if not record:
+            return Box(Text("first step"), title=Text(self._title), title_align="left")
+        figures = {
+            "step": f"{record['step']:,}",
+            "loss": f"{record['loss']:.4f}" if isinstance(record.get("loss"), float) else "skipped",
+            "held-out": f"{record['heldout_loss']:.4f}" if "heldout_loss" in record else "",
+            "lr": f"{record['lr']:.2e}",
+            "grad": f"{record['grad_norm']:.3g}" if isinstance(record.get("grad_norm"), float) else "",
+            "tok/s": f"{record['tokens_per_second']:,.0f}",
+            "MFU": f"{record['mfu']:.1%}" if "mfu" in record else "",
+            "left": _clock(record["eta_seconds"]),
+        }
+        lines: list[Any] = [
+            ProgressBar(total=self._total, completed=record["tokens"]),
+            Text("  ".join(f"{name}\u00a0{value}" for name, value in figures.items() if value)),
+            Text(sparkline(self._losses, 60) or "▁", style="cyan"),
+            *(Text(line, style="dim") for line in self._last_events()),
+        ]
+        grid = Table.grid(expand=True)
+        for line in lines:
+            grid.add_row(line)
+        return Box(grid, title=Text(self._title), title_align="left")
+
+    def _last_events(self) -> list[str]:
+        try:
+            with open(self._events, "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+                lines = file.read().splitlines()[-EVENTS:]
+        except OSError:
+            return []
+        return [text for line in lines if (text := _event(line))]
+
+
+def _event(line: bytes) -> str:
+    try:
+        record = json.loads(line)
+        text = f"{record['time'][11:16]} {record['event']} at step {record['step']:,}"
+        text += f": {record['cause']}" if "cause" in record else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return "".join(c if c.isprintable() else "?" for c in text)[:100]
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """`values` as at most `width` bars, from the lowest to the highest; means where there are more."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    cuts = [i * len(values) // count for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    low, spread = min(means), (max(means) - min(means)) or 1.0
+    return "".join(BARS[min(len(BARS) - 1, int((mean - low) / spread * len(BARS)))] for mean in means)
+
+
+def _clock(seconds: float) -> str:
+    left = int(seconds)
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"

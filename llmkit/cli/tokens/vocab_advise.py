@@ -1,0 +1,141 @@
+"""`llmkit vocab advise`: recommend a vocabulary size for a model and a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmkit.cli.shared.options import InputPaths, Run, command, count_option
+from llmkit.errors import LlmkitError, UsageError
+
+if TYPE_CHECKING:
+    from llmkit.tokens.advise import Cost, Curve
+
+SHOWN = 12  # groups in the table
+
+
+@command(
+    reads=True,
+    examples=(
+        "llmkit vocab advise docs.jsonl.zst --model-size 125m",
+        "llmkit vocab advise docs.jsonl.zst --model-size tiny,5m --largest 4096 -o advice.json",
+    ),
+)
+def main(
+    run: Run,
+    inputs: InputPaths = None,
+    model_size: Annotated[
+        str, typer.Option("--model-size", "-m", metavar="LIST", help="Presets (125m, llama-1b) or config.json files")
+    ] = "125m",
+    largest: Annotated[int, count_option("--largest", help="Judge sizes up to this")] = 1 << 18,
+    pattern: Annotated[
+        str, typer.Option("--pattern", "-p", metavar="NAME", help="llama-bpe, qwen2, gpt-2 or smollm")
+    ] = "llama-bpe",
+    by: Annotated[
+        str, typer.Option("--by", metavar="FIELD", help="Show the fertility for each value of this field")
+    ] = "language",
+) -> None:
+    """Recommend a vocabulary size from the size of the model and the text that it will read.
+
+    Trains one vocabulary on 19 of 20 documents and measures every smaller one on the rest. A larger vocabulary makes fewer tokens of a text and
+    each of them dearer; the recommended size is the smallest whose training compute a byte is within 2 % of the least, which comes near to the
+    sizes found by training models (Tao et al., arXiv:2407.13623), whose power law stands beside it. Merges that occur less than ten
+    times are not judged: where the corpus is too small for large sizes, a warning says so. The tables go to stderr, JSON to stdout or -o.
+    """
+    from llmkit.cli.tokens.vocab_report import write_json
+    from llmkit.io.atomic import check_output
+    from llmkit.model.config import load_config
+    from llmkit.tokens import advise, vocabulary
+    from llmkit.tokens.fertility import value_of
+    from llmkit.tokens.pretokenize import pattern as find_pattern
+
+    names = list(dict.fromkeys(name for name in model_size.split(",") if name))
+    if not names:
+        raise UsageError("--model-size names no model", "give a preset such as 125m, or a config.json")
+    configs = {name: load_config(name, 1) for name in names}
+    find_pattern(pattern)
+    wanted = advise.sizes_up_to(largest)
+    if not wanted or largest > vocabulary.MAX_SIZE:
+        raise UsageError(f"--largest {largest:,}: no size to judge", f"from 1,024 to {vocabulary.MAX_SIZE:,}")
+    if run.output:
+        check_output(run.output, run.force)
+    reader, held, documents = run.reader(inputs), advise.HeldOut(), 0
+    with run.progress(None, "documents") as bar:
+
+        def texts() -> Iterator[str]:
+            nonlocal documents
+            for document in reader.documents():
+                documents += 1
+                bar.advance()
+                if not held.keeps(document.text, value_of(document, by)):
+                    yield document.text
+
+        made = vocabulary.train(texts(), wanted[-1], pattern, advise.MIN_FREQUENCY)
+    sizes = [size for size in wanted if size <= advise.FIXED + made.merges]
+    if not sizes:
+        raise LlmkitError(
+            f"the documents hold {made.merges:,} merges that occur {advise.MIN_FREQUENCY} times: too few for any size",
+            "give more text",
+        )
+    curve = advise.measure(made, held, sizes)
+    models, chosen = [], []
+    for name, config in configs.items():
+        found = advise.costs(
+            curve,
+            lambda size, config=config: config.with_vocabulary(size).parameters(),  # type: ignore[misc]
+            lambda size, config=config: config.with_vocabulary(size).flops_per_token(0),  # type: ignore[misc]
+        )
+        best = advise.choose(found)
+        weights = 2 * config.with_vocabulary(1).parameters() - config.with_vocabulary(2).parameters()
+        law = advise.power_law(weights, config.hidden_size)
+        _table(run, name, found, best)
+        sizes_of = [asdict(cost) for cost in found]
+        models.append({"model": name, "recommended": best.size, "power_law": law, "sizes": sizes_of})
+        chosen.append(best.size)
+        run.note(f"{name}: {best.size:,} tokens (the power law of Tao et al., for English: {law:,})")
+        if min(found, key=lambda cost: cost.training_flops_per_byte).size == sizes[-1] < wanted[-1]:
+            run.warn(f"{name}: the cost still falls at the largest size that this corpus can judge: give more text")
+    if sizes[-1] < wanted[-1]:
+        run.warn(
+            f"the corpus holds {made.merges:,} merges that occur {advise.MIN_FREQUENCY} times or more: "
+            f"sizes over {sizes[-1]:,} are not judged"
+        )
+    if len(curve.groups) > 1:
+        _groups(run, by, curve, chosen)
+    groups = {
+        name: {"bytes": size, "fertility": dict(zip(map(str, sizes), row, strict=True))}
+        for name, (size, row) in curve.groups.items()
+    }
+    text = {"documents": documents, "trained_bytes": held.trained, "held_out_bytes": held.bytes}
+    write_json(
+        run, {"models": models, "groups": groups} | text | {"inputs": [item.to_dict() for item in reader.inputs]}
+    )
+    counts: dict[str, Any] = text | {"recommended": dict(zip(names, chosen, strict=True))}
+    if reader.bad:
+        counts["bad_lines"] = reader.bad
+    run.finish(counts, f"judged on {held.trained / 1e6:.1f} MB of text and {held.bytes / 1e6:.2f} MB kept aside")
+
+
+def _table(run: Run, name: str, found: list[Cost], best: Cost) -> None:
+    rows = []
+    least = min(cost.training_flops_per_byte for cost in found)
+    for cost in found:
+        training = cost.training_flops_per_byte
+        row = [f"{cost.size:,}{' <' if cost is best else ''}", f"{cost.bytes_per_token:.3f}", f"{cost.fertility:.2f}"]
+        row += [f"{cost.embedding_parameters / 1e6:,.1f}M", f"{cost.share:.1%}", f"{training / 1e6:,.1f}"]
+        rows.append([*row, f"+{training / least - 1:.1%}", f"{cost.inference_flops_per_byte / 1e6:,.1f}"])
+    columns = ["tokens", "bytes/token", "tokens/word", "embedding", "of all", "training", "+", "use"]
+    run.table(f"Vocabularies for {name}; training and use in MFLOP a byte", columns, rows)
+
+
+def _groups(run: Run, by: str, curve: Curve, chosen: list[int]) -> None:
+    """Fertility of the largest groups at the smallest, the recommended and the largest size."""
+    sizes = sorted({curve.sizes[0], *chosen, curve.sizes[-1]})
+    places = [curve.sizes.index(size) for size in sizes]
+    rows = [
+        [name, size, *(f"{row[i]:.2f}" for i in places)] for name, (size, row) in list(curve.groups.items())[:SHOWN]
+    ]
+    run.table(f"Tokens a word by {by}", ["", "bytes", *(f"at {size:,}" for size in sizes)], rows)
