@@ -1,16 +1,18 @@
 """The options that every command shares, and `@command`, which adds them to a function.
 
-A command is a function whose first parameter is a `Run`; the rest are its own arguments and options. `@command` marks it, `build` makes a
-Typer command of it. A value comes from the flag, else from LLMKIT_<COMMAND>_<OPTION>, else from the TOML file of --config, else it is the
-default; --print-config shows the result.
+A command is a function whose first parameter is a `Run`; the rest are its own arguments and options, singly or as classes of options
+(`llmkit.options`). `@command` marks it, `build` makes a Typer command of it. A value comes from the flag, else from LLMKIT_<COMMAND>_<OPTION>,
+else from the TOML file of --config, else it is the default; --print-config shows the result.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
+import os
+import sys
 from collections.abc import Callable, Collection
-from decimal import Decimal, InvalidOperation
+from copy import copy
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -19,8 +21,20 @@ import typer
 
 from llmkit.cli.shared.invocation import Progress, Run
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.options import (
+    COMMON,
+    annotations,
+    count_option,
+    former_names,
+    from_values,
+    neutral_names,
+    option_fields,
+    parse_count,
+    toml_value,
+)
 
 __all__ = [
+    "COMMON",
     "InputPaths",
     "ModelPath",
     "Progress",
@@ -30,79 +44,55 @@ __all__ = [
     "command",
     "count_option",
     "parse_count",
-    "parse_share",
     "toml_value",
 ]
 
 InputPaths = Annotated[
-    list[str] | None, typer.Argument(metavar="INPUT", help="Files, globs, directories or '-'; nothing is stdin")
+    list[str] | None, typer.Argument(metavar="INPUT", help="Files, globs, directories or '-'; stdin by default")
 ]
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model directory, or a run")]
 
-SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-
-
-def parse_count(text: Any) -> int:
-    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB, TB."""
-    if isinstance(text, int):
-        return text
-    if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):
-        text = text[:-1]
-    number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
-    try:
-        value = Decimal(number.replace("_", "")) * SUFFIXES[suffix]  # 2.3k is no whole number in binary
-        if value < 0 or value != int(value):
-            raise ValueError
-    except (ValueError, OverflowError, InvalidOperation):
-        raise typer.BadParameter(f"{text!r} is not a count such as 5000, 10k, 2.5M or 1B") from None
-    return int(value)
-
-
-def parse_share(text: Any) -> float:
-    """A share below 1, or a count of tokens such as 5000 or 50k."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float(parse_count(text))
-    if not 0 <= value < float("inf"):
-        raise typer.BadParameter(f"{text!r} is no share or count of tokens")
-    return value
-
-
-def count_option(*names: str, help: str, **more: Any) -> Any:
-    """A `typer.Option` whose value is a count with suffix (`parse_count`)."""
-    return typer.Option(*names, help=help, parser=parse_count, metavar="COUNT", **more)
-
-
 GENERAL = "General"
 DOCUMENTS = "Documents"
+FEW_OPTIONS = 14  # a command with no more of its own shows them all in --help
 
+
+def _flag(*names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=GENERAL, **more)
+
+
+def _reading(*names: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=DOCUMENTS, **more)
+
+
+# fmt: off
 SHARED: dict[str, tuple[Any, Any]] = {
-    "output": (Annotated[str | None, typer.Option("--output", "-o", metavar="PATH", help="Output; stdout where the command streams")], None),
-    "force": (Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output")], False),
-    "dry_run": (Annotated[bool, typer.Option("--dry-run", "-n", help="Check everything, write nothing")], False),
-    "quiet": (Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on success")], False),
-    "verbose": (Annotated[bool, typer.Option("--verbose", "-v", help="Say more")], False),
-    "jobs": (Annotated[int, typer.Option("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it")], 1),
-    "config": (Annotated[str | None, typer.Option("--config", "-c", metavar="TOML", help="File with option values, at the top or in [COMMAND]")], None),
-    "seed": (Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random")], 0),
-    "json": (Annotated[bool, typer.Option("--json", help="Print the summary as one JSON line on stderr")], False),
-    "summary": (Annotated[str | None, typer.Option("--summary", metavar="FILE", help="Write the summary as JSON")], None),
-    "print_config": (Annotated[bool, typer.Option("--print-config", help="Print the resolved options as TOML and stop")], False),
-    "debug": (Annotated[bool, typer.Option("--debug", help="Show tracebacks")], False),
-    "version": (Annotated[bool, typer.Option("--version", "-V", help="Print the version")], False),
-}  # fmt: skip
+    "output": (Annotated[str | None, _flag("--output", "-o", metavar="PATH", help="Output; stdout where the command streams"), COMMON], None),
+    "force": (Annotated[bool, _flag("--force", "-f", help="Replace an existing output"), COMMON], False),
+    "dry_run": (Annotated[bool, _flag("--dry-run", "-n", help="Check everything, write nothing"), COMMON], False),
+    "quiet": (Annotated[bool, _flag("--quiet", "-q", help="Print nothing on success"), COMMON], False),
+    "verbose": (Annotated[bool, _flag("--verbose", "-v", help="Print more")], False),
+    "jobs": (Annotated[int, _flag("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it"), COMMON], 1),
+    "config": (Annotated[str | None, _flag("--config", "-c", metavar="TOML", help="File with option values, top-level or in [COMMAND]"), COMMON], None),
+    "seed": (Annotated[int, _flag("--seed", min=0, help="Random seed"), COMMON], 0),
+    "json": (Annotated[bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr")], False),
+    "summary": (Annotated[str | None, _flag("--summary", metavar="FILE", help="Write the summary as JSON")], None),
+    "print_config": (Annotated[bool, _flag("--print-config", help="Print the resolved options as TOML and exit")], False),
+    "debug": (Annotated[bool, _flag("--debug", help="Show tracebacks")], False),
+    "version": (Annotated[bool, _flag("--version", "-V", help="Print the version")], False),
+}
 
 READING: dict[str, tuple[Any, Any]] = {
-    "text_key": (Annotated[str, typer.Option("--text-key", metavar="FIELD", help="Field that holds the text")], "text"),
-    "id_key": (Annotated[str, typer.Option("--id-key", metavar="FIELD", help="Field that holds the id")], "id"),
-    "on_bad_line": (Annotated[str, typer.Option("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE")], "stop"),
-    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line that is read")], 16 << 20),
-    "files_from": (Annotated[str | None, typer.Option("--files-from", metavar="FILE", help="Read the names of inputs from a file")], None),
-}  # fmt: skip
+    "text_key": (Annotated[str, _reading("--text-key", metavar="FIELD", help="Field that holds the text"), COMMON], "text"),
+    "id_key": (Annotated[str, _reading("--id-key", metavar="FIELD", help="Field that holds the id")], "id"),
+    "on_bad_line": (Annotated[str, _reading("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE"), COMMON], "stop"),
+    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line to accept", rich_help_panel=DOCUMENTS)], 16 << 20),
+    "files_from": (Annotated[str | None, _reading("--files-from", metavar="FILE", help="Read input names from a file")], None),
+}
 WRITING: dict[str, tuple[Any, Any]] = {
-    "plain": (Annotated[bool, typer.Option("--plain", help="Plain JSON lines on stdout (for jq), without lineage")], False),
-}  # fmt: skip
+    "plain": (Annotated[bool, _reading("--plain", help="Plain JSON lines on stdout (for jq), without lineage")], False),
+}
+# fmt: on
 
 # Shared options that do not decide the content of the output, and therefore stay out of its lineage.
 NEUTRAL = {*SHARED, "files_from", "plain"} - {"seed"}
@@ -113,8 +103,8 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a function as a subcommand.
 
-    `examples` stand in its help and are run by the tests; `neutral` names own options that do not decide the content of the output;
-    `reads` adds the options of a document reader (`Run.reader`), `writes` those of a document writer (`Run.writer`).
+    `examples` are shown in its help and run by the tests; `neutral` names own options that do not decide the content of the output, beside
+    those that their class marks; `reads` adds the options of a document reader (`Run.reader`), `writes` those of a document writer (`Run.writer`).
     """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
@@ -124,29 +114,68 @@ def command(
     return mark
 
 
+def option_classes(function: Callable[..., None]) -> dict[str, type]:
+    """The parameters of a command that are classes of options."""
+    hints = get_type_hints(function, include_extras=True)
+    own = list(inspect.signature(function).parameters)[1:]
+    return {name: hints[name] for name in own if isinstance(hints[name], type) and is_dataclass(hints[name])}
+
+
+def renamed_options(function: Callable[..., None]) -> dict[str, str]:
+    """Former name -> present name of the options of a command that were renamed."""
+    return {old: new for kind in option_classes(function).values() for old, new in former_names(kind).items()}
+
+
 def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
-    """The parameters of a command with the shared options added, the `Run` left out."""
+    """The parameters of a command: classes of options as their fields, the shared options added, the `Run` left out."""
     marks = function.llmkit  # type: ignore[attr-defined]
     hints = get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters.values())[1:]
-    parameters = {p.name: p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in own}
+    classes = option_classes(function)
+    parameters: dict[str, inspect.Parameter] = {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.name in classes:
+            parameters |= {
+                field.name: _parameter(field.name, _with_help(field.annotation, field.help), field.default)
+                for field in option_fields(classes[parameter.name])
+            }
+        else:
+            parameters[parameter.name] = parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY)
     shared = (READING if marks["reads"] else {}) | (WRITING if marks["writes"] else {}) | SHARED
     for name, (annotation, default) in shared.items():
         if name not in parameters:
-            parameters[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-            )
+            parameters[name] = _parameter(name, annotation, default)
     return parameters
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _with_help(annotation: Any, text: str) -> Any:
+    """The annotation with another help text."""
+    if not text:
+        return annotation
+    kind, *marks = get_args(annotation)
+    for i, mark in enumerate(marks):
+        if hasattr(mark, "help"):
+            marks[i] = copy(mark)
+            marks[i].help = text
+    return Annotated.__class_getitem__((kind, *marks))  # type: ignore[attr-defined]
 
 
 def build(function: Callable[..., None], name: str) -> Callable[[list[str]], None]:
     """A callable that parses the arguments of subcommand `name` and runs it; usage errors are raised as UsageError."""
     command = click_command(function, name)
+    renamed = {_spelled(old): _spelled(new) for old, new in renamed_options(function).items()}
 
     def call(arguments: list[str]) -> None:
         # Not command.main: it would turn a broken pipe and Ctrl-C into exit code 1.
+        options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        command.shows_all = "--help-all" in options
+        if command.shows_all:
+            arguments = ["--help"]
         try:
-            with command.make_context(f"llmkit {name}", arguments) as context:
+            with command.make_context(f"llmkit {name}", _present_spelling(name, arguments, renamed)) as context:
                 command.invoke(context)
         except typer.Exit:
             return
@@ -154,6 +183,30 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
             raise _as_usage_error(error) from None
 
     return call
+
+
+def _spelled(name: str) -> str:
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def _present_spelling(command: str, arguments: list[str], renamed: dict[str, str]) -> list[str]:
+    """The arguments, and the environment, with former spellings of options replaced; each is noted once."""
+    result, noted = [], set()
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for argument in arguments[:end]:
+        flag, equals, value = argument.partition("=")
+        if flag in renamed:
+            noted.add(flag)
+            argument = renamed[flag] + equals + value
+        result.append(argument)
+    for old, new in renamed.items():
+        before, now = (f"{_environment(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new))
+        if before in os.environ:
+            noted.add(old)
+            os.environ.setdefault(now, os.environ.pop(before))
+    for old in sorted(noted):
+        print(f"llmkit {command}: {old} is now called {renamed[old]}", file=sys.stderr)
+    return result + arguments[end:]
 
 
 def _as_usage_error(error: Exception) -> Exception:
@@ -170,16 +223,19 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     """Typer's command object for a marked function."""
     parameters = signature(function)
     marks = function.llmkit  # type: ignore[attr-defined]
+    classes = option_classes(function)
+    neutral = NEUTRAL.union(marks["neutral"], *map(neutral_names, classes.values()))
+    own_names = inspect.signature(function).parameters
 
     def invoke(context: typer.Context, **values: Any) -> None:
         if values["print_config"]:
             print(_as_toml(context), end="")
             return
-        own = {key: value for key, value in values.items() if key in inspect.signature(function).parameters}
+        own = {key: value for key, value in values.items() if key in own_names and key not in classes}
+        for parameter, options in classes.items():
+            own[parameter] = from_values(options, {field.name: values[field.name] for field in option_fields(options)})
         kinds = {parameter.name: parameter.param_type_name for parameter in context.command.params}
-        decides = {
-            key: v for key, v in values.items() if kinds.get(key) == "option" and key not in NEUTRAL | marks["neutral"]
-        }
+        decides = {key: v for key, v in values.items() if kinds.get(key) == "option" and key not in neutral}
         paths = {key: value for key, value in decides.items() if isinstance(value, Path)}
         run = Run(name, values, {key: _recordable(value) for key, value in decides.items() if value is not None}, paths)
         run.config = partial(_as_toml, context)
@@ -200,9 +256,10 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     built: Any = typer.main.get_command(app)
     for parameter in built.params:
         parameter.show_envvar = False  # said once, below, rather than in every line
+        parameter.common = parameter.name not in parameters or COMMON in annotations(parameters[parameter.name].annotation)
         if parameter.name == "config":
             parameter.is_eager = True
-            parameter.callback = lambda context, _, value: _load_config(context, value, name)
+            parameter.callback = lambda context, _, value: _load_config(context, value, name, renamed_options(function))
         if parameter.metavar is None and not getattr(parameter, "is_flag", False):
             parameter.metavar = (
                 METAVARS.get(_scalar(parameters[parameter.name].annotation), "TEXT")
@@ -234,33 +291,35 @@ def _scalar(annotation: Any) -> Any:
 
 
 def _format_options(command: Any, context: Any, formatter: Any) -> None:
-    """Arguments, then the options by group: the command's own first, the shared ones last."""
+    """Arguments, then the options by group: the command's own first, the shared ones last. --help leaves out what few people need."""
+    everything = getattr(command, "shows_all", False)
+    options = [p for p in command.get_params(context) if p.param_type_name == "option"]
+    own = [p for p in options if getattr(p, "rich_help_panel", None) not in (GENERAL, DOCUMENTS) and p.name != "help"]
+    few = len(own) <= FEW_OPTIONS
     groups: dict[str, list[tuple[str, str]]] = {}
+    left_out = 0
     for parameter in command.get_params(context):
-        if record := parameter.get_help_record(context):
-            is_argument = parameter.param_type_name == "argument"
-            shared = (
-                DOCUMENTS
-                if parameter.name in READING or parameter.name in WRITING
-                else GENERAL
-                if parameter.name in SHARED
-                else ""
-            )
-            panel = getattr(parameter, "rich_help_panel", None)
-            title = (
-                "Arguments"
-                if is_argument
-                else panel or shared or ("General" if parameter.name == "help" else "Options")
-            )
-            groups.setdefault(title, []).append(record)
+        record = parameter.get_help_record(context)
+        if record is None:
+            continue
+        if parameter.param_type_name == "argument":
+            groups.setdefault("Arguments", []).append(record)
+            continue
+        shown = everything or parameter.name == "help" or getattr(parameter, "common", True) or (few and parameter in own)
+        if not shown:
+            left_out += 1
+            continue
+        panel = getattr(parameter, "rich_help_panel", None)
+        groups.setdefault(panel or (GENERAL if parameter.name == "help" else "Options"), []).append(record)
     last = [title for title in (DOCUMENTS, GENERAL) if title in groups]
     for title in [title for title in groups if title not in last] + last:
         with formatter.section(title):
             formatter.write_dl(groups[title])
     formatter.write_paragraph()
-    formatter.write_text(
-        f"Each option may also stand in the environment as {_environment(context.info_name.removeprefix('llmkit '))}_OPTION, or in the --config file."
-    )
+    if left_out:
+        formatter.write_text(f"--help-all shows {left_out} more options.")
+    name = context.info_name.removeprefix("llmkit ")
+    formatter.write_text(f"Options may also be set in the environment as {_environment(name)}_OPTION, or in the --config file.")
 
 
 def _recordable(value: Any) -> Any:
@@ -271,7 +330,7 @@ def _recordable(value: Any) -> Any:
     return [_recordable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _load_config(context: Any, path: str | None, name: str) -> str | None:
+def _load_config(context: Any, path: str | None, name: str, renamed: dict[str, str]) -> str | None:
     """Make the values of a TOML file the defaults: its top level, then its table [NAME]."""
     if path is None:
         return None
@@ -292,6 +351,7 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
     section = content.get(_section(name))  # `filter` is a section, and an option of `llmkit filter`
     for key, value in (top | (section if isinstance(section, dict) else {})).items():
         option = key.replace("-", "_")
+        option = renamed.get(option) or renamed.get(f"{option}_") or option
         option = option if option in known else f"{option}_"  # `from` is a word of Python's
         if option not in known:
             raise UsageError(
@@ -304,7 +364,7 @@ def _load_config(context: Any, path: str | None, name: str) -> str | None:
 
 
 def _as_toml(context: Any, without: Collection[str] = ()) -> str:
-    """The resolved options, but for some, as a TOML file that --config reads; where each came from stands in a comment."""
+    """The resolved options, but for some, as a TOML file that --config reads; the origin of each is in a comment."""
     lines = [f"# {context.info_name}, resolved"]
     skipped = {"config", "print_config", "help", "version", "debug", *without}
     for parameter in context.command.params:
@@ -317,16 +377,3 @@ def _as_toml(context: Any, without: Collection[str] = ()) -> str:
         key = parameter.name.rstrip("_").replace("_", "-")
         lines.append(f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}  # {origin}")
     return "\n".join(lines) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """A string, number, boolean or list of them as TOML writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, float):
-        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
-    if isinstance(value, int):
-        return str(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,218 @@
+"""Options as dataclasses: a field carries its Typer annotation, and marks that say what else is known about it.
+
+    @dataclass(frozen=True)
+    class CheckpointOptions:
+        keep: Annotated[int, typer.Option("--keep", min=0, help="Keep the last N checkpoints (0 = all)"), NEUTRAL] = 0
+
+    @dataclass(frozen=True)
+    class PretrainOptions:                                # the options of one command: groups of fields
+        checkpoints: CheckpointOptions = CheckpointOptions()
+
+`cli.shared.options` makes the flags of a command from such a class, and the same class configures the same work from Python:
+`from_values(PretrainOptions, {"keep": 3})`. A group that a command takes only in part says so: `Annotated[OptimizerOptions, Without("betas")]`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from decimal import Decimal, InvalidOperation
+from enum import Enum
+from functools import cache
+from keyword import iskeyword
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+from llmkit.errors import UsageError, suggestion
+
+Options = TypeVar("Options")
+
+
+class Mark(Enum):
+    """What holds for an option besides its type."""
+
+    NEUTRAL = "does not decide the content of the output: stays out of its lineage, and may change when a run is resumed"
+    COMMON = "shown by --help, which leaves the rest to --help-all"
+
+
+NEUTRAL, COMMON = Mark.NEUTRAL, Mark.COMMON
+
+
+@dataclass(frozen=True, slots=True)
+class Formerly:
+    """The spelling that an option had before, accepted with a note: `Formerly("--min-lr")`."""
+
+    flag: str
+
+    @property
+    def name(self) -> str:
+        """The name of its parameter, which records have: `from_` for --from, since `from` is a word of Python's."""
+        name = self.flag.removeprefix("--").replace("-", "_")
+        return f"{name}_" if iskeyword(name) else name
+
+
+class Without:
+    """Fields of a group that a command does not take."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+class Help:
+    """Help texts of a command for fields of a group: `Help(batch_size="Preference pairs per step")`."""
+
+    def __init__(self, **texts: str) -> None:
+        self.texts = texts
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One option of a class of options: its name, annotation and default, and the help text that replaces its own ("" = none)."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+
+    def marks(self) -> tuple[Any, ...]:
+        """The Typer annotation and the marks."""
+        return annotations(self.annotation)
+
+
+def annotations(annotation: Any) -> tuple[Any, ...]:
+    """What an `Annotated` type carries; nothing for any other."""
+    return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+
+
+@cache
+def option_fields(kind: type) -> tuple[Field, ...]:
+    """Every option of a class of options, those of its groups included, in order. Names are unique."""
+    result = []
+    for name, annotation, default in _own_fields(kind):
+        group = _group(annotation)
+        if group is None:
+            result.append(Field(name, annotation, default))
+            continue
+        marks = annotations(annotation)
+        left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
+        texts = {name: text for mark in marks if isinstance(mark, Help) for name, text in mark.texts.items()}
+        for field in option_fields(group):
+            if field.name not in left_out:
+                result.append(
+                    replace(field, default=getattr(default, field.name), help=texts.get(field.name, field.help))
+                )
+    assert len({field.name for field in result}) == len(result), f"{kind.__name__} has two options of one name"
+    return tuple(result)
+
+
+def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """An instance of a class of options with these values by option name; the rest keeps its default.
+
+    Raises UsageError for a name that is not an option, with the nearest ones.
+    """
+    known = {field.name for field in option_fields(kind)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}", suggestion(name, known))
+    return _filled(kind, None, values)
+
+
+def values_of(options: Any) -> dict[str, Any]:
+    """The value of every option by name."""
+    result: dict[str, Any] = {}
+    for name, annotation, _ in _own_fields(type(options)):
+        value = getattr(options, name)
+        if _group(annotation) is None:
+            result[name] = value
+        else:
+            result |= values_of(value)
+    return {field.name: result[field.name] for field in option_fields(type(options))}
+
+
+def neutral_names(kind: type) -> set[str]:
+    """Names of the options that do not decide the content of the output."""
+    return {field.name for field in option_fields(kind) if NEUTRAL in field.marks()}
+
+
+def former_names(kind: type) -> dict[str, str]:
+    """Former name -> present name of the options that were renamed."""
+    return {
+        mark.name: field.name for field in option_fields(kind) for mark in field.marks() if isinstance(mark, Formerly)
+    }
+
+
+def _own_fields(kind: type) -> Iterator[tuple[str, Any, Any]]:
+    """(name, annotation, default) of each field of a dataclass."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):  # type: ignore[arg-type]
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        yield field.name, hints[field.name], default
+
+
+def _group(annotation: Any) -> type | None:
+    """The dataclass that a field holds, None for a plain option."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return kind if isinstance(kind, type) and is_dataclass(kind) else None
+
+
+def _filled(kind: Any, start: Any, values: Mapping[str, Any]) -> Any:
+    changes: dict[str, Any] = {}
+    for name, annotation, default in _own_fields(kind):
+        group, present = _group(annotation), default if start is None else getattr(start, name)
+        if group is not None:
+            changes[name] = _filled(group, present, values)
+        elif name in values:
+            changes[name] = values[name]
+        else:
+            changes[name] = present
+    return kind(**changes)
+
+
+SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def parse_count(text: Any) -> int:
+    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB, TB."""
+    if isinstance(text, int):
+        return text
+    if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):
+        text = text[:-1]
+    number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
+    try:
+        value = Decimal(number.replace("_", "")) * SUFFIXES[suffix]  # 2.3k is no whole number in binary
+        if value < 0 or value != int(value):
+            raise ValueError
+    except (ValueError, OverflowError, InvalidOperation):
+        raise typer.BadParameter(f"{text!r} is not a count such as 5000, 10k, 2.5M or 1B") from None
+    return int(value)
+
+
+def parse_share(text: Any) -> float:
+    """A fraction below 1, or a number of tokens such as 5000 or 50k."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float(parse_count(text))
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text!r} is neither a fraction nor a number of tokens")
+    return value
+
+
+def count_option(*names: str, help: str, **more: Any) -> Any:
+    """A `typer.Option` whose value is a count with suffix (`parse_count`)."""
+    return typer.Option(*names, help=help, parser=parse_count, metavar="COUNT", **more)
+
+
+def toml_value(value: Any) -> str:
+    """A string, number, boolean or list of them as TOML writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
+    if isinstance(value, int):
+        return str(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

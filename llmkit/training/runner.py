@@ -1,0 +1,230 @@
+"""A training command from its options to its outcome, whoever calls it: the command line, or Python.
+
+    request = Request.of("train", options, "run/", seed=0)          # or what the command line makes of its flags
+    with open_session(request) as session:
+        prepared = prepare_pretraining(request, session, "mix/")    # data, model and schedule; nothing is written yet
+        outcome = run_training(request, session, prepared)          # None: the run was finished before
+
+`pretrain`, `anneal` (training.pretraining), `fine_tune` (alignment.fine_tuning) and `align` (alignment.preference_tuning) do all three.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import UsageError
+from llmkit.io.documents import DocumentReader, ReadOptions
+from llmkit.lineage.record import Input, Lineage, base_name, describe_input
+from llmkit.model.config import ModelConfig
+from llmkit.model.decoder import Decoder
+from llmkit.options import neutral_names, option_fields, toml_value, values_of
+from llmkit.training.data import Source, StreamSource, TokenStream
+from llmkit.training.objectives import Objective, next_token
+from llmkit.training.optim.schedule import Schedule
+from llmkit.training.options import LoopOptions
+from llmkit.training.session import Session, session
+
+Record = dict[str, Any]
+Reader = Callable[[list[str] | None], DocumentReader]
+AtCheckpoint = Callable[[Any, int], dict[str, float]]
+PATHS = ("from_", "model", "recipe")  # options that may name a file
+PER_CALL = ("resume", "accept_change")  # not options of the run, but of one call
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+@dataclass
+class Request:
+    """One call: the command, its options, where the run goes, and the record of what it makes."""
+
+    command: str
+    options: Any  # PretrainOptions, AnnealOptions, ...
+    loop: LoopOptions
+    record: Lineage
+    values: dict[str, Any]  # every option that belongs into config.toml, by name
+    seed: int = 0
+    dry_run: bool = False
+    note: Callable[[str], None] = _ignore
+    warn: Callable[[str], None] = _ignore
+    detail: Callable[[str], None] = _ignore
+    reader: Reader = field(default=lambda paths: _plain_reader(paths))
+
+    @classmethod
+    def of(cls, command: str, options: Any, output: str, *, seed: int = 0, force: bool = False, **more: Any) -> Request:
+        """The request that `llmkit COMMAND` makes of these options."""
+        values = values_of(options)
+        if values["processes"] > 1 or values["max_restarts"]:
+            raise UsageError(
+                "several processes are started by the command line only", "use llmkit, torchrun or accelerate launch"
+            )
+        neutral = neutral_names(type(options))
+        decisive = {name: value for name, value in values.items() if name not in neutral and value is not None}
+        inputs = [describe_input(value, name) for name, value in decisive.items() if isinstance(value, Path)]
+        recorded = {name: base_name(v) if isinstance(v, Path) else v for name, v in decisive.items()} | {"seed": seed}
+        loop = loop_options(options, output, force)
+        return cls(command, options, loop, Lineage(command, recorded, inputs), values | {"seed": seed}, seed, **more)
+
+
+def loop_options(options: Any, output: str, force: bool = False, sequences_per_row: int = 1) -> LoopOptions:
+    """The groups of a command's options that the loop takes; those that the command lacks have their defaults."""
+    names = ("batch", "optimizer", "machine", "checkpoints", "heldout", "log")
+    groups = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return LoopOptions(output, force, sequences_per_row=getattr(options, "SEQUENCES_PER_ROW", sequences_per_row), **groups)
+
+
+@dataclass
+class Prepared:
+    """What a run will do, before anything is written."""
+
+    config: ModelConfig
+    source: Source
+    schedule: Schedule
+    batch_size: int
+    length: int  # tokens per sequence, the longest
+    inputs: list[Input]
+    tokenizer_files: Mapping[str, str]
+    stop_ids: list[int]
+    fresh: Callable[[], Decoder]
+    objective: Objective = next_token
+    figures: tuple[str, ...] = ()
+    heldout: Source | None = None
+    optimizer_from: Path | None = None
+    rope_theta: Callable[[int], float] | None = None
+    stream: TokenStream | None = None  # whose documents the run's trace names
+    late_source: Callable[[], Source] | None = None  # instead of `source`, once the run directory is there
+    resolved: dict[str, Any] = field(default_factory=dict)  # values that options left open
+    positional: tuple[str, ...] = ()  # arguments, which config.toml leaves out
+    counts: dict[str, Any] = field(default_factory=dict)  # added to the summary
+
+    @property
+    def planned_tokens(self) -> int:
+        return self.source.tokens(self.source.steps)
+
+
+@contextmanager
+def open_session(request: Request) -> Iterator[Session]:
+    """The session of a request, joined by every process of its group."""
+    with session(request.loop, request.dry_run, request.warn) as opened:
+        yield opened
+
+
+def run_training(
+    request: Request,
+    session: Session,
+    prepared: Prepared,
+    *,
+    at_checkpoint: list[AtCheckpoint] | None = None,
+    observe: Callable[[], AbstractContextManager[Callable[[Record], None]]] = lambda: nullcontext(lambda record: None),
+) -> Record | None:
+    """Train what was prepared; None where the run is finished already.
+
+    `at_checkpoint` are called with (model, step) at every checkpoint, and what they return is logged. `observe()` gives a function that is shown
+    every record of the log. Raises LlmkitError where a run that is to be resumed was another one, where the guard gives up, or the disk is full.
+    """
+    from llmkit.training.trace import keep_trace
+
+    p, loop = prepared, request.loop
+    begun = session.begin(request.record, p.inputs, p.batch_size, p.length, config_text(request, p))
+    if p.stream is not None and session.processes.is_main:  # also of a finished run: the data may have moved
+        assert isinstance(p.source, StreamSource)
+        keep_trace(session.directory.path, p.stream, p.source)
+    if not begun:
+        return None
+    _announce(request, session, p)
+    session.at_checkpoint += at_checkpoint or []
+    with observe() as show, _tracked(request, session) as track:
+        source = p.late_source() if p.late_source else p.source
+        outcome = session.train(
+            session.model(p.fresh),
+            p.objective,
+            source,
+            p.schedule,
+            figures=p.figures,
+            tokenizer_files=p.tokenizer_files,
+            stop_ids=p.stop_ids,
+            heldout=p.heldout,
+            optimizer_from=p.optimizer_from,
+            rope_theta=p.rope_theta,
+            report=_to_all(request, [show, track] if loop.log.tracker else [show]),
+        )
+    return {key: value for key, value in (outcome | p.counts).items() if value is not None}
+
+
+def _announce(request: Request, session: Session, prepared: Prepared) -> None:
+    available = prepared.stream.tokens if prepared.stream is not None else None
+    planned = prepared.planned_tokens
+    if available and planned > 1.01 * available:
+        request.note(f"{planned:,} tokens are {planned / available:.2f} passes over {available:,}")
+    if session.checkpoint:
+        request.note(f"resuming from {session.checkpoint.name}")
+    processes = session.processes
+    where = f"{processes.world_size} x {processes.device.type}, {processes.precision}"
+    request.detail(f"{where}, {session.micro_batch()} sequences per forward pass")
+
+
+@contextmanager
+def _tracked(request: Request, session: Session) -> Iterator[Callable[[Record], None]]:
+    """A function that sends records to the tracker of the run, on the main process."""
+    name = request.loop.log.tracker
+    if not name or not session.processes.is_main:
+        yield lambda record: None
+        return
+    from llmkit.training.metrics.tracker import Tracker
+
+    options = session.state.options if session.state else {}
+    tracker = Tracker(name, session.processes.accelerator, session.directory.path, options)
+    try:
+        yield tracker.log
+    finally:
+        tracker.finish()
+
+
+def _to_all(request: Request, shows: list[Callable[[Record], None]]) -> Callable[[Record], None]:
+    """A function that shows a record everywhere; where that fails it is not tried again, and the run continues."""
+
+    def report(record: Record) -> None:
+        for show in [*shows]:
+            try:
+                show(record)
+            except Exception as error:  # a tracker's disk is full, its server unreachable, the terminal closed
+                shows.remove(show)
+                with suppress(OSError):
+                    request.warn(f"step {record['step']:,}: metrics are no longer shown here ({error})")
+
+    return report
+
+
+def config_text(request: Request, prepared: Prepared) -> str:
+    """config.toml of a run: every option with its value, so that `-c config.toml` trains the same again.
+
+    An option that was not given is a comment with the value that it got, since naming it would make another record.
+    """
+    lines = [f"# llmkit {request.command} ... -c config.toml -o RUN trains the same again"]
+    for key, value in request.values.items():
+        name = key.rstrip("_").replace("_", "-")
+        if key in PATHS and value and os.path.exists(value):
+            value = os.path.abspath(value)
+        if key in prepared.positional or key in PER_CALL:
+            continue
+        if value is None or value == []:
+            if key in prepared.resolved:
+                lines.append(f"# {name} came to {toml_value(prepared.resolved[key])}")
+            continue
+        lines.append(f"{name} = {toml_value(str(value.absolute()) if isinstance(value, Path) else value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain_reader(paths: list[str] | None) -> DocumentReader:
+    return DocumentReader(list(paths or []), ReadOptions(text_key=None))
+
+
+def options_table(kind: type) -> list[str]:
+    """Names of the options of a class, for error messages and tests."""
+    return [field.name for field in option_fields(kind)]
