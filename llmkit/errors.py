@@ -13,16 +13,24 @@ LISTED = 30  # names in a hint
 
 
 class ExitCode(IntEnum):
-    """What `llmkit` returns to the shell."""
+    """Exit codes of every command; `meaning` is what `llmkit help --json` reports."""
 
-    OK = 0
-    ERROR = 1  # run-time error: bad data, full disk, missing file
-    USAGE = 2  # the command line itself is wrong
-    LOST = 69  # another process of the group is gone or hangs, or the device is (EX_UNAVAILABLE)
-    LOCKED = 75  # another run holds the output, or the time is over (EX_TEMPFAIL: try again later)
-    INTERRUPTED = 130  # SIGINT
-    BROKEN_PIPE = 141  # the reader of our stdout went away
-    TERMINATED = 143  # SIGTERM
+    meaning: str
+
+    def __new__(cls, value: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    OK = 0, "success"
+    ERROR = 1, "run-time error: bad data, full disk, missing file"
+    USAGE = 2, "the command line itself is wrong"
+    LOST = 69, "another process of the group, or the device, is gone"  # EX_UNAVAILABLE
+    LOCKED = 75, "try again later: another run holds the output, or the time limit was reached"  # EX_TEMPFAIL
+    INTERRUPTED = 130, "SIGINT"
+    BROKEN_PIPE = 141, "the reader of stdout closed it"
+    TERMINATED = 143, "SIGTERM"
 
 
 class LlmkitError(Exception):

@@ -21,7 +21,7 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache
 from keyword import iskeyword
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -33,7 +33,9 @@ Options = TypeVar("Options")
 class Mark(Enum):
     """What holds for an option besides its type."""
 
-    NEUTRAL = "does not decide the content of the output: stays out of its lineage, and may change when a run is resumed"
+    NEUTRAL = (
+        "does not decide the content of the output: stays out of its lineage, and may change when a run is resumed"
+    )
     COMMON = "shown by --help, which leaves the rest to --help-all"
 
 
@@ -78,10 +80,10 @@ class Field:
 
     def marks(self) -> tuple[Any, ...]:
         """The Typer annotation and the marks."""
-        return annotations(self.annotation)
+        return marks_of(self.annotation)
 
 
-def annotations(annotation: Any) -> tuple[Any, ...]:
+def marks_of(annotation: Any) -> tuple[Any, ...]:
     """What an `Annotated` type carries; nothing for any other."""
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
@@ -95,7 +97,7 @@ def option_fields(kind: type) -> tuple[Field, ...]:
         if group is None:
             result.append(Field(name, annotation, default))
             continue
-        marks = annotations(annotation)
+        marks = marks_of(annotation)
         left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
         texts = {name: text for mark in marks if isinstance(mark, Help) for name, text in mark.texts.items()}
         for field in option_fields(group):
@@ -112,7 +114,7 @@ def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
 
     Raises UsageError for a name that is not an option, with the nearest ones.
     """
-    known = {field.name for field in option_fields(kind)}
+    known = {field.name for field in option_fields(cast(Any, kind))}
     for name in values:
         if name not in known:
             raise UsageError(f"unknown option {name!r}", suggestion(name, known))
@@ -128,7 +130,7 @@ def values_of(options: Any) -> dict[str, Any]:
             result[name] = value
         else:
             result |= values_of(value)
-    return {field.name: result[field.name] for field in option_fields(type(options))}
+    return {field.name: result[field.name] for field in option_fields(cast(Any, type(options)))}
 
 
 def neutral_names(kind: type) -> set[str]:

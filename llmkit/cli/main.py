@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from llmkit import __version__
@@ -21,7 +22,30 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _print(overview())
     elif first in ("-V", "--version"):
         _print(f"llmkit {__version__}")
-    sys.exit(_dispatch(*split(arguments)) if first not in ("-h", "--help", "-V", "--version") else 0)
+    elif first == "help":
+        sys.exit(_help(arguments[1:]))
+    else:
+        sys.exit(_dispatch(*split(arguments)))
+    sys.exit(0)
+
+
+def _help(arguments: list[str]) -> int:
+    """`llmkit help [COMMAND] [--json]`: the overview, the help of a command, or all of it for programs."""
+    words = [word for word in arguments if word != "--json"]
+    if "--json" in arguments:
+        import json
+
+        from llmkit.cli.shared.schema import schema
+
+        name = " ".join(words)
+        if name and name not in COMMANDS:
+            return _dispatch(name, ["--json"])
+        _print(json.dumps(schema([name] if name else list(COMMANDS)), ensure_ascii=False))
+        return 0
+    if words:
+        return _dispatch(*split([*words, "--help"]))
+    _print(overview())
+    return 0
 
 
 def _print(text: str) -> None:
@@ -42,7 +66,8 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
-        return _fail("llmkit", f"unknown {kind} {name!r}", suggestion(name, COMMANDS), ExitCode.USAGE)
+        as_json = "--json" in arguments
+        return _fail("llmkit", f"unknown {kind} {name!r}", suggestion(name, COMMANDS), ExitCode.USAGE, as_json)
     if arguments and followers(name) and arguments[0].isalpha() and not os.path.exists(arguments[0]):
         hint = suggestion(arguments[0], followers(name))
         if hint.startswith("did"):
@@ -53,6 +78,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
     import signal
+    from functools import partial
     from importlib import import_module
 
     from llmkit.errors import ExitCode, LlmkitError, Terminated
@@ -63,6 +89,7 @@ def run_command(name: str, arguments: list[str]) -> int:
         _print(f"llmkit {__version__}")
         return ExitCode.OK
     debug = "--debug" in options
+    fail = partial(_fail, program, as_json="--json" in options, words=options)
 
     terminated = False
 
@@ -90,20 +117,19 @@ def run_command(name: str, arguments: list[str]) -> int:
     except LlmkitError as error:
         if debug:
             raise
-        return _fail(program, error.message, error.hint, error.code)
+        return fail(error.message, error.hint, error.code)
     except OSError as error:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(program, f"{where}{error.strerror or error}", _os_hint(error), ExitCode.ERROR)
+        return fail(f"{where}{error.strerror or error}", _os_hint(error), ExitCode.ERROR)
     except MemoryError:
-        return _fail(program, "out of memory", "give fewer jobs (-j) or smaller batches", ExitCode.ERROR)
+        return fail("out of memory", "use fewer jobs (-j) or smaller batches", ExitCode.ERROR)
     except Exception as error:
         if debug:
             raise
         text = str(error).splitlines()[0] if str(error) else "no message"
-        return _fail(
-            program,
+        return fail(
             f"internal error: {type(error).__name__}: {text}",
             "run it again with --debug for the traceback",
             ExitCode.ERROR,
@@ -120,18 +146,39 @@ def _os_hint(error: OSError) -> str:
     return ""
 
 
-def _fail(program: str, message: str, hint: str, code: int) -> int:
-    """One line for the error, one for the hint. Control characters of untrusted names are shown, not obeyed."""
-    for label, text in (("error", message), ("hint", hint)):
-        if text:
-            shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-            line = f"{program}: error: {shown}" if label == "error" else f"hint: {shown}"
-            try:
-                print(line, file=sys.stderr, flush=True)
-            except OSError:
-                break
+def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
+    """One line for the error and one for the hint, or with --json one JSON line. Control characters of untrusted names are shown, not obeyed."""
+    if as_json:
+        lines = [_as_json(program, message, hint, code, words)]
+    else:
+        lines = [f"{program}: error: {_printable(message)}"] if message else []
+        lines += [f"hint: {_printable(hint)}"] if hint else []
+    for line in lines:
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:
+            break
     try:
         sys.stdout.flush()
     except OSError:  # a full disk: what is held back must not end the interpreter with a code of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[str]) -> str:
+    """The error as an object: command, code, message, hint, and file and line where the message begins with them."""
+    import json
+    import re
+
+    command = program.removeprefix("llmkit").strip()
+    record: dict[str, object] = {"command": command, "code": int(code), "message": message, "hint": hint or None}
+    file = line = None
+    if place := re.match(r"([^:\n]+):(?:([0-9]+):)? ", message):
+        file, line = place[1], int(place[2]) if place[2] else None
+        if line is None and not any(word == file or word.endswith(f"={file}") for word in words):
+            file = file if os.path.lexists(file) else None  # "seed: ..." names no file
+    return json.dumps({"error": record | {"file": file, "line": line}})

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UnfinishedError
+from llmkit.training.checkpoint.environment import machine
 from llmkit.training.checkpoint.run_directory import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
 from llmkit.training.checkpoint.snapshot import HostSnapshot
 from llmkit.training.distributed.stragglers import StragglerDetector, collected
-from llmkit.training.environment import machine
 from llmkit.training.guard.diagnosis import suspects
 from llmkit.training.guard.guard import PATIENCE, WINDOW, Guard, StepVerdict
 from llmkit.training.guard.rollback import all_finite, find_before, hold, place, weights_of

@@ -7,6 +7,7 @@ Loads neither torch nor any other large library.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -82,9 +83,7 @@ class StreamOptions:
 class RowOptions:
     """How rows of a file become sequences."""
 
-    epochs: Annotated[
-        int, typer.Option("--epochs", min=1, help="Number of epochs", rich_help_panel=DATA), COMMON
-    ] = 1
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Number of epochs", rich_help_panel=DATA), COMMON] = 1
     chat_template: Annotated[
         Path | None,
         typer.Option("--chat-template", metavar="FILE", help="Jinja template to use instead of the model's own"),
@@ -218,7 +217,10 @@ class MachineOptions:
     processes: Annotated[
         int,
         typer.Option(
-            "--processes", min=1, help="Processes on this machine (one per GPU, or gloo on CPU)", rich_help_panel=MACHINE
+            "--processes",
+            min=1,
+            help="Processes on this machine (one per GPU, or gloo on CPU)",
+            rich_help_panel=MACHINE,
         ),
         NEUTRAL,
         COMMON,
@@ -236,7 +238,10 @@ class MachineOptions:
     max_restarts: Annotated[
         int,
         typer.Option(
-            "--max-restarts", min=0, help="Number of times to replace lost or hanging processes", rich_help_panel=MACHINE
+            "--max-restarts",
+            min=0,
+            help="Number of times to replace lost or hanging processes",
+            rich_help_panel=MACHINE,
         ),
         NEUTRAL,
     ] = 0
@@ -297,16 +302,17 @@ class CheckpointOptions:
 
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Resume the run; start it if there is none yet", rich_help_panel=CHECKPOINTS
-        ),
+        typer.Option("--resume", help="Resume the run; start it if there is none yet", rich_help_panel=CHECKPOINTS),
         NEUTRAL,
         COMMON,
     ] = False
     save_every: Annotated[
         int,
         typer.Option(
-            "--save-every", min=0, help="Steps between checkpoints (0 = a tenth of the run)", rich_help_panel=CHECKPOINTS
+            "--save-every",
+            min=0,
+            help="Steps between checkpoints (0 = a tenth of the run)",
+            rich_help_panel=CHECKPOINTS,
         ),
         NEUTRAL,
         COMMON,
@@ -428,9 +434,7 @@ class SampleOptions:
     ] = 100
     include_path: Annotated[
         list[str] | None,
-        typer.Option(
-            "--include-path", metavar="DIR", help="Directory of task YAML files", rich_help_panel=EVALUATION
-        ),
+        typer.Option("--include-path", metavar="DIR", help="Directory of task YAML files", rich_help_panel=EVALUATION),
         NEUTRAL,
     ] = None
 
@@ -462,7 +466,9 @@ class StartOptions:
     from_: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="MODEL", help="Initialise from a model directory, run or checkpoint, optimizer state included"
+            "--from",
+            metavar="MODEL",
+            help="Initialise from a model directory, run or checkpoint, optimizer state included",
         ),
         COMMON,
     ] = None
@@ -618,6 +624,15 @@ def parse_sizes(text: str | None, option: str) -> list[tuple[int, int]]:
     if any(size < 1 for size, _ in sizes):
         raise UsageError(f"{option}: a size below 1", "such as 8:1M,16:4M")
     return sizes
+
+
+def held_out_paths(heldout: list[str] | None) -> dict[str, str]:
+    """Path -> domain ("" where none is named) of each --heldout."""
+    result: dict[str, str] = {}
+    for text in heldout or []:
+        name, equals, path = text.partition("=")
+        result |= {path: name} if equals and not os.path.exists(text) else {text: ""}
+    return result
 
 
 def check_positive(**values: float | None) -> None:

@@ -22,7 +22,7 @@ from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.lineage.record import Input, Lineage, base_name, describe_input
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.options import neutral_names, option_fields, toml_value, values_of
+from llmkit.options import neutral_names, toml_value, values_of
 from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
 from llmkit.training.optim.schedule import Schedule
@@ -76,7 +76,9 @@ def loop_options(options: Any, output: str, force: bool = False, sequences_per_r
     """The groups of a command's options that the loop takes; those that the command lacks have their defaults."""
     names = ("batch", "optimizer", "machine", "checkpoints", "heldout", "log")
     groups = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return LoopOptions(output, force, sequences_per_row=getattr(options, "SEQUENCES_PER_ROW", sequences_per_row), **groups)
+    return LoopOptions(
+        output, force, sequences_per_row=getattr(options, "SEQUENCES_PER_ROW", sequences_per_row), **groups
+    )
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Prepared:
     schedule: Schedule
     batch_size: int
     length: int  # tokens per sequence, the longest
-    inputs: list[Input]
+    inputs: Callable[[], list[Input]]  # with their digests, which take a while
     tokenizer_files: Mapping[str, str]
     stop_ids: list[int]
     fresh: Callable[[], Decoder]
@@ -128,17 +130,18 @@ def run_training(
     `at_checkpoint` are called with (model, step) at every checkpoint, and what they return is logged. `observe()` gives a function that is shown
     every record of the log. Raises LlmkitError where a run that is to be resumed was another one, where the guard gives up, or the disk is full.
     """
-    from llmkit.training.trace import keep_trace
+    from llmkit.training.trace import write_trace
 
     p, loop = prepared, request.loop
-    begun = session.begin(request.record, p.inputs, p.batch_size, p.length, config_text(request, p))
+    begun = session.begin(request.record, p.inputs(), p.batch_size, p.length, config_text(request, p))
     if p.stream is not None and session.processes.is_main:  # also of a finished run: the data may have moved
         assert isinstance(p.source, StreamSource)
-        keep_trace(session.directory.path, p.stream, p.source)
+        phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in p.source.phases]
+        write_trace(session.directory.path, p.stream, phases, p.planned_tokens)
     if not begun:
         return None
     _announce(request, session, p)
-    session.at_checkpoint += at_checkpoint or []
+    session.at_checkpoint += [*_samples(request, session, p), *(at_checkpoint or [])]
     with observe() as show, _tracked(request, session) as track:
         source = p.late_source() if p.late_source else p.source
         outcome = session.train(
@@ -155,6 +158,17 @@ def run_training(
             report=_to_all(request, [show, track] if loop.log.tracker else [show]),
         )
     return {key: value for key, value in (outcome | p.counts).items() if value is not None}
+
+
+def _samples(request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
+    """What completes --prompts at every checkpoint, on each process that has to take part in it."""
+    prompts = getattr(getattr(request.options, "samples", None), "prompts", None)
+    if not prompts or not session.shows_checkpoints:
+        return []
+    from llmkit.training.metrics.samples import gallery, read_prompts
+
+    path = session.directory.path / "samples.jsonl" if session.processes.is_main else None
+    return [gallery(path, read_prompts(prompts), dict(prepared.tokenizer_files), prepared.stop_ids, request.seed)]
 
 
 def _announce(request: Request, session: Session, prepared: Prepared) -> None:
@@ -223,8 +237,3 @@ def config_text(request: Request, prepared: Prepared) -> str:
 
 def _plain_reader(paths: list[str] | None) -> DocumentReader:
     return DocumentReader(list(paths or []), ReadOptions(text_key=None))
-
-
-def options_table(kind: type) -> list[str]:
-    """Names of the options of a class, for error messages and tests."""
-    return [field.name for field in option_fields(kind)]

@@ -1,10 +1,12 @@
-"""What the four training commands have in common around the loop: processes, run directory, resumption, model files.
+"""A run that is open: its processes, run directory, resumption and model files, around the loop of every training command.
 
-with session(settings) as run:
-    if not run.begin(command, options, inputs, batch_size, length):
-        return                                     # finished before
-    model = run.model(lambda: fresh_model)         # or the weights of the last checkpoint
-    outcome = run.train(model, next_token, (), source, schedule, ...)
+    with session(options) as run:
+        if not run.begin(record, inputs, batch_size, length, config_text):
+            return                                     # finished before
+        model = run.model(lambda: fresh_model)         # or the weights of the last checkpoint
+        outcome = run.train(model, next_token, source, schedule, ...)
+
+`training.runner` prepares all of this from the options of a command.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import LlmkitError
 from llmkit.lineage.record import Input, Lineage
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
@@ -30,6 +32,7 @@ from llmkit.model.pretrained.checkpoint import load_info, load_model, load_token
 from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.shards.tokenizer_info import token_bytes
+from llmkit.training.checkpoint.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.checkpoint.run_directory import (
     OPTIMIZER,
     RunDirectory,
@@ -46,55 +49,23 @@ from llmkit.training.data import Source
 from llmkit.training.distributed.elastic import restarted
 from llmkit.training.distributed.layout import load_tensors
 from llmkit.training.distributed.processes import Processes, lost, start
-from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.metrics.tracker import check_tracker
 from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optim.optimizer import BETAS, build, kind_of, restore_optimizer
+from llmkit.training.optim.optimizer import build, kind_of, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
+from llmkit.training.options import LoopOptions, parse_betas
 from llmkit.training.train_step import Tensors, TrainContext
 
+BETAS = "0.9,0.95"
 MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
-
-
-@dataclass(slots=True)
-class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
-
-    output: str
-    resume: bool = False
-    force: bool = False
-    precision: str = "auto"
-    threads: int | None = None
-    micro_batch: int | None = None
-    clip: float = 1.0
-    weight_decay: float = 0.1
-    save_every: int = 0
-    keep: int = 0
-    eval_every: int = 0
-    sequences_a_row: int = 1  # a preference pair is two
-    optimizer: str = "adamw"  # or muon; "": that of the state it starts from
-    betas: tuple[float, float] = BETAS
-    z_loss: float = 0.0
-    log_every: int = 10
-    tracker: str | None = None
-    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)
-    keep_every: int = 0
-    max_hours: float = 0.0  # 0: no limit
-    max_rollbacks: int = 8
-    parallel: str = "auto"
-    hang_timeout: float = 0.0
-    accept_change: str = ""  # names, with commas between them
-    compile: bool | None = None
-    checkpoint_activations: bool = False
-    deterministic: bool = False
 
 
 @dataclass(slots=True)
 class Session:
     """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the start)."""
 
-    settings: Settings
+    options: LoopOptions
     processes: Processes
     directory: RunDirectory
     checkpoint: Path | None = None
@@ -103,6 +74,7 @@ class Session:
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
     say: Callable[[str], None] = lambda text: None
     changed: list[str] = field(default_factory=list)  # accepted changes of the environment
+    at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)  # see TrainContext
     _fresh: Callable[[], Decoder] | None = None
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
@@ -117,16 +89,16 @@ class Session:
         now = environment(self.processes.precision, self.processes.device)
         now["kernels"] = kernels(self.processes.device, self._runtime())
         self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
-        self.checkpoint = self._last_intact() if self.settings.resume else None
+        self.checkpoint = self._last_intact() if self.options.checkpoints.resume else None
         if self.checkpoint:
             old = load_trainer_state(self.checkpoint)
             refuse_changes(old, self.state)
             if self.directory.finished:
                 return False
             now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
-            self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
+            self.changed = refuse_drift(old.environment, now, accepted_names(self.options.machine.accept_change))
         if self.processes.is_main and not self.checkpoint:
-            if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
+            if self.options.force:  # not earlier: a call that comes to nothing leaves the old run as it is
                 self.directory.start_anew(*self.kept)
             write_config(self.directory, config_text)
         self.processes.barrier()
@@ -181,7 +153,8 @@ class Session:
         prepare(model, self.processes.device, self._runtime(), say)
 
     def _runtime(self) -> Runtime:
-        return Runtime(self.settings.compile, self.settings.checkpoint_activations, self.processes.precision == "fp8")
+        machine = self.options.machine
+        return Runtime(machine.compile, machine.checkpoint_activations, self.processes.precision == "fp8")
 
     def train(
         self,
@@ -201,14 +174,15 @@ class Session:
         """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
         the rotary embedding in that step, where it changes."""
         assert self.state is not None
-        settings, config, of_tokens = self.settings, model.config, objective is next_token
+        options, config, of_tokens = self.options, model.config, objective is next_token
+        optimization, checkpoints = options.optimizer, options.checkpoints
         self.state.environment["model"] = model_digest(config.to_hf())
-        if settings.z_loss:
+        if optimization.z_loss:
             plain: Callable[..., Result] = objective
-            objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
+            objective, figures = partial(plain, z_loss=optimization.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
-        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
-        optimizer = build(model, kind, settings.weight_decay, settings.betas)
+        kind = optimization.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        optimizer = build(model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS))
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
@@ -243,21 +217,21 @@ class Session:
                 initial=initial,
                 start=self.checkpoint,
                 micro_batch=self.micro_batch(),
-                clip=settings.clip,
-                save_every=settings.save_every,
-                keep=settings.keep,
-                keep_every=settings.keep_every,
-                max_hours=settings.max_hours or math.inf,
-                max_rollbacks=settings.max_rollbacks,
+                clip=optimization.clip or 0.0,
+                save_every=checkpoints.save_every,
+                keep=checkpoints.keep,
+                keep_every=checkpoints.keep_every,
+                max_hours=checkpoints.max_hours or math.inf,
+                max_rollbacks=checkpoints.max_rollbacks,
                 chance=math.log(config.vocab_size) if of_tokens else math.inf,
                 decode=_decoder(tokenizer_files),
                 say=self.say if self.processes.is_main else lambda text: None,
                 heldout=heldout,
-                eval_every=settings.eval_every,
+                eval_every=options.heldout.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 before_step=before_step,
-                log_every=settings.log_every,
-                at_checkpoint=settings.at_checkpoint,
+                log_every=options.log.log_every,
+                at_checkpoint=self.at_checkpoint,
                 token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
                 changed=self.changed,
@@ -269,44 +243,49 @@ class Session:
         assert self.state is not None
         return self.rows_at_once(self.state.batch_size, self.state.length)
 
+    @property
+    def shows_checkpoints(self) -> bool:
+        """Whether this process takes part in what is tried with the model at checkpoints."""
+        return self.processes.is_main or self.processes.layout.lockstep
+
     def rows_at_once(self, batch_size: int, length: int) -> int:
         """The same of a run that is not begun."""
-        if self.settings.micro_batch:
-            return self.settings.micro_batch
+        if self.options.batch.micro_batch_size:
+            return self.options.batch.micro_batch_size
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
-        return max(1, min(batch_size, limit // length // self.settings.sequences_a_row))
+        return max(1, min(batch_size, limit // length // self.options.sequences_per_row))
 
 
 @contextmanager
 def session(
-    settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
+    options: LoopOptions, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
-    if settings.tracker:
-        check_tracker(settings.tracker)
-    accepted_names(settings.accept_change)  # a wrong one is said first
+    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is written. `say` warns the user."""
+    machine = options.machine
+    if options.log.tracker:
+        check_tracker(options.log.tracker)
+    accepted_names(machine.accept_change)  # a wrong one is reported first
     if restarted():
-        settings.resume, settings.force = True, False
-    if settings.deterministic:
+        options = replace(options, force=False, checkpoints=replace(options.checkpoints, resume=True))
+    if machine.deterministic:
         be_deterministic()
+    output, resume, force = options.output, options.checkpoints.resume, options.force
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is taken when there is something to save
-    processes = start(settings.precision, settings.threads, settings.parallel, settings.hang_timeout)
+    processes = start(machine.precision, machine.threads, machine.parallel, machine.hang_timeout)
     if dry_run:
-        check_run(settings.output, resume=settings.resume, force=settings.force)
-        yield Session(settings, processes, RunDirectory(settings.output), say=say)
+        check_run(output, resume=resume, force=force)
+        yield Session(options, processes, RunDirectory(output), say=say)
         return
     try:
-        with open_run(
-            settings.output, resume=settings.resume, force=settings.force, main=processes.is_main
-        ) as directory:
-            processes.watch(settings.hang_timeout, directory.event)
+        with open_run(output, resume=resume, force=force, main=processes.is_main) as directory:
+            processes.watch(machine.hang_timeout, directory.event)
             processes.barrier()  # the main process has made it
-            yield Session(settings, processes, directory, say=say)
+            yield Session(options, processes, directory, say=say)
     except BaseException as error:
         processes.leave(failed=True)
-        gone = lost(error) if processes.world_size > 1 else None
-        if gone:
-            raise gone from error
+        lost_error = lost(error) if processes.world_size > 1 else None
+        if lost_error:
+            raise lost_error from error
         raise
     processes.leave()
 
@@ -331,10 +310,3 @@ def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] |
         return text
 
     return decode
-
-
-def check_positive(**values: float | None) -> None:
-    """UsageError for an option that has to be above 0 and is not."""
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")

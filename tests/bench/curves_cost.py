@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
-from tiny import ListStream
+from tiny import ListStream, loop_settings
 
 from llmkit.lineage.record import Lineage
 from llmkit.model.config import ModelConfig
@@ -82,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         run = Path(place) / "run"
         source = StreamSource(stream, 512, 8, asked.steps * 8 * 512, groups=groups)
-        with sessions.session(sessions.Settings(str(run), precision="fp32", save_every=10**6)) as opened:
+        with sessions.session(loop_settings(str(run), precision="fp32", save_every=10**6)) as opened:
             opened.begin(Lineage("train", {}), [], 8, 512, "")
             model = Decoder(config)
             model.initialise(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, ListStream, tiny_model
+from tiny import CONFIG, ListStream, loop_settings, tiny_model
 
 from llmkit.lineage.record import Input, Lineage
 from llmkit.shards.tokenizer_info import parse_tokenizer
@@ -38,10 +38,12 @@ def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
         say = changes.pop("say", lambda text: None)
         batch_size = changes.pop("batch_size", 4)
         options = changes.pop("options", {"seed": 0})
-        settings = sessions.Settings(str(path), **({"micro_batch": 2, "save_every": 3} | changes))
+        at_checkpoint = changes.pop("at_checkpoint", [])
+        settings = loop_settings(str(path), **({"micro_batch_size": 2, "save_every": 3} | changes))
         source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
         plan = named("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
         with sessions.session(settings, say=say) as opened:
+            opened.at_checkpoint += at_checkpoint
             inputs = [Input("input", "data", "xxh3:0")]
             if not opened.begin(Lineage("train", options), inputs, batch_size, 32, "seed = 0\n"):
                 return {"finished": True}

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from tiny import CONFIG, ListStream
+from tiny import CONFIG, ListStream, loop_settings
 
 from llmkit.lineage.record import Input, Lineage
 from llmkit.model.decoder import Decoder
@@ -21,7 +21,7 @@ from llmkit.training.distributed.layout import layout_named, local
 from llmkit.training.guard.guard import Guard, StepVerdict
 from llmkit.training.objectives import next_token
 from llmkit.training.optim.schedule import named
-from llmkit.training.session import Session, Settings
+from llmkit.training.session import Session
 
 STEPS = 20
 
@@ -54,7 +54,9 @@ def train(
     stream = ListStream(np.random.default_rng(7).integers(1, 60, size=60).tolist())
     source = StreamSource(stream, 32, 3, (STEPS * 3 - 2) * 32)
     plan = named("cosine", 3e-3, source.tokens(source.steps), warmup=300, floor=0.1)
-    settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10, optimizer=optimizer)
+    settings = loop_settings(
+        str(path), resume=resume, micro_batch_size=1, save_every=5, eval_every=10, optimizer=optimizer
+    )
     with (
         patch.object(Guard, "judge", doubtful),
         open_run(str(path), resume=resume, force=False, main=processes.is_main) as directory,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ListStream, tiny_model
+from tiny import ListStream, loop_settings, tiny_model
 
 from llmkit.lineage.record import Lineage
 from llmkit.shards.tokenizer_info import token_bytes
@@ -68,7 +68,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
         model = tiny_model()
         with torch.no_grad():
             alter(model)
-        with sessions.session(sessions.Settings(str(path), **({"log_every": 1} | settings))) as opened:
+        with sessions.session(loop_settings(str(path), **({"log_every": 1} | settings))) as opened:
             opened.begin(Lineage("train", {}), [], batch_size, 32, "")
             opened.train(
                 opened.model(lambda: model),

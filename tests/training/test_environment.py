@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.training import environment
-from llmkit.training.checkpoint import run_directory
+from llmkit.training.checkpoint import environment, run_directory
 from llmkit.training.checkpoint.run_directory import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
 

@@ -116,10 +116,10 @@ def test_log_is_the_same_after_a_resumption(
         if record["step"] == 8:
             raise InterruptedError
 
-    train(tmp_path / "whole", micro_batch=4)
+    train(tmp_path / "whole", micro_batch_size=4)
     with pytest.raises(InterruptedError):
-        train(tmp_path / "run", micro_batch=4, report=stop)
-    train(tmp_path / "run", micro_batch=4, resume=True)
+        train(tmp_path / "run", micro_batch_size=4, report=stop)
+    train(tmp_path / "run", micro_batch_size=4, resume=True)
     assert [step for step, _ in scales(tmp_path / "run")] == [5, 7, 9, 11, 13, 15]
     assert scales(tmp_path / "run") == scales(tmp_path / "whole")
     assert (

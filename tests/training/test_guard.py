@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import ListStream, tiny_model
+from tiny import ListStream, loop_settings, tiny_model
 
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import Input, Lineage
@@ -47,7 +47,7 @@ def train(path: Path, stream: ListStream | None = None, objective: Any = next_to
     source = StreamSource(stream or documents(True), 64, 4, STEPS * 256)
     report, steps = changes.pop("report", lambda record: None), changes.pop("steps", STEPS)
     source.steps = steps
-    settings = sessions.Settings(str(path), **({"micro_batch": 4, "save_every": 20, "resume": True} | changes))
+    settings = loop_settings(str(path), **({"micro_batch_size": 4, "save_every": 20, "resume": True} | changes))
     with sessions.session(settings) as opened:
         opened.begin(Lineage("train", {}), [Input("input", "data", "xxh3:0")], 4, 64, "")
         return opened.train(

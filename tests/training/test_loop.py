@@ -109,7 +109,7 @@ def test_heldout_loss_is_the_mean_over_tokens(train: Train, tmp_path: Path) -> N
 def test_micro_batches_do_not_change_the_step(train: Train, tmp_path: Path) -> None:
     """Property: losses with micro-batches of 1, 3 and 4 rows (unequal token counts) agree within 1e-5."""
     for size in (1, 3, 4):
-        train(tmp_path / str(size), micro_batch=size)
+        train(tmp_path / str(size), micro_batch_size=size)
     expected = losses(tmp_path / "4")
     for size in (1, 3):
         assert losses(tmp_path / str(size)) == [(pytest.approx(loss, abs=1e-5), None) for loss, _ in expected]

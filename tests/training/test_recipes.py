@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.training.optim.recipe import Recipe, Stage, builtin_recipes, read_recipe
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.recipe import Recipe, Stage, builtin_recipes, read_recipe
 
 
 def published(name: str) -> tuple[Recipe, list[int], Schedule]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_guard import documents, events, log, train, weights
 from test_loop import Train, at_step
+from tiny import loop_settings
 
 from llmkit.cli.shared.invocation import Run
 from llmkit.errors import LlmkitError, Terminated
@@ -179,7 +180,7 @@ def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, mon
     train(tmp_path / "run", report=at_step(7, lambda: due.append(1)))
     assert "step-00000008" in names(tmp_path / "run")
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
-    with sessions.session(sessions.Settings(str(tmp_path / "other"))):
+    with sessions.session(loop_settings(str(tmp_path / "other"))):
         assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 

@@ -14,7 +14,7 @@ import torch
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.training.metrics.log import read_metrics
-from llmkit.training.samples import MAX_PROMPTS, MAX_TOKENS, gallery, read_prompts, undisturbed
+from llmkit.training.metrics.samples import MAX_PROMPTS, MAX_TOKENS, gallery, read_prompts, undisturbed
 
 
 @pytest.fixture

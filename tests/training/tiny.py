@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.options import from_values
+from llmkit.training.options import LoopOptions, PretrainOptions
+from llmkit.training.runner import loop_options
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -18,6 +23,12 @@ CONFIG = ModelConfig(
     head_dim=8,
     max_position_embeddings=32,
 )
+
+
+def loop_settings(output: str, force: bool = False, **options: Any) -> LoopOptions:
+    """Options of the loop by their names on the command line, without the watch-dog."""
+    usual = {"hang_timeout": 0.0, "weight_decay": 0.1, "clip": 1.0}
+    return loop_options(from_values(PretrainOptions, usual | options), output, force)
 
 
 class ListStream:

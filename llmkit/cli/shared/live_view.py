@@ -1,9 +1,9 @@
 """What a training command shows while it runs: a panel on a terminal, else a line every 30 seconds. Not a command.
 
-    with live.shown(run, session, total_tokens) as report:
-        session.train(..., report=report)
+    with live_view.shown(run, session, total_tokens) as show:
+        show(record)                        # each record of metrics.jsonl
 
-The panel holds the course of the loss, rates, time left and the last events of the run; it goes when the run ends. --tracker gets every record too.
+The panel holds the curve of the loss, rates, time left and the last events of the run; it is removed when the run ends.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,40 +32,17 @@ TAIL = 1 << 12  # bytes of events.jsonl that are looked at
 
 @contextmanager
 def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record], None]]:
-    """A function that shows each record of the log, and sends it to the tracker where there is one."""
-    with ExitStack() as stack:
-        shows: list[Callable[[Record], None]] = []
-        if session.settings.tracker and session.processes.is_main:
-            from llmkit.training.metrics.tracker import Tracker
+    """A function that shows each record of the log."""
+    if run.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        with run.progress(total, "tokens") as bar:
+            yield _lines(bar)
+        return
+    from rich.console import Console
+    from rich.live import Live
 
-            options = session.state.options if session.state else {}
-            tracker = Tracker(session.settings.tracker, session.processes.accelerator, session.directory.path, options)
-            stack.callback(tracker.finish)
-            shows.append(tracker.log)
-        if run.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-            shows.append(_lines(stack.enter_context(run.progress(total, "tokens"))))
-        else:
-            from rich.console import Console
-            from rich.live import Live
-
-            panel = Panel(f"llmkit {run.command} {run.output}", total, session.directory.path / "events.jsonl")
-            console = Console(stderr=True)
-            live = Live(get_renderable=panel.render, console=console, refresh_per_second=2, transient=True)
-            stack.enter_context(live)
-            shows.append(panel.add)
-
-        def report(record: Record) -> None:
-            for show in [*shows]:
-                try:
-                    show(record)
-                except (
-                    Exception
-                ) as error:  # a tracker's disk is full, its server away, the terminal gone: the run goes on
-                    shows.remove(show)
-                    with suppress(OSError):
-                        run.warn(f"step {record['step']:,}: the figures are no longer shown here ({error})")
-
-        yield report
+    panel = Panel(f"llmkit {run.command} {run.output}", total, session.directory.path / "events.jsonl")
+    with Live(get_renderable=panel.render, console=Console(stderr=True), refresh_per_second=2, transient=True):
+        yield panel.add
 
 
 def _lines(bar: Progress) -> Callable[[Record], None]:

@@ -23,10 +23,10 @@ from llmkit.cli.shared.invocation import Progress, Run
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.options import (
     COMMON,
-    annotations,
     count_option,
     former_names,
     from_values,
+    marks_of,
     neutral_names,
     option_fields,
     parse_count,
@@ -126,6 +126,12 @@ def renamed_options(function: Callable[..., None]) -> dict[str, str]:
     return {old: new for kind in option_classes(function).values() for old, new in former_names(kind).items()}
 
 
+def neutral_options(function: Callable[..., None]) -> set[str]:
+    """The options of a command that do not decide the content of its output, the shared ones apart."""
+    own: set[str] = function.llmkit["neutral"]  # type: ignore[attr-defined]
+    return own.union(*map(neutral_names, option_classes(function).values()))
+
+
 def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
     """The parameters of a command: classes of options as their fields, the shared options added, the `Run` left out."""
     marks = function.llmkit  # type: ignore[attr-defined]
@@ -139,7 +145,9 @@ def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
                 for field in option_fields(classes[parameter.name])
             }
         else:
-            parameters[parameter.name] = parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY)
+            parameters[parameter.name] = parameter.replace(
+                annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY
+            )
     shared = (READING if marks["reads"] else {}) | (WRITING if marks["writes"] else {}) | SHARED
     for name, (annotation, default) in shared.items():
         if name not in parameters:
@@ -200,7 +208,7 @@ def _present_spelling(command: str, arguments: list[str], renamed: dict[str, str
             argument = renamed[flag] + equals + value
         result.append(argument)
     for old, new in renamed.items():
-        before, now = (f"{_environment(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new))
+        before, now = (f"{environment_prefix(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new))
         if before in os.environ:
             noted.add(old)
             os.environ.setdefault(now, os.environ.pop(before))
@@ -224,7 +232,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     parameters = signature(function)
     marks = function.llmkit  # type: ignore[attr-defined]
     classes = option_classes(function)
-    neutral = NEUTRAL.union(marks["neutral"], *map(neutral_names, classes.values()))
+    neutral = NEUTRAL | neutral_options(function)
     own_names = inspect.signature(function).parameters
 
     def invoke(context: typer.Context, **values: Any) -> None:
@@ -251,12 +259,12 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     app.command(
         name,
         epilog=("Examples:" + examples) if examples else None,
-        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": _environment(name)},
+        context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": environment_prefix(name)},
     )(invoke)
     built: Any = typer.main.get_command(app)
     for parameter in built.params:
         parameter.show_envvar = False  # said once, below, rather than in every line
-        parameter.common = parameter.name not in parameters or COMMON in annotations(parameters[parameter.name].annotation)
+        parameter.common = parameter.name not in parameters or COMMON in marks_of(parameters[parameter.name].annotation)
         if parameter.name == "config":
             parameter.is_eager = True
             parameter.callback = lambda context, _, value: _load_config(context, value, name, renamed_options(function))
@@ -270,7 +278,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
     return built
 
 
-def _environment(name: str) -> str:
+def environment_prefix(name: str) -> str:
     """How the environment variables of a subcommand begin."""
     return f"LLMKIT_{name.upper().replace(' ', '_')}"
 
@@ -305,7 +313,9 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
         if parameter.param_type_name == "argument":
             groups.setdefault("Arguments", []).append(record)
             continue
-        shown = everything or parameter.name == "help" or getattr(parameter, "common", True) or (few and parameter in own)
+        shown = (
+            everything or parameter.name == "help" or getattr(parameter, "common", True) or (few and parameter in own)
+        )
         if not shown:
             left_out += 1
             continue
@@ -319,7 +329,9 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
     if left_out:
         formatter.write_text(f"--help-all shows {left_out} more options.")
     name = context.info_name.removeprefix("llmkit ")
-    formatter.write_text(f"Options may also be set in the environment as {_environment(name)}_OPTION, or in the --config file.")
+    formatter.write_text(
+        f"Options may also be set in the environment as {environment_prefix(name)}_OPTION, or in the --config file."
+    )
 
 
 def _recordable(value: Any) -> Any:

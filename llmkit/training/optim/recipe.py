@@ -36,7 +36,7 @@ from llmkit.errors import LlmkitError, UsageError, suggestion, unknown_name
 from llmkit.mixing.plan import RECIPE_KEYS, STAGE_KEYS
 from llmkit.training.optim.schedule import NAMES, RAMPS, Schedule, Segment, segments, warmup_tokens
 
-HINT = "see llmkit/training/recipes/crystal.toml for the form"
+HINT = "see llmkit/training/optim/recipes/crystal.toml for the form"
 MOST = 10**18
 BATCH_POWER = 0.383  # of the tokens, by which the best batch grows (nanochat's fit)
 COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)([kKMBGT]?)", re.ASCII)
@@ -159,7 +159,7 @@ def builtin_recipes() -> list[str]:
 
 
 def _directory() -> Any:
-    return resources.files("llmkit.training").joinpath("recipes")
+    return resources.files("llmkit.training.optim").joinpath("recipes")
 
 
 def read_recipe(name: str) -> Recipe:

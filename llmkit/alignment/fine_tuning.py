@@ -1,0 +1,230 @@
+"""Fine-tuning and preference optimization: from a model, rows and options to a run.
+
+    outcome = fine_tune("run/", ["chat.jsonl"], "sft/", epochs=2, lr=1e-4)
+    outcome = align("sft/", ["pairs.jsonl"], "chat/", beta=0.1)
+
+Options are those of `llmkit sft` and `llmkit dpo`, by the same names, and make the same record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmkit.alignment.options import DpoOptions, SftOptions
+from llmkit.alignment.preference import FIGURES, PairSource, dpo, reference_log_probabilities
+from llmkit.chat import templates
+from llmkit.chat.encode import Encoded, encode_conversations, encode_preferences
+from llmkit.errors import LlmkitError
+from llmkit.io.inputs import STDIN
+from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
+from llmkit.options import from_values
+from llmkit.training.data import PackedSource
+from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
+from llmkit.training.optim.schedule import (
+    FINE_TUNING,
+    PREFERENCE,
+    Schedule,
+    default_rate,
+    named,
+    warmup_tokens,
+)
+from llmkit.training.options import ScheduleOptions, check_positive
+from llmkit.training.runner import Prepared, Record, Request, open_session, run_training
+
+if TYPE_CHECKING:
+    from llmkit.training.session import Session
+
+
+def fine_tune(
+    model: str,
+    rows: list[str],
+    output: str,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    report: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Record | None:
+    """Fine-tune a model directory or run on files of conversations as `llmkit sft` does; `report` is called with every record of metrics.jsonl.
+
+    Returns steps, tokens, losses and counts of rows; None where the run is finished already. Raises LlmkitError and UsageError as the command.
+    """
+    request = Request.of("sft", from_values(SftOptions, options), output, seed=seed, force=force)
+    with open_session(request) as session:
+        prepared = prepare_fine_tuning(request, session, model, rows)
+        return run_training(request, session, prepared, observe=lambda: nullcontext(report))
+
+
+def align(
+    model: str,
+    rows: list[str],
+    output: str,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    report: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Record | None:
+    """Optimize a model for preferences on files of pairs as `llmkit dpo` does; the rest as for `fine_tune`."""
+    request = Request.of("dpo", from_values(DpoOptions, options), output, seed=seed, force=force)
+    with open_session(request) as session:
+        prepared = prepare_alignment(request, session, model, rows)
+        return run_training(request, session, prepared, observe=lambda: nullcontext(report))
+
+
+def prepare_fine_tuning(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+    """Rows, model and schedule of a fine-tuning run.
+
+    Raises UsageError for options that do not fit the model, LlmkitError for rows or a model that cannot be read.
+    """
+    options: SftOptions = request.options
+    check_positive(lr=options.schedule.lr)
+    info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    with_template = options.template.template
+    if with_template:
+        templates.check_template(files)
+
+    def encode(reader: Any) -> Encoded:
+        return encode_conversations(reader, files, length, too_long=options.rows.too_long, template=with_template)
+
+    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
+    encoded = encode(reader)
+    inputs = row_inputs(reader)
+    _announce_rows(request, encoded, length, options.rows.too_long)
+    batch_size = options.batch.batch_size or 8
+    source = PackedSource(encoded.pairs(), length, batch_size, epochs=options.rows.epochs, seed=request.seed)
+    request.detail(f"{source.padding:.1%} of the positions are padding")
+    held_out = None
+    if options.heldout.heldout:
+        held_out = PackedSource(
+            encode(request.reader(options.heldout.heldout)).pairs(), length, batch_size, shuffle=False
+        )
+    rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING
+    return Prepared(
+        config=info.config,
+        source=source,
+        schedule=_schedule(options.schedule, rate, source.tokens(source.steps)),
+        batch_size=batch_size,
+        length=length,
+        inputs=lambda: [model_input(model), *inputs],
+        tokenizer_files=files,
+        stop_ids=_stop_ids(info, files),
+        fresh=lambda: load_model(model, torch.float32)[0],
+        heldout=held_out,
+        resolved={"lr": rate},
+        positional=("model", "rows"),
+        counts=encoded.counts,
+    )
+
+
+def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+    """Pairs, model and schedule of a preference run; errors as for `prepare_fine_tuning`."""
+    options: DpoOptions = request.options
+    check_positive(lr=options.schedule.lr, beta=options.loss.beta)
+    info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    templates.check_template(files)
+    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
+    encoded = encode_preferences(reader, files, length, too_long=options.rows.too_long)
+    inputs = row_inputs(reader)
+    _announce_rows(request, encoded, length, options.rows.too_long)
+    rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE
+    batch_size = options.batch.batch_size or 16
+
+    def source_with(reference: torch.Tensor) -> PairSource:
+        return PairSource(encoded.rows, reference, batch_size, epochs=options.rows.epochs, seed=request.seed)
+
+    @cache
+    def initial() -> Decoder:
+        return load_model(model, torch.float32)[0].to(session.processes.device)
+
+    def with_reference() -> PairSource:
+        return source_with(
+            reference_log_probabilities(
+                initial,
+                encoded.rows,
+                session.processes,
+                session.micro_batch(),
+                session.directory.path / "reference.safetensors",
+                source_model().digest,
+            )
+        )
+
+    source_model = cache(lambda: model_input(model))
+    planned = source_with(torch.zeros(len(encoded.rows) // 2, 2))
+    return Prepared(
+        config=info.config,
+        source=planned,
+        schedule=_schedule(options.schedule, rate, planned.tokens(planned.steps)),
+        batch_size=batch_size,
+        length=length,
+        inputs=lambda: [source_model(), *inputs],
+        tokenizer_files=files,
+        stop_ids=_stop_ids(info, files),
+        fresh=initial,
+        objective=dpo(options.loss.beta),
+        figures=FIGURES,
+        late_source=with_reference,
+        resolved={"lr": rate},
+        positional=("model", "rows"),
+        counts=encoded.counts,
+    )
+
+
+def _from_stdin(rows: list[str] | None) -> bool:
+    return not rows or STDIN in rows
+
+
+def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
+    """The learning rate over `total` tokens; the options of a command have defaults for all that is used here."""
+    warmup = warmup_tokens(options.warmup or 0.0, total)
+    return named(
+        options.schedule or "linear",
+        rate,
+        total,
+        warmup,
+        options.final_lr_fraction or 0.0,
+        0.2 if options.decay is None else options.decay,
+        options.decay_shape or "linear",
+    )
+
+
+def _chat_model(
+    request: Request, model: str, template: Path | None, sequence_length: int | None
+) -> tuple[LoadedModel, dict[str, str], int]:
+    """What the model directory holds, its tokenizer files with a chat template, and the tokens per sequence."""
+    info = load_info(model)
+    files = info.tokenizer_files
+    if "tokenizer.json" not in files:
+        raise LlmkitError(f"{model}: no tokenizer.json", "copy the tokenizer's files into the model directory")
+    if template is not None:
+        files = templates.with_template(files, template.read_text(encoding="utf-8"))
+    elif templates.chat_template(files) is None:
+        name, text = templates.default_template(files)
+        files = templates.with_template(files, text)
+        request.note(f"the model has no chat template: using {name}'s, and storing it with the model")
+    return info, files, context_length(info, sequence_length)
+
+
+def _announce_rows(request: Request, encoded: Encoded, length: int, too_long: str) -> None:
+    """How many rows there are, and what happened to those that are too long."""
+    counts = encoded.counts
+    request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
+    if counts["too_long"]:
+        done = "dropped" if too_long == "drop" else "truncated at the end"
+        other = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop leaves them out"
+        dropped = ""
+        if too_long != "drop" and counts["dropped"]:
+            dropped = f", {counts['dropped']:,} of them dropped because nothing to train on was left"
+        request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {done}{dropped}; {other}")
+
+
+def _stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
+    """Every id that ends a generation of the fine-tuned model, end of turn first."""
+    return list(dict.fromkeys([*templates.stop_token_ids(files), *info.stop_ids]))

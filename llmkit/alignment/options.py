@@ -1,0 +1,84 @@
+"""The options of fine-tuning and preference optimization, on top of those of training. Loads no large library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from llmkit.options import COMMON, Help, Without
+from llmkit.training.options import (
+    SCHEDULE_NAMES,
+    BatchOptions,
+    CheckpointOptions,
+    HeldOutOptions,
+    LogOptions,
+    MachineOptions,
+    OptimizerOptions,
+    RowOptions,
+    ScheduleOptions,
+)
+
+SCHEDULE_HELP = f"One of {SCHEDULE_NAMES}"
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How prompts and completions become text."""
+
+    template: Annotated[
+        bool,
+        typer.Option("--template/--no-template", help="Treat prompt and completion strings as turns, or as plain text"),
+        COMMON,
+    ] = True
+
+
+@dataclass(frozen=True)
+class SftOptions:
+    """Options of `llmkit sft`."""
+
+    rows: RowOptions = RowOptions()
+    template: TemplateOptions = TemplateOptions()
+    batch: BatchOptions = BatchOptions(batch_size=8)
+    schedule: Annotated[ScheduleOptions, Help(schedule=SCHEDULE_HELP)] = ScheduleOptions(
+        schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2
+    )
+    optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas")] = OptimizerOptions(weight_decay=0.0)
+    machine: MachineOptions = MachineOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    heldout: Annotated[HeldOutOptions, Help(heldout="Held-out rows")] = HeldOutOptions()
+    log: LogOptions = LogOptions()
+
+
+@dataclass(frozen=True)
+class BetaOptions:
+    """The preference loss."""
+
+    beta: Annotated[
+        float,
+        typer.Option("--beta", help="Strength of the pull towards the reference model; a small one lets it move far"),
+        COMMON,
+    ] = 0.1
+
+
+@dataclass(frozen=True)
+class DpoOptions:
+    """Options of `llmkit dpo`."""
+
+    loss: BetaOptions = BetaOptions()
+    rows: RowOptions = RowOptions()
+    batch: Annotated[
+        BatchOptions,
+        Help(
+            batch_size="Preference pairs per step, over all processes",
+            micro_batch_size="Pairs per forward pass; by default as many as fit well",
+        ),
+    ] = BatchOptions(batch_size=16)
+    schedule: Annotated[ScheduleOptions, Help(schedule=SCHEDULE_HELP)] = ScheduleOptions(
+        schedule="linear", warmup=0.1, final_lr_fraction=0.0, decay=0.2
+    )
+    optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas", "z_loss")] = OptimizerOptions(weight_decay=0.0)
+    machine: MachineOptions = MachineOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    log: LogOptions = LogOptions()

@@ -1,0 +1,209 @@
+"""What train, anneal, sft and dpo share on the command line: several processes, the tables of --dry-run, the live view, the summary.
+
+What a run is made of is decided in training.runner and what it calls. Not a command.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.cli.shared.options import NEUTRAL, Run
+from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.inputs import STDIN
+
+if TYPE_CHECKING:
+    from llmkit.io.documents import DocumentReader
+    from llmkit.training.pretraining import Plan
+    from llmkit.training.runner import AtCheckpoint, Prepared, Request
+    from llmkit.training.session import Session
+
+# Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def launched(run: Run, options: Any, inputs: list[str]) -> bool:
+    """Check the call, which reads `inputs`; with several processes, or restarts, run it again in as many, and say whether that was all."""
+    machine = options.machine
+    if run.output is None:
+        raise UsageError("no output", "name the directory of the run with -o")
+    _refuse_own_inputs(run.output, run.force, inputs)
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
+    if (machine.processes == 1 and not machine.max_restarts) or rank is not None or run.dry_run:
+        if rank not in (None, "0"):
+            run.quiet = True  # the first process speaks for all, and writes the quarantine
+            if str(run._values.get("on_bad_line", "")).startswith("quarantine"):
+                run._values["on_bad_line"] = "skip"
+        return False
+    from llmkit.training.checkpoint.run_directory import check_run
+
+    check_run(run.output, resume=options.checkpoints.resume, force=run.force)
+    from llmkit.training.distributed.elastic import launch
+
+    code = launch(machine.processes, sys.argv[1:], run.output, machine.max_restarts)
+    if code:
+        raise SystemExit(code)
+    return True
+
+
+def _refuse_own_inputs(output: str, force: bool, inputs: Iterable[str]) -> None:
+    """UsageError where a directory would be replaced by what is made from it."""
+    target = Path(output).resolve()
+    for path in inputs if force and target.is_dir() else ():
+        source = Path(path).resolve()
+        if path != STDIN and target in (source, *source.parents):
+            raise UsageError(f"{path} is in the output {output}, which -f replaces", "choose another output")
+
+
+def request_of(run: Run, options: Any) -> Request:
+    """What is asked of training, with the messages, the reader and the record of this call."""
+    from llmkit.training.runner import Request, loop_options
+
+    def reader(paths: list[str] | None) -> DocumentReader:
+        return run.reader(paths, text_key=None, files_from=None)
+
+    return Request(
+        command=run.command,
+        options=options,
+        loop=loop_options(options, run.output or "", run.force),
+        record=run.lineage(),
+        values={name: value for name, value in run._values.items() if name not in NEUTRAL},
+        seed=run.seed,
+        dry_run=run.dry_run,
+        note=run.note,
+        warn=run.warn,
+        detail=run.detail,
+        reader=reader,
+    )
+
+
+def train_or_show(
+    run: Run, request: Request, session: Session, prepared: Prepared, show: Callable[[], None] = lambda: None
+) -> None:
+    """Train what was prepared, and print the summary; with --dry-run the plan, after what `show` prints."""
+    if run.dry_run:
+        show()
+        show_plan(run, session, prepared)
+        return
+    from llmkit.cli.shared import live_view
+    from llmkit.training.runner import run_training
+
+    outcome = run_training(
+        request,
+        session,
+        prepared,
+        at_checkpoint=_scorers(run, request, session, prepared),
+        observe=lambda: live_view.shown(run, session, prepared.planned_tokens),
+    )
+    if outcome is None:
+        run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
+        return
+    line = f"{outcome['steps']:,} steps, {outcome['tokens']:,} tokens"
+    if "loss" in outcome:
+        line += f", loss {outcome['loss']:.4f}"
+    if "heldout_loss" in outcome:
+        line += f", held-out {outcome['heldout_loss']:.4f}"
+    run.finish(outcome, f"{line}, {outcome['tokens_per_second']:,} tokens/s: {run.output}")
+
+
+def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
+    """What scores --eval-tasks at every checkpoint; from evaluation, which training does not know."""
+    samples = getattr(request.options, "samples", None)
+    if samples is None or not samples.eval_tasks or not session.shows_checkpoints:
+        return []
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
+    from llmkit.model.pretrained.checkpoint import LoadedModel
+    from llmkit.training.metrics.samples import undisturbed
+
+    names = [name for name in samples.eval_tasks.split(",") if name]
+    manager = task_names(names, samples.include_path or [])
+    files, stop_ids = dict(prepared.tokenizer_files), prepared.stop_ids
+
+    def score(model: Any, step: int) -> dict[str, float]:
+        lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
+        try:
+            with undisturbed(model):
+                scores = evaluate(lm, names, manager, limit=samples.eval_limit, seed=run.seed)
+        except LlmkitError as error:  # not a reason to end a run
+            run.warn(f"--eval-tasks at step {step:,}: {error.message}")
+            return {}
+        return {
+            f"eval/{task}/{metric}": value
+            for task, metrics in scores.items()
+            for metric, value in metrics.items()
+            if "_stderr" not in metric and metric != "items"
+        }
+
+    return [score]
+
+
+def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
+    """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
+    from llmkit.model.decoder import expected_tensors
+    from llmkit.training.memory_estimate import flops, memory
+    from llmkit.training.optim.parameter_groups import kinds, table
+
+    options, processes = session.options, session.processes
+    config, source, length = prepared.config, prepared.source, prepared.length
+    parameters, tokens = config.parameters(), prepared.planned_tokens
+    tensors = table(
+        expected_tensors(config),
+        config,
+        options.optimizer.optimizer or "adamw",
+        options.optimizer.weight_decay or 0.0,
+        processes.precision,
+    )
+    at_once = session.rows_at_once(source.rows(0), length) * length * options.sequences_per_row
+    memory_needs = memory(tensors, config, at_once, processes.precision, processes.device.type)
+    full, half = (count * tokens for count in flops(config, length))
+    rows: list[list[Any]] = [
+        ["architecture", config.architecture],
+        ["parameters", parameters],
+        ["tokens", tokens],
+        ["steps", source.steps],
+        ["tokens per forward pass", at_once],
+        ["peak learning rate", f"{prepared.schedule.peak:.2e}"],
+        ["FLOPs, 6N and causal attention at half", f"{half:.2e}"],
+        ["FLOPs, 6N and attention in full", f"{full:.2e}"],
+        *([name, f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"] for name, n in memory_needs.items()),
+    ]
+    run.table(f"llmkit {run.command}: plan", ["", ""], rows)
+    columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
+    cells = [
+        [
+            row.name,
+            count,
+            "x".join(map(str, row.shape)),
+            row.initial,
+            f"x{row.rate:g}",
+            f"{row.decay:g}",
+            row.optimizer,
+            row.stored,
+            row.computed,
+        ]
+        for row, count in kinds(tensors)
+    ]
+    run.table("tensors", columns, cells)
+    counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": memory_needs}
+    run.finish(counts, "dry run: nothing was written")
+
+
+def show_course(run: Run, plan: Plan) -> None:
+    """More tables of --dry-run: learning rates by segment, sizes by phase, and the values of other options."""
+    prepared = plan.prepared
+    rates = [
+        [f"{s.start:,}", f"{s.end:,}", f"{s.first:.4g}", f"{s.last:.4g}", s.shape] for s in prepared.schedule.segments
+    ]
+    run.table("learning rate", ["from token", "to token", "first", "last", "shape"], rates)
+    phases = [
+        [f"{phase.step:,}", f"{phase.token:,}", phase.rows, phase.length, f"{plan.theta(phase.step):g}"]
+        for phase in prepared.source.phases  # type: ignore[attr-defined]
+    ]
+    run.table("steps", ["from step", "from token", "sequences", "of tokens", "rope theta"], phases)
+    options = [[key.replace("_", "-"), str(value)] for key, value in sorted(plan.resolved.items())]
+    run.table("options", ["", ""], options)

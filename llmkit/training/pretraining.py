@@ -1,0 +1,391 @@
+"""Pre-training and annealing: from a stream of tokens and options to a run.
+
+    outcome = pretrain("mix/", "run/", model="tiny", tokens=20_000, lr=3e-4)
+    outcome = anneal("run/", "mix/", "annealed/", tokens=5_000)
+
+Options are those of `llmkit train` and `llmkit anneal`, by the same names, and make the same record: what comes out is equal to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmkit.errors import UsageError, unknown_name
+from llmkit.lineage.record import Input, base_name, describe_input
+from llmkit.mixing.order import OrderedTokens
+from llmkit.model.config import ModelConfig, load_config
+from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.checkpoint import load_info, load_model
+from llmkit.options import from_values
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
+from llmkit.training.batch_schedule import changes
+from llmkit.training.checkpoint.run_directory import TrainerState, starting_point
+from llmkit.training.data import StreamSource
+from llmkit.training.inputs import (
+    context_length,
+    held_out_source,
+    model_input,
+    open_stream,
+    packed_length,
+    refuse_other_tokenizer,
+    refuse_short_stream,
+    source_groups,
+)
+from llmkit.training.optim.recipe import Recipe, Thetas, is_path, read_recipe
+from llmkit.training.optim.schedule import RAMPS, Schedule, default_rate, named, warmup_tokens
+from llmkit.training.options import AnnealOptions, PretrainOptions, check_positive, parse_sizes
+from llmkit.training.runner import AtCheckpoint, Prepared, Record, Request, open_session, run_training
+from llmkit.training.session import Session
+
+# What holds where neither an option nor a recipe has a value.
+DEFAULTS: dict[str, Any] = {"batch_size": 8, "weight_decay": 0.1, "clip": 1.0, "betas": "0.9,0.95"}
+CURVE: dict[str, Any] = {
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "final_lr_fraction": 0.1,
+    "decay": 0.2,
+    "decay_shape": "linear",
+}
+# Continuing at the learning rate of a checkpoint: constant unless something else is asked for.
+CONTINUED = CURVE | {"schedule": "constant", "warmup": 0.0}
+
+
+def pretrain(
+    data: str,
+    output: str,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    at_checkpoint: list[AtCheckpoint] | None = None,
+    report: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Record | None:
+    """Train a decoder on token shards as `llmkit train` does; `report` is called with every record of metrics.jsonl.
+
+    Returns steps, tokens, losses and tokens per second; None where the run is finished already. Raises LlmkitError and UsageError as the command.
+    """
+    request = Request.of("train", from_values(PretrainOptions, options), output, seed=seed, force=force)
+    resolved = resolve_pretraining(request)
+    with open_session(request) as session:
+        prepared = prepare_pretraining(request, session, data, resolved).prepared
+        return run_training(
+            request, session, prepared, at_checkpoint=at_checkpoint, observe=lambda: nullcontext(report)
+        )
+
+
+def anneal(
+    start: str,
+    data: str,
+    output: str,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    at_checkpoint: list[AtCheckpoint] | None = None,
+    report: Callable[[Record], None] = lambda record: None,
+    **options: Any,
+) -> Record | None:
+    """Continue a run while its learning rate decays, as `llmkit anneal` does; the rest as for `pretrain`."""
+    request = Request.of("anneal", from_values(AnnealOptions, options), output, seed=seed, force=force)
+    check_annealing(request.options)
+    with open_session(request) as session:
+        prepared = prepare_annealing(request, session, start, data)
+        return run_training(
+            request, session, prepared, at_checkpoint=at_checkpoint, observe=lambda: nullcontext(report)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A recipe, and the values of the options in DEFAULTS and CURVE."""
+
+    recipe: Recipe | None
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A pre-training run as a function of its tokens, and the options that were resolved for it."""
+
+    prepared: Prepared
+    thetas: Thetas | None
+    resolved: dict[str, Any]
+
+    def theta(self, step: int) -> float:
+        """Base of the rotary embedding in `step`."""
+        tokens = self.prepared.source.tokens(step)
+        return self.thetas.at(tokens) if self.thetas else self.prepared.config.rope_theta
+
+
+@dataclass(frozen=True, slots=True)
+class _Course:
+    """Batches, learning rates, the model's configuration with its longest context, and the base of its rotary embedding."""
+
+    source: StreamSource
+    schedule: Schedule
+    config: ModelConfig
+    thetas: Thetas | None
+
+
+def resolve_pretraining(request: Request) -> Resolved:
+    """Values as given, else the recipe's, else the default; noted in the record and handed to the loop.
+
+    Options of the curve that a recipe defines are left out, and may not be given: UsageError for those, and for any that exclude each other.
+    """
+    options: PretrainOptions = request.options
+    start = options.start
+    check_positive(lr=options.schedule.lr, tokens=options.stream.tokens)
+    if start.from_ and start.model:
+        raise UsageError("--model together with --from", "the model to start from has a configuration of its own")
+    if start.rewarm and not start.from_:
+        raise UsageError("--rewarm without --from", "a new model is warmed up anyway")
+    recipe = read_recipe(start.recipe) if start.recipe else None
+    given = dataclasses.asdict(options.schedule) | {
+        "batch_size": options.batch.batch_size,
+        "weight_decay": options.optimizer.weight_decay,
+        "clip": options.optimizer.clip,
+        "betas": options.optimizer.betas,
+        "rewarm": start.rewarm,
+    }
+    curve = CONTINUED if start.from_ and not start.rewarm else CURVE
+    has_curve = recipe is not None and any(stage.lr is not None for stage in recipe.stages)
+    named_options = [key for key in (*CURVE, "rewarm") if given.get(key) is not None and given[key] is not False]
+    if has_curve and named_options:
+        raise UsageError(
+            f"--{named_options[0].replace('_', '-')} together with --recipe",
+            "the recipe defines the curve; --lr scales it",
+        )
+    from_recipe = dict(recipe.defaults) if recipe else {}
+    if "betas" in from_recipe:
+        from_recipe["betas"] = ",".join(map(str, from_recipe["betas"]))
+    resolved = (DEFAULTS if has_curve else DEFAULTS | curve) | from_recipe
+    resolved |= {key: value for key, value in given.items() if key in resolved and value is not None}
+    request.record.options |= {
+        key: value for key, value in resolved.items() if key not in ("batch_size", "sequence_length")
+    }
+    optimizer = dataclasses.replace(
+        request.loop.optimizer, **{key: resolved[key] for key in ("weight_decay", "clip", "betas")}
+    )
+    request.loop = dataclasses.replace(request.loop, optimizer=optimizer)
+    return Resolved(recipe, resolved)
+
+
+def prepare_pretraining(request: Request, session: Session, data: str, values: Resolved) -> Plan:
+    """Data, model, schedule and record of a pre-training run.
+
+    Raises UsageError for options that do not fit each other or the data, LlmkitError for data or a model that cannot be read.
+    """
+    options: PretrainOptions = request.options
+    recipe, resolved = values.recipe, dict(values.values)
+    from_ = options.start.from_
+    start, before = starting_point(from_, None) if from_ else (None, None)
+    info = load_info(start) if start else None
+    stream = open_stream(data, session, request.dry_run)
+    mask = options.stream.document_mask
+    wanted = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
+    usual = resolved.get("sequence_length")
+    total = options.stream.tokens or stream.tokens
+    model = options.start.model
+    if info:
+        digest = parse_tokenizer(info.tokenizer_files, from_ or "").digest
+        refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+        config, files, stop_ids = info.config, info.tokenizer_files, info.stop_ids
+        length = context_length(info, wanted or (min(usual, config.max_position_embeddings) if usual else None))
+    else:
+        request.record.options["model"] = model = model or "tiny"
+        config, files, stop_ids = _config(model, stream.tokenizer, wanted or usual), stream.tokenizer.files, None
+        length = config.max_position_embeddings
+    if options.batch.batch_size is None:
+        scaled = recipe.scaled_batch(total) if recipe else None
+        resolved["batch_size"] = scaled or (before.batch_size if before else resolved["batch_size"])
+    request.record.options["batch_size"] = resolved["batch_size"]
+    course = _plan_course(options, recipe, resolved, stream, data, config, length, total, before, bool(info))
+    source, config = course.source, course.config
+    length = max(phase.length for phase in source.phases)
+    held_out = held_out_source(options.heldout.heldout, stream.tokenizer.digest, length, mask)
+    files_of_options = {"model": model, "recipe": options.start.recipe}
+    files_of_options = {
+        option: path
+        for option, path in files_of_options.items()
+        if path and os.path.isfile(path) and (option == "model" or is_path(path))
+    }
+    request.record.options |= {option: base_name(path) for option, path in files_of_options.items() if path}
+    if start:
+        request.record.options["from_"] = base_name(from_ or "")
+
+    def inputs() -> list[Input]:
+        own = [describe_input(path or "", option) for option, path in files_of_options.items()]
+        started = [dataclasses.replace(model_input(from_ or "", start), role="from_")] if start else []
+        return [*stream.inputs, *own, *started]
+
+    def fresh() -> Decoder:
+        if start:
+            started = load_model(start, torch.float32)[0]
+            started.config = config
+            return started
+        new = Decoder(config)
+        new.initialise(request.seed)
+        return new
+
+    thetas = course.thetas
+    prepared = Prepared(
+        config=config,
+        source=source,
+        schedule=course.schedule,
+        batch_size=resolved["batch_size"],
+        length=length,
+        inputs=inputs,
+        tokenizer_files=files,
+        stop_ids=stop_ids or [stream.tokenizer.eos_id],
+        fresh=fresh,
+        heldout=held_out,
+        optimizer_from=start if before else None,
+        rope_theta=(lambda step: thetas.at(source.tokens(step))) if thetas else None,
+        stream=stream,
+        resolved=resolved | {"lr": course.schedule.peak, "tokens": total},
+        positional=("data",),
+        counts={"parameters": config.parameters()},
+    )
+    return Plan(prepared, thetas, resolved)
+
+
+def _config(model: str, tokenizer: TokenizerInfo, sequence_length: int | None) -> ModelConfig:
+    """The preset or file, for this tokenizer; the model's context length is what it is trained with."""
+    config = load_config(model, tokenizer.vocab_size)
+    return dataclasses.replace(
+        config,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        max_position_embeddings=sequence_length or config.max_position_embeddings,
+    )
+
+
+def _plan_course(
+    options: PretrainOptions,
+    recipe: Recipe | None,
+    resolved: dict[str, Any],
+    stream: OrderedTokens | TokenStore,
+    data: str,
+    config: ModelConfig,
+    length: int,
+    total: int,
+    before: TrainerState | None,
+    loaded: bool,
+) -> _Course:
+    """Batches and learning rates over `total` tokens. A `loaded` model has a context that only a stage with a rope_theta may go beyond.
+
+    UsageError where something does not fit.
+    """
+    start, lr = options.start, options.schedule.lr
+    last = before.rate if before else None
+    rate = lr or (default_rate(config.parameters()) if start.rewarm or last is None else last)
+    if not rate:
+        raise UsageError(f"{start.from_}: its last step had a learning rate of 0", "raise it again: --rewarm, or --lr")
+    borders = recipe.borders(total, stream.stages) if recipe else [total]
+    stages = recipe.lengths(borders, length) if recipe else []
+    thetas = recipe.thetas(borders, config.rope_theta) if recipe else None
+    shorter = parse_sizes(start.length_warmup, "--length-warmup")
+    longest = max([length, *(size for size, _ in stages)])
+    refuse_short_stream(data, stream.tokens, longest)
+    if stream.sequence_length and (shorter or any(size != length for size, _ in stages)):
+        raise UsageError(f"{data} is packed for sequences of {length:,}, which would change", "mix with --pack concat")
+    if loaded and longest > config.max_position_embeddings and not thetas:
+        raise UsageError(
+            f"sequences of {longest:,} tokens are beyond the model's context of {config.max_position_embeddings:,}",
+            "a stage with another rope_theta may be longer",
+        )
+    batches, batch_size = parse_sizes(start.batch_warmup, "--batch-warmup"), resolved["batch_size"]
+    source = StreamSource(
+        stream,
+        longest,
+        batch_size,
+        total,
+        changes=changes(batch_size, length, total, batches=batches, lengths=shorter, stages=stages),
+        document_mask=options.stream.document_mask,
+        vocabulary=config.vocab_size,
+        groups=source_groups(stream),
+    )
+    schedule = recipe.schedule(borders, lr) if recipe else None
+    if schedule is None:
+        planned = source.tokens(source.steps)
+        schedule = named(
+            resolved["schedule"],
+            rate,
+            planned,
+            warmup_tokens(resolved["warmup"], planned),
+            resolved["final_lr_fraction"],
+            resolved["decay"],
+            resolved["decay_shape"],
+            first=last or 0.0,
+        )
+    context = max(longest, config.max_position_embeddings) if loaded else longest
+    return _Course(source, schedule, dataclasses.replace(config, max_position_embeddings=context), thetas)
+
+
+def prepare_annealing(request: Request, session: Session, start: str, data: str) -> Prepared:
+    """Data, model and schedule of an annealing; errors as for `prepare_pretraining`."""
+    options: AnnealOptions = request.options
+    step = (options.ramp.step or "").removeprefix("step-")
+    directory, before = starting_point(start, int(step) if step else None)
+    info = load_info(directory)
+    rate = options.ramp.lr or (before.rate if before else None)
+    if not rate:
+        why = "its last step had a learning rate of 0" if before else "it has no optimizer state"
+        raise UsageError(f"{start}: {why}", "name the learning rate to start from with --lr")
+    batch_size = options.batch.batch_size or (before.batch_size if before else 8)
+    stream, mask = open_stream(data, session, request.dry_run), options.stream.document_mask
+    wanted = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
+    length = context_length(info, wanted)
+    digest = parse_tokenizer(info.tokenizer_files, start).digest
+    refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+    total = options.stream.tokens or stream.tokens
+    source = StreamSource(
+        stream,
+        length,
+        batch_size,
+        total,
+        document_mask=mask,
+        vocabulary=info.config.vocab_size,
+        groups=source_groups(stream),
+    )
+    refuse_short_stream(data, stream.tokens, length)
+    planned = source.tokens(source.steps)
+    return Prepared(
+        config=info.config,
+        source=source,
+        schedule=named(options.ramp.ramp, rate, planned, floor=options.ramp.final_lr_fraction),
+        batch_size=batch_size,
+        length=length,
+        inputs=lambda: [model_input(start, directory), *stream.inputs],
+        tokenizer_files=info.tokenizer_files,
+        stop_ids=info.stop_ids,
+        fresh=lambda: load_model(directory, torch.float32)[0],
+        heldout=held_out_source(options.heldout.heldout, digest, length, mask),
+        optimizer_from=directory if before else None,
+        stream=stream,
+        resolved={"lr": rate, "batch_size": batch_size, "tokens": total},
+        positional=("start", "data"),
+    )
+
+
+def check_annealing(options: AnnealOptions) -> None:
+    """UsageError for options that are out of range."""
+    check_positive(lr=options.ramp.lr, tokens=options.stream.tokens)
+    if options.ramp.ramp not in RAMPS:
+        raise unknown_name("ramp", options.ramp.ramp, RAMPS)
+    if options.ramp.final_lr_fraction > 1:
+        raise UsageError(
+            f"--final-lr-fraction {options.ramp.final_lr_fraction} is above 1",
+            "it is the final learning rate over the initial one",
+        )
+    step = (options.ramp.step or "").removeprefix("step-")
+    if options.ramp.step and not (step.isascii() and step.isdigit()):
+        raise UsageError(f"--step {options.ramp.step}: not the name of a checkpoint", "such as step-00000500, or 500")
