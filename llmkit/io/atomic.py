@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -95,10 +95,13 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | Path, force: bool = False, check_replaced: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Empty directory to fill, which becomes `path` only when the block ends without an exception.
 
-    Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
+    Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it. `check_replaced` is called with
+    the resolved path before anything is written, and raises to keep the directory that is there; see lineage/outputs.py.
     """
     if is_remote(str(path)):
         raise LlmkitError(f"{shown(str(path))}: no such directory is made at a URL", "make it here, and copy it")
@@ -106,7 +109,8 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     final = Path(os.path.realpath(path))
     if final.exists() and not final.is_dir():
         raise LlmkitError(f"{path} is not a directory", "choose another output")
-    _refuse_foreign(final, path)
+    if check_replaced:
+        check_replaced(final)
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(exist_ok=True)
     descriptor = _take(partial, os.O_RDONLY, str(path))
@@ -132,23 +136,6 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     finally:
         os.close(descriptor)
     sync_directory(final.parent)
-
-
-def _refuse_foreign(directory: Path, name: str | Path) -> None:
-    """LlmkitError where a directory that is to be replaced holds something that no command of ours has made."""
-    from llmkit.lineage.record import read_lineage
-
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    try:
-        ours = read_lineage(directory) is not None
-    except LlmkitError:
-        ours = False
-    if not ours:
-        raise LlmkitError(
-            f"{name} holds what llmkit did not make; -f does not replace it",
-            "choose another output, or remove it first",
-        )
 
 
 def _take(partial: Path, flags: int, name: str) -> int:

@@ -347,16 +347,3 @@ class PlainOutput:
 
     def finish(self) -> None:
         pass
-
-
-def digest_bytes(blocks: Iterator[bytes]) -> str:
-    """`xxh3:` and the 128-bit XXH3 digest in hex of all blocks together."""
-    state = xxhash.xxh3_128()
-    for block in blocks:
-        state.update(block)
-    return digest_text(state)
-
-
-def digest_text(state: xxhash.xxh3_128) -> str:
-    """A digest as records hold it."""
-    return "xxh3:" + state.hexdigest()

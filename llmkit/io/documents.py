@@ -40,7 +40,7 @@ from llmkit.io.compression import (
     decompress,
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import Input, Lineage, base_name, describe_input, join_notes
+from llmkit.io.record import Input, Lineage, base_name, join_notes
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 8 << 10  # what a chunk is joined from
@@ -298,13 +298,13 @@ class DocumentReader:
         self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.found)))
 
     def _parquet_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
-        from llmkit.io.parquet import read_lines
+        from llmkit.io.parquet import describe, read_lines
 
         line = 1
         for data, rows in read_lines(raw, path):
             yield Chunk(path, line, data)
             line += rows
-        self.inputs.append(describe_input(path))
+        self.inputs.append(describe(path))
 
     def accept(self, bad: list[BadLine]) -> None:
         """Deal with bad lines as `on_bad_line` says: raise at the first, count them, or put them aside."""
@@ -381,6 +381,15 @@ class DocumentWriter:
         if kind is None:
             assert self._finished, "DocumentWriter left without finish()"
         self._stack.__exit__(kind, error, trace)
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """The lineage record in a stream of documents, which is read to its end."""
+    notes = Notes()
+    with open_raw(path) as raw:
+        for _ in decompress(raw, display_name(path), notes):
+            pass
+    return join_notes(notes.found)
 
 
 def check_suffix(output: str) -> None:

@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import Notes, ZstdOutput, decompress
-from llmkit.io.inputs import is_remote
+from llmkit.io.digest import digest_stored
+from llmkit.io.inputs import display_name, is_remote, open_raw
+from llmkit.io.record import Input, base_name, parse_record
 
 BATCH_ROWS = 1024
 GROUP_BYTES = 32 << 20
@@ -40,10 +42,15 @@ def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
             )
 
 
-def read_record(raw: BinaryIO, name: str) -> bytes | None:
-    """The lineage in the metadata of a file, as text."""
-    with _readable(name):
+def read_record(path: str) -> bytes | None:
+    """The lineage record in the metadata of a file, as text."""
+    with open_raw(path) as raw, _readable(display_name(path)):
         return (pq.read_schema(raw).metadata or {}).get(b"llmkit")
+
+
+def describe(path: str) -> Input:
+    """Name, digest and own record of a Parquet file."""
+    return Input("input", base_name(path), digest_stored(path), parse_record(read_record(path)))
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.mixing.order import OrderedTokens
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Names, Tokens, numbers, text_array, text_bytes
+from llmkit.shards.part import PADDING_SOURCE, Names, Tokens, numbers, text_array, text_bytes
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.writer import BATCH_DOCUMENTS, ShardWriter
 
@@ -50,7 +49,7 @@ class Gatherer:
                 epochs.append(np.zeros(len(ids), np.int32) if epoch is None else numbers(epoch))
                 rows.append(len(ids))
                 at += len(ids)
-        codes.append(np.array([names.setdefault(PADDING, len(names))], np.int32))
+        codes.append(np.array([names.setdefault(PADDING_SOURCE, len(names))], np.int32))
         starts.append(np.array([0, padding.nbytes]))
         id_starts.append(np.zeros(2, np.int32))
         epochs.append(np.zeros(1, np.int32))

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.documents import BadLine
-from llmkit.lineage.record import Input
+from llmkit.io.record import Input
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 Tokens = NDArray[Any]

@@ -13,13 +13,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, load_tokenizer_info
+from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Tokens = NDArray[Any]  # uint16 or uint32
 Names = tuple[NDArray[np.int32], list[str]]  # of each document the index of its source; the sources
+PADDING_SOURCE = "<padding>"  # source of the rows that fill up a packed sequence
 STREAM_START = b"\xff\xff\xff\xff"
 FILES = b"llmkit.tokenizer_files"
 LENGTH = b"llmkit.sequence_length"
@@ -161,7 +162,7 @@ class Part:
         directory = self.path.parent
         if files or not (directory / "tokenizer.json").is_file():
             return info
-        beside = load_tokenizer_info(directory)
+        beside = read_tokenizer(directory)
         if beside.digest != info.digest:
             raise LlmkitError(
                 f"{directory}: the tokenizer beside the shards is not theirs",

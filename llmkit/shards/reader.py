@@ -16,10 +16,18 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import Input, base_name
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
-from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.io.record import Input, base_name
+from llmkit.shards.part import (
+    HINT_REMAKE,
+    PADDING_SOURCE,
+    Part,
+    Tokens,
+    batch_tokens,
+    combined_digest,
+    numbers,
+    part_digest,
+)
+from llmkit.shards.tokenizer_info import TokenizerInfo, read_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -62,7 +70,7 @@ class TokenStore:
         codes: list[NDArray[np.int32]] = []
         for path in paths:
             parts: list[Part] = []
-            for file, name in _files(path, spool):
+            for file, name in stream_files(path, spool):
                 part = Part(file, name)
                 parts.append(part)
                 store._add(part, lengths, codes)
@@ -141,7 +149,7 @@ class TokenStore:
     @property
     def padding(self) -> NDArray[np.bool_] | None:
         """Which documents only fill up a sequence, bool [documents]; None where none do."""
-        code = self._source_codes.get(PADDING)
+        code = self._source_codes.get(PADDING_SOURCE)
         return None if code is None else self.codes == code
 
     @property
@@ -227,7 +235,7 @@ class TokenStore:
                 )
 
 
-def _files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
+def stream_files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
     """The stream files that `path` stands for, with their names for messages."""
     if path == STDIN:
         yield from _spooled(spool)
@@ -273,19 +281,12 @@ def _check_complete(parts: list[Part], path: str) -> None:
         raise LlmkitError(f"{path}: part-{missing:05d}.arrow is missing", "copy the whole directory, or make it again")
 
 
-def shard_digest(path: str | Path) -> str:
-    """Digest of the content of a .arrow file or a directory of parts, computed anew; equals the one in an intact trailer."""
-    return combined_digest([part_digest(Part(file, name))[0] for file, name in _files(str(path), None)])
-
-
-def read_shard_lineage(path: str | Path) -> dict[str, Any] | None:
-    """Lineage record of one part; complete in the last one."""
-    return Part(Path(path), str(path)).lineage()
-
-
-def read_tokenizer(path: str | Path) -> TokenizerInfo:
-    """The tokenizer of one .arrow file, which must carry its files."""
-    info = Part(Path(path), str(path)).tokenizer()
+def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
+    """The tokenizer at `path`: shards that carry one, a directory with tokenizer.json (or a run, whose model is in final/), or that file."""
+    path = Path(path)
+    if path.suffix != ".arrow":
+        return read_tokenizer(path)
+    info = Part(path, str(path)).tokenizer()
     if "tokenizer.json" not in info.files:
         raise LlmkitError(f"{path}: holds no tokenizer.json", "name the tokenizer directory")
     return info

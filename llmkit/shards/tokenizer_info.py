@@ -9,6 +9,7 @@ form, and neither its layout nor the chat template. Cost: one parse of tokenizer
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,13 +68,9 @@ class TokenizerInfo:
         return cls(digest, sizes[0], sizes[1], optional[0], optional[1], files)
 
 
-def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
-    """The tokenizer at `path`: a directory with tokenizer.json (or a run, whose model is in final/), that file itself, or shards."""
+def read_tokenizer(path: str | Path) -> TokenizerInfo:
+    """The tokenizer at `path`: a directory with tokenizer.json (or a run, whose model is in final/), or that file itself."""
     path = Path(path)
-    if path.suffix == ".arrow":
-        from llmkit.shards.writer import read_tokenizer
-
-        return read_tokenizer(path)
     if not path.exists():
         raise LlmkitError(
             f"{path}: no such tokenizer",
@@ -148,6 +145,14 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
         ids[pad] if pad else None,
         files,
     )
+
+
+def read_record(path: str) -> Any:
+    """The lineage record in a tokenizer_config.json, valid or not; None where there is none."""
+    try:
+        return json.loads(Path(path).read_bytes()).get("llmkit")
+    except (ValueError, AttributeError):
+        return None
 
 
 def added_ids(content: dict[str, Any]) -> dict[str, int]:

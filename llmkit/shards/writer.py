@@ -35,25 +35,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, is_special
+from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input, Lineage
+from llmkit.io.record import Input, Lineage
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.shards.part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
-from llmkit.shards.reader import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
-from llmkit.shards.tokenizer_info import TokenizerInfo, load_tokenizer_info
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-__all__ = [
-    "ShardWriter",
-    "TokenStore",
-    "TokenizerInfo",
-    "load_tokenizer_info",
-    "read_shard_lineage",
-    "read_tokenizer",
-    "shard_digest",
-]
 
 BATCH_TOKENS = 1 << 20
 BATCH_DOCUMENTS = 1 << 16
@@ -65,7 +55,7 @@ class ShardWriter:
 
     Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
     column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source
-    io.packing.PADDING. `stages` holds the tokens after which each stage of a mix ends.
+    shards.part.PADDING_SOURCE. `stages` holds the tokens after which each stage of a mix ends.
     """
 
     def __init__(
@@ -109,7 +99,7 @@ class ShardWriter:
         elif self.output.endswith(".arrow") or is_special(Path(self.output)):
             self._sink = self._stack.enter_context(atomic_file(self.output, self._force))
         else:
-            self._directory = self._stack.enter_context(atomic_directory(self.output, self._force))
+            self._directory = self._stack.enter_context(artefact_directory(self.output, self._force))
             for name, text in self.tokenizer.files.items():
                 (self._directory / name).write_bytes(text.encode())
         self._schema = _schema(self.tokenizer, self.dtype, self.lineage, embed=self._directory is None)

@@ -14,7 +14,8 @@ import numpy as np
 import orjson
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Input, base_name, digest_path
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
 from llmkit.shards.foreign import (
     BLOCK_TOKENS,
     Block,

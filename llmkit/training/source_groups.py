@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmkit.mixing.packing import PADDING
+from llmkit.shards.part import PADDING_SOURCE
 
 if TYPE_CHECKING:
     from llmkit.training.data import Batch
@@ -46,13 +46,13 @@ def document_groups(
     The last three are what `origins()` of a TokenStore or OrderedTokens says.
     """
     tokens = np.bincount(codes, sizes, minlength=len(names))
-    real = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING]
+    real = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING_SOURCE]
     kept = sorted(real[:MOST])
     table = np.full(len(names) + 1, len(kept), np.int16)
     table[kept] = np.arange(len(kept))
     found = 2 * table[codes] + (0 if epochs is None else (epochs > 0).astype(np.int16))
-    if PADDING in names:
-        found[codes == list(names).index(PADDING)] = NOTHING
+    if PADDING_SOURCE in names:
+        found[codes == list(names).index(PADDING_SOURCE)] = NOTHING
     more = (OTHER,) * (len(real) > MOST)
     return Groups((*(names[i] for i in kept), *more), found.astype(np.int16))
 

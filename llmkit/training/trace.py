@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
+from llmkit.shards.part import PADDING_SOURCE, Part, batch_tokens, numbers, text_bytes
 
 VERSION = 1
 NAME = "trace"
@@ -194,7 +193,7 @@ class Trace:
         rounds = at // self._whole
         shift = rounds * self._whole + int(self._offsets[row])  # of the document's first token
         store, document, epoch, start = self._origin(row)
-        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
+        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING_SOURCE, 0, None)
         while at < until:
             leg = self.legs[bisect_right(self.legs, at, key=lambda leg: leg[1]) - 1]
             sequence, first = divmod(at - leg[1], leg[3])

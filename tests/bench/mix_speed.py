@@ -30,11 +30,13 @@ import numpy as np
 from peers import in_turn, measured, measured_python, ratios, spread
 
 from llmkit.cli.shared.options import parse_count
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.gather import write_ordered
 from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.writer import ShardWriter
 
 SHARES = {"web": 5, "code": 3, "wiki": 2}
 OURS, VIEWS, MEMMAP = "llmkit mix", "plain gather, memoryview", "plain gather, np.memmap"

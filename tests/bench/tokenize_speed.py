@@ -61,9 +61,10 @@ WORKER = {
     "llmkit": """
 import sys, time
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, load_tokenizer_info
+from llmkit.shards.reader import load_tokenizer_info
+from llmkit.shards.writer import ShardWriter
 from llmkit.tokens.encode import Encoder
 info = load_tokenizer_info(TOKENIZER)
 options = ReadOptions()

@@ -24,10 +24,11 @@ import pyarrow
 
 from llmkit.cli.main import run_command
 from llmkit.cli.shared.options import parse_count
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.writer import ShardWriter
 from llmkit.training.trace import write_trace
 
 MEASURE = """

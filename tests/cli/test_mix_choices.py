@@ -17,10 +17,10 @@ import orjson
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
-from llmkit.lineage.tree import check
+from llmkit.lineage.check import check
+from llmkit.lineage.formats import read_lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.shards.writer import TokenStore
+from llmkit.shards.reader import TokenStore
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter

@@ -17,8 +17,8 @@ import pytest
 
 from llmkit.cli.main import run_command
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.lineage.record import read_lineage
-from llmkit.shards.writer import TokenStore
+from llmkit.lineage.formats import read_lineage
+from llmkit.shards.reader import TokenStore
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 

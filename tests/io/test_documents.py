@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, STORED, Stored, ZstdOutput
 from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
-from llmkit.lineage.record import Lineage, digest_path, read_lineage
+from llmkit.io.record import Lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 
 LINES = b"".join(
     orjson.dumps({"id": str(i), "text": f"text {i} \u00e9", "extra": {"n": i}}) + b"\n" for i in range(500)

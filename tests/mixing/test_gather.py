@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing import gather
 from llmkit.mixing.order import OrderedTokens
 from llmkit.mixing.plan import Plan, PlannedSource
 from llmkit.shards import writer as shards
 from llmkit.shards.part import text_array
-from llmkit.shards.writer import ShardWriter, TokenStore
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.writer import ShardWriter
 
 Write = Callable[..., Path]
 

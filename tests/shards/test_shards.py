@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import Lineage, digest_path, read_lineage
+from llmkit.io.record import Lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.shards import writer as shards
+from llmkit.shards.lineage import shard_digest
 from llmkit.shards.part import as_arrow
-from llmkit.shards.tokenizer_info import parse_tokenizer
-from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
+from llmkit.shards.reader import TokenStore, load_tokenizer_info
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
+from llmkit.shards.writer import ShardWriter
 
 BARE = TokenizerInfo("xxh3:0", 300, 0)
 Write = Callable[..., Path]

@@ -34,10 +34,11 @@ def main(
     or in the directories given by --inputs; one that differs ends it with exit code 1. Models, tokenizers, plans and Parquet are
     not checked themselves, only as inputs of what was made from them. --json prints the record as it is stored.
     """
-    from llmkit.lineage import record as lineage
-    from llmkit.lineage import tree
+    from llmkit.lineage.formats import read_lineage
+    from llmkit.lineage.script import as_script
+    from llmkit.lineage.tree import as_tree
 
-    record = lineage.read_lineage(artefact)
+    record = read_lineage(artefact)
     if record is None:
         raise LlmkitError(
             f"{artefact}: no lineage inside", "plain .jsonl has no room for it, and other tools do not write it"
@@ -45,11 +46,11 @@ def main(
     if run.as_json:
         print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
     elif script:
-        print(tree.as_script(record, artefact, _flags), end="")
+        print(as_script(record, artefact, _flags), end="")
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
-        print(tree.as_tree(record, artefact), end="")
+        print(as_tree(record, artefact), end="")
 
 
 def _flags(name: str) -> dict[str, tuple[str, str, object]]:
@@ -69,9 +70,9 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]) -> None:
-    from llmkit.lineage import tree
+    from llmkit.lineage.check import check
 
-    results = list(tree.check(record, artefact, places))
+    results = list(check(record, artefact, places))
     for name, state in results:
         print(f"{state:<9} {name}")
     wrong = [name for name, state in results if state == "DIFFERS"]

@@ -15,7 +15,7 @@ from llmkit.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
     from llmkit.shards.foreign import Block
     from llmkit.shards.tokenizer_info import TokenizerInfo
 
@@ -183,7 +183,7 @@ def _encoded(
     engine: Engine,
 ) -> Found | None:
     """Documents to be encoded; None where that was done before."""
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.encode import EncodeOptions, Encoder
     from llmkit.tokens.fill_in_the_middle import fill_in_the_middle
 
@@ -215,7 +215,7 @@ def _stored(
     """Tokens that are stored already; None where the output has them."""
     from llmkit.io.inputs import STDIN, read_list
     from llmkit.shards.foreign import dataset_prefix
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.convert import stored
 
     run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
