@@ -33,8 +33,9 @@ from llmkit.mixing.holdout import mixed
 from llmkit.mixing.packing import packed
 from llmkit.mixing.plan import PLAN_NAME, Plan, located, read_plan
 from llmkit.seeds import derive
-from llmkit.shards.part import PADDING_SOURCE, Tokens
+from llmkit.shards.arrow import Tokens
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 MAX_DOCUMENTS = 1 << 31

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.shards.part import PADDING_SOURCE
+from llmkit.shards.shard import PADDING_SOURCE
 
 MOST = 15  # sources with a curve of their own
 OTHER = "other"

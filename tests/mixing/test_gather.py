@@ -14,7 +14,7 @@ from llmkit.mixing import gather
 from llmkit.mixing.order import OrderedTokens
 from llmkit.mixing.plan import Plan, PlannedSource
 from llmkit.shards import writer as shards
-from llmkit.shards.part import text_array
+from llmkit.shards.arrow import string_array
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.writer import ShardWriter
 
@@ -95,4 +95,4 @@ def test_ids_beyond_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             return 1 << 31
 
     with pytest.raises(LlmkitError, match="over 2 GiB of ids"):
-        text_array(np.array([1 << 31]), Huge())
+        string_array(np.array([1 << 31]), Huge())

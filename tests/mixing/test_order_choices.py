@@ -17,8 +17,8 @@ from llmkit.mixing import order as orders
 from llmkit.mixing.holdout import held_out
 from llmkit.mixing.order import OrderedTokens, one_pass, resolve
 from llmkit.mixing.plan import Plan, PlannedSource, plan_digest, plan_text
-from llmkit.shards.part import PADDING_SOURCE
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.writer import ShardWriter
 
 Write = Callable[..., Path]

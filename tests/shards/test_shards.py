@@ -21,8 +21,8 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.record import Lineage
 from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.shards import writer as shards
+from llmkit.shards.arrow import as_arrow
 from llmkit.shards.lineage import shard_digest
-from llmkit.shards.part import as_arrow
 from llmkit.shards.reader import TokenStore, load_tokenizer_info
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.shards.writer import ShardWriter

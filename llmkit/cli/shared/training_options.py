@@ -275,8 +275,8 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
         return None
     import numpy as np
 
-    from llmkit.shards.part import PADDING_SOURCE
     from llmkit.shards.reader import TokenStore
+    from llmkit.shards.shard import PADDING_SOURCE
     from llmkit.training.data import HeldOutSource
     from llmkit.training.source_groups import document_groups
 
