@@ -1,11 +1,11 @@
 """The lineage record of an artefact: the part that every writer needs, whatever its format.
 
-A record names the command, the options that decide the content, the version, the inputs (base name, digest, and their own records), and the
-result (counts and a digest of the content). It holds no time, host, absolute path, number of workers or output name, so equal inputs,
-options and seed give equal bytes.
+A record names the command, the options that decide the content, the version, the inputs (base name, digest, and
+their own records), and the result (counts and a digest of the content). It holds no time, host, absolute path,
+number of workers or output name, so equal inputs, options and seed give equal bytes.
 
-A writer stores the *header* before it reads any input and the *trailer* once the content is complete. Which format keeps them where:
-llmkit/lineage/formats.py.
+A writer stores the *header* before it reads any input and the *trailer* once the content is complete. Which
+format keeps them where: llmkit/lineage/formats.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from llmkit import __version__
-from llmkit.io.inputs import STDIN, is_remote, shown
+from llmkit.io.inputs import STDIN, is_remote, redacted
 
 
 @dataclass(slots=True)
 class Input:
     """One input of a command: role, base name (`-` for a pipe), digest, and its own record.
 
-    The role is "input", or the name of the option that named the file, or that option and its value with an asterisk in place of the path:
-    "rule url.domains=*".
+    The role is "input", or the name of the option that named the file, or that option and its value with an
+    asterisk in place of the path: "rule url.domains=*".
     """
 
     role: str
@@ -70,7 +70,7 @@ def base_name(path: str | Path) -> str:
     text = str(path)
     if text == STDIN:
         return STDIN
-    return os.path.basename(shown(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
+    return os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
 
 
 def join_notes(notes: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Fields of a lineage record, which may come from an untrusted file: a value of the wrong type reads as an absent one.
 
-A record is a tree: a command, its options, and its inputs with their own records (llmkit/io/record.py). An input named `-` came through a
-pipe from the command of its record; one without a record is an original file.
+A record is a tree: a command, its options, and its inputs with their own records (llmkit/io/record.py). An
+input named `-` came through a pipe from the command of its record; one without a record is an original file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 Record = dict[str, Any]
-MAX_DEPTH = 200  # of nested records that are followed
+MAX_DEPTH = 200  # nested records beyond this depth are ignored
 
 
 def options_of(node: Record) -> dict[str, Any]:
@@ -24,9 +24,9 @@ def counts_of(node: Record) -> dict[str, Any]:
 
 def inputs_of(node: Record) -> list[Record]:
     inputs = node.get("inputs")
-    found = (
+    items = (
         [item for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)]
         if isinstance(inputs, list)
         else []
     )
-    return [item | {"lineage": item["lineage"] if isinstance(item.get("lineage"), dict) else None} for item in found]
+    return [item | {"lineage": item["lineage"] if isinstance(item.get("lineage"), dict) else None} for item in items]

@@ -11,8 +11,9 @@
 | tokenizer directory | key `llmkit` of tokenizer_config.json |
 | plain .jsonl | none |
 
-A new format brings two functions in its own module, named in its row as "module:function" and imported when a file of that format is met:
-one that reads the slot of a file, and, where the digest is not simply that of the stored bytes, one that computes the content digest.
+A new format brings two functions in its own module, named in its row as "module:function" and imported when a
+file of that format is met: one that reads the slot of a file, and, where the digest is not simply that of the
+stored bytes, one that computes the content digest.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ STORED = (
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A format, recognised by the suffix of a file ("": any, None: directories only) or by the files in a directory (patterns)."""
+    """A format, recognised by the suffix of a file or by the files in a directory."""
 
     name: str
-    suffix: str | None
-    files: tuple[str, ...]
-    record: str  # "module:function": path of a file -> text or table in its slot, None where it is empty
-    digest: str = ""  # "module:function": path of a file or directory -> digest of its content, None where it is of another format
+    suffix: str | None  # "": any; None: directories only
+    files: tuple[str, ...]  # patterns
+    record: str  # "module:function": path of the file -> text or table in its slot, None where it is empty
+    digest: str = ""  # "module:function": path of the file or directory -> content digest, None: not of this format
 
     def file(self, path: Path) -> Path | None:
         """The file that holds the record of `path`; None where `path` is not of this format."""
@@ -103,12 +104,12 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
 
 
 def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
-    """Digest of a file's content (decompressed where it is compressed, except in web archives) or of a directory (names and digests of
-    its files, sorted).
+    """Digest of a file's content, decompressed except for STORED formats, or of a directory's names and files.
 
-    Hidden files, links and a checkpoint's `state/` do not count: they do not change what a reader of the directory gets. A run stands for
-    its final model. Token shards have a digest of their documents, mix plans one of what decides the order and not of the location of
-    the shards. `known` holds digests of files of the directory that were computed while they were read.
+    Hidden files, links and a checkpoint's `state/` do not count: they do not change what a reader of the
+    directory gets. A run stands for its final model. Token shards have a digest of their documents, mix plans
+    one of what decides the order and not of the location of the shards. `known` holds digests of files of the
+    directory that were computed while they were read.
     """
     if is_remote(str(path)):
         return _file_digest(str(path))
@@ -117,7 +118,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
 
 
 def content_digest(path: str | Path) -> str | None:
-    """Digest of an artefact's content, computed as its writer did; None for formats that are checked only as inputs of others."""
+    """Digest of an artefact's content as its writer computed it; None for formats without one."""
     path = Path(path)
     digest = _format_digest(path)
     if digest is None and path.is_file() and path.suffix in (".zst", ".gz"):

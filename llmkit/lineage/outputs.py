@@ -11,7 +11,7 @@ from llmkit.lineage.formats import read_lineage
 
 
 def artefact_directory(path: str | Path, force: bool = False) -> AbstractContextManager[Path]:
-    """`io.atomic.atomic_directory` that raises LlmkitError where `path` holds anything without a lineage record, `force` or not."""
+    """`atomic_directory`, but LlmkitError where `path` holds anything without a lineage record, `force` or not."""
 
     def check_replaced(directory: Path) -> None:
         if directory.is_dir() and any(directory.iterdir()) and not _has_lineage(directory):

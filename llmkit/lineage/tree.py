@@ -11,7 +11,7 @@ from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, optio
 
 
 def as_tree(record: Record, name: str) -> str:
-    """The record as an indented tree, the artefact first and its originals last."""
+    """The record as an indented tree with the artefact at the top and the original files as leaves."""
     lines: list[str] = []
 
     def show(node: Record, title: str, prefix: str, depth: int) -> None:
@@ -25,9 +25,8 @@ def as_tree(record: Record, name: str) -> str:
         inputs = inputs_of(node)
         for i, item in enumerate(inputs):
             last = i + 1 == len(inputs)
-            label = (
-                f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{'(pipe)' if item['name'] == STDIN else item['name']}"
-            )
+            input_name = "(pipe)" if item["name"] == STDIN else item["name"]
+            label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{input_name}"
             below = prefix + ("   " if last else "│  ")
             if item.get("lineage") and depth < MAX_DEPTH:
                 show(item["lineage"], label, below, depth + 1)

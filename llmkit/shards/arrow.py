@@ -1,5 +1,7 @@
-"""Arrow arrays as NumPy arrays and back, without a copy and without the conversions of pyarrow that import pandas where that is installed
-(0.4 s)."""
+"""Arrow arrays as NumPy arrays and back, without a copy.
+
+`Array.to_numpy` and `pa.array` are avoided: they import pandas where that is installed (0.4 s).
+"""
 
 from __future__ import annotations
 

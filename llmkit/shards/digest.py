@@ -1,8 +1,9 @@
 """The digest of token shards.
 
-That of one shard is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored (little-endian), document lengths
-(int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of nothing where there is no such column), and of a sixth where
-there are duplicates (int64). That of several shards is xxh3-128 of theirs. Cutting documents into batches does not change it.
+That of one shard is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored
+(little-endian), document lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of
+nothing where there is no such column), and of a sixth where there are duplicates (int64). That of several
+shards is xxh3-128 of theirs. Cutting documents into batches does not change it.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 A format is one module with two names, imported when it is used:
 
-    read(data_set, info, source) -> Iterator[TokenBlock]    # documents of one data set
-    Writer(output, info, force=False)                       # a context manager with `write(block)` and `finish(counts, inputs)`
+    read(data_set, info, source) -> Iterator[TokenBlock]    # documents of one data set Writer(output, info,
+    force=False)                       # a context manager with `write(block)` and `finish(counts, inputs)`
 
-None of them holds sources, ids, the tokenizer or a lineage record. Read again, a document's source is the name of its file and its id the
-xxh3-128 of its tokens. Documents without the end-of-text id get it, those without any other id are dropped, and both are counted: files
-that begin each document with that id, as modded-nanogpt's, are read correctly.
+None of them holds sources, ids, the tokenizer or a lineage record. Read again, a document's source is the name
+of its file and its id the xxh3-128 of its tokens. Documents without the end-of-text id get it, those without
+any other id are dropped, and both are counted: files that begin each document with that id, as
+modded-nanogpt's, are read correctly.
 """
 
 from __future__ import annotations

@@ -16,5 +16,5 @@ def read_record(path: str) -> dict[str, Any] | None:
 
 
 def shard_digest(path: str | Path) -> str:
-    """Digest of a .arrow file or a directory of shards, computed from the documents; equals the one in an intact trailer."""
+    """Digest of a .arrow file or directory of shards, from the documents; equals the one in an intact trailer."""
     return combined_digest([scan_shard(Shard(file, name))[0] for file, name in stream_files(str(path), None)])

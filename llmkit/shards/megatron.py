@@ -2,8 +2,9 @@
 
 The ids are in PREFIX.bin; PREFIX.idx holds, little-endian:
 
-    "MMIDIDX\\0\\0", uint64 version 1, uint8 code of the ids' type, uint64 sequences n, uint64 d, which is documents + 1
-    int32 length of each sequence [n], int64 byte offset of each in the .bin [n], int64 first sequence of each document and n [d]
+    "MMIDIDX\\0\\0", uint64 version 1, uint8 code of the ids' type, uint64 sequences n, uint64 d, which is
+    documents + 1 int32 length of each sequence [n], int64 byte offset of each in the .bin [n], int64 first
+    sequence of each document and n [d]
 
 We write one sequence per document, as uint16 below 65,500 ids and int32 above, as Megatron does.
 """
@@ -80,7 +81,8 @@ class Writer:
 def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterator[TokenBlock]:
     """The documents of PREFIX.bin and PREFIX.idx.
 
-    LlmkitError where the files are truncated, do not belong together, or hold ids that are not in the vocabulary of `info`.
+    LlmkitError where the files are truncated, do not belong together, or hold ids that are not in the
+    vocabulary of `info`.
     """
     name, index = prefix + ".idx", map_file(prefix + ".idx")
     not_an_index = LlmkitError(

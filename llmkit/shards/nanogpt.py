@@ -1,7 +1,8 @@
 """Token ids in a nanoGPT .bin file (data/*/prepare.py): the ids alone, each document ended by the end-of-text id.
 
-Ids are uint16, or uint32 where the vocabulary is over 65,536. llm.c and modded-nanogpt put 1,024 bytes in front, int32 little-endian: magic
-20240520 and version 1 (uint16) or 20240801 and 7 (uint32), then the number of ids. Such files are read too, and not written.
+Ids are uint16, or uint32 where the vocabulary is over 65,536. llm.c and modded-nanogpt put 1,024 bytes in
+front, int32 little-endian: magic 20240520 and version 1 (uint16) or 20240801 and 7 (uint32), then the number of
+ids. Such files are read too, and not written.
 """
 
 from __future__ import annotations

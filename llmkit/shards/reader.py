@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 class TokenStore:
     """Documents as token ids in the order in which they are stored, mapped into memory.
 
-    tokenizer: TokenizerInfo · documents, tokens: int · offsets: int64 [documents + 1], where each document starts in the flat order ·
-    codes: int32 [documents], index into `sources` · sources: list[str] · inputs: list[Input], one for each path opened.
+    tokenizer: TokenizerInfo · documents, tokens: int · offsets: int64 [documents + 1], where each document
+    starts in the flat order · codes: int32 [documents], index into `sources` · sources: list[str] · inputs:
+    list[Input], one for each path opened.
     """
 
     def __init__(self) -> None:
@@ -55,8 +56,9 @@ class TokenStore:
     def open(cls, paths: list[str] | str, *, spool: Path | None = None) -> TokenStore:
         """Map shard directories, .arrow files, or stdin ("-") as one store, in the order given.
 
-        stdin is first copied to `spool` (a file, which is kept, or a directory, where it is called stdin.arrow), or else to a temporary
-        file. Raises LlmkitError where a file is missing, truncated, not a token shard, or of another tokenizer than the first.
+        stdin is first copied to `spool` (a file, which is kept, or a directory, where it is called
+        stdin.arrow), or else to a temporary file. Raises LlmkitError where a file is missing, truncated, not a
+        token shard, or of another tokenizer than the first.
         """
         store = cls()
         paths = [paths] if isinstance(paths, str) else paths
@@ -138,7 +140,10 @@ class TokenStore:
 
     @property
     def stages(self) -> list[int]:
-        """Tokens after which each stage of the mix ends. The last is the total, and the only one outside a mix of several stages."""
+        """Tokens after which each stage of the mix ends.
+
+        The last is the total, and the only one outside a mix of several stages.
+        """
         ends = self._shards[0].stages() if self._shards else []
         if ends and ends[-1] != self.tokens:
             raise LlmkitError(
@@ -212,7 +217,7 @@ class TokenStore:
         return 0 if column is None else int(column[row].as_py())
 
     def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32] | None]:
-        """Index of each document's source int32 [documents], the sources, and how often each was seen before (None: never)."""
+        """Source index of each document int32 [documents], the sources, and times seen before (None: all zero)."""
         if not self.has_epochs or not self._columns:
             return self.codes, self.sources, None
         return self.codes, self.sources, np.concatenate([as_numpy(epoch) for _, epoch in self._columns])
@@ -282,7 +287,10 @@ def _check_complete(shards: list[Shard], path: str) -> None:
 
 
 def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
-    """The tokenizer at `path`: that of a .arrow file, or whatever `read_tokenizer` reads. LlmkitError where there is none."""
+    """The tokenizer at `path`: that of a .arrow file, or whatever `read_tokenizer` reads.
+
+    LlmkitError where there is none.
+    """
     path = Path(path)
     if path.suffix != ".arrow":
         return read_tokenizer(path)

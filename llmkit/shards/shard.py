@@ -41,7 +41,10 @@ HINT_FOREIGN = "the file was not written by llmkit"
 
 
 class Shard:
-    """One mapped Arrow stream: its batches, its trailer, its tokenizer. LlmkitError where it is damaged or not a token shard."""
+    """One mapped Arrow stream: its batches, its trailer, its tokenizer.
+
+    LlmkitError where it is damaged or not a token shard.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         import pyarrow as pa
@@ -117,7 +120,7 @@ class Shard:
             raise LlmkitError(f"{self.name}: malformed {what}", HINT_FOREIGN) from None
 
     def tokenizer(self) -> TokenizerInfo:
-        """The tokenizer's record, with its files from the schema, or else from the directory of the shard, if they are there."""
+        """The tokenizer, with its files from the schema or else from the shard's directory, where they exist."""
         files: Any = (
             self._json(self.metadata[TOKENIZER_TEXTS], "tokenizer files") if TOKENIZER_TEXTS in self.metadata else {}
         )

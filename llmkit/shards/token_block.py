@@ -1,4 +1,4 @@
-"""Documents as token ids in memory, about 2^20 tokens at a time, and such blocks from files of ids that are mapped into memory."""
+"""Blocks of documents as token ids, about 2^20 tokens each, and how to cut them from mapped files of ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_DOCUMENT = 1 << 28  # tokens; a file with a longer one was not made with thi
 
 @dataclass(slots=True)
 class TokenBlock:
-    """Documents in order: `tokens` flat [sum of lengths], `lengths` int64 [n] with the end-of-text id, ids and sources [n]."""
+    """Documents in order: `tokens` flat [sum of lengths], `lengths` int64 [n] with end-of-text, ids and sources [n]."""
 
     tokens: Tokens
     lengths: NDArray[np.int64]
@@ -69,7 +69,7 @@ def check_ids(tokens: Tokens, info: TokenizerInfo, name: str) -> None:
 def cut_block(
     tokens: Tokens, start: int, lengths: NDArray[np.int64], info: TokenizerInfo, source: str | None, name: str
 ) -> TokenBlock:
-    """The documents of these lengths from `start` in the ids of file `name`, each with the end-of-text id at its end."""
+    """The documents of `lengths` from `start` in the ids of file `name`, each ended by the end-of-text id."""
     if lengths.max() > MAX_DOCUMENT:
         raise LlmkitError(
             f"{name}: {int(lengths.max()):,} tokens without the end-of-text id {info.eos_id}",

@@ -18,12 +18,13 @@ Schema metadata:
 | llmkit.sequence_length | after packing by `mix` |
 | llmkit.stages | of a mix with several stages: tokens after which each ends |
 
-In a directory of part-00000.arrow, ... the tokenizer's files are stored beside the shards. The last batch is empty, and its custom
-metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} (shards/digest.py defines the digest) and in the last shard the
-trailer of the lineage record: a stream without it was cut off and is refused, as is a directory that lacks a shard.
+In a directory of part-00000.arrow, ... the tokenizer's files are stored beside the shards. The last batch is
+empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} (shards/digest.py
+defines the digest) and in the last shard the trailer of the lineage record: a stream without it was cut off and
+is refused, as is a directory that lacks a shard.
 
-Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file into memory and copies
-nothing: opening reads the metadata of each batch, `span` within one batch is a view.
+Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file
+into memory and copies nothing: opening reads the metadata of each batch, `span` within one batch is a view.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ SHARD_TOKENS = 1 << 27
 class ShardWriter:
     """Documents to token shards: a directory of shards, one file (output ending in .arrow), or stdout (None or "-").
 
-    Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. `epochs` and
-    `duplicates` write the columns of those names. `sequence_length` is the length that the documents are packed for; their padding has
-    the source PADDING_SOURCE. `stages` holds the tokens after which each stage of a mix ends.
+    Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a
+    terminal. `epochs` and `duplicates` write the columns of those names. `sequence_length` is the length that
+    the documents are packed for; their padding has the source PADDING_SOURCE. `stages` holds the tokens after
+    which each stage of a mix ends.
     """
 
     def __init__(
@@ -142,10 +144,11 @@ class ShardWriter:
         epochs: NDArray[np.int32] | None = None,
         duplicates: NDArray[np.int64] | None = None,
     ) -> None:
-        """Append n documents: `tokens` flat [sum of lengths], and of each document its length, id, source, how often it was seen before,
-        and how often `dedup` found it, each [n].
+        """Append n documents: `tokens` flat [sum of lengths], and for each document [n] its length, id, source,
+        how often it was seen before (`epochs`), and how often `dedup` found it.
 
-        Writes the same bytes as n calls of `write`. Nothing is copied before its batch is full: arrays must not change until `finish`.
+        Writes the same bytes as n calls of `write`. Nothing is copied before its batch is full: arrays must not
+        change until `finish`.
         """
         ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
@@ -222,7 +225,7 @@ class ShardWriter:
         self._pending_documents = self._pending_tokens = 0
 
     def _shard_codes(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
-        """Codes of this shard for `codes` into `names`; names that are new to it are numbered in order of appearance."""
+        """`codes` into `names` as codes of this shard, which numbers sources in order of appearance."""
         table = np.array([self._source_codes.get(name, -1) for name in names], np.int32)
         for code in dict.fromkeys(codes[table[codes] < 0].tolist()):
             table[code] = self._source_codes.setdefault(names[code], len(self._source_codes))

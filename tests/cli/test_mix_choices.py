@@ -197,7 +197,7 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
     assert found == {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12)}
     (tmp_path / "d.jsonl").write_bytes(b'{"text":"a"}\n{"text":"b","duplicates":"many"}\n')
     done = llmkit_here(*call, "d.jsonl", cwd=tmp_path)
-    assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is no count" in done.stderr
+    assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is not a count" in done.stderr
 
 
 def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[str, str]) -> None:
