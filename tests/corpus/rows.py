@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import orjson
 
-from llmkit.corpus.dedup.passages import Passages
-from llmkit.corpus.dedup.substring import Substring
+from llmkit.corpus.dedup.passages import PassageDedup
+from llmkit.corpus.dedup.substring import SubstringDedup
 from llmkit.io.documents import Chunk, ReadOptions
 
 
@@ -29,7 +29,7 @@ def texts_to_rows(texts: Iterable[str]) -> list[dict[str, object]]:
 
 
 def outcome_of(
-    stage: Passages | Substring, reason: str, texts: Iterable[str], chunk: int
+    stage: PassageDedup | SubstringDedup, reason: str, texts: Iterable[str], chunk: int
 ) -> tuple[list[str], list[str]]:
     """Texts that are kept, and those that are dropped for that reason, with the counts checked against both."""
     rows = list(texts)

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from packed import files_of
 from rows import Rows, texts_to_rows
 
-from llmkit.corpus.dedup.exact import Exact, Stream, passing_key, text_key
-from llmkit.corpus.dedup.groups import Groups
-from llmkit.corpus.dedup.kernels import groups as kernels
+from llmkit.corpus.dedup.exact import Exact, StreamingDedup, stored_key, transient_key
+from llmkit.corpus.dedup.kernels import clusters as kernels
 from llmkit.corpus.dedup.kernels.minhash import Shingles, functions, jaccard, sketch
-from llmkit.corpus.dedup.local import CHAIN
-from llmkit.corpus.dedup.method import METHODS, Decided
+from llmkit.corpus.dedup.local import NEIGHBOURS
 from llmkit.corpus.dedup.minhash import MinHash, bands_for
+from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.corpus.dedup.temp_columns import Blobs, Column
+from llmkit.corpus.dedup.two_pass import TwoPassDedup
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
 
@@ -36,18 +36,18 @@ def deduplicate(
     **more: object,
 ) -> tuple[list[dict], list[dict]]:
     """Kept and rejected rows of the two passes."""
-    groups = Groups(exact=exact, near=near, rejects=True, **more)  # type: ignore[arg-type]
+    groups = TwoPassDedup(exact=exact, near=near, rejects=True, **more)  # type: ignore[arg-type]
     seen = None if against is None else Rows(against)  # type: ignore[arg-type]
     return outcome(groups, groups.run(Rows(rows), seen))  # type: ignore[arg-type]
 
 
 def streamed(rows: list[dict[str, object]], exact: Exact, **more: object) -> tuple[list[dict], list[dict]]:
     """Kept and rejected rows of one pass."""
-    stream = Stream(exact=exact, rejects=True, **more)  # type: ignore[arg-type]
+    stream = StreamingDedup(exact=exact, rejects=True, **more)  # type: ignore[arg-type]
     return outcome(stream, stream.run(Rows(rows)))  # type: ignore[arg-type]
 
 
-def outcome(tally: Groups | Stream, run: Iterable[Decided]) -> tuple[list[dict], list[dict]]:
+def outcome(tally: TwoPassDedup | StreamingDedup, run: Iterable[ChunkResult]) -> tuple[list[dict], list[dict]]:
     done = list(run)
     kept = [orjson.loads(line) for part in done for line in part.kept.splitlines()]
     rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
@@ -120,10 +120,7 @@ def test_exact_is_what_a_dictionary_does(texts: list[str]) -> None:
 
 
 def test_unknown_names() -> None:
-    """Behaviour: methods and normalisations are suggested."""
-    with pytest.raises(UsageError) as caught:
-        METHODS.get("minhsh")
-    assert "minhash" in caught.value.hint
+    """Behaviour: normalisations are suggested."""
     with pytest.raises(UsageError) as caught:
         Exact(normalise="lose")
     assert "loose" in caught.value.hint
@@ -252,7 +249,7 @@ def test_which_survives() -> None:
         deduplicate(rows, near=MinHash(), keep="best:m")
     for wrong in ({"keep": "last"}, {"keep": "best:"}, {"clusters": "cliques"}):
         with pytest.raises(UsageError):
-            Groups(**wrong)  # type: ignore[arg-type]
+            TwoPassDedup(**wrong)  # type: ignore[arg-type]
 
 
 def test_stars_and_components() -> None:
@@ -301,7 +298,7 @@ def test_what_is_written_on_documents() -> None:
     assert [row.get("duplicates") for row in kept] == [2, None] and "cluster" not in kept[1]
     again, _ = deduplicate([*kept, rows[0]], near=MinHash())
     assert [row.get("duplicates") for row in again] == [3, None] and again[0]["cluster"] == kept[0]["cluster"]
-    plain, _ = deduplicate(rows, near=MinHash(), counts_written=False)
+    plain, _ = deduplicate(rows, near=MinHash(), write_counts=False)
     assert plain == [rows[0], rows[2]]
     marked, rejects = deduplicate(rows, near=MinHash(), annotate=True)
     assert rejects == [] and [row["id"] for row in marked] == ["d0", "d1", "d2"]
@@ -337,7 +334,7 @@ def test_words_whose_first_document_went_by_its_key() -> None:
     ]
     kept, rejects = deduplicate(rows, exact=Exact(key="url"), near=MinHash())
     assert [row["id"] for row in kept] == ["k"] and [row["reason"] for row in rejects] == ["exact", "minhash"]
-    plain, _ = deduplicate(rows, near=MinHash(), annotate=True, counts_written=False)
+    plain, _ = deduplicate(rows, near=MinHash(), annotate=True, write_counts=False)
     assert not any("cluster" in row or "duplicates" in row for row in plain)
     rows = [{"id": f"n{i}", "text": "a b", "duplicates": 3} for i in range(2)]
     assert deduplicate(rows, exact=Exact(key="url"))[0] == rows
@@ -363,7 +360,7 @@ def test_pairs_of_a_band() -> None:
         expected |= {(int(documents[i]), int(documents[j])) for j in group[:5] + group[-5:]}
     found = kernels.pairs(keys, documents, 5).tolist()
     assert len(found) == len(set(found)) and {(pair >> 32, pair & 0xFFFFFFFF) for pair in found} == expected
-    assert len(kernels.pairs(np.zeros(3000, np.uint64), np.arange(3000), CHAIN)) < 3000 * 2 * CHAIN
+    assert len(kernels.pairs(np.zeros(3000, np.uint64), np.arange(3000), NEIGHBOURS)) < 3000 * 2 * NEIGHBOURS
 
 
 def test_a_hundred_thousand_copies() -> None:
@@ -427,7 +424,7 @@ def test_pairs_in_the_sample_are_distinct() -> None:
     """Property: the word source of these tests makes texts that share no 5-gram, so that what it finds was put there."""
     sets = [shingles(" ".join(prose(150, ("text", i)))) for i in range(30)]
     assert max(jaccard(a, b) for a, b in combinations(sets, 2)) < 0.02
-    assert text_key("a") != text_key("b")
+    assert stored_key("a") != stored_key("b")
 
 
 ALIKE = st.text(st.sampled_from("aA\x01\0é\U00010141\ud800 "), max_size=4)
@@ -437,6 +434,6 @@ ALIKE = st.text(st.sampled_from("aA\x01\0é\U00010141\ud800 "), max_size=4)
 @given(texts=st.lists(ALIKE, min_size=2, max_size=12), normalise=st.sampled_from(["none", "whitespace", "loose"]))
 def test_passing_keys_make_the_same_texts_equal(texts: list[str], normalise: str) -> None:
     """Property: the key of one run is equal where the lasting key is, and nowhere else; an ASCII text is not taken for characters of its bytes."""
-    lasting, passing = ([key(text, normalise) for text in texts] for key in (text_key, passing_key))
+    lasting, passing = ([key(text, normalise) for text in texts] for key in (stored_key, transient_key))
     assert [lasting.index(key) for key in lasting] == [passing.index(key) for key in passing]
-    assert passing_key("\U00010141") != passing_key("A\x01\x01\0")
+    assert transient_key("\U00010141") != transient_key("A\x01\x01\0")

@@ -166,7 +166,7 @@ def test_two_runs_at_once(llmkit, nights: Path) -> None:
     settings = settings_of(MinHash(), None, False) | {"group": None}
     with Index(str(nights / "seen.duckdb"), settings):
         done = llmkit("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst", cwd=nights)
-    assert done.returncode == 75 and b"used by another run" in done.stderr, done.stderr
+    assert done.returncode == 75 and b"in use by another run" in done.stderr, done.stderr
     assert not (nights / "o.jsonl.zst").exists() and issubclass(LockedError, LlmkitError)
 
 
@@ -229,7 +229,7 @@ def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
         second = np.where(
             random_.random((n, functions)) < 0.8, first, random_.integers(0, limit, (n, functions))
         ).astype(width)
-        columns = {"same": np.arange(n).astype(np.uint64), "shingled": np.ones(n, np.int64), "signature": first}
+        columns = {"same": np.arange(n).astype(np.uint64), "shingle_counts": np.ones(n, np.int64), "signature": first}
         columns |= {f"band{i}": np.arange(n).astype(np.uint64) + np.uint64(1000 * i) for i in range(14)}
         columns["band3"] = np.zeros(n, np.uint64)
         with Index(str(tmp_path / f"{full}.duckdb"), settings_of(near, None, full)) as index:

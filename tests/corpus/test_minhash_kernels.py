@@ -259,7 +259,7 @@ def test_jaccard(one: list[int], other: list[int]) -> None:
 
 PROGRAM = """
 import warnings; warnings.simplefilter("error")
-from llmkit.corpus.kernels import minhash as m
+from llmkit.corpus.dedup.kernels import minhash as m
 text = "Ἡ ΣΊΣΥΦΟΣ, 3.14 Café " * 3 + "각 de la \\u302e\\u302f mémoire \\U0001d16d\\U0001d165"
 for bits in (32, 61):
     for n, t in ((2, text), (5, text[:-3] + "x"), (5, text[:60]), (9, "a b")):

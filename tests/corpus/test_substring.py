@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from rows import outcome_of
 
 from llmkit.corpus.dedup.kernels import substring as kernels
-from llmkit.corpus.dedup.method import METHODS
-from llmkit.corpus.dedup.substring import Substring
+from llmkit.corpus.dedup.substring import SubstringDedup
 from llmkit.corpus.kernels.characters import classes
 from llmkit.engine.local import Local
 from llmkit.errors import UsageError
 
 
-def outcome(stage: Substring, texts: Iterable[str], chunk: int = 3) -> list[str]:
+def outcome(stage: SubstringDedup, texts: Iterable[str], chunk: int = 3) -> list[str]:
     """Texts that are kept."""
     return outcome_of(stage, "substring", texts, chunk)[0]
 
@@ -70,7 +69,7 @@ TEXTS = st.lists(
 @example(["a " * 40, " a" * 40 + " "], 4, 300)
 def test_it_is_what_plain_python_makes(unit: str, texts: list[str], length: int, memory: int) -> None:
     """Parity with the definition above, however many parts the table of windows is cut into: nothing else goes, and nothing is missed."""
-    assert outcome(Substring(length=length, unit=unit, memory=memory), texts) == plainly(texts, length, unit)
+    assert outcome(SubstringDedup(length=length, unit=unit, memory=memory), texts) == plainly(texts, length, unit)
 
 
 def test_long_repeats_in_real_surroundings() -> None:
@@ -85,7 +84,7 @@ def test_long_repeats_in_real_surroundings() -> None:
         " ".join(prose(random_.randrange(100)) + random_.choice(shared) + prose(random_.randrange(100)))
         for _ in range(300)
     ]
-    kept = outcome(Substring(), texts)
+    kept = outcome(SubstringDedup(), texts)
     assert kept == plainly(texts, 50, "words")
     assert sum(map(len, kept)) < 0.8 * sum(map(len, texts))
 
@@ -95,9 +94,9 @@ def test_any_number_of_jobs_gives_the_same(unit: str) -> None:
     """Property: -j, the size of chunks, and the parts of the table decide nothing."""
     random_ = random.Random(4)
     texts = [" ".join(random_.choices("abcd", k=120)) for _ in range(150)]
-    once = outcome(Substring(length=9, unit=unit), texts)
+    once = outcome(SubstringDedup(length=9, unit=unit), texts)
     for more, chunk in (({"engine": Local(3)}, 5), ({}, 150), ({"memory": 10_000}, 3)):
-        assert outcome(Substring(length=9, unit=unit, **more), texts, chunk) == once  # type: ignore[arg-type]
+        assert outcome(SubstringDedup(length=9, unit=unit, **more), texts, chunk) == once  # type: ignore[arg-type]
     assert sum(map(len, once)) < sum(map(len, texts))
 
 
@@ -129,7 +128,7 @@ def test_hostile_documents(unit: str) -> None:
     copy = " ".join(f"{n}" for n in range(100))
     texts = ["", "a " * 10**6, "a b c " * 10**5, long, "\n", long, *[copy] * 20_000, "..."]
     began = time.process_time()
-    kept = outcome(Substring(unit=unit), texts, 1000)
+    kept = outcome(SubstringDedup(unit=unit), texts, 1000)
     assert time.process_time() - began < 15
     assert (kept[0], kept[3:]) == ("", [long, "\n", copy, "..."])
     assert len(kept[1]) <= 101 and len(kept[2]) <= 303
@@ -139,4 +138,4 @@ def test_senseless_parameters() -> None:
     """Behaviour: usage errors that name the option."""
     for wrong in ({"unit": "tokens"}, {"length": 1}, {"length": 1 << 30}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            METHODS.get("substring")(**wrong)
+            SubstringDedup(**wrong)  # type: ignore[arg-type]

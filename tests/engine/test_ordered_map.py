@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.engine.local import meanwhile, ordered_map
+from llmkit.engine.local import background_process, ordered_map
 from llmkit.errors import LlmkitError
 
 
@@ -74,15 +74,15 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
         list(ordered_map(die, range(10), 2))
 
 
-def test_meanwhile_ends_with_its_block(tmp_path: Path) -> None:
+def test_background_process_ends_with_its_block(tmp_path: Path) -> None:
     """Behaviour: the work is done beside the block, its errors are nobody's, and nothing of it is left afterwards."""
-    with meanwhile(lambda: (tmp_path / "done").touch()):
+    with background_process(lambda: (tmp_path / "done").touch()):
         deadline = time.monotonic() + 20
         while not (tmp_path / "done").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
     assert (tmp_path / "done").exists()
-    with meanwhile(lambda: time.sleep(600)):
+    with background_process(lambda: time.sleep(600)):
         pass
-    with meanwhile(lambda: 1 // 0):
+    with background_process(lambda: 1 // 0):
         pass
     assert not multiprocessing.active_children()
