@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -311,14 +311,11 @@ def _with_method(method: Method, methods: list[Method]) -> str:
 
 def _given_options(group: Any) -> list[str]:
     """The flags of the options in a group whose values are neither the default nor empty."""
-    hints = get_type_hints(type(group), include_extras=True)
     flags = []
     for item in fields(group):
         value = getattr(group, item.name)
         if value != item.default and value not in ("", [], None):
-            (option,) = (part for part in hints[item.name].__metadata__ if part is not NEUTRAL)
-            names = option.param_decls[0].split("/")  # --verify/--no-verify
-            flags.append(names[-1 if value is False else 0])
+            flags.append(("--no-" if value is False else "--") + item.name.replace("_", "-"))
     return flags
 
 
