@@ -20,7 +20,7 @@ import orjson
 from llmkit.corpus.filters import ByTable, Check, Filter
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
-from llmkit.engine.local import meanwhile
+from llmkit.engine.local import background_process
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 from llmkit.kernels import cold
@@ -63,7 +63,7 @@ class Chain:
         On a new machine another process compiles from the last filter on: what one has compiled, the other finds in the cache.
         """
         if cold() and len(self.steps) > 1:
-            with meanwhile(replace(self, steps=self.steps[::-1])._run_once):
+            with background_process(replace(self, steps=self.steps[::-1])._run_once):
                 self._run_once()
         else:
             self._run_once()

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume, jobs, make_all
+from llmkit.cli.shared.document_command import Job, Resume, plan_jobs, run_jobs
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
-    from llmkit.cli.shared.document_command import Made
+    from llmkit.cli.shared.document_command import JobResult
     from llmkit.corpus.extract.extractor import Extracted, Extractor, Reading
     from llmkit.io.documents import DocumentReader, DocumentWriter
     from llmkit.io.record import Input
@@ -88,7 +88,7 @@ def main(
     reading = Reading(run.read_options(html_key), max_page_bytes, verify)
     shown = 0
 
-    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> Made:
+    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> JobResult:
         nonlocal shown
         counts: Counter[str] = Counter(pages=0, documents=0, broken=0, characters=0)
         skipped: Counter[str] = Counter()
@@ -109,8 +109,8 @@ def main(
         none = counts["pages"] + counts["broken"] - counts["documents"]
         return dict(counts) | {"skipped": dict(sorted(skipped.items()))}, none, read
 
-    spread = ("--engine", engine) if place == "ray" else None
-    total = make_all(run, jobs(run, paths, rejects, resume), make, spread=spread)
+    cluster_arguments = ("--engine", engine) if place == "ray" else None
+    total = run_jobs(run, plan_jobs(run, paths, rejects, resume), make, cluster_arguments=cluster_arguments)
     if total is None:
         return
     most = sorted(total["skipped"].items(), key=lambda item: -item[1])
@@ -146,7 +146,7 @@ def _extracted(
         raise UsageError("a cluster has no one file for bad lines", "--on-bad-line skip, or stop")
     from llmkit.engine.cluster import Cluster
 
-    for found in Cluster().streams(partial(extract_files, extractor, reading), tasks(paths)):
+    for found in Cluster().flat_map(partial(extract_files, extractor, reading), tasks(paths)):
         if isinstance(found, list):
             read += found
         else:

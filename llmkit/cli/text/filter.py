@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.document_command import Rejects, Resume, announced, run_stage, summary_line
+from llmkit.cli.shared.document_command import Rejects, Resume, announce_compilation, run_stage, summary_line
 from llmkit.cli.shared.options import InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
@@ -173,7 +173,7 @@ def main(
             "reasons": {f"{name}.{reason}": n for (name, reason), n in sorted(reasons.items())},
         }
 
-    counts = run_stage(run, inputs, rejects, work, count, resume, spread=() if engine == "ray" else None)
+    counts = run_stage(run, inputs, rejects, work, count, resume, cluster_arguments=() if engine == "ray" else None)
     if counts is None:
         return
     if counts["reasons"]:
@@ -212,7 +212,7 @@ def _mapped(
     run: Run, chain: Chain, work: Callable[..., Filtered], reader: DocumentReader, engine: Engine
 ) -> Iterator[Filtered]:
     """`work` on every chunk, the chain made ready before workers fork."""
-    with announced(run):
+    with announce_compilation(run):
         chain.warm_up()
     yield from engine.map(partial(work, options=reader.options, chain=chain), reader)
 
