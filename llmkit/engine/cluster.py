@@ -42,7 +42,7 @@ Ref = Any  # a value that lies somewhere in the cluster
 WINDOW = 3  # calls on their way for each core
 AHEAD = 8  # chunks that a file's reader may be ahead
 READERS = 4  # files that are read at once, for each machine
-OWN_RULES = "llmkit_rules_"  # how modules of the user's own files begin, see corpus/rules.py
+OWN_RULES = "llmkit_rules_"  # how modules of the user's own files begin, see corpus/chain_loader.py
 REACHABLE = 10.0  # seconds for a cluster to answer
 RETRIES = 3  # of a call whose worker or machine is lost
 

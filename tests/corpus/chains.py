@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkit.corpus.chain import Chain
-from llmkit.corpus.rules import load_chain
+from llmkit.corpus.chain_loader import load_chain
 
 
 def chain_of(name: str, **settings: object) -> Chain:

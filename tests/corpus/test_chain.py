@@ -10,11 +10,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llmkit.corpus import rules
+from llmkit.corpus import chain_loader
 from llmkit.corpus.chain import filter_chunk
+from llmkit.corpus.chain_loader import as_rules, builtin_presets, describe_chain, load_chain, preset_text
 from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import builtin_presets, describe_chain, load_chain, preset_text, spell_out
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -49,7 +49,7 @@ def test_presets_spell_out_every_threshold(name: str) -> None:
     chain = dict(load_chain([name], [], [], "unicode").steps)
     for table in tomllib.loads(preset_text(name))["filter"]:
         kind = table.pop("name")
-        expected = rules.thresholds(FILTERS.get(kind))
+        expected = chain_loader.thresholds(FILTERS.get(kind))
         assert set(table) == set(expected)
         differing = {key for key in expected if expected[key] != getattr(chain[kind], key)}
         assert differing == OTHERWISE.get(name, {}).get(kind, set())
@@ -65,7 +65,7 @@ def test_description_makes_the_same_chain(tmp_path: Path) -> None:
     )
     (tmp_path / "my.toml").write_text(describe_chain(chain))
     assert load_chain([str(tmp_path / "my.toml")], [], [], "unicode") == chain
-    names, changed = spell_out(chain)
+    names, changed = as_rules(chain)
     assert load_chain([], names, changed, "unicode") == chain
     assert "c4.require_end_mark=false" in changed and "fineweb.list_ratio=off" in changed
 

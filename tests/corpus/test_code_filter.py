@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from chains import chain_of, reason_of
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.code import visible_text
 from llmkit.corpus.filters.kernels.code import encoded_runs
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import splitter
 
 SOURCE = """def mean(values):

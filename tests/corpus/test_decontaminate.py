@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import files_of, rows_of
 
-from llmkit.corpus.decontaminate import Index, Item, as_bytes, build_index, load_index, parts_of, words_of
+from llmkit.corpus.decontaminate import Item, ItemIndex, build_index, load_index, parts_of
 from llmkit.corpus.filters import FILTERS, Check
+from llmkit.corpus.kernels.item_ngrams import as_bytes, words_of
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import SPLITTERS
 from llmkit.errors import LlmkitError, UsageError
@@ -33,12 +34,12 @@ SOLUTION = "The ducks lay 48/2 = <<48/2=24>>24 eggs, both together 48+24 = <<48+
 FILLER = " ".join(f"filler{i}" for i in range(60))
 
 
-def one(*texts: str) -> Index:
+def one(*texts: str) -> ItemIndex:
     """Index of one item with these parts."""
     return build_index([Item("set", "1", list(parts_of(dict(enumerate(texts)))))])
 
 
-def share(index: Index, text: str) -> float:
+def share(index: ItemIndex, text: str) -> float:
     return index.find(text, None).share
 
 
@@ -224,7 +225,7 @@ def test_cut(items: tuple[str, ...]) -> None:
     ("settings", "message"),
     [
         ({"action": "burn"}, "action: 'burn'"),
-        ({"min_share": 0}, "min_share: 0 is no share"),
+        ({"min_share": 0}, "min_share: 0 is not a share"),
         ({"n": 9}, "n: 9 and min_words: 8"),
         ({}, "files names no evaluation items"),
         ({"files": ("-",)}, "stdin"),
@@ -353,11 +354,11 @@ def letters(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def gsm8k(shared_data: Path) -> Index:
+def gsm8k(shared_data: Path) -> ItemIndex:
     return load_index((str(shared_data / "bench" / "gsm8k_train.jsonl.zst"),))
 
 
-def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: Index) -> None:
+def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: ItemIndex) -> None:
     """Property: at least 99 % of FLAN's rewritten GSM8K rows, whole or the reasoning alone, and as the right item."""
     min_share = FILTERS.get("decontaminate")().min_share
     rows = enumerate(rows_of(shared_data / "bench" / "gsm8k_train.jsonl.zst"), 1)
@@ -375,7 +376,7 @@ def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: Index) -> None:
     assert reasoning >= 0.99 * len(held)
 
 
-def test_unrelated_documents_are_kept(shared_data: Path, gsm8k: Index) -> None:
+def test_unrelated_documents_are_kept(shared_data: Path, gsm8k: ItemIndex) -> None:
     """Property: at most 0.1 % of documents that hold no GSM8K item, a fifth of them mathematics, are flagged."""
     min_share = FILTERS.get("decontaminate")().min_share
     documents = [text for name, texts in flan(shared_data).items() if name != "gsm8k_train.tsv" for text in texts]

@@ -12,7 +12,7 @@ import pytest
 import xxhash
 import zstandard
 
-from llmkit.corpus.extract.archives import Broken, Page, read_pages
+from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.corpus.extract.extractor import Extractor
 
@@ -36,7 +36,7 @@ def record(content: bytes, url: str = "http://a.example/", kind: str = "response
     return head.encode() + content + b"\r\n\r\n"
 
 
-def pages(path: Path, **how: object) -> list[Page | Broken]:
+def pages(path: Path, **how: object) -> list[PageRecord | BrokenRecord]:
     return list(read_pages(str(path), **how))  # type: ignore[arg-type]
 
 
@@ -58,9 +58,9 @@ def test_warc_in_every_packing(tmp_path: Path, packed: str) -> None:
     ]
     (tmp_path / "whatever").write_bytes(PACKERS[packed](records))
     found = pages(tmp_path / "whatever")
-    assert [page.url for page in found if isinstance(page, Page)] == [f"http://a.example/{i}" for i in range(3)]
+    assert [page.url for page in found if isinstance(page, PageRecord)] == [f"http://a.example/{i}" for i in range(3)]
     page = found[0]
-    assert isinstance(page, Page)
+    assert isinstance(page, PageRecord)
     assert (page.date, page.content_type, page.charset) == ("2024-05-18T01:58:10Z", "text/html", "iso-8859-1")
     assert page.content == HTML.encode()
 
@@ -72,8 +72,8 @@ def test_wet_and_encoded_responses(tmp_path: Path) -> None:
     packed = record(chunked, Content_Encoding="gzip", Transfer_Encoding="chunked")
     (tmp_path / "a").write_bytes(packed + record("Bonjour à tous".encode(), kind="conversion"))
     first, second = pages(tmp_path / "a")
-    assert isinstance(first, Page) and first.content == HTML.encode()
-    assert isinstance(second, Page) and second.is_text
+    assert isinstance(first, PageRecord) and first.content == HTML.encode()
+    assert isinstance(second, PageRecord) and second.is_text
     assert document_of(second, ENGINES["plain"])["text"] == "Bonjour à tous"
 
 
@@ -86,12 +86,12 @@ def test_arc(tmp_path: Path) -> None:
     (tmp_path / "b.arc.gz").write_bytes(gzip.compress(head) + gzip.compress(line + response + b"\n"))
     for name in ("a.arc", "b.arc.gz"):
         (page,) = pages(tmp_path / name)
-        assert isinstance(page, Page)
+        assert isinstance(page, PageRecord)
         assert (page.url, page.date, page.charset) == ("http://a.example/a b", "2014-02-16T05:02:21Z", "utf-8")
         assert page.content == HTML.encode()
     (tmp_path / "cut.arc").write_bytes(head + line + response[:50])
     (broken,) = pages(tmp_path / "cut.arc")
-    assert isinstance(broken, Broken) and "truncated" in broken.reason
+    assert isinstance(broken, BrokenRecord) and "truncated" in broken.reason
 
 
 @pytest.mark.parametrize("packed", ["plain", "gzip per record", "zstd per record"])
@@ -102,9 +102,9 @@ def test_reading_goes_on_behind_a_broken_record(tmp_path: Path, packed: str) -> 
     parts[1] = parts[1][:4] + random.Random(1).randbytes(300) + parts[1][80:]
     (tmp_path / "a.warc").write_bytes(b"".join(parts))
     found = pages(tmp_path / "a.warc")
-    urls = [page.url for page in found if isinstance(page, Page)]
+    urls = [page.url for page in found if isinstance(page, PageRecord)]
     assert "http://a.example/0" in urls and urls[-2:] == ["http://a.example/2", "http://a.example/3"]
-    assert any(isinstance(page, Broken) for page in found)
+    assert any(isinstance(page, BrokenRecord) for page in found)
 
 
 def test_cut_and_mislabelled_archives(tmp_path: Path) -> None:
@@ -113,11 +113,14 @@ def test_cut_and_mislabelled_archives(tmp_path: Path) -> None:
     whole = b"".join(map(gzip.compress, records))
     (tmp_path / "cut.warc.gz").write_bytes(whole[:-100])
     found = pages(tmp_path / "cut.warc.gz")
-    assert [page.url for page in found if isinstance(page, Page)][:2] == ["http://a.example/0", "http://a.example/1"]
-    assert any(isinstance(page, Broken) for page in found)
+    assert [page.url for page in found if isinstance(page, PageRecord)][:2] == [
+        "http://a.example/0",
+        "http://a.example/1",
+    ]
+    assert any(isinstance(page, BrokenRecord) for page in found)
     wrong = records[0].replace(b"Content-Length: ", b"Content-Length: 9", 1)
     (tmp_path / "wrong.warc").write_bytes(wrong + b"".join(records[1:]))
-    assert any(isinstance(page, Broken) for page in pages(tmp_path / "wrong.warc"))
+    assert any(isinstance(page, BrokenRecord) for page in pages(tmp_path / "wrong.warc"))
 
 
 def test_size_and_digest(tmp_path: Path) -> None:
@@ -125,21 +128,21 @@ def test_size_and_digest(tmp_path: Path) -> None:
     bomb = record(gzip.compress(b"x" * 5_000_000), Content_Encoding="gzip")
     (tmp_path / "a").write_bytes(record(b"y" * 300_000) + bomb + record(HTML.encode()))
     found = pages(tmp_path / "a", max_bytes=100_000)
-    assert [type(page).__name__ for page in found] == ["Broken", "Broken", "Page"]
+    assert [type(page).__name__ for page in found] == ["BrokenRecord", "BrokenRecord", "PageRecord"]
     signed = record(HTML.encode()).replace(
         b"Content-Type: application",
         b"WARC-Block-Digest: sha1:3I42H3S6NNFQ2MSVX7XZKYAYSCX5QBYJ\r\nContent-Type: application",
         1,
     )
     (tmp_path / "b").write_bytes(signed)
-    assert isinstance(pages(tmp_path / "b")[0], Page)
+    assert isinstance(pages(tmp_path / "b")[0], PageRecord)
     (broken,) = pages(tmp_path / "b", verify=True)
-    assert isinstance(broken, Broken) and "digest" in broken.reason
+    assert isinstance(broken, BrokenRecord) and "digest" in broken.reason
 
 
 def text_of(html: str | bytes, engine: str = "resiliparse", **changes: object) -> dict:
     content = html if isinstance(html, bytes) else html.encode()
-    return document_of(Page("i", content, **changes), ENGINES[engine])  # type: ignore[arg-type]
+    return document_of(PageRecord("i", content, **changes), ENGINES[engine])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -222,12 +225,12 @@ def test_encodings(encoding: str, declared: str) -> None:
 def test_what_gives_no_document() -> None:
     """Behaviour: errors, images, empty pages and damaged PDFs are left out, with the reason."""
     for page, reason in (
-        (Page("i", HTML.encode(), status=404), "http status"),
-        (Page("i", b"\x89PNG\x00\x00", content_type="image/png"), "content type"),
-        (Page("i", b"\x00\x01\x02", content_type="text/html"), "content type"),
-        (Page("i", b"<html><body></body></html>"), "no text"),
-        (Page("i", b""), "no text"),
-        (Page("i", b"%PDF-1.4 nothing"), "damaged pdf"),
+        (PageRecord("i", HTML.encode(), status=404), "http status"),
+        (PageRecord("i", b"\x89PNG\x00\x00", content_type="image/png"), "content type"),
+        (PageRecord("i", b"\x00\x01\x02", content_type="text/html"), "content type"),
+        (PageRecord("i", b"<html><body></body></html>"), "no text"),
+        (PageRecord("i", b""), "no text"),
+        (PageRecord("i", b"%PDF-1.4 nothing"), "damaged pdf"),
     ):
         with pytest.raises(Skip, match=reason):
             document_of(page, ENGINES["resiliparse"])
@@ -260,16 +263,16 @@ def pdf(*texts: str) -> bytes:
 
 def test_pdf() -> None:
     """Behaviour: the text layer of every page; pages without one are counted, not invented."""
-    row = document_of(Page("i", pdf("Hello there", "", "and goodbye")), ENGINES["resiliparse"])
+    row = document_of(PageRecord("i", pdf("Hello there", "", "and goodbye")), ENGINES["resiliparse"])
     assert row["text"] == "Hello there\n\nand goodbye"
     assert (row["pages"], row["pages_without_text"], row["content_type"]) == (3, 1, "application/pdf")
 
 
 def test_hostile_pages_cost_no_more_than_the_limit() -> None:
     """Behaviour: a page that would take minutes is given up; its neighbours come out, in order, for any number of workers."""
-    deep = Page("deep", b"<div>" * 100_000 + b"x")
-    wide = Page("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
-    given = [Page("a", HTML.encode()), deep, wide, Page("b", HTML.encode())]
+    deep = PageRecord("deep", b"<div>" * 100_000 + b"x")
+    wide = PageRecord("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
+    given = [PageRecord("a", HTML.encode()), deep, wide, PageRecord("b", HTML.encode())]
     for jobs in (1, 2):
         extractor = Extractor("resiliparse", seconds=1.0, max_bytes=4 << 20)
         outcomes = list(extractor.run(given, jobs))
@@ -288,7 +291,7 @@ def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(ENGINES, "fragile", fragile)
     extractor = Extractor("fragile", seconds=5.0, max_bytes=1 << 20)
-    (outcome,) = extractor.run([Page("a", b"bad"), Page("b", b"good")])
+    (outcome,) = extractor.run([PageRecord("a", b"bad"), PageRecord("b", b"good")])
     assert outcome.kept.count(b"\n") == 1 and outcome.skipped == {"engine failed (LookupError)": 1}
 
 
@@ -308,7 +311,7 @@ def test_digest_of_a_stream_that_is_read_twice(tmp_path: Path) -> None:
     head = b"filedesc://c.arc 0.0.0.0 20140216050221 text/plain 0\n"
     (tmp_path / "c.arc").write_bytes(head + (tmp_path / "c.arc").read_bytes())
     (page,) = pages(tmp_path / "c.arc")
-    assert isinstance(page, Page) and page.id.startswith("c.arc#")
+    assert isinstance(page, PageRecord) and page.id.startswith("c.arc#")
 
 
 def test_real_archives(shared_data: Path) -> None:

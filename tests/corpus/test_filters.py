@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters import FILTERS
 from llmkit.corpus.filters.gopher_repetition import joined_duplicates
 from llmkit.corpus.kernels.repetition import ngram_repeats
 from llmkit.corpus.kernels.tokens import tokens_of
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import SPLITTERS
 
 # 60 different words of 5 letters, with the stop words that a real text has.

@@ -11,12 +11,12 @@ import numpy as np
 import plain
 import pytest
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.kernels import c4
 from llmkit.corpus.kernels import characters
 from llmkit.corpus.kernels.repetition import group
 from llmkit.corpus.kernels.tokens import has_words
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import MARKS, SPLITTERS, TERMINALS, count_sentences
 
 PIECES = """the cat and a dog have to be with that lot of ab c a bc # ... … • - -- { } 12 １１ 。 。。 [1] [] [edit] [12 [citation needed] "x" it's don’t

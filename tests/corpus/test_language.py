@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llmkit.corpus.classifier_training import Training, train
+from llmkit.corpus.chain_loader import load_chain
+from llmkit.corpus.classifier_training import ClassifierOptions, train
 from llmkit.corpus.filters import language
-from llmkit.corpus.rules import load_chain
 from llmkit.errors import LlmkitError, UsageError
 
 GERMAN = "der hund und die katze schlafen heute in der sonne"
@@ -22,7 +22,7 @@ ENGLISH = "the dog and the cat are asleep in the sun today"
 @pytest.fixture
 def model(tmp_path: Path) -> str:
     """A model of two languages, by their words."""
-    trained = train([GERMAN, ENGLISH] * 8, [0, 1] * 8, ("de", "en"), Training(dim=8, word_ngrams=1, epochs=30))
+    trained = train([GERMAN, ENGLISH] * 8, [0, 1] * 8, ("de", "en"), ClassifierOptions(dim=8, word_ngrams=1, epochs=30))
     with open(tmp_path / "lid.bin", "wb") as sink:
         trained.write(sink)
     return str(tmp_path / "lid.bin")

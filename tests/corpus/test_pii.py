@@ -14,7 +14,8 @@ from llmkit.corpus.chain import Chain, filter_chunk
 from llmkit.corpus.filters import FILTERS
 from llmkit.corpus.filters.pii import redact
 from llmkit.corpus.page import Page
-from llmkit.corpus.pii import KINDS, Span, find
+from llmkit.corpus.pii import KINDS, find
+from llmkit.corpus.pii.span import PiiSpan
 from llmkit.corpus.words import SPLITTERS
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
@@ -208,4 +209,4 @@ def test_unknown_settings(settings: dict[str, object]) -> None:
 
 def test_span_is_plain() -> None:
     """Behaviour: a span reads as text[start:end] of its kind."""
-    assert find("x bob@acme.com") == [Span("email", 2, 14)]
+    assert find("x bob@acme.com") == [PiiSpan("email", 2, 14)]

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmkit.corpus.classifier_training import Training, auc, cross_validate, stratify, train, wilson
+from llmkit.corpus.chain_loader import load_chain
+from llmkit.corpus.classifier_training import ClassifierOptions, auc, cross_validate, stratify, train, wilson
 from llmkit.corpus.fasttext import Model, load
-from llmkit.corpus.rules import load_chain
 from llmkit.errors import LlmkitError, UsageError
 
-QUICK = Training(dim=12, epochs=20)
+QUICK = ClassifierOptions(dim=12, epochs=20)
 TOPICS = {
     "good": "theorem proof energy river history language measured because therefore",
     "bad": "buy cheap click here now free casino offer subscribe",
@@ -64,7 +64,7 @@ def test_equal_seeds_give_equal_bytes() -> None:
     made = []
     for seed in (1, 1, 2):
         sink = io.BytesIO()
-        train(*corpus(), ("good", "bad"), Training(dim=8, epochs=2, seed=seed)).write(sink)
+        train(*corpus(), ("good", "bad"), ClassifierOptions(dim=8, epochs=2, seed=seed)).write(sink)
         made.append(sink.getvalue())
     assert made[0] == made[1] != made[2]
 
@@ -83,7 +83,7 @@ def test_the_library_reads_what_we_train(good_bad: Path) -> None:
 def test_odd_texts_train() -> None:
     """Behaviour: empty texts, labels and `</s>` inside a text, one word, and words of a megabyte are no fault."""
     texts = ["", "\0", "__label__good x </s> y", "one", "w" * 2_000_000, "é 日本 🙂"]
-    model = train(texts, [0, 1, 0, 1, 0, 1], ("good", "bad"), Training(dim=4, epochs=2))
+    model = train(texts, [0, 1, 0, 1, 0, 1], ("good", "bad"), ClassifierOptions(dim=4, epochs=2))
     words = model.lookup.words
     assert words == len({"</s>", "x", "y", "one", "w", "é", "日本", "🙂"})
     assert np.isfinite(model.input.average(model.features("x one"))).all()
@@ -92,7 +92,7 @@ def test_odd_texts_train() -> None:
 def test_a_rate_too_high_is_named() -> None:
     """Behaviour: a training that diverges says so instead of writing numbers that are none."""
     with pytest.raises(LlmkitError, match="diverged"):
-        train(["a", "b", "a b"], [0, 1, 0], ("good", "bad"), Training(dim=4, epochs=50, rate=1e20))
+        train(["a", "b", "a b"], [0, 1, 0], ("good", "bad"), ClassifierOptions(dim=4, epochs=50, rate=1e20))
 
 
 def test_cross_validation_judges_unseen_texts() -> None:

@@ -11,9 +11,9 @@ import pytest
 from chains import chain_of, reason_of
 
 from llmkit.corpus.chain import Chain
-from llmkit.corpus.filters.url import host_of, parents, plain
-from llmkit.corpus.lists import Table, dotted
-from llmkit.corpus.rules import load_chain
+from llmkit.corpus.chain_loader import load_chain
+from llmkit.corpus.filters.url import host_of, normalized_url, parents
+from llmkit.corpus.lists import StringSet, dotted
 from llmkit.errors import LlmkitError, UsageError
 
 pytest.importorskip("re2", reason="google-re2 is not installed")
@@ -103,7 +103,7 @@ def test_url_parts() -> None:
     assert parents("a.b.co.uk") == ["a.b.co.uk", "b.co.uk", "co.uk", "uk"]
     assert parents("") == [] and parents("::1") == ["::1"] and parents("1.2.3.4") == ["1.2.3.4"]
     assert [host_of(url) for url in ("http://[::1]:80/", "http://[::1", "x", "")] == ["::1", "[", "x", ""]
-    assert plain("HTTP://A.org/b%20c/#d") == "a.org/b c"
+    assert normalized_url("HTTP://A.org/b%20c/#d") == "a.org/b c"
 
 
 def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
     assert time.process_time() - start < 10
     assert reason(chain, url="http://www.site12345.example4.org/") == ("domain", "site12345.example4.org")
     assert reason(chain, url="http://www.site12345.example5.org/") == ("", None)
-    table = Table(f"entry {i}" for i in range(1000))
-    assert table.hashes.nbytes == 8008 and table.all(["entry 7", "no", "entry 999"]) == ["entry 7", "entry 999"]
-    assert Table([]).first(["a"]) is None and table.first([]) is None
+    table = StringSet(f"entry {i}" for i in range(1000))
+    assert table.hashes.nbytes == 8008 and table.members(["entry 7", "no", "entry 999"]) == ["entry 7", "entry 999"]
+    assert StringSet([]).first_member(["a"]) is None and table.first_member([]) is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
     [
         (b"\xff\xfe\n", "domains", ":1: not UTF-8"),
         (b"good\n" + b"x" * 100_000, "words", ":2: a line of over"),
-        (b"ok.*\n[a-z\n", "patterns", "x.txt:2: '[a-z' is no valid pattern"),
+        (b"ok.*\n[a-z\n", "patterns", "x.txt:2: '[a-z' is not a valid pattern"),
         (None, "hosts", "No such file"),
     ],
 )
@@ -253,7 +253,7 @@ def test_regex_takes_linear_time() -> None:
 @pytest.mark.parametrize("pattern", ["(", "[a-", "(?=a)", r"(a)\1", "a{2000}", "*"])
 def test_bad_patterns(pattern: str) -> None:
     """Behaviour: the rule is named, with what RE2 says of it."""
-    with pytest.raises(UsageError, match=r"regex\.pattern: .* is no valid pattern \(.+\)"):
+    with pytest.raises(UsageError, match=r"regex\.pattern: .* is not a valid pattern \(.+\)"):
         chain_of("regex", pattern=pattern).warm_up()
 
 

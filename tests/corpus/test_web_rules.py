@@ -15,10 +15,10 @@ from chains import chain_of, reason_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.chain import Verdict
+from llmkit.corpus.chain import FilterDecision
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.dolma import Dolma
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import splitter
 
 pytest.importorskip("re2", reason="google-re2 is not installed")
@@ -26,7 +26,7 @@ pytest.importorskip("re2", reason="google-re2 is not installed")
 LINE = "This is a line of the text that stays as it is."  # 11 words
 
 
-def judge(name: str, text: str, **thresholds: object) -> Verdict:
+def judge(name: str, text: str, **thresholds: object) -> FilterDecision:
     return chain_of(name, **thresholds).judge(text)
 
 
