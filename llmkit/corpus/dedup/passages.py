@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
 from llmkit.corpus.dedup.hash_set import Seen
 from llmkit.corpus.dedup.kernels import passages as kernels
+from llmkit.corpus.dedup.kernels.normalise import tables
 from llmkit.corpus.dedup.method import METHODS, Decided
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader
