@@ -8,9 +8,9 @@ A document is its first 1,048,576 characters, not lower-cased and split at white
 stochastic gradient descent, one document at a time, in an order shuffled for each epoch, with a learning rate
 that falls linearly to zero. It uses one thread, so that equal input and seed give equal bytes. Every word has a
 row of its own, up to the 2,000,000 most frequent ones; n-grams share a quarter as many rows as the texts have
-words (a power of two, between 1,024 and 2,097,152). Few documents need many epochs: the default is 20,000
-steps' worth of epochs, between 5 and 50. On 400 film reviews, 20 epochs at rate 0.5 learnt nothing, neither
-here nor with the library; 50 epochs at rate 1.0 did.
+words (a power of two, between 1,024 and 2,097,152). Few documents need many epochs: the default is the number
+that makes 20,000 steps, but between 5 and 50. On 400 film reviews, 20 epochs at rate 0.5 learnt nothing,
+neither here nor with the library; 50 epochs at rate 1.0 did.
 
 Memory: the texts, 8 bytes per word (with word_ngrams=2), and 4 * dim bytes per row. Cost: words times epochs
 times dim, more where the rows do not fit the caches. Source: Joulin et al., "Bag of Tricks for Efficient Text

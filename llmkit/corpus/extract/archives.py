@@ -131,7 +131,7 @@ def _warc(
     """Records of a WARC or WET file. After a broken record, reading resumes where the next one seems to begin."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType, any_type
 
-    wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    page_types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     damaged = WarcRecordType.unknown | WarcRecordType.no_type
     name, start = display_name(path), 0
     while True:
@@ -141,7 +141,7 @@ def _warc(
                 record_start = start + record.stream_pos
                 if record.record_type & damaged:
                     yield BrokenRecord(name, record_start, "its head is damaged")
-                elif record.record_type & wanted:
+                elif record.record_type & page_types:
                     yield _page(record, name, record_start, max_bytes, verify)
             return
         except (OSError, ValueError) as error:

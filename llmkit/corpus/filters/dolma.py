@@ -87,9 +87,9 @@ class Dolma:
         yield Check("dup_line_frac", share, above(share, self.dup_line_frac))
         share = repeated_characters / max(1, characters)
         yield Check("dup_line_char_frac", share, above(share, self.dup_line_char_frac))
-        parts, wholes = all_copies(words.hashes, words.lengths).tolist()
-        for n, part, whole in zip(range(2, 11), parts, wholes, strict=True):
-            share = part / max(1, whole)
+        repeated_counts, denominators = all_copies(words.hashes, words.lengths).tolist()
+        for n, repeated, denominator in zip(range(2, 11), repeated_counts, denominators, strict=True):
+            share = repeated / max(1, denominator)
             reason = f"top_{n}_gram" if n <= 4 else f"duplicated_{n}_n_grams"
             yield Check(reason, share, above(share, getattr(self, reason)))
 

@@ -180,19 +180,19 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def has_words(data, wanted):  # type: ignore[no-untyped-def]
-    """Whether the text certainly has `wanted` words of either kind.
+def has_words(data, minimum):  # type: ignore[no-untyped-def]
+    """Whether the text certainly has at least `minimum` words of either kind.
 
     Counts visible ASCII characters that follow a space or newline, each of which begins a word.
     """
     count, start = 0, 1
-    while start < len(data) and count < wanted:
+    while start < len(data) and count < minimum:
         stop = min(start + 512, len(data))
         for i in range(start, stop):  # without branches, so that it vectorises
             a, b = data[i - 1], data[i]
             count += ((a == 0x20) | (a == 0x0A)) & (b > 0x20) & (b < 0x7F)
         start = stop
-    return count >= wanted
+    return count >= minimum
 
 
 @kernel
@@ -214,28 +214,28 @@ def symbols(data):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
-    """(words that are not symbols, characters in them, words with a letter, number of `wanted` hashes that occur)."""
-    proper = characters = words_with_letter = found = 0
+def summary(hashes, lengths, flags, targets):  # type: ignore[no-untyped-def]
+    """(words that are not symbols, characters in them, words with a letter, number of `targets` that occur)."""
+    proper = characters = words_with_letter = matches = 0
     for i in range(len(flags)):
         marks = int(flags[i] & MARK != 0)
         proper += 1 - marks
         characters += lengths[i] * (1 - marks)
         words_with_letter += flags[i] & ALPHA != 0
-    missing, possible = wanted.copy(), np.uint64(0)
-    for h in wanted:
+    missing, possible = targets.copy(), np.uint64(0)
+    for h in targets:
         possible |= swar.ONE << (h & np.uint64(63))
     for i in range(len(hashes)):
         if not possible >> (hashes[i] & np.uint64(63)) & swar.ONE:
             continue
-        if found == len(missing):
+        if matches == len(missing):
             break
-        for k in range(len(missing) - found):
+        for k in range(len(missing) - matches):
             if missing[k] == hashes[i]:
-                found += 1
-                missing[k] = missing[len(missing) - found]
+                matches += 1
+                missing[k] = missing[len(missing) - matches]
                 break
-    return proper, characters, words_with_letter, found
+    return proper, characters, words_with_letter, matches
 
 
 @njit(cache=True, nogil=True)

@@ -104,8 +104,8 @@ def _international_end(text: str, groups: list[tuple[int, str]]) -> int:
         code = digits[trunk : trunk + 3]
     if not code or (code == "1" and digits[trunk + 1 : trunk + 2] in ("0", "1")):
         return 0
-    fewest, most = CALLING_CODES.get(code, (5, 11))
-    while groups and not fewest <= len(digits) - len(code) - trunk <= most:
+    min_digits, max_digits = CALLING_CODES.get(code, (5, 11))
+    while groups and not min_digits <= len(digits) - len(code) - trunk <= max_digits:
         digits = digits[: -len(groups.pop()[1])]
     return groups[-1][0] if groups else 0
 

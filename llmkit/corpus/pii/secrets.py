@@ -12,8 +12,8 @@ from llmkit.corpus.pii.span import PiiSpan
 # Every key begins with one of these literals; each is paired with the pattern of the whole key. The look-behind
 # for what must not precede the key comes after the literal, so that the regex engine searches for a literal.
 KEYS = [
-    (prefix, re.compile(rf"{re.escape(prefix)}(?<![A-Za-z0-9_-]{re.escape(prefix)}){rest}(?![A-Za-z0-9_])"))
-    for prefixes, rest in [
+    (prefix, re.compile(rf"{re.escape(prefix)}(?<![A-Za-z0-9_-]{re.escape(prefix)}){body}(?![A-Za-z0-9_])"))
+    for prefixes, body in [
         ("AKIA ASIA", r"[A-Z2-7]{16}"),  # AWS
         ("AIza", r"[A-Za-z0-9_-]{35}"),  # Google
         ("Bearer ", r"[A-Za-z0-9._~+/-]{20,2048}+"),

@@ -80,8 +80,8 @@ def line_copies(hashes, characters, flags, empty):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
-    """(characters in words, twice the median word length, words with a letter, occurrences of the words `wanted`).
+def summary(hashes, lengths, flags, targets):  # type: ignore[no-untyped-def]
+    """(characters in words, twice the median word length, words with a letter, occurrences of the words `targets`).
 
     Twice the median is -1 where the median is 255 or more.
     """
@@ -91,7 +91,7 @@ def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
         characters += lengths[i]
         length_counts[min(lengths[i], 255)] += 1
         words_with_letter += flags[i] & ALPHA != 0
-        for other in wanted:
+        for other in targets:
             if hashes[i] == other:
                 matches += 1
                 break
