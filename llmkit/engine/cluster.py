@@ -44,7 +44,7 @@ Ref = Any  # a Ray object reference
 CALLS_PER_CORE = 3  # calls in flight
 READ_AHEAD = 8  # chunks that the reader of a file may be ahead of their consumer
 FILES_PER_MACHINE = 4  # files read at once
-USER_MODULES = "llmkit_rules_"  # prefix of modules loaded from the user's files, see corpus/rules.py
+USER_MODULES = "llmkit_rules_"  # prefix of modules loaded from the user's files, see corpus/chain_loader.py
 CONNECT_TIMEOUT = 10.0  # s
 RETRIES = 3  # of a call whose worker or machine is lost
 

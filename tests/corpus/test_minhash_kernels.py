@@ -14,9 +14,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.dedup.kernels import minhash
+from llmkit.corpus.dedup.kernels import minhash, normalise
 from llmkit.corpus.dedup.normalise import loose
-from llmkit.corpus.kernels import normalise
 
 PRIME = 2**61 - 1
 MODULUS = {32: 2**32, 61: PRIME}

@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup.editing import EditingDedup, Ends, Hashes, SpilledChunks
 from llmkit.corpus.dedup.hash_set import HashSet
 from llmkit.corpus.dedup.kernels import passages as kernels
+from llmkit.corpus.dedup.kernels.normalise import tables
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader

@@ -30,7 +30,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.kernels.normalise import loose, tables, utf8
+from llmkit.corpus.dedup.kernels.normalise import loose, tables, utf8
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.seeds import derive

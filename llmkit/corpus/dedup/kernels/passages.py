@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from llmkit.corpus.dedup.kernels.normalise import loose
 from llmkit.corpus.kernels.characters import SPACE
-from llmkit.corpus.kernels.normalise import loose
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes
 
