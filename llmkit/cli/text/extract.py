@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume
+from llmkit.cli.shared.document_command import Job, Resume, plan_jobs, run_jobs
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
