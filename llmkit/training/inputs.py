@@ -12,11 +12,12 @@ import numpy as np
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
-from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.mixing.packing import PADDING
 from llmkit.model.pretrained.checkpoint import LoadedModel, resolve_model
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.training.data import HeldOutSource
 from llmkit.training.options import held_out_paths
 from llmkit.training.session import Session
@@ -105,13 +106,15 @@ def held_out_source(heldout: list[str] | None, digest: str, length: int, documen
     paths = held_out_paths(heldout)
     if not paths:
         return None
-    codes, names = [], {PADDING: 0}
+    codes, names = [], {PADDING_SOURCE: 0}
     for path, name in paths.items():
         store = TokenStore.open(path)
         refuse_other_tokenizer(path, store.tokenizer.digest, digest)
         packed_length(path, store.sequence_length, None, document_mask)
         own_codes, sources, _ = store.origins()
-        table = [names.setdefault(name if name and source != PADDING else source, len(names)) for source in sources]
+        table = [
+            names.setdefault(name if name and source != PADDING_SOURCE else source, len(names)) for source in sources
+        ]
         codes.append(np.array(table, np.int32)[own_codes])
     store = TokenStore.open(list(paths))
     groups = document_groups(np.diff(store.offsets), np.concatenate(codes), list(names), None)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from llmkit.errors import UsageError, unknown_name
-from llmkit.lineage.record import Input, base_name, describe_input
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import describe_input
 from llmkit.mixing.order import OrderedTokens
 from llmkit.model.config import ModelConfig, load_config
 from llmkit.model.decoder import Decoder

@@ -19,7 +19,8 @@ from typing import Any
 
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.lineage.record import Input, Lineage, base_name, describe_input
+from llmkit.io.record import Input, Lineage, base_name
+from llmkit.lineage.formats import describe_input
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.options import neutral_names, toml_value, values_of

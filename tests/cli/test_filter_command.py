@@ -13,7 +13,7 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 VOCABULARY = """the of and to with that river garden market harbour school meadow station library orchard bridge letter window winter
 found carried painted opened followed remembered repaired measured described borrowed yellow narrow quiet ancient distant""".split()
@@ -164,7 +164,7 @@ def test_error_leaves_no_rejects_either(llmkit_here, docs: Path) -> None:
     assert done.returncode == 1 and b"docs.jsonl:33: invalid JSON" in done.stderr
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
     done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", "--on-bad-line", "skip", cwd=docs)
-    assert done.returncode == 0 and b"1 bad lines passed over" in done.stderr
+    assert done.returncode == 0 and b"1 bad lines skipped" in done.stderr
 
 
 def test_repeated_with_rejects_does_nothing(llmkit_here, docs: Path) -> None:

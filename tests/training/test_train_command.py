@@ -17,7 +17,7 @@ import pytest
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.training.checkpoint.run_directory import load_trainer_state, open_run
 from llmkit.training.metrics.log import read_metrics
 
@@ -370,7 +370,7 @@ def test_bad_calls(
     message: str,
 ) -> None:
     """Behaviour: what is wrong is said in a line, and nothing is left behind."""
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
 
@@ -418,13 +418,13 @@ def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> N
 
 def test_held_out_data_by_domain(place: Path) -> None:
     """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
-    from llmkit.cli.shared import training_options
     from llmkit.shards.reader import TokenStore
+    from llmkit.training.inputs import held_out_source
 
     digest = TokenStore.open("shards").tokenizer.digest
 
     def domains(*named: str) -> tuple[str, ...]:
-        found = training_options.held_out(list(named), digest, 32, True)
+        found = held_out_source(list(named), digest, 32, True)
         assert found is not None
         return found.group_names
 

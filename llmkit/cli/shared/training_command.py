@@ -30,7 +30,7 @@ def launched(run: Run, options: Any, inputs: list[str]) -> bool:
     machine = options.machine
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")
-    _refuse_own_inputs(run.output, run.force, inputs)
+    refuse_own_inputs(run, inputs)
     rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
     if (machine.processes == 1 and not machine.max_restarts) or rank is not None or run.dry_run:
         if rank not in (None, "0"):
@@ -49,13 +49,13 @@ def launched(run: Run, options: Any, inputs: list[str]) -> bool:
     return True
 
 
-def _refuse_own_inputs(output: str, force: bool, inputs: Iterable[str]) -> None:
-    """UsageError where a directory would be replaced by what is made from it."""
-    target = Path(output).resolve()
-    for path in inputs if force and target.is_dir() else ():
+def refuse_own_inputs(run: Run, inputs: Iterable[str]) -> None:
+    """UsageError where -f would replace a directory by what is made from it."""
+    target = Path(run.output or "").resolve()
+    for path in inputs if run.force and target.is_dir() else ():
         source = Path(path).resolve()
         if path != STDIN and target in (source, *source.parents):
-            raise UsageError(f"{path} is in the output {output}, which -f replaces", "choose another output")
+            raise UsageError(f"{path} is in the output {run.output}, which -f replaces", "choose another output")
 
 
 def request_of(run: Run, options: Any) -> Request:

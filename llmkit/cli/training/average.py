@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmkit.cli.shared.options import Run, command
-from llmkit.cli.shared.training_options import refuse_own_inputs
+from llmkit.cli.shared.training_command import refuse_own_inputs
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
@@ -96,8 +96,9 @@ def main(
             raise UsageError(f"--{name} is of --method {' or '.join(methods)}", f"add --method {methods[0]}")
     if run.output is None:
         raise UsageError("no output", "name the directory of the averaged model with -o")
-    from llmkit.io.atomic import atomic_directory
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging import average
     from llmkit.model.pretrained.directory import load_info, resolve_model
 
@@ -159,7 +160,7 @@ def main(
         ]
         return lineage.to_json()
 
-    with atomic_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
+    with artefact_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
         average.write_average(infos, merge, partial, record, bar.advance, base_info)
     names = ", ".join(place.name for place in places) if last else f"{len(places)} models"
     kept = f"{len(infos)} of " if score is not None else ""
@@ -195,15 +196,15 @@ def _scorer(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[list[L
     """A function that gives the held-out loss of the uniform average of some models, in nats a token, on token shards or on documents."""
     import torch
 
-    from llmkit.cli.shared.training_options import held_out
     from llmkit.merging.greedy_soup import averaged_decoder, heldout_loss
     from llmkit.shards.tokenizer_info import parse_tokenizer
+    from llmkit.training.inputs import held_out_source
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     digest = parse_tokenizer(info.tokenizer_files, str(info.path)).digest
     shards = [Path(path).suffix == ".arrow" or any(Path(path).glob("*.arrow")) for path in heldout]
     if all(shards):
-        source = held_out(heldout, digest, min(info.config.max_position_embeddings, LONGEST), True)
+        source = held_out_source(heldout, digest, min(info.config.max_position_embeddings, LONGEST), True)
         assert source is not None
         return lambda models: heldout_loss(averaged_decoder(models, device), source)
     if any(shards):

@@ -31,12 +31,15 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.atomic import atomic_file, check_output
 from llmkit.io.locks import lock
-from llmkit.lineage.record import digest_path
+from llmkit.lineage.formats import digest_path
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.checkpoint import resolve_model
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
+from llmkit.options import former_names
+from llmkit.training.options import RampOptions, ScheduleOptions
 
 STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
@@ -111,7 +114,7 @@ class RunDirectory:
     ) -> Path:
         """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none) and those of every `keep_every` steps."""
         target = self.checkpoints_path / f"step-{state.step:08d}"
-        with atomic_directory(target, force=True) as partial:
+        with artefact_directory(target, force=True) as partial:
             write_model(partial)
             (partial / "state").mkdir()
             write_safetensors(
@@ -309,6 +312,8 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
                 raise TypeError(f"{name} is {getattr(state, name)!r}")
         if min(state.batch_size, state.length) < 1 or min(state.step, state.tokens, state.rate) < 0:
             raise ValueError("a size below 1, or a count below 0")
+        renamed = former_names(RampOptions if state.command == "anneal" else ScheduleOptions)
+        state.options = {renamed.get(name, name): value for name, value in state.options.items()}
         return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LlmkitError(
