@@ -101,6 +101,12 @@ class ShardWriter:
             raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or name -o PATH")
 
     def __enter__(self) -> ShardWriter:
+        with self._stack:  # what is opened is removed again where an error or a signal comes in between
+            self._open()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _open(self) -> None:
         import pyarrow as pa
 
         self._directory: Path | None = None
@@ -119,7 +125,6 @@ class ShardWriter:
             notes = {key: json.dumps(value).encode() for key, value in self._notes.items()}
             self._schema = self._schema.with_metadata(self._schema.metadata | notes)
         self._open_part()
-        return self
 
     @property
     def directory(self) -> Path | None:
