@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from llmkit.engine.local import meanwhile, ordered_map
 from llmkit.errors import LlmkitError
@@ -77,10 +78,7 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
 def test_meanwhile_ends_with_its_block(tmp_path: Path) -> None:
     """Behaviour: the work is done beside the block, its errors are nobody's, and nothing of it is left afterwards."""
     with meanwhile(lambda: (tmp_path / "done").touch()):
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "done").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert (tmp_path / "done").exists()
+        wait_until((tmp_path / "done").exists)
     with meanwhile(lambda: time.sleep(600)):
         pass
     with meanwhile(lambda: 1 // 0):
