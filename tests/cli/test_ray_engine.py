@@ -14,6 +14,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from waiting import wait_until
 
 HEAD = """
 import sys
@@ -183,7 +184,7 @@ def test_pages_and_a_signal(both, llmkit, machines: Machines, files: Path, tmp_p
     assert local == remote
     call = [sys.executable, "-m", "llmkit", "dedup", str(files), "--engine", "ray", "-o", str(tmp_path / "x.jsonl")]
     process = subprocess.Popen(call, env=os.environ | {"RAY_ADDRESS": machines.address}, stderr=subprocess.PIPE)
-    time.sleep(4)
+    wait_until(lambda: machines.processes("ray::_"), process)
     process.terminate()
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 143 and b"internal error" not in messages

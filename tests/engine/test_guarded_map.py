@@ -64,7 +64,6 @@ def test_a_worker_killed_while_idle_is_replaced() -> None:
 
     def batches():
         yield [os.getpid()]
-        time.sleep(0.3)
         for child in multiprocessing.active_children():
             child.kill()
             child.join()

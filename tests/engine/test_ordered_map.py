@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from llmkit.engine.local import background_process, ordered_map
 from llmkit.errors import LlmkitError
@@ -77,10 +78,7 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
 def test_background_process_ends_with_its_block(tmp_path: Path) -> None:
     """Behaviour: the work runs while the block does, its errors are ignored, and no process remains afterwards."""
     with background_process(lambda: (tmp_path / "done").touch()):
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "done").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert (tmp_path / "done").exists()
+        wait_until((tmp_path / "done").exists)
     with background_process(lambda: time.sleep(600)):
         pass
     with background_process(lambda: 1 // 0):

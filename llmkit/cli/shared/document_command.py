@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from llmkit.cli.shared.options import Run
+from llmkit.cli.shared.options import COMMON, Run
 from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Rejects = Annotated[
     str | None,
     typer.Option("--rejects", metavar="FILE", help="Write the dropped documents here, each with its `reason`"),
+    COMMON,
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="With -o DIR/ (one file per input), make only missing files")]
 

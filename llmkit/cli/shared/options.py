@@ -54,7 +54,7 @@ ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face mo
 
 GENERAL = "General"
 DOCUMENTS = "Documents"
-FEW_OPTIONS = 14  # a command with no more of its own shows them all in --help
+FEW_OPTIONS = 15  # a command with no more of its own shows them all in --help
 
 
 def _flag(*names: str, help: str, **more: Any) -> Any:

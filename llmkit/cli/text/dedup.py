@@ -19,10 +19,9 @@ from llmkit.cli.shared.document_command import (
     run_stage,
     summary_line,
 )
-from llmkit.cli.shared.options import InputPaths, Run, command
+from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
-from llmkit.cli.text.dedup_methods import NEUTRAL, DedupOptions, StageSettings, build_stage, select_methods
-from llmkit.cli.text.option_groups import flatten_options, marked_options
+from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "resume", "engine", *marked_options(DedupOptions, NEUTRAL)),
+    neutral=("rejects", "resume", "engine"),
     examples=(
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
         "llmkit dedup docs.jsonl.zst --method lines --repeated 100 --min-characters 10 -o fresh.jsonl.zst",
     ),
 )
-@flatten_options
 def main(
     run: Run,
     inputs: InputPaths = None,
@@ -58,12 +56,12 @@ def main(
             metavar="NAME",
             help="minhash, exact, or both: exact,minhash; or one of lines, paragraphs, substring",
         ),
+        COMMON,
     ] = "minhash",
     rejects: Rejects = None,
     resume: Resume = False,
     engine: EngineName = "local",
-    *,
-    options: DedupOptions,
+    options: DedupOptions = DedupOptions(),
 ) -> None:
     """Remove duplicates. One document of each cluster is kept, by default the first in input order.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.shared.document_command import Rejects, Resume, announce_compilation, run_stage, summary_line
-from llmkit.cli.shared.options import InputPaths, Run, command
+from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
 
@@ -49,10 +49,12 @@ def main(
             metavar="NAME",
             help="gopher (the default), c4, fineweb, refinedweb, dolma, txt360, code, or a TOML file; may be repeated",
         ),
+        COMMON,
     ] = None,
     filter: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="NAME", help="Add one filter after the presets; may be repeated"),
+        COMMON,
     ] = None,
     rule: Annotated[
         list[str] | None,
@@ -61,6 +63,7 @@ def main(
             metavar="FILTER.RULE=VALUE",
             help='Set a threshold ("off" disables its rule); FILE.py:FUNCTION adds a filter of your own',
         ),
+        COMMON,
     ] = None,
     words: Annotated[
         str, typer.Option("--words", metavar="KIND", help="What counts as a word: unicode, whitespace or spacy")
@@ -71,6 +74,7 @@ def main(
     languages: Annotated[
         str | None,
         _filter("--languages", metavar="CODES", help="Keep these languages (en,de), as identified by a model"),
+        COMMON,
     ] = None,
     licence: Annotated[
         str | None, _filter("--licence", metavar="NAMES", help="Keep documents with these licences: cc-by,cc0")
@@ -82,22 +86,28 @@ def main(
         ),
     ] = False,
     quality: Annotated[
-        str | None, _filter("--quality", metavar="MODEL", help="Filter by a fastText classifier (llmkit filter train)")
+        str | None,
+        _filter("--quality", metavar="MODEL", help="Filter by a fastText classifier (llmkit filter train)"),
+        COMMON,
     ] = None,
     decontaminate: Annotated[
         list[str] | None,
         _filter(
             "--decontaminate", metavar="FILE", help="Drop documents with items of this evaluation set; may be repeated"
         ),
+        COMMON,
     ] = None,
     pii: Annotated[
         str | None,
         _filter(
             "--pii", metavar="ACTION", help="For personal data and secrets: redact, drop the document, or annotate"
         ),
+        COMMON,
     ] = None,
     annotate: Annotated[
-        bool, typer.Option("--annotate", help="Drop and edit nothing; write all statistics to the field `filter`")
+        bool,
+        typer.Option("--annotate", help="Drop and edit nothing; write all statistics to the field `filter`"),
+        COMMON,
     ] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print the distribution of statistics and what each rule would drop")
@@ -105,7 +115,9 @@ def main(
     rejects: Rejects = None,
     resume: Resume = False,
     engine: EngineName = "local",
-    print_preset: Annotated[bool, typer.Option("--print-preset", help="Print the rules as TOML and exit")] = False,
+    print_preset: Annotated[
+        bool, typer.Option("--print-preset", help="Print the rules as TOML and exit"), COMMON
+    ] = False,
 ) -> None:
     """Keep the documents that pass quality rules; a document is dropped at the first rule that it breaks.
 

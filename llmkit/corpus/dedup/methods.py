@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.options import count_option
 from llmkit.errors import UsageError, unknown_name
+from llmkit.options import COMMON, NEUTRAL, count_option
 
 if TYPE_CHECKING:
     from llmkit.corpus.dedup.exact import Exact, StreamingDedup
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from llmkit.engine.local import Engine
 
     Stage = StreamingDedup | TwoPassDedup | PassageDedup | SubstringDedup
-
-NEUTRAL = "neutral"  # in the type of an option: it does not decide the content of the output
 
 _survivor = partial(typer.Option, rich_help_panel="Survivors")
 _near = partial(typer.Option, rich_help_panel="Near duplicates (minhash)")
@@ -46,10 +44,10 @@ class SurvivorOptions:
     """Which document of a cluster is kept, and what is compared."""
 
     annotate: Annotated[
-        bool, typer.Option("--annotate", help="Drop nothing; write on each document what it duplicates")
+        bool, typer.Option("--annotate", help="Drop nothing; write on each document what it duplicates"), COMMON
     ] = False
     keep: Annotated[
-        str, _survivor("--keep", metavar="WHICH", help="first, longest, or best:FIELD (largest number)")
+        str, _survivor("--keep", metavar="WHICH", help="first, longest, or best:FIELD (largest number)"), COMMON
     ] = "first"
     clusters: Annotated[
         str,
@@ -62,6 +60,7 @@ class SurvivorOptions:
         list[str] | None,
         _survivor("--against", metavar="PATH", help="Also remove duplicates of these documents (repeatable)"),
         NEUTRAL,
+        COMMON,
     ] = None
 
 
@@ -74,6 +73,7 @@ class CountOptions:
         _survivor(
             "--counts/--no-counts", help="Write on survivors the size of their cluster; without, exact takes one pass"
         ),
+        COMMON,
     ] = True
 
 
@@ -81,7 +81,7 @@ class CountOptions:
 class MinHashOptions:
     """Near duplicates."""
 
-    threshold: Annotated[float, _near("--threshold", help="Minimum similarity of duplicates, 0 to 1")] = 0.75
+    threshold: Annotated[float, _near("--threshold", help="Minimum similarity of duplicates, 0 to 1"), COMMON] = 0.75
     verify: Annotated[
         bool, _near("--verify/--no-verify", help="Check candidates by the true similarity of their 5-grams")
     ] = True
@@ -98,6 +98,7 @@ class KeyOptions:
     key: Annotated[
         str | None,
         _exact("--key", metavar="FIELD", help="Compare this field instead of the text (metadata.url: a nested field)"),
+        COMMON,
     ] = None
 
 
@@ -112,6 +113,7 @@ class NormaliseOptions:
             metavar="HOW",
             help="Before comparing: none (default for texts), whitespace (default for lines, paragraphs), or loose",
         ),
+        COMMON,
     ] = None
 
 
@@ -125,6 +127,7 @@ class IndexOptions:
             "--index", metavar="FILE", help="Also remove duplicates of earlier runs; add the documents kept by this run"
         ),
         NEUTRAL,
+        COMMON,
     ] = None
     index_full: Annotated[
         bool, _index("--index-full", help="Create the index with 32 bits per hash function, not 8: twice the size")
