@@ -218,3 +218,10 @@ def toml_value(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def check_positive(**values: float | None) -> None:
+    """UsageError for an option that has to be above 0 and is not."""
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")

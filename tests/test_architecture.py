@@ -21,7 +21,7 @@ PACKAGE = ROOT / "llmkit"
 # A room (a folder or file of llmkit/) may import the rooms of the rows above its own.
 IMPORT_ORDER = (
     "errors",
-    "registry seeds",
+    "registry seeds options",
     "kernels io",
     "lineage",
     "engine shards",
@@ -35,7 +35,9 @@ IMPORT_ORDER = (
     "planning report",
     "cli",
 )
-WITHOUT_TORCH = "errors registry seeds kernels io lineage engine shards corpus tokens mixing planning report".split()
+WITHOUT_TORCH = (
+    "errors registry seeds options kernels io lineage engine shards corpus tokens mixing planning report".split()
+)
 MOST_LINES = 450
 MOST_FILES = 14
 ONE_FILE_PER_RULE = PACKAGE / "corpus" / "filters"

@@ -24,7 +24,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
-from llmkit.options import from_values
+from llmkit.options import check_positive, from_values
 from llmkit.training.data import PackedSource
 from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
 from llmkit.training.optim.schedule import (
@@ -35,7 +35,7 @@ from llmkit.training.optim.schedule import (
     named,
     warmup_tokens,
 )
-from llmkit.training.options import ScheduleOptions, check_positive
+from llmkit.training.options import ScheduleOptions
 from llmkit.training.runner import Prepared, Record, Request, open_session, run_training
 
 if TYPE_CHECKING:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmkit.options import COMMON, Help, Without
 from llmkit.training.options import (
+    DATA,
     SCHEDULE_NAMES,
     BatchOptions,
     CheckpointOptions,
@@ -16,11 +18,32 @@ from llmkit.training.options import (
     LogOptions,
     MachineOptions,
     OptimizerOptions,
-    RowOptions,
     ScheduleOptions,
 )
 
 SCHEDULE_HELP = f"One of {SCHEDULE_NAMES}"
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows of a file become sequences."""
+
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Number of epochs", rich_help_panel=DATA), COMMON] = 1
+    chat_template: Annotated[
+        Path | None,
+        typer.Option("--chat-template", metavar="FILE", help="Jinja template to use instead of the model's own"),
+        COMMON,
+    ] = None
+    too_long: Annotated[
+        str,
+        typer.Option(
+            "--too-long",
+            metavar="HOW",
+            help="Rows longer than the sequence: drop, or truncate at the end",
+            rich_help_panel=DATA,
+        ),
+        COMMON,
+    ] = "drop"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import typer
+
 from llmkit.errors import UsageError
+from llmkit.options import parse_count
 
 Change = tuple[int, int, int]  # from this token on: sequences a step, tokens a sequence
 Sizes = Sequence[tuple[int, int]]  # a size, and the token until which it holds
@@ -100,3 +103,17 @@ def changes(
             wide = next((size for size, until in batches if token < until), rows)
             found.append((token, max(1, wide * length // long), long))
     return found
+
+
+def parse_sizes(text: str | None, option: str) -> list[tuple[int, int]]:
+    """`8:1M,16:4M` as sizes with the token until which each holds; UsageError where it has another form."""
+    sizes = []
+    for part in text.split(",") if text else []:
+        size, _, until = part.strip().partition(":")
+        try:
+            sizes.append((int(size), parse_count(until)))
+        except (ValueError, typer.BadParameter):
+            raise UsageError(f"{option}: {part!r} is not a size with its tokens", "such as 8:1M,16:4M") from None
+    if any(size < 1 for size, _ in sizes):
+        raise UsageError(f"{option}: a size below 1", "such as 8:1M,16:4M")
+    return sizes

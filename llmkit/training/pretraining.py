@@ -24,10 +24,10 @@ from llmkit.mixing.order import OrderedTokens
 from llmkit.model.config import ModelConfig, load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_info, load_model
-from llmkit.options import from_values
+from llmkit.options import check_positive, from_values
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.training.batch_schedule import changes
+from llmkit.training.batch_schedule import changes, parse_sizes
 from llmkit.training.checkpoint.run_directory import TrainerState, starting_point
 from llmkit.training.data import StreamSource
 from llmkit.training.inputs import (
@@ -42,7 +42,7 @@ from llmkit.training.inputs import (
 )
 from llmkit.training.optim.recipe import Recipe, Thetas, is_path, read_recipe
 from llmkit.training.optim.schedule import RAMPS, Schedule, default_rate, named, warmup_tokens
-from llmkit.training.options import AnnealOptions, PretrainOptions, check_positive, parse_sizes
+from llmkit.training.options import AnnealOptions, PretrainOptions
 from llmkit.training.runner import AtCheckpoint, Prepared, Record, Request, open_session, run_training
 from llmkit.training.session import Session
 

@@ -27,8 +27,7 @@ from llmkit.options import neutral_names, toml_value, values_of
 from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.options import LoopOptions
-from llmkit.training.session import Session, session
+from llmkit.training.session import LoopOptions, Session, session
 
 Record = dict[str, Any]
 Reader = Callable[[list[str] | None], DocumentReader]
@@ -156,7 +155,7 @@ def run_training(
             heldout=p.heldout,
             optimizer_from=p.optimizer_from,
             rope_theta=p.rope_theta,
-            report=_to_all(request, [show, track] if loop.log.tracker else [show]),
+            report=report_to([show, track] if loop.log.tracker else [show], request.warn),
         )
     return {key: value for key, value in (outcome | p.counts).items() if value is not None}
 
@@ -201,7 +200,7 @@ def _tracked(request: Request, session: Session) -> Iterator[Callable[[Record], 
         tracker.finish()
 
 
-def _to_all(request: Request, shows: list[Callable[[Record], None]]) -> Callable[[Record], None]:
+def report_to(shows: list[Callable[[Record], None]], warn: Callable[[str], None]) -> Callable[[Record], None]:
     """A function that shows a record everywhere; where that fails it is not tried again, and the run continues."""
 
     def report(record: Record) -> None:
@@ -211,7 +210,7 @@ def _to_all(request: Request, shows: list[Callable[[Record], None]]) -> Callable
             except Exception as error:  # a tracker's disk is full, its server unreachable, the terminal closed
                 shows.remove(show)
                 with suppress(OSError):
-                    request.warn(f"step {record['step']:,}: metrics are no longer shown here ({error})")
+                    warn(f"step {record['step']:,}: metrics are no longer shown here ({error})")
 
     return report
 

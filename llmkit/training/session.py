@@ -54,11 +54,34 @@ from llmkit.training.metrics.tracker import check_tracker
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optim.optimizer import build, kind_of, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.options import LoopOptions, parse_betas
+from llmkit.training.options import (
+    BatchOptions,
+    CheckpointOptions,
+    HeldOutOptions,
+    LogOptions,
+    MachineOptions,
+    OptimizerOptions,
+    parse_betas,
+)
 from llmkit.training.train_step import Tensors, TrainContext
 
 BETAS = "0.9,0.95"
 MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What every training command hands to the loop."""
+
+    output: str
+    force: bool = False
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    heldout: HeldOutOptions = field(default_factory=HeldOutOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    sequences_per_row: int = 1  # a preference pair is two
 
 
 @dataclass(slots=True)

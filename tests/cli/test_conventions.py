@@ -65,7 +65,7 @@ def test_unknown_names_get_a_suggestion(llmkit, docs: Path) -> None:
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_the_shared_options_and_examples(llmkit, command: str) -> None:
     """Property: one name, one meaning, everywhere; two or three examples."""
-    text = llmkit(command, "-h").stdout.decode()
+    text = llmkit(command, "--help-all").stdout.decode()
     for flag in ("-o,", "-f,", "-n,", "-q,", "-v,", "-j,", "-c,", "--seed", "--json", "--summary", "-h,", "-V,"):
         assert flag in text, flag
     assert text.count(f"  llmkit {command}") >= 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packed import files_of
 from rows import Rows, outcome_of
 
-from llmkit.corpus.dedup.hash_set import HashSet
+from llmkit.corpus.dedup.kernels.hash_set import HashSet
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.passages import PassageDedup
 from llmkit.engine.local import Local

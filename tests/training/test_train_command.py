@@ -350,7 +350,7 @@ def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.Captur
             "--warmup together with --rec",
         ),
         (("shards", "-m", "tiny", "-o", "x", "--recipe", "none.toml"), 1, "none.toml: No such file"),
-        (("shards", "-m", "tiny", "-o", "x", "--batch-warmup", "4"), 2, "no size with its tokens"),
+        (("shards", "-m", "tiny", "-o", "x", "--batch-warmup", "4"), 2, "not a size with its tokens"),
         (("shards", "-m", "tiny", "-o", "x", "--batch-warmup", "16:1k"), 2, "--batch-warmup: 16 is not below 8"),
         (("shards", "-m", "tiny", "-o", "x", "--warmup", "10M"), 2, "--warmup"),
         (("shards", "-m", "tiny", "-o", "x", "--warmup", "1000000"), 2, "does not fit into"),
@@ -485,3 +485,66 @@ def test_warmup_is_a_share_or_a_count(place: Path, capsys: pytest.CaptureFixture
     for wrong in ("-1", "many", "nan"):
         assert train(*SMALL, "--warmup", wrong, "-o", "x") == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_python_makes_the_same_run(place: Path) -> None:
+    """Property: `pretrain` and `anneal` with the options of the command line give its bytes; what is finished is not done again."""
+    from llmkit.errors import UsageError
+    from llmkit.training.pretraining import anneal, pretrain
+
+    assert train(*SMALL, "-o", "run", "--lr", "1e-3", "--save-every", "4") == 0
+    steps = []
+    outcome = pretrain(
+        "shards",
+        "python",
+        model="config.json",
+        tokens=4000,
+        lr=1e-3,
+        save_every=4,
+        report=lambda r: steps.append(r["step"]),
+    )
+    assert outcome is not None and outcome["steps"] == 8 and steps == list(range(1, 9))
+    assert weights("python") == weights("run")
+    assert Path("python/config.toml").read_bytes() == Path("run/config.toml").read_bytes()
+    assert pretrain("shards", "python", model="config.json", tokens=4000, lr=1e-3, save_every=4, resume=True) is None
+    assert train("run", "shards", "--tokens", "2k", "-q", "-o", "annealed", command="anneal") == 0
+    assert anneal("run", "shards", "annealed2", tokens=2000)
+    assert weights("annealed2") == weights("annealed")
+    with pytest.raises(UsageError, match="unknown option 'token'"):
+        pretrain("shards", "other", token=1)
+
+
+def test_records_with_former_names(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: runs, configurations and records made before options were renamed resume, train and are scripted with the present names."""
+    call = (*SMALL, "--save-every", "4", "-o", "run")
+    assert train(*call, "--min-lr", "0.2") == 0
+    expected = weights("run")
+    for checkpoint in Path("run/checkpoints").iterdir():
+        path = checkpoint / "state" / "trainer.json"
+        state = json.loads(path.read_text())
+        state["options"]["min_lr"] = state["options"].pop("final_lr_fraction")
+        path.write_text(json.dumps(state))
+        (checkpoint / "state" / "digests.json").unlink()
+    shutil.rmtree("run/checkpoints/step-00000008")
+    for link in ("final", "latest"):
+        os.unlink(f"run/{link}")
+    os.symlink("checkpoints/step-00000004", "run/latest")
+    shutil.copy("run/config.toml", "old.toml")
+    text = Path("old.toml").read_text()
+    Path("old.toml").write_text(text.replace("final-lr-fraction", "min-lr"))
+    from llmkit.training.checkpoint import run_directory
+
+    for checkpoint in Path("run/checkpoints").iterdir():
+        (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._digests(checkpoint)))
+    assert train("shards", "-c", "old.toml", "-q", "--resume", "-o", "run") == 0
+    assert weights("run") == expected
+    record = read_lineage("run")
+    assert record is not None
+    record["options"]["min_lr"] = record["options"].pop("final_lr_fraction")
+    from llmkit.cli.release.lineage import _flags
+    from llmkit.lineage.script import as_script
+
+    assert "--final-lr-fraction 0.2" in as_script(record, "run", _flags)
+    anneal_record = {"command": "anneal", "options": {"from_": "step-4", "to": 0.1}, "inputs": []}
+    script = as_script(anneal_record, "annealed", _flags)
+    assert "--step step-4" in script and "--final-lr-fraction 0.1" in script

@@ -10,8 +10,9 @@ import torch
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.options import from_values
-from llmkit.training.options import LoopOptions, PretrainOptions
+from llmkit.training.options import PretrainOptions
 from llmkit.training.runner import loop_options
+from llmkit.training.session import LoopOptions
 
 CONFIG = ModelConfig(
     vocab_size=64,

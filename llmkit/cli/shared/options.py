@@ -311,7 +311,8 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
         if record is None:
             continue
         if parameter.param_type_name == "argument":
-            groups.setdefault("Arguments", []).append(record)
+            name = record[0].partition(" <")[0]  # without Typer's name of the type
+            groups.setdefault("Arguments", []).append((name, record[1]))
             continue
         shown = (
             everything or parameter.name == "help" or getattr(parameter, "common", True) or (few and parameter in own)

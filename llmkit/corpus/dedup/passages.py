@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.editing import EditingDedup, Ends, Hashes, SpilledChunks
-from llmkit.corpus.dedup.hash_set import HashSet
 from llmkit.corpus.dedup.kernels import passages as kernels
+from llmkit.corpus.dedup.kernels.hash_set import HashSet
 from llmkit.corpus.dedup.kernels.normalise import tables
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.results import ChunkResult

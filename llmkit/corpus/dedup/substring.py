@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.editing import EditingDedup, Ends, Hashes, SpilledChunks
-from llmkit.corpus.dedup.hash_set import HashSet
 from llmkit.corpus.dedup.kernels import substring as kernels
+from llmkit.corpus.dedup.kernels.hash_set import HashSet
 from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.corpus.dedup.temp_columns import Column
 from llmkit.corpus.kernels.characters import classes

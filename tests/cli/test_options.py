@@ -1,0 +1,153 @@
+"""Options as dataclasses, former spellings, help in two lengths, and what programs read: `help --json` and errors as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from llmkit.alignment.options import DpoOptions, SftOptions
+from llmkit.cli.main import main, run_command
+from llmkit.cli.shared.options import build, command
+from llmkit.cli.shared.schema import schema
+from llmkit.cli.shared.table import COMMANDS
+from llmkit.errors import ExitCode, UsageError
+from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, from_values, option_fields, values_of
+from llmkit.training.optim.schedule import NAMES as SCHEDULES
+from llmkit.training.options import PretrainOptions
+
+
+@dataclass(frozen=True)
+class Pace:
+    speed: Annotated[int, typer.Option("--speed", help="Speed"), COMMON] = 1
+    colour: Annotated[str | None, typer.Option("--colour", help="Colour"), NEUTRAL, Formerly("--color")] = None
+
+
+@dataclass(frozen=True)
+class Options:
+    pace: Annotated[Pace, Help(speed="How fast")] = Pace(speed=3)
+
+
+def seen(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
+    """The options that a command gets for these arguments, and what it would record."""
+    calls = []
+
+    @command()
+    def walk(run: Any, options: Options = Options()) -> None:
+        calls.append((options, run.options))
+
+    build(walk, "walk")(arguments)
+    return calls[0]
+
+
+def test_groups_become_flags_and_back() -> None:
+    """Behaviour: fields are flags with the defaults of their command; neutral ones stay out of the record."""
+    assert seen([])[0] == Options()
+    options, recorded = seen(["--speed", "7", "--colour", "red"])
+    assert options == Options(Pace(7, "red"))
+    assert recorded == {"speed": 7, "seed": 0}
+    assert from_values(Options, {"speed": 7, "colour": "red"}) == options
+    assert values_of(options) == {"speed": 7, "colour": "red"}
+    with pytest.raises(UsageError, match="unknown option 'sped'"):
+        from_values(Options, {"sped": 1})
+
+
+def test_former_spellings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Behaviour: a former flag, variable or key of a file is taken, with one note; behind `--` it is an argument."""
+    assert seen(["--color=red", "--color", "blue"])[0].pace.colour == "blue"
+    assert capsys.readouterr().err == "llmkit walk: --color is now called --colour\n"
+    (tmp_path / "c.toml").write_text('color = "green"\n')
+    assert seen(["-c", str(tmp_path / "c.toml")])[0].pace.colour == "green"
+    monkeypatch.setenv("LLMKIT_WALK_COLOR", "black")
+    assert seen([])[0].pace.colour == "black"
+    with pytest.raises(UsageError):
+        seen(["--", "--color"])
+
+
+def test_a_command_takes_a_group_in_part() -> None:
+    """Behaviour: fields left out of a group are no options of the command, and keep their defaults."""
+
+    @dataclass(frozen=True)
+    class Slow:
+        pace: Annotated[Pace, Without("colour")] = Pace(speed=1)
+
+    globals()["Slow"] = Slow
+    assert [field.name for field in option_fields(Slow)] == ["speed"]
+    with pytest.raises(UsageError):
+        from_values(Slow, {"colour": "red"})
+    assert [field.name for field in option_fields(DpoOptions) if field.name in ("z_loss", "optimizer", "betas")] == []
+
+
+@pytest.mark.parametrize("options", [PretrainOptions, SftOptions, DpoOptions])
+def test_every_schedule_is_listed(options: type) -> None:
+    """Property: train, sft and dpo list every schedule that there is."""
+    field = next(field for field in option_fields(options) if field.name == "schedule")
+    text = field.help or next(mark.help for mark in field.marks() if hasattr(mark, "help"))
+    assert all(name in text for name in SCHEDULES)
+
+
+def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --help shows about a dozen options of train and says where the rest is; --help-all shows every one."""
+    assert run_command("train", ["--help"]) == 0
+    short = capsys.readouterr().out
+    assert run_command("train", ["--help-all"]) == 0
+    full = capsys.readouterr().out
+    names = [flag for option in schema(["train"])["commands"][0]["options"] for flag in option["flags"][:1]]
+    assert all(name in full for name in names)
+    assert 10 <= sum(f" {name} " in short for name in names) <= 24
+    assert "--help-all shows" in short and "--help-all shows" not in full
+    assert "--keep-every" not in short
+
+
+def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    """Property: every command, with typed options, defaults and flags, and every exit code; defaults are those of the code."""
+    with pytest.raises(SystemExit) as end:
+        main(["help", "--json"])
+    assert not end.value.code
+    content = json.loads(capsys.readouterr().out)
+    assert [command["name"] for command in content["commands"]] == list(COMMANDS)
+    assert {code["code"] for code in content["exit_codes"]} == {int(code) for code in ExitCode}
+    train = next(command for command in content["commands"] if command["name"] == "train")
+    options = {option["name"]: option for option in train["options"]}
+    assert options["keep"] | {"help": ""} == {
+        "name": "keep",
+        "type": "integer",
+        "metavar": "N",
+        "multiple": False,
+        "required": False,
+        "default": 0,
+        "help": "",
+        "flags": ["--keep"],
+        "negative_flags": [],
+        "group": "Checkpoints",
+        "common": False,
+        "decides_content": False,
+        "environment": "LLMKIT_TRAIN_KEEP",
+        "minimum": 0,
+    }
+    assert options["tokens"]["type"] == "count" and options["document_mask"]["negative_flags"] == ["--no-document-mask"]
+    types = {item["type"] for one in content["commands"] for item in one["options"] + one["arguments"]}
+    assert types <= {"boolean", "count", "integer", "number", "path", "string"}
+    with pytest.raises(SystemExit) as end:
+        main(["help", "trane", "--json"])
+    assert end.value.code == 2
+    assert json.loads(capsys.readouterr().err)["error"]["hint"] == "did you mean 'train' or 'trace'?"
+
+
+def test_errors_as_json(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: with --json an error is one line with code, message, hint, file and line."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs.jsonl").write_bytes(b'{"text": "a"}\n{"tex\n')
+    assert run_command("filter", ["docs.jsonl", "-o", "out.jsonl", "--json"]) == 1
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["command"] == "filter" and error["code"] == 1
+    assert (error["file"], error["line"]) == ("docs.jsonl", 2)
+    assert "invalid JSON" in error["message"] and "--on-bad-line" in error["hint"]
+    assert run_command("filter", ["nothing.jsonl", "-o", "out.jsonl", "--json"]) == 1
+    assert json.loads(capsys.readouterr().err)["error"]["file"] == "nothing.jsonl"
+    assert run_command("filter", ["--presett", "x", "--json"]) == 2
+    error = json.loads(capsys.readouterr().err)["error"]
+    assert error["file"] is None and "--preset" in error["hint"]
