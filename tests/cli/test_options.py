@@ -134,7 +134,7 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["help", "trane", "--json"])
     assert end.value.code == 2
-    assert json.loads(capsys.readouterr().err)["error"]["hint"] == "did you mean 'train' or 'trace'?"
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["hint"] == "did you mean 'train' or 'trace'?"
 
 
 def test_errors_as_json(tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,12 +142,12 @@ def test_errors_as_json(tmp_path: Any, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs.jsonl").write_bytes(b'{"text": "a"}\n{"tex\n')
     assert run_command("filter", ["docs.jsonl", "-o", "out.jsonl", "--json"]) == 1
-    error = json.loads(capsys.readouterr().err)["error"]
+    error = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]
     assert error["command"] == "filter" and error["code"] == 1
     assert (error["file"], error["line"]) == ("docs.jsonl", 2)
     assert "invalid JSON" in error["message"] and "--on-bad-line" in error["hint"]
     assert run_command("filter", ["nothing.jsonl", "-o", "out.jsonl", "--json"]) == 1
-    assert json.loads(capsys.readouterr().err)["error"]["file"] == "nothing.jsonl"
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["file"] == "nothing.jsonl"
     assert run_command("filter", ["--presett", "x", "--json"]) == 2
-    error = json.loads(capsys.readouterr().err)["error"]
+    error = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]
     assert error["file"] is None and "--preset" in error["hint"]
