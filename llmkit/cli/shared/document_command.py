@@ -19,7 +19,7 @@ from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
 
 if TYPE_CHECKING:
     from llmkit.io.documents import BadLine, DocumentReader, DocumentWriter
-    from llmkit.lineage.record import Input, Lineage
+    from llmkit.io.record import Input, Lineage
 
     JobResult = tuple[dict[str, Any], int, list[Input]]  # counts of the output, number of rejects, lineage of inputs
 
@@ -48,7 +48,7 @@ class Job:
     def __init__(
         self, run: Run, inputs: list[str], output: str | None, rejects: str | None, replace_rejects: bool = False
     ) -> None:
-        from llmkit.lineage.record import Lineage
+        from llmkit.io.record import Lineage
 
         self.run, self.inputs, self.output = run, inputs, output
         self.replace_rejects = replace_rejects

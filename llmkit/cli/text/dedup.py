@@ -133,7 +133,7 @@ def main(
     def is_finished(job: Job) -> bool | None:
         """Whether the run that made an existing output is in the index; None if it used another state of the index."""
         from llmkit.corpus.dedup.index import run_key
-        from llmkit.lineage.record import digest_path, read_lineage
+        from llmkit.lineage.formats import digest_path, read_lineage
 
         assert index is not None and job.output is not None
         key = run_key([digest_path(path) for path in job.inputs], index_options)

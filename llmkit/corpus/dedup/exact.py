@@ -21,7 +21,7 @@ import xxhash
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields, with_fields
 from llmkit.engine.local import Engine, Local
-from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parsed
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, iter_documents
 
 
 def stored_key(text: str, normalise: str = "none") -> bytes:
@@ -83,7 +83,7 @@ class _KeyedChunk:
 def _key_chunk(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _KeyedChunk:
     """Compute the keys of a chunk. Pure: runs in a worker."""
     result = _KeyedChunk([], [], [], [])
-    for document in parsed(chunk, options, result.bad):
+    for document in iter_documents(chunk, options, result.bad):
         result.lines.append(document.encode())
         result.keys.append(exact.key_of(document, transient_key))
         if ids:
