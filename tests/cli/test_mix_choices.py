@@ -182,7 +182,7 @@ def test_no_repeat(llmkit_here, place: Path) -> None:
     """Behaviour: refused where a source would have to be repeated, over all stages; a source that is just used up is fine."""
     for call in (("web:x1.5",), ("wiki", "--tokens", "2k"), ("--stages", "stages.toml")):
         done = llmkit_here("mix", *call, "--no-repeat", "-n", cwd=place)
-        assert done.returncode == 2 and re.search(rb"w\w+ holds [\d,]+ tokens, and is to give", done.stderr)
+        assert done.returncode == 2 and re.search(rb"w\w+ holds [\d,]+ tokens, but [\d,]+ are requested", done.stderr)
     assert llmkit_here("mix", "web", "wiki:x0.5", "--no-repeat", "-n", cwd=place).returncode == 0
 
 
@@ -247,15 +247,15 @@ def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[
         ("web --sequence-length 1", 2, "--sequence-length"),
         ("web --sequence-length 9223372036854775808", 2, "--sequence-length"),
         ("gone --holdout 1%", 1, "gone: no such file or directory"),
-        ("web --holdout 0", 2, "--holdout 0: no share"),
-        ("web --holdout 101%", 2, "--holdout 101%: no share"),
+        ("web --holdout 0", 2, "--holdout 0: not a fraction"),
+        ("web --holdout 101%", 2, "--holdout 101%: not a fraction"),
         ("web --holdout 99.999999%", 1, "web: no tokens in this source"),
         ("web --holdout 1% --plan -o p.toml", 2, "--holdout writes a directory"),
         ("web --holdout 1% -o p.arrow", 2, "--holdout writes a directory"),
         ("web --weight-by duplicates", 2, "go together"),
-        ("web --weight-by duplicates --weight-map 1:1", 1, "web: no duplicates of its documents are kept"),
+        ("web --weight-by duplicates --weight-map 1:1", 1, "web: its shards hold no duplicate counts"),
         ("web --weight-by pages --weight-map 1:1", 2, "--weight-by pages is for documents"),
-        ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is no range"),
+        ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is not a range"),
         ("docs.jsonl --pack best-fit --sequence-length 8", 2, "--pack best-fit is for token shards"),
         ("docs.jsonl --holdout 1%", 2, "--holdout is for token shards"),
         ("--stages gone.toml", 1, "gone.toml: No such file"),

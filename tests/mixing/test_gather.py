@@ -78,8 +78,8 @@ def test_memory_is_that_of_a_batch(tmp_path: Path, write_shards: Write, monkeypa
     ordered = ordered_of([write_shards(tmp_path / "web", [100] * 500)], [400_000])
     monkeypatch.setattr(shards, "BATCH_TOKENS", 1_000)
     sizes = []
-    joined = gather._joined
-    monkeypatch.setattr(gather, "_joined", lambda *given: sizes.append(len(made := joined(*given))) or made)
+    joined = gather._join_spans
+    monkeypatch.setattr(gather, "_join_spans", lambda *given: sizes.append(len(made := joined(*given))) or made)
     with ShardWriter(str(tmp_path / "m.arrow"), ordered.tokenizer, Lineage("mix"), epochs=True) as writer:
         gather.write_ordered(ordered, writer, lambda number: None)
         writer.finish({}, [])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.lineage.record import Lineage
-from llmkit.mixing.holdout import grouped, held_out
+from llmkit.mixing.holdout import connected_groups, held_out_documents
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.shards.writer import ShardWriter, TokenStore
 
@@ -46,11 +46,11 @@ def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
     other_form = [(id, tokens[::-1]) for id, tokens in documents[:800]]
     other_name = [(f"copy-{id}", tokens) for id, tokens in documents[400:1200]]
     both = store_of(tmp_path / "both.arrow", [*other_form, *other_name, ("again", other_form[7][1])])
-    (alone,) = held_out([web], 0.05)
-    together = held_out([both, web], 0.05)
+    (alone,) = held_out_documents([web], 0.05)
+    together = held_out_documents([both, web], 0.05)
     assert 140 <= len(alone) <= 260 and 50 <= len(together[0]) <= 110
     assert {i for i in alone if i >= 1200} == {i for i in together[1] if i >= 1200}
-    assert set(alone) <= set(held_out([web], 0.2)[0])
+    assert set(alone) <= set(held_out_documents([web], 0.2)[0])
     sides = [split(store, found) for store, found in zip((both, web), together, strict=True)]
     out_ids, kept_ids, out_tokens, kept_tokens = (set().union(*parts) for parts in zip(*sides, strict=True))
     assert not out_ids & kept_ids and not out_tokens & kept_tokens
@@ -59,7 +59,7 @@ def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
 def test_documents_without_ids(tmp_path: Path) -> None:
     """Behaviour: documents whose id is empty go by their tokens, not all together."""
     store = store_of(tmp_path / "a.arrow", [("", [1, i, 0]) for i in range(250)])
-    assert 10 <= len(held_out([store], 0.1)[0]) <= 45
+    assert 10 <= len(held_out_documents([store], 0.1)[0]) <= 45
 
 
 @given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1, max_size=40))
@@ -76,4 +76,4 @@ def test_groups(rows: list[tuple[int, int]]) -> None:
                 low, high = sorted((root(i), root(j)))
                 parent[high] = low
     keys = [np.array(column, np.uint64) for column in zip(*rows, strict=True)]
-    assert grouped(keys).tolist() == [root(i) for i in range(len(rows))]
+    assert connected_groups(keys).tolist() == [root(i) for i in range(len(rows))]

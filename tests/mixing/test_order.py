@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import digest_path
-from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve
-from llmkit.mixing.plan import Plan, PlannedSource, plan_text
+from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve_order
+from llmkit.mixing.plan import Plan, PlannedSource, format_plan
 from llmkit.shards.writer import TokenStore
 
 Write = Callable[..., Path]
@@ -28,7 +28,7 @@ SOURCES = st.lists(
 def order_of(sources: list[tuple[list[int], int]], seed: int) -> tuple[list[np.ndarray], Order]:
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
     plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (budget,)) for i, (_, budget) in enumerate(sources)), seed)
-    return lengths, resolve(plan, lengths)
+    return lengths, resolve_order(plan, lengths)
 
 
 @given(SOURCES, st.integers(0, 2**40))
@@ -106,7 +106,7 @@ def planned(tmp_path: Path, write_shards: Write) -> Path:
         sources.append(PlannedSource(f"../{name}", store.inputs[0].digest, (budget,)))
     (tmp_path / "mix").mkdir()
     plan = Plan(tuple(sources), 5, store.tokenizer.digest)
-    (tmp_path / "mix" / "plan.toml").write_text(plan_text(plan))
+    (tmp_path / "mix" / "plan.toml").write_text(format_plan(plan))
     return tmp_path / "mix"
 
 
@@ -153,15 +153,15 @@ def test_bad_plans(planned: Path, tmp_path: Path, write_shards: Write) -> None:
     text = (planned / "plan.toml").read_text()
     cases = {
         "x = ": "invalid TOML",
-        'seed = 1\n[train]\nmodel = "tiny"\n': "no mix plan of version 2",
-        text.replace("version = 2", "version = 1"): "no mix plan of version 2",
+        'seed = 1\n[train]\nmodel = "tiny"\n': "not a mix plan of version 2",
+        text.replace("version = 2", "version = 1"): "not a mix plan of version 2",
         text.split("[[source]]")[0]: r"no \[\[source\]\]",
         text.replace("tokens = [700]", "tokens = [-1]"): "source 2: field 'tokens'",
         text.replace("seed = 5", 'seed = "5"'): "field 'seed'",
         text.replace("seed = 5", f"seed = 0x{'f' * 4_000}"): "field 'seed'",
         text.replace("[[source]]", f"sequence_length = {1 << 63}\n[[source]]", 1): "field 'sequence_length'",
-        text.replace("../code", "../gone"): "its source ../gone is not there",
-        text.replace("../code", "/dev/zero"): "its source /dev/zero is not there",
+        text.replace("../code", "../gone"): "its source ../gone does not exist",
+        text.replace("../code", "/dev/zero"): "its source /dev/zero does not exist",
         text.replace('tokenizer = "xxh3:', 'tokenizer = "xxh3:0'): "another tokenizer",
     }
     for content, message in cases.items():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.mixing import packing
-from llmkit.mixing.packing import best_fit, cut_share, packed
+from llmkit.mixing.packing import best_fit, cut_share, pack_sequences
 
 
 def one_at_a_time(sizes: list[int], capacity: int) -> list[int]:
@@ -43,7 +43,7 @@ def test_packed_rows(window: int, stages: list[list[int]]) -> None:
     sizes, ends = np.array([size for stage in stages for size in stage], np.int64), np.cumsum(list(map(len, stages)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "WINDOW", window)
-        row, start, size, row_ends = packed(sizes, ends, 16)
+        row, start, size, row_ends = pack_sequences(sizes, ends, 16)
     reached = np.cumsum(size)
     assert (size > 0).all() and ((reached - size) // 16 == (reached - 1) // 16).all() and reached[-1] % 16 == 0
     assert all(end == 0 or reached[end - 1] % 16 == 0 for end in row_ends)
@@ -62,7 +62,7 @@ def test_windows_keep_neighbours_together() -> None:
     sizes = np.random.default_rng(0).integers(1, 60, 5_000)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "WINDOW", 20)
-        row, _, size, _ = packed(sizes, np.array([5_000]), 64)
+        row, _, size, _ = pack_sequences(sizes, np.array([5_000]), 64)
     stood, given = (np.cumsum(sizes) - sizes)[row[row >= 0]], size[row >= 0]
     assert np.abs(stood - (np.cumsum(given) - given)).max() <= 64 * 20 + 60
     assert size[row < 0].sum() / size.sum() < 0.1
