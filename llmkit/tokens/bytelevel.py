@@ -80,9 +80,9 @@ class ByteLevel:
             pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
             if (
                 any(len(pair) != 2 for pair in pairs)
-                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MOST
+                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MAX_IDS
                 or len(set(vocabulary.values())) < len(vocabulary)  # names that share an id share merges
-                or len(pairs) > kernels.MOST
+                or len(pairs) > kernels.MAX_IDS
             ):
                 return None
             return cls(how, vocabulary, pairs, whole=bool(model.get("ignore_merges")))
