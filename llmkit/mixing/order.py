@@ -205,7 +205,7 @@ class OrderedTokens:
     """
 
     def __init__(self, plan: Plan, stores: list[TokenStore], inputs: list[Input]) -> None:
-        """`stores` are the plan's sources. Raises LlmkitError where one differs from the plan in content or tokenizer."""
+        """`stores` are the plan's sources. Raises LlmkitError where a content or tokenizer differs from the plan."""
         for source, store in zip(plan.sources, stores, strict=True):
             if [item.digest for item in store.inputs] != [source.digest]:
                 raise LlmkitError(

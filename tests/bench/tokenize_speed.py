@@ -64,10 +64,10 @@ from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.lineage.record import Lineage
 from llmkit.shards.part import as_arrow, coded
 from llmkit.shards.writer import ShardWriter, load_tokenizer_info
-from llmkit.tokens.encode import Encoder
+from llmkit.tokens.encoder import DocumentEncoder
 info = load_tokenizer_info(TOKENIZER)
 options = ReadOptions()
-encoder = Encoder(info, options)
+encoder = DocumentEncoder(info, options)
 def work(source, target):
     with ShardWriter(target + ".arrow", info, Lineage("tokenize"), force=True) as writer, DocumentReader([source], options) as reader:
         for block in map(encoder, reader.chunks()):

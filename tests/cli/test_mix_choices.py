@@ -232,7 +232,7 @@ def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[
     expected = {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12) if f"{i}" not in out}
     assert Counter(id for id, _ in found if "web" not in id) == expected and len(expected) < 12
     assert {count for id, count in Counter(id for id, _ in found).items() if "web" in id} == {1}
-    for option, message in (("--to", b"--to jsonl has no place"), ("--decode", b"has no place")):
+    for option, message in (("--to", b"--to jsonl cannot store"), ("--decode", b"cannot store")):
         value = ("jsonl",) if option == "--to" else ("--from", "shards")
         done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", option, *value, "--keep-duplicates", cwd=place)
         assert done.returncode == 2 and message in done.stderr

@@ -106,7 +106,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
     """Behaviour: rounding and a shortage of merges are said; the lineage stands in the directory."""
     assert run_command("vocab", ["docs.jsonl", "--size", "5000", "-p", "qwen2", "--json", "-o", "new"]) == 0
     said = capfd.readouterr().err
-    assert "5,000 rounded up to 5,056" in said and "warning: the texts hold" in said
+    assert "5,000 rounded up to 5,056" in said and "warning: the texts have only" in said
     counts = json.loads(said.splitlines()[-1])
     assert counts["size"] % 64 == 0 and counts["size"] < 5056 and counts["documents"] == 120
     record = read_lineage(place / "new")
@@ -126,7 +126,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "two"], 2, "unknown --digits"),
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "single", "-p", "llama-bpe"], 2, "contradict each other"),
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "three", "-p", "gpt-2"], 2, "contradict each other"),
-        (["vocab", "docs.jsonl", "-o", "x", "--special", "word"], 2, "a special token 'word'"),
+        (["vocab", "docs.jsonl", "-o", "x", "--special", "word"], 2, "invalid special token 'word'"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "0"], 2, "--sample 0"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "nan"], 2, "--sample nan"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "1e-9"], 1, "takes none of 120 documents"),
@@ -156,7 +156,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
             2,
             "--decode turns tokens into documents",
         ),
-        (["tokenize", "one.arrow", "-t", "tok", "-o", "x"], 2, "token shards already"),
+        (["tokenize", "one.arrow", "-t", "tok", "-o", "x"], 2, "already token shards"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--to", "megatrom"], 2, "did you mean 'megatron'"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--from", "nano"], 2, "did you mean 'nanogpt'"),
         (["tokenize", "docs.jsonl", "-t", "tok", "--to", "megatron"], 2, "-o PREFIX"),
@@ -167,7 +167,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
             1,
             "odd.bin: 3 bytes are no whole number",
         ),
-        (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is none"),
+        (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is not one"),
         (["tokenize", "odd", "--from", "megatron", "-t", "tok", "-o", "x"], 1, "odd.idx: no such file"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--bos"], 2, "tok: no beginning-of-text token"),
         (["tokenize", "docs.jsonl", "-t", "other", "-o", "x", "--fim-rate", "0.5"], 2, "no fill-in-the-middle tokens"),
@@ -176,7 +176,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (
             ["tokenize", "docs.jsonl", "-t", "tok", "--to", "jsonl", "--max-tokens-per-shard", "9"],
             2,
-            "only token shards",
+            "token shards only",
         ),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-source", "code"], 2, "--fim-source without"),
         (["tokenize", "--decode", "empty.jsonl", "-o", "x.jsonl"], 1, "empty file"),
@@ -265,7 +265,7 @@ BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}
         (BPE, {"normalizer": {"type": "Nothing"}}, "does not load"),
         (BPE, {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, "does not load"),
         ({"type": "Unigram", "vocab": [["</s>", 0.0]], "unk_id": 7}, {}, "does not load"),
-        ({"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[U]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, {}, "does not encode: WordPiece error"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[U]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, {}, "fails to encode: WordPiece error"),
     ],
 )  # fmt: skip
 def test_bad_tokenizers(

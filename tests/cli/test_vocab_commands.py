@@ -88,7 +88,7 @@ def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> No
         (place / "other" / file.name).write_bytes(file.read_bytes())
     (place / "other/tokenizer.json").write_text(json.dumps(other))
     done = llmkit_here("vocab report", "tok", "other", "--text", "en.jsonl", cwd=place)
-    assert done.stderr.count(b"GGUF") == 1 and b"warning: other: cuts text as none of llama-bpe" in done.stderr
+    assert done.stderr.count(b"GGUF") == 1 and b"warning: other: its pre-tokenizer is none of llama-bpe" in done.stderr
     extended = llmkit_here("vocab extend", "other", "de.jsonl", "--add", "4", "-o", "more", cwd=place)
     assert extended.returncode == 0 and b"GGUF" in extended.stderr
 
@@ -112,7 +112,7 @@ def test_advise(place: Path, llmkit_here: Command) -> None:
         assert model["recommended"] in [row["size"] for row in rows] and rows[0]["size"] == 1024
         assert 0 < rows[0]["share"] < 1 and rows[0]["embedding_parameters"] % 1024 == 0
         assert [row["bytes_per_token"] for row in rows] == sorted(row["bytes_per_token"] for row in rows)
-    assert b"are not judged" in done.stderr and b"Tokens a word by language" in done.stderr
+    assert b"are not considered" in done.stderr and b"Tokens per word by language" in done.stderr
     other = json.loads(llmkit_here("vocab advise", "back.jsonl", "-m", "tiny,llama-125m", cwd=place).stdout)
     assert other["models"] == found["models"]
 
@@ -163,15 +163,19 @@ def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Pat
         (["vocab report", "tok", "--text", "en.jsonl", "-o", "en.jsonl"], 1, "en.jsonl exists"),
         (["vocab advise", "en.jsonl", "-m", ","], 2, "names no model"),
         (["vocab advise", "en.jsonl", "-m", "125k"], 2, "unknown preset"),
-        (["vocab advise", "en.jsonl", "--largest", "500"], 2, "no size to judge"),
+        (["vocab advise", "en.jsonl", "--largest", "500"], 2, "no size to consider"),
         (["vocab advise", "en.jsonl", "-p", "lama-bpe"], 2, "did you mean 'llama-bpe'"),
         (["vocab advise", "en.jsonl"], 1, "too few for any size"),
-        (["vocab extend", "tok", "de.jsonl", "-o", "x"], 2, "what to add?"),
-        (["vocab extend", "tok", "de.jsonl", "--add", "9", "--tokens", "empty", "-o", "x"], 2, "what to add?"),
-        (["vocab extend", "tok", "de.jsonl", "--tokens", "empty", "-o", "x"], 2, "learns nothing from documents"),
+        (["vocab extend", "tok", "de.jsonl", "-o", "x"], 2, "give either --add or --tokens"),
+        (
+            ["vocab extend", "tok", "de.jsonl", "--add", "9", "--tokens", "empty", "-o", "x"],
+            2,
+            "give either --add or --tokens",
+        ),
+        (["vocab extend", "tok", "de.jsonl", "--tokens", "empty", "-o", "x"], 2, "reads no documents"),
         (["vocab extend", "tok", "--tokens", "empty", "-o", "x"], 1, "empty: no words"),
         (["vocab extend", "tok", "--tokens", "nowhere", "-o", "x"], 1, "nowhere"),
-        (["vocab extend", "tok", "de.jsonl", "--add", "0", "-o", "x"], 2, "one token at least"),
+        (["vocab extend", "tok", "de.jsonl", "--add", "0", "-o", "x"], 2, "at least one token"),
         (["vocab extend", "tok", "de.jsonl", "--add", "9"], 2, "no output"),
         (["vocab extend", "tok", "de.jsonl", "--add", "9", "-o", "tok"], 1, "tok exists"),
         (["vocab extend", "tok", "de.jsonl", "--add", "1T", "-o", "x", "--multiple", "9000000"], 2, "the largest is"),

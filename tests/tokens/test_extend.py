@@ -14,7 +14,7 @@ from llmkit.lineage.record import Lineage
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import extend, vocabulary
 from llmkit.tokens.pretokenize import PATTERNS
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 DOMAIN = [
@@ -58,35 +58,35 @@ def plain_merges(
 def test_merges_go_on_where_training_ended(name: str, trained: Trained) -> None:
     """Parity with a plain trainer that starts from the old tokenizer's pieces, and of the written tokenizer with its result."""
     info = trained(name)
-    old = load(info)
+    old = load_tokenizer(info)
     pieces: Counter[tuple[int, ...]] = Counter()
     for text in DOMAIN:
         for piece, _ in old.pre_tokenizer.pre_tokenize_str(text):
             pieces[tuple(token.id for token in old.model.tokenize(piece))] += 1
     strings = {i: token for token, i in old.get_vocab().items()}
     wanted, left = plain_merges(pieces, strings, 60, info.vocab_size)
-    found = extend.learn(info, DOMAIN, 60)
+    found = extend.learn_merges(info, DOMAIN, 60)
     assert found == wanted and len(found) == 60
     made = extend.with_merges(info, name, found, 64)
     assert (made.size, made.added, len(made.pieces)) == (448, 60, 64)
-    new = load(TokenizerInfo("", made.size, 0, files=made.files))
+    new = load_tokenizer(TokenizerInfo("", made.size, 0, files=made.files))
     ids = [new.encode(text, add_special_tokens=False).ids for text in DOMAIN]
     assert sum(map(len, ids)) == sum(len(word) * count for word, count in left.items())
     assert [new.decode(found, skip_special_tokens=False) for found in ids] == DOMAIN
     assert all(new.id_to_token(i) == old.id_to_token(i) for i in range(384))
     for i, parts in enumerate(made.pieces[:60], 384):
         assert "".join(old.id_to_token(part) for part in parts) == new.id_to_token(i) and max(parts) < 384
-    assert made.pieces[60:] == [[]] * 4 and new.id_to_token(447) == vocabulary.reserved(vocabulary.RESERVED + 3)
+    assert made.pieces[60:] == [[]] * 4 and new.id_to_token(447) == vocabulary.reserved_token(vocabulary.RESERVED + 3)
 
 
 def test_texts_of_any_order_and_number(trained: Trained) -> None:
     """Property: the order of the texts does not matter; too few give fewer merges; none is an error."""
     info = trained("qwen2")
-    assert extend.learn(info, DOMAIN, 40) == extend.learn(info, DOMAIN[::-1], 40)
-    assert len(extend.learn(info, ["xyzzy xyzzy"], 40)) == 4
-    assert extend.learn(info, ["a" * 100_000 + " b"], 40) == []
+    assert extend.learn_merges(info, DOMAIN, 40) == extend.learn_merges(info, DOMAIN[::-1], 40)
+    assert len(extend.learn_merges(info, ["xyzzy xyzzy"], 40)) == 4
+    assert extend.learn_merges(info, ["a" * 100_000 + " b"], 40) == []
     with pytest.raises(LlmkitError, match="no text"):
-        extend.learn(info, ["", ""], 40)
+        extend.learn_merges(info, ["", ""], 40)
 
 
 def test_ids_stay_where_special_tokens_stand_outside_of_the_model() -> None:
@@ -95,8 +95,8 @@ def test_ids_stay_where_special_tokens_stand_outside_of_the_model() -> None:
     info = parse_tokenizer(files, "few")
     content = json.loads(files["tokenizer.json"])
     assert "<|reserved_12|>" not in content["model"]["vocab"] and info.vocab_size == 320
-    made = extend.with_merges(info, "few", extend.learn(info, ["cd cd cd"], 3), 64)
-    new, old = load(TokenizerInfo("", made.size, 0, files=made.files)), load(info)
+    made = extend.with_merges(info, "few", extend.learn_merges(info, ["cd cd cd"], 3), 64)
+    new, old = load_tokenizer(TokenizerInfo("", made.size, 0, files=made.files)), load_tokenizer(info)
     assert all(new.token_to_id(token) == i for token, i in old.get_vocab(with_added_tokens=True).items())
     assert new.encode(" cd").ids == [321] and made.size == 384
 
@@ -106,11 +106,11 @@ def test_words(trained: Trained) -> None:
     info = trained("llama-bpe")
     made = extend.with_words(info, "tok", ["Quarz", "東京", "Quarz", "e"], 64)
     assert made.added == 2 and made.size == 448
-    new = load(TokenizerInfo("", made.size, 0, files=made.files))
+    new = load_tokenizer(TokenizerInfo("", made.size, 0, files=made.files))
     text = "Quarz, Quarzglas and 東京"
     ids = new.encode(text).ids
     assert ids.count(384) == 1 and ids.count(385) == 1 and new.decode(ids) == text
-    assert made.pieces[0] == load(info).encode("Quarz").ids
+    assert made.pieces[0] == load_tokenizer(info).encode("Quarz").ids
     with pytest.raises(LlmkitError, match="garbles"):
         extend.with_words(info, "tok", ["größer"], 64)
 
@@ -152,11 +152,11 @@ def test_transformers_loads_it(trained: Trained, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     info = trained("llama-bpe")
-    made = extend.with_merges(info, "tok", extend.learn(info, DOMAIN, 20), 64)
-    for name, text in extend.described(made, info, Lineage("vocab extend")).items():
+    made = extend.with_merges(info, "tok", extend.learn_merges(info, DOMAIN, 20), 64)
+    for name, text in extend.tokenizer_files(made, info, Lineage("vocab extend")).items():
         (tmp_path / name).write_text(text)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    ours = load(TokenizerInfo("", made.size, 0, files=made.files), allow_special=True)
+    ours = load_tokenizer(TokenizerInfo("", made.size, 0, files=made.files), allow_special=True)
     for text in (*DOMAIN[:3], "<|im_start|>user"):
         assert theirs(text)["input_ids"] == ours.encode(text).ids
     assert (theirs.eos_token_id, len(theirs)) == (0, 448) and theirs.chat_template

@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import EncodeOptions, Encoder
-from llmkit.tokens.fill_in_the_middle import NAMES, FillInTheMiddle, Segment, assemble, fill_in_the_middle
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions
+from llmkit.tokens.fill_in_the_middle import (
+    NAMES,
+    FillInTheMiddle,
+    Segment,
+    assemble_segments,
+    make_fill_in_the_middle,
+)
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 PREFIX, SUFFIX, MIDDLE = 1, 2, 3
@@ -83,8 +89,8 @@ def test_only_some_sources() -> None:
 def test_tokens_of_known_tokenizers(names: tuple[str, ...], trained: Trained) -> None:
     """Parity with `tokenizers`: the tokens are found by the names that are in use, whatever their order, and have the library's ids."""
     info = with_tokens(trained("gpt-2"), names[::-1])
-    known = load(info).get_vocab(with_added_tokens=True)
-    found = fill_in_the_middle(info, 0.5, 0.5, 0)
+    known = load_tokenizer(info).get_vocab(with_added_tokens=True)
+    found = make_fill_in_the_middle(info, 0.5, 0.5, 0)
     assert found is not None and found.sentinels == tuple(known[name] for name in names)
 
 
@@ -92,13 +98,13 @@ def test_what_cannot_be(trained: Trained) -> None:
     """Behaviour: no tokens, no share, sources without a rate: one clear error; no rate, no transformation."""
     without = with_tokens(trained("gpt-2"), ())
     with pytest.raises(UsageError, match="no fill-in-the-middle tokens"):
-        fill_in_the_middle(without, 0.5, 0.5, 0)
+        make_fill_in_the_middle(without, 0.5, 0.5, 0)
     for rate, spm_rate in ((1.5, 0.5), (-0.1, 0.5), (float("nan"), 0.5), (0.5, 2.0)):
         with pytest.raises(UsageError, match=r"--fim-(spm-)?rate"):
-            fill_in_the_middle(without, rate, spm_rate, 0)
+            make_fill_in_the_middle(without, rate, spm_rate, 0)
     with pytest.raises(UsageError, match="--fim-source without"):
-        fill_in_the_middle(without, 0.0, 0.5, 0, ["code"])
-    assert fill_in_the_middle(without, 0.0, 0.5, 0) is None
+        make_fill_in_the_middle(without, 0.0, 0.5, 0, ["code"])
+    assert make_fill_in_the_middle(without, 0.0, 0.5, 0) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,11 +112,11 @@ def test_what_cannot_be(trained: Trained) -> None:
 def test_ids_decode_to_the_document(texts: list[str], trained: Trained) -> None:
     """Property: the ids between the sentinels, decoded and put together, are the text; lengths and the tokens in front and behind are right."""
     info = replace(with_tokens(trained("llama-bpe"), NAMES[1]), bos_id=5)
-    fim = fill_in_the_middle(info, 1.0, 0.5, 3)
+    fim = make_fill_in_the_middle(info, 1.0, 0.5, 3)
     assert fim is not None
     data = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
-    made = Encoder(info, ReadOptions(), EncodeOptions(bos=True, fim=fim))(Chunk("a.jsonl", 1, data))
-    library = load(info)
+    made = DocumentEncoder(info, ReadOptions(), EncodeOptions(bos=True, fim=fim))(Chunk("a.jsonl", 1, data))
+    library = load_tokenizer(info)
     assert len(made.ids) == len(texts)
     for text, (tokens, _, _) in zip(texts, made.documents(), strict=True):
         assert tokens[0] == 5 and tokens[-1] == info.eos_id
@@ -133,7 +139,7 @@ def test_assemble() -> None:
             [lengths[t] for t in texts], np.int64
         )
 
-    flat, counts = assemble([[1, "ab", 2, "", 3, "c", 0], [0], ["", 9, 9], ["c"]], encode)
+    flat, counts = assemble_segments([[1, "ab", 2, "", 3, "c", 0], [0], ["", 9, 9], ["c"]], encode)
     assert (flat.tolist(), counts.tolist()) == ([1, 97, 98, 2, 3, 99, 0, 0, 9, 9, 99], [7, 1, 2, 1])
     assert flat.dtype == np.uint16
-    assert [array.tolist() for array in assemble([], encode)] == [[], []]
+    assert [array.tolist() for array in assemble_segments([], encode)] == [[], []]

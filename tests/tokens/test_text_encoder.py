@@ -16,10 +16,10 @@ import pytest
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import bytelevel
-from llmkit.tokens.bytelevel import ByteLevel
+from llmkit.tokens.bytelevel import ByteLevelEncoder
 from llmkit.tokens.kernels.pretokenize import KINDS, LETTER, NUMBER, SPACE, classes, cut
-from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern_of, pre_tokenizer
-from llmkit.tokens.text_encoder import TextEncoder, load
+from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern_name, pre_tokenizer
+from llmkit.tokens.text_encoder import TextEncoder, load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 # What the four patterns tell apart, and what is easily taken for something else.
@@ -82,11 +82,11 @@ def test_classes_are_those_of_unicode() -> None:
 def test_ids_equal_those_of_the_library(name: str, trained: Trained) -> None:
     """Parity with `tokenizers`, in a table that is full again and again."""
     info = trained(name)
-    encoder, library = TextEncoder(info, compiled=True), load(info)
+    encoder, library = TextEncoder(info, compiled=True), load_tokenizer(info)
     encoder(["warm"])
     fast = encoder._fast
     assert fast is not None
-    fast._renew(64 if name != "llama-bpe" else 4096)  # a small one grows
+    fast._reset(64 if name != "llama-bpe" else 4096)  # a small one grows
     texts = [*strings(1500, 2), *LONG]
     wanted = [library.encode(text, add_special_tokens=False).ids for text in texts]
     for _ in range(2):
@@ -100,12 +100,14 @@ def test_a_table_that_may_not_grow_starts_anew(trained: Trained, monkeypatch: py
     """Behaviour: memory is bounded, and ids stay the same."""
     monkeypatch.setattr(bytelevel, "SLOTS", (256, 256))
     info = trained("qwen2")
-    fast = ByteLevel.of(json.loads(info.files["tokenizer.json"]))
+    fast = ByteLevelEncoder.from_json(json.loads(info.files["tokenizer.json"]))
     assert fast is not None
     texts = strings(3000, 3)
     ids, _ = fast.encode([text.encode() for text in texts])
     assert len(fast._table) == 4 * 256
-    assert ids.tolist() == [id for text in texts for id in load(info).encode(text, add_special_tokens=False).ids]
+    assert ids.tolist() == [
+        id for text in texts for id in load_tokenizer(info).encode(text, add_special_tokens=False).ids
+    ]
 
 
 def changed(info: TokenizerInfo, change: Callable[[dict[str, Any]], None]) -> TokenizerInfo:
@@ -143,7 +145,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
 def test_other_tokenizers(change: str, allow_special: bool, trained: Trained) -> None:
     """Parity with `tokenizers`: normalisers, added tokens, special tokens in a text, options; compiled where that is the same, else not."""
     info = changed(trained("qwen2"), CHANGES[change])
-    library = load(info, allow_special=allow_special)
+    library = load_tokenizer(info, allow_special=allow_special)
     texts = [
         "a<tool>b <tool",
         "Caf\u00e9 cafe\u0301x",
@@ -214,7 +216,7 @@ def test_patterns_are_known_by_their_description() -> None:
     from tokenizers import pre_tokenizers
 
     for name, chosen in PATTERNS.items():
-        assert pattern_of(json.loads(pre_tokenizer(chosen).__getstate__())) == name
+        assert pattern_name(json.loads(pre_tokenizer(chosen).__getstate__())) == name
     for other in (
         None,
         {},
@@ -223,7 +225,7 @@ def test_patterns_are_known_by_their_description() -> None:
         {"type": "ByteLevel", "add_prefix_space": True},
         {"type": "Whitespace"},
     ):
-        assert pattern_of(other) is None
+        assert pattern_name(other) is None
     assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert "".join(
         text

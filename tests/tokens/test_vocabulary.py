@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens import vocabulary
-from llmkit.tokens.pretokenize import PATTERNS, pattern, pre_tokenizer
-from llmkit.tokens.trainer import Counts
+from llmkit.tokens.pretokenize import PATTERNS, find_pattern, pre_tokenizer
+from llmkit.tokens.trainer import PieceCounts
 
 Trained = Callable[[str], TokenizerInfo]
 
@@ -47,7 +47,7 @@ def pieces(name: str, text: str) -> list[str]:
 @given(text=SNIPPETS)
 def test_patterns_cut_as_published(name: str, text: str) -> None:
     """Parity with the models' own expressions under the `regex` package."""
-    found = pre_tokenizer(pattern(name)).pre_tokenize_str(text)
+    found = pre_tokenizer(find_pattern(name)).pre_tokenize_str(text)
     assert [text[start:stop] for _, (start, stop) in found] == [w for w in pieces(name, text) if w]
 
 
@@ -56,7 +56,7 @@ def test_the_file_is_the_librarys(name: str) -> None:
     """Parity: tokenizer.json to the byte, but for a newline, when the `tokenizers` library trains and writes it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    chosen = pattern(name)
+    chosen = find_pattern(name)
     theirs = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
     theirs.pre_tokenizer = pre_tokenizer(chosen)
     theirs.decoder = decoders.ByteLevel()
@@ -169,7 +169,7 @@ def test_special_tokens_of_ones_own() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.from_regex(vocabulary.NAME, fullmatch=True), around=st.tuples(SNIPPETS, SNIPPETS))
+@given(name=st.from_regex(vocabulary.SPECIAL_NAME, fullmatch=True), around=st.tuples(SNIPPETS, SNIPPETS))
 def test_no_piece_of_text_holds_the_name_of_a_special_token(name: str, around: tuple[str, str]) -> None:
     """Property: every pattern cuts the names that are allowed, wherever they stand, so that no merge makes one."""
     text = name.join(around)
@@ -187,7 +187,7 @@ def test_order_of_texts_does_not_matter() -> None:
 def test_too_few_texts_make_a_smaller_valid_vocabulary() -> None:
     """Behaviour: says how many merges there were; reserved tokens fill the last rows."""
     made = vocabulary.train(["ab ab ab"], 1024)
-    assert (made.merges, made.merges_asked, made.size) == (2, 752, 320)
+    assert (made.merges, made.merges_requested, made.size) == (2, 752, 320)
     content = json.loads(made.files["tokenizer.json"])
     ids = {t["content"]: t["id"] for t in content["added_tokens"]}
     assert sorted(ids.values()) == [*range(16), *range(274, 320)]
@@ -204,7 +204,7 @@ def test_sizes() -> None:
         with pytest.raises(UsageError):
             vocabulary.check_size(size)
     with pytest.raises(UsageError, match="did you mean|unknown pattern"):
-        pattern("llama")
+        find_pattern("llama")
     with pytest.raises(LlmkitError, match="no text"):
         vocabulary.train(["", ""], 320)
 
@@ -222,8 +222,8 @@ def test_few_texts_do_not_wait_for_a_compiler(tmp_path: Path) -> None:
         [sys.executable, "-c", program, json.dumps(texts)], env=environment, capture_output=True, text=True
     )
     files, merges, nothing_compiled = json.loads(run.stdout)
-    counts = Counts()
+    counts = PieceCounts()
     counts.add_texts([text.encode() for text in texts], "qwen2")
-    counts.words()  # counted, however few
-    made = vocabulary.made_of(counts, 320, "qwen2", 2, 64)
+    counts.pieces()  # counted, however few
+    made = vocabulary.train_on_counts(counts, 320, "qwen2", 2, 64)
     assert nothing_compiled and (files, merges) == (made.files, made.merges) and merges > 10

@@ -15,16 +15,16 @@ from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.foreign import Block
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import EncodeOptions, Encoder, decode, source_name
+from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions, decode_documents, source_name
 from llmkit.tokens.pretokenize import PATTERNS
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 
 
 def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> Block:
     data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-    return Encoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
+    return DocumentEncoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -50,7 +50,7 @@ def test_text_comes_back(name: str, trained: Trained, text: str) -> None:
     if text.isspace():
         return
     made = encode(info, {"text": text})
-    assert decode(load(info), [made.tokens], info.eos_id) == [text]
+    assert decode_documents(load_tokenizer(info), [made.tokens], info.eos_id) == [text]
 
 
 def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
@@ -59,7 +59,7 @@ def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
     row = {"text": "a<|endoftext|>b<|im_start|>c<|reserved_3|>"}
     plain = encode(info, row).tokens.tolist()
     assert plain[-1] == 0 and min(plain[:-1]) >= 16
-    assert decode(load(info), [np.array(plain)], 0) == [row["text"]]
+    assert decode_documents(load_tokenizer(info), [np.array(plain)], 0) == [row["text"]]
     special = encode(info, row, allow_special=True).tokens.tolist()
     assert [i for i in special if i < 16] == [0, 1, 14, 0]
 
@@ -128,15 +128,15 @@ def test_malformed_tokenizers_are_refused(trained: Trained) -> None:
     content["model"]["merges"] = [["x", "not in the vocabulary"]]
     info = TokenizerInfo("", 384, 0, files={"tokenizer.json": orjson.dumps(content).decode()})
     with pytest.raises(LlmkitError, match="does not load"):
-        load(info)
+        load_tokenizer(info)
     with pytest.raises(LlmkitError, match="do not carry"):
-        load(TokenizerInfo("", 384, 0))
+        load_tokenizer(TokenizerInfo("", 384, 0))
 
 
 @pytest.mark.parametrize("unit", ["word next, ", "a", " ", "\n", "日本", "=-"])
 def test_time_is_linear_in_the_length_of_a_document(unit: str, trained: Trained) -> None:
     """Property: a document eight times as long takes at most about eight times as long (20 here, for a noisy machine)."""
-    library = load(trained("llama-bpe"))
+    library = load_tokenizer(trained("llama-bpe"))
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]
