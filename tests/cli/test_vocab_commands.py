@@ -31,7 +31,7 @@ def place(tmp_path: Path, small_tokenizer: dict[str, str]) -> Path:
 
 
 def test_names_of_two_words(place: Path, llmkit: Command) -> None:
-    """Behaviour: two words or a hyphen reach the same command; a file of that name is ./NAME; typos get a suggestion."""
+    """Behaviour: two words or a hyphen name the same command; ./NAME is a file of that name; typos get a suggestion."""
     for words in (("vocab", "report"), ("vocab-report",)):
         done = llmkit(*words, "-h")
         assert done.returncode == 0 and b"Usage: llmkit vocab report" in done.stdout
@@ -47,7 +47,7 @@ def test_names_of_two_words(place: Path, llmkit: Command) -> None:
 
 
 def test_report(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: JSON on stdout or in -o, the same for any -j and from stdin; the table and the warning on stderr."""
+    """Behaviour: JSON goes to stdout or -o, the same for any -j and from stdin; table and warnings go to stderr."""
     call = ("vocab report", "tok", "tok/tokenizer.json", "--text", "en.jsonl", "--text", "de.jsonl")
     done = llmkit_here(*call, cwd=place)
     report = json.loads(done.stdout)
@@ -71,7 +71,9 @@ def test_report(place: Path, llmkit_here: Command) -> None:
 
 
 def test_report_warns(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a tokenizer trained on English costs German more than 1.5 times as much, and says so; without English it says that."""
+    """Behaviour: a warning where a tokenizer trained on English costs German over 1.5 times as much; a note
+    without English.
+    """
     assert llmkit_here("vocab", "en.jsonl", "-s", "512", "-q", "-o", "entok", cwd=place).returncode == 0
     done = llmkit_here("vocab report", "entok", "-q", "--text", "en.jsonl", "--text", "de.jsonl", cwd=place)
     assert b"warning: entok: fertility over 1.5 times that of en: de (" in done.stderr
@@ -80,7 +82,7 @@ def test_report_warns(place: Path, llmkit_here: Command) -> None:
 
 
 def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a byte-level tokenizer that cuts text its own way is warned of, one of ours is not."""
+    """Behaviour: a warning for a byte-level tokenizer with another pattern, none for ours."""
     other = json.loads((place / "tok/tokenizer.json").read_text())
     other["pre_tokenizer"]["add_prefix_space"] = True
     (place / "other").mkdir()
@@ -94,7 +96,7 @@ def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> No
 
 
 def test_advise(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a table for each model, the same JSON in another order of documents, and a warning where the corpus is too small."""
+    """Behaviour: a table per model, the same JSON for any order of documents, and a warning where the corpus is small."""
     randomness = random.Random(1)
     known = ["".join(randomness.choices("abcdefghijklmnop", k=randomness.randint(3, 9))) for _ in range(1000)]
     lines = []
@@ -118,7 +120,7 @@ def test_advise(place: Path, llmkit_here: Command) -> None:
 
 
 def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Path]) -> None:
-    """Behaviour: a tokenizer directory, or with --model a model with its rows; the same bytes again; the lineage names what was read."""
+    """Behaviour: writes a tokenizer, or with --model a model with new rows; reproducible; the lineage names the inputs."""
     import torch
 
     from llmkit.model.pretrained.checkpoint import load_model

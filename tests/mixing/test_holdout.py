@@ -1,4 +1,4 @@
-"""What is held out: no text on both sides in whatever form, the same in every mix, and a share of all."""
+"""Held-out documents: no text is on both sides in any form, and the selection is the same in every mix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def store_of(path: Path, documents: Documents) -> TokenStore:
 def split(
     store: TokenStore, found: tuple[int, ...]
 ) -> tuple[set[str], set[str], set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Ids held out and kept, token ids held out and kept."""
+    """Ids held out and kept, and token ids held out and kept."""
     out = set(found)
     ids: tuple[set[str], set[str]] = (set(), set())
     tokens: tuple[set[tuple[int, ...]], set[tuple[int, ...]]] = (set(), set())
@@ -38,8 +38,9 @@ def split(
 
 
 def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
-    """Property: neither an id nor a text is held out and trained on, over sources, with fill-in-the-middle (the same id, other tokens) and with
-    copies under other ids; shares are as asked for; what has no copies is held out of every mix, and of one with a larger share."""
+    """Property: no id or text is both held out and trained on, across sources, fill-in-the-middle (the same id, other
+    tokens) and copies under other ids; shares are as requested; a document without copies is held out of every mix
+    with the same or a larger share."""
     draw = np.random.default_rng(0)
     documents = [(f"d{i}", draw.integers(1, 300, 9).tolist()) for i in range(4_000)]
     web = store_of(tmp_path / "web.arrow", documents)
@@ -57,14 +58,14 @@ def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_documents_without_ids(tmp_path: Path) -> None:
-    """Behaviour: documents whose id is empty go by their tokens, not all together."""
+    """Behaviour: documents with an empty id are selected by their tokens, not as one group."""
     store = store_of(tmp_path / "a.arrow", [("", [1, i, 0]) for i in range(250)])
     assert 10 <= len(held_out_documents([store], 0.1)[0]) <= 45
 
 
 @given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1, max_size=40))
 def test_groups(rows: list[tuple[int, int]]) -> None:
-    """Parity with a plain union of every two rows that share a key."""
+    """Parity with a naive union of all pairs of rows that share a key."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:

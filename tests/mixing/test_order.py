@@ -1,4 +1,4 @@
-"""Training order: budgets are met, shares hold everywhere, and it is the same order by whatever way it is reached."""
+"""Training order: budgets are met, shares hold everywhere, and a plan and its shards give the same order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def order_of(sources: list[tuple[list[int], int]], seed: int) -> tuple[list[np.n
 @given(SOURCES, st.integers(0, 2**40))
 @settings(deadline=None)
 def test_budgets_are_met_to_within_half_a_document(sources: list[tuple[list[int], int]], seed: int) -> None:
-    """Property: no source misses its budget by more than half its longest document; passes are whole but for the last."""
+    """Property: no source misses its budget by more than half its longest document; all passes but the last are
+    complete.
+    """
     lengths, order = order_of(sources, seed)
     for s, (sizes, budget) in enumerate(sources):
         mine = order.source == s
@@ -55,7 +57,7 @@ def test_budgets_are_met_to_within_half_a_document(sources: list[tuple[list[int]
 @given(SOURCES, st.integers(0, 2**40))
 @settings(deadline=None)
 def test_shares_hold_in_every_stretch(sources: list[tuple[list[int], int]], seed: int) -> None:
-    """Property: at any point all sources have given the same part of their tokens, to within a document of each."""
+    """Property: at any point all sources have given the same fraction of their tokens, to within one document each."""
     lengths, order = order_of(sources, seed)
     progress, slack = [], []
     for s in range(len(sources)):
@@ -70,7 +72,7 @@ def test_shares_hold_in_every_stretch(sources: list[tuple[list[int], int]], seed
 
 
 def test_order_is_random_and_pure() -> None:
-    """Property: equal calls give equal orders, other seeds and other passes other ones, another source leaves the first one's order."""
+    """Property: the order is reproducible, differs by seed and by pass, and does not depend on other sources."""
     sources = [([7] * 200, 2_800), ([5] * 100, 400)]
     _, one = order_of(sources, 1)
     for again, equal in ((order_of(sources, 1)[1], True), (order_of(sources, 2)[1], False)):
@@ -82,7 +84,9 @@ def test_order_is_random_and_pure() -> None:
 
 
 def test_permutations_never_change() -> None:
-    """Golden: computed by hand from splitmix64 (Steele et al. 2014) in plain integers, so a resumed run finds its order on any machine."""
+    """Golden: computed from splitmix64 (Steele et al. 2014) in plain integers; a resumed run has the same order
+    anywhere.
+    """
 
     def mixed(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -97,7 +101,7 @@ def test_permutations_never_change() -> None:
 
 @pytest.fixture
 def planned(tmp_path: Path, write_shards: Write) -> Path:
-    """A plan over two shard directories: web whole and a half, code not quite."""
+    """A plan over two shard directories: about one and a half passes over web, less than one over code."""
     random = np.random.default_rng(0)
     sources = []
     for name, budget in (("web", 3_000), ("code", 700)):
@@ -111,7 +115,7 @@ def planned(tmp_path: Path, write_shards: Write) -> Path:
 
 
 def test_a_plan_is_followed(planned: Path) -> None:
-    """Property: every span is the slice of the documents put one behind the other; ids, sources and epochs go with them."""
+    """Property: every span equals the slice of the concatenated documents; ids, sources and epochs match."""
     ordered = OrderedTokens.open(str(planned))
     flat = np.concatenate([ordered.document(i) for i in range(ordered.documents)])
     assert ordered.tokens == len(flat) and abs(ordered.tokens - 3_700) <= 60
@@ -131,7 +135,9 @@ def test_a_plan_is_followed(planned: Path) -> None:
 
 
 def test_a_plan_may_move(planned: Path, tmp_path: Path) -> None:
-    """Behaviour: shards are found at their path or beside the plan; the plan's digest does not depend on where they lie."""
+    """Behaviour: shards are found at their path or beside the plan; the plan's digest does not depend on their
+    location.
+    """
     before = OrderedTokens.open(str(planned))
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -149,7 +155,7 @@ def test_a_plan_may_move(planned: Path, tmp_path: Path) -> None:
 
 
 def test_bad_plans(planned: Path, tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: what is not a plan, or no longer fits its shards, is refused by name."""
+    """Behaviour: an invalid plan, or one that no longer matches its shards, is refused by name."""
     text = (planned / "plan.toml").read_text()
     cases = {
         "x = ": "invalid TOML",

@@ -1,4 +1,4 @@
-"""What a plan may choose beyond budgets: ways to shuffle, stages, copies, held-out documents, packing."""
+"""Choices of a plan beyond budgets: shuffling, stages, copies, held-out documents, packing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def plan_of(*budgets: tuple[int, ...], **more: object) -> Plan:
 )
 @settings(deadline=None)
 def test_stages_go_on_where_the_last_one_stopped(sources: list[tuple[list[int], list[int]]], shuffle: str) -> None:
-    """Property: a source's documents over all stages are those of one stage that takes the sum; each stage has what it asks for, to half a document."""
+    """Property: stages together take the documents of one stage with the summed budget; each meets its own to
+    half a document.
+    """
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
     staged = resolve_order(plan_of(*(tuple(budgets) for _, budgets in sources), shuffle=shuffle), lengths)
     whole = resolve_order(plan_of(*((sum(budgets),) for _, budgets in sources), shuffle=shuffle), lengths)
@@ -55,7 +57,9 @@ def test_stages_go_on_where_the_last_one_stopped(sources: list[tuple[list[int], 
 
 
 def test_ways_to_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: none keeps the stored order, block keeps runs of it in another order, other in each pass; sources mix all the same."""
+    """Behaviour: none keeps the stored order, block permutes runs of it, differently in each pass; sources are
+    still mixed.
+    """
     monkeypatch.setattr(orders, "BLOCK_TOKENS", 100)
     lengths = np.full(100, 7)
     assert pass_order(1, "none", lengths, None)[0].tolist() == list(range(100))
@@ -71,7 +75,7 @@ def test_ways_to_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(LENGTHS, st.data(), st.sampled_from(["global", "block", "none"]))
 @settings(deadline=None)
 def test_copies_are_whole_passes(sizes: list[int], data: st.DataObject, shuffle: str) -> None:
-    """Property: a pass holds each document as often as it is to be, evenly spread, and `epoch` counts on from one to the next."""
+    """Property: a pass has the requested copies of each document, evenly spread; `epoch` continues from pass to pass."""
     copies = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(sizes), max_size=len(sizes)).filter(any)))
     lengths = np.array(sizes, np.int64)
     a_pass = int((lengths * copies).sum())
@@ -85,8 +89,8 @@ def test_copies_are_whole_passes(sizes: list[int], data: st.DataObject, shuffle:
 
 
 def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
-    """Property: followed by plan, a packed order gives every token taken once and end-of-text ids between; held-out documents and padding of an
-    earlier packing never come; what the plan decides is in its digest."""
+    """Property: a packed order from a plan has every token taken once, padded with end-of-text ids; held-out documents
+    and the padding of an earlier packing never occur; the digest covers everything that the plan decides."""
     web = write_shards(
         tmp_path / "web", np.random.default_rng(0).integers(1, 60, 90).tolist(), max_tokens_per_shard=500
     )
@@ -130,7 +134,7 @@ def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
 
 
 def test_bad_choices_in_a_plan(tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: refused by the name of the field."""
+    """Behaviour: the error names the field."""
     store = TokenStore.open(str(write_shards(tmp_path / "web.arrow", [5] * 9)))
     plan = Plan(
         (PlannedSource("web.arrow", store.inputs[0].digest, (20, 5), (3,)),) * 2, 1, store.tokenizer.digest, "none", 8

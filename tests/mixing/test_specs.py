@@ -1,4 +1,4 @@
-"""Specs and budgets: what is typed becomes tokens of each source."""
+"""Specs and token budgets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def specs(*texts: str) -> list[SourceSpec]:
     ],
 )
 def test_specs(text: str, expected: SourceSpec) -> None:
-    """Behaviour: the three amounts, and a path alone."""
+    """Behaviour: the three kinds of amount, and a bare path."""
     assert parse_spec(text) == expected
 
 
@@ -74,14 +74,14 @@ def test_specs(text: str, expected: SourceSpec) -> None:
     ],
 )
 def test_amounts_that_are_none(amount: str) -> None:
-    """Behaviour: refused with what was typed and the forms there are."""
+    """Behaviour: the error has the text as typed and the valid forms."""
     with pytest.raises(UsageError) as caught:
         parse_spec(f"web:{amount}")
     assert repr(amount) in caught.value.message and caught.value.hint
 
 
 def test_an_existing_path_is_not_cut(tmp_path: Path) -> None:
-    """Behaviour: a file whose name ends like an amount is a file."""
+    """Behaviour: an existing file whose name ends like an amount is a file."""
     (tmp_path / "run:0.5").touch()
     assert parse_spec(str(tmp_path / "run:0.5")) == SourceSpec(str(tmp_path / "run:0.5"))
 
@@ -108,13 +108,13 @@ def test_budgets() -> None:
     ],
 )
 def test_contradictions(given_specs: list[str], total: int, message: str) -> None:
-    """Behaviour: specs that cannot all hold are a usage error."""
+    """Behaviour: contradictory specs are a usage error."""
     with pytest.raises(UsageError, match=message):
         source_budgets(specs(*given_specs), [100, 100], total)
 
 
 def test_a_source_without_tokens() -> None:
-    """Behaviour: refused by name rather than left out in silence."""
+    """Behaviour: refused by name rather than silently skipped."""
     with pytest.raises(LlmkitError, match="b: no tokens in this source"):
         source_budgets(specs("a", "b"), [10, 0], None)
 
@@ -136,8 +136,8 @@ SOURCES = st.lists(
 def test_realised_shares(
     sources: list[tuple[list[int], float]], total: int, seed: int, shuffle: str, packed: bool
 ) -> None:
-    """Property: each source's tokens are within 0.01 % of what its weight asks of the total, or within one of its documents, in each of two
-    stages with opposite weights, whatever the shuffle and the packing."""
+    """Property: each source's tokens are within 0.01 % of its weighted share of the total, or within one of its
+    documents, in each of two stages with opposite weights, for any shuffle and packing."""
     total = min(total, 100 * sum(sum(sizes) for sizes, _ in sources))
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
     weights = [[weight for _, weight in sources], [1 / weight for _, weight in sources]]
@@ -183,7 +183,7 @@ def test_shares(text: str, share: float) -> None:
 
 
 def test_weight_map() -> None:
-    """Behaviour: a count is of its range, one between or behind ranges of the range below, one before them all of the first."""
+    """Behaviour: a count outside all ranges uses the range below it, or the first range where there is none."""
     ranges = parse_weight_map("2-5:2, 8:4,10-100:3")
     assert copies_by_count(ranges, np.array([1, 2, 5, 6, 8, 9, 10, 10**9])).tolist() == [2, 2, 2, 2, 4, 4, 3, 3]
 
@@ -208,7 +208,7 @@ def test_weight_map() -> None:
     ],
 )
 def test_weight_maps_that_are_none(text: str) -> None:
-    """Behaviour: refused, with the part that is wrong."""
+    """Behaviour: the error names the invalid part."""
     with pytest.raises(UsageError, match="is not a range with a number of copies"):
         parse_weight_map(text)
 
@@ -227,7 +227,9 @@ mix = { web = "1.5k" }
 
 
 def test_stages(tmp_path: Path) -> None:
-    """Behaviour: names, paths from the file's directory, amounts as on the command line; paths that are given take the place of those inside."""
+    """Behaviour: names, paths relative to the file, amounts as on the command line; given paths replace those
+    in the file.
+    """
     file = tmp_path / "c.toml"
     file.write_text(CURRICULUM)
     paths, stages = read_stages(file, [])
@@ -277,7 +279,7 @@ def test_stages(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_stages(tmp_path: Path, old: str, new: str, message: str, hint: str) -> None:
-    """Behaviour: one line that names the file and the stage, and the nearest key where one is unknown."""
+    """Behaviour: the error names the file and the stage, and suggests a key for an unknown one."""
     file = tmp_path / "c.toml"
     assert old in CURRICULUM
     file.write_text(CURRICULUM.replace(old, new))
@@ -293,7 +295,9 @@ def test_bad_stages(tmp_path: Path, old: str, new: str, message: str, hint: str)
 )
 @settings(max_examples=40, deadline=None)
 def test_pool_gives_back_every_line(sources: list[list[str]]) -> None:
-    """Property: lines come back byte for byte in the order asked for, their lengths being a quarter of the text's bytes, rounded up."""
+    """Property: lines are returned unchanged in the requested order; lengths are a quarter of the text's bytes,
+    rounded up.
+    """
     import orjson
 
     pool, options = DocumentPool(), ReadOptions()

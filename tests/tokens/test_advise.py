@@ -20,7 +20,9 @@ TEXTS = [
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe"])
 def test_one_training_gives_every_smaller_one(name: str) -> None:
-    """Parity: tokens of a text under each size as counted from the largest are those of a tokenizer trained at that size."""
+    """Parity: token counts at each size, derived from the largest vocabulary, equal those of a tokenizer
+    trained at that size.
+    """
     sizes = [320, 384, 448]
     largest = vocabulary.train(TEXTS, 512, name)
     held = advise.HeldOutText([*TEXTS[:3], "dogs and foxes, 日本 2019"], ["a", "a", "b", "b"])
@@ -39,7 +41,9 @@ def test_one_training_gives_every_smaller_one(name: str) -> None:
     ("weights", "width", "published"), [(33e6, 512, 6_144), (302e6, 1024, 16_384), (2.87e9, 3200, 43_000)]
 )
 def test_the_rule_comes_near_the_published_sizes(weights: float, width: int, published: int) -> None:
-    """Golden: on the compression curve of Tao et al. (arXiv:2407.13623, tokens a character of English) within a quarter of the paper's sizes."""
+    """Golden: on the compression curve of Tao et al. (arXiv:2407.13623, tokens per character) within 25 % of
+    the paper's sizes.
+    """
 
     def bytes_per_token(size: int) -> float:
         return 1 / (0.0064 * math.log(size) ** 2 - 0.1581 * math.log(size) + 1.2047)
@@ -58,7 +62,7 @@ def test_the_rule_comes_near_the_published_sizes(weights: float, width: int, pub
 
 
 def test_held_out_documents() -> None:
-    """Behaviour: about one in twenty, the same in any order; none at all is said."""
+    """Behaviour: about one document in twenty, the same in any order; no held-out document is an error."""
     held = advise.HeldOutText()
     texts = [f"text number {i}" for i in range(2000)]
     kept = [text for text in texts if held.take(text, "x")]
@@ -70,7 +74,7 @@ def test_held_out_documents() -> None:
 
 
 def test_sizes() -> None:
-    """Behaviour: powers of two and one and a half times those, multiples of 64."""
+    """Behaviour: powers of two and 1.5 times those, all multiples of 64."""
     assert advise.candidate_sizes(6144) == [1024, 1536, 2048, 3072, 4096, 6144] and not advise.candidate_sizes(1000)
     assert advise.candidate_sizes(1 << 18)[-1] == 1 << 18 and all(
         size % 64 == 0 for size in advise.candidate_sizes(1 << 18)

@@ -27,7 +27,7 @@ DOMAIN = [
 def plain_merges(
     words: Counter[tuple[int, ...]], strings: dict[int, str], add: int, first: int
 ) -> tuple[list, Counter]:
-    """Byte-pair encoding continued, everything counted anew after each merge; the merges, and the words that are left."""
+    """Byte-pair encoding continued, with all pairs recounted after each merge. Returns the merges and the merged words."""
     merges: list[tuple[int, int]] = []
     while len(merges) < add:
         pairs: Counter[tuple[int, int]] = Counter()
@@ -56,7 +56,9 @@ def plain_merges(
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_merges_go_on_where_training_ended(name: str, trained: Trained) -> None:
-    """Parity with a plain trainer that starts from the old tokenizer's pieces, and of the written tokenizer with its result."""
+    """Parity of the merges with a naive trainer that starts from the old tokenizer's pieces, and of the written
+    tokenizer.
+    """
     info = trained(name)
     old = load_tokenizer(info)
     pieces: Counter[tuple[int, ...]] = Counter()
@@ -80,7 +82,7 @@ def test_merges_go_on_where_training_ended(name: str, trained: Trained) -> None:
 
 
 def test_texts_of_any_order_and_number(trained: Trained) -> None:
-    """Property: the order of the texts does not matter; too few give fewer merges; none is an error."""
+    """Property: the order of texts does not matter; too little text gives fewer merges; no text is an error."""
     info = trained("qwen2")
     assert extend.learn_merges(info, DOMAIN, 40) == extend.learn_merges(info, DOMAIN[::-1], 40)
     assert len(extend.learn_merges(info, ["xyzzy xyzzy"], 40)) == 4
@@ -90,7 +92,9 @@ def test_texts_of_any_order_and_number(trained: Trained) -> None:
 
 
 def test_ids_stay_where_special_tokens_stand_outside_of_the_model() -> None:
-    """Behaviour: the library numbers added tokens by the size of the model's vocabulary; here it has holes that would move them."""
+    """Behaviour: added tokens keep their ids although the model's vocabulary has holes, which would renumber
+    them in the library.
+    """
     files = vocabulary.train(["ab ab ab"], 1024).files
     info = parse_tokenizer(files, "few")
     content = json.loads(files["tokenizer.json"])
@@ -102,7 +106,7 @@ def test_ids_stay_where_special_tokens_stand_outside_of_the_model() -> None:
 
 
 def test_words(trained: Trained) -> None:
-    """Behaviour: whole words, not parts of others; those that are tokens already are passed over; text comes back."""
+    """Behaviour: words match as a whole only; existing tokens are skipped; text decodes to itself."""
     info = trained("llama-bpe")
     made = extend.with_words(info, "tok", ["Quarz", "東京", "Quarz", "e"], 64)
     assert made.added == 2 and made.size == 448
@@ -120,13 +124,13 @@ def test_words(trained: Trained) -> None:
     [("", "no words"), ("\n \n", "no words"), ("ok\n" + "x" * 300, "list:2"), ("a\x07b", "list:1")],
 )
 def test_bad_lists(text: str, message: str) -> None:
-    """Behaviour: the line is named."""
+    """Behaviour: the error names the line."""
     with pytest.raises(LlmkitError, match=message):
         extend.read_words(text, "list")
 
 
 def test_other_kinds_are_refused() -> None:
-    """Behaviour: only byte-level BPE has merges that can go on."""
+    """Behaviour: only byte-level BPE can be extended."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     word_level = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
@@ -139,7 +143,7 @@ def test_other_kinds_are_refused() -> None:
 
 
 def test_a_damaged_tokenizer_is_refused(trained: Trained) -> None:
-    """Behaviour: what the library does not load is an error before anything of it is looked at."""
+    """Behaviour: a tokenizer that the library cannot load is refused before it is inspected."""
     content = json.loads(trained("gpt-2").files["tokenizer.json"])
     for key, value in (("pre_tokenizer", {"type": "Sequence", "pretokenizers": 3}), ("normalizer", [])):
         info = parse_tokenizer({"tokenizer.json": json.dumps(content | {key: value})}, "damaged")
@@ -148,7 +152,7 @@ def test_a_damaged_tokenizer_is_refused(trained: Trained) -> None:
 
 
 def test_transformers_loads_it(trained: Trained, tmp_path: Path) -> None:
-    """Parity: ids of transformers' AutoTokenizer and of `tokenizers`; the chat template and special tokens are the old ones."""
+    """Parity: ids of transformers' AutoTokenizer and of `tokenizers`; chat template and special tokens are unchanged."""
     from transformers import AutoTokenizer
 
     info = trained("llama-bpe")

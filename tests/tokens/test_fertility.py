@@ -1,4 +1,4 @@
-"""What counts as a word, and what a report says of tokenizers."""
+"""Word segmentation, and the figures of a fertility report."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def chunk(rows: list[dict[str, Any]]) -> Chunk:
     ],
 )
 def test_words(text: str, words: list[str]) -> None:
-    """Behaviour: runs of letters, digits and marks; a character each where a script has no spaces."""
+    """Behaviour: runs of letters, digits and marks; single characters in scripts without spaces."""
     assert fertility.split_words(text) == words
 
 
 def test_long_texts_are_counted_alike() -> None:
-    """Property: a text of over a million characters has the words of its parts."""
+    """Property: the words of a text of over a million characters are those of its parts."""
     text = "Ein Haus, 家が一軒. "
     assert fertility.count_words(text * 80_000) == {w: n * 80_000 for w, n in fertility.count_words(text).items()} | {
         "Ein": 1, " Ein": 79_999,
@@ -58,7 +58,7 @@ def test_long_texts_are_counted_alike() -> None:
 
 
 def unigram() -> TokenizerInfo:
-    """A tokenizer of another kind: Unigram over SentencePiece's spaces, with a normaliser."""
+    """A tokenizer of another kind: Unigram with SentencePiece's space marker and a normaliser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -73,7 +73,7 @@ def unigram() -> TokenizerInfo:
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "smollm", "unigram"])
 def test_figures_are_what_they_say(kind: str, trained: Trained) -> None:
-    """Parity with the definitions counted one by one through the `tokenizers` library."""
+    """Parity with the definitions, computed naively through the `tokenizers` library."""
     info = unigram() if kind == "unigram" else trained(kind)
     library = load_tokenizer(info)
     measured = fertility.FertilityMeter([info], ReadOptions(), ("language", "source"))(chunk(ROWS))
@@ -99,7 +99,7 @@ def test_figures_are_what_they_say(kind: str, trained: Trained) -> None:
 
 
 def test_chunks_add_up(trained: Trained) -> None:
-    """Property: measured apart and merged is measured together."""
+    """Property: merging the counts of chunks equals measuring them together."""
     meter = fertility.FertilityMeter([trained("gpt-2"), trained("qwen2")], ReadOptions(), ("language",))
     whole, parts = {}, {}
     fertility.merge_groups(whole, meter(chunk(ROWS)).groups)
@@ -109,14 +109,16 @@ def test_chunks_add_up(trained: Trained) -> None:
 
 
 def test_groups_are_bounded() -> None:
-    """Behaviour: a field with a value of its own in every document is refused, not held."""
+    """Behaviour: a field with a distinct value in every document is refused."""
     made = [fertility.TokenizerCounts(used=np.zeros(8, np.uint8))]
     with pytest.raises(LlmkitError, match="field 'id' has 1,001 values"):
         fertility.merge_groups({}, {("id", str(i)): fertility.GroupCounts(1, 1, 1, made) for i in range(1001)})
 
 
 def test_baseline_and_warning() -> None:
-    """Behaviour: English by its code, or the group named; what costs over 1.5 times as much is listed, dearest first."""
+    """Behaviour: the baseline is English or the named group; groups over 1.5 times its fertility are listed,
+    the highest first.
+    """
 
     def tally(words: int, tokens: int) -> fertility.GroupCounts:
         return fertility.GroupCounts(1, 1, words, [fertility.TokenizerCounts(tokens)])
@@ -132,7 +134,7 @@ def test_baseline_and_warning() -> None:
 
 
 def test_every_script(shared_data: Any, trained: Trained) -> None:
-    """Behaviour on real text of every script in UDHR: finite figures, byte-level tokenizers use a byte a token at least."""
+    """Behaviour on real text of every script in UDHR: figures are finite, and tokens have at least one byte."""
     from llmkit.io.documents import DocumentReader
 
     rows: dict[str, dict[str, Any]] = {}
