@@ -79,7 +79,7 @@ def learn_merges(info: TokenizerInfo, texts: Iterable[str], add: int, min_freque
     if not counts:
         raise LlmkitError("no text to learn from", f"the input is empty, or has no words of up to {MAX_PIECE} bytes")
     model, strings = tokenizer.model, {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-    known = set(strings.values())
+    token_texts = set(strings.values())
     words: list[list[int]] = []
     weights: list[int] = []
     for piece, count in counts.items():
@@ -87,7 +87,7 @@ def learn_merges(info: TokenizerInfo, texts: Iterable[str], add: int, min_freque
         if len(ids) > 1:
             words.append(ids)
             weights.append(count)
-    return _merge_words(words, weights, add, min_frequency, strings, known, info.vocab_size)
+    return _merge_words(words, weights, add, min_frequency, strings, token_texts, info.vocab_size)
 
 
 def _count_pieces(tokenizer: Any, texts: Iterable[str], pattern: str | None) -> dict[str, int]:
@@ -118,7 +118,7 @@ def _merge_words(
     add: int,
     least: int,
     strings: dict[int, str],
-    known: set[str],
+    token_texts: set[str],
     first: int,
 ) -> list[Pair]:
     """Byte-pair encoding on `words`, which are modified in place. A pair whose text is already a token is skipped."""
@@ -136,12 +136,12 @@ def _merge_words(
         if -count != totals[pair] or -count < least:  # a stale entry
             continue
         text = strings[pair[0]] + strings[pair[1]]
-        if text in known:
+        if text in token_texts:
             continue
         new = first + len(merges)
         merges.append(pair)
         strings[new] = text
-        known.add(text)
+        token_texts.add(text)
         changed = set()
         for i in where.pop(pair):
             word, weight = words[i], weights[i]
@@ -192,8 +192,8 @@ def with_words(info: TokenizerInfo, name: str, words: Sequence[str], multiple: i
     """
     content = check_extendable(info, name)
     library = load_tokenizer(info)
-    known, distinct = library.get_vocab(with_added_tokens=True), dict.fromkeys(words)
-    chosen = [word for word in distinct if word not in known]
+    vocabulary, distinct = library.get_vocab(with_added_tokens=True), dict.fromkeys(words)
+    chosen = [word for word in distinct if word not in vocabulary]
     content["added_tokens"] = list(content.get("added_tokens") or [])
     for i, word in enumerate(chosen, info.vocab_size):
         content["added_tokens"].append(_added_token(i, word, special=False))

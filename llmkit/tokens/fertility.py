@@ -161,7 +161,7 @@ class FertilityMeter:
         self._encoders = [TextEncoder(info) for info in tokenizers]
         self._tokenizers = [encoder.reference for encoder in self._encoders]
         self._pieces = [_token_texts(t) for t in self._tokenizers]
-        self._known: list[dict[str, bool]] = [{} for _ in tokenizers]
+        self._single_words: list[dict[str, bool]] = [{} for _ in tokenizers]
         word_pattern()  # before workers fork
 
     def __call__(self, chunk: Chunk) -> ChunkFertility:
@@ -195,15 +195,15 @@ class FertilityMeter:
         return list(zip(np.split(ids, np.cumsum(lengths)[:-1]), single, strict=True)) if texts else []
 
     def _is_single(self, t: int, word: str) -> bool:
-        tokenizer, known = self._tokenizers[t], self._known[t]
+        tokenizer, single_words = self._tokenizers[t], self._single_words[t]
         normalized = word
         if tokenizer.normalizer:
             normalized = tokenizer.normalizer.normalize_str(word).replace("\u2581", " ")
         if normalized.strip() not in self._pieces[t]:
             return False
-        if word not in known:  # at most two entries per token, with and without a space
-            known[word] = len(tokenizer.encode(word, add_special_tokens=False).ids) == 1
-        return known[word]
+        if word not in single_words:  # at most two entries per token, with and without a space
+            single_words[word] = len(tokenizer.encode(word, add_special_tokens=False).ids) == 1
+        return single_words[word]
 
 
 def _tokenizer_counts(texts: list[tuple[NDArray[Any], int]], size: int) -> TokenizerCounts:

@@ -1,10 +1,10 @@
 """Count the pieces of texts, compiled: a growing hash table of distinct byte strings.
 
-    table, pool, known, used = count_texts(data, stops, how, classes, table, pool, known, used)
+    table, pool, word_count, used = count_texts(data, stops, how, classes, table, pool, word_count, used)
 
 `table` int64[2^n, 4] uses open addressing and is at most half full. Its columns are the first eight bytes of a
 word, its count (0: a free row), its offset in `pool` uint8, and its length. Words are compared by their bytes,
-not only by their hashes; for words of up to eight bytes the row alone is enough. `known` words fill `used`
+not only by their hashes; for words of up to eight bytes the row alone is enough. `word_count` words fill `used`
 bytes of the pool. The arrays are returned, since they are replaced by larger ones as they fill up.
 
 Cost: one hash and usually one cache miss per piece. Memory: 64 to 128 bytes per distinct word, plus its bytes.
@@ -71,8 +71,11 @@ def count_known(data, begin, ends, k, n, times, table, pool):  # type: ignore[no
 
 
 @njit(cache=True, nogil=True)
-def insert(data, start, size, times, row, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Insert a new word. `known` and `used` already include it. Returns table and pool, with room for another row."""
+def insert(data, start, size, times, row, table, pool, word_count, used):  # type: ignore[no-untyped-def]
+    """Insert a new word.
+
+    `word_count` and `used` already include it. Returns table and pool, with room for another row.
+    """
     if used + 8 > len(pool):  # swar.copy writes eight bytes at a time
         larger = np.empty(2 * len(pool) + size, np.uint8)
         swar.copy(pool, 0, used - size, larger, 0)
@@ -80,7 +83,7 @@ def insert(data, start, size, times, row, table, pool, known, used):  # type: ig
     swar.copy(data, start, start + size, pool, used - size)
     table[row, FIRST], _ = key(data, start, size)
     table[row, COUNT], table[row, START], table[row, LENGTH] = times, used - size, size
-    if 2 * known < len(table):
+    if 2 * word_count < len(table):
         return table, pool
     larger_table = np.zeros((2 * len(table), 4), np.int64)
     mask = len(larger_table) - 1
@@ -96,7 +99,7 @@ def insert(data, start, size, times, row, table, pool, known, used):  # type: ig
 
 
 @njit(cache=True, nogil=True)
-def count_words(data, begin, ends, n, times, table, pool, known, used):  # type: ignore[no-untyped-def]
+def count_words(data, begin, ends, n, times, table, pool, word_count, used):  # type: ignore[no-untyped-def]
     """Count `n` consecutive words from `begin`; word k occurs `times[k]` times, or `times[0]` where there is
     only one entry.
     """
@@ -104,21 +107,21 @@ def count_words(data, begin, ends, n, times, table, pool, known, used):  # type:
     while k < n:
         begin, k, row = count_known(data, begin, ends, k, n, times, table, pool)
         if k < n:
-            known, used = known + 1, used + ends[k] - begin
+            word_count, used = word_count + 1, used + ends[k] - begin
             more = times[min(k, len(times) - 1)]
-            table, pool = insert(data, begin, ends[k] - begin, more, row, table, pool, known, used)
+            table, pool = insert(data, begin, ends[k] - begin, more, row, table, pool, word_count, used)
             begin = ends[k]
             k += 1
-    return table, pool, known, used
+    return table, pool, word_count, used
 
 
 @njit(cache=True, nogil=True)
-def count_texts(data, stops, how, classes, table, pool, known, used):  # type: ignore[no-untyped-def]
+def count_texts(data, stops, how, classes, table, pool, word_count, used):  # type: ignore[no-untyped-def]
     """Count the pieces of the texts that end at `stops` in `data`, split by the pattern `how`."""
     ends, once = np.empty(len(data), np.int64), np.ones(1, np.int64)
     begin = np.int64(0)
     for stop in stops:
         n = cut(data, begin, stop, how, classes, ends)
-        table, pool, known, used = count_words(data, begin, ends, n, once, table, pool, known, used)
+        table, pool, word_count, used = count_words(data, begin, ends, n, once, table, pool, word_count, used)
         begin = stop
-    return table, pool, known, used
+    return table, pool, word_count, used

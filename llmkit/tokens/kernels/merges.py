@@ -147,15 +147,15 @@ def slot_of(key, slots):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def with_slots(slots, pairs, known, more):  # type: ignore[no-untyped-def]
+def with_slots(slots, pairs, pair_count, more):  # type: ignore[no-untyped-def]
     """The slots, enlarged where `more` pairs would fill more than half of them."""
-    if 2 * (known + more) <= len(slots):
+    if 2 * (pair_count + more) <= len(slots):
         return slots
     size = 2 * len(slots)
-    while size < 2 * (known + more):
+    while size < 2 * (pair_count + more):
         size *= 2
     slots = np.zeros((size, 2), np.int64)
-    for pair in range(known):
+    for pair in range(pair_count):
         slot = slot_of(pairs[pair, KEY], slots)
         slots[slot, 0], slots[slot, 1] = pairs[pair, KEY] + 1, pair
     return slots
@@ -184,9 +184,9 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
     cells = lay_out(pool, ends, times, rank)
     # Each merged position removes one token and adds two positions. Pages that are never written take no memory.
     positions = np.empty(3 * len(pool) + 1, np.uint32)
-    pairs, known, filled = pairs_of_bytes(cells, least, positions)
-    slots = with_slots(np.zeros((1, 2), np.int64), pairs, known, 1)
-    heap, size = np.empty((known + 1, 2), np.int64), 0
+    pairs, pair_count, filled = pairs_of_bytes(cells, least, positions)
+    slots = with_slots(np.zeros((1, 2), np.int64), pairs, pair_count, 1)
+    heap, size = np.empty((pair_count + 1, 2), np.int64), 0
     floor = np.int64(1) << 62  # all pairs with at least this count are in the heap
     merges, counts = np.empty((wanted, 2), np.int64), np.empty(wanted, np.int64)
     length = np.ones(256 + wanted, np.int64)
@@ -201,7 +201,7 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
             if floor <= least:
                 break
             previous_floor, floor = floor, max(floor // 4, least)
-            for pair in range(known):
+            for pair in range(pair_count):
                 if floor <= pairs[pair, COUNT] < previous_floor:
                     heap = larger_table(heap, size + 1)
                     push(heap, size, pair, pairs)
@@ -236,9 +236,9 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
                         neighbours[side] += 1
                     beside[side, other, 0] += 1
                     sums[side, other] += cells[i] >> ID_BITS
-        pairs = larger_table(pairs, known + neighbours[0] + neighbours[1])
+        pairs = larger_table(pairs, pair_count + neighbours[0] + neighbours[1])
         heap = larger_table(heap, size + neighbours[0] + neighbours[1])
-        slots = with_slots(slots, pairs, known, neighbours[0] + neighbours[1])
+        slots = with_slots(slots, pairs, pair_count, neighbours[0] + neighbours[1])
         for side in range(2):
             for k in range(neighbours[side]):
                 other = seen[side, k]
@@ -250,16 +250,16 @@ def learn(pool, ends, times, rank, wanted, least):  # type: ignore[no-untyped-de
                 beside[side, other, 1] = -1
                 if sums[side, other] >= least:
                     beside[side, other, 1] = filled
-                    pairs[known, KEY] = new << ID_BITS | other if side else other << ID_BITS | new
-                    pairs[known, COUNT] = sums[side, other]
-                    pairs[known, START], pairs[known, SIZE] = filled, beside[side, other, 0]
+                    pairs[pair_count, KEY] = new << ID_BITS | other if side else other << ID_BITS | new
+                    pairs[pair_count, COUNT] = sums[side, other]
+                    pairs[pair_count, START], pairs[pair_count, SIZE] = filled, beside[side, other, 0]
                     filled += beside[side, other, 0]
-                    slot = slot_of(pairs[known, KEY], slots)
-                    slots[slot, 0], slots[slot, 1] = pairs[known, KEY] + 1, known
-                    if pairs[known, COUNT] >= floor:
-                        push(heap, size, known, pairs)
+                    slot = slot_of(pairs[pair_count, KEY], slots)
+                    slots[slot, 0], slots[slot, 1] = pairs[pair_count, KEY] + 1, pair_count
+                    if pairs[pair_count, COUNT] >= floor:
+                        push(heap, size, pair_count, pairs)
                         size += 1
-                    known += 1
+                    pair_count += 1
                 beside[side, other, 0] = sums[side, other] = 0
         for k in range(start, stop):
             i = np.int64(positions[k])
