@@ -12,7 +12,8 @@ from typing import Any
 from llmkit.engine.local import ordered_map
 from llmkit.io.documents import DocumentReader
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input, base_name, digest_path
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
 from llmkit.mixing.document_pool import CountTokens, DocumentPool, MeasuredChunk, measure_chunk
 from llmkit.mixing.order import Order, copies_by_count, resolve_order
 from llmkit.mixing.plan import Plan, PlannedSource

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.shards.part import text_bytes
+from llmkit.shards.arrow import string_data
 from llmkit.shards.reader import TokenStore
 
 Keys = NDArray[np.uint64]
@@ -76,7 +76,7 @@ def _document_keys(store: TokenStore) -> tuple[Keys, Keys]:
         offsets = ((store.offsets[first : first + len(ids) + 1] - store.offsets[first]) * values.itemsize).tolist()
         content = values.view(np.uint8).data
         hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(offsets, offsets[1:], strict=False)]
-        id_starts, text = text_bytes(ids)
+        id_starts, text = string_data(ids)
         spans = zip(id_starts.tolist(), id_starts[1:].tolist(), hashes, strict=False)
         id_hashes = [xxhash.xxh3_64_intdigest(text.data[a:b]) if a < b else hashed for a, b, hashed in spans]
         by_id.append(np.array(id_hashes, np.uint64))

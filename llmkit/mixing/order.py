@@ -31,13 +31,15 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input, describe_input
+from llmkit.io.record import Input
+from llmkit.lineage.formats import describe_input
 from llmkit.mixing.holdout import mix64
-from llmkit.mixing.packing import PADDING, pack_sequences
+from llmkit.mixing.packing import pack_sequences
 from llmkit.mixing.plan import PLAN_NAME, Plan, locate_source, read_plan
 from llmkit.seeds import derive
-from llmkit.shards.part import Tokens
+from llmkit.shards.arrow import Tokens
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 MAX_DOCUMENTS = 1 << 31
@@ -305,9 +307,9 @@ class OrderedTokens:
         return location[0].id(location[1]) if location else ""
 
     def source(self, i: int) -> str:
-        """Source of document `i`, as named by its shards; PADDING for padding."""
+        """Source of document `i`, as named by its shards; PADDING_SOURCE for padding."""
         location = self._locate(i)
-        return location[0].source(location[1]) if location else PADDING
+        return location[0].source(location[1]) if location else PADDING_SOURCE
 
     def epoch(self, i: int) -> int:
         """How often document `i` occurred before, passes made by an earlier `mix` included."""
@@ -315,8 +317,9 @@ class OrderedTokens:
         return int(self.order.epoch[i]) + location[0].epoch(location[1]) if location else 0
 
     def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32]]:
-        """Source index of each row int32 [documents], the source names (PADDING last), and the epoch of each row."""
-        names = [*self.sources, PADDING]
+        """Source index of each row int32 [documents], the source names (PADDING_SOURCE last), and the epoch
+        of each row."""
+        names = [*self.sources, PADDING_SOURCE]
         number = {name: i for i, name in enumerate(names)}
         codes, epochs = np.full(self.documents, len(names) - 1, np.int32), self.order.epoch.copy()
         for i, store in enumerate(self.stores):

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from llmkit.errors import LlmkitError
-from llmkit.io.atomic import atomic_directory, atomic_file
-from llmkit.lineage.record import Lineage
+from llmkit.io.atomic import atomic_file
+from llmkit.io.record import Lineage
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.mixing.gather import write_ordered
 from llmkit.mixing.holdout import held_out_documents
 from llmkit.mixing.order import OrderedTokens, copies_per_pass
@@ -115,7 +116,7 @@ class ShardMix:
             with atomic_file(output, force) as sink:
                 sink.write(text(os.path.dirname(output) or "."))
         else:
-            with atomic_directory(output, force) as directory:
+            with artefact_directory(output, force) as directory:
                 (directory / PLAN_NAME).write_bytes(text(output))
                 self._write_held_out(directory, new_lineage)
 

@@ -1,6 +1,6 @@
 """Read stored token ids in blocks of documents, count them, and format them as JSON lines of ids or of texts.
 
-Input: token shards, or the files of nanoGPT or Megatron (shards/foreign.py). Memory: one block, about 2^20 tokens.
+Input: token shards, or the files of other trainers (shards/formats.py). Memory: one block, about 2^20 tokens.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -14,17 +14,11 @@ import numpy as np
 import orjson
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Input, base_name, digest_path
-from llmkit.shards.foreign import (
-    BLOCK_TOKENS,
-    Block,
-    check_file,
-    check_ids,
-    dataset_prefix,
-    read_megatron,
-    read_nanogpt,
-)
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
+from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.token_block import BLOCK_TOKENS, TokenBlock, check_file, check_ids
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encoder import decode_documents
 from llmkit.tokens.text_encoder import load_tokenizer
@@ -48,7 +42,7 @@ class TokenCounts:
     bad_lines: int = 0
     sources: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, block: Block) -> int:
+    def add(self, block: TokenBlock) -> int:
         """Add a block. Returns its number of documents."""
         sizes = block.sizes or [0] * len(block.ids)
         for source, length, size in zip(block.sources, block.lengths.tolist(), sizes, strict=True):
@@ -72,9 +66,8 @@ class TokenCounts:
 
 def read_stored(
     kind: str, paths: list[str], info: TokenizerInfo | None, source: str | None = None
-) -> tuple[TokenizerInfo, Iterable[Block], list[Input]]:
-    """Read "shards", "nanogpt" or "megatron" files (of the last, both .bin and .idx). Returns tokenizer,
-    blocks, and lineage inputs.
+) -> tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]:
+    """Read "shards" or the files of a foreign format. Returns their tokenizer, blocks, and inputs for the lineage.
 
     `source` names the source of all documents. `info` is required unless `kind` is "shards". Raises LlmkitError
     where it is not the tokenizer of the shards.
@@ -90,11 +83,12 @@ def read_stored(
     for path in paths:
         check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
-    read, names = (read_nanogpt, paths) if kind == "nanogpt" else (read_megatron, [*map(dataset_prefix, paths[::2])])
-    return info, (block for name in names for block in read(name, info, source)), inputs
+    form = FOREIGN_FORMATS[kind]
+    read = form.load().read
+    return info, (block for data_set in form.data_sets(paths) for block in read(data_set, info, source)), inputs
 
 
-def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
+def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
     """Documents in stored order, without the padding of packed ones."""
     first, names = 0, store.sources
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
@@ -104,7 +98,7 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
         stop = max(min(stop, first + BLOCK_DOCUMENTS), first + 1)
         tokens = store.span(int(store.offsets[first]), int(store.offsets[stop]))
         lengths, mask = np.diff(store.offsets[first : stop + 1]), kept[first:stop]
-        yield Block(
+        yield TokenBlock(
             tokens if mask.all() else tokens[np.repeat(mask, lengths)],
             lengths[mask],
             [store.id(first + i) for i in np.flatnonzero(mask).tolist()],
@@ -113,21 +107,21 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
         first = stop
 
 
-def token_lines(block: Block) -> bytes:
+def token_lines(block: TokenBlock) -> bytes:
     """One line {"id", "source", "tokens"} per document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     rows = ({"id": id, "source": source, "tokens": tokens} for tokens, id, source in block.documents())
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
-def text_lines(info: TokenizerInfo) -> Callable[[Block], bytes]:
+def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
     """A function that formats blocks as lines {"id", "text", "source"}.
 
     It raises LlmkitError for an id outside the vocabulary, which the library would silently skip.
     """
     library = load_tokenizer(info)
 
-    def lines(block: Block) -> bytes:
+    def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
         texts = decode_documents(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
         rows = zip(block.ids, texts, block.sources, strict=True)

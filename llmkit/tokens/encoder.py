@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
-from llmkit.shards.foreign import Block
+from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble_segments
 from llmkit.tokens.text_encoder import TextEncoder
@@ -62,7 +62,7 @@ class DocumentEncoder:
     def __reduce__(self) -> Any:  # pickling the library's tokenizer loses what `load_tokenizer` sets
         return _cached_encoder, self._arguments
 
-    def __call__(self, chunk: Chunk) -> Block:
+    def __call__(self, chunk: Chunk) -> TokenBlock:
         documents, bad = parse(chunk, self._read_options)
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
@@ -75,7 +75,9 @@ class DocumentEncoder:
             flat, lengths = self._encode(texts, self._end)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         duplicates = [document.count("duplicates") for document in kept] if self._options.keep_duplicates else []
-        return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=duplicates, bad=bad)
+        return TokenBlock(
+            flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=duplicates, bad=bad
+        )
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._options.fim.segments(text, id, source) if self._options.fim else [text]

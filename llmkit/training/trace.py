@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
+from llmkit.shards.arrow import as_numpy, string_data
+from llmkit.shards.shard import PADDING_SOURCE, Shard, batch_tokens
 
 VERSION = 1
 NAME = "trace"
 HINT = "the trace is written when a run starts; --resume writes it anew"
-Leg = tuple[int, int, int, int]  # from this step on, which begins at this token: rows a step, tokens a row
+Phase = tuple[int, int, int, int]  # from this step on, which begins at this token: rows a step, tokens a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,15 @@ class Piece:
         return {name: getattr(self, name) for name in self.__slots__ if name != "tokens"}
 
 
-def write_trace(run: Path, stream: Any, legs: Iterable[Leg], total: int) -> None:
+def write_trace(run: Path, stream: Any, phases: Iterable[Phase], total: int) -> None:
     """Store what leads from steps to documents. `stream` is an OrderedTokens or TokenStore, `total` the tokens of the run."""
     order = getattr(stream, "order", None)
     stores = stream.stores if order is not None else [stream]
     described = {
         "version": VERSION,
-        "legs": list(map(list, legs)),
+        "legs": list(map(list, phases)),
         "total": total,
-        "stores": [[_described(part, run) for part in store.parts] for store in stores],
+        "stores": [[_described(part, run) for part in store.shards] for store in stores],
     }
     text = json.dumps(described, indent=1)
     place = run / NAME
@@ -91,7 +91,7 @@ def write_trace(run: Path, stream: Any, legs: Iterable[Leg], total: int) -> None
         (partial / "trace.json").write_text(text)
 
 
-def _described(part: Part, run: Path) -> list[Any]:
+def _described(part: Shard, run: Path) -> list[Any]:
     path = part.path.resolve()
     inside = path.is_relative_to(run.resolve())
     name = str(path.relative_to(run.resolve())) if inside else str(path)
@@ -103,7 +103,7 @@ class Trace:
 
     def __init__(self, run: str | Path) -> None:
         self._run = Path(run)
-        self._parts: dict[tuple[int, int], Part] = {}
+        self._parts: dict[tuple[int, int], Shard] = {}
         self._tokens: dict[tuple[int, int, int], tuple[NDArray[np.int64], NDArray[Any]]] = {}  # of a batch
         place = self._run / NAME
         if not place.is_dir():
@@ -114,7 +114,7 @@ class Trace:
             content = json.loads((place / "trace.json").read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
-            self.legs: list[Leg] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
+            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
             self.total = int(content["total"])
             self._files = [[(str(a), int(b), int(c), str(d)) for a, b, c, d in files] for files in content["stores"]]
             self._offsets = _mapped(place / "offsets.npy")
@@ -135,11 +135,11 @@ class Trace:
             raise ValueError("tables of different lengths")
         if bool(tables) != ({"source", "document", "epoch"} <= self._columns.keys()) or not self._files:
             raise ValueError("a table is missing")
-        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(self.legs, self.legs[1:], strict=False))
+        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(self.phases, self.phases[1:], strict=False))
         if (
-            not self.legs
-            or self.legs[0][:2] != (0, 0)
-            or min(x for leg in self.legs for x in leg[2:]) < 1
+            not self.phases
+            or self.phases[0][:2] != (0, 0)
+            or min(x for phase in self.phases for x in phase[2:]) < 1
             or not rising
         ):
             raise ValueError("legs")
@@ -147,17 +147,17 @@ class Trace:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        step, token, rows, length = self.legs[-1]
+        step, token, rows, length = self.phases[-1]
         return step + -(-(self.total - token) // (rows * length))
 
     def step(self, number: int) -> Iterator[Piece]:
         """What step `number`, counted from 1, read, row by row."""
         if not 1 <= number <= self.steps:
             raise LlmkitError(f"{self._run}: no step {number:,}", f"the run has steps 1 to {self.steps:,}")
-        leg = self.legs[bisect_right(self.legs, number - 1, key=lambda leg: leg[0]) - 1]
-        step_tokens = leg[2] * leg[3]
-        start = leg[1] + (number - 1 - leg[0]) * step_tokens
-        at, end = start, min(start + step_tokens, self._end(leg))
+        phase = self.phases[bisect_right(self.phases, number - 1, key=lambda phase: phase[0]) - 1]
+        step_tokens = phase[2] * phase[3]
+        start = phase[1] + (number - 1 - phase[0]) * step_tokens
+        at, end = start, min(start + step_tokens, self._end(phase))
         while at < end:
             rounds, inside = divmod(at, self._whole)
             row = int(np.searchsorted(self._offsets, inside, side="right")) - 1
@@ -182,27 +182,29 @@ class Trace:
 
     def _begins(self, step: int) -> int:
         """The token before which `step` steps are done."""
-        leg = self.legs[bisect_right(self.legs, step, key=lambda leg: leg[0]) - 1]
-        return min(leg[1] + (step - leg[0]) * leg[2] * leg[3], self.total)
+        phase = self.phases[bisect_right(self.phases, step, key=lambda phase: phase[0]) - 1]
+        return min(phase[1] + (step - phase[0]) * phase[2] * phase[3], self.total)
 
-    def _end(self, leg: Leg) -> int:
-        following = self.legs.index(leg) + 1
-        return self.legs[following][1] if following < len(self.legs) else self.total
+    def _end(self, phase: Phase) -> int:
+        following = self.phases.index(phase) + 1
+        return self.phases[following][1] if following < len(self.phases) else self.total
 
     def _pieces(self, row: int, at: int, until: int) -> Iterator[Piece]:
         """Tokens [at, until) of the endless stream, which are of document `row`, cut where sequences end."""
         rounds = at // self._whole
         shift = rounds * self._whole + int(self._offsets[row])  # of the document's first token
         store, document, epoch, start = self._origin(row)
-        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
+        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING_SOURCE, 0, None)
         while at < until:
-            leg = self.legs[bisect_right(self.legs, at, key=lambda leg: leg[1]) - 1]
-            sequence, first = divmod(at - leg[1], leg[3])
-            step, place = divmod(sequence, leg[2])
-            size = min(until - at, leg[3] - first)
+            phase = self.phases[bisect_right(self.phases, at, key=lambda phase: phase[1]) - 1]
+            sequence, first = divmod(at - phase[1], phase[3])
+            step, place = divmod(sequence, phase[2])
+            size = min(until - at, phase[3] - first)
             a, b = start + at - shift, start + at - shift + size
             text = np.zeros(0, np.uint16) if tokens is None else tokens[a:b]
-            yield Piece(leg[0] + step + 1, place, first, first + size, name, source, a, b, epoch + seen + rounds, text)
+            yield Piece(
+                phase[0] + step + 1, place, first, first + size, name, source, a, b, epoch + seen + rounds, text
+            )
             at += size
 
     def _origin(self, row: int) -> tuple[int, int, int, int]:
@@ -235,7 +237,7 @@ class Trace:
         if (store, file, number) not in self._tokens:  # checked once: a step has many documents of one batch
             self._tokens[store, file, number] = batch_tokens(batch, part.name)
         offsets, values = self._tokens[store, file, number]
-        epoch = int(numbers(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
+        epoch = int(as_numpy(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
         id, source = str(batch.column("id")[row].as_py()), str(batch.column("source")[row].as_py())
         return id, source, epoch, values[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]]
 
@@ -245,11 +247,11 @@ class Trace:
         for store, files in enumerate(self._files):
             for number, first in zip(range(len(files)), self._firsts[store].tolist(), strict=False):
                 for batch in self.part(store, number).batches:
-                    starts, text = text_bytes(batch.column("id"))
+                    starts, text = string_data(batch.column("id"))
                     yield from ((store, first + row) for row in _rows_of(wanted, starts, text))
                     first += batch.num_rows
 
-    def part(self, store: int, number: int) -> Part:
+    def part(self, store: int, number: int) -> Shard:
         """A shard file, mapped, if it is still what the run read."""
         if (store, number) not in self._parts:
             name, size, _, digest = self._files[store][number]
@@ -259,7 +261,7 @@ class Trace:
                 same = path.stat().st_size == size
             except OSError as error:
                 raise LlmkitError(f"{path}: {error.strerror}", hint) from error
-            part = Part(path, str(path)) if same else None
+            part = Shard(path, str(path)) if same else None
             if part is None or part.trailer.get("digest") != digest:
                 raise LlmkitError(f"{path}: not the data that the run read", hint)
             self._parts[store, number] = part

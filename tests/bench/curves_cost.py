@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from tiny import ListStream
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.training import loop
@@ -70,7 +70,7 @@ def main() -> None:
         setattr(owner, name, call)
 
     for name in ("_tell", "losses", "sums", "before", "after", "end"):
-        timed(step_metrics.Watch, name, name)
+        timed(step_metrics.StepMetrics, name, name)
     timed(step_metrics, "probe", "probe (in end)")
     timed(loop, "accumulate", "step")
     timed(loop, "update", "step")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import ListStream, tiny_model
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, PackedSource, StreamSource
@@ -244,9 +244,9 @@ def test_noise_scale() -> None:
 
 def test_pace_of_processes() -> None:
     """Behaviour: the process that takes longer is named."""
-    from llmkit.training.distributed.stragglers import Pace
+    from llmkit.training.distributed.stragglers import StragglerDetector
 
-    pace = Pace()
+    pace = StragglerDetector()
     found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
     named = [figures for figures in found if figures]
     assert named

@@ -20,14 +20,14 @@ from llmkit.io.inputs import STDIN, open_raw
 if TYPE_CHECKING:
     from llmkit.chat.encode import Encoded
     from llmkit.io.documents import DocumentReader
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
     from llmkit.mixing.order import OrderedTokens
     from llmkit.model.config import ModelConfig
     from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource, Source, StreamSource
     from llmkit.training.session import Session, Settings
-    from llmkit.training.source_groups import Groups
+    from llmkit.training.source_groups import SourceGroups
 
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
 STEPS, OPTIMISER, MACHINE, KEEPING = "Data and steps", "Optimiser", "Machine", "Checkpoints and evaluation"
@@ -158,7 +158,7 @@ def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTo
     return stream
 
 
-def groups(stream: OrderedTokens | TokenStore) -> Groups:
+def groups(stream: OrderedTokens | TokenStore) -> SourceGroups:
     """By what the losses on a stream are told apart."""
     import numpy as np
 
@@ -178,7 +178,7 @@ def at_checkpoints(
     include: list[str] | None,
 ) -> None:
     """Let checkpoints show what the model says to prompts, and how it does on tasks."""
-    main = session.processes.main
+    main = session.processes.is_main
     if not main and not session.processes.layout.lockstep:
         return
     acts = session.settings.at_checkpoint
@@ -224,9 +224,9 @@ def keep_trace(session: Session, stream: OrderedTokens | TokenStore, source: Str
     """Leave in the run what leads from its steps to the documents (main process)."""
     from llmkit.training.trace import write_trace
 
-    if session.processes.main:
-        legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
-        write_trace(session.directory.path, stream, legs, source.tokens(source.steps))
+    if session.processes.is_main:
+        phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in source.phases]
+        write_trace(session.directory.path, stream, phases, source.tokens(source.steps))
 
 
 def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:
@@ -246,7 +246,7 @@ def packed_length(data: str, packed: int | None, asked: int | None, document_mas
 def _keep_stdin(session: Session, name: str) -> Path:
     """A file of the run that holds what came on stdin; read once, by the first process."""
     kept = session.directory.path / "data" / name
-    if session.processes.main and not (kept.exists() and session.settings.resume):
+    if session.processes.is_main and not (kept.exists() and session.settings.resume):
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
         kept.parent.mkdir(exist_ok=True)
@@ -255,7 +255,7 @@ def _keep_stdin(session: Session, name: str) -> Path:
             if not sink.tell():
                 raise LlmkitError("standard input is empty", "name the data, or pipe it in")
     session.kept = (kept.parent.name,)
-    session.processes.wait()
+    session.processes.barrier()
     return kept
 
 
@@ -275,18 +275,20 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
         return None
     import numpy as np
 
-    from llmkit.mixing.packing import PADDING
     from llmkit.shards.reader import TokenStore
+    from llmkit.shards.shard import PADDING_SOURCE
     from llmkit.training.data import HeldOutSource
     from llmkit.training.source_groups import document_groups
 
-    codes, names = [], {PADDING: 0}
+    codes, names = [], {PADDING_SOURCE: 0}
     for path, name in paths.items():
         one = TokenStore.open(path)
         refuse_other_tokenizer(path, one.tokenizer.digest, digest)
         packed_length(path, one.sequence_length, None, document_mask)
         own, known, _ = one.origins()
-        table = [names.setdefault(name if name and source != PADDING else source, len(names)) for source in known]
+        table = [
+            names.setdefault(name if name and source != PADDING_SOURCE else source, len(names)) for source in known
+        ]
         codes.append(np.array(table, np.int32)[own])
     store = TokenStore.open(list(paths))
     groups = document_groups(np.diff(store.offsets), np.concatenate(codes), list(names), None)
@@ -371,7 +373,8 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
     from llmkit.model.pretrained.checkpoint import resolve_model
 
     place = directory or resolve_model(path)
@@ -384,7 +387,7 @@ def say_start(run: Run, session: Session, planned: int, available: int | None = 
         run.note(f"{planned:,} tokens are {planned / available:.2f} rounds through {available:,}")
     if session.checkpoint:
         run.note(f"going on from {session.checkpoint.name}")
-    where = f"{session.processes.count} x {session.processes.device.type}, {session.processes.precision}"
+    where = f"{session.processes.world_size} x {session.processes.device.type}, {session.processes.precision}"
     run.detail(f"{where}, {session.micro_batch()} sequences at once")
 
 

@@ -216,7 +216,7 @@ def _mix_documents(run: Run, request: MixRequest, tokenizer: Path | None, field:
     from llmkit.mixing.document_mix import DocumentMix
     from llmkit.mixing.document_pool import count_with, estimate_tokens
     from llmkit.mixing.statistics import lineage_counts
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
 
     mix = DocumentMix(request, count_with(load_tokenizer_info(tokenizer)) if tokenizer else estimate_tokens, field)
     with run.progress(None, "documents read") as bar:

@@ -12,19 +12,20 @@ import typer
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
+from llmkit.shards.formats import FOREIGN_FORMATS
 
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
-    from llmkit.lineage.record import Input
-    from llmkit.shards.foreign import Block
+    from llmkit.io.record import Input
+    from llmkit.shards.token_block import TokenBlock
     from llmkit.shards.tokenizer_info import TokenizerInfo
 
     # Tokenizer, blocks of documents, and inputs for the lineage.
-    TokenStream = tuple[TokenizerInfo, Iterable[Block], list[Input]]
+    TokenStream = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
 
-SOURCE_FORMATS = ("documents", "shards", "nanogpt", "megatron")
-TARGET_FORMATS = ("shards", "jsonl", "nanogpt", "megatron")
-UNRECORDED = ("nanogpt", "megatron")  # formats that cannot hold lineage
+SOURCE_FORMATS = ("documents", "shards", *FOREIGN_FORMATS)
+TARGET_FORMATS = ("shards", "jsonl", *FOREIGN_FORMATS)
+FOREIGN_FILES = [f"{name} ({foreign.files})" for name, foreign in FOREIGN_FORMATS.items()]
 # Options that affect the output where the inputs hold tokens.
 STORED_OPTIONS = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
@@ -75,11 +76,14 @@ def main(
             "--from",
             metavar="FORMAT",
             envvar="LLMKIT_TOKENIZE_FROM",
-            help="documents, shards, nanogpt or megatron; default: by the names of the inputs",
+            help=f"{', '.join(SOURCE_FORMATS)}; default: by the names of the inputs",
         ),
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="shards, jsonl (ids), nanogpt or megatron")
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help=", ".join(["shards", "jsonl (id, source, tokens)", *FOREIGN_FILES])
+        ),
     ] = "shards",
     decode: Annotated[bool, typer.Option("--decode", help="Decode token ids to documents")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes by source")] = False,
@@ -107,8 +111,7 @@ def main(
     are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
 
     Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
-    --from. --to writes other formats: jsonl (id, source, tokens), nanogpt (FILE.bin, ids only), megatron (PREFIX.bin
-    and PREFIX.idx). --decode writes JSON lines with id, text and source.
+    --from. --to writes other formats. --decode writes JSON lines with id, text and source.
 
     --fim-rate splits that share of the documents at two random positions into prefix, middle and suffix, stored in the
     order prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), each after its sentinel token. --seed and the id
@@ -190,7 +193,7 @@ def _encode(
     engine: Engine,
 ) -> TokenStream | None:
     """The documents, encoded while they are read; None where the output is up to date."""
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions
     from llmkit.tokens.fill_in_the_middle import make_fill_in_the_middle
 
@@ -203,12 +206,12 @@ def _encode(
     for name in ["from_"] if rate else ["from_", "seed", "fim_rate", "fim_spm_rate"]:
         run.options.pop(name, None)  # they do not affect the output
     paths = run.inputs(inputs)
-    if target not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
     reader = run.reader_of(paths)
     work = DocumentEncoder(info, reader.options, options)
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[TokenBlock]:
         for block in engine.map(work, reader):
             reader.accept(block.bad)
             yield block
@@ -221,8 +224,7 @@ def _read_stored(
 ) -> TokenStream | None:
     """Documents that are already tokens; None where the output is up to date."""
     from llmkit.io.inputs import STDIN, read_list
-    from llmkit.shards.foreign import dataset_prefix
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.convert import read_stored
 
     run.options = {name: value for name, value in run.options.items() if name in STORED_OPTIONS} | {"from_": kind}
@@ -231,14 +233,14 @@ def _read_stored(
         paths = paths or [STDIN]
     elif not paths or STDIN in paths:
         raise UsageError(f"--from {kind} needs files, and stdin is not one", "name the files")
-    elif kind == "nanogpt":
-        paths = run.inputs(paths, files_from=None, suffixes=(".bin",))
     else:
-        named = [path if os.path.exists(path) else f"{path}.idx" for path in paths]
-        prefixes = map(dataset_prefix, run.inputs(named, files_from=None, suffixes=(".idx",)))
-        paths = [prefix + end for prefix in dict.fromkeys(prefixes) for end in (".bin", ".idx")]
+        foreign = FOREIGN_FORMATS[kind]
+        *others, suffix = foreign.suffixes
+        named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
+        data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
+        paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
     info = load_tokenizer_info(tokenizer) if tokenizer else None
-    if target not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
     return read_stored(kind, paths, info, source)
 
@@ -247,7 +249,7 @@ def _write(
     run: Run,
     target: str,
     info: TokenizerInfo,
-    blocks: Iterable[Block],
+    blocks: Iterable[TokenBlock],
     inputs: list[Input],
     max_tokens_per_shard: int,
     keep_duplicates: bool,
@@ -287,12 +289,11 @@ def _write(
 
 def _open_writer(
     run: Run, target: str, info: TokenizerInfo, max_tokens_per_shard: int, keep_duplicates: bool
-) -> tuple[Any, Callable[[Block], None]]:
+) -> tuple[Any, Callable[[TokenBlock], None]]:
     """A writer for the target format, which is a context manager, and a function that writes a block to it."""
     import numpy as np
 
-    from llmkit.shards.foreign import TokenFileWriter
-    from llmkit.shards.part import as_arrow, coded
+    from llmkit.shards.arrow import as_arrow, encode_sources
     from llmkit.shards.writer import ShardWriter
     from llmkit.tokens.convert import text_lines, token_lines
 
@@ -301,13 +302,15 @@ def _open_writer(
         documents = run.writer()
         return documents, lambda block: documents.write(lines(block))
     if target != "shards":
-        files = TokenFileWriter(run.output, info, target, force=run.force)
-        return files, lambda block: files.extend(block.tokens, block.lengths, block.ids, block.sources)
+        files = FOREIGN_FORMATS[target].load().Writer(run.output, info, force=run.force)
+        return files, files.write
     options: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
     shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **options)
 
-    def put(block: Block) -> None:
+    def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
-        shards.extend(block.tokens, block.lengths, as_arrow(block.ids), coded(block.sources), duplicates=duplicates)
+        shards.extend(
+            block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources), duplicates=duplicates
+        )
 
     return shards, put

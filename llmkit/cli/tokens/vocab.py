@@ -63,7 +63,8 @@ def main(
     a warning.
     """
     from llmkit.engine.local import Local
-    from llmkit.io.atomic import atomic_directory, check_output
+    from llmkit.io.atomic import check_output
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.tokens import vocabulary
     from llmkit.tokens.pretokenize import find_pattern
@@ -121,7 +122,7 @@ def main(
         lineage.counts = counts
         lineage.digest = parse_tokenizer(trained.files | {"tokenizer_config.json": "{}"}, run.output).digest
         files = trained.files | {"tokenizer_config.json": vocabulary.tokenizer_config(lineage.to_dict())}
-        with atomic_directory(run.output, run.force) as directory:
+        with artefact_directory(run.output, run.force) as directory:
             for file, text in files.items():
                 (directory / file).write_bytes(text.encode())
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output}"

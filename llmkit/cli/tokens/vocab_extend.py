@@ -52,9 +52,10 @@ def main(
     of a new token are the mean of the rows of the old tokens that it replaces, and everything else is copied,
     so the logits of the old tokens do not change until training continues (llmkit anneal BIGGER DATA --lr X).
     """
-    from llmkit.io.atomic import atomic_directory, check_output
-    from llmkit.lineage.record import describe_input
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.io.atomic import check_output
+    from llmkit.lineage.formats import describe_input
+    from llmkit.lineage.outputs import artefact_directory
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens import extend
     from llmkit.tokens.pretokenize import gguf_warning
 
@@ -99,7 +100,7 @@ def main(
         lineage.inputs += [describe_input(tokenizer), *(reader.inputs if reader else [])]
         lineage.counts = counts
         files = extend.tokenizer_files(extended, info, lineage)
-        with atomic_directory(run.output, run.force) as directory:
+        with artefact_directory(run.output, run.force) as directory:
             if model is not None:
                 from llmkit.model.resize import write_resized
 

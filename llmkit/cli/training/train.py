@@ -117,7 +117,8 @@ def main(
 
     import torch
 
-    from llmkit.lineage.record import base_name, describe_input
+    from llmkit.io.record import base_name
+    from llmkit.lineage.formats import describe_input
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer
@@ -177,7 +178,7 @@ def main(
             batch_warmup=batch_warmup, length_warmup=length_warmup, document_mask=document_mask, fixed_context=bool(info),
         )  # fmt: skip
         source, config = course.source, course.config
-        planned, length = source.tokens(source.steps), max(leg.length for leg in source.legs)
+        planned, length = source.tokens(source.steps), max(phase.length for phase in source.phases)
         held_out = training_options.held_out(heldout, stream.tokenizer.digest, length, document_mask)
         training_options.at_checkpoints(
             run,
