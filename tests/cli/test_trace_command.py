@@ -162,7 +162,7 @@ def test_skipped_step_is_named(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert run_command("trace", [str(run), "--step", "2", "--json"]) == 0
     out, err = capsys.readouterr()
     assert all(json.loads(line)["skipped"] == "broken documents" for line in out.splitlines())
-    assert "passed over by the guard: broken documents" in err
+    assert "skipped by the guard: broken documents" in err
 
 
 def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""Merged models against formulas written anew from the papers, what they cost, and what may not be merged."""
+"""Merged models against independent implementations of the papers' formulas; cost; models that must not be merged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.record import digest_path, read_lineage
-from llmkit.merging import average as averages
-from llmkit.merging.average import Merge, Opened, check_alike, choose, shares, write_average
+from llmkit.merging import streams
+from llmkit.merging.average import Digests, write_average
+from llmkit.merging.methods import METHODS, Merge, merged_blocks, resolve_merge, shares
+from llmkit.merging.streams import ModelSet, check_alike
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.streamed import from_float32, to_float32
 
@@ -55,8 +57,8 @@ def base(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of tiny models in several blocks and several reads ahead."""
-    monkeypatch.setattr(averages, "BLOCK", 256)
-    monkeypatch.setattr(averages, "AHEAD", 1024)
+    monkeypatch.setattr(streams, "BLOCK", 256)
+    monkeypatch.setattr(streams, "AHEAD", 1024)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_average_is_the_formula(
     method: str, options: dict[str, Any], wanted: list[float], three: list[Path], tmp_path: Path
 ) -> None:
     """Parity with Σ cₖ·θₖ in float64, every tensor, within float32's rounding; the result loads."""
-    found = average(three, choose(method, 3, **options), tmp_path / "out")
+    found = average(three, resolve_merge(method, 3, **options), tmp_path / "out")
     models = [exact(path) for path in three]
     assert found.keys() == models[0].keys()
     for name, value in found.items():
@@ -122,7 +124,7 @@ def exact_ties(
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp(t: float, three: list[Path], tmp_path: Path) -> None:
     """Parity with the formula on every tensor that is not all but parallel to its other (norms of fresh models are), there with the line."""
-    found = average(three[:2], choose("slerp", 2, t=t), tmp_path / "out")
+    found = average(three[:2], resolve_merge("slerp", 2, t=t), tmp_path / "out")
     a, b = exact(three[0]), exact(three[1])
     arcs = 0
     for name, value in found.items():
@@ -136,12 +138,12 @@ def test_slerp(t: float, three: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, -0.3, 2.0]])
 def test_task_arithmetic(weights: list[float], three: list[Path], base: Path, tmp_path: Path) -> None:
     """Parity with base + λ Σ w·(θ − base); one task vector with weight 1 gives its model back."""
-    found = average(three, choose("task", 3, weights, scale=0.7), tmp_path / "out", base)
+    found = average(three, resolve_merge("task", 3, weights, scale=0.7), tmp_path / "out", base)
     models, start = [exact(path) for path in three], exact(base)
     for name, value in found.items():
         wanted = exact_task(start[name], [model[name] for model in models], weights, 0.7)
         np.testing.assert_allclose(value.numpy(), wanted, rtol=0, atol=2e-6)
-    same = average([three[0]], choose("task", 1), tmp_path / "same", base)
+    same = average([three[0]], resolve_merge("task", 1), tmp_path / "same", base)
     for name, value in same.items():
         np.testing.assert_allclose(value.numpy(), models[0][name], rtol=0, atol=3e-7)
 
@@ -151,7 +153,7 @@ def test_task_arithmetic(weights: list[float], three: list[Path], base: Path, tm
 )
 def test_ties(density: float, weights: list[float], three: list[Path], base: Path, tmp_path: Path) -> None:
     """Parity with the paper's algorithm."""
-    found = average(three, choose("ties", 3, weights, density=[density], scale=1.2), tmp_path / "out", base)
+    found = average(three, resolve_merge("ties", 3, weights, density=[density], scale=1.2), tmp_path / "out", base)
     models, start = [exact(path) for path in three], exact(base)
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
         wanted = exact_ties(start[name], [model[name] for model in models], weights, 1.2, density)
@@ -166,7 +168,7 @@ def test_ties_among_equal_changes(make_model: MakeModel, tmp_path: Path) -> None
         coarse = {name: (value * 8).round() / 8 for name, value in tensors.items()}
         save_file(coarse, path / "model.safetensors", {"format": "pt"})
     start, *models = [exact(path) for path in paths]
-    found = average(paths[1:], choose("ties", 2, density=[0.4]), tmp_path / "out", paths[0])
+    found = average(paths[1:], resolve_merge("ties", 2, density=[0.4]), tmp_path / "out", paths[0])
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert len(np.unique(np.abs(models[0][name] - start[name]))) < 30
         wanted = exact_ties(start[name], [model[name] for model in models], [1.0, 1.0], 1.0, 0.4)
@@ -175,7 +177,7 @@ def test_ties_among_equal_changes(make_model: MakeModel, tmp_path: Path) -> None
 
 def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) -> None:
     """Property: each change is gone or divided by the density, gone as often as the density says, by chance and not by place or model."""
-    found = average(three[:1], choose("dare", 1, density=[0.3]), tmp_path / "out", base)
+    found = average(three[:1], resolve_merge("dare", 1, density=[0.3]), tmp_path / "out", base)
     model, start = exact(three[0]), exact(base)
     kept: list[np.ndarray] = []
     for name, value in found.items():
@@ -187,7 +189,7 @@ def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) 
     n = len(drawn)
     assert abs(drawn.mean() - 0.3) < 5 * np.sqrt(0.21 / n)
     assert abs((drawn[1:] & drawn[:-1]).mean() - 0.09) < 5 * np.sqrt(0.0819 / n)
-    two = average([three[0], three[0]], choose("dare", 2, density=[0.5]), tmp_path / "two", base)
+    two = average([three[0], three[0]], resolve_merge("dare", 2, density=[0.5]), tmp_path / "two", base)
     shape = two["model.embed_tokens.weight"].numpy() - start["model.embed_tokens.weight"]
     unit = model["model.embed_tokens.weight"] - start["model.embed_tokens.weight"]
     counts = [np.mean(np.abs(shape - times * unit) < 1e-5) for times in (0, 2, 4)]
@@ -200,24 +202,26 @@ def test_dare_is_right_on_average_and_exact_when_nothing_is_dropped(
     """Property: the mean over seeds comes to task arithmetic's model (DARE's estimate is unbiased); density 1 gives its bytes, and TIES' with TIES."""
     infos, start = [load_info(path) for path in three[:2]], load_info(base)
     name = "model.layers.0.mlp.down_proj.weight"
-    with Opened(infos, start, digesting=False) as opened:
+    with ModelSet(infos, start, digesting=False) as opened:
 
         def merged(merge: Merge) -> np.ndarray:
-            return np.concatenate([block.copy() for block in opened.blocks(name, merge)])
+            return np.concatenate([block.copy() for block in merged_blocks(opened, name, merge)])
 
-        plain = merged(choose("task", 2))
-        seeds = np.stack([merged(choose("dare", 2, density=[0.5], seed=seed)) for seed in range(200)])
+        plain = merged(resolve_merge("task", 2))
+        seeds = np.stack([merged(resolve_merge("dare", 2, density=[0.5], seed=seed)) for seed in range(200)])
         assert len({row.tobytes() for row in seeds}) == 200
         error = np.abs(seeds.astype(np.float64).mean(0) - plain)
         spread = seeds.std(0) / np.sqrt(200)
         assert (error > 5 * spread + 1e-6).sum() == 0
-        assert np.array_equal(merged(choose("dare", 2, density=[1.0])), plain)
-        assert np.array_equal(merged(choose("dare-ties", 2, density=[1.0])), merged(choose("ties", 2, density=[1.0])))
+        assert np.array_equal(merged(resolve_merge("dare", 2, density=[1.0])), plain)
+        assert np.array_equal(
+            merged(resolve_merge("dare-ties", 2, density=[1.0])), merged(resolve_merge("ties", 2, density=[1.0]))
+        )
 
 
 def test_what_dare_draws_is_fixed() -> None:
     """Behaviour: a golden digest; another one means that the same call gives another model than before."""
-    from llmkit.merging.methods import drop
+    from llmkit.merging.formulas import drop
 
     ones = np.ones(1000, np.float32)
     drop(ones, 0.25, 7, "model.norm.weight", 1, 65536)
@@ -247,7 +251,9 @@ def test_shares_amount_to_coefficients(weights: list[float], decay: float) -> No
 
 def test_average_of_equal_models_is_that_model(three: list[Path], tmp_path: Path) -> None:
     """Property: to the bit, by every linear method, and the same bytes each time."""
-    for i, merge in enumerate((choose("uniform", 3), choose("weighted", 3, [1, 7, 3]), choose("ema", 3))):
+    for i, merge in enumerate(
+        (resolve_merge("uniform", 3), resolve_merge("weighted", 3, [1, 7, 3]), resolve_merge("ema", 3))
+    ):
         found = average([three[0]] * 3, merge, tmp_path / f"{i}")
         for name, value in load_file(three[0] / "model.safetensors").items():
             assert torch.equal(found[name], value), name
@@ -257,7 +263,7 @@ def test_average_of_equal_models_is_that_model(three: list[Path], tmp_path: Path
 def test_half_precision_is_accumulated_in_float32(make_model: MakeModel, tmp_path: Path) -> None:
     """Property: nine bfloat16 models give the exact mean rounded once; adding up in bfloat16 would not."""
     paths = [make_model(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in range(9)]
-    found = average(paths, choose("uniform", 9), tmp_path / "out")
+    found = average(paths, resolve_merge("uniform", 9), tmp_path / "out")
     models = [load_file(path / "model.safetensors") for path in paths]
     worse = 0
     for name, value in found.items():
@@ -276,7 +282,7 @@ def test_half_precision_is_accumulated_in_float32(make_model: MakeModel, tmp_pat
 def test_the_type_is_the_first_models(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
     """Behaviour: models of different types mix, and the output has the first one's."""
     half = make_model(tmp_path / "half", seed=5, dtype=torch.float16)
-    uniform = choose("uniform", 2)
+    uniform = resolve_merge("uniform", 2)
     assert average([half, three[0]], uniform, tmp_path / "a")["model.norm.weight"].dtype == torch.float16
     assert average([three[0], half], uniform, tmp_path / "b")["model.norm.weight"].dtype == torch.float32
 
@@ -337,14 +343,22 @@ def test_another_tokenizer_is_refused(make_model: MakeModel, three: list[Path], 
 def test_wrong_options(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     """Behaviour: usage errors that name the value, with a hint."""
     with pytest.raises(UsageError) as error:
-        choose(*arguments, **options)
+        resolve_merge(*arguments, **options)
     assert message in error.value.message and error.value.hint
+
+
+def test_methods_without_torch_or_numpy() -> None:
+    """Behaviour: every method has help, requires only options that it takes, and help can list them all cheaply."""
+    for method in METHODS.values():
+        assert method.help and set(method.required) <= set(method.options)
+    code = "import sys, llmkit.merging.methods; print({'torch', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_one_number_stands_for_all_models() -> None:
     """Behaviour: a weight or density for each model, or one for all; TIES keeps a fifth where nothing is said, as its paper does."""
-    assert choose("ties", 3, [2.0]).weights == (2.0,) * 3 and choose("ties", 3).densities == (0.2,) * 3
-    assert choose("dare", 2, density=[0.1, 1]).densities == (0.1, 1)
+    assert resolve_merge("ties", 3, [2.0]).weights == (2.0,) * 3 and resolve_merge("ties", 3).densities == (0.2,) * 3
+    assert resolve_merge("dare", 2, density=[0.1, 1]).densities == (0.1, 1)
 
 
 @pytest.mark.parametrize("method", ["uniform", "slerp", "task", "ties", "dare", "dare-ties"])
@@ -358,7 +372,7 @@ def test_numbers_that_are_none_are_refused_by_name(
     tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[700] = number
     save_file(tensors, sick / "model.safetensors", {"format": "pt"})
     with pytest.raises(LlmkitError) as error:
-        average([three[0], sick], choose(method, 2), tmp_path / "out", base if method[0] in "td" else None)
+        average([three[0], sick], resolve_merge(method, 2), tmp_path / "out", base if method[0] in "td" else None)
     assert str(sick) in error.value.message
     assert f"model.layers.1.mlp.up_proj.weight holds {number} (element 700)" in error.value.message
 
@@ -384,12 +398,12 @@ def test_tensors_that_differ_are_refused_by_name(
         save_file(tensors, other / "model.safetensors", {"format": "pt"})
         for models, start in (([three[0], other], None), (three[:2], other)):
             with pytest.raises(LlmkitError) as error:
-                Opened([load_info(path) for path in models], load_info(start) if start else None)
+                ModelSet([load_info(path) for path in models], load_info(start) if start else None)
             assert message in error.value.message and str(other) in error.value.message
     with pytest.raises(LlmkitError, match="vocab_size is 64"):
-        Opened([load_info(three[0])], load_info(make_model(tmp_path / "small", vocab_size=64, tokenizer=False)))
-    with pytest.raises(LlmkitError, match="config.json means"):
-        Opened([load_info(_relabel(three[0], tmp_path / "lying"))])
+        ModelSet([load_info(three[0])], load_info(make_model(tmp_path / "small", vocab_size=64, tokenizer=False)))
+    with pytest.raises(LlmkitError, match="config.json implies"):
+        ModelSet([load_info(_relabel(three[0], tmp_path / "lying"))])
 
 
 def _relabel(model: Path, place: Path) -> Path:
@@ -416,20 +430,20 @@ def test_digests_are_taken_on_the_way(make_model: MakeModel, three: list[Path], 
     backwards = make_model(tmp_path / "backwards", seed=1)
     _write_backwards(load_file(three[1] / "model.safetensors"), backwards / "model.safetensors")
 
-    found: list[averages.Digests | None] = []
+    found: list[Digests | None] = []
     (tmp_path / "out").mkdir()
 
-    def record(digests: averages.Digests | None) -> str:
+    def record(digests: Digests | None) -> str:
         found.append(digests)
         return "{}"
 
     models = [sharded, backwards, three[2]]
-    write_average([load_info(model) for model in models], choose("uniform", 3), tmp_path / "out", record)
+    write_average([load_info(model) for model in models], resolve_merge("uniform", 3), tmp_path / "out", record)
     assert found[0] is None and found[1] is not None and len(found[1]) == 4
     for model in models:
         assert digest_path(model, found[1]) == digest_path(model)
         assert digest_path(model, dict.fromkeys(found[1], "xxh3:other")) != digest_path(model)
-    plain = average(three, choose("uniform", 3), tmp_path / "plain")
+    plain = average(three, resolve_merge("uniform", 3), tmp_path / "plain")
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(plain[name], value)
 
@@ -474,7 +488,8 @@ MEASURED = """
 import sys
 from pathlib import Path
 from llmkit.model.pretrained.directory import load_info
-from llmkit.merging.average import Opened, choose, write_average
+from llmkit.merging.average import write_average
+from llmkit.merging.methods import resolve_merge
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -483,7 +498,7 @@ method, out, start, *models = sys.argv[1:]
 before = peak()
 Path(out).mkdir()
 base = load_info(start) if method in ("ties", "dare") else None
-write_average([load_info(m) for m in models], choose(method, len(models)), Path(out), lambda _: "{}", base=base)
+write_average([load_info(m) for m in models], resolve_merge(method, len(models)), Path(out), lambda _: "{}", base=base)
 print(peak() - before, "torch" in sys.modules)
 """
 
@@ -545,7 +560,7 @@ def test_soup_is_evaluated_as_it_is_stored(make_model: MakeModel, tmp_path: Path
     from llmkit.merging.greedy_soup import averaged_decoder
 
     paths = [make_model(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in range(3)]
-    found = average(paths, choose("uniform", 3), tmp_path / "out")
+    found = average(paths, resolve_merge("uniform", 3), tmp_path / "out")
     decoder = averaged_decoder([load_info(path) for path in paths], torch.device("cpu"))
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, found[name].float()), name
