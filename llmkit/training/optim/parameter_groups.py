@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class TensorRule:
     """For tensors whose name fits `pattern` (as in a shell) and that have at most `dimensions`."""
 
     pattern: str
@@ -35,10 +35,10 @@ class Rule:
 
 
 RULES = (
-    Rule("*", decays=False, dimensions=1),
-    Rule("*embed*", decays=False),
-    Rule("*layers.*", decays=True, muon=True, dimensions=2),
-    Rule("*", decays=True),
+    TensorRule("*", decays=False, dimensions=1),
+    TensorRule("*embed*", decays=False),
+    TensorRule("*layers.*", decays=True, muon=True, dimensions=2),
+    TensorRule("*", decays=True),
 )
 
 
@@ -62,7 +62,7 @@ class Row:
         return 1 if self.optimizer == "muon" else 2
 
 
-def rule(name: str, dimensions: int) -> Rule:
+def rule(name: str, dimensions: int) -> TensorRule:
     """The first rule that fits."""
     return next(r for r in RULES if dimensions <= r.dimensions and fnmatchcase(name, r.pattern))
 
