@@ -64,7 +64,7 @@ def write_trace(run: Path, stream: Any, phases: Iterable[Phase], total: int) -> 
     stores = stream.stores if order is not None else [stream]
     described = {
         "version": VERSION,
-        "phases": list(map(list, phases)),
+        "legs": list(map(list, phases)),
         "total": total,
         "stores": [[_described(part, run) for part in store.parts] for store in stores],
     }
@@ -114,7 +114,7 @@ class Trace:
             content = json.loads((place / "trace.json").read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
-            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["phases"]]
+            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
             self.total = int(content["total"])
             self._files = [[(str(a), int(b), int(c), str(d)) for a, b, c, d in files] for files in content["stores"]]
             self._offsets = _mapped(place / "offsets.npy")
@@ -142,7 +142,7 @@ class Trace:
             or min(x for phase in self.phases for x in phase[2:]) < 1
             or not rising
         ):
-            raise ValueError("phases")
+            raise ValueError("legs")
 
     @property
     def steps(self) -> int:
