@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter
@@ -105,9 +105,9 @@ def test_trace_is_what_training_reads(directory: Path, tmp_path: Path, data: str
     every piece of a document is found by its id."""
     stream = OrderedTokens.open(str(directory / data))
     source = StreamSource(stream, 32, 4, int(stream.tokens * 1.4))
-    legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
+    phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in source.phases]
     (tmp_path / "checkpoints").mkdir()
-    write_trace(tmp_path, stream, legs, source.tokens(source.steps))
+    write_trace(tmp_path, stream, phases, source.tokens(source.steps))
     trace = Trace(tmp_path)
     assert trace.steps == source.steps
     by_id: dict[str, list[Any]] = {}
@@ -133,12 +133,12 @@ def test_trace_is_what_training_reads(directory: Path, tmp_path: Path, data: str
     assert not list(trace.find("web-3", done=0))
 
 
-def test_legs_of_other_sizes(directory: Path, tmp_path: Path) -> None:
+def test_phases_of_other_sizes(directory: Path, tmp_path: Path) -> None:
     """Property: when rows and lengths change during a run, pieces still cover each step and are found by id."""
     stream = OrderedTokens.open(str(directory / "web"))
-    legs, total = [(0, 0, 2, 16), (5, 160, 4, 32), (9, 160 + 4 * 128, 3, 64)], 160 + 512 + 3 * 64 + 64
+    phases, total = [(0, 0, 2, 16), (5, 160, 4, 32), (9, 160 + 4 * 128, 3, 64)], 160 + 512 + 3 * 64 + 64
     (tmp_path / "checkpoints").mkdir()
-    write_trace(tmp_path, stream, legs, total)
+    write_trace(tmp_path, stream, phases, total)
     trace = Trace(tmp_path)
     assert trace.steps == 11
     sizes = [sum(p.last - p.first for p in trace.step(n)) for n in range(1, 12)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import digest_path, read_lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.merging import streams
 from llmkit.merging.average import Digests, write_average
 from llmkit.merging.methods import METHODS, Merge, merged_blocks, resolve_merge, shares

@@ -97,8 +97,9 @@ def main(
     methods.check_options(method, given)
     if run.output is None:
         raise UsageError("no output", "name the directory of the merged model with -o")
-    from llmkit.io.atomic import atomic_directory
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging.average import Digests, write_average
     from llmkit.merging.plan import plan_merge
     from llmkit.merging.streams import ModelSet
@@ -145,7 +146,7 @@ def main(
         ]
         return lineage.to_json()
 
-    with atomic_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
+    with artefact_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
         write_average(infos, merge, partial, record, bar.advance, base_info)
     names_text = ", ".join(path.name for path in plan.paths) if last else f"{len(plan.paths)} models"
     run.finish(lineage.counts, f"average of {selection}{names_text}: {run.output}")

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.atomic import atomic_file, check_output
 from llmkit.io.locks import lock
-from llmkit.lineage.record import digest_path
+from llmkit.lineage.formats import digest_path
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.checkpoint import resolve_model
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
@@ -111,7 +112,7 @@ class RunDirectory:
     ) -> Path:
         """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none) and those of every `keep_every` steps."""
         target = self.checkpoints_path / f"step-{state.step:08d}"
-        with atomic_directory(target, force=True) as partial:
+        with artefact_directory(target, force=True) as partial:
             write_model(partial)
             (partial / "state").mkdir()
             write_safetensors(
