@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.chat.prompts import cut, read_prompt, stop_test
+from llmkit.chat.prompts import cut_at_stop, read_prompt, stop_test
 from llmkit.chat.rows import RowError
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import read_lineage
@@ -144,12 +144,12 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
     ends = [complete(ids[:n]) for n in range(1, len(ids) + 1)]
     first = ends.index(True)
     assert "lazy d" in codec.decode(ids[: first + 1]) and "lazy d" not in codec.decode(ids[:first])
-    assert cut("over the lazy dog\n\n", ["lazy d", "\n\n", "unseen"]) == "over the "
+    assert cut_at_stop("over the lazy dog\n\n", ["lazy d", "\n\n", "unseen"]) == "over the "
     assert stop_test([], small_tokenizer) is None
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "rest"),
+    ("row", "content", "other_fields"),
     [
         ({"prompt": "a fox", "id": "7", "k": 1}, "a fox", {"id": "7", "k": 1}),
         ({"prompt": "2+2=", "completion": "4"}, "2+2=", {"reference": "4"}),
@@ -177,18 +177,18 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
         ),
     ],
 )
-def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, asked: object, rest: dict) -> None:
+def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, content: object, other_fields: dict) -> None:
     """Behaviour: every schema, and the row that comes out again."""
     codec = load_tokenizer(small_tokenizer, "here")
     prompt = read_prompt(row, small_tokenizer)
-    assert prompt.asked == asked and prompt.rest == rest
-    if isinstance(asked, str):
-        assert prompt.tokens == codec.encode(asked).ids
+    assert prompt.content == content and prompt.other_fields == other_fields
+    if isinstance(content, str):
+        assert prompt.tokens == codec.encode(content).ids
     else:
-        text = f"<|im_start|>user\n{asked[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+        text = f"<|im_start|>user\n{content[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
         assert prompt.tokens == codec.encode(text).ids and 2 in prompt.tokens
     out = prompt.row(["one", "two"])
-    assert out == {"prompt": asked, "completion": "one", "completions": ["one", "two"]} | rest
+    assert out == {"prompt": content, "completion": "one", "completions": ["one", "two"]} | other_fields
 
 
 def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
@@ -200,7 +200,7 @@ def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
     ):
         with pytest.raises(RowError, match=message):
             read_prompt(row, small_tokenizer)
-    assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).asked == [{"role": "user", "content": "hi"}]
+    assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).content == [{"role": "user", "content": "hi"}]
 
 
 def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
@@ -213,7 +213,7 @@ def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
     codec = load_tokenizer(small_tokenizer, "here")
     for row in rows:
         prompt = read_prompt(row, files)
-        assert prompt.tokens == codec.encode("search").ids and prompt.rest == {}
+        assert prompt.tokens == codec.encode("search").ids and prompt.other_fields == {}
         with pytest.raises(RowError, match="no tools"):
             read_prompt({key: value for key, value in row.items() if key != "tools"}, files)
 

@@ -90,8 +90,8 @@ def main(
 
     import torch
 
-    from llmkit.alignment.preference import FIGURES, PairSource, dpo, reference_log_probabilities
-    from llmkit.chat import templates
+    from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
+    from llmkit.chat import masks
     from llmkit.chat.encode import encode_preferences
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_model
@@ -106,7 +106,7 @@ def main(
     )  # fmt: skip
     with training_options.opened(run, settings) as opened:
         info, files, length = training_options.chat_model(run, model, chat_template, sequence_length)
-        templates.check_template(files)
+        masks.check_template(files)
         reader = training_options.row_reader(run, opened, rows)
         encoded = encode_preferences(reader, files, length, too_long=too_long)
         row_inputs = training_options.row_inputs(reader)
@@ -141,7 +141,7 @@ def main(
         with live_view.shown(run, opened, total) as report:
             outcome = opened.train(
                 opened.model(initial),
-                dpo(beta),
+                preference_objective(beta),
                 source,
                 named(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
                 figures=FIGURES,

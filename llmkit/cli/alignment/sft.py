@@ -78,7 +78,7 @@ def main(
         return
     import torch
 
-    from llmkit.chat import templates
+    from llmkit.chat import masks
     from llmkit.chat.encode import encode_conversations
     from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
@@ -95,7 +95,7 @@ def main(
     with training_options.opened(run, settings) as opened:
         info, files, length = training_options.chat_model(run, model, chat_template, sequence_length)
         if template:
-            templates.check_template(files)
+            masks.check_template(files)
         reader = training_options.row_reader(run, opened, rows)
         encoded = encode_conversations(reader, files, length, too_long=too_long, template=template)
         row_inputs = training_options.row_inputs(reader)

@@ -18,7 +18,7 @@ from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
 
 if TYPE_CHECKING:
-    from llmkit.chat.encode import Encoded
+    from llmkit.chat.encode import EncodedDataset
     from llmkit.io.documents import DocumentReader
     from llmkit.io.record import Input
     from llmkit.mixing.order import OrderedTokens
@@ -196,11 +196,11 @@ def _scorer(
 ) -> Callable[[Any, int], dict[str, float]]:
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
+    from llmkit.evaluation.harness import DecoderLM, evaluate, task_manager
     from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.training.samples import undisturbed
 
-    manager = task_names(names, include)
+    manager = task_manager(names, include)
 
     def score(model: Any, step: int) -> dict[str, float]:
         lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
@@ -352,7 +352,7 @@ def row_inputs(reader: DocumentReader) -> list[Input]:
     return reader.inputs
 
 
-def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
+def say_rows(run: Run, encoded: EncodedDataset, length: int, too_long: str) -> None:
     """How many rows there are, and what happened to those that are too long."""
     counts = encoded.counts
     run.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them to learn")
@@ -366,7 +366,7 @@ def say_rows(run: Run, encoded: Encoded, length: int, too_long: str) -> None:
 
 def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
     """Every id that ends a generation of the fine-tuned model, end of turn first."""
-    from llmkit.chat.templates import stop_token_ids
+    from llmkit.chat.masks import stop_token_ids
 
     return list(dict.fromkeys([*stop_token_ids(files), *info.stop_ids]))
 
