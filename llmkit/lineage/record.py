@@ -30,6 +30,7 @@ from llmkit import __version__
 from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK, Notes, decompress, digest_bytes
 from llmkit.io.inputs import STDIN, display_name, exists, is_remote, open_raw, shown
+from llmkit.io.run_layout import STATE, final_model
 
 # Digests of these are of the bytes as they are stored: a damaged archive has to have one too.
 STORED = (
@@ -105,8 +106,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
     if is_remote(str(path)):
         return _digest_file(str(path))
     path = Path(path)
-    if (path / "final").is_dir():
-        path = path / "final"
+    path = final_model(path)
     if path.suffix == ".toml" or (path / "plan.toml").is_file():
         from llmkit.mixing.plan import plan_digest
 
@@ -132,12 +132,7 @@ def _digest_file(path: str) -> str:
 def _directory_entries(directory: Path, known: Mapping[Path, str]) -> Iterator[bytes]:
     for file in sorted(directory.rglob("*")):
         parts = file.relative_to(directory).parts
-        if (
-            file.is_symlink()
-            or not file.is_file()
-            or parts[0] == "state"
-            or any(part.startswith(".") for part in parts)
-        ):
+        if file.is_symlink() or not file.is_file() or parts[0] == STATE or any(part.startswith(".") for part in parts):
             continue
         yield f"{'/'.join(parts)}\0{known.get(file) or digest_bytes(_file_blocks(file))}\n".encode()
 
@@ -194,8 +189,7 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
 
 def _read_directory(path: Path) -> dict[str, Any] | None:
     """A run's final model, a model, a tokenizer, a mix plan, or shards: the first of these that is there."""
-    if (path / "final").exists():
-        path = path / "final"
+    path = final_model(path)
     for file in (path / "model.safetensors", *sorted(path.glob("model-00001-of-*.safetensors"))):
         if file.is_file():
             return read_lineage(file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
+from llmkit.io.run_layout import CHECKPOINTS, STEP_PREFIX, parse_step
 from llmkit.lineage.record import base_name, digest_path
 
 Record = dict[str, Any]
@@ -181,11 +181,11 @@ class _Script:
 
     def make(self, node: Record, name: str, every: int = 0) -> str:
         """Append what makes `name`, and say where it lies. A run keeps the checkpoints of `every` so many steps where some of them are needed."""
-        checkpoint = re.fullmatch(r"step-0*([1-9][0-9]{0,17})", name) if node.get("command") in RUNS else None
-        place = self._place("run" if checkpoint else name)
-        every = int(checkpoint[1]) if checkpoint else every
+        step = parse_step(name) if node.get("command") in RUNS and name.startswith(STEP_PREFIX) else None
+        place = self._place("run" if step else name)
+        every = step or every
         self.lines.append(f"{self._pipeline(node, 0)}{f' --save-every {every}' if every else ''} -o {place}")
-        return f"{place}/checkpoints/{name}" if checkpoint else place
+        return f"{place}/{CHECKPOINTS}/{name}" if step else place
 
     def _place(self, name: str) -> str:
         """Where an artefact goes; a second one of the same name goes into a numbered directory, since its name is part of the lineage."""
@@ -266,8 +266,7 @@ def _spacing(node: Record) -> int:
     """Steps between the checkpoints that a command needs of the runs it reads; 0 where their last ones do."""
     options = _options(node)
     if node.get("command") == "anneal":
-        step = str(options.get("from_") or "").removeprefix("step-")
-        return int(step[:18]) if step.isascii() and step.isdigit() else 0
+        return parse_step(str(options.get("from_") or "")) or 0
     steps, last = options.get("steps"), options.get("last")
     if node.get("command") != "average" or not isinstance(steps, list) or not isinstance(last, int) or last < 1:
         return 0

@@ -66,7 +66,8 @@ def main(
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
-    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, resolve_model
+    from llmkit.io.run_layout import resolve_model
+    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info
 
     for model in models:  # every mistake is found before the first model is scored
         load_info(model)

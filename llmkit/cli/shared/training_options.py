@@ -372,7 +372,7 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
-    from llmkit.model.pretrained.checkpoint import resolve_model
+    from llmkit.io.run_layout import resolve_model
 
     place = directory or resolve_model(path)
     return Input("input", base_name(path), digest_path(place), read_lineage(place))

@@ -97,9 +97,10 @@ def main(
     if run.output is None:
         raise UsageError("no output", "name the directory of the averaged model with -o")
     from llmkit.io.atomic import atomic_directory
+    from llmkit.io.run_layout import resolve_model, step_of
     from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
     from llmkit.merging import average
-    from llmkit.model.pretrained.directory import load_info, resolve_model
+    from llmkit.model.pretrained.directory import load_info
 
     groups = [_checkpoints(model, last) for model in models]
     places = [place for group in groups for place in group]
@@ -113,7 +114,7 @@ def main(
             raise UsageError(f"--method {method} needs --{name}", "see --help")
     run.options["method"] = method
     if last is not None:  # which checkpoints a run keeps is not part of its own record
-        run.options["steps"] = [int(place.name.removeprefix("step-")) for place in places]
+        run.options["steps"] = [step_of(place) for place in places]
     # Role, name and place of each input. The digest of a run is that of its last checkpoint.
     named = [("base", base, resolve_model(base))] if base else []
     named += [("input", model, group[-1]) for model, group in zip(models, groups, strict=True)]
@@ -168,12 +169,10 @@ def main(
 
 def _checkpoints(model: str, last: int | None) -> list[Path]:
     """The directories that `model` stands for: itself, or with `last` that many checkpoints of the run, oldest first."""
+    from llmkit.io.run_layout import find_checkpoints, resolve_model
+
     if last is None:
-        from llmkit.model.pretrained.directory import resolve_model
-
         return [resolve_model(model)]
-    from llmkit.training.checkpoint.run_directory import find_checkpoints
-
     found = find_checkpoints(model)
     if not found:
         raise LlmkitError(f"{model}: no checkpoints", "--last takes a run; give model directories without it")

@@ -10,6 +10,7 @@ import typer
 
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.run_layout import FINAL, LATEST
 
 if TYPE_CHECKING:
     from llmkit.training.trace import Trace
@@ -74,7 +75,7 @@ def _decoder(trace: Trace, run: Path) -> Any:
     """Token ids to text, by the tokenizer in the run, or the one beside its data."""
     from tokenizers import Tokenizer
 
-    files = [run / "latest" / "tokenizer.json", run / "final" / "tokenizer.json"]
+    files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     found = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
     found = found or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
     if found is None:

@@ -21,7 +21,6 @@ from llmkit.model.pretrained.directory import (
     check_vocabulary,
     load_info,
     load_tokenizer,
-    resolve_model,
     save_description,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
@@ -37,7 +36,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open_weights",
-    "resolve_model",
     "save_description",
     "save_model",
 ]

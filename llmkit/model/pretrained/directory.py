@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError
+from llmkit.io.run_layout import resolve_model
 from llmkit.model.config import ModelConfig, read_json
 
 if TYPE_CHECKING:
@@ -34,22 +35,6 @@ class LoadedModel:
     tokenizer_files: dict[str, str] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)  # every id that ends a generation
     quantization: dict[str, Any] | None = None
-
-
-def resolve_model(path: str | Path) -> Path:
-    """The model directory that `path` stands for: itself, or the final model of a run."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "final").is_dir():
-        return path / "final"
-    if (path / "checkpoints").is_dir():
-        raise LlmkitError(f"{path}: the run has no final model yet", f"finish it with --resume, or name {path}/latest")
-    if not path.exists():
-        raise LlmkitError(
-            f"{path}: no such file or directory", "give a model directory or a run; nothing is downloaded"
-        )
-    raise LlmkitError(f"{path}: not a model directory (no config.json)", "give a Hugging Face directory or a run")
 
 
 def load_info(path: str | Path) -> LoadedModel:
