@@ -25,6 +25,8 @@ import numpy as np
 
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.merging import methods as formulas
+from llmkit.model.config import ModelConfig
+from llmkit.model.family import EMBEDDING, is_ignored
 from llmkit.model.pretrained.directory import WEIGHTS, LoadedModel, save_description
 from llmkit.model.pretrained.header import Stored, encode_header, file_order
 from llmkit.model.pretrained.streamed import StreamedWeights, from_float32
@@ -160,8 +162,7 @@ class Opened:
         with ExitStack() as stack:
             self.models = [stack.enter_context(StreamedWeights(model, digesting)) for model in models]
             self.base = stack.enter_context(StreamedWeights(base, digesting)) if base else None
-            tied = models[0].config.tie_word_embeddings
-            first, *others = [_layout(weights, tied) for weights in self._all()]
+            first, *others = [_layout(weights, models[0].config) for weights in self._all()]
             for weights, layout in zip(self._all()[1:], others, strict=True):
                 _check_tensors(self.models[0].path, first, weights.path, layout)
             self.layout = first
@@ -247,13 +248,9 @@ class Opened:
                 yield start + at, list(found[:, at : at + BLOCK])
 
 
-def _layout(weights: StreamedWeights, tied: bool) -> dict[str, Stored]:
-    """The tensors that count: a tied model may store its output layer all the same; old directories hold rotary tables."""
-    return {
-        name: entry
-        for name, entry in weights.layout.items()
-        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
-    }
+def _layout(weights: StreamedWeights, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors that belong to the model."""
+    return {name: entry for name, entry in weights.layout.items() if not is_ignored(name, config)}
 
 
 def _check_tensors(place: Path, first: Mapping[str, Stored], other: Path, layout: Mapping[str, Stored]) -> None:
@@ -319,5 +316,5 @@ def write_average(
             assert len(after) == len(before)
             sink.seek(0)
             sink.write(after)
-        dtype = CONFIG_DTYPES[opened.layout["model.embed_tokens.weight"].dtype]
+        dtype = CONFIG_DTYPES[opened.layout[EMBEDDING].dtype]
     save_description(directory, models[0].config.to_hf(dtype), models[0].tokenizer_files, models[0].stop_ids)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from llmkit.model.decoder import KeyValueCache, Operations
 from llmkit.model.kernels import rows as kernels
+from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.operations import Operations
 
 QUERIES = 128  # in a block of attention
 SCORES = 1 << 19  # elements of scores at once: with their gradients 4 MiB, about a core's share of cache

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.decoder import Decoder, KeyValueCache
+from llmkit.model.decoder import Decoder
+from llmkit.model.kv_cache import KeyValueCache
 
 PADDING = -1  # document id of padding, which nothing attends to but itself
 

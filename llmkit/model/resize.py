@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.decoder import expected_tensors
+from llmkit.model.family import EMBEDDING, HEAD, expected_tensors
 from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import write_safetensors
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_match(info: LoadedModel, tokenizer: TokenizerInfo, name: str) -> None:

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError
-from llmkit.model.decoder import Decoder, KeyValueCache, Operations
+from llmkit.model.decoder import Decoder
+from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.operations import Operations
 
 FP8_CAPABILITY = (8, 9)  # of GPUs that multiply in 8 bits
 

@@ -494,7 +494,7 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     The bound that is promised is as many of the largest tensor as there are models, and 200 MB. The files are sparse: read in full, stored in little.
     """
     from llmkit.model.config import ModelConfig
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.model.pretrained.directory import save_description
     from llmkit.model.pretrained.header import SIZES, Stored, encode_header
 

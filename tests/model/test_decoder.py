@@ -13,7 +13,8 @@ from random_models import SIZES, VARIANTS, random_model
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.config import PRESETS, ModelConfig, load_config
-from llmkit.model.decoder import Decoder, KeyValueCache
+from llmkit.model.decoder import Decoder
+from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.pretrained.checkpoint import load_model, save_model
 
 IDS_BT = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(1))

@@ -14,8 +14,9 @@ from random_models import VARIANTS, random_model
 
 from llmkit.errors import UsageError
 from llmkit.model import fused, runtime
-from llmkit.model.decoder import PLAIN, Decoder
+from llmkit.model.decoder import Decoder
 from llmkit.model.kernels import rows as kernels
+from llmkit.model.operations import PLAIN
 from llmkit.model.pretrained.checkpoint import save_model
 from llmkit.model.runtime import Joined, Runtime, prepare
 

@@ -14,7 +14,8 @@ from tiny import CONFIG, tiny_model
 from llmkit.cli.main import run_command
 from llmkit.errors import UsageError
 from llmkit.model.config import load_config
-from llmkit.model.decoder import Decoder, expected_tensors
+from llmkit.model.decoder import Decoder
+from llmkit.model.family import expected_tensors
 from llmkit.training.memory_estimate import activations, flops, memory
 from llmkit.training.optim.optimizer import build, named_state
 from llmkit.training.optim.parameter_groups import kinds, table

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig
-from llmkit.model.decoder import Decoder, expected_tensors
+from llmkit.model.decoder import Decoder
+from llmkit.model.family import HEAD, expected_tensors, is_ignored
 from llmkit.model.pretrained.directory import (
     WEIGHTS,
     LoadedModel,
@@ -111,11 +112,7 @@ def check_layout(
             f"{info.path}: missing tensor {some(missing)}",
             "the directory is incomplete, or its config.json is another model's",
         )
-    # A tied model may store its output layer all the same; old directories hold rotary tables.
-    extra = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    if info.config.tie_word_embeddings:
-        extra = [name for name in extra if name != "lm_head.weight"]
-    if extra:
+    if extra := sorted(name for name in found.keys() - expected.keys() if not is_ignored(name, info.config)):
         raise LlmkitError(
             f"{info.path}: unexpected tensor {some(extra)}",
             f"config.json describes a {info.config.architecture} without it",
@@ -141,11 +138,7 @@ def save_model(
 
     `stop_ids` go into generation_config.json; they default to the configuration's eos_token_id.
     """
-    kept = {
-        name: value
-        for name, value in state_dict.items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
+    kept = {name: value for name, value in state_dict.items() if not (name == HEAD and config.tie_word_embeddings)}
     layout = {name: (dtype or value.dtype, tuple(value.shape)) for name, value in kept.items()}
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
     write_safetensors(directory / WEIGHTS, layout, lambda name: kept[name].to(layout[name][0]), metadata)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.model.family import EMBEDDING, is_ignored, linear_weights
 from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import write_safetensors
@@ -58,8 +59,8 @@ class Report:
 
 def linear_names(info: LoadedModel) -> list[str]:
     """Names of the weights that are quantised: the matrices of the layers, and neither embeddings nor the output layer."""
-    layout = open_weights(info).layout
-    return sorted(name for name, (_, shape) in layout.items() if name.startswith("model.layers.") and len(shape) == 2)
+    open_weights(info)  # which checks that they are there
+    return linear_weights(info.config)
 
 
 def fit_scheme(info: LoadedModel, scheme: Scheme, group: int | None = None) -> Scheme:
@@ -97,7 +98,6 @@ def write_quantised(
         raise LlmkitError(f"{info.path} is quantised already", "start from the model as it was before")
     weights = open_weights(info)
     linear = set(linear_names(info))
-    tied = {"lm_head.weight"} if info.config.tie_word_embeddings else set()
     report = Report(len(linear), bytes_before=weights.stored_bytes)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (dtype, shape) in weights.layout.items():
@@ -106,7 +106,7 @@ def write_quantised(
             layout[name + PACKED] = (torch.int32, (shape[0], -(-shape[1] * scheme.bits // 32)))
             layout[name + SCALE] = (dtype, (shape[0], groups))
             layout[name + SHAPE] = (torch.int64, (2,))
-        elif name not in tied and not name.endswith("rotary_emb.inv_freq"):
+        elif not is_ignored(name, info.config):
             layout[name] = (dtype, shape)
     squares, wrong = 0.0, 0.0
     scales: dict[str, Tensor] = {}  # of matrices whose scales come later in the file
@@ -143,7 +143,7 @@ def write_quantised(
     assert not scales
     report.bytes_after = (directory / WEIGHTS).stat().st_size
     report.error = math.sqrt(wrong / squares) if squares else 0.0
-    config = info.config.to_hf(DTYPE_NAMES[weights.layout["model.embed_tokens.weight"][0]])
+    config = info.config.to_hf(DTYPE_NAMES[weights.layout[EMBEDDING][0]])
     save_description(
         directory, config | {"quantization_config": description(scheme)}, info.tokenizer_files, info.stop_ids
     )
