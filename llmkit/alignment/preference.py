@@ -143,8 +143,8 @@ def reference_log_probabilities(
                 log_p = sequence_log_probabilities(model, batch)
             found[chosen] = log_p.view(2, -1).T.float().cpu()
     processes.add_tensor(found)
-    processes.wait()  # every process has looked for the cache
-    if processes.main:
+    processes.barrier()  # every process has looked for the cache
+    if processes.is_main:
         with atomic_file(cache, force=True) as sink:
             sink.write(save({"reference": found}, {"format": "pt", "digest": digest}))
     return found

@@ -1,9 +1,9 @@
 """Which sequences each step takes: batch size and sequence length as functions of the tokens seen.
 
-Sequences partition the stream in order, whatever their length. A run is a few legs of equal steps; a leg begins at the first step that starts at or
-after the token where its sizes are due. So rows, length and first token of a step are found by bisection, O(log legs), with no state:
+Sequences partition the stream in order, whatever their length. A run is a few phases of equal steps; a phase begins at the first step that starts at or
+after the token where its sizes are due. So rows, length and first token of a step are found by bisection, O(log phases), with no state:
 
-    steps = Steps([(0, 16, 512), (1_000_000, 32, 1024)], total=10_000_000)   # (from token, sequences a step, tokens a sequence)
+    steps = BatchSchedule([(0, 16, 512), (1_000_000, 32, 1024)], total=10_000_000)   # (from token, sequences a step, tokens a sequence)
     steps.tokens(3), steps.rows(3), steps.length(3), steps.step_at(1_000_000)
 
 `changes` makes such a list. It keeps the tokens of a step as they are where the length changes: half the length, twice the sequences. So only a batch
@@ -23,7 +23,7 @@ Sizes = Sequence[tuple[int, int]]  # a size, and the token until which it holds
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
+class Phase:
     """From step `step` on, which begins at token `token`: `rows` sequences of `length` tokens each."""
 
     step: int
@@ -32,17 +32,17 @@ class Leg:
     length: int
 
 
-class Steps:
+class BatchSchedule:
     """The steps of a run of `total` tokens, rounded up to whole sequences. `changes` rise in tokens, and the first is at 0."""
 
     def __init__(self, changes: Sequence[Change], total: int) -> None:
-        self.legs: list[Leg] = []
+        self.phases: list[Phase] = []
         step = token = 0
         ends = [min(start, total) for start, _, _ in changes[1:]] + [total]
         for (_, rows, length), end in zip(changes, ends, strict=True):
-            if end <= token:  # the leg before ran beyond it
+            if end <= token:  # the phase before ran beyond it
                 continue
-            self.legs.append(Leg(step, token, rows, length))
+            self.phases.append(Phase(step, token, rows, length))
             step_tokens = rows * length
             steps = -(-(end - token) // step_tokens)
             if token + steps * step_tokens >= total:  # the last one: whole sequences, but no whole step
@@ -52,13 +52,13 @@ class Steps:
             step, token = step + steps, token + steps * step_tokens
         self.steps, self.total = step, token
 
-    def _leg(self, step: int) -> Leg:
-        return self.legs[bisect_right(self.legs, step, key=lambda leg: leg.step) - 1]
+    def _phase(self, step: int) -> Phase:
+        return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.step) - 1]
 
     def tokens(self, step: int) -> int:
         """Tokens before `step`."""
-        leg = self._leg(step)
-        return min(leg.token + (step - leg.step) * leg.rows * leg.length, self.total)
+        phase = self._phase(step)
+        return min(phase.token + (step - phase.step) * phase.rows * phase.length, self.total)
 
     def rows(self, step: int) -> int:
         """Sequences of `step`; fewer in the last."""
@@ -66,20 +66,20 @@ class Steps:
 
     def length(self, step: int) -> int:
         """Tokens in each sequence of `step`."""
-        return self._leg(step).length
+        return self._phase(step).length
 
     def step_at(self, tokens: int) -> int:
         """The step that covers token `tokens`; `steps` from the end of the run on."""
         if tokens >= self.total:
             return self.steps
-        leg = self.legs[bisect_right(self.legs, tokens, key=lambda leg: leg.token) - 1]
-        return leg.step + (tokens - leg.token) // (leg.rows * leg.length)
+        phase = self.phases[bisect_right(self.phases, tokens, key=lambda phase: phase.token) - 1]
+        return phase.step + (tokens - phase.token) // (phase.rows * phase.length)
 
 
 def changes(
     rows: int, length: int, total: int, *, batches: Sizes = (), lengths: Sizes = (), stages: Sizes = ()
 ) -> list[Change]:
-    """What `Steps` takes for a batch of `rows` sequences of `length` tokens.
+    """What `BatchSchedule` takes for a batch of `rows` sequences of `length` tokens.
 
     `batches` and `lengths` are warm-ups: smaller sizes with the token until which each holds. `stages` are lengths with the token until which each
     holds. UsageError where a warm-up is longer than the run, or does not rise.

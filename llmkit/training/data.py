@@ -23,8 +23,8 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.mixing.packing import best_fit
 from llmkit.seeds import derive
-from llmkit.training.batch_schedule import Change, Steps
-from llmkit.training.source_groups import NOTHING, Groups
+from llmkit.training.batch_schedule import BatchSchedule, Change
+from llmkit.training.source_groups import NOTHING, SourceGroups
 
 PADDING = -1  # document id of positions that hold nothing
 
@@ -114,18 +114,18 @@ class StreamSource:
         changes: Sequence[Change] = (),
         document_mask: bool = True,
         vocabulary: int = 1 << 32,
-        groups: Groups | None = None,
+        groups: SourceGroups | None = None,
     ) -> None:
         if stream.tokens < 2:
             raise LlmkitError("no tokens to train on", "check what was tokenized")
         self._vocabulary = vocabulary
         self._stream, self._mask = stream, document_mask
-        self._steps = Steps(changes or [(0, batch_size, length)], total)
+        self._steps = BatchSchedule(changes or [(0, batch_size, length)], total)
         self.steps = self._steps.steps
         self.rows, self.tokens, self.length = self._steps.rows, self._steps.tokens, self._steps.length
         self.step_at = self._steps.step_at
-        self.legs = self._steps.legs
-        self._longest = max(leg.length for leg in self.legs)
+        self.phases = self._steps.phases
+        self._longest = max(phase.length for phase in self.phases)
         sizes = np.diff(stream.offsets)
         filled = sizes > 0  # documents without tokens start nothing
         self._rows = None if filled.all() else np.flatnonzero(filled)
@@ -219,7 +219,7 @@ class HeldOutSource:
         *,
         document_mask: bool = True,
         vocabulary: int = 1 << 32,
-        groups: Groups | None = None,
+        groups: SourceGroups | None = None,
     ) -> None:
         sequences = max(1, -(-(stream.tokens - 1) // length))
         self._inner = StreamSource(

@@ -1,6 +1,6 @@
 """The training loop: train, anneal, sft and dpo are this one, with another objective, source of batches and schedule.
 
-    outcome = fit(Training(model, optimizer, next_token, (), source, schedule, processes, directory, state, write_model, initial))
+    outcome = fit(TrainContext(model, optimizer, next_token, (), source, schedule, processes, directory, state, write_model, initial))
 
 A step: every process computes the loss of its rows in micro-batches, divided by the weight of the whole step; one all-reduce adds the gradients up;
 they are clipped; the guard looks at the figures (training.guard); and the optimiser takes the step with a learning rate that is a function of the
@@ -26,19 +26,19 @@ from typing import Any
 from llmkit.errors import LlmkitError, UnfinishedError
 from llmkit.io.run_layout import step_of
 from llmkit.training.checkpoint.run_directory import TrainerState, load_optimizer_tensors, load_trainer_state
-from llmkit.training.checkpoint.snapshot import Keeper
-from llmkit.training.distributed.stragglers import Pace, collected
+from llmkit.training.checkpoint.snapshot import HostSnapshot
+from llmkit.training.distributed.stragglers import StragglerDetector, collected
 from llmkit.training.environment import machine
 from llmkit.training.guard.diagnosis import suspects
-from llmkit.training.guard.guard import PATIENCE, WINDOW, Guard, Verdict
+from llmkit.training.guard.guard import PATIENCE, WINDOW, Guard, StepVerdict
 from llmkit.training.guard.rollback import all_finite, find_before, hold, place, weights_of
 from llmkit.training.metrics.curves import smoothed
 from llmkit.training.metrics.gradient_noise import NoiseScale
 from llmkit.training.metrics.log import MFU, MetricsLog, Speed, peak_flops
-from llmkit.training.metrics.step_metrics import Watch
+from llmkit.training.metrics.step_metrics import StepMetrics
 from llmkit.training.optim.optimizer import restore_optimizer
 from llmkit.training.signals import Interrupted, Signals, watch_signals
-from llmkit.training.train_step import Measured, Training, accumulate, drop, evaluate, held_out, pieces_of, update
+from llmkit.training.train_step import StepResult, TrainContext, accumulate, drop, evaluate, held_out, pieces_of, update
 
 CHECKPOINTS = 10  # how many a run leaves on its way where --save-every does not say
 # Between copies for rollbacks lie so many steps, and where copying is slow beside computing so many tokens: about 1 % of the time. Not the clock
@@ -48,7 +48,7 @@ HOLD_TOKENS = {"cuda": 1 << 24}
 NAMED = 1000  # documents in one event
 
 
-def fit(training: Training) -> dict[str, Any]:
+def fit(training: TrainContext) -> dict[str, Any]:
     """Train to the end, or until a signal; returns steps, tokens, last loss and speed.
 
     Raises LlmkitError where the guard has given up, where the last checkpoint could not be stored, and (exit code 75) where the time is over.
@@ -72,8 +72,8 @@ def fit(training: Training) -> dict[str, Any]:
 class Loop:
     """A run in progress: `step` steps are done."""
 
-    def __init__(self, t: Training, signals: Signals, collect: Callable[[int], None]) -> None:
-        self.t, self.signals, self._collect, self._pace = t, signals, collect, Pace()
+    def __init__(self, t: TrainContext, signals: Signals, collect: Callable[[int], None]) -> None:
+        self.t, self.signals, self._collect, self._pace = t, signals, collect, StragglerDetector()
         self.guard = Guard(t.chance, t.max_rollbacks)
         self.noise = NoiseScale()
         self.step = 0
@@ -83,11 +83,11 @@ class Loop:
             restore_optimizer(t.model, t.optimizer, load_optimizer_tensors(t.start), str(t.start))
             self._restore(state)
         self.out_of_time = False
-        self.keeper = Keeper(t.directory, t.write_model, t.keep, t.keep_every)
-        self.keeper.saved = t.start
-        self.log = MetricsLog(t.directory.metrics, self.step) if t.processes.main else None
+        self.snapshot = HostSnapshot(t.directory, t.write_model, t.keep, t.keep_every)
+        self.snapshot.saved = t.start
+        self.log = MetricsLog(t.directory.metrics, self.step) if t.processes.is_main else None
         self.record: dict[str, Any] = dict(self.log.last) if self.log else {}
-        self._watch = Watch(t.model, t.source, t.processes, t.directory.path, t.log_every, t.token_bytes)
+        self._watch = StepMetrics(t.model, t.source, t.processes, t.directory.path, t.log_every, t.token_bytes)
         self._save_every = t.save_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._eval_every = t.eval_every or max(1, -(-t.source.steps // CHECKPOINTS))
         self._owed = False  # a checkpoint
@@ -102,23 +102,23 @@ class Loop:
 
     def close(self) -> None:
         """Let a checkpoint under way come to its end."""
-        self.keeper.failure(wait=True)
+        self.snapshot.failure(wait=True)
         if self.log:
             self.log.close()
 
     def run(self) -> dict[str, Any]:
         t, source = self.t, self.t.source
-        peak, how = peak_flops(t.processes.device, t.processes.precision, t.processes.count)
+        peak, how = peak_flops(t.processes.device, t.processes.precision, t.processes.world_size)
         self._speed = Speed(t.flops_per_token, peak)
         made_with = t.state.environment | machine(t.processes.device)
-        made_with |= {"processes": t.processes.count, "parallel": t.processes.layout.name}
+        made_with |= {"processes": t.processes.world_size, "parallel": t.processes.layout.name}
         more = {"accepted": t.changed} if t.changed else {}
         name = "resume" if t.start else "start"
         self._event(name, step=self.step, peak_flops=peak, peak=how, mfu=MFU, environment=made_with, **more)
         self._hold()
         # A run that was stopped in the middle of an evaluation owes it.
         owed = bool(self.log) and self.step > 0 and self._evaluates() and "heldout_loss" not in self.record
-        if t.processes.add([float(owed)])[0]:
+        if t.processes.all_reduce([float(owed)])[0]:
             found = self._evaluate()
             if self.log and found is not None:
                 self.record = {"step": self.step, "tokens": source.tokens(self.step)} | self.record
@@ -131,8 +131,8 @@ class Loop:
             if taken:
                 self._keep_safe(stop)
         if stop:
-            self._report(self.keeper.failure(wait=True))
-            if t.processes.add([float(self._owed or self._stored != self.step)])[0]:
+            self._report(self.snapshot.failure(wait=True))
+            if t.processes.all_reduce([float(self._owed or self._stored != self.step)])[0]:
                 self._save(wait=True)
         return self._end(stop)
 
@@ -148,7 +148,7 @@ class Loop:
             record |= {"lr": rate, "skipped": True}
         else:
             try:
-                with self.signals.breaking(t.processes.count == 1):
+                with self.signals.breaking(t.processes.world_size == 1):
                     measured = accumulate(t, self.step, self._watch)
             except Interrupted:
                 drop(t)
@@ -178,7 +178,7 @@ class Loop:
             t.report(record)
         return True
 
-    def _noise(self, measured: Measured, tokens: int) -> dict[str, float]:
+    def _noise(self, measured: StepResult, tokens: int) -> dict[str, float]:
         """The gradient noise scale where it is measured; said once where a step of so many `tokens` passes it."""
         if not measured.part[1]:
             return {}
@@ -194,7 +194,7 @@ class Loop:
             self._event("straggler", step=number, rank=late, spread=figures["rank_spread"])
         return figures
 
-    def _passes(self, number: int, measured: Measured) -> bool:
+    def _passes(self, number: int, measured: StepResult) -> bool:
         """What the guard says of step `number`, whose gradients are there: whether to take it. Else it is skipped, or the run was set back."""
         t, guard, figures = self.t, self.guard, measured.for_guard()
         if (
@@ -204,10 +204,10 @@ class Loop:
         ):
             return True  # fp16's loss scaler probes its limits, and leaves such a step out by itself
         verdict = guard.judge(number, figures)
-        if verdict is Verdict.GOOD:
+        if verdict is StepVerdict.GOOD:
             guard.accept(number, figures)
             return True
-        if verdict is Verdict.BROKEN and not self._finite():
+        if verdict is StepVerdict.BROKEN and not self._finite():
             again = guard.retried == number  # then it was this step, or the one that left such weights
             guard.retried = number
             first = max(1, number - again)
@@ -215,22 +215,22 @@ class Loop:
             return False
         pieces = pieces_of(t, self.step)
         usual = [p.loss for p in pieces_of(t, guard.reference[0] - 1)] if guard.reference[0] else []
-        if verdict is Verdict.BROKEN:
+        if verdict is StepVerdict.BROKEN:
             found = [(p, "no number") for p in pieces if not math.isfinite(p.loss)] or [
                 (p, "in the batch") for p in pieces
             ]
         else:
             found = suspects(pieces, usual, t.decode)
-        if t.processes.add([float(bool(found) and t.processes.main)])[0]:
-            cause = "loss that is no number" if verdict is Verdict.BROKEN else "broken documents"
+        if t.processes.all_reduce([float(bool(found) and t.processes.is_main)])[0]:
+            cause = "loss that is no number" if verdict is StepVerdict.BROKEN else "broken documents"
             documents = [{"id": p.name, "reason": why, "loss": _number(p.loss)} for p, why in found[:NAMED]]
             patient = guard.skip(number, number, number)
             self._tell(number, self.step, cause, [number], documents, measured)
             self._give_up(patient, number)
             return False
-        if verdict is Verdict.LASTING:
-            find_before(t, self.keeper, guard.since)
-            with weights_of(t, self.keeper):
+        if verdict is StepVerdict.LASTING:
+            find_before(t, self.snapshot, guard.since)
+            with weights_of(t, self.snapshot):
                 before = evaluate(t, t.source, self.step)
             if before is not None and guard.harmed(before, figures):
                 first = max(1, guard.since - 2 * PATIENCE) if guard.again(guard.since) else guard.since
@@ -245,7 +245,7 @@ class Loop:
         guard.doubt(number)
         return True
 
-    def _go_back(self, number: int, first: int, last: int, cause: str, measured: Measured) -> None:
+    def _go_back(self, number: int, first: int, last: int, cause: str, measured: StepResult) -> None:
         """To the last good state before step `first`, to go on without the steps from there to `last` (0: with all of them)."""
         t, guard = self.t, self.guard
         skipped = list(range(first, last + 1)) if last else []
@@ -254,18 +254,24 @@ class Loop:
             {"id": name, "reason": "in the batch"}
             for name in dict.fromkeys(p.name for step in skipped for p in pieces_of(t, step - 1, losses=False))
         ]
-        state = find_before(t, self.keeper, first)
-        place(t, self.keeper)
+        state = find_before(t, self.snapshot, first)
+        place(t, self.snapshot)
         self._restore(state, rollback=True)
         self.step = state.step
         if self.log:
             self.log.cut(self.step)
-            self.keeper.forget(self.step)
+            self.snapshot.forget(self.step)
         self._tell(number, self.step, cause, skipped, documents[:NAMED], measured)
         self._give_up(patient, number)
 
     def _tell(
-        self, number: int, to: int, cause: str, skipped: list[int], documents: list[dict[str, Any]], measured: Measured
+        self,
+        number: int,
+        to: int,
+        cause: str,
+        skipped: list[int],
+        documents: list[dict[str, Any]],
+        measured: StepResult,
     ) -> None:
         loss, norm, _ = measured.for_guard()
         self._event(
@@ -288,7 +294,7 @@ class Loop:
     def _give_up(self, patient: bool, number: int) -> None:
         if patient:
             return
-        saved = self.keeper.saved
+        saved = self.snapshot.saved
         where = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
         raise LlmkitError(
             f"more than {self.t.max_rollbacks} rollbacks within {WINDOW} steps, the last at step {number:,}",
@@ -313,7 +319,7 @@ class Loop:
 
     def _evaluate(self) -> dict[str, float] | None:
         try:
-            with self.signals.breaking(self.t.processes.count == 1):
+            with self.signals.breaking(self.t.processes.world_size == 1):
                 return held_out(self.t, lambda: bool(self.signals.number))
         except Interrupted:
             return None
@@ -322,11 +328,11 @@ class Loop:
         """Whether any process was told to stop, or the time is over; every process gets the same answer."""
         t = self.t
         spent = time.monotonic() - self._started
-        late = t.processes.main and spent + self._copying + self._seconds > 3600 * t.max_hours
-        self._report(self.keeper.failure())
+        late = t.processes.is_main and spent + self._copying + self._seconds > 3600 * t.max_hours
+        self._report(self.snapshot.failure())
         asked, self.signals.save = self.signals.save, False  # one that comes from here on is for the next time
         wishes = (self.signals.number, late, asked or self._owed)
-        stop, late_, save = t.processes.add([float(wish) for wish in wishes])
+        stop, late_, save = t.processes.all_reduce([float(wish) for wish in wishes])
         self._owed = bool(save)
         self.out_of_time = bool(late_) and not stop and self.step < t.source.steps
         if stop and not self.signals.number:
@@ -348,13 +354,13 @@ class Loop:
         """What a checkpoint is good for: samples, scores. By the main process, by all of them where a pass through the model takes all."""
         t = self.t
         try:
-            with self.signals.breaking(t.processes.count == 1), t.processes.at_length():
+            with self.signals.breaking(t.processes.world_size == 1), t.processes.at_length():
                 for act in t.at_checkpoint if self.log or t.processes.layout.lockstep else ():
                     try:
                         self.record |= act(t.model, self.step)
                     except OSError as error:  # a full disk, most likely
                         t.say(f"step {self.step:,}: {error}")
-                    t.processes.layout.rest(t.model)
+                    t.processes.layout.reshard(t.model)
         except Interrupted:
             return
         if self.log and t.at_checkpoint:
@@ -377,7 +383,7 @@ class Loop:
             guard=self.guard.state(),
             noise=self.noise.state(),
         )
-        hold(t, self.keeper, state)
+        hold(t, self.snapshot, state)
         self._copying = time.monotonic() - began
 
     def _save(self, wait: bool = False) -> None:
@@ -387,18 +393,18 @@ class Loop:
         if self.log:
             try:
                 self.log.sync()
-                self.keeper.save()
+                self.snapshot.save()
             except OSError as error:
                 self._report(error)
         if wait:
-            self._report(self.keeper.failure(wait=True))
+            self._report(self.snapshot.failure(wait=True))
 
     def _report(self, error: OSError | None) -> None:
         """Say that a checkpoint could not be stored; the next step tries again."""
         if error is not None:
             self._owed = True
             self._event("save failed", step=self.step, error=str(error))
-            if self._told != (saved := self.keeper.saved):  # not at every step
+            if self._told != (saved := self.snapshot.saved):  # not at every step
                 where = f"the last good one is {saved.name}" if saved else "there is none yet"
                 self.t.say(
                     f"a checkpoint could not be stored ({error.strerror or error}); each step tries again, {where}"
@@ -408,8 +414,8 @@ class Loop:
     def _end(self, stop: bool) -> dict[str, Any]:
         t, source = self.t, self.t.source
         done = self.step == source.steps and not stop
-        saved = self.keeper.saved
-        if t.processes.main:
+        saved = self.snapshot.saved
+        if t.processes.is_main:
             if self.step and (saved is None or step_of(saved) != self.step):
                 where = f"{saved} is the last good one" if saved else "there is none"
                 raise LlmkitError(
@@ -422,7 +428,7 @@ class Loop:
                     f"the run ends with a loss of {loss:.4g}, a guess has {t.chance:.4g}: lower the learning rate"
                 )
         self._event("end" if done else "stop", step=self.step)
-        t.processes.wait()
+        t.processes.barrier()
         return {
             "steps": self.step,
             "tokens": source.tokens(self.step),
@@ -435,7 +441,7 @@ class Loop:
 
     def _finite(self) -> bool:
         """Whether all weights are numbers, on every process."""
-        return not self.t.processes.add([float(not all_finite(self.t.model.parameters()))])[0]
+        return not self.t.processes.all_reduce([float(not all_finite(self.t.model.parameters()))])[0]
 
     def _event(self, name: str, **details: Any) -> None:
         if self.log:

@@ -53,7 +53,7 @@ from llmkit.training.metrics.tracker import check_tracker
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optim.optimizer import BETAS, build, kind_of, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.train_step import Tensors, Training
+from llmkit.training.train_step import Tensors, TrainContext
 
 MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
@@ -126,11 +126,11 @@ class Session:
                 return False
             now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
             self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
-        if self.processes.main and not self.checkpoint:
+        if self.processes.is_main and not self.checkpoint:
             if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
                 self.directory.start_anew(*self.kept)
             write_config(self.directory, config_text)
-        self.processes.wait()
+        self.processes.barrier()
         return True
 
     def _last_intact(self) -> Path | None:
@@ -139,7 +139,7 @@ class Session:
         if self.directory.finished or not checkpoints:  # there is nothing to go on from
             return checkpoints[-1] if checkpoints else None
         passed: list[Path] = []
-        if self.processes.main:
+        if self.processes.is_main:
             left = list(checkpoints)
             while left and (wrong := damage(left[-1])):
                 passed.append(left.pop())
@@ -147,7 +147,7 @@ class Session:
                 self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
             if left and passed:
                 self.directory.point_at(left[-1])
-        count = int(self.processes.add([float(len(passed))])[0])
+        count = int(self.processes.all_reduce([float(len(passed))])[0])
         if count == len(checkpoints):
             raise LlmkitError(
                 f"{self.directory.path}: all {count} checkpoints are damaged",
@@ -178,7 +178,7 @@ class Session:
         return model
 
     def _prepare(self, model: Decoder) -> None:
-        say = self.say if self.processes.main else lambda line: None
+        say = self.say if self.processes.is_main else lambda line: None
         prepare(model, self.processes.device, self._runtime(), say)
 
     def _runtime(self) -> Runtime:
@@ -230,7 +230,7 @@ class Session:
             return self._fresh().state_dict(), load_optimizer_tensors(optimizer_from) if optimizer_from else {}
 
         return fit(
-            Training(
+            TrainContext(
                 model=model,
                 optimizer=optimizer,
                 objective=objective,
@@ -252,7 +252,7 @@ class Session:
                 max_rollbacks=settings.max_rollbacks,
                 chance=math.log(config.vocab_size) if of_tokens else math.inf,
                 decode=_decoder(tokenizer_files),
-                say=self.say if self.processes.main else lambda text: None,
+                say=self.say if self.processes.is_main else lambda text: None,
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
@@ -297,13 +297,15 @@ def session(
         yield Session(settings, processes, RunDirectory(settings.output), say=say)
         return
     try:
-        with open_run(settings.output, resume=settings.resume, force=settings.force, main=processes.main) as directory:
+        with open_run(
+            settings.output, resume=settings.resume, force=settings.force, main=processes.is_main
+        ) as directory:
             processes.watch(settings.hang_timeout, directory.event)
-            processes.wait()  # the main process has made it
+            processes.barrier()  # the main process has made it
             yield Session(settings, processes, directory, say=say)
     except BaseException as error:
         processes.leave(failed=True)
-        gone = lost(error) if processes.count > 1 else None
+        gone = lost(error) if processes.world_size > 1 else None
         if gone:
             raise gone from error
         raise

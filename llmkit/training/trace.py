@@ -37,7 +37,7 @@ from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
 VERSION = 1
 NAME = "trace"
 HINT = "the trace is written when a run starts; --resume writes it anew"
-Leg = tuple[int, int, int, int]  # from this step on, which begins at this token: rows a step, tokens a row
+Phase = tuple[int, int, int, int]  # from this step on, which begins at this token: rows a step, tokens a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class Piece:
         return {name: getattr(self, name) for name in self.__slots__ if name != "tokens"}
 
 
-def write_trace(run: Path, stream: Any, legs: Iterable[Leg], total: int) -> None:
+def write_trace(run: Path, stream: Any, phases: Iterable[Phase], total: int) -> None:
     """Store what leads from steps to documents. `stream` is an OrderedTokens or TokenStore, `total` the tokens of the run."""
     order = getattr(stream, "order", None)
     stores = stream.stores if order is not None else [stream]
     described = {
         "version": VERSION,
-        "legs": list(map(list, legs)),
+        "phases": list(map(list, phases)),
         "total": total,
         "stores": [[_described(part, run) for part in store.parts] for store in stores],
     }
@@ -115,7 +115,7 @@ class Trace:
             content = json.loads((place / "trace.json").read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
-            self.legs: list[Leg] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
+            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["phases"]]
             self.total = int(content["total"])
             self._files = [[(str(a), int(b), int(c), str(d)) for a, b, c, d in files] for files in content["stores"]]
             self._offsets = _mapped(place / "offsets.npy")
@@ -136,29 +136,29 @@ class Trace:
             raise ValueError("tables of different lengths")
         if bool(tables) != ({"source", "document", "epoch"} <= self._columns.keys()) or not self._files:
             raise ValueError("a table is missing")
-        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(self.legs, self.legs[1:], strict=False))
+        rising = all(a[0] < b[0] and a[1] < b[1] for a, b in zip(self.phases, self.phases[1:], strict=False))
         if (
-            not self.legs
-            or self.legs[0][:2] != (0, 0)
-            or min(x for leg in self.legs for x in leg[2:]) < 1
+            not self.phases
+            or self.phases[0][:2] != (0, 0)
+            or min(x for phase in self.phases for x in phase[2:]) < 1
             or not rising
         ):
-            raise ValueError("legs")
+            raise ValueError("phases")
 
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        step, token, rows, length = self.legs[-1]
+        step, token, rows, length = self.phases[-1]
         return step + -(-(self.total - token) // (rows * length))
 
     def step(self, number: int) -> Iterator[Piece]:
         """What step `number`, counted from 1, read, row by row."""
         if not 1 <= number <= self.steps:
             raise LlmkitError(f"{self._run}: no step {number:,}", f"the run has steps 1 to {self.steps:,}")
-        leg = self.legs[bisect_right(self.legs, number - 1, key=lambda leg: leg[0]) - 1]
-        step_tokens = leg[2] * leg[3]
-        start = leg[1] + (number - 1 - leg[0]) * step_tokens
-        at, end = start, min(start + step_tokens, self._end(leg))
+        phase = self.phases[bisect_right(self.phases, number - 1, key=lambda phase: phase[0]) - 1]
+        step_tokens = phase[2] * phase[3]
+        start = phase[1] + (number - 1 - phase[0]) * step_tokens
+        at, end = start, min(start + step_tokens, self._end(phase))
         while at < end:
             rounds, inside = divmod(at, self._whole)
             row = int(np.searchsorted(self._offsets, inside, side="right")) - 1
@@ -183,12 +183,12 @@ class Trace:
 
     def _begins(self, step: int) -> int:
         """The token before which `step` steps are done."""
-        leg = self.legs[bisect_right(self.legs, step, key=lambda leg: leg[0]) - 1]
-        return min(leg[1] + (step - leg[0]) * leg[2] * leg[3], self.total)
+        phase = self.phases[bisect_right(self.phases, step, key=lambda phase: phase[0]) - 1]
+        return min(phase[1] + (step - phase[0]) * phase[2] * phase[3], self.total)
 
-    def _end(self, leg: Leg) -> int:
-        following = self.legs.index(leg) + 1
-        return self.legs[following][1] if following < len(self.legs) else self.total
+    def _end(self, phase: Phase) -> int:
+        following = self.phases.index(phase) + 1
+        return self.phases[following][1] if following < len(self.phases) else self.total
 
     def _pieces(self, row: int, at: int, until: int) -> Iterator[Piece]:
         """Tokens [at, until) of the endless stream, which are of document `row`, cut where sequences end."""
@@ -197,13 +197,15 @@ class Trace:
         store, document, epoch, start = self._origin(row)
         name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
         while at < until:
-            leg = self.legs[bisect_right(self.legs, at, key=lambda leg: leg[1]) - 1]
-            sequence, first = divmod(at - leg[1], leg[3])
-            step, place = divmod(sequence, leg[2])
-            size = min(until - at, leg[3] - first)
+            phase = self.phases[bisect_right(self.phases, at, key=lambda phase: phase[1]) - 1]
+            sequence, first = divmod(at - phase[1], phase[3])
+            step, place = divmod(sequence, phase[2])
+            size = min(until - at, phase[3] - first)
             a, b = start + at - shift, start + at - shift + size
             text = np.zeros(0, np.uint16) if tokens is None else tokens[a:b]
-            yield Piece(leg[0] + step + 1, place, first, first + size, name, source, a, b, epoch + seen + rounds, text)
+            yield Piece(
+                phase[0] + step + 1, place, first, first + size, name, source, a, b, epoch + seen + rounds, text
+            )
             at += size
 
     def _origin(self, row: int) -> tuple[int, int, int, int]:

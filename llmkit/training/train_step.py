@@ -22,17 +22,17 @@ from llmkit.training.data import Batch, Source
 from llmkit.training.distributed.processes import Processes
 from llmkit.training.guard.diagnosis import Piece
 from llmkit.training.metrics.gradient_noise import Part, measured
-from llmkit.training.metrics.step_metrics import Watch
+from llmkit.training.metrics.loss_by_source import LossTally
+from llmkit.training.metrics.step_metrics import StepMetrics
 from llmkit.training.objectives import Objective, Result, next_token
 from llmkit.training.optim.optimizer import clip_gradients, set_rate
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.source_groups import Tally
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(slots=True)
-class Training:
+class TrainContext:
     """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
     into `model`. `write_model(directory, weights, step, tokens)` fills a model directory; `initial()` gives weights and moments of step 0 once more.
     `before_step(step)` sets what of the model is a function of the step. `report` is called with every record of the log, `say` with what a user should know."""
@@ -71,7 +71,7 @@ class Training:
 
 
 @dataclass(slots=True)
-class Measured:
+class StepResult:
     """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row, and where the
     noise is measured squared norm and weight of the gradient of a `part` (else 0)."""
 
@@ -79,13 +79,13 @@ class Measured:
     norm: float
     worst: float
     part: tuple[float, float] = (0.0, 0.0)
-    seen: list[float] = field(default_factory=list)  # Watch.sums() of all processes
+    seen: list[float] = field(default_factory=list)  # StepMetrics.sums() of all processes
 
     def for_guard(self) -> tuple[float, float, float]:
         return self.figures["loss"], self.norm, self.worst
 
 
-def accumulate(t: Training, step: int, watch: Watch) -> Measured:
+def accumulate(t: TrainContext, step: int, watch: StepMetrics) -> StepResult:
     """Forward and backward passes of a step: the gradients of all processes, clipped, lie at the parameters. Weights and moments are as before."""
     source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
     scale = 1.0 / max(source.weight(step), 1e-9)
@@ -95,11 +95,11 @@ def accumulate(t: Training, step: int, watch: Watch) -> Measured:
     rows, lockstep = source.rows(step), processes.layout.lockstep
     micro_batch = t.micro_batch * source.shortened(step)
     part = Part(lockstep)
-    if measured(step) and (processes.count == 1 or lockstep):
-        micro_batch = max(1, min(micro_batch, rows // (2 * processes.count)))
+    if measured(step) and (processes.world_size == 1 or lockstep):
+        micro_batch = max(1, min(micro_batch, rows // (2 * processes.world_size)))
     t.model.train()
     watch.begin(step)
-    for start, stop, factor in processes.turns(t.model, rows, micro_batch, add_first=measured(step)):
+    for start, stop, factor in processes.micro_batches(t.model, rows, micro_batch, add_first=measured(step)):
         batch = watch.take(step, start, stop, counts=factor > 0)
         with processes.accelerator.autocast():
             found = t.objective(t.model, batch, scale * factor)
@@ -116,11 +116,11 @@ def accumulate(t: Training, step: int, watch: Watch) -> Measured:
         scaler.unscale_(t.optimizer)
     figures, worst, seen = _gather(t, sums, worst, watch.sums())
     watch.before()
-    small = part.together(processes.add(part.values)) if measured(step) else (0.0, 0.0)
-    return Measured(figures, float(clip_gradients(parameters, t.clip)), worst, small, seen)
+    small = part.together(processes.all_reduce(part.values)) if measured(step) else (0.0, 0.0)
+    return StepResult(figures, float(clip_gradients(parameters, t.clip)), worst, small, seen)
 
 
-def update(t: Training, rate: float, watch: Watch) -> None:
+def update(t: TrainContext, rate: float, watch: StepMetrics) -> None:
     """Take the step whose gradients `accumulate` has left, with this learning rate."""
     scaler = t.processes.accelerator.scaler
     set_rate(t.optimizer, rate)
@@ -133,21 +133,23 @@ def update(t: Training, rate: float, watch: Watch) -> None:
     t.optimizer.zero_grad(set_to_none=True)
 
 
-def drop(t: Training) -> None:
+def drop(t: TrainContext) -> None:
     """Forget the gradients that `accumulate` has left."""
     t.optimizer.zero_grad(set_to_none=True)
     if t.processes.accelerator.scaler:  # which knows of no step that is not taken
         t.processes.accelerator.scaler._per_optimizer_states.clear()
 
 
-def _gather(t: Training, sums: Tensors, worst: float, more: list[float]) -> tuple[dict[str, float], float, list[float]]:
+def _gather(
+    t: TrainContext, sums: Tensors, worst: float, more: list[float]
+) -> tuple[dict[str, float], float, list[float]]:
     """The figures of the whole step by name, the loss of its worst row (nan: unknown), and the sums of `more`. A process that had no row in it adds
     zeros."""
     names = ("loss", *t.figures)
     values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
-    each = [0.0] * t.processes.count  # one place for every process: their sum then holds the value of each
+    each = [0.0] * t.processes.world_size  # one place for every process: their sum then holds the value of each
     each[t.processes.rank] = worst if math.isfinite(worst) else 0.0
-    found = t.processes.add([*values, *each, *more])
+    found = t.processes.all_reduce([*values, *each, *more])
     figures = dict(zip(names, found, strict=False))
     found = found[len(names) :]
     largest = max(found[: len(each)])
@@ -165,11 +167,11 @@ def _worst_row(batch: Batch, found: Result) -> float:
 
 
 def evaluate(
-    t: Training,
+    t: TrainContext,
     source: Source,
     step: int = 0,
     stopped: Callable[[], bool] = lambda: False,
-    tally: Tally | None = None,
+    tally: LossTally | None = None,
 ) -> float | None:
     """Mean loss over the weights of a step of `source`, all processes together; None where any was `stopped` before the end. `tally` gets the losses
     of this process's tokens."""
@@ -178,7 +180,7 @@ def evaluate(
     total, stops = 0.0, False
     t.model.eval()
     with torch.no_grad():
-        for start, stop, factor in processes.turns(t.model, source.rows(step), t.micro_batch):
+        for start, stop, factor in processes.micro_batches(t.model, source.rows(step), t.micro_batch):
             stops = processes.agree(stopped())
             if stops:
                 break
@@ -188,22 +190,22 @@ def evaluate(
             total += float(found.figures.get("loss", found.loss))
             if tally and factor:
                 tally.add(batch, found)
-    total, left = processes.add([total, float(stops)])
+    total, left = processes.all_reduce([total, float(stops)])
     return None if left else total
 
 
-def held_out(t: Training, stopped: Callable[[], bool]) -> dict[str, float] | None:
+def held_out(t: TrainContext, stopped: Callable[[], bool]) -> dict[str, float] | None:
     """What the log says of the held-out data: loss, losses and bits a byte by domain; None where a signal came before the end."""
     assert t.heldout is not None
-    tally = Tally(t.heldout, t.token_bytes, t.processes.device)
+    tally = LossTally(t.heldout, t.token_bytes, t.processes.device)
     loss = evaluate(t, t.heldout, stopped=stopped, tally=tally)
     if loss is None:
         return None
-    numbers = t.processes.add(tally.numbers())
+    numbers = t.processes.all_reduce(tally.numbers())
     return {"heldout_loss": loss} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
 
 
-def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
+def pieces_of(t: TrainContext, step: int, *, losses: bool = True) -> list[Piece]:
     """The documents of a step in order, with the loss of their tokens in it under the weights as they are. Every process computes all of it."""
     tokens: dict[str, np.ndarray] = {}
     lost: dict[str, list[np.ndarray]] = {}
@@ -229,5 +231,5 @@ def pieces_of(t: Training, step: int, *, losses: bool = True) -> list[Piece]:
                     )
                     tokens[name] = whole
                     lost.setdefault(name, []).append(found[row, first:last])
-    t.processes.layout.rest(t.model)
+    t.processes.layout.reshard(t.model)
     return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]

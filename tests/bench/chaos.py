@@ -37,7 +37,7 @@ PLACES = {
     "checkpoint, optimiser": ("llmkit.training.checkpoint.run_directory:write_safetensors", 6),
     "checkpoint, model": ("llmkit.model.pretrained.checkpoint:write_safetensors", 6),
     "checkpoint, link": ("llmkit.training.checkpoint.run_directory:RunDirectory._link", 6),
-    "copy to the host": ("llmkit.training.checkpoint.snapshot:Keeper.copy", 8),
+    "copy to the host": ("llmkit.training.checkpoint.snapshot:HostSnapshot.copy", 8),
     "evaluation": ("llmkit.training.loop:held_out", 6),
     "diagnosis": ("llmkit.training.loop:suspects", 2),
     "rollback": ("llmkit.training.guard.rollback:_place_weights", 1),

@@ -70,7 +70,7 @@ def main() -> None:
         setattr(owner, name, call)
 
     for name in ("_tell", "losses", "sums", "before", "after", "end"):
-        timed(step_metrics.Watch, name, name)
+        timed(step_metrics.StepMetrics, name, name)
     timed(step_metrics, "probe", "probe (in end)")
     timed(loop, "accumulate", "step")
     timed(loop, "update", "step")

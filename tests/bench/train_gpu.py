@@ -1,4 +1,4 @@
-"""Training on one GPU: tokens a second and MFU of a decoder of about 1B parameters in bfloat16, ours against transformers' Trainer at the same shape.
+"""TrainContext on one GPU: tokens a second and MFU of a decoder of about 1B parameters in bfloat16, ours against transformers' Trainer at the same shape.
 
     python tests/bench/train_gpu.py                      # 4 × 4,096 tokens in a pass, 32 sequences a step
     python tests/bench/train_gpu.py --length 2048 --rows 8 --steps 20
@@ -62,10 +62,10 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed.processes import start
-    from llmkit.training.metrics.step_metrics import Watch
+    from llmkit.training.metrics.step_metrics import StepMetrics
     from llmkit.training.objectives import next_token
     from llmkit.training.optim.optimizer import build
-    from llmkit.training.train_step import Training, accumulate, update
+    from llmkit.training.train_step import TrainContext, accumulate, update
 
     class Stream:
         """The ids again and again, as documents of 1,000 tokens where that is asked for."""
@@ -86,12 +86,12 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     processes.layout.place(model, processes.device, processes.precision)
     documents = "documents" in words
     none: Any = None
-    training = Training(
+    training = TrainContext(
         model=model, optimizer=build(model), objective=next_token, figures=(),
         source=StreamSource(Stream(), given.length, given.sequences, 1 << 40, document_mask=documents),
         schedule=none, processes=processes, directory=none, state=none, write_model=none, initial=none, micro_batch=given.rows,
     )  # fmt: skip
-    watch = Watch(model, training.source, processes, Path("."), 0)
+    watch = StepMetrics(model, training.source, processes, Path("."), 0)
     seconds, loss = [], 0.0
     for _ in range(given.warmup + given.steps):
         began = time.perf_counter()

@@ -65,10 +65,10 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed.processes import start
-    from llmkit.training.metrics.step_metrics import Watch
+    from llmkit.training.metrics.step_metrics import StepMetrics
     from llmkit.training.objectives import next_token
     from llmkit.training.optim.optimizer import build
-    from llmkit.training.train_step import Training, accumulate, update
+    from llmkit.training.train_step import TrainContext, accumulate, update
 
     class Stream:
         """The rows again and again; `documents`: of 100 tokens each."""
@@ -92,13 +92,13 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         source = StreamSource(Stream(), LENGTH, SEQUENCES, 1 << 40, document_mask=documents)
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH
         none: Any = None
-        training = Training(
+        training = TrainContext(
             model=model, optimizer=build(model), objective=next_token, figures=(), source=source, schedule=none,
             processes=processes, directory=none, state=none, write_model=none, initial=none,
             micro_batch=int(os.environ.get("MICRO_BATCH", max(1, min(SEQUENCES, limit)))),
         )  # fmt: skip
 
-        watch = Watch(model, source, processes, Path("."), 0)
+        watch = StepMetrics(model, source, processes, Path("."), 0)
 
         def step() -> float:
             measured = accumulate(training, 0, watch)

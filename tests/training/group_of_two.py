@@ -18,7 +18,7 @@ from llmkit.training.checkpoint.run_directory import open_run
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.distributed import processes as distributed
 from llmkit.training.distributed.layout import layout_named, local
-from llmkit.training.guard.guard import Guard, Verdict
+from llmkit.training.guard.guard import Guard, StepVerdict
 from llmkit.training.objectives import next_token
 from llmkit.training.optim.schedule import named
 from llmkit.training.session import Session, Settings
@@ -44,8 +44,8 @@ def train(
     """Train for 20 steps of 3 rows and a ragged last one of 1, two of them odd; `poisoned`: after step 8 an embedding of the first process is no number, once."""
     struck, judge = [], Guard.judge
 
-    def doubtful(self: Guard, step: int, figures: Sequence[float]) -> Verdict:
-        return Verdict.ODD if step in (6, 7) else judge(self, step, figures)
+    def doubtful(self: Guard, step: int, figures: Sequence[float]) -> StepVerdict:
+        return StepVerdict.ODD if step in (6, 7) else judge(self, step, figures)
 
     def report(record: dict[str, object]) -> None:
         if poisoned and record["step"] == 8 and not struck:
@@ -57,13 +57,13 @@ def train(
     settings = Settings(str(path), resume=resume, micro_batch=1, save_every=5, eval_every=10, optimizer=optimizer)
     with (
         patch.object(Guard, "judge", doubtful),
-        open_run(str(path), resume=resume, force=False, main=processes.main) as directory,
+        open_run(str(path), resume=resume, force=False, main=processes.is_main) as directory,
     ):
-        processes.wait()
+        processes.barrier()
         opened = Session(settings, processes, directory)
         opened.begin(Lineage("train", {"seed": 0}), [Input("input", "data", "xxh3:0")], 3, 32, "seed = 0\n")
         model = opened.model(untied)
-        if processes.layout.lockstep and processes.count == 2:  # half of every tensor is here
+        if processes.layout.lockstep and processes.world_size == 2:  # half of every tensor is here
             assert 2 * sum(local(p).numel() for p in model.parameters()) == sum(p.numel() for p in model.parameters())
         opened.train(
             model,
@@ -80,10 +80,10 @@ def main(place: Path) -> None:
     torch.set_num_threads(1)
     processes = distributed.start()
     for name in ("ddp", "fsdp"):
-        laid = dataclasses.replace(processes, layout=layout_named(name, processes.count))
+        laid = dataclasses.replace(processes, layout=layout_named(name, processes.world_size))
         train(laid, place / name)
         train(laid, place / f"{name}_poisoned", poisoned=True)
-    sharded = dataclasses.replace(processes, layout=layout_named("fsdp", processes.count))
+    sharded = dataclasses.replace(processes, layout=layout_named("fsdp", processes.world_size))
     train(sharded, place / "one_then_two", resume=True)
     train(sharded, place / "muon", optimizer="muon")
     processes.leave()

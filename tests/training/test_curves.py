@@ -244,9 +244,9 @@ def test_noise_scale() -> None:
 
 def test_pace_of_processes() -> None:
     """Behaviour: the process that takes longer is named."""
-    from llmkit.training.distributed.stragglers import Pace
+    from llmkit.training.distributed.stragglers import StragglerDetector
 
-    pace = Pace()
+    pace = StragglerDetector()
     found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
     named = [figures for figures in found if figures]
     assert named

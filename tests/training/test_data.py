@@ -11,7 +11,7 @@ from tiny import CONFIG, ListStream
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
-from llmkit.training.batch_schedule import Steps, changes
+from llmkit.training.batch_schedule import BatchSchedule, changes
 from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
 from llmkit.training.source_groups import document_groups
 
@@ -64,9 +64,9 @@ sizes_of = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9), st.integer
 
 @given(sizes_of, st.integers(1, 9), st.integers(1, 50), st.integers(1, 1000))
 def test_steps_partition_the_tokens(later: list[tuple[int, int, int]], rows: int, length: int, total: int) -> None:
-    """Property: whatever the sizes, steps follow each other without gap; a leg begins at the first step at or after its token; step_at inverts."""
+    """Property: whatever the sizes, steps follow each other without gap; a phase begins at the first step at or after its token; step_at inverts."""
     changes = [(0, rows, length), *sorted(later)]
-    steps = Steps(changes, total)
+    steps = BatchSchedule(changes, total)
     at = 0
     for step in range(steps.steps):
         assert steps.tokens(step) == at

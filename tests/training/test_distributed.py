@@ -126,14 +126,14 @@ def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: p
             self.last.append(last)
 
     processes = distributed.start()
-    monkeypatch.setattr(distributed.Processes, "count", 3)
+    monkeypatch.setattr(distributed.Processes, "world_size", 3)
     for name in ("fsdp", "ddp"):
         processes.layout, counts, seen = layout_named(name, 3), set(), []
         for rank in range(3):
             monkeypatch.setattr(distributed.Processes, "rank", rank)
             model = Model()
             model.last = []
-            turns = list(processes.turns(model, rows, micro_batch))  # type: ignore[arg-type]
+            turns = list(processes.micro_batches(model, rows, micro_batch))  # type: ignore[arg-type]
             counts.add(len(turns))
             seen += [row for start, stop, factor in turns if factor for row in range(start, stop)]
             assert name == "ddp" or model.last == [False] * (len(turns) - 1) + [True]
@@ -358,14 +358,14 @@ def test_lost_errors_are_recognised() -> None:
 
 def test_pace() -> None:
     """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
-    compare = stragglers.Pace()
+    compare = stragglers.StragglerDetector()
     slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
     reports = [compare.step(step, slow if step <= 40 else even) for step in range(1, 61)]
     assert [i + 1 for i, (figures, _) in enumerate(reports) if figures] == [20, 40, 60]
     assert reports[19] == ({"slowest_rank": 2, "rank_spread": pytest.approx(1.5 / 1.1, abs=1e-3)}, 2)
     assert reports[39][1] is None
     assert reports[59][1] is None
-    assert stragglers.Pace().step(20, [1.0]) == ({}, None)
+    assert stragglers.StragglerDetector().step(20, [1.0]) == ({}, None)
 
 
 def test_garbage_is_collected_at_chosen_steps() -> None:

@@ -18,7 +18,7 @@ from llmkit.errors import LlmkitError
 from llmkit.lineage.record import Input, Lineage
 from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
-from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, Verdict
+from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, StepVerdict
 from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import Result, next_token
 from llmkit.training.optim.schedule import named
@@ -194,7 +194,7 @@ def steady(count: int) -> Guard:
     guard, draw = Guard(chance=9.0), np.random.default_rng(0)
     for step in range(1, count + 1):
         figures = (4 + 0.05 * draw.standard_normal(), float(np.exp(0.2 * draw.standard_normal())), 4.3)
-        assert guard.judge(step, figures) is Verdict.GOOD
+        assert guard.judge(step, figures) is StepVerdict.GOOD
         guard.accept(step, figures)
     return guard
 
@@ -203,21 +203,21 @@ def test_verdicts() -> None:
     """Behaviour: a loss far above or below, a large norm, a bad row are odd; not a ripple; odd for long is lasting; no number is broken."""
     guard = steady(60)
     for figures, verdict in (
-        ((4.1, 1.2, 4.4), Verdict.GOOD),
-        ((5.0, 1.0, 4.3), Verdict.ODD),
-        ((2.0, 1.0, 4.3), Verdict.ODD),
-        ((4.0, 20.0, 4.3), Verdict.ODD),
-        ((4.0, 1.0, 9.0), Verdict.ODD),
-        ((4.0, 0.01, 1.0), Verdict.GOOD),
-        ((float("nan"), 1.0, 4.3), Verdict.BROKEN),
-        ((4.0, float("inf"), 4.3), Verdict.BROKEN),
-        ((4.0, 1.0, float("nan")), Verdict.GOOD),
+        ((4.1, 1.2, 4.4), StepVerdict.GOOD),
+        ((5.0, 1.0, 4.3), StepVerdict.ODD),
+        ((2.0, 1.0, 4.3), StepVerdict.ODD),
+        ((4.0, 20.0, 4.3), StepVerdict.ODD),
+        ((4.0, 1.0, 9.0), StepVerdict.ODD),
+        ((4.0, 0.01, 1.0), StepVerdict.GOOD),
+        ((float("nan"), 1.0, 4.3), StepVerdict.BROKEN),
+        ((4.0, float("inf"), 4.3), StepVerdict.BROKEN),
+        ((4.0, 1.0, float("nan")), StepVerdict.GOOD),
     ):
         assert guard.judge(61, figures) is verdict, figures
     for step in range(61, 60 + PATIENCE):
-        assert guard.judge(step, (6.0, 1.0, 6.0)) is Verdict.ODD
+        assert guard.judge(step, (6.0, 1.0, 6.0)) is StepVerdict.ODD
         guard.doubt(step)
-    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is Verdict.LASTING
+    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is StepVerdict.LASTING
     assert guard.harmed(4.2, (6.0, 1.0, 6.0)) and not guard.harmed(5.8, (6.0, 1.0, 6.0))
     assert not guard.harmed(7.0, (6.0, 1.0, 6.0)) and not guard.harmed(2.0, (3.0, 99.0, 3.0))
 
@@ -225,8 +225,8 @@ def test_verdicts() -> None:
 def test_early_steps() -> None:
     """Behaviour: before much is known only a loss worse than a guess is odd."""
     guard = steady(ENOUGH + RECENT - 1)
-    assert guard.judge(ENOUGH, (8.0, 50.0, 9.0)) is Verdict.GOOD
-    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is Verdict.ODD
+    assert guard.judge(ENOUGH, (8.0, 50.0, 9.0)) is StepVerdict.GOOD
+    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is StepVerdict.ODD
 
 
 def test_state_goes_through_json() -> None:

@@ -168,15 +168,15 @@ def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, mo
 
 def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: SIGUSR1 while the processes agree is heard the next time; before the first step it waits, after the last one it is ignored."""
-    add, due = processes.Processes.add, []
+    add, due = processes.Processes.all_reduce, []
 
     def late(self: Any, values: Any) -> list[float]:
-        if due and len(values) == 4:
+        if due and len(values) == 3:
             due.clear()
             os.kill(os.getpid(), signal.SIGUSR1)
         return add(self, values)
 
-    monkeypatch.setattr(processes.Processes, "add", late)
+    monkeypatch.setattr(processes.Processes, "all_reduce", late)
     train(tmp_path / "run", report=at_step(7, lambda: due.append(1)))
     assert "step-00000008" in names(tmp_path / "run")
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN

@@ -35,7 +35,7 @@ def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record],
     """A function that shows each record of the log, and sends it to the tracker where there is one."""
     with ExitStack() as stack:
         shows: list[Callable[[Record], None]] = []
-        if session.settings.tracker and session.processes.main:
+        if session.settings.tracker and session.processes.is_main:
             from llmkit.training.metrics.tracker import Tracker
 
             options = session.state.options if session.state else {}

@@ -164,14 +164,14 @@ def plan_course(
 
 
 def show_course(run: Run, course: Course, asked: dict[str, Any]) -> None:
-    """The tables of --dry-run: rates by segment, sizes by leg, and the other values that came to hold."""
+    """The tables of --dry-run: rates by segment, sizes by phase, and the other values that came to hold."""
     rates = [
         [f"{s.start:,}", f"{s.end:,}", f"{s.first:.4g}", f"{s.last:.4g}", s.shape] for s in course.schedule.segments
     ]
     run.table("learning rate", ["from token", "to token", "first", "last", "shape"], rates)
-    legs = [
-        [f"{leg.step:,}", f"{leg.token:,}", leg.rows, leg.length, f"{course.theta(leg.step):g}"]
-        for leg in course.source.legs
+    phases = [
+        [f"{phase.step:,}", f"{phase.token:,}", phase.rows, phase.length, f"{course.theta(phase.step):g}"]
+        for phase in course.source.phases
     ]
-    run.table("steps", ["from step", "from token", "sequences", "of tokens", "rope theta"], legs)
+    run.table("steps", ["from step", "from token", "sequences", "of tokens", "rope theta"], phases)
     run.table("options", ["", ""], [[key.replace("_", "-"), str(value)] for key, value in sorted(asked.items())])

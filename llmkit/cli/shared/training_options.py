@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llmkit.shards.reader import TokenStore
     from llmkit.training.data import HeldOutSource, Source, StreamSource
     from llmkit.training.session import Session, Settings
-    from llmkit.training.source_groups import Groups
+    from llmkit.training.source_groups import SourceGroups
 
 ROWS = "stdin.jsonl"  # what a kept stream of rows is called
 STEPS, OPTIMISER, MACHINE, KEEPING = "Data and steps", "Optimiser", "Machine", "Checkpoints and evaluation"
@@ -158,7 +158,7 @@ def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTo
     return stream
 
 
-def groups(stream: OrderedTokens | TokenStore) -> Groups:
+def groups(stream: OrderedTokens | TokenStore) -> SourceGroups:
     """By what the losses on a stream are told apart."""
     import numpy as np
 
@@ -178,7 +178,7 @@ def at_checkpoints(
     include: list[str] | None,
 ) -> None:
     """Let checkpoints show what the model says to prompts, and how it does on tasks."""
-    main = session.processes.main
+    main = session.processes.is_main
     if not main and not session.processes.layout.lockstep:
         return
     acts = session.settings.at_checkpoint
@@ -224,9 +224,9 @@ def keep_trace(session: Session, stream: OrderedTokens | TokenStore, source: Str
     """Leave in the run what leads from its steps to the documents (main process)."""
     from llmkit.training.trace import write_trace
 
-    if session.processes.main:
-        legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
-        write_trace(session.directory.path, stream, legs, source.tokens(source.steps))
+    if session.processes.is_main:
+        phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in source.phases]
+        write_trace(session.directory.path, stream, phases, source.tokens(source.steps))
 
 
 def packed_length(data: str, packed: int | None, asked: int | None, document_mask: bool) -> int | None:
@@ -246,7 +246,7 @@ def packed_length(data: str, packed: int | None, asked: int | None, document_mas
 def _keep_stdin(session: Session, name: str) -> Path:
     """A file of the run that holds what came on stdin; read once, by the first process."""
     kept = session.directory.path / "data" / name
-    if session.processes.main and not (kept.exists() and session.settings.resume):
+    if session.processes.is_main and not (kept.exists() and session.settings.resume):
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
         kept.parent.mkdir(exist_ok=True)
@@ -255,7 +255,7 @@ def _keep_stdin(session: Session, name: str) -> Path:
             if not sink.tell():
                 raise LlmkitError("standard input is empty", "name the data, or pipe it in")
     session.kept = (kept.parent.name,)
-    session.processes.wait()
+    session.processes.barrier()
     return kept
 
 
@@ -384,7 +384,7 @@ def say_start(run: Run, session: Session, planned: int, available: int | None = 
         run.note(f"{planned:,} tokens are {planned / available:.2f} rounds through {available:,}")
     if session.checkpoint:
         run.note(f"going on from {session.checkpoint.name}")
-    where = f"{session.processes.count} x {session.processes.device.type}, {session.processes.precision}"
+    where = f"{session.processes.world_size} x {session.processes.device.type}, {session.processes.precision}"
     run.detail(f"{where}, {session.micro_batch()} sequences at once")
 
 

@@ -177,7 +177,7 @@ def main(
             batch_warmup=batch_warmup, length_warmup=length_warmup, document_mask=document_mask, fixed_context=bool(info),
         )  # fmt: skip
         source, config = course.source, course.config
-        planned, length = source.tokens(source.steps), max(leg.length for leg in source.legs)
+        planned, length = source.tokens(source.steps), max(phase.length for phase in source.phases)
         held_out = training_options.held_out(heldout, stream.tokenizer.digest, length, document_mask)
         training_options.at_checkpoints(
             run,

@@ -20,7 +20,7 @@ from llmkit.training.checkpoint.run_directory import RunDirectory, TrainerState
 Tensors = dict[str, Tensor]
 
 
-class Keeper:
+class HostSnapshot:
     """`write_model(directory, weights, step, tokens)` fills a model directory; `keep` and `keep_every` are RunDirectory.save's."""
 
     def __init__(

@@ -41,10 +41,10 @@ class Layout(Protocol):
     def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
         """Lay the model's parameters over the processes; in place. They may be on the meta device."""
 
-    def rest(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         """Make the model's parameters what they are between steps: after a pass without a backward pass some are still gathered."""
 
-    def turn(self, model: nn.Module, last: bool) -> None:
+    def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
         """Before each pass of a step: whether it is the last, after which gradients are added up."""
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
@@ -59,10 +59,10 @@ class Replicated:
     def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
         model.to(device)
 
-    def rest(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         pass
 
-    def turn(self, model: nn.Module, last: bool) -> None:
+    def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
         pass
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:
@@ -108,14 +108,14 @@ class Sharded:
             whole = 4 * sum(p.numel() for p in model.parameters())
             self._keep_gradients = whole * SHARE_FOR_GRADIENTS <= torch.cuda.get_device_properties(device).total_memory
 
-    def rest(self, model: nn.Module) -> None:
+    def reshard(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import FSDPModule
 
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def turn(self, model: nn.Module, last: bool) -> None:
+    def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last or not self._keep_gradients)  # type: ignore[operator]
 
     def add_gradients(self, gradients: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ Each process computes the rows of the step that fall to it, and the gradients ar
 already divided by the weight of the whole step, so the sum is the gradient, whatever the number of processes and micro-batches.
 
     processes = start("auto", threads=None)
-    for first, last, factor in processes.turns(model, rows=8, micro_batch=2): ...
+    for first, last, factor in processes.micro_batches(model, rows=8, micro_batch=2): ...
     processes.add_gradients(parameters)
 """
 
@@ -56,22 +56,22 @@ class Processes:
         return int(self.accelerator.process_index)
 
     @property
-    def count(self) -> int:
+    def world_size(self) -> int:
         return int(self.accelerator.num_processes)
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
     def share(self, rows: int, micro_batch: int) -> Iterator[tuple[int, int]]:
         """Row ranges [start, stop) of a step that this process computes, at most `micro_batch` rows each."""
-        first, last = rows * self.rank // self.count, rows * (self.rank + 1) // self.count
+        first, last = rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
         for start in range(first, last, micro_batch):
             self.beat()
             yield start, min(start + micro_batch, last)
 
-    def turns(
+    def micro_batches(
         self, model: torch.nn.Module, rows: int, micro_batch: int, *, add_first: bool = False
     ) -> Iterator[tuple[int, int, float]]:
         """(start, stop, factor) of each pass that this process makes through `model`: its row ranges with factor 1.
@@ -84,12 +84,12 @@ class Processes:
             self._watch = Stopwatch(self.device)
         self._watch.start(sum(stop - start for start, stop, _ in turns))
         if self.layout.lockstep:
-            largest = -(-rows // self.count)
+            largest = -(-rows // self.world_size)
             most = -(-largest // micro_batch)
             turns += [(0, 1, 0.0)] * (most - len(turns))
         for number, turn in enumerate(turns, 1):
             self.beat()
-            self.layout.turn(model, number == len(turns) or (add_first and number == 1))
+            self.layout.set_gradient_sync(model, number == len(turns) or (add_first and number == 1))
             yield turn
 
     def beat(self) -> None:
@@ -112,12 +112,12 @@ class Processes:
         if self._dog:
             self._dog.meet()
 
-    def add(self, values: Sequence[float]) -> list[float]:
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all processes. The first time in a step it carries `seconds` too."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         self._meet()
-        mine = [0.0] * self.count if self._measured else []
+        mine = [0.0] * self.world_size if self._measured else []
         if self._measured and self._watch:
             mine[self.rank] = self._watch.seconds()
         tensor = torch.tensor([*values, *mine], dtype=torch.float64, device=self.device)
@@ -130,11 +130,11 @@ class Processes:
 
     def agree(self, flag: bool) -> bool:
         """`flag`, or whether any process has it set where the layout wants all to go the same way."""
-        return bool(self.add([float(flag)])[0]) if self.layout.lockstep else flag
+        return bool(self.all_reduce([float(flag)])[0]) if self.layout.lockstep else flag
 
     def add_tensor(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place."""
-        if self.count > 1:
+        if self.world_size > 1:
             self._meet()
             on_device = tensor.to(self.device)
             dist.all_reduce(on_device)
@@ -145,7 +145,7 @@ class Processes:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.count == 1:
+        if self.world_size == 1:
             return
         if self._watch:
             self._watch.stop()
@@ -153,9 +153,9 @@ class Processes:
         self._meet()
         self.layout.add_gradients([parameter.grad for parameter in parameters])  # type: ignore[misc]
 
-    def tell(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's `value`, on every process."""
-        if self.count == 1:
+        if self.world_size == 1:
             return value
         self._meet()
         place = [value]
@@ -164,9 +164,9 @@ class Processes:
 
     def from_main(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The main process's tensors by name, for every process; all must ask for the same ones in the same order. They come one at a time."""
-        return tensors if self.count == 1 else FromMain(self, tensors)
+        return tensors if self.world_size == 1 else FromMain(self, tensors)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         self._meet()
         self.accelerator.wait_for_everyone()
@@ -175,14 +175,14 @@ class Processes:
     def watch(self, timeout: float, event: Callable[..., None]) -> None:
         """Start the watch-dog, which ends this process where one of the group makes no progress for `timeout` seconds; 0: none."""
         if timeout:
-            self._dog = Watchdog(self.rank, self.count, timeout, event)
+            self._dog = Watchdog(self.rank, self.world_size, timeout, event)
             self._dog.start()
 
     def leave(self, *, failed: bool = False) -> None:
         """Leave the group; last. A process that has failed waits for nobody."""
         if self._dog:
             self._dog.stop()
-        if self.count > 1 and not failed:
+        if self.world_size > 1 and not failed:
             dist.destroy_process_group()
 
 
@@ -191,12 +191,12 @@ class FromMain(Mapping[str, torch.Tensor]):
 
     def __init__(self, processes: Processes, tensors: Mapping[str, torch.Tensor]) -> None:
         self._processes, self._tensors = processes, tensors
-        self._layout = processes.tell(dict(layout_of(tensors)))
+        self._layout = processes.broadcast(dict(layout_of(tensors)))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         dtype, shape = self._layout[name]
         device = self._processes.device
-        here = self._processes.main
+        here = self._processes.is_main
         tensor = self._tensors[name].to(device) if here else torch.empty(shape, dtype=dtype, device=device)
         self._processes.beat()
         dist.broadcast(tensor, 0)

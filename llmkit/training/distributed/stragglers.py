@@ -54,7 +54,7 @@ class Stopwatch:
         return (self._times[1] - self._times[0]) / self._rows
 
 
-class Pace:
+class StragglerDetector:
     """Compares the processes over the last steps."""
 
     def __init__(self) -> None:

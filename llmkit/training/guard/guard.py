@@ -38,7 +38,7 @@ LEAST = 0.005  # spread that is assumed at least, relative to what is expected: 
 FIGURES = ("loss", "grad_norm", "worst")
 
 
-class Verdict(Enum):
+class StepVerdict(Enum):
     GOOD = "good"
     ODD = "odd"
     LASTING = "lasting"
@@ -60,14 +60,14 @@ class Guard:
     reference: tuple[int, float] = (0, math.inf)  # number and loss of the last good step
     started_badly: bool = False  # the model that the run began with is worse than a guess
 
-    def judge(self, step: int, figures: Sequence[float]) -> Verdict:
+    def judge(self, step: int, figures: Sequence[float]) -> StepVerdict:
         """What to think of step `step` with its FIGURES (nan for one that is not known); nothing is remembered yet."""
         if not all(map(math.isfinite, figures[:2])):
-            return Verdict.BROKEN
+            return StepVerdict.BROKEN
         worse_than_a_guess = figures[0] > self.chance + 1 and not self.started_badly
         if self.deviation(figures) <= THRESHOLD and not worse_than_a_guess:
-            return Verdict.GOOD
-        return Verdict.LASTING if self.odd + 1 >= PATIENCE else Verdict.ODD
+            return StepVerdict.GOOD
+        return StepVerdict.LASTING if self.odd + 1 >= PATIENCE else StepVerdict.ODD
 
     def deviation(self, figures: Sequence[float]) -> float:
         """How many robust standard deviations the oddest figure lies away: the loss to either side, the others above; 0 where little is known."""

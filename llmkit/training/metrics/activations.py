@@ -71,7 +71,7 @@ def probe(model: Any, source: Source, step: int, processes: Processes) -> dict[s
     finally:
         for hook in hooks:
             hook.remove()
-        processes.layout.rest(model)
+        processes.layout.reshard(model)
     figures: dict[str, float] = {}
     for name, found in (("activation_max", activations), ("attention_logit_max", logits)):
         if found:

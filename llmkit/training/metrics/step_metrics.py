@@ -1,6 +1,6 @@
 """What a step shows of itself: the figures of curves.py that need more than the loss.
 
-    watch = Watch(model, source, processes, directory, every=10, token_bytes=lengths)
+    watch = StepMetrics(model, source, processes, directory, every=10, token_bytes=lengths)
     watch.begin(step)
     batch = watch.take(step, start, stop)           # times the wait and counts what is in it
     watch.losses(batch, found)                      # losses by source, after each micro-batch
@@ -30,15 +30,16 @@ from llmkit.training.distributed.layout import local
 from llmkit.training.distributed.processes import Processes
 from llmkit.training.metrics.activations import probe
 from llmkit.training.metrics.curves import GROUPS
+from llmkit.training.metrics.loss_by_source import LossTally
 from llmkit.training.metrics.machine import machine_figures
 from llmkit.training.objectives import Result
-from llmkit.training.source_groups import NOTHING, Tally
+from llmkit.training.source_groups import NOTHING
 
 SAMPLED = 1 << 16  # elements of a tensor whose change is followed
 COUNTS = ("positions", "nothing", "documents", "sequences", "counted", "data_seconds")
 
 
-class Watch:
+class StepMetrics:
     """Figures of one step at a time. `token_bytes` int64 [V] is the text that each token stands for, None where that is not known."""
 
     def __init__(
@@ -62,7 +63,7 @@ class Watch:
         """A new step, counted from 0."""
         self._step, self._started = step, time.perf_counter()
         self._count = dict.fromkeys(COUNTS, 0.0)
-        self._tally = Tally(self._source, self._bytes, self._processes.device)
+        self._tally = LossTally(self._source, self._bytes, self._processes.device)
         self._figures: dict[str, float] = {}
 
     @property
@@ -141,7 +142,7 @@ class Watch:
             "sequences": int(count["sequences"]),
             "documents": int(count["documents"]),
             "padding": count["nothing"] / max(count["positions"], 1),
-            "data_seconds": count["data_seconds"] / self._processes.count,
+            "data_seconds": count["data_seconds"] / self._processes.world_size,
         }
         if self.due:
             self._figures |= probe(self._model, self._source, self._step, self._processes)
@@ -155,7 +156,7 @@ class Watch:
         parts = [local(tensor) for tensor in tensors]
         square = float(torch.stack(torch._foreach_norm(parts)).double().square().sum()) if parts else 0.0
         shards = any(hasattr(tensor, "to_local") for group in self._parameters.values() for tensor in group)
-        return math.sqrt(self._processes.add([square])[0] if shards else square)
+        return math.sqrt(self._processes.all_reduce([square])[0] if shards else square)
 
 
 def group_of(name: str, config: ModelConfig) -> str:

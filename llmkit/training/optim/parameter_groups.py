@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class TensorRule:
     """For tensors of one kind."""
 
     decays: bool
@@ -33,11 +33,11 @@ class Rule:
 
 
 RULES = {
-    "gain": Rule(decays=False),
-    "bias": Rule(decays=False),
-    "embedding": Rule(decays=False),
-    "linear": Rule(decays=True, muon=True),
-    "head": Rule(decays=True),
+    "gain": TensorRule(decays=False),
+    "bias": TensorRule(decays=False),
+    "embedding": TensorRule(decays=False),
+    "linear": TensorRule(decays=True, muon=True),
+    "head": TensorRule(decays=True),
 }
 
 
