@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.record import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
-from llmkit.model.pretrained.weights import dequantise, unpack
-from llmkit.quantization.formats.compressed_tensors import SCHEMES, Scheme, fit_scheme, pack, write_quantised
-from llmkit.quantization.round_to_nearest import quantise
+from llmkit.model.pretrained.weights import dequantize, unpack
+from llmkit.quantization.formats.compressed_tensors import fit_model, pack, write_quantized
+from llmkit.quantization.methods import METHODS
+from llmkit.quantization.round_to_nearest import quantize
 
 MODELS = [
     {"architecture": "llama"},
@@ -37,11 +39,11 @@ MODELS = [
 def quantised(source: Path, target: Path, to: str) -> Path:
     info = load_info(source)
     target.mkdir()
-    write_quantised(info, fit_scheme(info, SCHEMES[to]), target)
+    write_quantized(info, fit_model(info, METHODS[to]), target)
     return target
 
 
-@pytest.mark.parametrize("to", list(SCHEMES))
+@pytest.mark.parametrize("to", list(METHODS))
 @pytest.mark.parametrize("changes", MODELS, ids=["llama", "qwen3-bf16", "odd-widths"])
 def test_transformers_loads_it(make_model: Callable[..., Path], tmp_path: Path, to: str, changes: dict) -> None:
     """Parity with transformers and compressed-tensors: their logits of the directory equal those of our own dequantisation."""
@@ -112,7 +114,7 @@ def test_rounding_is_to_the_nearest(
 ) -> None:
     """Property: finite everywhere; no other q with the same scale is nearer; without search no weight is off by over half a step (of 0.5+ulp)."""
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * spread
-    q, scale = quantise(weight, bits, group, search=search, dtype=dtype)
+    q, scale = quantize(weight, bits, group, search=search, dtype=dtype)
     assert q.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (3, 32 // (group or 32))
     assert scale.isfinite().all() and (scale > 0).all()
     assert q.min() >= -(2 ** (bits - 1)) and q.max() <= 2 ** (bits - 1) - 1
@@ -130,8 +132,8 @@ def test_search_is_never_worse() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     errors = []
     for search in (False, True):
-        q, scale = quantise(weight, 4, 64, search=search, dtype=torch.float32)
-        errors.append((dequantise(q, scale) - weight).square().view(64, 4, 64).sum(-1))
+        q, scale = quantize(weight, 4, 64, search=search, dtype=torch.float32)
+        errors.append((dequantize(q, scale) - weight).square().view(64, 4, 64).sum(-1))
     assert (errors[1] <= errors[0] + 1e-6).all() and errors[1].sum() < 0.9 * errors[0].sum()
 
 
@@ -139,7 +141,7 @@ def test_absmax_scales() -> None:
     """Parity with the definition: absmax/7.5 for 4 bits, absmax/127.5 for 8."""
     weight = torch.tensor([[1.0, -3.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     for bits, half in ((4, 7.5), (8, 127.5)):
-        q, scale = quantise(weight, bits, None, search=False, dtype=torch.float32)
+        q, scale = quantize(weight, bits, None, search=False, dtype=torch.float32)
         assert torch.allclose(scale, torch.tensor([[3 / half], [1 / half * 0 + 1.0]])), scale
         assert q[0, 1] == -(2 ** (bits - 1)) and not q[1].any()
 
@@ -155,10 +157,10 @@ def test_group_fits_every_width(make_model: Callable[..., Path], tmp_path: Path)
         ]
     ):
         info = load_info(make_model(tmp_path / str(number), **sizes))
-        assert fit_scheme(info, SCHEMES["int4"]) == Scheme(4, group, True)
-        assert fit_scheme(info, SCHEMES["int8"]).group is None
+        assert fit_model(info, METHODS["int4"]) == dataclasses.replace(METHODS["int4"], group=group)
+        assert fit_model(info, METHODS["int8"]).group is None
     with pytest.raises(UsageError, match="groups of 32 do not divide rows of 44"):
-        fit_scheme(info, SCHEMES["int4"], 32)
+        fit_model(info, METHODS["int4"], 32)
 
 
 def spoil(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -213,7 +215,7 @@ def test_a_diverged_model_says_so(make_model: Callable[..., Path], tmp_path: Pat
     """Behaviour: the tensor that holds infinities is named instead of being rounded to nonsense."""
     source = make_model(tmp_path / "source")
     spoil(source, lambda tensors: tensors[Q].fill_(float("inf")))
-    with pytest.raises(LlmkitError, match=f"{Q} holds numbers that are not finite"):
+    with pytest.raises(LlmkitError, match=f"{Q} contains non-finite weights"):
         quantised(source, tmp_path / "target", "int4")
 
 
@@ -251,9 +253,9 @@ def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_pat
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     for arguments, code, message in (
         (("source", "--to", "int8", "-o", "target"), 1, "target exists"),
-        (("source", "--to", "int5", "-o", "other"), 2, "unknown format 'int5'"),
+        (("source", "--to", "int5", "-o", "other"), 2, "unknown method 'int5'"),
         (("source", "--to", "int8"), 2, "no output"),
-        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size is of --to int4"),
+        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size is for --to int4"),
         (("target", "--to", "int8", "-o", "other"), 1, "quantised already"),
         (("nothing", "--to", "int8", "-o", "other"), 1, "nothing: no such file"),
     ):
