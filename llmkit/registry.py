@@ -5,9 +5,9 @@
     @FILTERS.register("gopher_quality")
     class GopherQuality: ...
 
-An installed package extends a registry with an entry point of that group. It is imported only when its name is asked for, so a broken
-or slow plug-in costs nothing to those who do not use it. With `package`, every module of that package is an entry of the module's name, which
-it registers when it is imported; these too are imported only when asked for.
+An installed package extends a registry with an entry point of that group. It is imported only when its name is
+requested, so a broken or slow plug-in costs nothing to those who do not use it. With `package`, each module of that
+package registers one entry, under the module's name; these too are imported only when requested.
 """
 
 from __future__ import annotations

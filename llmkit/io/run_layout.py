@@ -1,13 +1,14 @@
-"""Names inside a run directory, and the model directory that a user's path stands for. No other module spells these names.
+"""Names inside a run directory, and the model directory that a user's path stands for. No other module spells
+these names.
 
-    RUN/checkpoints/step-00000500/          a Hugging Face model directory, and state/ with the trainer's and the optimizer's state
-    RUN/latest, RUN/final                   links to the last checkpoint and to the finished model
+    RUN/checkpoints/step-00000500/      a Hugging Face model directory, and state/ of the trainer and the optimizer
+    RUN/latest, RUN/final               links to the last checkpoint and to the finished model
 
-    find_checkpoints("run/")                # complete checkpoints, oldest first
-    resolve_model("run/")                   # run/final
+    find_checkpoints("run/")            # complete checkpoints, oldest first
+    resolve_model("run/")               # run/final
 
-Lineage and token shards also treat a run as its final model, so this is here rather than beside the code that writes runs
-(training/checkpoint/run_directory.py).
+Lineage and token shards also treat a run as its final model, so this is here rather than beside the code that
+writes runs (training/checkpoint/run_directory.py).
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """The parts of a transformer block, described without torch: their tensors, their sizes, and how a block joins them.
 
     block = PreNormBlock(qk_norm="head")
-    parts = block.parts(config, layer=0)        # {"input_layernorm": NormSpec(96, 1e-6), "self_attn": AttentionSpec(...), ...}
+    parts = block.parts(config, layer=0)        # {"input_layernorm": NormSpec(96, 1e-6), "self_attn": ..., ...}
     parts["mlp"].parameters()                   # {"gate_proj.weight": Parameter((256, 96), "linear", "mlp"), ...}
     parts["mlp"].build()                        # modules.MLP, a torch module with these parameters
 
-An architecture names a block: one of those here, or a class of its own with the same two methods. Parameter counts, expected tensors,
-initialisation, optimizer groups, quantisation and the memory estimate all follow from the parts, so a configuration can be checked and planned
-without loading torch. A part of a new kind needs the three methods of `Part`.
+An architecture names a block: one of those here, or a class of its own with the same two methods. Parameter
+counts, expected tensors, initialisation, optimizer groups, quantisation and the memory estimate all follow from
+the parts, so a configuration can be checked and planned without loading torch. A part of a new kind needs the
+three methods of `Part`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Kind = Literal["linear", "gain", "bias", "embedding", "head"]
+QKNorm = Literal["head", "width"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Part(Protocol):
         """Parameters by name within the part, in the order of the torch module's."""
 
     def activation_elements(self) -> tuple[int, int]:
-        """Elements per token that are kept for the backward pass: in float32, and in the type of the matrix products."""
+        """Elements per token that are kept for the backward pass: in float32, and in the type of the matrix
+        products."""
 
     def build(self) -> nn.Module:
         """The torch module."""
@@ -50,18 +53,22 @@ class Block(Protocol):
     """How one layer of the decoder is composed. The same object serves all layers, and holds no tensors."""
 
     def parts(self, config: ModelConfig, layer: int) -> dict[str, Part]:
-        """The layer's parts by their names in Hugging Face's checkpoints, in the order in which they are initialised."""
+        """The layer's parts by their names in Hugging Face's checkpoints, in the order in which they are
+        initialised."""
 
     def forward(self, modules: Any, x_BTD: Tensor, shared: Any, layer: int) -> Tensor:
-        """The layer's output. `modules` has the built parts as attributes; `shared` is the forward pass's (modules.Pass)."""
+        """The layer's output. `modules` has the built parts as attributes; `shared` is the forward pass's
+        (modules.Pass)."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """RMSNorm over `width` elements."""
+    """RMSNorm over `width` elements. With `float32_gain` the gain is applied before the result is cast back to
+    the input's type."""
 
     width: int
     eps: float
+    float32_gain: bool = False
 
     def parameters(self) -> dict[str, Parameter]:
         return {"weight": Parameter((self.width,), "gain", "norms")}
@@ -72,39 +79,52 @@ class NormSpec:
     def build(self) -> nn.Module:
         from llmkit.model.modules import RMSNorm
 
-        return RMSNorm(self.width, self.eps)
+        return RMSNorm(self.width, self.eps, self.float32_gain)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Grouped-query attention with rotary positions. `qk_norm` is the RMSNorm of queries and keys before the rotation: over each head, over
-    the full width before heads are split, or none."""
+    """Grouped-query attention with rotary positions. `qk_norm` is the RMSNorm of queries and keys before the
+    rotation: over each head, over the full width before heads are split, or none. `float32_gain` is that of the
+    norm."""
 
     width: int
     heads: int
     key_value_heads: int
     head_dim: int
     bias: bool
-    qk_norm: Literal["head", "width"] | None
+    qk_norm: QKNorm
     eps: float
+    float32_gain: bool = False
 
     @classmethod
-    def from_config(cls, config: ModelConfig, qk_norm: Literal["head", "width"] | None = None) -> AttentionSpec:
+    def from_config(cls, config: ModelConfig, qk_norm: QKNorm = None, float32_gain: bool = False) -> AttentionSpec:
         return cls(
-            config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            config.attention_bias, qk_norm, config.rms_norm_eps,
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.attention_bias,
+            qk_norm,
+            config.rms_norm_eps,
+            float32_gain,
+        )
 
     def parameters(self) -> dict[str, Parameter]:
         d, q, kv = self.width, self.heads * self.head_dim, self.key_value_heads * self.head_dim
         parameters: dict[str, Parameter] = {}
         for name, rows, columns in (("q_proj", q, d), ("k_proj", kv, d), ("v_proj", kv, d), ("o_proj", d, q)):
             parameters |= _linear(name, rows, columns, self.bias, "attention", to_residual=name == "o_proj")
-        if self.qk_norm:
-            q, kv = (q, kv) if self.qk_norm == "width" else (self.head_dim, self.head_dim)
-            parameters["q_norm.weight"] = Parameter((q,), "gain", "norms")
-            parameters["k_norm.weight"] = Parameter((kv,), "gain", "norms")
+        for name, norm in zip(("q_norm", "k_norm"), self.norms(), strict=False):
+            parameters[f"{name}.weight"] = norm.parameters()["weight"]
         return parameters
+
+    def norms(self) -> list[NormSpec]:
+        """Of queries and of keys; empty without qk_norm."""
+        if self.qk_norm is None:
+            return []
+        heads = (self.heads, self.key_value_heads) if self.qk_norm == "width" else (1, 1)
+        return [NormSpec(count * self.head_dim, self.eps, self.float32_gain) for count in heads]
 
     def activation_elements(self) -> tuple[int, int]:
         q, kv = self.heads * self.head_dim, self.key_value_heads * self.head_dim
@@ -114,9 +134,8 @@ class AttentionSpec:
     def build(self) -> nn.Module:
         from llmkit.model.modules import Attention
 
-        return Attention(
-            self.width, self.heads, self.key_value_heads, self.head_dim, bias=self.bias, qk_norm=self.qk_norm, eps=self.eps
-        )  # fmt: skip
+        norms = [norm.build() for norm in self.norms()]
+        return Attention(self.width, self.heads, self.key_value_heads, self.head_dim, self.bias, self.qk_norm, norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +170,7 @@ class GatedMLPSpec:
 class PreNormBlock:
     """x + attention(norm(x)), then x + mlp(norm(x)) (arXiv:2002.04745)."""
 
-    qk_norm: Literal["head", "width"] | None = None
+    qk_norm: QKNorm = None
 
     def parts(self, config: ModelConfig, layer: int) -> dict[str, Part]:
         norm = NormSpec(config.hidden_size, config.rms_norm_eps)

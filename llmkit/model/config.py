@@ -3,7 +3,8 @@
     config = load_config("tiny", vocab_size=8192)      # a preset; "llama-tiny" for another architecture
     config = load_config("config.json")                # any size
 
-Written files have the old-style keys (`rope_theta`, `rope_scaling`, and both `dtype` and `torch_dtype`), which old and new readers accept.
+Written files have the old-style keys (`rope_theta`, `rope_scaling`, and both `dtype` and `torch_dtype`), which
+old and new readers accept.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from llmkit.model.families import ARCHITECTURES
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
-# transformers' values for keys that a config.json leaves out, unless the family has others; a head_dim of None is hidden_size / heads.
+# transformers' values for keys that a config.json leaves out, unless the family has others. A head_dim of None is
+# hidden_size / heads.
 DEFAULTS: dict[str, Any] = {
     "head_dim": None,
     "rms_norm_eps": 1e-6,
@@ -115,7 +117,8 @@ class ModelConfig:
         return count
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs per token, forward and backward: 6 per weight of a matrix product, 6·L·H·d_head·T for attention.
+        """Training FLOPs per token, forward and backward: 6 per weight of a matrix product, 6·L·H·d_head·T for
+        attention.
 
         The attention term is half of PaLM's (appendix B): causal attention need not compute scores of later tokens.
         """
@@ -229,7 +232,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(name: str, vocab_size: int | None = None) -> ModelConfig:
-    """A preset (`tiny`, `llama-125m`) with `vocab_size` tokens, or the config.json at a path, with its vocabulary replaced if one is given."""
+    """A preset (`tiny`, `llama-125m`) with `vocab_size` tokens, or the config.json at a path, with its
+    vocabulary replaced if one is given."""
     path = Path(name)
     if path.is_file():
         config = ModelConfig.from_hf(read_json(path), str(path))

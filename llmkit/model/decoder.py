@@ -1,12 +1,13 @@
-"""The decoder in plain torch: an embedding, the layers of an architecture's block (model/families/), a final norm and an output layer.
+"""The decoder in plain torch: an embedding, the layers of an architecture's block (model/families/), a final
+norm and an output layer.
 
-Parameters are named as in Hugging Face's checkpoints. Shape suffixes: B batch, T query tokens, S key tokens (cached and new), D model width,
-H heads, G key-value heads, K head width, F feed-forward width, V vocabulary.
+Parameters are named as in Hugging Face's checkpoints. Shape suffixes: B batch, T query tokens, S key tokens
+(cached and new), D model width, H heads, G key-value heads, K head width, F feed-forward width, V vocabulary.
 
     model = Decoder(config)
-    model.initialise(seed=0)
+    model.initialize(seed=0)
     logits_BTV = model(ids_BT)                                   # causal
-    logits_BTV = model(ids_BT, document_ids=documents_BT)        # causal within documents (padding: an id of its own, such as -1)
+    logits_BTV = model(ids_BT, document_ids=documents_BT)        # causal within documents (padding: an id such as -1)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from llmkit.model.config import ModelConfig
 from llmkit.model.initial import initial
 from llmkit.model.kv_cache import KeyValueCache
-from llmkit.model.modules import Layer, Pass, RMSNorm
+from llmkit.model.modules import Layer, Pass
 from llmkit.model.operations import PLAIN, rotation_angles
 
 
@@ -32,7 +33,7 @@ class Body(nn.Module):
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = config.family.final_norm(config).build()
 
 
 class Decoder(nn.Module):
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
-    def initialise(self, seed: int) -> None:
+    def initialize(self, seed: int) -> None:
         """Draw every weight from its distribution (model/initial.py), in the order of the parameters."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -79,15 +80,17 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Outputs of the final norm [B, T, D].
 
-        `document_ids` [B, T]: a token attends only to earlier tokens with its own id. `positions` [T] or [B, T] default to the number of
-        preceding tokens. With a `cache`, the ids continue the cached sequence, and the cache is extended in place.
+        `document_ids` [B, T]: a token attends only to earlier tokens with its own id. `positions` [T] or [B, T]
+        default to the number of preceding tokens. With a `cache`, the ids continue the cached sequence, and the
+        cache is extended in place.
         """
         if positions is None:
             past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         x_BTD = self.model.embed_tokens(input_ids)
         operations, mask = self.operations.prepare(x_BTD, document_ids, cache)
-        shared = Pass(operations, rotation_angles(self.config, positions, x_BTD.dtype), mask, cache)
+        dtype = torch.float32 if self.config.family.float32_rotation else x_BTD.dtype
+        shared = Pass(operations, rotation_angles(self.config, positions, dtype), mask, cache)
         for number, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, shared, number)
         return self.model.norm(x_BTD, operations)

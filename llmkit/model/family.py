@@ -1,11 +1,13 @@
-"""What an architecture says about a model of a given configuration: names and shapes of all tensors, counts, memory. No torch.
+"""What an architecture says about a model of a given configuration: names and shapes of all tensors, counts,
+memory. No torch.
 
     family = config.family
     family.parameter_count(config)              # tied weights once
-    expected_tensors(config)                    # {"model.embed_tokens.weight": (8192, 96), ...}, in the order of the decoder's parameters
-    find_parameter(config, "model.layers.0.mlp.down_proj.weight")      # Parameter((96, 256), "linear", "mlp", to_residual=True)
+    expected_tensors(config)                    # {"model.embed_tokens.weight": (8192, 96), ...}, in the decoder's order
+    find_parameter(config, "model.layers.0.mlp.down_proj.weight")   # Parameter((96, 256), "linear", "mlp", True)
 
-The block's parameters are its own; around the blocks every decoder has an embedding, a final norm and, unless tied, an output layer.
+The block's parameters are its own; around the blocks every decoder has an embedding, a final norm and, unless
+tied, an output layer.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ ROTARY_TABLE = "rotary_emb.inv_freq"  # a table that old directories hold for ea
 class Family:
     """An architecture. It is registered under its model_type (model/families/).
 
-    `hf_class` goes into "architectures" of config.json. `defaults` are transformers' values for keys that a config.json leaves out, where they
-    differ from ModelConfig.DEFAULTS. `unsupported` are switches of ModelConfig that the architecture does not have. With `divisible_heads`
-    hidden_size has to be a multiple of the number of heads.
+    `hf_class` goes into "architectures" of config.json. `defaults` are transformers' values for keys that a
+    config.json leaves out, where they differ from ModelConfig.DEFAULTS. `unsupported` are switches of
+    ModelConfig that the architecture does not have. With `divisible_heads` hidden_size has to be a multiple of
+    the number of heads. `float32_gain` is that of the final norm (blocks.NormSpec); with `float32_rotation` cos
+    and sin of the rotary embedding stay in float32.
     """
 
     hf_class: str
@@ -37,6 +41,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: tuple[str, ...] = ()
     divisible_heads: bool = False
+    float32_gain: bool = False
+    float32_rotation: bool = False
 
     def layer_parameters(self, config: ModelConfig, layer: int) -> dict[str, Parameter]:
         """Parameters of one layer by name within it."""
@@ -46,12 +52,16 @@ class Family:
             for name, parameter in spec.parameters().items()
         }
 
+    def final_norm(self, config: ModelConfig) -> NormSpec:
+        """The norm after the last layer."""
+        return NormSpec(config.hidden_size, config.rms_norm_eps, self.float32_gain)
+
     def outer_parameters(self, config: ModelConfig) -> dict[str, Parameter]:
         """Parameters outside of the layers."""
         table = (config.vocab_size, config.hidden_size)
         parameters = {
             EMBEDDING: Parameter(table, "embedding", "embedding"),
-            FINAL_NORM: NormSpec(config.hidden_size, config.rms_norm_eps).parameters()["weight"],
+            FINAL_NORM: self.final_norm(config).parameters()["weight"],
         }
         return parameters if config.tie_word_embeddings else parameters | {HEAD: Parameter(table, "head", "head")}
 
@@ -65,7 +75,8 @@ class Family:
         yield from outer.items()
 
     def parameter_count(self, config: ModelConfig) -> int:
-        """Number of weights, tied ones counted once. All layers are the size of the first: a configuration may claim a billion of them."""
+        """Number of weights, tied ones counted once. All layers are the size of the first: a configuration may
+        claim a billion of them."""
         layer, outer = (
             sum(math.prod(parameter.shape) for parameter in parameters.values())
             for parameters in (self.layer_parameters(config, 0), self.outer_parameters(config))
@@ -73,7 +84,8 @@ class Family:
         return config.num_hidden_layers * layer + outer
 
     def activation_elements(self, config: ModelConfig) -> tuple[int, int]:
-        """Elements per token that all layers keep for the backward pass: in float32, and in the type of the matrix products."""
+        """Elements per token that all layers keep for the backward pass: in float32, and in the type of the
+        matrix products."""
         parts = [part.activation_elements() for part in self.block.parts(config, 0).values()]
         full, product = (sum(counts) for counts in zip(*parts, strict=True))
         return config.num_hidden_layers * full, config.num_hidden_layers * product
@@ -99,5 +111,6 @@ def linear_weights(config: ModelConfig) -> list[str]:
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a directory may hold this tensor although the model has none: the output layer of a tied model, rotary tables of old directories."""
+    """Whether a directory may hold this tensor although the model has none: the output layer of a tied model,
+    rotary tables of old directories."""
     return (config.tie_word_embeddings and name == HEAD) or name.endswith(ROTARY_TABLE)

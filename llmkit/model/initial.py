@@ -2,8 +2,9 @@
 
     initial(config, "model.layers.0.mlp.down_proj.weight", 2)   # Initial(std=0.0053)
 
-Normal with the configuration's `initializer_range` as standard deviation. It is smaller by √(2·layers) for matrices whose output is added to the
-residual stream, so that the stream's variance does not grow with depth (GPT-2).
+Normal with the configuration's `initializer_range` as standard deviation. It is smaller by √(2·layers) for
+matrices whose output is added to the residual stream, so that the stream's variance does not grow with depth
+(GPT-2).
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys and values of past tokens, [B, S, G, K] per layer, and their document ids [B, S]. Updated in place, so for inference only.
+    """Keys and values of past tokens, [B, S, G, K] per layer, and their document ids [B, S]. Updated in place,
+    so for inference only.
 
-    Memory: 2 · layers · B · G · K · capacity elements. The capacity doubles when it is exhausted, so most steps copy nothing.
+    Memory: 2 · layers · B · G · K · capacity elements. The capacity doubles when it is exhausted, so most steps
+    copy nothing.
     """
 
     def __init__(self, layers: int, capacity: int = 256) -> None:

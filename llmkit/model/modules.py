@@ -1,10 +1,12 @@
-"""Torch modules of the decoder's layers, with parameters named as in Hugging Face's checkpoints. model/blocks.py describes and builds them.
+"""Torch modules of the decoder's layers, with parameters named as in Hugging Face's checkpoints.
+model/blocks.py describes and builds them.
 
 Shape suffixes are those of decoder.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +19,16 @@ from llmkit.model.operations import PLAIN, Operations
 
 
 class RMSNorm(nn.Module):
-    """The gains of a norm."""
+    """RMSNorm with gains. With `float32_gain` they are applied before the result is cast back to the type of `x`."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, float32_gain: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.float32_gain = eps, float32_gain
 
     def forward(self, x: Tensor, operations: Operations = PLAIN) -> Tensor:
+        if self.float32_gain:
+            return operations.norm(x.float(), self.weight.float(), self.eps).to(x.dtype)
         return operations.norm(x, self.weight, self.eps)
 
 
@@ -39,22 +43,27 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions. `qk_norm` normalises queries and keys before the rotation: each "head", or the "width"
-    of all heads together."""
+    """Grouped-query attention with rotary positions. `norms` normalise queries and keys before the rotation:
+    each "head", or the full "width" of all heads, as `qk_norm` says."""
 
     def __init__(
-        self, width: int, heads: int, key_value_heads: int, head_dim: int, *, bias: bool, qk_norm: str | None, eps: float
-    ) -> None:  # fmt: skip
+        self,
+        width: int,
+        heads: int,
+        key_value_heads: int,
+        head_dim: int,
+        bias: bool,
+        qk_norm: str | None,
+        norms: Sequence[nn.Module],
+    ) -> None:
         super().__init__()
         self.head_dim, self.qk_norm = head_dim, qk_norm
-        queries, keys = heads * head_dim, key_value_heads * head_dim
-        self.q_proj = nn.Linear(width, queries, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, width, bias=bias)
+        self.q_proj = nn.Linear(width, heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * head_dim, width, bias=bias)
         if qk_norm:
-            self.q_norm = RMSNorm(queries if qk_norm == "width" else head_dim, eps)
-            self.k_norm = RMSNorm(keys if qk_norm == "width" else head_dim, eps)
+            self.q_norm, self.k_norm = norms
 
     def forward(self, x_BTD: Tensor, shared: Pass, layer: int) -> Tensor:
         b, t, _ = x_BTD.shape
@@ -69,7 +78,8 @@ class Attention(nn.Module):
     def rotated_heads(
         self, q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor], operations: Operations = PLAIN
     ) -> tuple[Tensor, Tensor]:
-        """Queries [B, T, H, K] and keys [B, T, G, K] as attention compares them, from the projections [B, T, H·K] and [B, T, G·K]."""
+        """Queries [B, T, H, K] and keys [B, T, G, K] as attention compares them, from the projections [B, T,
+        H·K] and [B, T, G·K]."""
         if self.qk_norm == "width":
             q, k = self.q_norm(q, operations), self.k_norm(k, operations)
         q_BTHK, k_BTGK = (x.view(*x.shape[:2], -1, self.head_dim) for x in (q, k))

@@ -1,7 +1,9 @@
-"""The operations of a decoder other than its matrix products, in plain torch: norms, rotary embedding, attention, SwiGLU.
+"""The operations of a decoder other than its matrix products, in plain torch: norms, rotary embedding,
+attention, SwiGLU.
 
-Faster implementations of the same interface replace them where they apply: model/fused.py on the CPU, model/runtime.py on a GPU. Norms and the
-angles of the rotary embedding are computed in float32, as in the reference implementation. Shape suffixes are those of decoder.py.
+Faster implementations of the same interface replace them where they apply: model/fused.py on the CPU,
+model/runtime.py on a GPU. Norms and the angles of the rotary embedding are computed in float32, as in the
+reference implementation. Shape suffixes are those of decoder.py.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Operations:
         """Rotary embedding; dimension i is paired with i + K/2 (Hugging Face's convention; arXiv:2104.09864)."""
         cos, sin = (part.unsqueeze(-2) for part in rotation)
         first, second = x_BTHK.chunk(2, -1)
-        return x_BTHK * cos + torch.cat([-second, first], -1) * sin
+        return (x_BTHK * cos + torch.cat([-second, first], -1) * sin).to(x_BTHK.dtype)
 
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
         """softmax(q · kᵀ / √K) · v over the keys that the mask allows, [B, T, H, K]."""
@@ -94,7 +96,8 @@ def rotation_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Rotary frequencies [K/2], float32, in radians per token, with `rope_scaling` applied.
 
-    Computed in float32 in the reference implementation's order of operations: one unit in the last place here is 1e-4 rad at token 2,000.
+    Computed in float32 in the reference implementation's order of operations: one unit in the last place here
+    is 1e-4 rad at token 2,000.
     """
     base = 1.0 / (
         config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim)

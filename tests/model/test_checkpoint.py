@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.io.run_layout import resolve_model
 from llmkit.lineage.record import Lineage, read_lineage
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
@@ -20,7 +21,6 @@ from llmkit.model.pretrained.checkpoint import (
     load_info,
     load_model,
     load_tokenizer,
-    resolve_model,
     save_model,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
@@ -162,7 +162,7 @@ def test_a_tied_model_may_store_its_output_layer(model: Path) -> None:
         (lambda t: t.update(extra=torch.ones(2)), "unexpected tensor extra"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(7)}),
-            r"model.norm.weight has shape \[7\] where config.json means \[32\]",
+            r"model.norm.weight has shape \[7\] where config.json implies \[32\]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight has type"),
     ],
@@ -219,7 +219,7 @@ def test_an_index_cannot_lead_outside(model: Path) -> None:
 def test_a_configuration_that_claims_too_much(model: Path) -> None:
     """Behaviour: a billion layers are refused at once instead of being built."""
     edit(model / "config.json", num_hidden_layers=1_000_000_000)
-    with pytest.raises(LlmkitError, match="the files hold"):
+    with pytest.raises(LlmkitError, match="the files have"):
         load_model(model)
 
 
@@ -259,7 +259,7 @@ def test_hostile_fields(model: Path) -> None:
             load_model(model)
         (model / "config.json").write_bytes(before)
     (model / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(LlmkitError, match=r"tokenizer_config.json: holds no JSON object"):
+    with pytest.raises(LlmkitError, match=r"tokenizer_config.json: not a JSON object"):
         load_model(model)
 
 
