@@ -43,7 +43,9 @@ def same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
-@pytest.mark.parametrize("variant", ["qwen3, grouped, tied", "llama, one group a head, untied, biases"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3, grouped, tied", "llama, one group a head, untied, biases", "olmo2, grouped, tied"]
+)
 def test_gradients_are_those_of_transformers(
     variant: str, documents: torch.Tensor | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
