@@ -33,21 +33,21 @@ class Registry:
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files an object under `name`; a second use of a name is a bug."""
+        """Decorator that registers an object as `name`, which must be free."""
 
-        def file(entry: T) -> T:
+        def add(entry: T) -> T:
             assert name not in self._entries, f"{self.kind} {name!r} registered twice"
             self._entries[name] = entry
             return entry
 
-        return file
+        return add
 
     def names(self) -> list[str]:
-        """Every name, third-party ones included, without importing them."""
+        """Every name, including those of modules and third parties, which are not imported."""
         return sorted({*self._entries, *self._modules(), *self._third_party()})
 
     def get(self, name: str) -> Any:
-        """The object filed under `name`; UsageError with the nearest names where there is none."""
+        """The object registered as `name`; UsageError with the nearest names where there is none."""
         if name not in self._entries and name in self._modules():
             import_module(f"{self._package}.{name}")
         if name in self._entries:
@@ -59,7 +59,7 @@ class Registry:
             self._entries[name] = points[name].load()
         except Exception as error:
             raise LlmkitError(
-                f"{self.kind} {name!r} of {points[name].value} does not load: {error}",
+                f"{self.kind} {name!r} from {points[name].value} does not load: {error}",
                 "the package that provides it is broken or incomplete",
             ) from error
         return self._entries[name]

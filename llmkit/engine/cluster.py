@@ -33,7 +33,7 @@ from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input
+from llmkit.io.record import Input
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

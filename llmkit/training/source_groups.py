@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.mixing.packing import PADDING
+from llmkit.shards.shard import PADDING_SOURCE
 
 MOST = 15  # sources with a curve of their own
 OTHER = "other"
@@ -38,12 +38,12 @@ def document_groups(
     The last three are what `origins()` of a TokenStore or OrderedTokens says.
     """
     tokens = np.bincount(codes, sizes, minlength=len(names))
-    real = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING]
+    real = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING_SOURCE]
     kept = sorted(real[:MOST])
     table = np.full(len(names) + 1, len(kept), np.int16)
     table[kept] = np.arange(len(kept))
     found = 2 * table[codes] + (0 if epochs is None else (epochs > 0).astype(np.int16))
-    if PADDING in names:
-        found[codes == list(names).index(PADDING)] = NOTHING
+    if PADDING_SOURCE in names:
+        found[codes == list(names).index(PADDING_SOURCE)] = NOTHING
     more = (OTHER,) * (len(real) > MOST)
     return SourceGroups((*(names[i] for i in kept), *more), found.astype(np.int16))

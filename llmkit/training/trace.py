@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
 from llmkit.io.run_layout import is_run
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
+from llmkit.shards.arrow import as_numpy, string_data
+from llmkit.shards.shard import PADDING_SOURCE, Shard, batch_tokens
 
 VERSION = 1
 NAME = "trace"
@@ -65,9 +65,9 @@ def write_trace(run: Path, stream: Any, phases: Iterable[Phase], total: int) -> 
     stores = stream.stores if order is not None else [stream]
     described = {
         "version": VERSION,
-        "phases": list(map(list, phases)),
+        "legs": list(map(list, phases)),
         "total": total,
-        "stores": [[_described(part, run) for part in store.parts] for store in stores],
+        "stores": [[_described(part, run) for part in store.shards] for store in stores],
     }
     text = json.dumps(described, indent=1)
     place = run / NAME
@@ -92,7 +92,7 @@ def write_trace(run: Path, stream: Any, phases: Iterable[Phase], total: int) -> 
         (partial / "trace.json").write_text(text)
 
 
-def _described(part: Part, run: Path) -> list[Any]:
+def _described(part: Shard, run: Path) -> list[Any]:
     path = part.path.resolve()
     inside = path.is_relative_to(run.resolve())
     name = str(path.relative_to(run.resolve())) if inside else str(path)
@@ -104,7 +104,7 @@ class Trace:
 
     def __init__(self, run: str | Path) -> None:
         self._run = Path(run)
-        self._parts: dict[tuple[int, int], Part] = {}
+        self._parts: dict[tuple[int, int], Shard] = {}
         self._tokens: dict[tuple[int, int, int], tuple[NDArray[np.int64], NDArray[Any]]] = {}  # of a batch
         place = self._run / NAME
         if not place.is_dir():
@@ -115,7 +115,7 @@ class Trace:
             content = json.loads((place / "trace.json").read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
-            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["phases"]]
+            self.phases: list[Phase] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
             self.total = int(content["total"])
             self._files = [[(str(a), int(b), int(c), str(d)) for a, b, c, d in files] for files in content["stores"]]
             self._offsets = _mapped(place / "offsets.npy")
@@ -143,7 +143,7 @@ class Trace:
             or min(x for phase in self.phases for x in phase[2:]) < 1
             or not rising
         ):
-            raise ValueError("phases")
+            raise ValueError("legs")
 
     @property
     def steps(self) -> int:
@@ -195,7 +195,7 @@ class Trace:
         rounds = at // self._whole
         shift = rounds * self._whole + int(self._offsets[row])  # of the document's first token
         store, document, epoch, start = self._origin(row)
-        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
+        name, source, seen, tokens = self._document(store, document) if store >= 0 else ("", PADDING_SOURCE, 0, None)
         while at < until:
             phase = self.phases[bisect_right(self.phases, at, key=lambda phase: phase[1]) - 1]
             sequence, first = divmod(at - phase[1], phase[3])
@@ -238,7 +238,7 @@ class Trace:
         if (store, file, number) not in self._tokens:  # checked once: a step has many documents of one batch
             self._tokens[store, file, number] = batch_tokens(batch, part.name)
         offsets, values = self._tokens[store, file, number]
-        epoch = int(numbers(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
+        epoch = int(as_numpy(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
         id, source = str(batch.column("id")[row].as_py()), str(batch.column("source")[row].as_py())
         return id, source, epoch, values[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]]
 
@@ -248,11 +248,11 @@ class Trace:
         for store, files in enumerate(self._files):
             for number, first in zip(range(len(files)), self._firsts[store].tolist(), strict=False):
                 for batch in self.part(store, number).batches:
-                    starts, text = text_bytes(batch.column("id"))
+                    starts, text = string_data(batch.column("id"))
                     yield from ((store, first + row) for row in _rows_of(wanted, starts, text))
                     first += batch.num_rows
 
-    def part(self, store: int, number: int) -> Part:
+    def part(self, store: int, number: int) -> Shard:
         """A shard file, mapped, if it is still what the run read."""
         if (store, number) not in self._parts:
             name, size, _, digest = self._files[store][number]
@@ -262,7 +262,7 @@ class Trace:
                 same = path.stat().st_size == size
             except OSError as error:
                 raise LlmkitError(f"{path}: {error.strerror}", hint) from error
-            part = Part(path, str(path)) if same else None
+            part = Shard(path, str(path)) if same else None
             if part is None or part.trailer.get("digest") != digest:
                 raise LlmkitError(f"{path}: not the data that the run read", hint)
             self._parts[store, number] = part

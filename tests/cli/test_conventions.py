@@ -190,7 +190,7 @@ def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
     done = llmkit(*STAGE, "zero.jsonl", "--plain", cwd=docs)
     assert done.returncode == 0 and done.stdout == b"" and b"no documents" in done.stderr
     done = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # what a failed command leaves to the next one
-    assert done.returncode == 1 and b"nothing came on stdin" in done.stderr and not (docs / "out.jsonl").exists()
+    assert done.returncode == 1 and b"stdin is empty" in done.stderr and not (docs / "out.jsonl").exists()
 
 
 def test_broken_pipe_is_quiet(docs: Path) -> None:

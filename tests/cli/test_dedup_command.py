@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 
 def text(seed: int, count: int = 120) -> str:

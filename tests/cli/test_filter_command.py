@@ -13,7 +13,7 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 VOCABULARY = """the of and to with that river garden market harbour school meadow station library orchard bridge letter window winter
 found carried painted opened followed remembered repaired measured described borrowed yellow narrow quiet ancient distant""".split()

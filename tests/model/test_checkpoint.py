@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.io.record import Lineage
 from llmkit.io.run_layout import resolve_model
-from llmkit.lineage.record import Lineage, read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import (

@@ -17,7 +17,7 @@ import pytest
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.training.checkpoint.run_directory import load_trainer_state, open_run
 from llmkit.training.metrics.log import read_metrics
 
@@ -370,7 +370,7 @@ def test_bad_calls(
     message: str,
 ) -> None:
     """Behaviour: what is wrong is said in a line, and nothing is left behind."""
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
 

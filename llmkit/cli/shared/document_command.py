@@ -19,7 +19,7 @@ from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
 
 if TYPE_CHECKING:
     from llmkit.io.documents import BadLine, DocumentReader, DocumentWriter
-    from llmkit.lineage.record import Input, Lineage
+    from llmkit.io.record import Input, Lineage
 
     Made = tuple[dict[str, Any], int, list[Input]]  # what an output counted, documents to its rejects, what was read
 
@@ -45,7 +45,7 @@ class Job:
     """What becomes one output: its inputs, and the further output for rejects with its record."""
 
     def __init__(self, run: Run, inputs: list[str], output: str | None, rejects: str | None) -> None:
-        from llmkit.lineage.record import Lineage
+        from llmkit.io.record import Lineage
 
         self.run, self.inputs, self.output = run, inputs, output
         self.anew = False  # whether rejects that are there without their output are to be replaced

@@ -15,7 +15,7 @@ from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine, ReadOptions
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
 
 
 class Run:
@@ -114,7 +114,8 @@ class Run:
 
     def lineage(self) -> Lineage:
         """A new record with the command, the options and the inputs that options name."""
-        from llmkit.lineage.record import Lineage, describe_input
+        from llmkit.io.record import Lineage
+        from llmkit.lineage.formats import describe_input
 
         inputs = [describe_input(path, role) for role, path in self._paths]
         return Lineage(self.command, dict(self.options), inputs)
@@ -180,7 +181,7 @@ class Run:
         digests of the inputs), never by their existence.
         """
         from llmkit.io.inputs import exists
-        from llmkit.lineage.record import digest_path
+        from llmkit.lineage.formats import digest_path
 
         if not self.output or self.force or not all(map(exists, paths)):
             return False
@@ -203,7 +204,7 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     """The record inside `path`, if it was made by the command, version and options of `header`."""
     from llmkit.io.atomic import is_special
     from llmkit.io.inputs import exists
-    from llmkit.lineage.record import read_lineage
+    from llmkit.lineage.formats import read_lineage
 
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
         return None

@@ -338,7 +338,7 @@ def main(
     def finished(paths: list[str]) -> bool | None:
         """Of an output that this call has made: whether its run is in the index; None where it was made with another index, or state of it."""
         from llmkit.corpus.dedup.index import run_key
-        from llmkit.lineage.record import digest_path, read_lineage
+        from llmkit.lineage.formats import digest_path, read_lineage
 
         assert seen_before is not None and run.output is not None
         key = run_key([digest_path(path) for path in paths], options)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmkit.cli.shared.document_command import Made
     from llmkit.corpus.extract.extractor import Extracted, Extractor, Reading
     from llmkit.io.documents import DocumentReader, DocumentWriter
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
 
 ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *DOCUMENT_SUFFIXES)

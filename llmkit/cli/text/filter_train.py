@@ -84,7 +84,7 @@ def main(
 def _read(run: Run, inputs: list[str] | None, label_key: str | None) -> tuple[list[str], list[int], tuple[str, ...]]:
     """Texts, the index of each one's label, and the labels in the order in which they are met."""
     from llmkit.io.inputs import STDIN
-    from llmkit.lineage.record import base_name
+    from llmkit.io.record import base_name
 
     reader = run.reader(inputs)
     if label_key is None and STDIN in reader.paths:

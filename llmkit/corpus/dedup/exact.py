@@ -20,7 +20,7 @@ import xxhash
 from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
 from llmkit.engine.local import Engine, Local
-from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parsed
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, iter_documents
 
 
 def text_key(text: str, normalise: str = "none") -> bytes:
@@ -76,7 +76,7 @@ class _Keyed:
 def _keyed(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _Keyed:
     """Worker side. Pure."""
     found = _Keyed([], [], [], [])
-    for document in parsed(chunk, options, found.bad):
+    for document in iter_documents(chunk, options, found.bad):
         found.lines.append(document.encode())
         found.keys.append(exact.of(document, passing_key))
         if ids:

@@ -35,7 +35,7 @@ from llmkit.engine.cluster import Cluster
 from llmkit.engine.local import Engine, Local
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
-from llmkit.lineage.record import Input
+from llmkit.io.record import Input
 
 if TYPE_CHECKING:  # with it DuckDB, which a run without an index does without
     from llmkit.corpus.dedup.index import Index

@@ -21,7 +21,7 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import base_name
+from llmkit.io.record import base_name
 
 MAX_PAGE_BYTES = 16 << 20
 HEAD = 1 << 16  # bytes that tell what a file is

@@ -15,7 +15,8 @@ from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
-from llmkit.lineage.record import Input, base_name, digest_path
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
 
 ROWS = DOCUMENT_SUFFIXES  # rows with HTML in a field, by name; everything else says itself what it is
 TASK_BYTES = 8 << 20  # of files that one task on a cluster reads, at least

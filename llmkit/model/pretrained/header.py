@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import MAX_HEADER_BYTES
 
+MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 # Bytes per element, by the format's name for the type.
 SIZES = {
     "F64": 8,
@@ -78,6 +78,21 @@ def read_header(path: Path) -> dict[str, Stored]:
             f"{path}: not a readable safetensors file ({error})",
             "the file is damaged or incomplete; download or create it again",
         ) from error
+
+
+def read_record(path: str) -> str | None:
+    """The lineage record in `__metadata__`, from the header alone; LlmkitError where the header is malformed."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("its header is larger than the format allows")
+            metadata = json.loads(file.read(length)).get("__metadata__") or {}
+    except (OSError, ValueError, struct.error, AttributeError, RecursionError) as error:
+        raise LlmkitError(
+            f"{path}: not a readable safetensors file ({error})", "the file is damaged or incomplete"
+        ) from error
+    return metadata.get("llmkit") if isinstance(metadata, dict) else None
 
 
 def file_order(layout: Mapping[str, Stored]) -> list[str]:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.atomic import atomic_file, check_output
 from llmkit.io.locks import lock
 from llmkit.io.run_layout import (
     CHECKPOINTS,
@@ -42,7 +42,8 @@ from llmkit.io.run_layout import (
     resolve_model,
     step_of,
 )
-from llmkit.lineage.record import digest_path
+from llmkit.lineage.formats import digest_path
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 
@@ -118,7 +119,7 @@ class RunDirectory:
     ) -> Path:
         """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none) and those of every `keep_every` steps."""
         target = self.checkpoints_path / checkpoint_name(state.step)
-        with atomic_directory(target, force=True) as partial:
+        with artefact_directory(target, force=True) as partial:
             write_model(partial)
             (partial / STATE).mkdir()
             write_safetensors(
