@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llmkit.errors import LISTED, UsageError, suggestion
+from llmkit.errors import MAX_LISTED, UsageError, suggestion
 from llmkit.registry import Registry
 
 
@@ -16,7 +16,7 @@ def test_suggestions() -> None:
     assert suggestion("gofer", ["gopher", "c4"]) == "did you mean 'gopher'?"
     assert suggestion("zzz", ["gopher", "c4"]) == "known: c4, gopher"
     many = suggestion("zzz", [f"task{i}" for i in range(10_000)])
-    assert many.endswith(f"and {10_000 - LISTED:,} more") and len(many) < 500
+    assert many.endswith(f"and {10_000 - MAX_LISTED:,} more") and len(many) < 500
     assert suggestion("x", []) == ""
 
 

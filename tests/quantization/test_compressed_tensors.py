@@ -1,4 +1,4 @@
-"""Quantised directories: parity with transformers and compressed-tensors, errors of rounding, the command."""
+"""Quantised directories: parity with transformers and compressed-tensors, rounding errors, the command."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_transformers_loads_it(make_model: Callable[..., Path], tmp_path: Path, 
     assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
 
 
-def test_what_stays(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: embeddings, norms, biases and the output layer keep their bytes; the files carry the model's tokenizer; int4 is smaller."""
+def test_unquantized_tensors_are_copied(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Behaviour: embeddings, norms, biases and the output layer keep their bytes; the tokenizer is copied; int4 is smaller."""
     source = make_model(tmp_path / "source", tie_word_embeddings=False, attention_bias=True)
     small = quantised(source, tmp_path / "small", "int4")
     before, after = load_model(source)[0].state_dict(), load_model(small)[0].state_dict()
@@ -82,7 +82,7 @@ def test_what_stays(make_model: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @given(bits=st.sampled_from([4, 8]), rows=st.integers(1, 4), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_packing_comes_back(bits: int, rows: int, width: int, seed: int) -> None:
+def test_unpack_inverts_pack(bits: int, rows: int, width: int, seed: int) -> None:
     """Property: unpack inverts pack for every width, in ceil(width·bits/32) words."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     values = torch.randint(low, high, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
@@ -92,7 +92,7 @@ def test_packing_comes_back(bits: int, rows: int, width: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_is_theirs(bits: int) -> None:
+def test_packing_equals_compressed_tensors(bits: int) -> None:
     """Parity with compressed_tensors' own pack_to_int32."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -112,7 +112,8 @@ def test_packing_is_theirs(bits: int) -> None:
 def test_rounding_is_to_the_nearest(
     bits: int, group: int | None, search: bool, dtype: torch.dtype, spread: float, seed: int
 ) -> None:
-    """Property: finite everywhere; no other q with the same scale is nearer; without search no weight is off by over half a step (of 0.5+ulp)."""
+    """Property: always finite; no other q with the same scale is nearer; without search errors are at most half a step
+    (plus rounding)."""
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * spread
     q, scale = quantize(weight, bits, group, search=search, dtype=dtype)
     assert q.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (3, 32 // (group or 32))
@@ -147,7 +148,7 @@ def test_absmax_scales() -> None:
 
 
 def test_group_fits_every_width(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: the largest of 128, 64, 32 that divides every width, else a row; a group asked for that does not fit is refused."""
+    """Behaviour: the largest of 128, 64, 32 that divides every width, else a row; an explicit group must fit."""
     for number, (sizes, group) in enumerate(
         [
             ({"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}, 128),
@@ -197,7 +198,7 @@ def test_quantised_tensors_that_do_not_fit(
 
 
 def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: GPTQ's and other layouts are named, not misread."""
+    """Behaviour: GPTQ and other layouts are refused by name."""
     target = quantised(make_model(tmp_path / "source"), tmp_path / "target", "int4")
     config = json.loads((target / "config.json").read_text())
     for quantization, message in (
@@ -211,8 +212,8 @@ def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Pa
             load_model(target)
 
 
-def test_a_diverged_model_says_so(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: the tensor that holds infinities is named instead of being rounded to nonsense."""
+def test_a_diverged_model_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Behaviour: a tensor with infinities is named instead of being quantised."""
     source = make_model(tmp_path / "source")
     spoil(source, lambda tensors: tensors[Q].fill_(float("inf")))
     with pytest.raises(LlmkitError, match=f"{Q} contains non-finite weights"):
@@ -220,7 +221,7 @@ def test_a_diverged_model_says_so(make_model: Callable[..., Path], tmp_path: Pat
 
 
 def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: `int-quantized` directories (int8 tensors with a scale a row) load too."""
+    """Behaviour: `int-quantized` directories (int8 tensors with one scale per row) load, too."""
     source = make_model(tmp_path / "source")
     target = quantised(source, tmp_path / "target", "int8")
     expected = load_model(target)[0].state_dict()
@@ -237,7 +238,7 @@ def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path)
 
 
 def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: whole output or none, no clobbering, the same bytes again, lineage with the model's own; a repeated call has nothing to do."""
+    """Behaviour: atomic output, no overwriting, reproducible bytes, lineage including the model's; a repeated call has nothing to do."""
     make_model(tmp_path / "source")
     call = ("quantize", "source", "--to", "int4")
     done = llmkit_here(*call, "-o", "target", "--json", cwd=tmp_path)

@@ -19,7 +19,7 @@ from llmkit.quantization.methods import METHODS
 def test_transformers_and_we_turn_weights_back_alike(
     make_model: Callable[..., Path], tmp_path: Path, group: int, dtype: torch.dtype
 ) -> None:
-    """Parity with transformers: the quantised directory and one that holds our dequantised weights have the same logits there, and ours are those."""
+    """Parity with transformers: the same logits from the quantised directory, from our dequantised weights, and from our decoder."""
     from transformers import AutoModelForCausalLM
 
     info = load_info(
