@@ -100,6 +100,12 @@ class ShardWriter:
             raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or give -o PATH")
 
     def __enter__(self) -> ShardWriter:
+        with self._stack:  # what is opened is removed again where an error or a signal comes in between
+            self._open()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _open(self) -> None:
         import pyarrow as pa
 
         self._directory: Path | None = None
@@ -118,7 +124,6 @@ class ShardWriter:
             metadata = {key: json.dumps(value).encode() for key, value in self._metadata.items()}
             self._schema = self._schema.with_metadata(self._schema.metadata | metadata)
         self._open_shard()
-        return self
 
     @property
     def directory(self) -> Path | None:

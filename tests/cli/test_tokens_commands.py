@@ -8,12 +8,12 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from llmkit.cli.main import run_command
 from llmkit.io.documents import DocumentReader, ReadOptions
@@ -445,9 +445,7 @@ def test_interrupted(place: Path, number: signal.Signals, code: int) -> None:
     assert process.stdin is not None
     process.stdin.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows()))
     process.stdin.flush()
-    deadline = time.monotonic() + 60
-    while not (place / ".s.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((place / ".s.partial").exists, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     process.stdin.close()

@@ -9,11 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
@@ -409,11 +409,8 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
     """Until the run has logged `count` steps."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(list(read_metrics(run / "metrics.jsonl"))) < count:
-        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    log = run / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(list(read_metrics(log))) >= count, process)
 
 
 def test_held_out_data_by_domain(place: Path) -> None:

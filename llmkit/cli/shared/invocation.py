@@ -155,13 +155,12 @@ class Run:
         key = values["text_key"] if text_key == "" else text_key
         return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
 
-    def writer(self, force: bool = False) -> DocumentWriter:
-        """Writer of the command's output, which `force` replaces as -f does; a context manager."""
+    def writer(self, force: bool = False, output: str | None = None) -> DocumentWriter:
+        """Writer of the command's output, or of `output`, which `force` replaces as -f does; a context manager."""
         from llmkit.io.documents import DocumentWriter
 
-        return DocumentWriter(
-            self.output, self.lineage(), force=self.force or force, plain=self._values.get("plain", False)
-        )
+        path = self.output if output is None else output
+        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=self._values.get("plain", False))
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
@@ -174,8 +173,8 @@ class Run:
         self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
-    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
-        """Whether the output already is what this call would make of `paths`.
+    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None, output: str | None = None) -> bool:
+        """Whether the command's output, or `output`, already is what this call would make of `paths`.
 
         `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
         digests of the inputs), never by their existence.
@@ -183,9 +182,10 @@ class Run:
         from llmkit.io.inputs import exists
         from llmkit.lineage.formats import digest_path
 
-        if not self.output or self.force or not all(map(exists, paths)):
+        output = output or self.output
+        if not output or self.force or not all(map(exists, paths)):
             return False
-        outputs = {self.output: self.lineage()} | (beside or {})
+        outputs = {output: self.lineage()} | (beside or {})
         found = {path: _record_of(path, header) for path, header in outputs.items()}
         if None in found.values():
             return False
