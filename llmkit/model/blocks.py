@@ -1,4 +1,4 @@
-"""The parts of a transformer block, described without torch: their tensors, their sizes, and how a block joins them.
+"""The parts of a transformer block, described without torch: tensors, sizes, and how a block combines them.
 
     block = PreNormBlock(qk_norm="head")
     parts = block.parts(config, layer=0)        # {"input_layernorm": NormSpec(96, 1e-6), "self_attn": ..., ...}

@@ -1,5 +1,4 @@
-"""What an architecture says about a model of a given configuration: names and shapes of all tensors, counts,
-memory. No torch.
+"""The tensors, parameter count and memory of a model, from its architecture and configuration. No torch.
 
     family = config.family
     family.parameter_count(config)              # tied weights once
@@ -30,7 +29,7 @@ class Family:
     """An architecture. It is registered under its model_type (model/families/).
 
     `hf_class` goes into "architectures" of config.json. `defaults` are transformers' values for keys that a
-    config.json leaves out, where they differ from ModelConfig.DEFAULTS. `unsupported` are switches of
+    config.json leaves out, where they differ from config.DEFAULTS. `unsupported` are switches of
     ModelConfig that the architecture does not have. With `divisible_heads` hidden_size has to be a multiple of
     the number of heads. `float32_gain` is that of the final norm (blocks.NormSpec); with `float32_rotation` cos
     and sin of the rotary embedding stay in float32.

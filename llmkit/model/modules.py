@@ -102,15 +102,15 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parts of the architecture's block as torch modules, joined as the block says."""
+    """The parts of the architecture's block as torch modules, combined by its `forward`."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         block = config.family.block
         for name, part in block.parts(config, number).items():
             self.add_module(name, part.build())
-        self._join = block.forward
+        self._combine = block.forward
 
     def forward(self, x_BTD: Tensor, shared: Pass, layer: int) -> Tensor:
-        output: Tensor = self._join(self, x_BTD, shared, layer)
+        output: Tensor = self._combine(self, x_BTD, shared, layer)
         return output
