@@ -93,6 +93,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, files: dict[str, str]) -> Pat
     path.mkdir()
     config = ModelConfig(290, 32, 64, 2, 4, 2, 8, max_position_embeddings=96, eos_token_id=0)
     model = Decoder(config)
-    model.initialise(0)
+    model.initialize(0)
     save_model(path, model.state_dict(), config, files)
     return path

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.run_layout import resolve_model
 from llmkit.merging.methods import Merge, Numbers, check_required, find_method, methods_with
-from llmkit.model.pretrained.directory import resolve_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _model_directories(model: str, last: int | None) -> list[Path]:
     """The directories that `model` stands for: itself, or the `last` checkpoints of the run, oldest first."""
     if last is None:
         return [resolve_model(model)]
-    from llmkit.training.checkpoint.run_directory import find_checkpoints
+    from llmkit.io.run_layout import find_checkpoints
 
     checkpoints = find_checkpoints(model)
     if not checkpoints:

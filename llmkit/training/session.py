@@ -24,6 +24,7 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.record import Input, Lineage
+from llmkit.io.run_layout import STATE
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
@@ -207,7 +208,7 @@ class Session:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
-        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        kind = settings.optimizer or (kind_of(read_layout(before / STATE / OPTIMIZER)) if before else "adamw")
         optimizer = build(model, kind, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))

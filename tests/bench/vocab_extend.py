@@ -125,7 +125,7 @@ def report(place: Path, seeds: int) -> None:
     files = vocabulary.train([text], 2048).files
     info = parse_tokenizer(files, "base")
     model = Decoder(load_config("tiny", info.vocab_size))
-    model.initialise(0)
+    model.initialize(0)
     base = Trial(model, info)
     for _ in base.train(text, BASE_STEPS, 3e-3, 0):
         pass

@@ -138,7 +138,7 @@ def test_refusals(call: Call, make_model: Callable[..., Path], directory: Path) 
         (("a", "b", "run", "--method", "slerp"), 2, "two models, not 3"),
         (("a", "b", "--method", "greedy"), 2, "--method greedy needs --heldout"),
         (("a", "b", "--method", "greedy", "--heldout", "none.jsonl"), 1, "none.jsonl"),
-        (("a", "sick"), 1, "sick: tensor model.layers.0.mlp.up_proj.weight holds nan"),
+        (("a", "sick"), 1, "sick: tensor model.layers.0.mlp.up_proj.weight contains nan"),
         (("a", "b", "--method", "unifrom"), 2, "unknown method 'unifrom'"),
     ):
         code, _, err = call("average", *arguments, "-o", "out")

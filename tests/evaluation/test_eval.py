@@ -66,7 +66,7 @@ def model_directory(tmp_path_factory) -> Path:
         max_position_embeddings=64, eos_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     model = Decoder(config)
-    model.initialise(3)
+    model.initialize(3)
     directory = tmp_path_factory.mktemp("model")
     save_model(directory, model.state_dict(), config, files)
     return directory

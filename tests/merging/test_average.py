@@ -513,7 +513,7 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     The documented bound is one largest tensor per model, and 200 MB. The files are sparse: read in full, small on disk.
     """
     from llmkit.model.config import ModelConfig
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.model.pretrained.directory import save_description
     from llmkit.model.pretrained.header import SIZES, Stored, encode_header
 

@@ -78,7 +78,8 @@ def main(
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
     if format not in ("", *FORMATS):
         raise UsageError(f"--format {format!r}", "one of: " + ", ".join(FORMATS))
-    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, resolve_model
+    from llmkit.io.run_layout import resolve_model
+    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info
 
     for model in models:  # report mistakes before the first model is scored
         load_info(model)

@@ -374,8 +374,8 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
     from llmkit.io.record import Input, base_name
+    from llmkit.io.run_layout import resolve_model
     from llmkit.lineage.formats import digest_path, read_lineage
-    from llmkit.model.pretrained.checkpoint import resolve_model
 
     place = directory or resolve_model(path)
     return Input("input", base_name(path), digest_path(place), read_lineage(place))
@@ -398,7 +398,7 @@ def nothing_to_do(run: Run) -> None:
 
 def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, rate: float, length: int) -> None:
     """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.training.memory_estimate import flops, memory
     from llmkit.training.optim.parameter_groups import kinds, table
 

@@ -9,12 +9,13 @@ import typer
 from llmkit.cli.shared import live_view, training_options
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError, unknown_name
+from llmkit.io.run_layout import checkpoint_name, parse_step
 
 
 @command(
     examples=(
         "llmkit anneal run/ shards/ --tokens 10k -o annealed/",
-        "llmkit anneal run/ shards/ --tokens 10k --from step-00000002 --ramp sqrt -o annealed2/",
+        "llmkit anneal run/ shards/ --tokens 10k --from 2 --ramp sqrt -o annealed2/",
     ),
     neutral=training_options.NEUTRAL_OPTIONS,
 )
@@ -37,7 +38,7 @@ def main(
         typer.Option(
             "--from",
             metavar="STEP",
-            help="Checkpoint of the run to start from, such as step-00000500 or 500; by default its last",
+            help=f"Checkpoint of the run to start from, such as {checkpoint_name(500)} or 500; by default its last",
             rich_help_panel=training_options.STEPS,
         ),
     ] = None,
@@ -133,16 +134,16 @@ def main(
         raise unknown_name("ramp", ramp, RAMPS)
     if to > 1:
         raise UsageError(f"--to {to} is above 1", "it is the last learning rate over the first")
-    step = from_.removeprefix("step-") if from_ else ""
-    if from_ and not (step.isascii() and step.isdigit()):
-        raise UsageError(f"--from {from_}: no checkpoint is called so", "such as step-00000500, or 500")
+    step = parse_step(from_) if from_ else None
+    if from_ and step is None:
+        raise UsageError(f"--from {from_}: no checkpoint is called so", f"such as {checkpoint_name(500)}, or 500")
     settings = sessions.Settings(
         run.output or "", resume, run.force, precision, threads, micro_batch_size, clip, weight_decay, save_every, keep, eval_every, z_loss=z_loss, log_every=log_every, tracker=tracker, keep_every=keep_every, max_hours=max_hours, max_rollbacks=max_rollbacks,
         parallel=parallel, hang_timeout=hang_timeout, accept_change=accept_change, optimizer="",
         compile=compile, checkpoint_activations=checkpoint_activations, deterministic=deterministic,
     )  # fmt: skip
     with training_options.opened(run, settings) as opened:
-        directory, before = starting_point(start, int(step) if step else None)
+        directory, before = starting_point(start, step)
         info = load_info(directory)
         rate = lr or (before.rate if before else None)
         if not rate:

@@ -10,6 +10,7 @@ import typer
 
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.run_layout import FINAL, LATEST
 
 if TYPE_CHECKING:
     from llmkit.training.trace import Trace
@@ -78,7 +79,7 @@ def _decoder(trace: Trace, run: Path) -> Any:
     """A function from token ids to text, with the tokenizer in the run, or else the one beside its data."""
     from tokenizers import Tokenizer
 
-    files = [run / "latest" / "tokenizer.json", run / "final" / "tokenizer.json"]
+    files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
     content = content or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
     if content is None:

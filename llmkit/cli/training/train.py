@@ -216,7 +216,7 @@ def main(
                 started.config = config
                 return started
             new = Decoder(config)
-            new.initialise(run.seed)
+            new.initialize(run.seed)
             return new
 
         with live_view.shown(run, opened, planned) as report:
