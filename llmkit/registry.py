@@ -6,12 +6,16 @@
     class GopherQuality: ...
 
 An installed package extends a registry with an entry point of that group. It is imported only when its name is
-requested, so a broken or slow plug-in costs nothing to those who do not use it.
+requested, so a broken or slow plug-in costs nothing to those who do not use it. With `package`, each module of that
+package registers one entry, under the module's name; these too are imported only when requested.
 """
 
 from __future__ import annotations
 
+import pkgutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, TypeVar
 
 from llmkit.errors import LlmkitError, unknown_name
@@ -22,9 +26,10 @@ T = TypeVar("T")
 class Registry:
     """A table of named objects of one kind."""
 
-    def __init__(self, kind: str, entry_points: str | None = None) -> None:
+    def __init__(self, kind: str, entry_points: str | None = None, package: str | None = None) -> None:
         self.kind = kind
         self.group = entry_points
+        self._package = package
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -38,11 +43,13 @@ class Registry:
         return add
 
     def names(self) -> list[str]:
-        """Every name, including those of third parties, which are not imported."""
-        return sorted({*self._entries, *self._third_party()})
+        """Every name, including those of modules and third parties, which are not imported."""
+        return sorted({*self._entries, *self._modules(), *self._third_party()})
 
     def get(self, name: str) -> Any:
         """The object registered as `name`; UsageError with the nearest names where there is none."""
+        if name not in self._entries and name in self._modules():
+            import_module(f"{self._package}.{name}")
         if name in self._entries:
             return self._entries[name]
         points = self._third_party()
@@ -56,6 +63,12 @@ class Registry:
                 "the package that provides it is broken or incomplete",
             ) from error
         return self._entries[name]
+
+    def _modules(self) -> set[str]:
+        """Names of the modules in `package`."""
+        if self._package is None:
+            return set()
+        return {module.name for module in pkgutil.iter_modules(sys.modules[self._package].__path__)}
 
     def _third_party(self) -> dict[str, Any]:
         if self.group is None:

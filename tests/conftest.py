@@ -156,7 +156,7 @@ def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
             "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "eos_token_id": 0, "initializer_range": 0.3,
         }  # fmt: skip
         model = Decoder(ModelConfig(**(sizes | changes)))
-        model.initialise(seed)
+        model.initialize(seed)
         with torch.no_grad():  # norms and biases that would show if they were left out
             for parameter in model.parameters():
                 if parameter.dim() == 1:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from llmkit.errors import LISTED, UsageError, suggestion
+from llmkit.errors import MAX_LISTED, UsageError, suggestion
 from llmkit.registry import Registry
 
 
@@ -13,7 +16,7 @@ def test_suggestions() -> None:
     assert suggestion("gofer", ["gopher", "c4"]) == "did you mean 'gopher'?"
     assert suggestion("zzz", ["gopher", "c4"]) == "known: c4, gopher"
     many = suggestion("zzz", [f"task{i}" for i in range(10_000)])
-    assert many.endswith(f"and {10_000 - LISTED:,} more") and len(many) < 500
+    assert many.endswith(f"and {10_000 - MAX_LISTED:,} more") and len(many) < 500
     assert suggestion("x", []) == ""
 
 
@@ -38,3 +41,15 @@ def test_third_party_entry_is_loaded_only_when_asked_for(monkeypatch: pytest.Mon
     assert registry.get("good") == pytest.approx(3.14159, abs=1e-4)
     with pytest.raises(Exception, match="thing 'bad' of no_such_module:x does not load"):
         registry.get("bad")
+
+
+def test_modules_of_a_package_are_entries() -> None:
+    """Behaviour: a module of the package is listed without importing it, and registers itself when its name is asked for."""
+    code = (
+        "import sys; from llmkit.model.families import ARCHITECTURES\n"
+        "assert {'llama', 'olmo2', 'qwen3'} <= set(ARCHITECTURES.names())\n"
+        "assert 'llmkit.model.families.llama' not in sys.modules\n"
+        "assert ARCHITECTURES.get('llama').hf_class == 'LlamaForCausalLM'\n"
+        "assert 'llmkit.model.families.qwen3' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkit.alignment.options import DpoOptions, SftOptions
-from llmkit.alignment.preference import FIGURES, PairSource, dpo, reference_log_probabilities
-from llmkit.chat import templates
-from llmkit.chat.encode import Encoded, encode_conversations, encode_preferences
+from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
+from llmkit.chat import masks, templates
+from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
@@ -89,9 +89,9 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     with_template = options.template.template
     if with_template:
-        templates.check_template(files)
+        masks.check_template(files)
 
-    def encode(reader: Any) -> Encoded:
+    def encode(reader: Any) -> EncodedDataset:
         return encode_conversations(reader, files, length, too_long=options.rows.too_long, template=with_template)
 
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
@@ -129,7 +129,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
-    templates.check_template(files)
+    masks.check_template(files)
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
     encoded = encode_preferences(reader, files, length, too_long=options.rows.too_long)
     inputs = row_inputs(reader)
@@ -168,7 +168,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
         fresh=initial,
-        objective=dpo(options.loss.beta),
+        objective=preference_objective(options.loss.beta),
         figures=FIGURES,
         late_source=with_reference,
         resolved={"lr": rate},
@@ -212,7 +212,7 @@ def _chat_model(
     return info, files, context_length(info, sequence_length)
 
 
-def _announce_rows(request: Request, encoded: Encoded, length: int, too_long: str) -> None:
+def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_long: str) -> None:
     """How many rows there are, and what happened to those that are too long."""
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
@@ -227,4 +227,4 @@ def _announce_rows(request: Request, encoded: Encoded, length: int, too_long: st
 
 def _stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
     """Every id that ends a generation of the fine-tuned model, end of turn first."""
-    return list(dict.fromkeys([*templates.stop_token_ids(files), *info.stop_ids]))
+    return list(dict.fromkeys([*masks.stop_token_ids(files), *info.stop_ids]))

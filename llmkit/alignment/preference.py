@@ -1,159 +1,82 @@
-"""Direct preference optimisation (Rafailov et al. 2023): raise what people chose over what they rejected, without a reward model.
+"""Losses on preference pairs. Each is one function, registered here with its name and help; `dpo` lists and
+finds them by name.
 
-    loss = −log σ(β Δ),   Δ = [log π(chosen) − log π_ref(chosen)] − [log π(rejected) − log π_ref(rejected)]
+With y_w the chosen answer and y_l the rejected one, the losses are functions of
 
-where log π(y) is the sum over what the assistant says after the prompt, its stop token included, and π_ref is the model before the first step.
-The reference log-probabilities are constants, so they are computed once and kept beside the run: no second model in memory, and a pass
-over the data less in every epoch. At step 0 Δ = 0 and the loss is ln 2.
+    Δ = [log π(y_w) − log π_ref(y_w)] − [log π(y_l) − log π_ref(y_l)]
 
-Pairs are padded to the longest of their micro-batch; those of a step are sorted by length, so that little is padding.
+where log π(y) is the sum over the assistant's tokens after the prompt, stop token included, and π_ref is the
+model before the first step.
+
+    @_loss("sigmoid", "DPO: −log σ(βΔ)")
+    def sigmoid(pairs, beta): ...
+
+    LOSSES.get("sigmoid").function(pairs, beta)
+
+torch is only imported by the functions, so that help can list the losses without it. Batches of pairs are in
+`alignment.pairs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-import xxhash
-from torch import Tensor
+from llmkit.registry import Registry
 
-from llmkit.chat.templates import EncodedRow
-from llmkit.io.atomic import atomic_file
-from llmkit.seeds import derive
-from llmkit.training.data import Batch, pack
-from llmkit.training.distributed.processes import Processes
-from llmkit.training.objectives import Objective, Result, counted, head_weight, token_log_probabilities
-
-FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def dpo(beta: float) -> Objective:
-    """The sigmoid loss as an objective for batches of `PairSource`; figures are means over the pairs of the step (see FIGURES)."""
+@dataclass(frozen=True, slots=True)
+class PairLogProbabilities:
+    """log π of the model being trained, and of the reference: [2, pairs] each, the chosen answers in row 0."""
 
-    def objective(model: Any, batch: Batch, scale: float) -> Result:
-        log_p = sequence_log_probabilities(model, batch).view(2, -1)
-        ratios = log_p - batch.extra["reference"].T
-        margins = beta * (ratios[0] - ratios[1])
-        loss = -F.logsigmoid(margins).sum() * scale
-        with torch.no_grad():
-            values = (
-                beta * ratios[0],
-                beta * ratios[1],
-                margins,
-                (margins > 0).float(),
-                log_p[0],
-                log_p[1],
-            )
-            figures = {name: value.sum() * scale for name, value in zip(FIGURES, values, strict=True)}
-        return Result(loss, figures)
+    policy: Tensor
+    reference: Tensor
 
-    return objective
+    @property
+    def ratios(self) -> Tensor:
+        """log π − log π_ref, [2, pairs]."""
+        return self.policy - self.reference
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ of each pair, [pairs]."""
+        chosen, rejected = self.ratios
+        return chosen - rejected
 
 
-def sequence_log_probabilities(model: Any, batch: Batch) -> Tensor:
-    """Σ log p over the positions of each row whose weight is not 0: float32 [R], with gradients."""
-    hidden, index = counted(model, batch)
-    log_p = token_log_probabilities(hidden, head_weight(model), batch.targets.flatten()[index])
-    # Scattering into place and summing along rows has a fixed order of additions, which adding by index has not on a GPU.
-    flat = log_p.new_zeros(batch.targets.numel()).index_put((index,), log_p)
-    return flat.view(batch.targets.shape).sum(dim=1)
+LossFunction = Callable[[PairLogProbabilities, float], "Tensor"]
 
 
-class PairSource:
-    """Pairs by step: `batch_size` pairs each, in an order drawn anew for every epoch. Implements training.data.Source.
-
-    `rows` holds chosen and rejected in turn; `reference` is float32 [pairs, 2].
+@dataclass(frozen=True, slots=True)
+class PreferenceLoss:
+    """`function` maps the log-probabilities of the pairs and β to the loss of each pair, [pairs]; `help` is its
+    line in --help.
     """
 
-    def __init__(
-        self, rows: Sequence[EncodedRow], reference: Tensor, batch_size: int, *, epochs: int = 1, seed: int = 0
-    ) -> None:
-        self._rows, self._reference = rows, reference
-        pairs = len(rows) // 2
-        lengths = np.array([len(row.tokens) - 1 for row in rows], dtype=np.int64).reshape(pairs, 2)
-        order = np.concatenate(
-            [np.random.default_rng(derive(seed, "pairs", epoch)).permutation(pairs) for epoch in range(epochs)]
-        )
-        steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        self._steps = [step[np.argsort(lengths[step].max(axis=1), kind="stable")] for step in steps]
-        self._tokens = np.concatenate([[0], np.cumsum([lengths[step].sum() for step in self._steps])]).tolist()
-        self.steps = len(self._steps)
-
-    def rows(self, step: int) -> int:
-        return len(self._steps[step])
-
-    def tokens(self, step: int) -> int:
-        return int(self._tokens[step])
-
-    def shortened(self, step: int) -> int:
-        return 1
-
-    def weight(self, step: int) -> float:
-        return float(len(self._steps[step]))
-
-    def batch(self, step: int, start: int, stop: int) -> Batch:
-        chosen = self._steps[step][start:stop]
-        return pair_batch(self._rows, chosen, self._reference[torch.from_numpy(chosen)])
-
-    def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
-        pair = int(self._steps[step][row])
-        return f"pair {pair + 1}", np.concatenate([self._rows[2 * pair + side].tokens for side in (0, 1)])
+    help: str
+    function: LossFunction
 
 
-def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor) -> Batch:
-    """The chosen rows of `pairs`, then the rejected ones, padded to the longest; `extra["reference"]` [pairs, 2]."""
-    picked = [rows[2 * i + side] for side in (0, 1) for i in pairs]
-    length = max(len(row.tokens) for row in picked) - 1
-    batch = pack([[(row.tokens, row.weights)] for row in picked], length)
-    batch.extra["reference"] = reference
-    return batch
+LOSSES = Registry("preference loss")
 
 
-def reference_log_probabilities(
-    initial: Callable[[], Any],
-    rows: Sequence[EncodedRow],
-    processes: Processes,
-    micro_batch: int,
-    cache: Path,
-    model_digest: str,
-) -> Tensor:
-    """log π_ref of each row, float32 [pairs, 2], by the model that `initial` loads; kept in `cache` (safetensors), where a resumed run finds it."""
-    from safetensors import safe_open
-    from safetensors.torch import save
+def _loss(name: str, help: str) -> Callable[[LossFunction], LossFunction]:
+    """Decorator: register a loss."""
 
-    digest = _digest(rows, model_digest)
-    if cache.exists():
-        with safe_open(cache, "pt") as stored:
-            if (stored.metadata() or {}).get("digest") == digest:
-                return stored.get_tensor("reference")  # type: ignore[no-any-return]
-    pairs = len(rows) // 2
-    lengths = [max(len(rows[2 * i].tokens), len(rows[2 * i + 1].tokens)) for i in range(pairs)]
-    by_length = np.argsort(lengths, kind="stable")
-    found = torch.zeros(pairs, 2)
-    model = initial().eval()
-    with torch.no_grad():
-        for start, stop in processes.share(pairs, micro_batch):
-            chosen = torch.from_numpy(by_length[start:stop])
-            batch = pair_batch(rows, chosen.numpy(), found[chosen]).to(processes.device)
-            with processes.accelerator.autocast():
-                log_p = sequence_log_probabilities(model, batch)
-            found[chosen] = log_p.view(2, -1).T.float().cpu()
-    processes.add_tensor(found)
-    processes.barrier()  # every process has looked for the cache
-    if processes.is_main:
-        with atomic_file(cache, force=True) as sink:
-            sink.write(save({"reference": found}, {"format": "pt", "digest": digest}))
-    return found
+    def register(function: LossFunction) -> LossFunction:
+        LOSSES.register(name)(PreferenceLoss(help, function))
+        return function
+
+    return register
 
 
-def _digest(rows: Sequence[EncodedRow], model_digest: str) -> str:
-    state = xxhash.xxh3_128(model_digest.encode())
-    for row in rows:
-        state.update(len(row.tokens).to_bytes(8, "little"))
-        state.update(row.tokens.tobytes())
-        state.update(row.weights.tobytes())
-    return state.hexdigest()
+@_loss("sigmoid", "DPO: −log σ(βΔ)")
+def sigmoid(pairs: PairLogProbabilities, beta: float) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290); ln 2 at step 0, where Δ = 0."""
+    import torch.nn.functional as F
+
+    return -F.logsigmoid(beta * pairs.delta)

@@ -1,7 +1,9 @@
-"""Rows of a file to token ids with loss weights: what `sft` and `dpo` train on.
+"""Rows of a file to token ids with loss weights: the training data of `sft` and `dpo`.
 
-A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (it then teaches no stop), and dropped where the cut leaves nothing
-to learn; all are counted. A row in which the loss would count nothing is an error that names file and line, since it almost always means that the roles are not what was thought.
+A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (the model then does not
+learn to stop there), and dropped if the cut leaves nothing to learn; all are counted. A row without any trained
+token is an error that names file and line, because it almost always means that its roles are not the expected
+ones.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans
 from llmkit.chat.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
-from llmkit.chat.templates import EncodedRow, Span, encode_chat, encode_spans, special_contents, special_tokens
+from llmkit.chat.templates import special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
@@ -21,8 +24,8 @@ TOO_LONG = ("drop", "truncate")
 
 
 @dataclass(slots=True)
-class Encoded:
-    """Rows (for preferences two in a row: chosen, rejected) and what was counted on the way."""
+class EncodedDataset:
+    """Encoded rows, and counts for the summary. A preference pair is two rows: chosen, rejected."""
 
     rows: list[EncodedRow] = field(default_factory=list)
     counts: dict[str, int] = field(
@@ -30,14 +33,16 @@ class Encoded:
     )
 
     def add(self, *rows: EncodedRow) -> None:
-        """Take in what belongs together: a row, or a pair."""
+        """Add one row, or the two rows of a pair."""
         self.rows += rows
         self.counts["rows"] += 1
         self.counts["row_tokens"] += sum(len(row.tokens) for row in rows)
         self.counts["trained"] += sum(row.trained for row in rows)
 
-    def fit(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
-        """Take in what belongs together, none longer than `context`, or count it as dropped."""
+    def add_fitting(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
+        """Add one row, or the two rows of a pair, if none is longer than `context` or `too_long` is truncate;
+        else count them as dropped.
+        """
         fitting = _fit(rows, context, too_long)
         self.counts["too_long"] += max(len(row.tokens) for row in rows) > context
         if fitting:
@@ -46,29 +51,33 @@ class Encoded:
             self.counts["dropped"] += 1
 
     def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, weights) of every row."""
+        """(tokens, weights) of each row."""
         return [(row.tokens, row.weights) for row in self.rows]
 
 
 def encode_conversations(
     reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", template: bool = True
-) -> Encoded:
-    """Every row of `reader` for fine-tuning; `context` is the longest row in tokens. Raises LlmkitError where nothing is left."""
+) -> EncodedDataset:
+    """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
+    left.
+    """
 
     def convert(fields: Mapping[str, Any]) -> EncodedRow:
         return encode_conversation(to_conversation(fields, template), files)
 
-    encoded = Encoded()
+    encoded = EncodedDataset()
     for row in _rows(reader, convert):
-        encoded.fit([row], context, too_long)
-    _refuse_nothing(encoded, context, too_long)
+        encoded.add_fitting([row], context, too_long)
+    _refuse_empty(encoded, context, too_long)
     return encoded
 
 
 def encode_preferences(
     reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop"
-) -> Encoded:
-    """Every pair of `reader`: chosen and rejected, each behind the prompt, with weights on what the assistant says after it."""
+) -> EncodedDataset:
+    """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
+    messages after the prompt only.
+    """
 
     def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
         row = to_preference(fields)
@@ -77,15 +86,17 @@ def encode_preferences(
             encode_conversation(Conversation(prompt + side, row.tools), files) for side in (row.chosen, row.rejected)
         ]
 
-    encoded = Encoded()
+    encoded = EncodedDataset()
     for pair in _rows(reader, convert):
-        encoded.fit(pair, context, too_long)
-    _refuse_nothing(encoded, context, too_long)
+        encoded.add_fitting(pair, context, too_long)
+    _refuse_empty(encoded, context, too_long)
     return encoded
 
 
 def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedRow:
-    """Token ids and weights of one row. Plain text ends in the end-of-text token. Raises RowError where the loss would count nothing."""
+    """Token ids and weights of one row; plain text gets an end-of-text token. Raises RowError if no token would
+    be trained.
+    """
     if row.text is None:
         try:
             encoded = encode_chat(row.messages, files, row.tools)
@@ -97,7 +108,7 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
             np.append(bare.tokens, np.int32(_end_of_text(files))), np.append(bare.weights, np.float32(1))
         )
     if not encoded.trained:
-        raise RowError("nothing to learn: no message of the assistant, or its weight is 0")
+        raise RowError("nothing to learn: no assistant message, or its weight is 0")
     return encoded
 
 
@@ -107,7 +118,7 @@ def _rows(reader: DocumentReader, convert: Any) -> Iterator[Any]:
 
 
 def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
-    """The rows, none longer than `context`; nothing where one had to be dropped or lost all that it teaches."""
+    """The rows, none longer than `context`; [] if one had to be dropped, or its trained tokens were cut off."""
     if too_long not in TOO_LONG:
         raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
     if too_long == "drop":
@@ -116,7 +127,7 @@ def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow
     return cut if all(row.trained for row in cut) else []
 
 
-def _refuse_nothing(encoded: Encoded, context: int, too_long: str) -> None:
+def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
     if encoded.rows:
         return
     long = encoded.counts["too_long"]
@@ -124,13 +135,13 @@ def _refuse_nothing(encoded: Encoded, context: int, too_long: str) -> None:
         raise LlmkitError("no rows were read", "check the inputs")
     reason = f"all {long:,} rows are longer than {context:,} tokens"
     if too_long == "drop":
-        raise LlmkitError(reason, "--too-long truncate cuts them")
-    raise LlmkitError(f"{reason}, and cut to that they teach nothing", "use a model with a longer context")
+        raise LlmkitError(reason, "use --too-long truncate to cut them")
+    raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", "use a model with a longer context")
 
 
 def _end_of_text(files: Mapping[str, str]) -> int:
     name = special_tokens(files).get("eos_token", "")
-    known = special_contents(files)
-    if name not in known:
-        raise RowError("the tokenizer has no end-of-text token, which plain text has to end in")
-    return known[name]
+    ids = special_contents(files)
+    if name not in ids:
+        raise RowError("the tokenizer has no end-of-text token, which has to follow plain text")
+    return ids[name]

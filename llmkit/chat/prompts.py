@@ -2,13 +2,14 @@
 
 | row | prompt |
 |---|---|
-| `{"messages"}`, `{"conversations"}`, `{"instruction", "input"?}` | the conversation up to its last question, in the model's chat template |
-| `{"prompt"}` as a list of messages | likewise |
-| `{"prompt"}` as a string | that text; with `chat=True` what a user says, in the template |
-| `{"text"}` (any text field) | likewise |
+| any chat schema of `chat.rows`, even without its answer | the conversation up to its last question, in the template |
+| `{"prompt"}` as a list of messages | the same |
+| `{"prompt"}` as a string | that text; with `chat=True` it is a user's message, in the template |
+| `{"text"}` (any text field) | the same |
 
-What comes out is `{id?, prompt, completion, completions, ...}`: the prompt as text or messages, the first completion, all of them, and the row's
-other fields. An answer that the row brought along (its `completion` or `output`, or the assistant's last message) becomes `reference`.
+An output row is `{id?, prompt, completion, completions, ...}`: the prompt as text or messages, the first
+completion, all completions, and the row's other fields. An answer already in the row (its `completion` or
+`output`, or the last assistant message) becomes `reference`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from llmkit.chat.rows import Messages, RowError, to_conversation
+from llmkit.chat.rows import CONVERSATIONS, Messages, RowError, Schema, to_conversation
 from llmkit.chat.templates import render, tokenizer_of
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
@@ -26,103 +27,117 @@ from llmkit.model.generate import generate
 from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.seeds import derive
 
-ALPACA = ("instruction", "input", "system")
-WRITTEN = ("prompt", "completion", "completions")
+CHAT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.name and not schema.plain]
+# Input fields that never pass through: those that an output row has itself, and whole conversations.
+REPLACED = ("prompt", "completion", "completions", "messages", "conversations")
 
 
 @dataclass(slots=True)
 class Prompt:
-    """One prompt: what was asked (text or messages), its tokens, and the row's other fields."""
+    """One prompt: its content (text or messages), its token ids, and the row's other fields."""
 
-    asked: str | Messages
+    content: str | Messages
     tokens: list[int]
-    rest: dict[str, Any] = field(default_factory=dict)
+    other_fields: dict[str, Any] = field(default_factory=dict)
 
     def row(self, completions: Sequence[str]) -> dict[str, Any]:
         """The row that `generate` writes."""
-        named = {key: value for key, value in self.rest.items() if key == "id"}
-        answer = {"prompt": self.asked, "completion": completions[0], "completions": list(completions)}
-        return named | answer | {key: value for key, value in self.rest.items() if key != "id"}
+        id_field = {key: value for key, value in self.other_fields.items() if key == "id"}
+        result = {"prompt": self.content, "completion": completions[0], "completions": list(completions)}
+        return id_field | result | {key: value for key, value in self.other_fields.items() if key != "id"}
 
 
 def read_prompt(
     fields: Mapping[str, Any], files: Mapping[str, str], *, chat: bool = False, text_key: str = "text"
 ) -> Prompt:
-    """The prompt in one row; RowError names the field that is missing or wrong."""
-    asked: str | Messages
+    """The prompt in one row; RowError names the field that is missing or malformed."""
+    content: str | Messages
     tools, reference = None, None
     used: tuple[str, ...]
-    if "messages" in fields or "conversations" in fields:
-        conversation = to_conversation(fields)
-        asked, tools, used = conversation.messages, conversation.tools, ("messages", "conversations", "tools")
-        while asked and asked[-1]["role"] == "assistant":
-            reference = asked.pop()["content"]
-    elif "instruction" in fields:
-        request = {key: fields[key] for key in ALPACA if key in fields}
-        asked, reference = to_conversation(request | {"output": ""}).messages[:-1], fields.get("output")
-        used = (*ALPACA, "output")
+    if schema := next((s for s in CHAT_SCHEMAS if all(name in fields for name in s.question)), None):
+        content, tools, reference = _question(fields, schema)
+        used = (*schema.fields, *schema.optional)
     elif "prompt" in fields:
-        prompt = fields["prompt"]
-        asked, used = prompt, ("prompt", "completion")
-        if not isinstance(prompt, str):
-            conversation = to_conversation({"messages": prompt, "tools": fields.get("tools")})
-            asked, tools, used = conversation.messages, conversation.tools, (*used, "tools")
+        content, used = fields["prompt"], ("prompt", "completion")
+        if not isinstance(content, str):
+            conversation = to_conversation({"messages": content, "tools": fields.get("tools")})
+            content, tools, used = conversation.messages, conversation.tools, (*used, "tools")
         reference = fields.get("completion")
         if reference is None:
             reference, used = fields.get("output"), (*used, "output")
     elif isinstance(fields.get(text_key), str):
-        asked, used = fields[text_key], (text_key,)
+        content, used = fields[text_key], (text_key,)
     else:
-        known = ", ".join(fields) or "none"
-        raise RowError(f"no field 'messages', 'prompt', 'instruction' or {text_key!r} (fields: {known})")
-    if chat and isinstance(asked, str):
-        asked = [{"role": "user", "content": asked}]
-    if isinstance(asked, list) and not asked:
+        names = ", ".join(repr(s.question[0]) for s in CHAT_SCHEMAS)
+        present = ", ".join(fields) or "none"
+        raise RowError(f"no field {names}, 'prompt' or {text_key!r} (fields: {present})")
+    if chat and isinstance(content, str):
+        content = [{"role": "user", "content": content}]
+    if isinstance(content, list) and not content:
         raise RowError("the conversation holds no question")
-    rest = {key: value for key, value in fields.items() if key not in (*WRITTEN, *used)}
+    other_fields = {key: value for key, value in fields.items() if key not in (*REPLACED, *used)}
     if reference is not None:
-        rest["reference"] = reference
+        other_fields["reference"] = reference
     try:
-        return Prompt(asked, encode(asked, files, tools), rest)
+        return Prompt(content, encode(content, files, tools), other_fields)
     except LlmkitError as error:  # a conversation that the template refuses
         raise RowError(f"{error.message} ({error.hint})") from error
 
 
+def _question(fields: Mapping[str, Any], schema: Schema) -> tuple[Messages, list[dict[str, Any]] | None, Any]:
+    """The messages of a conversation without its answer, its tools, and the answer."""
+    question = {name: fields[name] for name in (*schema.question, *schema.optional) if name in fields}
+    if schema.answer:  # an empty one completes the schema, and is removed again below
+        question[schema.answer] = ""
+    conversation = to_conversation(question)
+    messages, reference = conversation.messages, None
+    while messages and messages[-1]["role"] == "assistant":
+        reference = messages.pop()["content"]
+    return messages, conversation.tools, fields.get(schema.answer) if schema.answer else reference
+
+
 def encode(
-    asked: str | Sequence[Mapping[str, Any]], files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None = None
+    content: str | Sequence[Mapping[str, Any]],
+    files: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
-    """Token ids of a prompt. Text gets the special tokens that the tokenizer puts in front; a conversation those of its template."""
-    text = asked if isinstance(asked, str) else render(asked, files, True, tools)
-    return list(tokenizer_of(files).encode(text, add_special_tokens=isinstance(asked, str)).ids)
+    """Token ids of a prompt. Text gets the special tokens that the tokenizer prepends; a conversation, those of
+    its template.
+    """
+    text = content if isinstance(content, str) else render(content, files, True, tools)
+    return list(tokenizer_of(files).encode(text, add_special_tokens=isinstance(content, str)).ids)
 
 
 def decode(tokens: Sequence[int], prompt: Sequence[int], files: Mapping[str, str]) -> str:
-    """Text of `tokens` as it stands behind `prompt`, without special tokens."""
+    """Text of `tokens` as a continuation of `prompt`, without special tokens."""
     codec = tokenizer_of(files)
-    # Some decoders drop a space at the start of a text, so what comes behind the prompt is cut from the whole.
+    # Some decoders drop a space at the start of a text, so decode with the end of the prompt, then cut that off.
     tail = list(prompt[-8:])
-    before, whole = codec.decode(tail), codec.decode(tail + list(tokens))
-    return str(whole[len(before) :] if whole.startswith(before) else codec.decode(list(tokens)))
+    before, both = codec.decode(tail), codec.decode(tail + list(tokens))
+    return str(both[len(before) :] if both.startswith(before) else codec.decode(list(tokens)))
 
 
-def fit(prompt: Prompt, info: LoadedModel, where: str, keep: int | None = None) -> None:
-    """Make the prompt one that `generate` takes: at least one token, and fewer than the context.
+def fit_context(prompt: Prompt, info: LoadedModel, where: str, reserve: int | None = None) -> None:
+    """Change the prompt to one that `generate` accepts: at least one token, and fewer than the context.
 
-    With `keep` a longer one is cut at the front, so that `keep` tokens fit behind it if that leaves any; else LlmkitError names `where`.
+    With `reserve`, a longer one is cut at the front, to leave room for `reserve` new tokens if possible.
+    Otherwise LlmkitError names `where`.
     """
     limit = info.config.max_position_embeddings
     if not prompt.tokens:
         first = info.config.bos_token_id if info.config.bos_token_id is not None else next(iter(info.stop_ids), None)
         if first is None:
-            raise LlmkitError(f"{where}: empty prompt, and the model has no token to start a text", "give a prompt")
+            raise LlmkitError(
+                f"{where}: empty prompt, and the model has no token that starts a text", "use a prompt with some text"
+            )
         prompt.tokens = [first]
     if len(prompt.tokens) >= limit:
-        if keep is None:
+        if reserve is None:
             raise LlmkitError(
                 f"{where}: prompt of {len(prompt.tokens):,} tokens, the context is {limit:,}",
                 "shorten it, or keep its end with --truncate-prompt",
             )
-        prompt.tokens = prompt.tokens[-max(1, limit - keep) :]
+        prompt.tokens = prompt.tokens[-max(1, limit - reserve) :]
 
 
 def complete(
@@ -136,10 +151,10 @@ def complete(
     stops: Sequence[str] = (),
     **sampling: Any,
 ) -> Iterator[tuple[Prompt, list[str], int]]:
-    """(prompt, its completions, number of new tokens) in order; `batch_size` completions are made at once.
+    """(prompt, its completions, number of new tokens) in order; `batch_size` completions are generated at once.
 
-    `sampling` goes to `llmkit.model.generate`: max_new_tokens, temperature, top_p. A completion's seed depends on `seed`, the number of its
-    prompt and its own number alone.
+    `sampling` is passed to `llmkit.model.generate`: max_new_tokens, temperature, top_p. A completion's seed
+    depends only on `seed`, the number of its prompt, and its number among the completions of that prompt.
     """
     files = info.tokenizer_files
     ended = stop_test(stops, files)
@@ -151,7 +166,7 @@ def complete(
     texts: list[str] = []
     count = 0
     while batch := list(islice(jobs, batch_size)):
-        found = generate(
+        completions = generate(
             model,
             [prompt.tokens for prompt, _ in batch],
             seeds=[seed for _, seed in batch],
@@ -159,26 +174,26 @@ def complete(
             ended=ended,
             **sampling,
         )
-        for (prompt, _), tokens in zip(batch, found, strict=True):
-            texts.append(cut(decode(tokens, prompt.tokens, files), stops))
+        for (prompt, _), tokens in zip(batch, completions, strict=True):
+            texts.append(cut_at_stop(decode(tokens, prompt.tokens, files), stops))
             count += len(tokens)
             if len(texts) == samples:
                 yield prompt, texts, count
                 texts, count = [], 0
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first of the stop strings in it."""
-    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
-    return text[: min(places)] if places else text
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first occurrence of a stop string."""
+    positions = [position for position in (text.find(stop) for stop in stops) if position >= 0]
+    return text[: min(positions)] if positions else text
 
 
 def stop_test(stops: Sequence[str], files: Mapping[str, str]) -> Callable[[list[int]], bool] | None:
-    """A function that says of new tokens whether a stop string is complete at their end; None where there are no stop strings."""
+    """A function that tells whether new tokens end with a complete stop string; None without stop strings."""
     if not stops:
         return None
     codec = tokenizer_of(files)
-    reach = max(len(stop.encode()) for stop in stops) + 4  # a token holds at least a byte
+    reach = max(len(stop.encode()) for stop in stops) + 4  # a token has at least one byte
 
     def complete(tokens: list[int]) -> bool:
         text = codec.decode(tokens[-reach:])

@@ -1,32 +1,29 @@
-"""Rows for fine-tuning and alignment: every schema in common use, turned into lists of messages.
+"""Rows for fine-tuning and alignment: every common schema, converted to lists of messages.
 
-| schema | becomes |
-|---|---|
-| `{"messages": [{"role", "content"}], "tools"?}` | itself |
-| `{"conversations": [{"from": human, gpt, system, function_call or observation, "value"}]}` (ShareGPT) | messages |
-| `{"instruction", "input"?, "output", "system"?}` (Alpaca) | user (instruction, blank line, input), assistant |
-| `{"prompt", "completion"}` as strings | user, assistant; with `template=False` plain text, loss on the completion |
-| `{"prompt", "completion"}` as message lists | their concatenation, loss on the completion only |
-| `{"text"}` | plain text, loss on all of it |
-| `{"prompt"?, "chosen", "rejected"}` as strings or message lists | a preference; without `prompt` the longest common prefix is the prompt |
-| `{"chosen", "rejected"}` with turns as `\\n\\nHuman:` and `\\n\\nAssistant:` in one string (hh-rlhf) | a preference over messages |
-| `{"instruction", "input"?, "chosen", "rejected"}` | a preference |
+Each schema is one function, registered under the fields that identify it. The first schema that matches a row
+converts it. The help of `sft` and `dpo`, the error for a row that matches no schema, and the prompts that
+`generate` accepts are all derived from these two tables:
 
-A row that fits none raises RowError, whose message names the field; `read_rows` turns it into file and line, to stop, skip or quarantine as
-`ReadOptions.on_bad_line` says.
+    CONVERSATIONS   rows for fine-tuning: messages, or plain text
+    PREFERENCES     rows with a chosen and a rejected answer
+
+A row that cannot be converted raises RowError, whose message names the field. `read_rows` adds file and line,
+and stops, skips or quarantines the row as `ReadOptions.on_bad_line` demands.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from llmkit.io.documents import BadLine, Document, DocumentReader
+if TYPE_CHECKING:
+    from llmkit.io.documents import Document, DocumentReader
 
 Row = TypeVar("Row")
+Fields = Mapping[str, Any]
 Messages = list[dict[str, Any]]
 
 ROLES = {
@@ -48,12 +45,14 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class RowError(ValueError):
-    """A row that fits no schema; the message names the field."""
+    """A row that matches no schema, or is malformed; the message names the field."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """One row for fine-tuning: `messages` for the chat template, or plain `text` whose loss starts at character `start`."""
+    """One row for fine-tuning: `messages` for the chat template, or plain `text` whose loss starts at character
+    `start`.
+    """
 
     messages: Messages = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
@@ -63,7 +62,7 @@ class Conversation:
 
 @dataclass(slots=True)
 class Preference:
-    """A prompt, and two continuations of which the first is better."""
+    """A prompt and two continuations, the first of which is preferred."""
 
     prompt: Messages
     chosen: Messages
@@ -71,8 +70,59 @@ class Preference:
     tools: list[dict[str, Any]] | None = None
 
 
-def read_rows(reader: DocumentReader, convert: Callable[[Mapping[str, Any]], Row]) -> Iterator[tuple[Document, Row]]:
-    """Every row of `reader` with what `convert` makes of its fields; rows that `convert` refuses are dealt with like bad lines."""
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """One form of row. It matches rows that have all of `fields` and meet `condition`, if there is one.
+
+    `name` is what help calls such rows; a schema without a name only explains why its rows are refused.
+    `optional` fields are read if present. `answer` names the field with the assistant's answer, which
+    `generate` does not need; without it, the answer is the last message. Strings of a schema with `plain` may
+    be plain text instead of messages.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    convert: Callable[..., Any]
+    optional: tuple[str, ...] = ()
+    answer: str = ""
+    plain: bool = False
+    condition: Callable[[Fields], bool] | None = None
+
+    def matches(self, fields: Fields) -> bool:
+        return all(name in fields for name in self.fields) and (self.condition is None or self.condition(fields))
+
+    @property
+    def question(self) -> tuple[str, ...]:
+        """The fields that are needed for a prompt: all but the answer."""
+        return tuple(name for name in self.fields if name != self.answer)
+
+
+CONVERSATIONS: list[Schema] = []  # in the order in which they are tried
+PREFERENCES: list[Schema] = []
+
+
+def _schema(table: list[Schema], name: str, *fields: str, **options: Any) -> Callable[[Row], Row]:
+    """Decorator: add a schema whose rows the function converts."""
+
+    def register(convert: Row) -> Row:
+        table.append(Schema(name, fields, convert, **options))  # type: ignore[arg-type]
+        return convert
+
+    return register
+
+
+def schema_names(table: Iterable[Schema]) -> str:
+    """The schemas of a table as help lists them: `a, b or c`."""
+    *names, last = [schema.name for schema in table if schema.name]
+    return f"{', '.join(names)} or {last}"
+
+
+def read_rows(reader: DocumentReader, convert: Callable[[Fields], Row]) -> Iterator[tuple[Document, Row]]:
+    """Every row of `reader`, with its fields as converted by `convert`. Rows for which that raises RowError are
+    treated like bad lines.
+    """
+    from llmkit.io.documents import BadLine
+
     for document in reader.documents():
         try:
             yield document, convert(document.fields)
@@ -80,53 +130,40 @@ def read_rows(reader: DocumentReader, convert: Callable[[Mapping[str, Any]], Row
             reader.accept([BadLine(document.file, document.line, str(error), document.raw)])
 
 
-def to_conversation(fields: Mapping[str, Any], template: bool = True) -> Conversation:
-    """The conversation in one row. `template=False`: prompt and completion strings are plain text instead of turns."""
+def to_conversation(fields: Fields, template: bool = True) -> Conversation:
+    """The conversation in one row. With `template=False`, prompt and completion strings are plain text instead
+    of turns.
+    """
     tools = _tools(fields)
-    if "messages" in fields:
-        return Conversation(_messages(fields["messages"], "messages"), tools)
-    if "conversations" in fields:
-        return Conversation(_messages(fields["conversations"], "conversations"), tools)
-    if "label" in fields and "completion" in fields:
-        raise RowError("field 'label': an unpaired preference row, which fine-tuning has no use for")
-    if "chosen" in fields and "rejected" in fields:
-        raise RowError("fields 'chosen' and 'rejected': a preference row; `llmkit dpo` takes these")
-    if "prompt" in fields and "completion" in fields:
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if not template:
-                return Conversation(text=prompt + completion, start=len(prompt))
-            return Conversation([_turn("user", prompt), _turn("assistant", completion)], tools)
-        before = [message | {"train": False} for message in _side(prompt, "prompt", "user")]
-        return Conversation(before + _side(completion, "completion", "assistant"), tools)
-    if "instruction" in fields and "output" in fields:
-        return Conversation([*_alpaca(fields), _turn("assistant", _string(fields, "output"))], tools)
-    if "text" in fields:
-        return Conversation(text=_string(fields, "text"))
-    raise RowError(
-        "no schema fits; looked for 'messages', 'conversations', 'prompt' and 'completion', 'instruction' and 'output', 'text'"
-        f" (fields: {', '.join(fields) or 'none'})"
-    )
+    for schema in CONVERSATIONS:
+        if schema.matches(fields):
+            conversation: Conversation = schema.convert(fields, template)
+            if conversation.text is None:
+                conversation.tools = tools
+            return conversation
+    known = ", ".join(" and ".join(map(repr, schema.fields)) for schema in CONVERSATIONS if schema.name)
+    raise RowError(f"no schema fits; looked for {known} (fields: {', '.join(fields) or 'none'})")
 
 
-def to_preference(fields: Mapping[str, Any]) -> Preference:
+def to_preference(fields: Fields) -> Preference:
     """The preference in one row. The two continuations differ, and neither is empty."""
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise RowError(f"no field {name!r} (fields: {', '.join(fields) or 'none'})")
-    chosen, rejected = fields["chosen"], fields["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    if isinstance(fields["chosen"], str) != isinstance(fields["rejected"], str):
         raise RowError("'chosen' and 'rejected' are not both strings or both lists of messages")
-    if isinstance(chosen, str):
-        prompt, better, worse = _from_strings(fields, chosen, rejected)
+    for schema in PREFERENCES:
+        if schema.matches(fields):
+            prompt, chosen, rejected = schema.convert(fields)
+            break
     else:
-        prompt, better, worse = _from_messages(fields, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
-    if better == worse:
+        raise RowError("field 'prompt' is neither a string nor a list of messages")
+    if chosen == rejected:
         raise RowError("'chosen' and 'rejected' are equal")
-    for name, side in (("chosen", better), ("rejected", worse)):
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in side):
-            raise RowError(f"field {name!r}: nothing that the assistant says after the common prompt")
-    return Preference(prompt, better, worse, _tools(fields))
+            raise RowError(f"field {name!r}: no assistant message after the common prompt")
+    return Preference(prompt, chosen, rejected, _tools(fields))
 
 
 def common_length(a: str, b: str) -> int:
@@ -136,40 +173,161 @@ def common_length(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# ---- inside
+# ---- schemas for fine-tuning
 
 
-def _from_strings(fields: Mapping[str, Any], chosen: str, rejected: str) -> tuple[Messages, Messages, Messages]:
-    prompt = fields.get("prompt")
-    if chosen.lstrip().startswith("Human:") and HH_TURN.search("\n\n" + chosen.lstrip()):
-        return _from_messages({}, _hh_turns(chosen, "chosen"), _hh_turns(rejected, "rejected"))
-    if isinstance(prompt, list):
-        before = _messages(prompt, "prompt")
-    elif isinstance(prompt, str):
-        before = _hh_turns(prompt, "prompt") if prompt.lstrip().startswith("Human:") else [_turn("user", prompt)]
-        if before[-1] == _turn("assistant", ""):  # hh prompts end in "Assistant:"
-            before.pop()
-    elif "instruction" in fields:
-        before = _alpaca(fields)
-    elif prompt is None:
-        common = chosen[: common_length(chosen, rejected)]
-        common = common[: max(common.rfind(" "), common.rfind("\n")) + 1]  # whole words
-        if not common.strip():
-            raise RowError("no field 'prompt', and 'chosen' and 'rejected' have no common beginning")
-        before = [_turn("user", common.rstrip())]
-        chosen, rejected = chosen[len(common) :], rejected[len(common) :]
-    else:
-        raise RowError("field 'prompt' is neither a string nor a list of messages")
-    return before, [_turn("assistant", chosen)], [_turn("assistant", rejected)]
+@_schema(CONVERSATIONS, "messages", "messages", optional=("tools",))
+def _from_messages(fields: Fields, template: bool) -> Conversation:
+    """`{"messages": [{"role", "content"}], "tools"?}`"""
+    return Conversation(_messages(fields["messages"], "messages"))
 
 
-def _from_messages(
-    fields: Mapping[str, Any], chosen: Messages, rejected: Messages
-) -> tuple[Messages, Messages, Messages]:
-    """Sides that begin with the assistant continue `prompt`; others hold the prompt themselves, as their longest common prefix."""
+@_schema(CONVERSATIONS, "ShareGPT conversations", "conversations", optional=("tools",))
+def _from_sharegpt(fields: Fields, template: bool) -> Conversation:
+    """`{"conversations": [{"from", "value"}]}`, from human, gpt, system, function_call or observation."""
+    return Conversation(_messages(fields["conversations"], "conversations"))
+
+
+@_schema(CONVERSATIONS, "", "completion", "label")
+def _refuse_unpaired(fields: Fields, template: bool) -> Conversation:
+    raise RowError("field 'label': an unpaired preference row, which cannot be used for fine-tuning")
+
+
+@_schema(CONVERSATIONS, "", "chosen", "rejected")
+def _refuse_preference(fields: Fields, template: bool) -> Conversation:
+    raise RowError("fields 'chosen' and 'rejected': a preference row, which is input for `llmkit dpo`")
+
+
+@_schema(
+    CONVERSATIONS,
+    "prompts with completions",
+    "prompt",
+    "completion",
+    optional=("tools",),
+    answer="completion",
+    plain=True,
+)
+def _from_prompt(fields: Fields, template: bool) -> Conversation:
+    """`{"prompt", "completion"}`: strings become a user and an assistant turn, or with `template=False` plain
+    text with the loss on the completion. Message lists are joined, with the loss on the completion only.
+    """
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not template:
+            return Conversation(text=prompt + completion, start=len(prompt))
+        return Conversation([_turn("user", prompt), _turn("assistant", completion)])
+    before = [message | {"train": False} for message in _side(prompt, "prompt", "user")]
+    return Conversation(before + _side(completion, "completion", "assistant"))
+
+
+@_schema(CONVERSATIONS, "Alpaca instructions", "instruction", "output", optional=("input", "system"), answer="output")
+def _from_alpaca(fields: Fields, template: bool) -> Conversation:
+    """`{"instruction", "input"?, "output", "system"?}`: the user's turn is the instruction, a blank line and
+    the input.
+    """
+    return Conversation([*_alpaca_prompt(fields), _turn("assistant", _string(fields, "output"))])
+
+
+@_schema(CONVERSATIONS, "plain text", "text", plain=True)
+def _from_text(fields: Fields, template: bool) -> Conversation:
+    """`{"text"}`: the loss is on all of it."""
+    return Conversation(text=_string(fields, "text"))
+
+
+# ---- schemas of preferences: to (prompt, chosen, rejected), for rows with two strings or two lists of messages
+
+
+def _strings(fields: Fields) -> bool:
+    return isinstance(fields["chosen"], str)
+
+
+def _holds_hh_turns(fields: Fields) -> bool:
+    if not _strings(fields):
+        return False
+    chosen = fields["chosen"].lstrip()
+    return chosen.startswith("Human:") and HH_TURN.search("\n\n" + chosen) is not None
+
+
+@_schema(PREFERENCES, "turns in one string (hh-rlhf)", "chosen", "rejected", condition=_holds_hh_turns)
+def _from_hh_turns(fields: Fields) -> tuple[Messages, Messages, Messages]:
+    """Whole conversations whose turns start with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
+    chosen, rejected = (_hh_turns(fields[name], name) for name in ("chosen", "rejected"))
+    return _split_prompt(chosen, rejected)
+
+
+@_schema(
+    PREFERENCES,
+    "lists of messages",
+    "chosen",
+    "rejected",
+    optional=("prompt",),
+    condition=lambda fields: not _strings(fields),
+)
+def _from_message_lists(fields: Fields) -> tuple[Messages, Messages, Messages]:
+    """Sides that begin with the assistant continue `prompt`; others include the prompt, as their longest common
+    prefix.
+    """
+    chosen, rejected = (_messages(fields[name], name) for name in ("chosen", "rejected"))
     prompt = fields.get("prompt")
     if prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return _side(prompt, "prompt", "user"), chosen, rejected
+    return _split_prompt(chosen, rejected)
+
+
+@_schema(
+    PREFERENCES,
+    "strings with a prompt",
+    "prompt",
+    "chosen",
+    "rejected",
+    condition=lambda fields: isinstance(fields["prompt"], (str, list)),
+)
+def _from_prompt_and_strings(fields: Fields) -> tuple[Messages, Messages, Messages]:
+    """The prompt is a string, a string of hh-rlhf turns, or a list of messages."""
+    prompt = fields["prompt"]
+    if isinstance(prompt, list):
+        return _messages(prompt, "prompt"), *_answers(fields)
+    before = _hh_turns(prompt, "prompt") if prompt.lstrip().startswith("Human:") else [_turn("user", prompt)]
+    if before[-1] == _turn("assistant", ""):  # hh-rlhf prompts end in "Assistant:"
+        before.pop()
+    return before, *_answers(fields)
+
+
+@_schema(
+    PREFERENCES, "strings with an Alpaca instruction", "instruction", "chosen", "rejected", optional=("input", "system")
+)
+def _from_instruction_and_strings(fields: Fields) -> tuple[Messages, Messages, Messages]:
+    """`{"instruction", "input"?, "chosen", "rejected"}`"""
+    return _alpaca_prompt(fields), *_answers(fields)
+
+
+@_schema(
+    PREFERENCES,
+    "strings with a common beginning",
+    "chosen",
+    "rejected",
+    condition=lambda fields: fields.get("prompt") is None,
+)
+def _from_common_beginning(fields: Fields) -> tuple[Messages, Messages, Messages]:
+    """Without `prompt`, the longest common prefix in whole words is the prompt."""
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    common = chosen[: common_length(chosen, rejected)]
+    common = common[: max(common.rfind(" "), common.rfind("\n")) + 1]  # whole words
+    if not common.strip():
+        raise RowError("no field 'prompt', and 'chosen' and 'rejected' have no common beginning")
+    prompt = [_turn("user", common.rstrip())]
+    return prompt, [_turn("assistant", chosen[len(common) :])], [_turn("assistant", rejected[len(common) :])]
+
+
+# ---- parts of rows
+
+
+def _answers(fields: Fields) -> tuple[Messages, Messages]:
+    return [_turn("assistant", fields["chosen"])], [_turn("assistant", fields["rejected"])]
+
+
+def _split_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
+    """The longest common prefix of two conversations, and the rest of each."""
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
@@ -183,15 +341,15 @@ def _hh_turns(text: str, name: str) -> Messages:
     if pieces[0].strip():
         raise RowError(f"field {name!r}: text before the first 'Human:'")
     turns = [
-        _turn("user" if who == "Human" else "assistant", content.strip())
-        for who, content in zip(pieces[1::2], pieces[2::2], strict=True)
+        _turn("user" if speaker == "Human" else "assistant", content.strip())
+        for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     if not turns:
         raise RowError(f"field {name!r}: no 'Human:' or 'Assistant:' turn")
     return turns
 
 
-def _alpaca(fields: Mapping[str, Any]) -> Messages:
+def _alpaca_prompt(fields: Fields) -> Messages:
     system, extra = fields.get("system"), fields.get("input")
     request = _string(fields, "instruction")
     if isinstance(extra, str) and extra:
@@ -207,16 +365,16 @@ def _turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _string(fields: Mapping[str, Any], name: str) -> str:
+def _string(fields: Fields, name: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise RowError(f"field {name!r} is not a string")
     return value
 
 
-def _tools(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     tools = fields.get("tools")
-    if isinstance(tools, str) and tools:  # datasets that keep one column type hold them as JSON
+    if isinstance(tools, str) and tools:  # datasets with one type per column store them as JSON
         try:
             tools = json.loads(tools)
         except ValueError as error:
@@ -235,41 +393,41 @@ def _messages(value: Any, name: str) -> Messages:
 
 
 def _message(item: Any, where: str) -> dict[str, Any]:
-    """One message with `role` and `content` (text); tool calls, names and weights stay."""
+    """One message with `role` and `content` (text); tool calls, names and weights are kept."""
     if not isinstance(item, dict):
         raise RowError(f"{where} is not an object")
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
         raise RowError(f"{where} has no role")
-    rest = {key: v for key, v in item.items() if key not in ("role", "from", "content", "value") and v is not None}
+    extra = {key: v for key, v in item.items() if key not in ("role", "from", "content", "value") and v is not None}
     content = item.get("content", item.get("value"))
     if isinstance(content, list):  # parts, as in multimodal data
-        content = "".join(_part(part, where) for part in content)
-    if content is None and rest.get("tool_calls"):
+        content = "".join(_text_part(part, where) for part in content)
+    if content is None and extra.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
         raise RowError(f"{where} has no text content")
     if "from" in item and role == "function_call":
-        rest, content = _function_call(content, rest)
-    weight = rest.get("weight")
+        extra, content = _function_call(content, extra)
+    weight = extra.get("weight")
     if weight is not None and (
         isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6
     ):
         raise RowError(f"{where}: weight {weight!r} is not a number from 0 to a million")
-    return {"role": ROLES.get(role, role), "content": content} | rest
+    return {"role": ROLES.get(role, role), "content": content} | extra
 
 
-def _part(part: Any, where: str) -> str:
+def _text_part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise RowError(f"{where} holds a content part that is not text")
 
 
-def _function_call(content: str, rest: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """ShareGPT writes a call as JSON text; where it is not, the text is what the assistant says."""
+def _function_call(content: str, extra: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """ShareGPT stores a call as JSON text; other text is kept as the assistant's content."""
     try:
         call = json.loads(content)
         function = {"name": call["name"], "arguments": call.get("arguments", {})}
     except (ValueError, TypeError, KeyError, AttributeError):
-        return rest, content
-    return rest | {"tool_calls": [{"type": "function", "function": function}]}, ""
+        return extra, content
+    return extra | {"tool_calls": [{"type": "function", "function": function}]}, ""

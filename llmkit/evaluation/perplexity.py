@@ -1,8 +1,8 @@
-"""Perplexity of documents: nats a token, and bits a byte, which compares models of different tokenizers.
+"""Perplexity of documents: nats per token, and bits per byte, which are comparable between tokenizers.
 
-Each document starts anew behind the end-of-text token, and every one of its tokens is predicted once. One that is longer than the context goes
-through in windows that step by `stride` tokens: a token then has at least context - stride tokens before it. Memory is bounded by a buffer of
-windows, whatever the number and length of documents.
+Each document follows an end-of-text token, and each of its tokens is predicted once. A document longer than the
+context is scored in windows that advance by `stride` tokens, so that each token has at least context - stride
+tokens before it. Memory is bounded by a buffer of windows, whatever the number and length of documents.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llmkit.errors import LlmkitError
 from llmkit.evaluation.scoring import score
 from llmkit.model.decoder import Decoder
 
-BUFFER = 512  # windows sorted and batched together
+BUFFER = 512  # windows that are sorted and batched together
 
 
 @dataclass(slots=True)
 class Perplexity:
-    """Sums over documents; the figures are derived from them."""
+    """Sums over documents."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -29,7 +29,7 @@ class Perplexity:
     documents: int = 0
 
     def figures(self) -> dict[str, Any]:
-        """What is reported. `bits_per_byte` is -Σ log2 p over UTF-8 bytes."""
+        """The reported numbers. `bits_per_byte` is -Σ log2 p / UTF-8 bytes."""
         if not self.tokens:
             raise LlmkitError("no text to score", "every document is empty")
         mean = self.nats / self.tokens
@@ -44,9 +44,9 @@ class Perplexity:
 
 
 def windows(tokens: list[int], prefix: int, context: int, stride: int) -> Iterator[tuple[list[int], int]]:
-    """(tokens, n) requests that predict every token of a document once; `prefix` stands before its first."""
+    """(tokens, n) requests that predict each token of a document once; `prefix` is the token before its first."""
     row = [prefix, *tokens]
-    done = 1  # row[:done] needs no prediction (any more)
+    done = 1  # row[:done] is already predicted, or the prefix
     while done < len(row):
         stop = min(len(row), context + 1 if done == 1 else done + stride)
         yield row[max(0, stop - context - 1) : stop], stop - done
@@ -61,16 +61,18 @@ def perplexity(
     stride: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Score texts; `encode` gives their ids, `prefix` is the id that stands before each, `stride` defaults to half the context."""
+    """Score texts. `encode` returns their ids, `prefix` is the id before each, `stride` defaults to half the
+    context; `advance` counts texts.
+    """
     context = model.config.max_position_embeddings
     step = min(stride or max(1, context // 2), context)
     total = Perplexity()
-    held: list[tuple[list[int], int]] = []
+    pending: list[tuple[list[int], int]] = []
 
     def flush() -> None:
-        # fsum: the sum depends on the documents alone, not on how they fell into batches.
-        total.nats += math.fsum(-result.logprob for result in score(model, held))
-        held.clear()
+        # fsum: the sum depends only on the documents, not on how they were batched.
+        total.nats += math.fsum(-result.logprob for result in score(model, pending))
+        pending.clear()
 
     for text in texts:
         tokens = encode(text)
@@ -80,8 +82,8 @@ def perplexity(
         total.tokens += len(tokens)
         total.bytes += len(text.encode())
         for window in windows(tokens, prefix, context, step):
-            held.append(window)
-            if len(held) >= BUFFER:
+            pending.append(window)
+            if len(pending) >= BUFFER:
                 flush()
         if advance:
             advance(1)

@@ -1,9 +1,10 @@
-"""Eight bytes at a time: kernels that look for few bytes among many step over the others in one go.
+"""SIMD within a register: kernels that look for a few bytes among many process eight bytes at a time.
 
-A word of eight bytes is a `uint64`, the first byte lowest. Masks have the highest bit of a byte set where the byte is meant. Functions that
-numba cannot write itself (an unaligned load, counting bits) have a plain twin that runs where nothing is compiled.
+A word of eight bytes is a `uint64` with the first byte lowest. A mask has the highest bit set in each byte that
+it selects. Functions that numba cannot express (an unaligned load, counting bits) have a pure Python twin for
+when JIT compilation is disabled.
 
-Source of the comparisons without branches: Warren, Hacker's Delight, chapter 6.
+The branch-free comparisons are from Warren, Hacker's Delight, chapter 6.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _FROM_MARK = np.uint64((0x80 - 0x21) * 0x0101010101010101)
 _FROM_0, _PAST_9 = (np.uint64(n * 0x0101010101010101) for n in (0x80 - 0x30, 0x7F - 0x39))
 
 
-_emitted: Any = intrinsic  # written in LLVM's terms
+_emitted: Any = intrinsic  # emits LLVM instructions
 
 
 @_emitted
-def _load(_, data, place):  # type: ignore[no-untyped-def]
+def _load(_, data, position):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         address = builder.add(builder.ptrtoint(array.data, ir.IntType(64)), arguments[1])
@@ -45,7 +46,7 @@ def _load(_, data, place):  # type: ignore[no-untyped-def]
 
 
 @_emitted
-def _store(_, data, place, word):  # type: ignore[no-untyped-def]
+def _store(_, data, position, word):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         address = builder.add(builder.ptrtoint(array.data, ir.IntType(64)), arguments[1])
@@ -72,7 +73,7 @@ def _bits(_, word):  # type: ignore[no-untyped-def]
 
 
 @_emitted
-def _prefetch(_, data, place):  # type: ignore[no-untyped-def]
+def _prefetch(_, data, position):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -87,26 +88,26 @@ def _prefetch(_, data, place):  # type: ignore[no-untyped-def]
 
 
 def prefetch(data: Any, i: Any) -> None:
-    """Have the processor bring data[i] nearer, since it will be asked for."""
+    """Prefetch data[i] into the cache."""
 
 
 def load(data: Any, i: Any) -> Any:
-    """data[i:i+8] as one number; zeros stand behind the end of the array."""
+    """data[i:i+8] as one number; bytes past the end of the array read as zero."""
     return np.uint64(int.from_bytes(bytes(data[i : i + 8]), "little"))
 
 
 def store(data: Any, i: Any, word: Any) -> None:
-    """data[i:i+8] = word; they have to be there."""
+    """data[i:i+8] = word; the range must be inside the array."""
     data[i : i + 8] = np.frombuffer(int(word).to_bytes(8, "little"), np.uint8)
 
 
 def first(mask: Any) -> Any:
-    """Number, 0 to 7, of the first byte meant by a mask; 8 for none."""
+    """Index, 0 to 7, of the first byte that a mask selects; 8 if there is none."""
     return ((int(mask) & -int(mask)).bit_length() + 63) % 64 // 8 if mask else 8
 
 
 def count(mask: Any) -> Any:
-    """How many bytes a mask means."""
+    """Number of bytes that a mask selects."""
     return int(mask).bit_count()
 
 
@@ -156,7 +157,7 @@ def below(k):  # type: ignore[no-untyped-def]
 
 @kernel
 def equal(word, wanted):  # type: ignore[no-untyped-def]
-    """Mask of the bytes in which two words are equal."""
+    """Mask of the bytes that are equal in two words."""
     other = word ^ wanted
     return ~(((other & LOW) + LOW) | other) & HIGH
 
@@ -172,32 +173,34 @@ def letters_and_digits(word):  # type: ignore[no-untyped-def]
 
 @kernel
 def continuations(word):  # type: ignore[no-untyped-def]
-    """Mask of the bytes 10xxxxxx, which begin no character."""
+    """Mask of the continuation bytes 10xxxxxx."""
     return word & ~(word << ONE) & HIGH
 
 
 @kernel
 def visible(word):  # type: ignore[no-untyped-def]
-    """Mask of the ASCII characters that are no spaces or controls."""
+    """Mask of the ASCII characters other than spaces and controls."""
     low = word & LOW
     return (low + _FROM_MARK) & ~(low + ONES) & ~word & HIGH
 
 
 @kernel
 def find(data, start, stop, wanted):  # type: ignore[no-untyped-def]
-    """First place in data[start:stop] of a byte that `wanted` repeats eight times; `stop` if there is none."""
+    """Index in data[start:stop] of the first byte equal to the one that `wanted` repeats eight times; `stop` if
+    there is none.
+    """
     i = start
     while i < stop:
-        found = equal(load(data, i), wanted)
-        if found:
-            return min(i + first(found), stop)
+        mask = equal(load(data, i), wanted)
+        if mask:
+            return min(i + first(mask), stop)
         i += 8
     return stop
 
 
 @kernel
 def length(data, start, stop):  # type: ignore[no-untyped-def]
-    """Characters in data[start:stop], whole characters of UTF-8."""
+    """Number of characters in data[start:stop], which holds whole UTF-8 characters."""
     characters = stop - start
     i = start
     while i + 8 <= stop:
@@ -209,8 +212,8 @@ def length(data, start, stop):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def copy(data, start, stop, out, place):  # type: ignore[no-untyped-def]
-    """out[place:] = data[start:stop]; up to eight bytes behind that, which have to be there, are written over."""
+def copy(data, start, stop, out, position):  # type: ignore[no-untyped-def]
+    """out[position:] = data[start:stop]. Up to eight bytes after that are overwritten, and must be inside the array."""
     for i in range(start, stop, 8):
-        store(out, place, load(data, i))
-        place += 8
+        store(out, position, load(data, i))
+        position += 8

@@ -1,6 +1,6 @@
-"""How kernels step through UTF-8, and 64-bit hashes of its bytes.
+"""UTF-8 decoding for kernels, and 64-bit hashes of bytes.
 
-Texts are `uint8[bytes]` of valid UTF-8; nothing here looks outside of the character or the bytes that it is asked about.
+Texts are `uint8[bytes]` of valid UTF-8. No function reads outside the character or the range that it is called for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Bytes = NDArray[np.uint8]
 
 @inner
 def decode(data, i):  # type: ignore[no-untyped-def]
-    """(code point, bytes it takes) at byte `i` of valid UTF-8."""
+    """(code point, length in bytes) of the character at byte `i`."""
     first = np.int64(data[i])
     if first < 0x80:
         return first, 1
@@ -29,21 +29,21 @@ def decode(data, i):  # type: ignore[no-untyped-def]
 
 @kernel
 def start_of(data, i):  # type: ignore[no-untyped-def]
-    """First byte of the character that holds byte `i`."""
+    """Index of the first byte of the character that byte `i` belongs to."""
     while data[i] & 0xC0 == 0x80:
         i -= 1
     return i
 
 
-HASH_START = np.uint64(0xCBF29CE484222325)  # FNV-1a, 64 bits, with a finish that spreads it over all bits
+HASH_START = np.uint64(0xCBF29CE484222325)  # 64-bit FNV-1a, with a finaliser that mixes all bits
 HASH_PRIME = np.uint64(0x100000001B3)
-MIX_A = np.uint64(0xFF51AFD7ED558CCD)  # the finish of MurmurHash3
+MIX_A = np.uint64(0xFF51AFD7ED558CCD)  # finaliser of MurmurHash3
 MIX_B = np.uint64(0xC4CEB9FE1A85EC53)
 
 
 @kernel
 def finish(h):  # type: ignore[no-untyped-def]
-    """Spread a hash over all its bits."""
+    """Finalise a hash: mix all its bits."""
     h ^= h >> np.uint64(33)
     h *= MIX_A
     h ^= h >> np.uint64(33)
@@ -53,20 +53,20 @@ def finish(h):  # type: ignore[no-untyped-def]
 
 @kernel
 def extend(h, other):  # type: ignore[no-untyped-def]
-    """Hash of a sequence from that of its beginning and of its next item, both spread over all bits."""
+    """Hash of a sequence, from the hash of its beginning and that of its next item, both finalised."""
     return h * MIX_A + other
 
 
 @kernel
 def hash_eight(h, word):  # type: ignore[no-untyped-def]
-    """A hash of bytes, eight bytes further."""
+    """Update a hash of bytes with the next eight bytes."""
     h = (h ^ word) * MIX_A
     return h ^ h >> np.uint64(32)
 
 
 @kernel
 def hash_rest(h, word):  # type: ignore[no-untyped-def]
-    """A hash of bytes, one to seven bytes further, the last ones."""
+    """Update a hash of bytes with the last one to seven bytes."""
     return (h ^ word) * MIX_A
 
 

@@ -29,6 +29,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_content, digest_stored
 from llmkit.io.inputs import exists, is_remote
 from llmkit.io.record import Input, base_name, parse_record
+from llmkit.io.run_layout import STATE, final_model
 
 # Digests of these cover the bytes as they are stored: a damaged archive needs one too.
 STORED = (
@@ -95,7 +96,7 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     name = str(path)
     if not exists(name):
         raise LlmkitError(f"{name}: no such file or directory", "check the path")
-    artefact = _artefact(Path(path))
+    artefact = final_model(Path(path))
     for format in FORMATS:
         file = format.file(artefact)
         if file:
@@ -113,7 +114,7 @@ def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({
     """
     if is_remote(str(path)):
         return _file_digest(str(path))
-    path = _artefact(Path(path))
+    path = final_model(Path(path))
     return _format_digest(path) or (_directory_digest(path, known) if path.is_dir() else _file_digest(str(path)))
 
 
@@ -129,11 +130,6 @@ def content_digest(path: str | Path) -> str | None:
 def describe_input(path: str | Path, role: str = "input") -> Input:
     """Name, digest and own record of a file or directory."""
     return Input(role, base_name(path), digest_path(path), read_lineage(path))
-
-
-def _artefact(path: Path) -> Path:
-    """The final model of a run; anything else is itself."""
-    return path / "final" if (path / "final").is_dir() else path
 
 
 def _function(name: str) -> Any:
@@ -161,7 +157,7 @@ def _directory_digest(directory: Path, known: Mapping[Path, str]) -> str:
         for file in sorted(directory.rglob("*")):
             parts = file.relative_to(directory).parts
             hidden = any(part.startswith(".") for part in parts)
-            if file.is_file() and not file.is_symlink() and parts[0] != "state" and not hidden:
+            if file.is_file() and not file.is_symlink() and parts[0] != STATE and not hidden:
                 yield f"{'/'.join(parts)}\0{known.get(file) or digest_stored(str(file))}\n".encode()
 
     return digest_bytes(entries())

@@ -7,7 +7,6 @@ originals, which the script takes from a directory by name. Records are untruste
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.io.record import base_name
+from llmkit.io.run_layout import CHECKPOINTS, STEP_PREFIX, parse_step
 from llmkit.lineage.fields import MAX_DEPTH, Record, inputs_of, options_of
 
 # Parameter name -> (flag, negative flag or "", default) of one command's options.
@@ -80,12 +80,13 @@ class _Script:
 
         Runs save a checkpoint every `save_every` steps (0: by default).
         """
-        checkpoint = re.fullmatch(r"step-0*([1-9][0-9]{0,17})", name) if node.get("command") in RUN_COMMANDS else None
-        output = self._output("run" if checkpoint else name)
-        save_every = int(checkpoint[1]) if checkpoint else save_every
+        is_checkpoint = node.get("command") in RUN_COMMANDS and name.startswith(STEP_PREFIX)
+        step = parse_step(name) if is_checkpoint else None
+        output = self._output("run" if step else name)
+        save_every = step or save_every
         option = f" --save-every {save_every}" if save_every else ""
         self.lines.append(f"{self._pipeline(node, 0)}{option} -o {output}")
-        return f"{output}/checkpoints/{name}" if checkpoint else output
+        return f"{output}/{CHECKPOINTS}/{name}" if step else output
 
     def _output(self, name: str) -> str:
         """Path of an artefact.
@@ -170,10 +171,7 @@ def _checkpoint_interval(node: Record) -> int:
     """Steps between the checkpoints that a command needs from the runs it reads; 0 where the last ones suffice."""
     options = options_of(node)
     if node.get("command") == "anneal":
-        step = str(options.get("step") or options.get("from_") or "").removeprefix(
-            "step-"
-        )  # from_: before it was renamed
-        return int(step[:18]) if step.isascii() and step.isdigit() else 0
+        return parse_step(str(options.get("step") or options.get("from_") or "")) or 0  # from_: its former name
     steps, last = options.get("steps"), options.get("last")
     if node.get("command") != "average" or not isinstance(steps, list) or not isinstance(last, int) or last < 1:
         return 0

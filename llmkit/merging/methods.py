@@ -1,144 +1,338 @@
-"""Formulas that make one model of several, block by block in float32 numpy.
+"""The merge methods. Each is one entry of METHODS: its help, its options, how the options are checked, and how
+blocks are merged.
 
-Each function takes a block [n] of the same tensor of every model, overwrites it, and returns the merged block, which may be one of those. A task
-vector is what a model has learnt since the model that all started from: τ = θ − base.
+    merge = resolve_merge("ties", 2, density=[0.2])     # numbers of a call, checked, with defaults filled in
+    for block in merged_blocks(models, name, merge): ...
 
-- linear: mean ← mean + share · (θ − mean) over the models in order, with the `shares` of average.py. Equal models give that model to the bit.
-- slerp (Shoemake 1985): the arc between two, sin((1−t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b, Ω the angle between the tensors as vectors.
-- task arithmetic (arXiv:2212.04089): base + λ · Σ w·τ.
-- DARE (arXiv:2311.03099): each element of τ is dropped with probability 1 − density, the others divided by density.
-- TIES (arXiv:2306.01708): of each tensor of τ the elements of largest magnitude stay, a share `density`, the first of those that are equal;
-  each position takes the sign of Σ w·τ, and base + λ · the weighted mean of those elements that have it.
-- DARE with TIES: the dropping of DARE in the place of the trimming.
-
-Only additions, multiplications and comparisons of float32, whose results IEEE 754 fixes, touch the elements: the same bytes on every machine.
-Cost: linear in the elements; TIES reads everything twice and holds one tensor's magnitudes. Figures: tests/bench/average_speed.md.
+The formulas with their sources are in `merging.formulas`. They are imported when blocks are merged, so that
+help can list the methods without numpy.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from llmkit.errors import UsageError, unknown_name
 
-from llmkit.seeds import derive
+if TYPE_CHECKING:
+    import numpy as np
 
-PARALLEL = 0.9995  # |cos Ω| from which the arc is taken for the straight line, whose formula is exact there
+    from llmkit.merging.streams import ModelSet
 
-
-def linear(blocks: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
-    """The running mean; `shares` say how far it moves towards each model."""
-    mean = blocks[0]
-    for block, share in zip(blocks[1:], shares[1:], strict=True):
-        if share == 1:
-            mean = block
-            continue
-        block -= mean
-        block *= np.float32(share)
-        mean += block
-    return mean
+ALIASES = {"exponential": "ema"}
 
 
-def angle_sums(a: np.ndarray, b: np.ndarray, wide: np.ndarray) -> np.ndarray:
-    """a·a, b·b and a·b of two blocks, float64 [3]; their sums over a tensor give `arc`. `wide` is float64 room of the size of a block."""
-    sums = [np.multiply(x, y, out=wide, dtype=np.float64).sum() for x, y in ((a, a), (b, b), (a, b))]
-    return np.array(sums)
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A method with its numbers, resolved for a number of models.
+
+    `weights` are the shares of the running mean (see `shares`) for averages, else one weight per model;
+    `densities` has one entry per model.
+    """
+
+    method: str
+    weights: tuple[float, ...] = ()
+    t: float = 0.5
+    densities: tuple[float, ...] = ()
+    scale: float = 1.0
+    seed: int = 0
 
 
-def arc(sums: np.ndarray, t: float) -> tuple[float, float] | None:
-    """Coefficients of the two models; None where their tensors are all but parallel, or one is zero: then the straight line is meant."""
-    norms = math.sqrt(sums[0]) * math.sqrt(sums[1])
-    cosine = float(sums[2]) / norms if norms else 1.0
-    if abs(cosine) > PARALLEL:
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The numbers of a call; None or empty if not given."""
+
+    weights: Sequence[float] = ()
+    decay: float | None = None
+    t: float | None = None
+    density: Sequence[float] = ()
+    scale: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to merge models.
+
+    `options` are the options of `average` that only some methods take, those among them without which this one
+    cannot work being `required`. `resolve(numbers, count)` checks the numbers of a call for `count` models.
+    `blocks(models, tensor name, merge)` yields the merged tensor.
+    """
+
+    help: str
+    resolve: Callable[[Numbers, int], Merge]
+    blocks: Callable[[ModelSet, str, Merge], Iterator[np.ndarray]]
+    options: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; UsageError with the nearest names if there is none."""
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]
+
+
+def methods_with(option: str) -> list[str]:
+    """Names of the methods that take an option."""
+    return [name for name, method in METHODS.items() if option in method.options]
+
+
+def check_options(method: str, given: Mapping[str, Any]) -> None:
+    """UsageError for an option that `method` does not take; `given` maps options to values, None or [] if
+    absent.
+    """
+    for option, value in given.items():
+        names = methods_with(option)
+        if value is not None and value != [] and method not in names:
+            raise UsageError(f"--{option} only applies to --method {' or '.join(names)}", f"add --method {names[0]}")
+
+
+def check_required(method: str, given: Mapping[str, Any]) -> None:
+    """UsageError for a missing option that `method` requires."""
+    for option in find_method(method).required:
+        if not given[option]:
+            raise UsageError(f"--method {method} needs --{option}", "see --help")
+
+
+def resolve_merge(
+    method: str,
+    count: int,
+    weights: Sequence[float] = (),
+    decay: float | None = None,
+    t: float | None = None,
+    density: Sequence[float] = (),
+    scale: float | None = None,
+    seed: int = 0,
+) -> Merge:
+    """The merge of `count` models that a call describes; UsageError if a number is missing or out of range."""
+    return find_method(method).resolve(Numbers(weights, decay, t, density, scale, seed), count)
+
+
+def merged_blocks(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    """The merged tensor `name`, float32, in blocks of at most `streams.BLOCK` elements; each is valid until the
+    next.
+    """
+    return METHODS[merge.method].blocks(models, name, merge)
+
+
+# ---- averages
+
+
+def shares(method: str, count: int, weights: Sequence[float] = (), decay: float = 0.9) -> list[float]:
+    """How far the running mean moves towards each of `count` models; the first share is 1 (0 for leading models
+    of weight 0).
+
+    1/1, 1/2, 1/3, ... give the mean; wₖ / (w₁ + ... + wₖ) the weighted mean; 1 − d after the first the
+    exponential moving average θ̄ ← d·θ̄ + (1 − d)·θ, which favours the last.
+    """
+    if method == "uniform":
+        return [1 / k for k in range(1, count + 1)]
+    if method == "ema":
+        if not 0 <= decay < 1:
+            raise UsageError(f"--decay {decay} is not between 0 and 1", "0.9 is usual")
+        return [1.0] + [1 - decay] * (count - 1)
+    if method != "weighted":
+        raise unknown_name("method", method, METHODS)
+    if len(weights) != count:
+        raise UsageError(f"{len(weights)} weights for {count} models", "give one weight per model: --weights 1,1,2")
+    total, result = 0.0, []
+    for weight in weights:
+        if not 0 <= weight < float("inf"):
+            raise UsageError(f"weight {weight} is not a finite number of at least 0", "weights are relative: 1,1,2")
+        total += weight
+        result.append(weight / total if total else 0.0)
+    if not total:
+        raise UsageError("all weights are 0", "weights are relative: 1,1,2")
+    return result
+
+
+def _running_mean(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    from llmkit.merging import formulas
+
+    for _, blocks in models.read(name, models.models):
+        yield formulas.linear(blocks, merge.weights)
+
+
+def _resolve_uniform(numbers: Numbers, count: int) -> Merge:
+    return Merge("uniform", tuple(shares("uniform", count)))
+
+
+def _resolve_weighted(numbers: Numbers, count: int) -> Merge:
+    return Merge("weighted", tuple(shares("weighted", count, numbers.weights)))
+
+
+def _resolve_ema(numbers: Numbers, count: int) -> Merge:
+    return Merge("ema", tuple(shares("ema", count, decay=0.9 if numbers.decay is None else numbers.decay)))
+
+
+METHODS["uniform"] = Method("the mean", _resolve_uniform, _running_mean)
+METHODS["weighted"] = Method("the mean with --weights", _resolve_weighted, _running_mean, ("weights",))
+METHODS["ema"] = Method(
+    "start with the first model, move by 1 - DECAY towards each of the others", _resolve_ema, _running_mean, ("decay",)
+)
+
+
+# ---- SLERP
+
+
+def _resolve_slerp(numbers: Numbers, count: int) -> Merge:
+    t = 0.5 if numbers.t is None else numbers.t
+    if count != 2:
+        raise UsageError(f"slerp takes two models, not {count}", "name two; uniform and weighted take any number")
+    if not 0 <= t <= 1:
+        raise UsageError(f"--t {t} is not between 0 and 1", "0 is the first model, 1 the second")
+    return Merge("slerp", t=t)
+
+
+def _slerp(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    import numpy as np
+
+    from llmkit.merging import formulas, streams
+
+    sums, buffer = np.zeros(3), np.empty(streams.BLOCK)
+    for _, (a, b) in models.read(name, models.models):
+        sums += formulas.angle_sums(a, b, buffer[: len(a)])
+    coefficients = formulas.arc(sums, merge.t)
+    for _, (a, b) in models.read(name, models.models):
+        yield formulas.slerp(a, b, coefficients, merge.t)
+
+
+METHODS["slerp"] = Method("the point at --t of the arc between two models", _resolve_slerp, _slerp, ("t",))
+
+
+# ---- sums of task vectors
+
+
+def _task_merge(
+    method: str, numbers: Numbers, count: int, *, density: float | None = None, elects: bool = False
+) -> Merge:
+    """Weights, scale, and densities (default `density`) of a method with a base; methods that elect signs take
+    no negative weights.
+    """
+    scale = 1.0 if numbers.scale is None else numbers.scale
+    if not abs(scale) < float("inf"):
+        raise UsageError(f"--scale {scale} is not a finite number", "1 adds the changes unscaled")
+    weights = _per_model("weight", numbers.weights or [1.0], count, "--weights 1,0.5")
+    if any(not abs(weight) < float("inf") or (elects and weight < 0) for weight in weights):
+        text = ",".join(f"{weight:g}" for weight in weights)
+        raise UsageError(f"weights {text}: not all are finite{' and at least 0' if elects else ''}", "such as 1,0.5")
+    if density is None:
+        return Merge(method, weights, scale=scale)
+    densities = _per_model("density", numbers.density or [density], count, "--density 0.2,0.5")
+    for value in densities:
+        if not 1e-6 <= value <= 1:  # the lower bound is below any useful density, and safe to divide by
+            raise UsageError(
+                f"--density {value:g} is not above 0 and at most 1", "it is the fraction of the changes that is kept"
+            )
+    return Merge(method, weights, densities=densities, scale=scale, seed=numbers.seed)
+
+
+def _per_model(what: str, values: Sequence[float], count: int, example: str) -> tuple[float, ...]:
+    """One number per model, from as many or from one for all."""
+    if len(values) not in (1, count):
+        plural = {"weight": "weights", "density": "densities"}[what]
+        raise UsageError(f"{len(values)} {plural} for {count} models", f"give one {what} per model: {example}")
+    return tuple(values) * (count // len(values))
+
+
+def _task_vectors(models: ModelSet, name: str) -> Iterator[tuple[int, np.ndarray, list[np.ndarray]]]:
+    """(start of the block, base, task vector of each model) of every block of a tensor."""
+    assert models.base is not None
+    for start, (base, *tasks) in models.read(name, [models.base, *models.models]):
+        for task in tasks:
+            task -= base
+        yield start, base, tasks
+
+
+def _task_arithmetic(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    from llmkit.merging import formulas
+
+    for _, base, tasks in _task_vectors(models, name):
+        yield formulas.task_arithmetic(tasks, base, merge.weights, merge.scale)
+
+
+def _ties(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    from llmkit.merging import formulas
+
+    thresholds = [_trim_threshold(models, name, i, density) for i, density in enumerate(merge.densities)]
+    for _, base, tasks in _task_vectors(models, name):
+        for i, task in enumerate(tasks):
+            if (limit := thresholds[i]) is not None:
+                thresholds[i] = (limit[0], formulas.trim(task, *limit))
+        yield formulas.elect(tasks, base, merge.weights, merge.scale)
+
+
+def _trim_threshold(models: ModelSet, name: str, index: int, density: float) -> tuple[float, int] | None:
+    """`formulas.trim_threshold` of one model's task vector, from a pass over the tensor; None if nothing is
+    trimmed.
+    """
+    import numpy as np
+
+    from llmkit.merging import formulas
+
+    assert models.base is not None
+    if density == 1 or not models.layout[name].count:
         return None
-    angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    magnitudes = np.empty(models.layout[name].count, np.float32)
+    for start, (base, task) in models.read(name, [models.base, models.models[index]]):
+        task -= base
+        np.abs(task, out=magnitudes[start : start + len(task)])
+    return formulas.trim_threshold(magnitudes, density)
 
 
-def slerp(a: np.ndarray, b: np.ndarray, coefficients: tuple[float, float] | None, t: float) -> np.ndarray:
-    """Between `a` (t = 0) and `b` (t = 1)."""
-    if coefficients is None:
-        return linear((a, b), (1.0, t))
-    a *= np.float32(coefficients[0])
-    b *= np.float32(coefficients[1])
-    a += b
-    return a
+def _dare(models: ModelSet, name: str, merge: Merge) -> Iterator[np.ndarray]:
+    from llmkit.merging import formulas
+
+    join = formulas.elect if merge.method == "dare-ties" else formulas.task_arithmetic
+    for start, base, tasks in _task_vectors(models, name):
+        for i, task in enumerate(tasks):
+            formulas.drop(task, merge.densities[i], merge.seed, name, i, start)
+        yield join(tasks, base, merge.weights, merge.scale)
 
 
-def task_arithmetic(
-    tasks: Sequence[np.ndarray], base: np.ndarray, weights: Sequence[float], scale: float
-) -> np.ndarray:
-    """base + scale · Σ weight · task."""
-    total = _weighted_sum(tasks, weights)
-    total *= np.float32(scale)
-    total += base
-    return total
+METHODS["task"] = Method(
+    "add to --base what each model changed, times its weight",
+    lambda numbers, count: _task_merge("task", numbers, count),
+    _task_arithmetic,
+    ("weights", "scale", "base"),
+    ("base",),
+)
+METHODS["ties"] = Method(
+    "add only the largest changes (--density, default 0.2), where most agree in sign",
+    lambda numbers, count: _task_merge("ties", numbers, count, density=0.2, elects=True),
+    _ties,
+    ("weights", "density", "scale", "base"),
+    ("base",),
+)
+METHODS["dare"] = Method(
+    "add a random fraction of the changes (--density, default 0.5; --seed), scaled up in proportion",
+    lambda numbers, count: _task_merge("dare", numbers, count, density=0.5),
+    _dare,
+    ("weights", "density", "scale", "base"),
+    ("base",),
+)
+METHODS["dare-ties"] = Method(
+    "dare, then only where most agree in sign",
+    lambda numbers, count: _task_merge("dare-ties", numbers, count, density=0.5, elects=True),
+    _dare,
+    ("weights", "density", "scale", "base"),
+    ("base",),
+)
 
 
-def elect(tasks: Sequence[np.ndarray], base: np.ndarray, weights: Sequence[float], scale: float) -> np.ndarray:
-    """base + scale · the weighted mean of those elements of the tasks that have the sign of their weighted sum (TIES)."""
-    for task, weight in zip(tasks, weights, strict=True):
-        task *= np.float32(weight)
-    total = tasks[0].copy()
-    for task in tasks[1:]:
-        total += task
-    positive = total >= 0
-    total.fill(0)
-    share = np.zeros_like(total)
-    for task, weight in zip(tasks, weights, strict=True):
-        agrees = (task > 0) == positive
-        agrees &= task != 0
-        task *= agrees
-        total += task
-        share += agrees * np.float32(weight)
-    np.maximum(share, np.float32(1e-30), out=share)  # where none agrees, 0 is divided
-    total /= share
-    total *= np.float32(scale)
-    total += base
-    return total
+# ---- greedy soup: a mean of the models that `merging.greedy_soup` selects
 
 
-def _weighted_sum(tasks: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Σ weight · task, in the room of the first."""
-    for task, weight in zip(tasks, weights, strict=True):
-        task *= np.float32(weight)
-    for task in tasks[1:]:
-        tasks[0] += task  # type: ignore[misc]
-    return tasks[0]
-
-
-def least_kept(magnitudes: np.ndarray, density: float) -> tuple[float, int]:
-    """The least magnitude that stays where the largest do, a share `density` (one at least), and how many elements of just that magnitude do.
-
-    Reorders `magnitudes`, which must not be empty.
-    """
-    kept = max(1, int(density * len(magnitudes)))
-    magnitudes.partition(len(magnitudes) - kept)
-    least = magnitudes[-kept]
-    return float(least), kept - int(np.count_nonzero(magnitudes[-kept:] > least))
-
-
-def trim(task: np.ndarray, least: float, equal: int) -> int:
-    """Set the elements of a task vector that are smaller than `least` to 0, and those as large after the first `equal`.
-
-    Returns how many of these are left for the blocks that follow. (Of weights stored in bfloat16 many changes are of one size.)
-    """
-    size = np.abs(task)
-    stays = size >= np.float32(least)
-    ties = np.flatnonzero(size == np.float32(least))
-    stays[ties[equal:]] = False
-    task *= stays
-    return max(0, equal - len(ties))
-
-
-def drop(task: np.ndarray, density: float, seed: int, name: str, model: int, start: int) -> None:
-    """Set elements to 0 with probability 1 − density, and divide the others by density.
-
-    Which ones is a function of seed, tensor, model's place in the call, and the block's place `start` in the tensor: the same on every
-    machine, and for any part of the work alone. (The raw bits of a numpy generator are fixed for good; its distributions are not.)
-    """
-    bits = np.random.SFC64(derive(seed, "dare", name, model, start)).random_raw((len(task) + 1) // 2)
-    drawn = np.asarray(bits, dtype="<u8").view("<u4")[: len(task)]
-    task *= drawn < round(density * 2**32)  # at density 1 every number of 32 bits is smaller
-    task *= np.float32(1 / density)
+METHODS["greedy"] = Method(
+    "take the models from best to worst by loss on --heldout; keep each that does not make the mean worse",
+    lambda numbers, count: Merge("greedy", tuple(shares("uniform", count))),
+    _running_mean,
+    ("heldout",),
+    ("heldout",),
+)

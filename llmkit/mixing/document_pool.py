@@ -1,7 +1,8 @@
-"""Documents kept on disk so that they can be written in any order: what `mix` needs of sources that are not token shards.
+"""Documents spooled to disk so that they can be written in any order, for mixes of sources that are not token shards.
 
-Lines go as they are into one temporary file, which no one else sees; memory holds 24 bytes a document. Their lengths in tokens are those of
-a tokenizer, or a quarter of their UTF-8 bytes (rounded up), which is about right for English and a BPE vocabulary.
+Lines are copied unchanged into one anonymous temporary file; memory holds 24 bytes per document. Lengths in
+tokens come from a tokenizer, or are estimated as a quarter of the UTF-8 bytes, rounded up, which is about right
+for English and a BPE vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from llmkit.mixing.order import Order
 
 BYTES_PER_TOKEN = 4
-Count = Callable[[list[str]], list[int]]  # tokens of each text
+CountTokens = Callable[[list[str]], list[int]]  # texts to the number of tokens of each
 
 
 @dataclass(slots=True)
-class Measured:
-    """The documents of one chunk: their lines, the length of each line in bytes and of each text in tokens, and a count that a field holds."""
+class MeasuredChunk:
+    """The documents of one chunk: their lines, the bytes of each line, the tokens of each text, and the value
+    of a count field.
+    """
 
     lines: bytes
     sizes: list[int] = field(default_factory=list)
@@ -38,13 +41,13 @@ class Measured:
     bad: list[BadLine] = field(default_factory=list)
 
 
-def estimate(texts: list[str]) -> list[int]:
-    """Tokens of each text by its bytes alone."""
+def estimate_tokens(texts: list[str]) -> list[int]:
+    """Tokens of each text, estimated from its bytes."""
     return [-(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN) for text in texts]
 
 
-def by_tokenizer(tokenizer: TokenizerInfo) -> Count:
-    """Tokens of each text as `tokenize` makes them, the end of text included."""
+def count_with(tokenizer: TokenizerInfo) -> CountTokens:
+    """A function that counts the tokens of each text as `tokenize` would, the end of text included."""
     from llmkit.tokens.text_encoder import TextEncoder
 
     encode = TextEncoder(tokenizer)
@@ -55,12 +58,12 @@ def by_tokenizer(tokenizer: TokenizerInfo) -> Count:
     return count
 
 
-def measure(chunk: Chunk, options: ReadOptions, count: Count, field: str | None = None) -> Measured:
-    """Work of one worker: parse a chunk, count its tokens, and read the count that `field` holds, 1 where there is none."""
+def measure_chunk(chunk: Chunk, options: ReadOptions, count: CountTokens, field: str | None = None) -> MeasuredChunk:
+    """Parse a chunk, count its tokens, and read the count in `field`, 1 where a document has none (in a worker)."""
     documents, bad = parse(chunk, options)
     lines = [document.encode() for document in documents]
     counts = [document.count(field) for document in documents] if field else []
-    return Measured(
+    return MeasuredChunk(
         b"".join(lines), list(map(len, lines)), count([document.text for document in documents]), counts, bad
     )
 
@@ -69,20 +72,20 @@ class DocumentPool:
     """Lines of several sources on disk, to be read back in an `Order`."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="llmkit-mix-")  # closed with the pool
-        # Where each document of a source starts in the file, and the last ends.
+        self._file = tempfile.TemporaryFile(prefix="llmkit-mix-")  # deleted when the pool is closed
+        # Offsets in the file, by source: the start of each document, and the end of the last.
         self._sources: list[NDArray[np.int64]] = []
         self._written = 0
-        self.counts: list[NDArray[np.int64]] = []  # of each source, empty without a field
+        self.counts: list[NDArray[np.int64]] = []  # by source; empty without a count field
 
-    def add(self, measured: Iterable[Measured]) -> NDArray[np.int64]:
-        """Append one source; returns the length of its documents in tokens."""
+    def add(self, chunks: Iterable[MeasuredChunk]) -> NDArray[np.int64]:
+        """Append one source. Returns the length of each of its documents in tokens, int64 [n]."""
         sizes, tokens, counts = array("q"), array("q"), array("q")
-        for part in measured:
-            self._file.write(part.lines)
-            sizes.extend(part.sizes)
-            tokens.extend(part.tokens)
-            counts.extend(part.counts)
+        for chunk in chunks:
+            self._file.write(chunk.lines)
+            sizes.extend(chunk.sizes)
+            tokens.extend(chunk.tokens)
+            counts.extend(chunk.counts)
         starts = np.concatenate(([self._written], self._written + np.cumsum(np.array(sizes, np.int64)))).astype(
             np.int64
         )
@@ -92,20 +95,20 @@ class DocumentPool:
         return np.array(tokens, np.int64)
 
     def blocks(self, order: Order) -> Iterator[tuple[bytes, int]]:
-        """Lines in order, about 1 MiB at a time, and how many they are."""
+        """Yield the lines in order, about 1 MiB at a time, with the number of lines in each block."""
         self._file.flush()
         if not len(order.document):
             return
         with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            held: list[bytes] = []
+            lines: list[bytes] = []
             size = 0
             for source, document in zip(order.source.tolist(), order.document.tolist(), strict=True):
                 starts = self._sources[source]
                 line = content[int(starts[document]) : int(starts[document + 1])]
-                held.append(line)
+                lines.append(line)
                 size += len(line)
                 if size >= BLOCK:
-                    yield b"".join(held), len(held)
-                    held, size = [], 0
-            if held:
-                yield b"".join(held), len(held)
+                    yield b"".join(lines), len(lines)
+                    lines, size = [], 0
+            if lines:
+                yield b"".join(lines), len(lines)

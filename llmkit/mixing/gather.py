@@ -1,8 +1,11 @@
-"""Documents of mapped token shards in any order, in bulk: what `mix` writes.
+"""Write the documents of memory-mapped token shards in any order, in bulk.
 
-A global shuffle reads every document from another place, so that memory has to be waited for. Positions are computed by numpy for a batch at once,
-tokens and ids copied by one `bytes.join` over views of the mapped files. (numpy's `take` goes token by token and needs an index of each; Arrow's
-joins all files first; what a numba loop saves is about what it takes to load.) Cost: tests/bench/mix_speed.md. Memory: one batch of tokens (see shards.py), and 20 bytes for each document of the sources.
+A global shuffle reads every document from another place, so the cost is waiting for memory. numpy computes the
+positions of a whole batch at once; one `bytes.join` over views of the mapped files copies the tokens, another
+the ids. The alternatives are slower: numpy's `take` copies token by token and needs an index for each, Arrow's
+joins concatenate all files first, and what a numba loop saves is about what it takes to load. Cost:
+tests/bench/mix_speed.md. Memory: one batch of tokens (shards/writer.py), and 20 bytes for each document of the
+sources.
 """
 
 from __future__ import annotations
@@ -25,10 +28,11 @@ if TYPE_CHECKING:
 Numbers = NDArray[np.int64]
 
 
-class Gatherer:
-    """Copies documents of several stores of one tokenizer, which are counted through: those of the second follow those of the first.
+class DocumentGatherer:
+    """Copies documents of several stores with the same tokenizer.
 
-    The number behind the last of them stands for `padding`.
+    Documents are numbered through all stores: those of the second follow those of the first. The number after
+    the last document stands for `padding`.
     """
 
     def __init__(self, stores: Sequence[TokenStore], padding: Tokens) -> None:
@@ -39,9 +43,9 @@ class Gatherer:
         for store in stores:
             table = [names.setdefault(name, len(names)) for name in store.sources]
             codes.append(np.array(table, np.int32)[store.codes])
-            at = 0
+            first = 0
             for tokens, ids, epoch in store.batches():
-                offsets = store.offsets[at : at + len(ids) + 1]
+                offsets = store.offsets[first : first + len(ids) + 1]
                 starts.append((offsets - offsets[0]) * tokens.itemsize)
                 id_offsets, content = string_data(ids)
                 id_starts.append(id_offsets)
@@ -49,7 +53,7 @@ class Gatherer:
                 self._ids.append(content.data)
                 epochs.append(np.zeros(len(ids), np.int32) if epoch is None else as_numpy(epoch))
                 rows.append(len(ids))
-                at += len(ids)
+                first += len(ids)
         codes.append(np.array([names.setdefault(PADDING_SOURCE, len(names))], np.int32))
         starts.append(np.array([0, padding.nbytes]))
         id_starts.append(np.zeros(2, np.int32))
@@ -58,7 +62,7 @@ class Gatherer:
         self._ids.append(memoryview(b""))
         self._dtype = stores[0].dtype
         self._names = list(names)
-        self._firsts = np.cumsum([0, *rows])  # document with which each batch begins
+        self._firsts = np.cumsum([0, *rows])  # first document of each batch
         self._codes, self._epochs, self._starts, self._id_starts = map(
             np.concatenate, (codes, epochs, starts, id_starts)
         )
@@ -66,37 +70,45 @@ class Gatherer:
     def __call__(
         self, documents: Numbers, start: Numbers | int, size: Numbers
     ) -> tuple[Tokens, pa.StringArray, SourceCodes, NDArray[np.int32]]:
-        """Of `documents` [n]: `size` [n] token ids of each from its token `start` on, flat; ids; sources; how often each was seen before [n]."""
+        """Gather `documents` [n]: `size` [n] tokens of each, from its token `start` on.
+
+        Returns the token ids, flat; the document ids; the sources; and the epoch of each document [n].
+        """
         batch = np.searchsorted(self._firsts, documents, side="right") - 1
-        place = documents + batch  # each batch has one start more than documents: where its last one ends
+        index = documents + batch  # a batch has one offset more than documents: the end of its last one
         width = self._dtype.itemsize
-        tokens = _joined(self._tokens, batch, self._starts[place] + start * width, size * width)
-        begin = self._id_starts[place]
-        lengths = self._id_starts[place + 1] - begin
-        ids = string_array(lengths, _joined(self._ids, batch, begin, lengths))
+        tokens = _join_spans(self._tokens, batch, self._starts[index] + start * width, size * width)
+        id_start = self._id_starts[index]
+        lengths = self._id_starts[index + 1] - id_start
+        ids = string_array(lengths, _join_spans(self._ids, batch, id_start, lengths))
         sources = self._codes[documents], self._names
         return np.frombuffer(tokens, self._dtype), ids, sources, self._epochs[documents]
 
 
-def _joined(content: list[memoryview], batch: Numbers, begin: Numbers, size: Numbers) -> bytes:
-    spans = zip(batch.tolist(), begin.tolist(), (begin + size).tolist(), strict=True)
+def _join_spans(content: list[memoryview], batch: Numbers, start: Numbers, size: Numbers) -> bytes:
+    spans = zip(batch.tolist(), start.tolist(), (start + size).tolist(), strict=True)
     return b"".join([content[i][a:b] for i, a, b in spans])
 
 
 def write_ordered(ordered: OrderedTokens, writer: ShardWriter, progress: Callable[[int], object]) -> None:
-    """Write the documents of `ordered` in its order, a batch of the writer at a time; `progress` is told how many each time."""
-    gather = Gatherer(ordered.stores, np.full(ordered.sequence_length or 0, ordered.tokenizer.eos_id, ordered.dtype))
-    # The source of padding is -1, and so its document the one behind the last.
+    """Write the documents of `ordered` in its order, one writer batch at a time.
+
+    `progress` is called with the number of documents in each batch.
+    """
+    gather = DocumentGatherer(
+        ordered.stores, np.full(ordered.sequence_length or 0, ordered.tokenizer.eos_id, ordered.dtype)
+    )
+    # Padding has source -1, which here reads the last base: the number after the last document.
     bases = np.cumsum([0, *(store.documents for store in ordered.stores)])
     order, offsets, first = ordered.order, ordered.offsets, 0
     while first < ordered.documents:
         full = int(np.searchsorted(offsets, offsets[first] + writer.batch_room))
-        behind = min(max(full, first + 1), first + BATCH_DOCUMENTS, ordered.documents)
-        rows = slice(first, behind)
-        sizes = np.diff(offsets[first : behind + 1])
+        stop = min(max(full, first + 1), first + BATCH_DOCUMENTS, ordered.documents)
+        rows = slice(first, stop)
+        sizes = np.diff(offsets[first : stop + 1])
         documents = bases[order.source[rows]] + order.document[rows]
         start = 0 if order.start is None else order.start[rows]
         tokens, ids, sources, epochs = gather(documents, start, sizes)
         writer.extend(tokens, sizes, ids, sources, epochs + order.epoch[rows])
-        progress(behind - first)
-        first = behind
+        progress(stop - first)
+        first = stop

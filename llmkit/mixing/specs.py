@@ -2,15 +2,16 @@
 
 | spec | takes |
 |---|---|
-| `PATH:0.7` | a share by weight of what the other kinds leave of --tokens |
+| `PATH:0.7` | a share, by weight, of what the other kinds leave of --tokens |
 | `PATH:x6` | the whole source six times |
-| `PATH:2B` | so many tokens (suffix k, M, B or T) |
-| `PATH` | by size: all of it, or with --tokens its share of what is left |
+| `PATH:2B` | this many tokens (suffix k, M, B or T) |
+| `PATH` | by size: the whole source, or with --tokens its share of what the others leave |
 
-stdin is `-`, with an amount `/dev/stdin:0.7`, since `-:0.7` would be taken for an option.
+stdin is `-`, or with an amount `/dev/stdin:0.7`, since `-:0.7` would be parsed as an option.
 
-Without --tokens the weights are scaled until the first source is used up, so that none is repeated. Which documents make up a budget, and
-in which order, is decided by mixing/order.py.
+Without --tokens the weights are scaled until the first source is exhausted, so that none is repeated.
+mixing/order.py decides which documents make up a budget, and their order. This module loads neither torch nor
+pyarrow.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from typing import Literal
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-from llmkit.mixing.plan import MOST_TIMES
+from llmkit.mixing.plan import MAX_COPIES
 
 Kind = Literal["size", "weight", "times", "tokens"]
 SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-NUMBER = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
-MOST = 1e30  # so that no product or ratio of amounts and sizes is infinite
-FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (times) or PATH:2B (tokens)"
+AMOUNT = re.compile(r"(x?)([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?|\.[0-9]+)([kKMBGT]?)")
+MAX_AMOUNT = 1e30  # keeps every product and ratio of amounts and sizes finite
+FORMS = "a source is PATH, PATH:0.6 (weight), PATH:x6 (multiplier) or PATH:2B (tokens)"
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """One source as asked for: its path, what the amount means, and the suffix as it was typed ("" or ":0.6")."""
+class SourceSpec:
+    """A requested source: its path, the kind and value of its amount, and the suffix as typed ("" or ":0.6")."""
 
     path: str
     kind: Kind = "size"
@@ -43,61 +44,69 @@ class Spec:
     suffix: str = ""
 
 
-def parse_spec(text: str) -> Spec:
-    """A source of the command line. UsageError where the amount is not a positive number; a path that exists is never cut at its colon."""
+def parse_spec(text: str) -> SourceSpec:
+    """Parse a source from the command line. An existing path is never split at its colon.
+
+    Raises UsageError where the amount is not a positive number.
+    """
     path, colon, amount = text.rpartition(":")
     if not colon or not path or os.path.exists(text) or "/" in amount:
-        return Spec(STDIN if text == STDIN_PATH else text)
+        return SourceSpec(STDIN if text == STDIN_PATH else text)
     kind, value = parse_amount(amount, text)
-    return Spec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
+    return SourceSpec(STDIN if path == STDIN_PATH else path, kind, value, f":{amount}")
 
 
-def parse_amount(amount: str, what: str) -> tuple[Kind, float]:
-    """What `0.6`, `x6` or `2B` asks for; UsageError naming `what` where it is not a positive number."""
-    match = NUMBER.fullmatch(amount)
+def parse_amount(amount: str, context: str) -> tuple[Kind, float]:
+    """Parse `0.6`, `x6` or `2B`. Raises UsageError, prefixed with `context`, where it is not a positive number."""
+    match = AMOUNT.fullmatch(amount)
     if not match or (match[1] and match[3]):
-        raise UsageError(f"{what}: {amount!r} is no amount", FORMS)
+        raise UsageError(f"{context}: {amount!r} is not an amount", FORMS)
     value = float(match[2]) * SUFFIXES.get(match[3], 1)
     if not value:
-        raise UsageError(f"{what}: {amount!r} is not above zero", "leave the source out, or give it a positive amount")
-    if not 1 / MOST <= value <= MOST:
-        raise UsageError(f"{what}: {amount!r} is beyond all measure", f"amounts are from {1 / MOST:g} to {MOST:g}")
+        raise UsageError(
+            f"{context}: {amount!r} is not above zero", "leave the source out, or give it a positive amount"
+        )
+    if not 1 / MAX_AMOUNT <= value <= MAX_AMOUNT:
+        raise UsageError(
+            f"{context}: {amount!r} is out of range", f"amounts are from {1 / MAX_AMOUNT:g} to {MAX_AMOUNT:g}"
+        )
     kind: Kind = "times" if match[1] else "tokens" if match[3] else "weight"
     if kind == "tokens" and round(value) < 1:
-        raise UsageError(f"{what}: {amount!r} is less than a token", FORMS)
+        raise UsageError(f"{context}: {amount!r} is less than one token", FORMS)
     return kind, value
 
 
-def parse_share(text: str) -> float:
-    """The part that `0.5%` or `0.005` is, above 0 and below 1; UsageError otherwise."""
+def parse_fraction(text: str) -> float:
+    """Parse the value of --holdout, `0.5%` or `0.005`. Raises UsageError unless it is above 0 and below 1."""
     try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise UsageError(f"--holdout {text}: no share between 0 and 1", "such as 0.5% or 0.005")
-    return share
+        fraction = math.nan
+    if not 0 < fraction < 1:
+        raise UsageError(f"--holdout {text}: not a fraction between 0 and 1", "such as 0.5% or 0.005")
+    return fraction
 
 
 def parse_weight_map(text: str) -> list[tuple[int, int]]:
-    """(first count, times) of the ranges in `1:1,2-5:2,6-100:3`; a count between or behind them is of the range below it."""
-    found: list[tuple[int, int]] = []
+    """Parse `1:1,2-5:2` into (first count, copies) pairs; a count outside all ranges belongs to the range below."""
+    ranges: list[tuple[int, int]] = []
     last = 0
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?:(\d{1,18})\s*", part, re.ASCII)
-        low, high, times = (int(match[1]), int(match[2] or match[1]), int(match[3])) if match else (0, 0, 0)
-        if not last < low <= high or not 1 <= times <= MOST_TIMES:
+        low, high, copies = (int(match[1]), int(match[2] or match[1]), int(match[3])) if match else (0, 0, 0)
+        if not last < low <= high or not 1 <= copies <= MAX_COPIES:
             raise UsageError(
-                f"--weight-map: {part!r} is no range with its times",
-                f"rising ranges such as 1:1,2-5:2,6-100:3; from 1 to {MOST_TIMES} times",
+                f"--weight-map: {part!r} is not a range with a number of copies",
+                f"ascending ranges such as 1:1,2-5:2,6-100:3, with 1 to {MAX_COPIES} copies each",
             )
-        found.append((low, times))
+        ranges.append((low, copies))
         last = high
-    return found
+    return ranges
 
 
-def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) -> list[int]:
-    """Tokens that each source gives, of `available` ones each, for `total` altogether (None: as the specs say).
+def source_budgets(specs: Sequence[SourceSpec], available: Sequence[int], total: int | None) -> list[int]:
+    """Token budget of each source. `available` are the tokens in each; `total` is the requested sum (None: the
+    specs decide).
 
     Raises UsageError where the specs contradict each other or `total`, LlmkitError where a source holds no tokens.
     """
@@ -107,25 +116,25 @@ def budgets(specs: Sequence[Spec], available: Sequence[int], total: int | None) 
     kinds = {spec.kind for spec in specs}
     if {"size", "weight"} <= kinds:
         bare = next(spec for spec in specs if spec.kind == "size")
-        raise UsageError(f"{bare.path}: has no weight, while others have", f"give it one: {bare.path}:0.5")
-    found = [
+        raise UsageError(f"{bare.path}: no weight, but other sources have one", f"give it one: {bare.path}:0.5")
+    budgets = [
         round(spec.value * (tokens if spec.kind == "times" else 1)) if spec.kind in ("times", "tokens") else 0
         for spec, tokens in zip(specs, available, strict=True)
     ]
-    shared = [i for i, spec in enumerate(specs) if spec.kind in ("size", "weight")]
-    weights = {i: specs[i].value if specs[i].kind == "weight" else float(available[i]) for i in shared}
+    weighted = [i for i, spec in enumerate(specs) if spec.kind in ("size", "weight")]
+    weights = {i: specs[i].value if specs[i].kind == "weight" else float(available[i]) for i in weighted}
     if total is None:
-        if not shared:
-            return found
-        scale = min(available[i] / weights[i] for i in shared)
+        if not weighted:
+            return budgets
+        scale = min(available[i] / weights[i] for i in weighted)
     else:
-        left = total - sum(found)
-        if left < 0 or (left == 0 and shared) or (left > 0 and not shared):
+        remaining = total - sum(budgets)
+        if remaining < 0 or (remaining == 0 and weighted) or (remaining > 0 and not weighted):
             raise UsageError(
-                f"--tokens {total:,}, but the multipliers and budgets come to {total - left:,}",
-                "leave --tokens out, or change them" if not shared else "raise --tokens",
+                f"--tokens {total:,}, but the multipliers and budgets total {total - remaining:,}",
+                "leave --tokens out, or change them" if not weighted else "raise --tokens",
             )
-        scale = left / sum(weights.values()) if shared else 0.0
-    for i in shared:
-        found[i] = round(weights[i] * scale)
-    return found
+        scale = remaining / sum(weights.values()) if weighted else 0.0
+    for i in weighted:
+        budgets[i] = round(weights[i] * scale)
+    return budgets

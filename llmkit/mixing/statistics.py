@@ -1,4 +1,6 @@
-"""What came out of a mix: tokens, shares and epochs of its sources, of its stages, and what packing cuts and pads. All as rows of a table."""
+"""Statistics of a resolved mix, as table rows: tokens, shares and epochs by source and by stage, and the effect
+of packing.
+"""
 
 from __future__ import annotations
 
@@ -10,57 +12,105 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.mixing.order import Order
-from llmkit.mixing.packing import cut_share, packed
-from llmkit.mixing.stages import Stage
+from llmkit.mixing.packing import cut_share, pack_sequences
+from llmkit.mixing.request import MixRequest, Warn
+from llmkit.mixing.stages import MixStage
 
 Row = dict[str, Any]
 Numbers = NDArray[np.int64]
+TABLES = ("sources", "stages", "packing")  # counts that are tables; lineage records only the plain ones
 
 
-def by_stage(order: Order, paths: Sequence[str], stages: Sequence[Stage]) -> list[Row]:
-    """A row for each source of each stage. LlmkitError where a stage came to nothing."""
+def mix_counts(
+    request: MixRequest,
+    order: Order,
+    lengths: Sequence[Numbers],
+    copies: Sequence[Numbers | None],
+    warn: Warn,
+    packed: Order | None = None,
+) -> dict[str, Any]:
+    """The counts of a mix for its summary, those in `TABLES` as rows.
+
+    `order` is not packed; `packed` is the same order after best-fit packing, where that was requested. Calls
+    `warn` for each source from which a stage takes nothing.
+    """
+    stages = stage_rows(order, request.paths, request.stages)
+    sources = source_rows(order, request.paths, lengths, copies)
+    packing = packing_rows(order, request.sequence_length, packed) if request.sequence_length else []
+    for row in stages:
+        if not row["tokens"]:
+            to = f" to {row['stage']}" if row["stage"] else ""
+            warn(f"{row['source']} gives nothing{to}: its share is less than half a document")
+    counts = {
+        "documents": sum(map(len, lengths)),
+        "taken": len(order.document),
+        "tokens": int(order.size.sum()),
+        "sources": sources,
+    }
+    return counts | ({"stages": stages} if len(request.stages) > 1 else {}) | ({"packing": packing} if packing else {})
+
+
+def tokens_per_pass(lengths: Sequence[Numbers], copies: Sequence[Numbers | None]) -> list[int]:
+    """Tokens of one pass over each source."""
+    return [
+        int((sizes if per_document is None else sizes * per_document).sum())
+        for sizes, per_document in zip(lengths, copies, strict=True)
+    ]
+
+
+def lineage_counts(counts: dict[str, Any]) -> dict[str, Any]:
+    """The counts that lineage records: all but the tables."""
+    return {key: value for key, value in counts.items() if key not in TABLES}
+
+
+def stage_rows(order: Order, paths: Sequence[str], stages: Sequence[MixStage]) -> list[Row]:
+    """A row for each source of each stage. Raises LlmkitError where a stage is empty."""
     rows: list[Row] = []
-    for stage, first, end in zip(stages, [0, *order.ends], order.ends, strict=False):
-        got = np.bincount(order.source[first:end], order.size[first:end], len(paths)).astype(np.int64).tolist()
-        if not sum(got):
-            what = stage.name or "the mix"
-            raise LlmkitError(f"{what} is empty: what it asks for is less than one document", "ask for more tokens")
+    for stage, first, stop in zip(stages, [0, *order.ends], order.ends, strict=False):
+        tokens = np.bincount(order.source[first:stop], order.size[first:stop], len(paths)).astype(np.int64).tolist()
+        if not sum(tokens):
+            name = stage.name or "the mix"
+            raise LlmkitError(f"{name} is empty: the request is for less than one document", "ask for more tokens")
         rows += [
-            {"stage": stage.name, "source": paths[i], "tokens": got[i], "share": got[i] / sum(got)} for i in stage.specs
+            {"stage": stage.name, "source": paths[i], "tokens": tokens[i], "share": tokens[i] / sum(tokens)}
+            for i in stage.specs
         ]
     return rows
 
 
-def by_source(
+def source_rows(
     order: Order, paths: Sequence[str], lengths: Sequence[Numbers], copies: Sequence[Numbers | None]
 ) -> list[Row]:
-    """A row for each source: what it holds (once each document that may be used), and what was taken of it."""
+    """A row for each source: the tokens of its usable documents, each counted once, and what the mix takes of them."""
     rows: list[Row] = []
-    for i, (path, sizes, many) in enumerate(zip(paths, lengths, copies, strict=True)):
-        has = int((sizes if many is None else sizes * (many > 0)).sum())
-        mine = order.source == i
-        tokens = int(order.size[mine].sum())
+    for i, (path, sizes, per_document) in enumerate(zip(paths, lengths, copies, strict=True)):
+        start_tokens = int((sizes if per_document is None else sizes * (per_document > 0)).sum())
+        selected = order.source == i
+        tokens = int(order.size[selected].sum())
         rows.append(
             {
                 "source": path,
-                "start_tokens": has,
-                "multiplier": tokens / max(has, 1),
+                "start_tokens": start_tokens,
+                "multiplier": tokens / max(start_tokens, 1),
                 "tokens": tokens,
                 "share": tokens / int(order.size.sum()),
-                "epochs": int(np.max(order.epoch[mine], initial=-1)) + 1,
+                "epochs": int(np.max(order.epoch[selected], initial=-1)) + 1,
             }
         )
     return rows
 
 
-def by_packing(order: Order, length: int, made: Order | None) -> list[Row]:
-    """A row for each way of packing into sequences of `length`: share of documents that it cuts, and share of positions that are padding.
+def packing_rows(order: Order, length: int, packed: Order | None) -> list[Row]:
+    """A row for each way of packing into sequences of `length`: the share of documents cut, and of positions
+    that are padding.
 
-    `made` is the order packed by best fit, where that was done already.
+    `packed` is the order after best-fit packing, where it is already computed.
     """
-    row, _, size, _ = packed(order.size, order.ends, length) if made is None else (made.source, None, made.size, None)
-    longer = float((order.size > length).sum() / (order.size > 0).sum())
+    row, _, size, _ = (
+        pack_sequences(order.size, order.ends, length) if packed is None else (packed.source, None, packed.size, None)
+    )
+    too_long = float((order.size > length).sum() / (order.size > 0).sum())
     return [
         {"packing": "concat", "cut": cut_share(order.size, length), "padding": 0.0},
-        {"packing": "best-fit", "cut": longer, "padding": float(size[row < 0].sum() / size.sum())},
+        {"packing": "best-fit", "cut": too_long, "padding": float(size[row < 0].sum() / size.sum())},
     ]

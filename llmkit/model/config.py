@@ -1,9 +1,10 @@
-"""Model configuration: the fields of a Hugging Face config.json, presets by size, parameter and FLOP counts.
+"""Model configuration: the fields of a Hugging Face config.json, presets by size, parameter and FLOP counts. No torch.
 
-    config = load_config("tiny", vocab_size=8192)      # a preset; "llama-tiny" for the other family
+    config = load_config("tiny", vocab_size=8192)      # a preset; "llama-tiny" for another architecture
     config = load_config("config.json")                # any size
 
-Old-style keys are written (`rope_theta`, `rope_scaling`, and both `dtype` and `torch_dtype`), which every reader of both generations takes.
+Written files have the old-style keys (`rope_theta`, `rope_scaling`, and both `dtype` and `torch_dtype`), which
+old and new readers accept.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
-from llmkit.model.families import ARCHITECTURES, Family
+from llmkit.model.families import ARCHITECTURES
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
-# Scalings of the rotary embedding, and the numbers that each needs.
+# transformers' values for keys that a config.json leaves out, unless the family has others. A head_dim of None is
+# hidden_size / heads.
+DEFAULTS: dict[str, Any] = {
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+# Kinds of rotary embedding scaling and the numbers that each requires.
 ROPE_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -29,7 +38,7 @@ ROPE_KINDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes of a decoder. `architecture` is Hugging Face's model_type; lengths in tokens."""
+    """Sizes and constants of a decoder. `architecture` is Hugging Face's model_type; lengths are in tokens."""
 
     vocab_size: int
     hidden_size: int
@@ -58,38 +67,45 @@ class ModelConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
-                raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive whole number is needed")
+                raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a positive integer")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-                raise LlmkitError(f"model configuration: {name} is {value!r}", "a positive number is needed")
+                raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a positive number")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            several = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
-            if any(not isinstance(item, int) or isinstance(item, bool) for item in several):
-                raise LlmkitError(f"model configuration: {name} is {value!r}", "a token id is needed, or none at all")
+            ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
+            if any(not isinstance(item, int) or isinstance(item, bool) for item in ids):
+                raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a token id or null")
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
-                raise LlmkitError(f"model configuration: {name} is {getattr(self, name)!r}", "true or false is needed")
+                raise LlmkitError(f"model configuration: {name} is {getattr(self, name)!r}", "it must be true or false")
+            if getattr(self, name) and name in self.family.unsupported:
+                raise LlmkitError(
+                    f"model configuration: {self.architecture} does not support {name}", "set it to false"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise LlmkitError(
-                f"model configuration: {self.num_attention_heads} heads do not divide among {self.num_key_value_heads} key-value heads",
+                f"model configuration: {self.num_attention_heads} heads cannot share"
+                f" {self.num_key_value_heads} key-value heads equally",
                 "num_attention_heads must be a multiple of num_key_value_heads",
             )
-        if self.family.whole_heads and self.hidden_size % self.num_attention_heads:
+        if self.family.divisible_heads and self.hidden_size % self.num_attention_heads:
             raise LlmkitError(
-                f"model configuration: hidden_size {self.hidden_size} is no multiple of {self.num_attention_heads} heads",
-                f"transformers refuses such a {self.architecture}; choose other sizes, or qwen3",
+                f"model configuration: hidden_size {self.hidden_size} is not a multiple of"
+                f" {self.num_attention_heads} heads",
+                f"transformers rejects this for {self.architecture}; choose other sizes, or qwen3",
             )
         if self.head_dim % 2:
             raise LlmkitError(
-                f"model configuration: head_dim {self.head_dim} is odd", "the rotary embedding turns pairs"
+                f"model configuration: head_dim {self.head_dim} is odd",
+                "the rotary embedding rotates pairs of dimensions",
             )
 
     @property
-    def family(self) -> Family:
-        family: Family = ARCHITECTURES.get(self.architecture)
-        return family
+    def family(self) -> Any:
+        """The architecture's `Family` (model/family.py, which imports this file)."""
+        return ARCHITECTURES.get(self.architecture)
 
     def with_vocabulary(self, size: int, **special: Any) -> ModelConfig:
         """The same sizes for a tokenizer of `size` ids; `special` sets bos/eos/pad ids."""
@@ -97,28 +113,21 @@ class ModelConfig:
 
     def parameters(self) -> int:
         """Number of weights, tied ones counted once."""
-        d, heads, kv = (
-            self.hidden_size,
-            self.num_attention_heads * self.head_dim,
-            self.num_key_value_heads * self.head_dim,
-        )
-        attention = 2 * d * heads + 2 * d * kv + (heads + 2 * kv + d if self.attention_bias else 0)
-        attention += 2 * self.head_dim if self.family.qk_norm else 0
-        mlp = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * (attention + mlp + 2 * d) + d
+        count: int = self.family.parameter_count(self)
+        return count
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs a token, forward and backward: 6 for each weight that multiplies, 6·L·H·d_head·T for attention.
+        """Training FLOPs per token, forward and backward: 6 per weight of a matrix product, 6·L·H·d_head·T for
+        attention.
 
-        That is half of what PaLM (app. B) counts for attention: a causal one need not compute what lies ahead.
+        The attention term is half of PaLM's (appendix B): causal attention need not compute scores of later tokens.
         """
         multiplied = self.parameters() - (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
         attention = 6 * self.num_hidden_layers * self.num_attention_heads * self.head_dim * sequence_length
         return 6 * multiplied + attention
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         fields = dataclasses.asdict(self)
         del fields["architecture"]
         return {
@@ -134,7 +143,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, content: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """From the content of a config.json of either generation; LlmkitError names what is missing or not supported."""
+        """From the content of a config.json, old or new style; LlmkitError names what is missing or not supported."""
         if content.get("auto_map"):
             raise LlmkitError(
                 f"{where}: auto_map names code to run",
@@ -146,51 +155,50 @@ class ModelConfig:
         fields = {
             field.name: content[field.name] for field in dataclasses.fields(cls) if content.get(field.name) is not None
         }
-        fields |= _rope_fields(content, where)
+        defaults = DEFAULTS | dict(ARCHITECTURES.get(kind).defaults)
+        fields |= _rope_fields(content, where, defaults["rope_theta"])
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in fields:
                 raise LlmkitError(f"{where}: no {name}", "the configuration is incomplete")
-        # Where a key is absent, transformers' own defaults hold.
-        family, heads = ARCHITECTURES.get(kind), fields["num_attention_heads"]
-        fields.setdefault("num_key_value_heads", heads)
-        fields.setdefault("head_dim", family.head_dim)
+        heads = fields["num_attention_heads"]
+        fields = {"num_key_value_heads": heads} | defaults | fields
         if fields["head_dim"] is None:
             width = fields["hidden_size"]
             if not isinstance(heads, int) or not isinstance(width, int) or heads < 1 or width % heads:
                 raise LlmkitError(
-                    f"{where}: hidden_size {width!r} does not divide among {heads!r} heads", "give head_dim"
+                    f"{where}: hidden_size {width!r} is not a multiple of {heads!r} heads", "add head_dim"
                 )
             fields["head_dim"] = width // heads
-        fields.setdefault("tie_word_embeddings", False)
-        fields.setdefault("rms_norm_eps", 1e-6)
         if content.get("hidden_act", "silu") not in ("silu", "swish"):
             raise LlmkitError(f"{where}: hidden_act {content['hidden_act']!r} is not supported", "only silu is")
-        kinds = content.get("layer_types") or []
-        if content.get("use_sliding_window") or (isinstance(kinds, list) and set(map(str, kinds)) - {"full_attention"}):
+        layers = content.get("layer_types") or []
+        if content.get("use_sliding_window") or (
+            isinstance(layers, list) and set(map(str, layers)) - {"full_attention"}
+        ):
             raise LlmkitError(
-                f"{where}: attention over a sliding window is not supported",
+                f"{where}: sliding-window attention is not supported",
                 "set use_sliding_window to false if your texts are shorter than the window",
             )
         return cls(architecture=str(kind), **{name: value for name, value in fields.items() if name != "architecture"})
 
 
-def _rope_fields(content: dict[str, Any], where: str) -> dict[str, Any]:
+def _rope_fields(content: dict[str, Any], where: str, default_theta: float) -> dict[str, Any]:
     """rope_theta and rope_scaling from old-style keys or from transformers 5's rope_parameters."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise LlmkitError(f"{where}: rope_parameters is not a table", "see the model's documentation")
+        raise LlmkitError(f"{where}: rope_parameters is not a JSON object", "see the model's documentation")
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    numbers = {"rope_theta": rope.get("rope_theta") or content.get("rope_theta") or 10_000.0}
+    numbers = {"rope_theta": rope.get("rope_theta") or content.get("rope_theta") or default_theta}
     if kind not in ROPE_KINDS:
         raise LlmkitError(f"{where}: rope scaling {kind!r} is not supported", "known: " + ", ".join(ROPE_KINDS))
     if rope.get("partial_rotary_factor", content.get("partial_rotary_factor") or 1) != 1:
         raise LlmkitError(
-            f"{where}: partial_rotary_factor is not supported", "only embeddings that turn all dimensions are"
+            f"{where}: partial_rotary_factor is not supported", "rotary embeddings must cover all dimensions"
         )
     numbers |= {name: rope.get(name) for name in ROPE_KINDS[kind]}
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "a positive number is needed")
+            raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "it must be a positive number")
     theta = float(numbers.pop("rope_theta"))
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}
 
@@ -208,7 +216,8 @@ def _preset(width: int, layers: int, heads: int, kv: int, ffn: int, context: int
     }
 
 
-# Sizes with a vocabulary of 8,192 (tiny to 15m), 32,768 (30m to 125m) and 65,536 ids; feed-forward about 8/3 of the width, head width 32 to 128.
+# Named for their size with a vocabulary of 8,192 (tiny to 15m), 32,768 (30m to 125m) or 65,536 tokens. The feed-forward
+# width is about 8/3 of the model's width, the head width 32 to 128.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _preset(96, 4, 3, 1, 256, 256),
     "5m": _preset(224, 6, 7, 7, 608, 512),
@@ -223,7 +232,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def load_config(name: str, vocab_size: int | None = None) -> ModelConfig:
-    """A preset (`tiny`, `llama-125m`) for `vocab_size` ids, or the config.json at a path (whose vocabulary `vocab_size` replaces)."""
+    """A preset (`tiny`, `llama-125m`) with `vocab_size` tokens, or the config.json at a path, with its
+    vocabulary replaced if one is given."""
     path = Path(name)
     if path.is_file():
         config = ModelConfig.from_hf(read_json(path), str(path))
@@ -239,19 +249,19 @@ def load_config(name: str, vocab_size: int | None = None) -> ModelConfig:
             hint if hint.startswith("did") else "known: " + ", ".join(PRESETS) + ", or a config.json",
         )
     if vocab_size is None:
-        raise LlmkitError(f"preset {name!r} needs a vocabulary size", "it comes from the tokenizer of the data")
+        raise LlmkitError(f"preset {name!r} needs a vocabulary size", "it comes from the data's tokenizer")
     return ModelConfig(vocab_size=vocab_size, architecture=family or DEFAULT_FAMILY, **PRESETS[size])
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size; LlmkitError names the file."""
+    """Read a JSON object from a file of bounded size; LlmkitError names the file."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise LlmkitError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB", "this is no configuration")
+            raise LlmkitError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB", "this is not a configuration")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise LlmkitError(
-            f"{path}: {error.strerror}", "a model directory holds config.json and model.safetensors"
+            f"{path}: {error.strerror}", "a model directory contains config.json and model.safetensors"
         ) from error
     except (ValueError, RecursionError) as error:
         raise LlmkitError(f"{path}: invalid JSON ({error})", "the file is damaged") from error

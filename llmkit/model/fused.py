@@ -1,10 +1,12 @@
-"""The decoder's operations on CPU in float32, forward and backward, over the kernels of model/kernels: less memory traffic than torch's own,
-and attention that computes neither what the causal mask hides nor what lies in another document.
+"""The decoder's operations on the CPU in float32, forward and backward, with the kernels of model/kernels. They
+move less memory than torch's operations, and attention skips keys that the causal mask hides or that belong to
+another document.
 
-Tensors and shapes are those of decoder.py's plain operations. Threads share the rows; results do not depend on how many there are.
+Tensors and shapes are those of operations.py. Rows are divided among threads; results do not depend on their number.
 
-Attention (after FlashAttention-2, arXiv:2307.08691): for a block of queries only the keys that one of them sees take part, two matrix
-products a block forwards and five backwards, which compute the probabilities again. Memory: the block's scores, at most SCORES elements a thread.
+Attention (after FlashAttention-2, arXiv:2307.08691) takes, for each block of queries, only the keys that one of
+them sees: two matrix products per block in the forward pass and five in the backward pass, which recomputes the
+probabilities. Memory: the scores of a block, at most SCORES elements per thread.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from llmkit.model.decoder import KeyValueCache, Operations
 from llmkit.model.kernels import rows as kernels
+from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.operations import Operations
 
-QUERIES = 128  # in a block of attention
-SCORES = 1 << 19  # elements of scores at once: with their gradients 4 MiB, about a core's share of cache
-GRAIN = 1 << 16  # elements that are worth a thread
+QUERIES = 128  # per block of attention
+SCORES = 1 << 19  # scores at once: 4 MiB with their gradients, about one core's share of the cache
+GRAIN = 1 << 16  # minimum elements per thread
 
 
 @cache
@@ -33,15 +36,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def over_rows(kernel: Any, rows: int, width: int, *arguments: Any, together: int = 1) -> None:
-    """Run a kernel over all rows, shared among the threads that torch uses; `together` that many rows go to one thread."""
+    """Run a kernel over all rows with torch's number of threads. Each thread gets a multiple of `together`
+    rows, except at the end."""
     threads = min(torch.get_num_threads(), rows * width // GRAIN)
-    given = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
     if threads < 2:
-        kernel(0, rows, *given)
+        kernel(0, rows, *arrays)
         return
     step = -(-rows // (threads * together)) * together
     starts = range(0, rows, step)
-    list(_pool(threads).map(lambda start: kernel(start, min(start + step, rows), *given), starts))
+    list(_pool(threads).map(lambda start: kernel(start, min(start + step, rows), *arrays), starts))
 
 
 class _Norm(Function):
@@ -49,7 +53,7 @@ class _Norm(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
         y, inverse = torch.empty_like(flat), flat.new_empty(len(flat))
-        gains = weight.detach().clone()  # numpy pins what it sees, and FSDP has to free a gathered weight
+        gains = weight.detach().clone()  # numpy would keep the storage alive, and FSDP must free a gathered weight
         over_rows(kernels.norm, *flat.shape, flat, gains, np.float32(eps), y, inverse)
         ctx.save_for_backward(x, gains, inverse)
         return y.view(x.shape)
@@ -60,8 +64,8 @@ class _Norm(Function):
         flat, grad = (v.reshape(-1, v.shape[-1]).contiguous() for v in (x, grad))
         dx = torch.empty_like(flat)
         dweight = flat.new_zeros(-(-len(flat) // kernels.BLOCK), len(weight))
-        given = (flat, weight, inverse, grad, dx, dweight)
-        over_rows(kernels.norm_back, *flat.shape, *given, together=kernels.BLOCK)
+        arguments = (flat, weight, inverse, grad, dx, dweight)
+        over_rows(kernels.norm_back, *flat.shape, *arguments, together=kernels.BLOCK)
         return dx.view(x.shape), dweight.sum(0), None
 
 
@@ -87,15 +91,15 @@ class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x_BTHK, cos, sin, 1.0)
+        return _rotate(x_BTHK, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, sin, -1.0), None, None
+        return _rotate(grad, cos, sin, -1.0), None, None
 
 
-def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     flat = x_BTHK.contiguous().flatten(0, 1)
     y = torch.empty_like(flat)
     over_rows(kernels.rotate, len(flat), flat[0].numel(), flat, cos, sin, np.float32(sign), y)
@@ -103,7 +107,7 @@ def _turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def _blocks(begins_BT: np.ndarray, heads: int, groups: int) -> Any:
-    """(sequence, heads, their groups, queries, keys) of each block of attention."""
+    """(sequence, heads, key-value groups, queries, keys) of each block of attention; all but the first are slices."""
     sequences, length = begins_BT.shape
     share = heads // groups
     for b in range(sequences):
@@ -116,8 +120,8 @@ def _blocks(begins_BT: np.ndarray, heads: int, groups: int) -> Any:
                 yield b, slice(g * share, last * share), slice(g, last), slice(start, stop), slice(low, stop)
 
 
-def _spread(x_TGK: Tensor, share: int) -> Tensor:
-    """[G · share, T, K] of keys or values [T, G, K], without a copy where share is 1."""
+def _per_query_head(x_TGK: Tensor, share: int) -> Tensor:
+    """Keys or values [T, G, K] as [G · share, T, K], without a copy if share is 1."""
     return _repeat(x_TGK.transpose(0, 1), share)
 
 
@@ -125,8 +129,8 @@ def _repeat(x: Tensor, share: int) -> Tensor:
     return x if share == 1 else x.repeat_interleave(share, 0)
 
 
-def _upright(x_BTGK: Tensor) -> Tensor:
-    """[B, G, K, T], laid out anew: a product with it is a fifth faster than with the transposed view."""
+def _contiguous_transpose(x_BTGK: Tensor) -> Tensor:
+    """Contiguous [B, G, K, T]: products with it are a fifth faster than with the transposed view."""
     return x_BTGK.permute(0, 2, 3, 1).contiguous()
 
 
@@ -138,16 +142,17 @@ class _Attend(Function):
         out = torch.empty_like(q_BTHK)
         logsum = q_BTHK.new_empty(b, h, t)
         buffer = q_BTHK.new_empty(max(SCORES, share * QUERIES * t))
-        upright = _upright(k_BTGK)
+        transposed = _contiguous_transpose(k_BTGK)
         for row, heads, groups, queries, keys in _blocks(begins_BT, h, h // share):
             q = q_BTHK[row, queries, heads].transpose(0, 1)
             n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
             scores = buffer[: n * r * c].view(n, r, c)
-            torch.bmm(q, _repeat(upright[row, groups, :, keys], share), out=scores)
-            over_rows(
-                kernels.softmax, n * r, c, scores.view(n * r, c), r, queries.start, begins_BT[row], scale, logsum[row, heads]
-            )  # fmt: skip
-            out[row, queries, heads] = torch.bmm(scores, _spread(v_BTGK[row, keys, groups], share)).transpose(0, 1)
+            torch.bmm(q, _repeat(transposed[row, groups, :, keys], share), out=scores)
+            arguments = scores.view(n * r, c), r, queries.start, begins_BT[row], scale, logsum[row, heads]
+            over_rows(kernels.softmax, n * r, c, *arguments)
+            out[row, queries, heads] = torch.bmm(scores, _per_query_head(v_BTGK[row, keys, groups], share)).transpose(
+                0, 1
+            )
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, out, logsum)
         ctx.begins = begins_BT
         return out
@@ -160,19 +165,21 @@ class _Attend(Function):
         delta = (grad * out).sum(-1).transpose(1, 2).contiguous()
         dq, dk, dv = torch.empty_like(q_BTHK), torch.zeros_like(k_BTGK), torch.zeros_like(v_BTGK)
         buffer = q_BTHK.new_empty(2, max(SCORES, share * QUERIES * t))
-        upright = _upright(k_BTGK), _upright(v_BTGK)
+        transposed = _contiguous_transpose(k_BTGK), _contiguous_transpose(v_BTGK)
         for row, heads, groups, queries, keys in _blocks(ctx.begins, h, h // share):
             q, g = (x[row, queries, heads].transpose(0, 1) for x in (q_BTHK, grad))
             n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
             scores, change = (x[: n * r * c].view(n, r, c) for x in buffer)
-            key, value = (_repeat(x[row, groups, :, keys], share) for x in upright)
+            key, value = (_repeat(x[row, groups, :, keys], share) for x in transposed)
             torch.bmm(q, key, out=scores)
             torch.bmm(g, value, out=change)
             over_rows(
                 kernels.softmax_back, n * r, c, scores.view(n * r, c), r, queries.start, ctx.begins[row], scale,
                 logsum[row, heads], change.view(n * r, c), delta[row, heads],
             )  # fmt: skip
-            dq[row, queries, heads] = torch.bmm(change, _spread(k_BTGK[row, keys, groups], share)).transpose(0, 1)
+            dq[row, queries, heads] = torch.bmm(change, _per_query_head(k_BTGK[row, keys, groups], share)).transpose(
+                0, 1
+            )
             for total, left, right in ((dk, change, q), (dv, scores, g)):
                 into = total[row, keys, groups].transpose(0, 1)
                 if share == 1:
@@ -183,13 +190,14 @@ class _Attend(Function):
 
 
 class Fused(Operations):
-    """The decoder's operations, where a pass is in float32 on the CPU, over whole sequences, and documents lie together."""
+    """The kernels, for passes in float32 on the CPU, without a cache and with contiguous documents; otherwise
+    the plain operations."""
 
     def prepare(
         self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Operations, Any]:
-        plain = x_BTD.device.type != "cpu" or x_BTD.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        begins = None if plain or cache is not None else document_begins(document_ids, *x_BTD.shape[:2])
+        unsupported = x_BTD.device.type != "cpu" or x_BTD.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        begins = None if unsupported or cache is not None else document_begins(document_ids, *x_BTD.shape[:2])
         return super().prepare(x_BTD, document_ids, cache) if begins is None else (self, begins)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -206,7 +214,7 @@ class Fused(Operations):
 
 
 def document_begins(document_ids: Tensor | None, b: int, t: int) -> np.ndarray | None:
-    """Place int64 [B, T] where each token's document begins in its row; None where a document is not in one piece."""
+    """Index int64 [B, T] in the row at which each token's document begins; None if a document is not contiguous."""
     begins = np.zeros((b, t), np.int64)
     if document_ids is None:
         return begins
@@ -221,10 +229,11 @@ def document_begins(document_ids: Tensor | None, b: int, t: int) -> np.ndarray |
 def cross_entropy(
     logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """−log p(target) and log Z of rows of logits [N, V]; with `gradient` the logits become d(loss + z_loss · log² Z) · factor."""
+    """−log p(target) and log Z per row of logits [N, V]; with `gradient` the logits are overwritten with d(loss
+    + z_loss · log² Z) · factor."""
     least, most = targets.aminmax() if len(targets) else (0, 0)
     if least < 0 or most >= logits.shape[1]:
-        raise IndexError(f"a target is outside of the vocabulary of {logits.shape[1]:,}")
+        raise IndexError(f"a target is outside the vocabulary of {logits.shape[1]:,}")
     losses, log_z = logits.new_empty(2, len(logits))
     over_rows(
         kernels.cross_entropy, *logits.shape, logits, targets, factors, np.float32(z_loss), losses, log_z, gradient

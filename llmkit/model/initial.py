@@ -1,9 +1,10 @@
-"""What the weights of a new decoder are drawn from: by name and number of dimensions.
+"""Initial distributions of a new decoder's weights, by parameter name.
 
     initial(config, "model.layers.0.mlp.down_proj.weight", 2)   # Initial(std=0.0053)
 
-Normal with the configuration's `initializer_range`; matrices that write into the residual stream by √(2·layers) smaller, so that the stream's
-variance does not grow with the depth (GPT-2).
+Normal with the configuration's `initializer_range` as standard deviation. It is smaller by √(2·layers) for
+matrices whose output is added to the residual stream, so that the stream's variance does not grow with depth
+(GPT-2).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import math
 from dataclasses import dataclass
 
 from llmkit.model.config import ModelConfig
+from llmkit.model.family import find_parameter
 
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """Normal with mean 0 and `std`; where that is 0, every element is `value`."""
+    """A normal distribution with mean 0 and standard deviation `std`; if that is 0, the constant `value`."""
 
     std: float = 0.0
     value: float = 0.0
@@ -26,8 +28,9 @@ class Initial:
 
 
 def initial(config: ModelConfig, name: str, dimensions: int) -> Initial:
-    """Initialisation of the tensor `name` that has so many dimensions."""
+    """The initial distribution of the parameter `name`, which has this number of dimensions."""
     if dimensions < 2:
         return Initial(value=0.0 if name.endswith("bias") else 1.0)
-    into_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return Initial(config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if into_stream else 1.0))
+    parameter = find_parameter(config, name)
+    to_residual = parameter is not None and parameter.to_residual
+    return Initial(config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if to_residual else 1.0))

@@ -1,10 +1,12 @@
-"""What makes a decoder ready to be trained on this machine: which operations it uses, and what is compiled, computed again or put into 8 bits.
+"""Prepares a decoder for training on this machine: chooses its operations, compilation, activation
+checkpointing and fp8.
 
-    prepare(model, device, Runtime(checkpoint=True))       # in place; names of parameters, state and optimiser stay as they are
+    prepare(model, device, Runtime(checkpoint=True))       # in place; names of parameters and state stay the same
 
-On the CPU in float32 the operations are the kernels of model/fused.py, which are as fast as what torch compiles there and need no compiler
-(tests/bench/train_speed.md). On a GPU every layer is compiled (one piece of code for all of them, kept in the user's cache directory), attention with a
-document mask is flex_attention, and the matrices of queries, keys and values are joined for the product, as are gate and up.
+On the CPU in float32 the operations are the kernels of model/fused.py, which are as fast as torch's compiled
+code and need no compiler (tests/bench/train_speed.md). On a GPU every layer is compiled (one compilation for
+all of them, cached in the user's cache directory), attention with a document mask is flex_attention, and the
+products with the query, key and value matrices are joined, as are gate and up.
 """
 
 from __future__ import annotations
@@ -23,25 +25,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.errors import UsageError
-from llmkit.model.decoder import Decoder, KeyValueCache, Operations
+from llmkit.model.decoder import Decoder
+from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.operations import Operations
 
-FP8_CAPABILITY = (8, 9)  # of GPUs that multiply in 8 bits
+FP8_CAPABILITY = (8, 9)  # the first compute capability with fp8 matrix products
 
 
 @dataclass(slots=True)
 class Runtime:
-    """How a model is trained; nothing here decides what comes out beyond rounding."""
+    """How a model is computed in training. Results differ by rounding only."""
 
     compile: bool | None = None  # None: on a GPU
-    checkpoint: bool = False  # keep each layer's input only, and compute the rest again on the way back
+    checkpoint: bool = False  # keep only each layer's input, and recompute the rest in the backward pass
     fp8: bool = False
-    emulate: bool = False  # fp8 in other arithmetic, for tests where no GPU has it
+    emulate: bool = False  # emulate fp8, for tests without a GPU that supports it
 
 
 def prepare(
     model: Decoder, device: torch.device, runtime: Runtime, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Make a model that will be trained on `device` ready, before it is laid over processes; `say` is told what cannot be had."""
+    """Prepare a model for training on `device`, before it is distributed over processes; `say` gets a line if
+    it cannot be compiled."""
     kind = kernels(device, runtime, say)
     if runtime.fp8:
         to_fp8(model, runtime.emulate)
@@ -57,7 +62,8 @@ def prepare(
 
 
 def kernels(device: torch.device, runtime: Runtime, say: Callable[[str], None] = lambda line: None) -> str:
-    """By what a model is computed: compiled, numba or plain. It decides the last bits; `say` is told what cannot be had."""
+    """How a model is computed: "compiled", "numba" or "plain". The choice affects rounding; `say` gets a line
+    if nothing can be compiled."""
     compiled = device.type == "cuda" if runtime.compile is None else runtime.compile
     if compiled and (reason := no_compiler(device)):
         say(f"nothing is compiled: {reason}")
@@ -67,7 +73,7 @@ def kernels(device: torch.device, runtime: Runtime, say: Callable[[str], None] =
 
 @cache
 def fused_kernels() -> ModuleType | None:
-    """model.fused; None where there is no numba for this Python."""
+    """The module model.fused; None if numba cannot be imported."""
     try:
         from llmkit.model import fused
     except ImportError:
@@ -76,12 +82,13 @@ def fused_kernels() -> ModuleType | None:
 
 
 def cpu_kernels(x: Tensor) -> ModuleType | None:
-    """model.fused where its kernels take such a tensor."""
+    """The module model.fused if its kernels support this tensor."""
     return fused_kernels() if x.device.type == "cpu" and x.dtype == torch.float32 else None
 
 
 class Joined(Operations):
-    """The plain operations with products of one input joined, and, where it is `flex`, attention that skips other documents."""
+    """Plain operations with joined products of one input (`join`) and attention that skips other documents'
+    keys (`flex`)."""
 
     def __init__(self, join: bool, flex: bool) -> None:
         self.join, self.flex = join, flex
@@ -95,18 +102,18 @@ class Joined(Operations):
 
         documents_BT = document_ids
 
-        def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
 
         b, t, _ = x_BTD.shape
-        return self, create_block_mask(allowed, b, None, t, t, device=x_BTD.device.type)
+        return self, create_block_mask(is_visible, b, None, t, t, device=x_BTD.device.type)
 
     def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
         if not self.join or not torch.is_grad_enabled():
             return super().project(x, matrices)
         bias = None if matrices[0].bias is None else torch.cat([m.bias for m in matrices])
-        whole = F.linear(x, torch.cat([m.weight for m in matrices]), bias)
-        return whole.split([m.out_features for m in matrices], -1)
+        product = F.linear(x, torch.cat([m.weight for m in matrices]), bias)
+        return product.split([m.out_features for m in matrices], -1)
 
     def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
         if isinstance(mask, tuple):
@@ -121,7 +128,7 @@ class Joined(Operations):
 
 @cache
 def _compiled_flex() -> Any:
-    """Not compiled, flex_attention holds all scores."""
+    """flex_attention, which materialises all scores unless it is compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
@@ -132,16 +139,16 @@ def _checkpointed(forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
     if not torch.is_grad_enabled():
         return forward(*arguments)
-    result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+    result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False)  # no dropout
     return result
 
 
 def no_compiler(device: torch.device) -> str:
-    """Why torch cannot compile for this device; "" where it can, which is tried on a sum of two numbers."""
+    """Why torch cannot compile for this device; "" if it can. Compiles a trivial function to find out."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_directory()))
     try:
         torch.compile(lambda x: x + 1, dynamic=False)(torch.zeros(2, device=device))
-    except Exception as error:  # of torch, its compiler, Triton or the C++ compiler, each with types of its own
+    except Exception as error:  # from torch, its compiler, Triton or the C++ compiler, each with its own types
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return ""
 
@@ -151,11 +158,12 @@ def _cache_directory() -> Path:
 
 
 def to_fp8(model: Decoder, emulate: bool = False) -> None:
-    """Matrix products of the layers in 8 bits, scaled tensor by tensor (arXiv:2209.05433), by torchao; the weights stay as they are."""
+    """Compute matrix products of the layers in fp8 with per-tensor scales (arXiv:2209.05433), using torchao;
+    weights keep their type."""
     check_fp8(emulate)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    def fits(module: nn.Module, name: str) -> bool:  # the hardware multiplies in sixteens
+    def fits(module: nn.Module, name: str) -> bool:  # the hardware needs multiples of 16
         sizes = (getattr(module, "in_features", 1), getattr(module, "out_features", 1))
         return "lm_head" not in name and all(size % 16 == 0 for size in sizes)
 
@@ -163,14 +171,14 @@ def to_fp8(model: Decoder, emulate: bool = False) -> None:
 
 
 def check_fp8(emulate: bool = False) -> None:
-    """UsageError where there is nothing to multiply in 8 bits with."""
+    """UsageError if fp8 is not available."""
     if find_spec("torchao") is None:
         raise UsageError("fp8 needs torchao", "pip install 'llmkit[fp8]', or train in bf16")
     if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= FP8_CAPABILITY):
-        raise UsageError("fp8 needs a GPU that multiplies in 8 bits (H100, H200, L4, ...)", "train in bf16")
+        raise UsageError("fp8 needs a GPU with 8-bit matrix products (H100, H200, L4, ...)", "train in bf16")
 
 
 def be_deterministic() -> None:
-    """Only algorithms that give the same bits each time; before anything runs on a GPU."""
+    """Restrict torch to deterministic algorithms. Must be called before anything runs on a GPU."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

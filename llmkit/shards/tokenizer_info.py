@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
+from llmkit.io.run_layout import final_model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_FILE_BYTES = 256 << 20
@@ -83,7 +84,7 @@ def read_tokenizer(path: str | Path) -> TokenizerInfo:
         )
     if path.is_file():
         return parse_tokenizer({"tokenizer.json": _read(path)}, str(path))
-    directory = path / "final" if not (path / "tokenizer.json").is_file() and (path / "final").is_dir() else path
+    directory = path if (path / "tokenizer.json").is_file() else final_model(path)
     if not (directory / "tokenizer.json").is_file():
         raise LlmkitError(f"{path}: no tokenizer.json in this directory", "name a tokenizer or model directory")
     files = {name: _read(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}

@@ -100,7 +100,7 @@ class ShardWriter:
             raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or give -o PATH")
 
     def __enter__(self) -> ShardWriter:
-        with self._stack:  # what is opened is removed again where an error or a signal comes in between
+        with self._stack:  # on an error or a signal, whatever is open by then is removed
             self._open()
             self._stack = self._stack.pop_all()
         return self

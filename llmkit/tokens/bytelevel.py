@@ -1,12 +1,13 @@
 """The fast path of encoding: byte-level BPE with one of the four patterns, compiled.
 
-    fast = ByteLevel.of(tokenizer_json)                 # None: this tokenizer is something else, which the library has to encode
+    fast = ByteLevelEncoder.from_json(content)          # content of tokenizer.json; None: unsupported
     ids, lengths = fast.encode([b"Hello", b"world"])    # uint32[tokens], int64[texts]
 
-Ids are those of the `tokenizers` library, always: what is not known to be the same here is not taken (`of`), and what of a text may be more than text
-(added tokens, where they are matched) is for the library to encode (text_encoder.py).
+The ids always equal those of the `tokenizers` library: `from_json` refuses a tokenizer for which that is not
+certain, and texts with added tokens to be matched are left to the library (text_encoder.py).
 
-Cost: tests/bench/tokenize_speed.md. Memory: 16 to 32 bytes a merge and 256 kB, and up to 45 MB of pieces met, which start anew when they are more.
+Cost: tests/bench/tokenize_speed.md. Memory: 16 to 32 bytes per merge and 256 kB, and up to 45 MB of cached
+pieces; a full cache is cleared.
 """
 
 from __future__ import annotations
@@ -20,21 +21,27 @@ from numpy.typing import NDArray
 
 from llmkit.tokens.kernels import encode as kernels
 from llmkit.tokens.kernels.pretokenize import KINDS, classes
-from llmkit.tokens.pretokenize import byte_alphabet, pattern_of
+from llmkit.tokens.pretokenize import byte_alphabet, pattern_name
 
-SLOTS = 1 << 16, 1 << 20  # of the table, at first and at most
-WORK = 1 << 10  # bytes of a piece that is merged without more memory
-NEITHER = (None, "", False, 0)  # of a model's options: what leaves BPE as it is
+SLOTS = 1 << 16, 1 << 20  # initial and maximal size of the table
+WORK = 1 << 10  # longest piece merged without extra memory, in bytes
+UNSET = (None, "", False, 0)  # values of a model's options that leave BPE unchanged
 OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 
 
-class ByteLevel:
-    """A tokenizer of that kind, and the pieces that it met."""
+class ByteLevelEncoder:
+    """A byte-level BPE tokenizer, with a cache of the pieces it has seen."""
 
-    def __init__(self, how: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, whole: bool) -> None:
-        """`merges` by rank. `whole`: a piece that is in the vocabulary is its id, whatever the merges make of it. KeyError where a name has no id."""
-        self._how = KINDS[how]
-        self._classes = classes(self._how)
+    def __init__(
+        self, pattern: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, ignore_merges: bool
+    ) -> None:
+        """`merges` are by rank. With `ignore_merges`, a piece in the vocabulary becomes its id, whatever the
+        merges would give.
+
+        Raises KeyError where a merge names a token that is not in the vocabulary.
+        """
+        self._kind = KINDS[pattern]
+        self._classes = classes(self._kind)
         alphabet = byte_alphabet()
         self._byte_ids = np.array([vocabulary[character] for character in alphabet], np.int64)
         byte_of = np.full(max(vocabulary.values()) + 1, -1, np.int64)
@@ -47,7 +54,7 @@ class ByteLevel:
         self._byte_ranks = np.full((256, 256), kernels.NONE, np.int32)
         kernels.enter_merges(lefts, rights, self._pairs, byte_of, self._byte_ranks)
         foreign = re.compile(f"[^{re.escape(''.join(alphabet))}]").search
-        words = {word: id for word, id in vocabulary.items() if word and not foreign(word)} if whole else {}
+        words = {word: id for word, id in vocabulary.items() if word and not foreign(word)} if ignore_merges else {}
         content = (
             "".join(words)
             .translate({ord(character): byte for byte, character in enumerate(alphabet)})
@@ -58,20 +65,22 @@ class ByteLevel:
             np.cumsum(np.fromiter(map(len, words), np.int64, len(words))),
             np.fromiter(words.values(), np.int64, len(words)),
         )
-        self._work = np.empty((5, 2 * WORK), np.int64)  # a longer piece gets its own for as long as its text is encoded
-        self._near = np.empty((2, kernels.BLOCK), np.uint64), np.empty(kernels.BLOCK, np.uint64)
-        self._renew(max(SLOTS[0], 1 << (4 * len(words)).bit_length()))
+        self._work = np.empty((5, 2 * WORK), np.int64)  # a longer piece gets a temporary array
+        self._prefetched = np.empty((2, kernels.BLOCK), np.uint64), np.empty(kernels.BLOCK, np.uint64)
+        self._reset(max(SLOTS[0], 1 << (4 * len(words)).bit_length()))
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> ByteLevel | None:
-        """The tokenizer of a tokenizer.json, apart from its normaliser and added tokens; None where this is not the way to encode with it."""
+    def from_json(cls, content: dict[str, Any]) -> ByteLevelEncoder | None:
+        """The encoder for the content of a tokenizer.json, without its normaliser and added tokens; None where
+        not supported.
+        """
         model = content.get("model")
-        how = pattern_of(content.get("pre_tokenizer"))
-        if how is None or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        pattern = pattern_name(content.get("pre_tokenizer"))
+        if pattern is None or not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
             return None
         vocabulary, merges = model.get("vocab"), model.get("merges")
         if (
-            any(model.get(option) not in NEITHER for option in OPTIONS)
+            any(model.get(option) not in UNSET for option in OPTIONS)
             or not isinstance(vocabulary, dict)
             or not isinstance(merges, list)
         ):
@@ -80,37 +89,38 @@ class ByteLevel:
             pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
             if (
                 any(len(pair) != 2 for pair in pairs)
-                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MOST
+                or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MAX_IDS
                 or len(set(vocabulary.values())) < len(vocabulary)  # names that share an id share merges
-                or len(pairs) > kernels.MOST
+                or len(pairs) > kernels.MAX_IDS
             ):
                 return None
-            return cls(how, vocabulary, pairs, whole=bool(model.get("ignore_merges")))
-        except (KeyError, TypeError, ValueError):  # damaged: the library says how
+            return cls(pattern, vocabulary, pairs, ignore_merges=bool(model.get("ignore_merges")))
+        except (KeyError, TypeError, ValueError):  # damaged: the library reports how
             return None
 
     def encode(self, texts: Sequence[bytes], end: int = -1) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Ids of all texts (UTF-8), flat, the id `end` behind each (-1: nothing), and how many each has."""
+        """Ids of all UTF-8 texts, flat, each followed by the id `end` (-1: none); and the number of ids of each."""
         data = np.frombuffer(b"".join(texts), np.uint8)
         bounds = np.zeros(len(texts) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=bounds[1:])
         ends, pieces = np.empty(len(data), np.int64), np.zeros(len(texts) + 1, np.int64)
-        kernels.cut_all(data, bounds, self._how, self._classes, ends, pieces)
+        kernels.cut_all(data, bounds, self._kind, self._classes, ends, pieces)
         out = np.empty(len(data) + len(texts) + kernels.INLINE, np.uint32)
         begins, state, work = np.zeros(len(texts) + 1, np.int64), np.zeros(3, np.int64), self._work
         while True:
-            answer = kernels.encode(
-                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs, self._table, self._texts, self._ids, self._counts, work, *self._near, begins, out, end, state
+            status = kernels.encode(
+                data, bounds, ends, pieces, self._byte_ids, self._byte_ranks, self._results, self._pairs,
+                self._table, self._texts, self._ids, self._counts, work, *self._prefetched, begins, out, end, state
             )  # fmt: skip
-            if answer == kernels.DONE:
+            if status == kernels.DONE:
                 return out[: begins[-1]], np.diff(begins)
-            if answer == kernels.FULL:
+            if status == kernels.FULL:
                 self._grow()
             else:
-                work = np.empty((5, 4 * answer), np.int64)
+                work = np.empty((5, 4 * status), np.int64)
 
-    def _renew(self, slots: int) -> None:
-        """An empty table of that size."""
+    def _reset(self, slots: int) -> None:
+        """Start with an empty cache of this size."""
         self._table = np.zeros(4 * slots, np.uint64)
         self._texts = np.zeros(8 * slots + 2 * self._words[0].size, np.uint8)
         self._ids = np.zeros(2 * slots, np.int32)
@@ -118,10 +128,10 @@ class ByteLevel:
         kernels.enter_words(*self._words, self._table, self._texts, self._ids, self._counts)
 
     def _grow(self) -> None:
-        """Room for more pieces: four times the table, or an empty one where it is as large as it may be."""
+        """Make room for more pieces: enlarge the table four times, or clear it where it has its maximal size."""
         slots = len(self._table) // 4
         if 4 * slots > SLOTS[1]:
-            self._renew(slots)
+            self._reset(slots)
             return
         table = np.zeros(16 * slots, np.uint64)
         kernels.move(self._table, table)

@@ -1,6 +1,6 @@
-"""Stored token ids as blocks of documents, counts of blocks, and blocks as JSON lines: of ids, or of texts.
+"""Read stored token ids in blocks of documents, count them, and format them as JSON lines of ids or of texts.
 
-In: token shards, the files of other trainers (shards/formats.py). Memory: one block, about 2^20 tokens.
+Input: token shards, or the files of other trainers (shards/formats.py). Memory: one block, about 2^20 tokens.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -20,15 +20,19 @@ from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.token_block import BLOCK_TOKENS, TokenBlock, check_file, check_ids
 from llmkit.shards.tokenizer_info import TokenizerInfo
-from llmkit.tokens.encode import decode
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.encoder import decode_documents
+from llmkit.tokens.text_encoder import load_tokenizer
 
 BLOCK_DOCUMENTS = 1 << 12
 
 
 @dataclass(slots=True)
-class Tally:
-    """What blocks held: `documents` with those left out, UTF-8 bytes where they are known, [documents, tokens, bytes] of each source."""
+class TokenCounts:
+    """Totals over blocks. `documents` includes `empty` ones, which are dropped; `bytes` are UTF-8 bytes, where known.
+
+    `ended` counts documents that lacked the end-of-text id; `sources` maps each source to its [documents,
+    tokens, bytes].
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -39,7 +43,7 @@ class Tally:
     sources: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, block: TokenBlock) -> int:
-        """Count a block; its documents."""
+        """Add a block. Returns its number of documents."""
         sizes = block.sizes or [0] * len(block.ids)
         for source, length, size in zip(block.sources, block.lengths.tolist(), sizes, strict=True):
             row = self.sources.setdefault(source, [0, 0, 0])
@@ -55,22 +59,25 @@ class Tally:
         return len(block.ids) + block.empty
 
     def counts(self) -> dict[str, int]:
-        """For summary and lineage: documents, tokens, empty, and what else there was."""
-        found = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
-        return {name: count for name, count in found.items() if count or name in ("documents", "tokens", "empty")}
+        """The counts for summary and lineage: documents, tokens, empty, and the others where not zero."""
+        counts = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
+        return {name: count for name, count in counts.items() if count or name in ("documents", "tokens", "empty")}
 
 
-def stored(
+def read_stored(
     kind: str, paths: list[str], info: TokenizerInfo | None, source: str | None = None
 ) -> tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]:
-    """Documents of "shards" or of the files of a foreign format: their tokenizer, blocks, and inputs for the lineage.
+    """Read "shards" or the files of a foreign format. Returns their tokenizer, blocks, and inputs for the lineage.
 
-    `source` names the source of all. LlmkitError where `info` is not the tokenizer of the shards; other files need it.
+    `source` names the source of all documents. `info` is required unless `kind` is "shards". Raises LlmkitError
+    where it is not the tokenizer of the shards.
     """
     if kind == "shards":
         store = TokenStore.open(paths)
         if info is not None and info.digest != store.tokenizer.digest:
-            raise LlmkitError(f"{paths[0]}: made with another tokenizer", "leave -t out where shards carry theirs")
+            raise LlmkitError(
+                f"{paths[0]}: made with another tokenizer", "leave -t out: the shards carry their tokenizer"
+            )
         return info or store.tokenizer, _shard_blocks(store, source), store.inputs
     assert info is not None
     for path in paths:
@@ -82,38 +89,41 @@ def stored(
 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
-    """Documents as they are stored, without the padding of packed ones."""
+    """Documents in stored order, without the padding of packed ones."""
     first, names = 0, store.sources
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
     while first < store.documents:
-        room = int(store.offsets[first]) + BLOCK_TOKENS
-        behind = int(np.searchsorted(store.offsets, room, side="right")) - 1
-        behind = max(min(behind, first + BLOCK_DOCUMENTS), first + 1)
-        tokens = store.span(int(store.offsets[first]), int(store.offsets[behind]))
-        lengths, here = np.diff(store.offsets[first : behind + 1]), kept[first:behind]
+        limit = int(store.offsets[first]) + BLOCK_TOKENS
+        stop = int(np.searchsorted(store.offsets, limit, side="right")) - 1
+        stop = max(min(stop, first + BLOCK_DOCUMENTS), first + 1)
+        tokens = store.span(int(store.offsets[first]), int(store.offsets[stop]))
+        lengths, mask = np.diff(store.offsets[first : stop + 1]), kept[first:stop]
         yield TokenBlock(
-            tokens if here.all() else tokens[np.repeat(here, lengths)],
-            lengths[here],
-            [store.id(first + i) for i in np.flatnonzero(here).tolist()],
-            [source or names[code] for code in store.codes[first:behind][here]],
+            tokens if mask.all() else tokens[np.repeat(mask, lengths)],
+            lengths[mask],
+            [store.id(first + i) for i in np.flatnonzero(mask).tolist()],
+            [source or names[code] for code in store.codes[first:stop][mask]],
         )
-        first = behind
+        first = stop
 
 
 def token_lines(block: TokenBlock) -> bytes:
-    """A line {"id", "source", "tokens"} for each document."""
+    """One line {"id", "source", "tokens"} per document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     rows = ({"id": id, "source": source, "tokens": tokens} for tokens, id, source in block.documents())
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
 def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
-    """A line {"id", "text", "source"} for each document. LlmkitError where an id is not in the vocabulary: the library would pass over it."""
-    library = load(info)
+    """A function that formats blocks as lines {"id", "text", "source"}.
+
+    It raises LlmkitError for an id outside the vocabulary, which the library would silently skip.
+    """
+    library = load_tokenizer(info)
 
     def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
-        texts = decode(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
+        texts = decode_documents(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
         rows = zip(block.ids, texts, block.sources, strict=True)
         return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for id, text, name in rows)
 

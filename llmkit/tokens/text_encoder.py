@@ -1,11 +1,13 @@
-"""Texts to ids, with any Hugging Face tokenizer.json, by the fastest way that gives the ids of the `tokenizers` library.
+"""Encode texts with any Hugging Face tokenizer.json, by the fastest path that gives the ids of the `tokenizers`
+library.
 
     encoder = TextEncoder(load_tokenizer_info("tok/"))
     ids, lengths = encoder(["Hello", "world"])          # uint16 or uint32 [tokens], int64 [texts]
 
-Byte-level BPE with one of the four patterns is compiled (bytelevel.py); everything else goes through the library, and so do texts that hold an added
-token which has to be found in them, and the first megabytes on a machine where nothing is compiled yet: they are encoded sooner than compiled.
-Names of special tokens in a text are text, unless `allow_special`; a model's dropout is off.
+Byte-level BPE with one of the four patterns runs compiled (bytelevel.py). Everything else goes through the
+library, as do texts that contain an added token to be matched, and the first megabytes on a machine without
+compiled kernels: encoding them takes less time than compiling. Names of special tokens in a text are ordinary
+text, unless `allow_special`. A model's dropout is disabled.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
-NEVER = -1
-MARKS = 200  # beginnings of added tokens; looking for more takes longer than the library does for all
-UNCOMPILED = 1 << 22  # characters for which the library is started rather than a compiler
+NEVER = -1  # library quota of a tokenizer that is never compiled
+MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total
+UNCOMPILED = 1 << 22  # characters that the library encodes before anything is compiled
 
 
 class TextEncoder:
-    """Encodes texts; one in a process, since it keeps the words that it met. `reference` is made when it is needed."""
+    """Encodes texts. Use one per process: it caches the pieces it has seen. `reference` is created on demand."""
 
     def __init__(self, tokenizer: TokenizerInfo, *, allow_special: bool = False, compiled: bool | None = None) -> None:
-        """`compiled`: compile at once (True), never (False), or when it is worth it. LlmkitError where tokenizer.json does not load."""
+        """`compiled`: compile at once (True), never (False), or when it pays off. LlmkitError where
+        tokenizer.json does not load.
+        """
         if "tokenizer.json" not in tokenizer.files:
             raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
         self._info, self._special = tokenizer, allow_special
@@ -42,103 +46,111 @@ class TextEncoder:
         self._content: dict[str, Any] = orjson.loads(tokenizer.files["tokenizer.json"])
         self._reference: Any = None
         self._fast: Any = None
-        self._patience = {None: UNCOMPILED, True: 0, False: NEVER}[compiled]
+        self._library_quota = {None: UNCOMPILED, True: 0, False: NEVER}[compiled]
         normaliser = self._content.get("normalizer")
-        self._normalised = normaliser is not None
-        if self._normalised and normaliser != {"type": "NFC"}:
-            self._patience = NEVER
-        # Added tokens that are found in a text, by their first two characters: few beginnings to look for.
-        self._marks: dict[str, list[str]] = defaultdict(list)
+        self._normalizes = normaliser is not None
+        if self._normalizes and normaliser != {"type": "NFC"}:
+            self._library_quota = NEVER
+        # Added tokens that are matched in a text, by their first two characters, which gives few prefixes to
+        # search for.
+        self._added_tokens: dict[str, list[str]] = defaultdict(list)
         for token in self._content.get("added_tokens") or []:
             if allow_special or not token.get("special"):
-                for name in {token["content"], self._normal(token["content"])}:
-                    self._marks[name[:2]].append(name)
-        if len(self._marks) > MARKS:
-            self._patience = NEVER
+                for name in {token["content"], self._normalize(token["content"])}:
+                    self._added_tokens[name[:2]].append(name)
+        if len(self._added_tokens) > MAX_PREFIXES:
+            self._library_quota = NEVER
 
     @property
     def reference(self) -> Any:
-        """The tokenizer of the `tokenizers` library."""
+        """The `tokenizers` library's tokenizer."""
         if self._reference is None:
-            self._reference = load(self._info, allow_special=self._special)
+            self._reference = load_tokenizer(self._info, allow_special=self._special)
         return self._reference
 
     def __call__(self, texts: Sequence[str], end: int = -1) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Ids of all texts, flat, the id `end` behind each (-1: nothing), and how many each has."""
+        """Ids of all texts, flat, each followed by the id `end` (-1: none); and the number of ids of each text."""
         if not self._ready(texts):
             return self._by_library(texts, end)
-        normal = [self._normal(text) for text in texts]
-        apart = (
-            [i for i in range(len(texts)) if self._marked(texts[i]) or self._marked(normal[i])] if self._marks else []
+        normal = [self._normalize(text) for text in texts]
+        for_library = (
+            [i for i in range(len(texts)) if self._has_added(texts[i]) or self._has_added(normal[i])]
+            if self._added_tokens
+            else []
         )
-        whole = [text.encode() for text in normal]
-        for i in apart:
-            whole[i] = b""
-        ids, lengths = self._fast.encode(whole, end)
+        encoded = [text.encode() for text in normal]
+        for i in for_library:
+            encoded[i] = b""
+        ids, lengths = self._fast.encode(encoded, end)
         ids = ids.astype(self.dtype)
-        if apart:
+        if for_library:
             pieces = np.split(ids, np.cumsum(lengths)[:-1])
-            for i in apart:
+            for i in for_library:
                 pieces[i], lengths[i : i + 1] = self._by_library([texts[i]], end)
             ids = np.concatenate(pieces)
         return ids, lengths
 
     def _by_library(self, texts: Sequence[str], end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        with _failing("the tokenizer does not encode", "its tokenizer.json is incomplete"):
-            behind = [end] if end >= 0 else []
-            found = [item.ids + behind for item in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
-        lengths = np.array([len(ids) for ids in found], np.int64)
-        return np.fromiter(chain.from_iterable(found), self.dtype, int(lengths.sum())), lengths
+        with _library_errors("the tokenizer fails to encode", "its tokenizer.json is incomplete"):
+            suffix = [end] if end >= 0 else []
+            encoded = [item.ids + suffix for item in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
+        lengths = np.array([len(ids) for ids in encoded], np.int64)
+        return np.fromiter(chain.from_iterable(encoded), self.dtype, int(lengths.sum())), lengths
 
     def _ready(self, texts: Sequence[str]) -> bool:
-        """Whether these texts go the fast way; compiles it where that is due."""
-        if self._fast is None and self._patience != NEVER:
+        """Whether to use the compiled path for these texts. Compiles it when it is due."""
+        if self._fast is None and self._library_quota != NEVER:
             from llmkit.kernels import cold
 
-            if self._patience and cold("encode.encode"):
-                self._patience = max(0, self._patience - sum(map(len, texts)))
+            if self._library_quota and cold("encode.encode"):
+                self._library_quota = max(0, self._library_quota - sum(map(len, texts)))
                 return False
-            from llmkit.tokens.bytelevel import ByteLevel
+            from llmkit.tokens.bytelevel import ByteLevelEncoder
 
-            self._fast = ByteLevel.of(self._content)
-            if self._fast is not None:  # all but the words: what the library refuses is refused on any machine
+            self._fast = ByteLevelEncoder.from_json(self._content)
+            if self._fast is not None:  # load all but the vocabulary: what the library rejects is rejected everywhere
                 model = self._content["model"] | {"vocab": {}, "merges": []}
                 text = orjson.dumps(self._content | {"model": model}).decode()
-                load(replace(self._info, files={"tokenizer.json": text}))
+                load_tokenizer(replace(self._info, files={"tokenizer.json": text}))
             else:
-                self._patience = NEVER
+                self._library_quota = NEVER
         return self._fast is not None
 
-    def _normal(self, text: str) -> str:
-        """The text as the tokenizer's normaliser leaves it; that of NFC leaves ASCII alone."""
-        if not self._normalised or text.isascii():
+    def _normalize(self, text: str) -> str:
+        """The text after the tokenizer's normaliser; NFC does not change ASCII."""
+        if not self._normalizes or text.isascii():
             return text
         return str(self.reference.normalizer.normalize_str(text))
 
-    def _marked(self, text: str) -> bool:
-        return any(start in text and any(name in text for name in names) for start, names in self._marks.items())
+    def _has_added(self, text: str) -> bool:
+        """Whether a text contains an added token."""
+        return any(
+            prefix in text and any(name in text for name in names) for prefix, names in self._added_tokens.items()
+        )
 
 
-def load(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
-    """The library's tokenizer for `info`; LlmkitError where its tokenizer.json does not load, or is not there."""
+def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
+    """The `tokenizers` library's tokenizer for `info`. Raises LlmkitError where its tokenizer.json is missing
+    or does not load.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    with _failing("tokenizer.json does not load", "check it with the tokenizers library"):
+    with _library_errors("tokenizer.json does not load", "check it with the tokenizers library"):
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None):  # the same text has to give the same ids
+    if getattr(tokenizer.model, "dropout", None):  # the same text must always give the same ids
         tokenizer.model.dropout = None
     tokenizer.encode_special_tokens = not allow_special
     return tokenizer
 
 
 @contextmanager
-def _failing(message: str, hint: str) -> Iterator[None]:
-    """What the library raises as an LlmkitError: bare Exceptions, and panics, which are none."""
+def _library_errors(message: str, hint: str) -> Iterator[None]:
+    """Turn what the library raises into LlmkitError: bare Exceptions, and panics, which derive from BaseException."""
     try:
         yield
     except (LlmkitError, KeyboardInterrupt, SystemExit, MemoryError):

@@ -13,9 +13,10 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
 from llmkit.io.record import Input, base_name
+from llmkit.io.run_layout import resolve_model
 from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.model.pretrained.checkpoint import LoadedModel, resolve_model
+from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.training.data import HeldOutSource

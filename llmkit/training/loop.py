@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UnfinishedError
+from llmkit.io.run_layout import step_of
 from llmkit.training.checkpoint.environment import machine
-from llmkit.training.checkpoint.run_directory import TrainerState, load_optimizer_tensors, load_trainer_state, step_of
+from llmkit.training.checkpoint.run_directory import TrainerState, load_optimizer_tensors, load_trainer_state
 from llmkit.training.checkpoint.snapshot import HostSnapshot
 from llmkit.training.distributed.stragglers import StragglerDetector, collected
 from llmkit.training.guard.diagnosis import suspects

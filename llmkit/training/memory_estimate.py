@@ -39,15 +39,8 @@ def memory(rows: Iterable[Row], config: ModelConfig, tokens: int, precision: str
 
 def activations(config: ModelConfig, half: bool) -> int:
     """Bytes a token that all layers keep for the way back, about: the residual stream and norms in float32, the rest in the products' type."""
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    norms = 6 * d + (
-        2 * (q + kv) if config.family.qk_norm else 0
-    )  # of each: what goes in, what is scaled, and what comes out or is normed again
-    products = (
-        3 * q + 2 * kv + 4 * f
-    )  # queries, keys, values, what attention gives (twice); gate, its SiLU, up, their product
-    return config.num_hidden_layers * (4 * norms + (2 if half else 4) * products)
+    full, product = config.family.activation_elements(config)
+    return 4 * full + (2 if half else 4) * product
 
 
 def flops(config: ModelConfig, length: int) -> tuple[int, int]:

@@ -232,7 +232,7 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
             started.config = config
             return started
         new = Decoder(config)
-        new.initialise(request.seed)
+        new.initialize(request.seed)
         return new
 
     thetas = course.thetas

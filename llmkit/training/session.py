@@ -26,6 +26,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.record import Input, Lineage
+from llmkit.io.run_layout import STATE
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
@@ -204,7 +205,7 @@ class Session:
             plain: Callable[..., Result] = objective
             objective, figures = partial(plain, z_loss=optimization.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
-        kind = optimization.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
+        kind = optimization.optimizer or (kind_of(read_layout(before / STATE / OPTIMIZER)) if before else "adamw")
         optimizer = build(model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS))
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
+from llmkit.io.run_layout import is_run
 from llmkit.shards.arrow import as_numpy, string_data
 from llmkit.shards.shard import PADDING_SOURCE, Shard, batch_tokens
 
@@ -107,7 +108,7 @@ class Trace:
         self._tokens: dict[tuple[int, int, int], tuple[NDArray[np.int64], NDArray[Any]]] = {}  # of a batch
         place = self._run / NAME
         if not place.is_dir():
-            if not (self._run / "checkpoints").is_dir():
+            if not is_run(self._run):
                 raise LlmkitError(f"{run}: not a run", "name the directory that train or anneal wrote")
             raise LlmkitError(f"{run}: holds no trace", "train and anneal write one; rows of sft and dpo have no ids")
         try:

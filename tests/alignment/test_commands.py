@@ -21,7 +21,7 @@ WORDS = ["what", "is", "the", "weather", "like", "sunny", "today"]
 
 
 @pytest.fixture
-def place(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the model `base`, `chat.jsonl` (60 rows) and `pairs.jsonl` (40 pairs)."""
     (tmp_path / "base").symlink_to(base)
     draw = random.Random(0)
@@ -50,7 +50,7 @@ def records(run: str) -> list[dict[str, float]]:
 
 
 def test_sft_learns_the_answers_and_to_stop(
-    place: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+    directory: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Behaviour: loss falls far; the template is stored in both places; every stop token is listed; the model then says the answer and stops."""
     import torch
@@ -70,8 +70,8 @@ def test_sft_learns_the_answers_and_to_stop(
     info = load_info("sft")
     assert info.stop_ids == [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert "<|im_start|>" in str(chat_template(info.tokenizer_files))
-    config = json.loads((place / "sft" / "final" / "tokenizer_config.json").read_text())
-    assert config["chat_template"] == (place / "sft" / "final" / "chat_template.jinja").read_text()
+    config = json.loads((directory / "sft" / "final" / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == (directory / "sft" / "final" / "chat_template.jinja").read_text()
     model, info = load_model("sft")
     prompt = render([{"role": "user", "content": "what is the weather"}], info.tokenizer_files, True)
     tokenizer = tokenizer_of(info.tokenizer_files)
@@ -87,7 +87,7 @@ def test_sft_learns_the_answers_and_to_stop(
     assert call("sft", *arguments, "--resume") == 0
 
 
-def test_dpo_prefers_the_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpo_prefers_the_chosen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: ln 2 at step 0, then margin and accuracy rise; rows on stdin give the same weights; a resumed run the same bytes."""
     arguments = ("--lr", "3e-3", "--epochs", "4", "--save-every", "2")
     assert call("dpo", "base", "pairs.jsonl", *arguments, "-o", "dpo") == 0
@@ -98,13 +98,13 @@ def test_dpo_prefers_the_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert log[-1]["accuracy"] > 0.9
     assert log[-1]["reward_chosen"] > log[-1]["reward_rejected"]
     before = weights("dpo")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((place / "pairs.jsonl").read_bytes())))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((directory / "pairs.jsonl").read_bytes())))
     assert call("dpo", "base", *arguments, "-o", "piped") == 0
     assert records("piped")[-1]["loss"] == log[-1]["loss"]
     import shutil
 
-    (place / "dpo" / "final").unlink()
-    for step in sorted((place / "dpo" / "checkpoints").iterdir())[2:]:
+    (directory / "dpo" / "final").unlink()
+    for step in sorted((directory / "dpo" / "checkpoints").iterdir())[2:]:
         shutil.rmtree(step)
     assert call("dpo", "base", "pairs.jsonl", *arguments, "-o", "dpo", "--resume") == 0
     assert weights("dpo") == before
@@ -126,7 +126,7 @@ def test_dpo_prefers_the_chosen(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )  # fmt: skip
 def test_bad_rows_and_calls(
-    place: Path,
+    directory: Path,
     capsys: pytest.CaptureFixture[str],
     command: str,
     rows: list[object],
@@ -134,34 +134,34 @@ def test_bad_rows_and_calls(
     message: str,
 ) -> None:
     """Behaviour: file, line and field are named, and nothing is left behind."""
-    (place / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    (place / "bad.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (directory / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    (directory / "bad.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert call(command, "base", "rows.jsonl", "-o", "x", *more) in (1, 2)
     assert message in capsys.readouterr().err
-    assert not (place / "x").exists()
+    assert not (directory / "x").exists()
 
 
-def test_skipped_rows_are_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_rows_are_counted(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Behaviour: --on-bad-line quarantine keeps refused rows aside with their reason."""
-    (place / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\nnot json\n')
+    (directory / "rows.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\nnot json\n')
     assert call("sft", "base", "rows.jsonl", "--on-bad-line", "quarantine=bad.jsonl", "-o", "x") == 0
-    reasons = [json.loads(line)["reason"] for line in (place / "bad.jsonl").read_text().splitlines()]
+    reasons = [json.loads(line)["reason"] for line in (directory / "bad.jsonl").read_text().splitlines()]
     assert len(reasons) == 2
 
 
-def test_a_call_that_fails_removes_nothing_of_others(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_that_fails_removes_nothing_of_others(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Behaviour: a directory that holds somebody's data/ is no run that was cut short; one that was empty stays; nothing else is left."""
-    (place / "project" / "data").mkdir(parents=True)
-    (place / "project" / "data" / "thesis.txt").write_text("years of work")
-    (place / "empty").mkdir()
+    (directory / "project" / "data").mkdir(parents=True)
+    (directory / "project" / "data" / "thesis.txt").write_text("years of work")
+    (directory / "empty").mkdir()
     for output in ("project", "empty", "new"):
         assert call("sft", "base", "nowhere.jsonl", "-o", output) == 1
-    assert (place / "project" / "data" / "thesis.txt").exists()
-    assert list((place / "empty").iterdir()) == [] and not (place / "new").exists()
+    assert (directory / "project" / "data" / "thesis.txt").exists()
+    assert list((directory / "empty").iterdir()) == [] and not (directory / "new").exists()
     assert "error: project exists" in capsys.readouterr().err
 
 
-def test_force_replaces_a_run_only_by_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_force_replaces_a_run_only_by_another(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Behaviour: with -f the old run stays until the call is known to be good, and is never its own input."""
     assert call("sft", "base", "chat.jsonl", "-o", "run") == 0
     before = weights("run")
@@ -173,14 +173,14 @@ def test_force_replaces_a_run_only_by_another(place: Path, capsys: pytest.Captur
     assert weights("run") != before and len(records("run")) > 0
     assert call("sft", "base", "chat.jsonl", "--seed", "1", "--epochs", "2", "-o", "clean") == 0
     assert weights("run") == weights("clean")
-    names = [sorted(path.name for path in (place / run / "checkpoints").iterdir()) for run in ("run", "clean")]
+    names = [sorted(path.name for path in (directory / run / "checkpoints").iterdir()) for run in ("run", "clean")]
     assert names[0] == names[1]
 
 
-def test_files_from_names_rows_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_from_names_rows_once(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Behaviour: what --files-from lists is read once, and is not part of what --heldout names."""
-    (place / "list").write_text("chat.jsonl\n")
-    (place / "other.jsonl").write_text('{"prompt": "what", "completion": "today"}\n')
+    (directory / "list").write_text("chat.jsonl\n")
+    (directory / "other.jsonl").write_text('{"prompt": "what", "completion": "today"}\n')
     outcomes = []
     for named in (("chat.jsonl",), ("--files-from", "list")):
         assert call("sft", "base", *named, "--heldout", "other.jsonl", "--json", "-f", "-o", "x") == 0
@@ -190,9 +190,9 @@ def test_files_from_names_rows_once(place: Path, capsys: pytest.CaptureFixture[s
     assert outcomes[0]["tokens"] != outcomes[0]["row_tokens"]  # a row's last token is only a target
 
 
-def test_one_quarantine_for_all_files(place: Path) -> None:
+def test_one_quarantine_for_all_files(directory: Path) -> None:
     """Behaviour: bad lines of the rows and of the held-out rows go into one file."""
-    (place / "rows.jsonl").write_text('{"prompt": "what", "completion": "today"}\nnot json\n')
+    (directory / "rows.jsonl").write_text('{"prompt": "what", "completion": "today"}\nnot json\n')
     more = ("--heldout", "rows.jsonl", "--on-bad-line", "quarantine=bad.jsonl")
     assert call("sft", "base", "rows.jsonl", *more, "-o", "x") == 0
-    assert [json.loads(line)["line"] for line in (place / "bad.jsonl").read_text().splitlines()] == [2, 2]
+    assert [json.loads(line)["line"] for line in (directory / "bad.jsonl").read_text().splitlines()] == [2, 2]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmkit.alignment.preference import (
+from llmkit.alignment.pairs import (
     FIGURES,
     PairSource,
-    dpo,
     pair_batch,
+    preference_objective,
     reference_log_probabilities,
     sequence_log_probabilities,
 )
-from llmkit.chat.templates import EncodedRow
+from llmkit.alignment.preference import LOSSES
+from llmkit.chat.masks import EncodedRow
+from llmkit.errors import UsageError
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_model
 from llmkit.training.distributed.processes import start
@@ -27,13 +31,13 @@ from llmkit.training.distributed.processes import start
 @pytest.fixture
 def rows() -> list[EncodedRow]:
     """Ten pairs of 8 to 40 tokens, the loss on the second half of each."""
-    draw, found = np.random.default_rng(0), []
+    draw, encoded = np.random.default_rng(0), []
     for _ in range(20):
         n = int(draw.integers(8, 40))
         weights = np.zeros(n, dtype=np.float32)
         weights[n // 2 :] = 1
-        found.append(EncodedRow(draw.integers(0, 290, n).astype(np.int32), weights))
-    return found
+        encoded.append(EncodedRow(draw.integers(0, 290, n).astype(np.int32), weights))
+    return encoded
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def by_hand(model: Decoder, row: EncodedRow) -> torch.Tensor:
 
 
 def test_log_probabilities_do_not_depend_on_the_batch(model: Decoder, rows: list[EncodedRow]) -> None:
-    """Property: padded into a batch with others, each row has the log-probability that it has alone, within 1e-5."""
+    """Property: padded into a batch with others, each row has the same log-probability as alone, within 1e-5."""
     batch = pair_batch(rows, np.arange(10), torch.zeros(10, 2))
     with torch.no_grad():
         together = sequence_log_probabilities(model, batch)
@@ -59,7 +63,7 @@ def test_log_probabilities_do_not_depend_on_the_batch(model: Decoder, rows: list
 
 
 def test_reference_is_computed_once_and_kept(model: Decoder, rows: list[EncodedRow], tmp_path: Path) -> None:
-    """Behaviour: values are those of the model; a second call reads the file; other rows are computed anew."""
+    """Behaviour: values are those of the model; a second call reads the file; other rows are recomputed."""
     processes, loads = start(), []
 
     def initial() -> Decoder:
@@ -84,15 +88,15 @@ def test_loss_at_step_0_is_ln_2(model: Decoder, rows: list[EncodedRow], tmp_path
     source = PairSource(rows, reference, 10)
     totals = dict.fromkeys(("loss", *FIGURES), 0.0)
     for a, b in ((0, 1), (1, 7), (7, 10)):
-        found = dpo(0.1)(model, source.batch(0, a, b), 1 / source.weight(0))
-        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
+        result = preference_objective(0.1)(model, source.batch(0, a, b), 1 / source.weight(0))
+        for name, value in ({"loss": result.loss.detach()} | result.figures).items():
             totals[name] += float(value)
     assert totals["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert totals["margin"] == pytest.approx(0, abs=1e-5)
 
 
 def test_loss_and_gradients_equal_a_direct_implementation(model: Decoder, rows: list[EncodedRow], base: Path) -> None:
-    """Parity: the definition with whole logits and a second model as the reference, which is how TRL computes it; loss and every gradient."""
+    """Parity with the definition, computed as in TRL from all logits and a second reference model: loss and every gradient."""
     beta = 0.3
     reference_model = load_model(base, torch.float32)[0]
     with torch.no_grad():
@@ -103,28 +107,38 @@ def test_loss_and_gradients_equal_a_direct_implementation(model: Decoder, rows: 
     logits = (log_p[:, 0] - log_p[:, 1]) - (reference[:, 0] - reference[:, 1])
     expected = -F.logsigmoid(beta * logits).mean()
     expected.backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
+    expected_gradients = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     model.zero_grad()
     source = PairSource(rows, reference, 10)
-    found = 0.0
+    total = 0.0
     for a, b in ((0, 6), (6, 10)):
-        loss = dpo(beta)(model, source.batch(0, a, b), 1 / source.weight(0)).loss
+        loss = preference_objective(beta)(model, source.batch(0, a, b), 1 / source.weight(0)).loss
         loss.backward()
-        found += loss.item()
-    assert found == pytest.approx(expected.item(), abs=1e-6)
+        total += loss.item()
+    assert total == pytest.approx(expected.item(), abs=1e-6)
     for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6), name  # type: ignore[arg-type]
+        assert torch.allclose(parameter.grad, expected_gradients[name], rtol=1e-4, atol=1e-6), name  # type: ignore[arg-type]
 
 
-def test_pairs_come_once_an_epoch(rows: list[EncodedRow]) -> None:
-    """Property: every pair once an epoch, sides together, tokens counted, order by seed."""
+def test_losses_are_found_by_name() -> None:
+    """Behaviour: the registry has help for each loss, and knows near names; it loads no torch."""
+    assert all(LOSSES.get(name).help for name in LOSSES.names())
+    with pytest.raises(UsageError) as error:
+        preference_objective(0.1, "sigmiod")
+    assert error.value.message == "unknown preference loss 'sigmiod'" and "'sigmoid'" in error.value.hint
+    code = "import sys, llmkit.alignment.preference; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_each_epoch_has_every_pair(rows: list[EncodedRow]) -> None:
+    """Property: every pair once per epoch, sides together, tokens counted, order by seed."""
     reference = torch.arange(20.0).view(10, 2)
     source = PairSource(rows, reference, 4, epochs=2, seed=1)
     assert source.steps == 5
     assert [source.rows(s) for s in range(5)] == [4, 4, 4, 4, 4]
     seen = [int(v) for s in range(5) for v in source.batch(s, 0, source.rows(s)).extra["reference"][:, 0] / 2]
     assert sorted(seen) == sorted([*range(10), *range(10)])
-    assert seen[:10] != seen[10:]  # every epoch in an order of its own
+    assert seen[:10] != seen[10:]  # each epoch has its own order
     assert source.tokens(5) == 2 * sum(len(row.tokens) - 1 for row in rows)
     batch = source.batch(0, 0, 4)
     for r in range(8):

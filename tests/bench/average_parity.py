@@ -51,7 +51,7 @@ CASES: list[tuple[str, list[str], int, str, dict[str, Any], list[dict[str, Any]]
 def make(place: Path, related: bool, dtype: torch.dtype) -> list[Path]:
     """A base and three models; the related ones differ from it by a normal of a hundredth of the weights' size."""
     base = Decoder(CONFIG)
-    base.initialise(0)
+    base.initialize(0)
     state = base.state_dict()
     found = []
     for number in range(4):

@@ -58,7 +58,7 @@ def average(models: list[Path], output: Path, *options: str, cores: str) -> Meas
 def make_large(place: Path, megabytes: int) -> list[Path]:
     """Three float32 models of about so many megabytes, of random numbers."""
     from llmkit.model.config import ModelConfig
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.model.pretrained.directory import save_description
     from llmkit.model.pretrained.header import Stored, encode_header, file_order
 

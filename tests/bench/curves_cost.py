@@ -85,7 +85,7 @@ def main() -> None:
         with sessions.session(loop_settings(str(run), precision="fp32", save_every=10**6)) as opened:
             opened.begin(Lineage("train", {}), [], 8, 512, "")
             model = Decoder(config)
-            model.initialise(0)
+            model.initialize(0)
             opened.train(
                 opened.model(lambda: model),
                 next_token,

@@ -43,7 +43,7 @@ def main() -> None:
     os.sched_setaffinity(0, {0})
     torch.set_num_threads(1)
     model = Decoder(load_config(given.model, 8192))
-    model.initialise(0)
+    model.initialize(0)
     everything = list(model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
     for parameter in everything:

@@ -26,7 +26,7 @@ from peers import SHARED, call, decompress, members, rows_of
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.tokens import vocabulary
 from llmkit.tokens.pretokenize import PATTERNS
-from llmkit.tokens.text_encoder import TextEncoder, load
+from llmkit.tokens.text_encoder import TextEncoder, load_tokenizer
 
 SIZES = (1024, 8192, 32768)
 SAMPLE = 6  # every so many-th text is trained on
@@ -99,7 +99,7 @@ def main() -> None:
             made = vocabulary.train(sample, size, pattern)
             files_made = made.files | {"tokenizer_config.json": vocabulary.tokenizer_config({})}
             info = parse_tokenizer(files_made, pattern)
-            encoder, library = TextEncoder(info, compiled=True), load(info)
+            encoder, library = TextEncoder(info, compiled=True), load_tokenizer(info)
             cells, total = [], 0
             for name, texts in groups.items():
                 begin = time.perf_counter()

@@ -65,10 +65,10 @@ from llmkit.io.record import Lineage
 from llmkit.shards.arrow import as_arrow, encode_sources
 from llmkit.shards.reader import load_tokenizer_info
 from llmkit.shards.writer import ShardWriter
-from llmkit.tokens.encode import Encoder
+from llmkit.tokens.encoder import DocumentEncoder
 info = load_tokenizer_info(TOKENIZER)
 options = ReadOptions()
-encoder = Encoder(info, options)
+encoder = DocumentEncoder(info, options)
 def work(source, target):
     with ShardWriter(target + ".arrow", info, Lineage("tokenize"), force=True) as writer, DocumentReader([source], options) as reader:
         for block in map(encoder, reader.chunks()):

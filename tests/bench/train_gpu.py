@@ -80,7 +80,7 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
 
     processes = start("fp8" if "fp8" in words else "bf16")
     model = Decoder(config_of(given))
-    model.initialise(0)
+    model.initialize(0)
     runtime = Runtime("compiled" in words, "checkpointed" in words, "fp8" in words, emulate=given.tiny)
     prepare(model, processes.device, runtime, print)
     processes.layout.place(model, processes.device, processes.precision)

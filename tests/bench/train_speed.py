@@ -87,7 +87,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         sizes = (VOCABULARY, WIDTH, FEED_FORWARD, LAYERS, HEADS, HEADS, WIDTH // HEADS)
         processes = start("fp32")
         model = Decoder(ModelConfig(*sizes, architecture="llama", max_position_embeddings=LENGTH))
-        model.initialise(0)
+        model.initialize(0)
         prepare(model, processes.device, Runtime(compile=compiled))
         source = StreamSource(Stream(), LENGTH, SEQUENCES, 1 << 40, document_mask=documents)
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH

@@ -52,9 +52,9 @@ class Trial:
     """A model with its tokenizer, trained on windows of a text."""
 
     def __init__(self, model: Any, info: Any) -> None:
-        from llmkit.tokens.text_encoder import load
+        from llmkit.tokens.text_encoder import load_tokenizer
 
-        self.model, self.tokenizer = model, load(info)
+        self.model, self.tokenizer = model, load_tokenizer(info)
 
     def ids(self, text: str) -> Any:
         import torch
@@ -125,7 +125,7 @@ def report(place: Path, seeds: int) -> None:
     files = vocabulary.train([text], 2048).files
     info = parse_tokenizer(files, "base")
     model = Decoder(load_config("tiny", info.vocab_size))
-    model.initialise(0)
+    model.initialize(0)
     base = Trial(model, info)
     for _ in base.train(text, BASE_STEPS, 3e-3, 0):
         pass
@@ -146,7 +146,7 @@ def report(place: Path, seeds: int) -> None:
         for language in LANGUAGES:
             whole = genesis(place, language)
             known, held = whole[: len(whole) * 9 // 10], whole[len(whole) * 9 // 10 :]
-            made = extend.with_merges(info, "base", extend.learn(info, [known], ADD), 64)
+            made = extend.with_merges(info, "base", extend.learn_merges(info, [known], ADD), 64)
             new = Path(temporary, language)
             new.mkdir()
             write_resized(load_info(old), info.vocab_size, made.pieces, new, made.files)

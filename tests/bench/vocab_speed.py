@@ -38,13 +38,13 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 import orjson, zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from llmkit.tokens import vocabulary
-from llmkit.tokens.pretokenize import pattern, pre_tokenizer
+from llmkit.tokens.pretokenize import find_pattern, pre_tokenizer
 def texts(source):
     with open(source, "rb") as raw:
         for line in io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw)):
             yield orjson.loads(line)["text"]
 def work(source, target):
-    chosen = pattern({pattern!r})
+    chosen = find_pattern({pattern!r})
     tokenizer = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer(chosen), decoders.ByteLevel()
     tokenizer.train_from_iterator(texts(source), trainers.BpeTrainer(
@@ -102,19 +102,19 @@ def corpus(shared: Path, size: int) -> list[dict[str, str]]:
 def merging(source: Path, size: int, pattern: str, rounds: int) -> tuple[list[float], int, int]:
     """(CPU seconds of our merging of counted words each round, distinct words, their bytes)."""
     from llmkit.io.documents import DocumentReader, ReadOptions
-    from llmkit.tokens.trainer import Counter, Counts, warm_up
+    from llmkit.tokens.trainer import PieceCounter, PieceCounts
 
-    counts = Counts()
+    counts = PieceCounts()
     reader = DocumentReader([str(source)], ReadOptions())
-    for _ in map(Counter(pattern, reader.options, into=counts), reader.chunks()):
+    for _ in map(PieceCounter(pattern, reader.options, into=counts), reader.chunks()):
         pass
-    warm_up()
+    counts.merges(1, 2)  # compiles
     found = []
     for _ in range(rounds):
         begin = time.process_time()
         counts.merges(size - 272, 2)
         found.append(time.process_time() - begin)
-    pool, ends, _ = counts.words()
+    pool, ends, _ = counts.pieces()
     return found, len(ends), len(pool)
 
 

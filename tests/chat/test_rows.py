@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from llmkit.chat.encode import encode_conversations, encode_preferences
-from llmkit.chat.rows import RowError, read_rows, to_conversation, to_preference
+from llmkit.chat.rows import CONVERSATIONS, RowError, read_rows, schema_names, to_conversation, to_preference
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import DocumentReader, ReadOptions
 
@@ -34,6 +34,18 @@ SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 def test_conversations(fields: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     """Behaviour: every schema becomes the same messages."""
     assert to_conversation(fields).messages == messages
+
+
+def test_one_table_of_schemas() -> None:
+    """Behaviour: help and the error for unknown rows list every schema of the table."""
+    assert schema_names(CONVERSATIONS) == (
+        "messages, ShareGPT conversations, prompts with completions, Alpaca instructions or plain text"
+    )
+    with pytest.raises(RowError) as error:
+        to_conversation({"question": "q"})
+    for schema in CONVERSATIONS:
+        if schema.name:
+            assert " and ".join(map(repr, schema.fields)) in str(error.value)
 
 
 def test_sharegpt_calls_and_observations() -> None:
@@ -117,7 +129,7 @@ def test_implicit_prompt_of_strings_and_turns() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are equal"),
         ({"prompt": "q", "chosen": "a", "rejected": [B]}, "not both"),
         ({"chosen": "abc", "rejected": "xyz"}, "no common beginning"),
-        ({"chosen": [U, A], "rejected": [U]}, "nothing that the assistant says"),
+        ({"chosen": [U, A], "rejected": [U]}, "no assistant message after the common prompt"),
         ({"chosen": [U, A], "rejected": [B]}, "no common first message"),
     ],
 )
@@ -157,7 +169,7 @@ def test_too_long_rows(tmp_path: Path, templates: dict[str, dict[str, str]]) -> 
     behind = {"prompt": "word " * 50, "completion": "a"}
     cut = encode_conversations(reader_of(path, [*rows, behind]), templates["chatml"], 30, too_long="truncate")
     assert (cut.counts["rows"], cut.counts["too_long"], cut.counts["dropped"]) == (2, 2, 1)
-    with pytest.raises(LlmkitError, match="cut to that they teach nothing"):
+    with pytest.raises(LlmkitError, match="the cut leaves nothing to learn"):
         encode_conversations(reader_of(path, [behind]), templates["chatml"], 30, too_long="truncate")
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "word " * 50}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     encoded = encode_preferences(reader_of(path, pairs), templates["chatml"], 30)

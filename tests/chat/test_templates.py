@@ -1,11 +1,19 @@
-"""Chat templates: rendering, masks, stop tokens."""
+"""Chat templates and loss masks: rendering, spans, stop tokens."""
 
 from __future__ import annotations
 
 import pytest
 
-from llmkit.chat import templates as chat
-from llmkit.chat.templates import assistant_spans, encode_chat, render, stop_token_ids, tokenizer_of, with_template
+from llmkit.chat.masks import assistant_spans, encode_chat, stop_token_ids
+from llmkit.chat.templates import (
+    CHATML,
+    TULU,
+    default_template,
+    render,
+    special_contents,
+    tokenizer_of,
+    with_template,
+)
 from llmkit.errors import LlmkitError
 
 Templates = dict[str, dict[str, str]]
@@ -133,7 +141,7 @@ def test_generation_tag_filters_and_functions(files: dict[str, str]) -> None:
 
 def test_training_does_not_depend_on_the_day(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Property: a template that prints the date gives the same row whenever it is rendered."""
-    template = "{{ strftime_now('%d %b %Y') }}" + chat.CHATML
+    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
     row = encode_chat(CONVERSATION, with_template(files, template))
     text = tokenizer_of(files).decode(row.tokens.tolist(), skip_special_tokens=False)
     assert text.startswith("26 Jul 2024")
@@ -172,14 +180,14 @@ def test_hostile_templates_stay_in_the_sandbox(files: dict[str, str]) -> None:
 
 def test_stop_ids_and_default_template(templates: Templates, files: dict[str, str]) -> None:
     """Behaviour: end of turn first, then end of text; ChatML where the vocabulary has its tokens, else Tulu's."""
-    ids = chat.special_contents(files)
+    ids = special_contents(files)
     assert stop_token_ids(templates["chatml"]) == [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert stop_token_ids(templates["llama3"]) == [ids["<|eot_id|>"], ids["<|endoftext|>"]]
     assert stop_token_ids(templates["tulu"]) == stop_token_ids(files) == [ids["<|endoftext|>"]]
-    assert chat.default_template(files)[0] == "ChatML"
+    assert default_template(files)[0] == "ChatML"
     without = files | {"tokenizer.json": files["tokenizer.json"].replace("<|im_start|>", "<|other|>")}
-    assert chat.default_template(without)[0] == "Tulu"
-    assert learned(with_template(without, chat.TULU), CONVERSATION[1:3]) == ["it is sunny<|endoftext|>"]
+    assert default_template(without)[0] == "Tulu"
+    assert learned(with_template(without, TULU), CONVERSATION[1:3]) == ["it is sunny<|endoftext|>"]
     with pytest.raises(LlmkitError, match="no chat template"):
         render(CONVERSATION, files, True)
 

@@ -1,4 +1,4 @@
-"""The conventions that hold for every command, checked on the real command line."""
+"""Conventions of every command, checked on the real command line."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PROSE = "The quick brown fox jumps over the lazy dog, and then it rests with the
 LINES = b"".join(
     orjson.dumps({"id": str(i), "text": f"{PROSE * 3} Number {i} of the series. {PROSE}"}) + b"\n" for i in range(300)
 )
-# A pass that keeps everything but exact repeats: the plainest document stage.
+# Drops exact repeats only: the simplest document stage.
 STAGE = ("dedup", "--method", "exact", "--no-counts")
 
 
 @pytest.fixture
 def llmkit(llmkit_anew):
-    """The start is a part of what is tested here."""
+    """A fresh process per call: its start is tested here too."""
     return llmkit_anew
 
 
@@ -97,7 +97,7 @@ def test_stdout_is_zstd_in_a_pipe_and_plain_on_request(llmkit, docs: Path) -> No
 
 
 def test_quiet_and_json(llmkit, docs: Path) -> None:
-    """Behaviour: -q is silent on success; --json is one JSON line on stderr, in the place of the summary for people; --summary writes it."""
+    """Behaviour: -q is silent on success; --json prints one JSON line on stderr in place of the summary; --summary writes it."""
     assert llmkit(*STAGE, "docs.jsonl", "-q", "-o", "a.jsonl", cwd=docs).stderr == b""
     done = llmkit(*STAGE, "docs.jsonl", "-q", "--json", "-o", "b.jsonl", "--summary", "s.json", cwd=docs)
     assert json.loads(done.stderr)["documents"] == json.loads((docs / "s.json").read_bytes())["documents"] == 300
@@ -106,7 +106,7 @@ def test_quiet_and_json(llmkit, docs: Path) -> None:
 
 
 def test_no_clobber_and_force(llmkit, docs: Path) -> None:
-    """Behaviour: an existing output that is not ours is kept and named; -f replaces it."""
+    """Behaviour: an existing output is kept, and the message names it; -f replaces it."""
     (docs / "out.jsonl.zst").write_text("precious")
     done = llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
     assert done.returncode == 1 and "out.jsonl.zst exists" in error_of(done)
@@ -115,7 +115,7 @@ def test_no_clobber_and_force(llmkit, docs: Path) -> None:
 
 
 def test_finished_run_repeated_does_nothing(llmkit, docs: Path) -> None:
-    """Behaviour: decided by the inputs and options that the output records, not by its existence."""
+    """Behaviour: an output is up to date by the inputs and options in its record, not by its existence."""
     command = (*STAGE, "docs.jsonl", "-o", "out.jsonl.zst")
     assert llmkit(*command, cwd=docs).returncode == 0
     before = (docs / "out.jsonl.zst").stat().st_mtime_ns
@@ -133,7 +133,7 @@ def test_dry_run_writes_nothing(llmkit, docs: Path) -> None:
 
 
 def test_printed_configuration_is_read_back(llmkit, docs: Path) -> None:
-    """Behaviour: what --print-config prints is a configuration, for the command that has an option of its own name too."""
+    """Behaviour: the output of --print-config is a valid configuration, also for a command with an option of its own name."""
     for command in ("filter", "dedup"):
         printed = llmkit(command, "docs.jsonl", "--print-config", cwd=docs)
         (docs / "p.toml").write_bytes(printed.stdout)
@@ -165,7 +165,7 @@ def test_config_with_an_unknown_option_is_refused(llmkit, docs: Path) -> None:
 
 
 def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
-    """Behaviour: one line naming file (and line), exit 1, nothing under the final name."""
+    """Behaviour: one message that names the file (and line), exit 1, no file under the final name."""
     packed = zstandard.compress(LINES)
     files = {
         "cut.jsonl.zst": (packed[: len(packed) // 2], "truncated"),
@@ -189,12 +189,12 @@ def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
     (docs / "zero.jsonl").write_bytes(b"")
     done = llmkit(*STAGE, "zero.jsonl", "--plain", cwd=docs)
     assert done.returncode == 0 and done.stdout == b"" and b"no documents" in done.stderr
-    done = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # what a failed command leaves to the next one
+    done = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # as after a failed command in a pipe
     assert done.returncode == 1 and b"stdin is empty" in done.stderr and not (docs / "out.jsonl").exists()
 
 
 def test_broken_pipe_is_quiet(docs: Path) -> None:
-    """Behaviour: `llmkit ... | head -1` ends with 141 and no message of its own."""
+    """Behaviour: `llmkit ... | head -1` ends with 141 and without a message."""
     (docs / "many.jsonl").write_bytes(b"".join(orjson.dumps({"text": f"{i} {PROSE}"}) + b"\n" for i in range(30_000)))
     script = f"{sys.executable} -m llmkit dedup --method exact -q many.jsonl --plain | head -1 > first; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=docs, capture_output=True, text=True)
@@ -205,7 +205,7 @@ def test_broken_pipe_is_quiet(docs: Path) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_signals_leave_nothing_half_written(docs: Path, number: int, code: int, jobs: str) -> None:
-    """Behaviour: Ctrl-C and SIGTERM in the middle: their exit codes, and no output under its final name or any other."""
+    """Behaviour: Ctrl-C and SIGTERM during the work give their exit codes, and leave no output under any name."""
     process = start(*STAGE, "-j", jobs, "-o", "out.jsonl.zst", cwd=docs, stdin=subprocess.PIPE)
     assert process.stdin and process.stderr
     process.stdin.write(LINES * 20)
@@ -237,7 +237,7 @@ def test_full_disk(llmkit, docs: Path) -> None:
 
 
 def test_names_cannot_drive_the_terminal(llmkit, docs: Path) -> None:
-    """Behaviour: control characters of a file name are shown, not sent to the terminal."""
+    """Behaviour: control characters in a file name are escaped, not sent to the terminal."""
     done = llmkit(*STAGE, "no\x1b[31msuch", cwd=docs)
     assert b"\x1b" not in done.stderr and b"\\x1b" in done.stderr
 

@@ -1,4 +1,4 @@
-"""`llmkit mix` on the real command line: what it may choose, that a plan and shards train the same, and that a kill changes nothing."""
+"""`llmkit mix` on the command line: its options, equal training from a plan and from shards, and resistance to SIGKILL."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ CHOICES = {
 
 
 def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: for every way to order, the first 1,000 batches (inputs, targets, weights, documents) are one digest, and another for every way."""
+    """Property: plan and shards give the same first 1,000 batches for every choice, and different ones between choices."""
     monkeypatch.setattr("llmkit.mixing.order.BLOCK_TOKENS", 512)
     monkeypatch.setattr("llmkit.mixing.packing.WINDOW", 100)
     found = []
@@ -94,7 +94,7 @@ def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch:
 
 
 def test_held_out_documents(llmkit_here, place: Path) -> None:
-    """Property: what is held out of one mix is in no mix with that share, whatever its sources and seed; and it is a share of each source."""
+    """Property: documents held out of one mix are in no mix with that share, whatever its sources and seed."""
     first = llmkit_here("mix", "web:x2", "code", "--holdout", "10%", "-o", "one", "--json", "-q", cwd=place)
     other = llmkit_here("mix", "wiki", "web", "--holdout", "0.1", "--seed", "9", "-o", "two", "-q", cwd=place)
     assert first.returncode == other.returncode == 0, first.stderr + other.stderr
@@ -114,7 +114,9 @@ def test_held_out_documents(llmkit_here, place: Path) -> None:
 
 
 def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
-    """Behaviour: the length that data is packed for is the model's; another one and attention over padding are refused; --heldout reads it."""
+    """Behaviour: `train` uses the packed length; another length, and attention over padding, are refused;
+    --heldout reads it.
+    """
     call = ("web", "code", "--pack", "best-fit", "--sequence-length", "24", "--holdout", "5%", "--json")
     done = llmkit_here("mix", *call, "-o", "m", cwd=place)
     summary = json.loads(done.stderr.splitlines()[-1])
@@ -143,7 +145,7 @@ def test_train_keeps_to_the_packing(llmkit_here, place: Path) -> None:
 
 
 def test_stages_table(llmkit_here, place: Path) -> None:
-    """Behaviour: each stage has its own shares; paths named in the call replace those of the file; the record takes the file as an input."""
+    """Behaviour: each stage has its own shares; paths on the command line replace the file's; lineage records the file."""
     (place / "elsewhere").mkdir()
     shutil.copy(place / "stages.toml", place / "elsewhere" / "s.toml")
     call = ("web", "code", "wiki", "--stages", "elsewhere/s.toml", "-o", "m", "--summary", "s.json")
@@ -165,7 +167,7 @@ def test_stages_table(llmkit_here, place: Path) -> None:
 
 
 def test_k2(llmkit_here, tmp_path: Path, write_shards: Write) -> None:
-    """Golden: from K2's starting tokens, to scale, its multipliers give the shares that its data card publishes, of which the last digit is rounded."""
+    """Golden: K2's multipliers on its starting tokens, to scale, give the (rounded) shares published in its data card."""
     lines = re.findall(r'(?m)^(\S+) = "x\S+" +# +([0-9.]+)B +([0-9.]+) %$', (ROOT / "examples" / "k2.toml").read_text())
     assert len(lines) == 14 and sum(float(share) for _, _, share in lines) == pytest.approx(100)
     for name, tokens, _ in lines:
@@ -179,15 +181,17 @@ def test_k2(llmkit_here, tmp_path: Path, write_shards: Write) -> None:
 
 
 def test_no_repeat(llmkit_here, place: Path) -> None:
-    """Behaviour: refused where a source would have to be repeated, over all stages; a source that is just used up is fine."""
+    """Behaviour: refused where a source would be repeated, over all stages; using a source up is allowed."""
     for call in (("web:x1.5",), ("wiki", "--tokens", "2k"), ("--stages", "stages.toml")):
         done = llmkit_here("mix", *call, "--no-repeat", "-n", cwd=place)
-        assert done.returncode == 2 and re.search(rb"w\w+ holds [\d,]+ tokens, and is to give", done.stderr)
+        assert done.returncode == 2 and re.search(rb"w\w+ holds [\d,]+ tokens, but [\d,]+ are requested", done.stderr)
     assert llmkit_here("mix", "web", "wiki:x0.5", "--no-repeat", "-n", cwd=place).returncode == 0
 
 
 def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
-    """Behaviour: documents come as often as the range of their count says, those without one as those of count 1; a wrong count is named."""
+    """Behaviour: documents are repeated by the range of their count, 1 where they have none; an invalid count
+    is an error.
+    """
     rows = [{"id": f"{i}", "text": "x" * 40} | ({"duplicates": i} if i else {}) for i in range(12)]
     (tmp_path / "d.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     call = ("mix", "--weight-by", "duplicates", "--weight-map", "1:1,2-5:2,6-10:3", "--plain")
@@ -201,8 +205,10 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
 
 
 def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: tokenize keeps the counts of documents, digested; a mix by them is the same from a plan, those without are as those of count 1, and
-    what is held out does not come; other readers, shards without counts and the digests of these are as before."""
+    """Behaviour: tokenize keeps duplicate counts and includes them in the digest; a mix by them is the same
+    from a plan; documents without a count have 1; held-out documents never occur; shards without counts are
+    unaffected.
+    """
     (place / "tok").mkdir()
     for name, text in small_tokenizer.items():
         (place / "tok" / name).write_text(text)
@@ -232,7 +238,7 @@ def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[
     expected = {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12) if f"{i}" not in out}
     assert Counter(id for id, _ in found if "web" not in id) == expected and len(expected) < 12
     assert {count for id, count in Counter(id for id, _ in found).items() if "web" in id} == {1}
-    for option, message in (("--to", b"--to jsonl has no place"), ("--decode", b"has no place")):
+    for option, message in (("--to", b"--to jsonl cannot store"), ("--decode", b"cannot store")):
         value = ("jsonl",) if option == "--to" else ("--from", "shards")
         done = llmkit_here("tokenize", "d.jsonl", "-t", "tok", option, *value, "--keep-duplicates", cwd=place)
         assert done.returncode == 2 and message in done.stderr
@@ -247,15 +253,15 @@ def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[
         ("web --sequence-length 1", 2, "--sequence-length"),
         ("web --sequence-length 9223372036854775808", 2, "--sequence-length"),
         ("gone --holdout 1%", 1, "gone: no such file or directory"),
-        ("web --holdout 0", 2, "--holdout 0: no share"),
-        ("web --holdout 101%", 2, "--holdout 101%: no share"),
+        ("web --holdout 0", 2, "--holdout 0: not a fraction"),
+        ("web --holdout 101%", 2, "--holdout 101%: not a fraction"),
         ("web --holdout 99.999999%", 1, "web: no tokens in this source"),
         ("web --holdout 1% --plan -o p.toml", 2, "--holdout writes a directory"),
         ("web --holdout 1% -o p.arrow", 2, "--holdout writes a directory"),
         ("web --weight-by duplicates", 2, "go together"),
-        ("web --weight-by duplicates --weight-map 1:1", 1, "web: no duplicates of its documents are kept"),
+        ("web --weight-by duplicates --weight-map 1:1", 1, "web: its shards hold no duplicate counts"),
         ("web --weight-by pages --weight-map 1:1", 2, "--weight-by pages is for documents"),
-        ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is no range"),
+        ("docs.jsonl --weight-by duplicates --weight-map 1:0", 2, "'1:0' is not a range"),
         ("docs.jsonl --pack best-fit --sequence-length 8", 2, "--pack best-fit is for token shards"),
         ("docs.jsonl --holdout 1%", 2, "--holdout is for token shards"),
         ("--stages gone.toml", 1, "gone.toml: No such file"),
@@ -290,7 +296,7 @@ def test_bad_choices(llmkit_here, place: Path, write_shards: Write, call: str, c
 
 
 def widened(directory: Path, only_last: bool) -> None:
-    """Rewrite parts of a shard directory with 32-bit tokens, which their vocabulary does not need."""
+    """Rewrite parts of a shard directory with 32-bit tokens, although 16 bits suffice."""
     import pyarrow as pa
 
     parts = sorted(directory.glob("*.arrow"))
@@ -312,7 +318,9 @@ def widened(directory: Path, only_last: bool) -> None:
 
 
 def test_force_replaces_and_keeps(llmkit_here, place: Path) -> None:
-    """Behaviour: without -f another mix stays; with it all of it is replaced, what was held out too; what is not ours stays in any case."""
+    """Behaviour: -f replaces another mix completely, held-out documents included; files not made by llmkit are
+    never replaced.
+    """
     assert llmkit_here("mix", "web", "--holdout", "5%", "-o", "m", "-q", cwd=place).returncode == 0
     assert llmkit_here("mix", "web", "-o", "m", cwd=place).returncode == 1 and (place / "m" / "heldout").is_dir()
     assert llmkit_here("mix", "web", "-o", "m", "-f", "-q", cwd=place).returncode == 0
@@ -352,7 +360,7 @@ print(*sorted(states))
 
 
 def test_killed_anywhere_and_run_again(place: Path) -> None:
-    """Behaviour: SIGKILL at whatever moment leaves nothing or everything, and the next run the bytes of one that was let be."""
+    """Behaviour: SIGKILL at any moment leaves nothing or everything, and a rerun gives the bytes of an undisturbed run."""
 
     def bytes_of(directory: Path) -> dict[str, bytes]:
         return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}

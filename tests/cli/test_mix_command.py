@@ -1,4 +1,4 @@
-"""`llmkit mix` on the real command line."""
+"""`llmkit mix` on the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def flat(store: TokenStore | OrderedTokens) -> list[int]:
 
 
 def test_shares_table_and_epochs(llmkit, place: Path) -> None:
-    """Behaviour: weights share what the multiplier leaves; the table and the summary say what came out; epochs count repetitions."""
+    """Behaviour: weights share what the multiplier leaves; table and summary report the result; epochs count
+    repetitions.
+    """
     done = llmkit(
         "mix", "web/:0.7", "code/:0.2", "wiki/:x6", "--tokens", "10k", "-o", "mix/", "--summary", "s.json", cwd=place
     )
@@ -60,7 +62,7 @@ def test_shares_table_and_epochs(llmkit, place: Path) -> None:
 
 
 def test_plan_and_shards_are_one_order(llmkit, place: Path) -> None:
-    """Property: the plan, followed, gives the token stream that mix writes, to the bit; so do a single file and any -j."""
+    """Property: following the plan gives exactly the token stream that mix writes; so do a single file and any -j."""
     call = ("mix", "web:0.5", "code:0.3", "wiki:0.2", "--tokens", "30k", "--seed", "3", "-q")
     for output in ("mix", "plan/", "plan.toml", "one.arrow", "two.arrow"):
         more = ["--plan"] if "plan" in output else ["-j", "2"] if output == "two.arrow" else []
@@ -79,7 +81,7 @@ def test_plan_and_shards_are_one_order(llmkit, place: Path) -> None:
 
 
 def test_asking_for_more_than_there_is(llmkit, place: Path) -> None:
-    """Behaviour: the source is repeated, with a warning that names the epochs, and the total is as asked."""
+    """Behaviour: the source is repeated, with a warning that gives the epochs, and the total is as requested."""
     done = llmkit("mix", "wiki", "--tokens", "1k", "-o", "m.arrow", cwd=place)
     held = TokenStore.open(str(place / "wiki")).tokens
     assert (
@@ -90,7 +92,7 @@ def test_asking_for_more_than_there_is(llmkit, place: Path) -> None:
 
 
 def test_without_tokens_nothing_is_repeated(llmkit, place: Path) -> None:
-    """Behaviour: weights are scaled to the source that runs out first; bare paths are taken whole."""
+    """Behaviour: weights are scaled to the first source to run out; bare paths are taken completely."""
     done = llmkit("mix", "web:1", "wiki:1", "--json", "-q", "-n", cwd=place)
     rows = json.loads(done.stderr)["sources"]
     assert [row["epochs"] for row in rows] == [1, 1] and rows[1]["multiplier"] == 1.0
@@ -101,7 +103,7 @@ def test_without_tokens_nothing_is_repeated(llmkit, place: Path) -> None:
 
 
 def test_stream_in_stream_out(llmkit, place: Path) -> None:
-    """Behaviour: `mix -` reads shards from a pipe and writes them to one; lineage calls the input a pipe."""
+    """Behaviour: `mix -` reads shards from a pipe and writes them to one; lineage records the input as `-`."""
     upstream = llmkit("mix", "web", cwd=place).stdout
     done = llmkit("mix", "-", "--tokens", "2k", cwd=place, stdin=upstream)
     assert done.returncode == 0, done.stderr
@@ -116,7 +118,7 @@ def test_stream_in_stream_out(llmkit, place: Path) -> None:
 
 
 def test_repeated_run_does_nothing(llmkit, place: Path) -> None:
-    """Behaviour: decided by what the output records; another seed is another mix."""
+    """Behaviour: the recorded lineage decides whether the output is up to date; another seed is another mix."""
     call = ("mix", "web:1", "wiki:2", "--tokens", "2k", "-o", "mix")
     assert llmkit(*call, cwd=place).returncode == 0
     again = llmkit(*call, cwd=place)
@@ -129,10 +131,10 @@ def test_repeated_run_does_nothing(llmkit, place: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["web:0"], 2, "'0' is not above zero"),
-        (["web:-1"], 2, "'-1' is no amount"),
-        (["web:nan"], 2, "'nan' is no amount"),
-        (["web:half"], 2, "'half' is no amount"),
-        (["web", "code:1"], 2, "web: has no weight"),
+        (["web:-1"], 2, "'-1' is not an amount"),
+        (["web:nan"], 2, "'nan' is not an amount"),
+        (["web:half"], 2, "'half' is not an amount"),
+        (["web", "code:1"], 2, "web: no weight"),
         (["web:1", "--tokens", "0"], 2, "--tokens 0"),
         (["nowhere:1"], 1, "nowhere: no such file"),
         (["empty"], 1, "no token shards"),
@@ -170,7 +172,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_documents(llmkit, texts: Path) -> None:
-    """Behaviour: documents keep their bytes; shares hold by bytes / 4; -j and the way in and out do not matter."""
+    """Behaviour: documents keep their bytes; shares hold by bytes / 4; -j, pipes and files give the same output."""
     call = ("mix", "prose.jsonl.zst:0.5", "code.jsonl.zst:0.5", "--tokens", "1500")
     one = llmkit(*call, "--plain", cwd=texts)
     assert one.returncode == 0, one.stderr
@@ -195,7 +197,9 @@ def test_documents(llmkit, texts: Path) -> None:
 
 
 def test_documents_by_directory_and_tokenizer(llmkit, texts: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: a directory of files is one source; -t counts as tokenize does; bad lines are named with their file."""
+    """Behaviour: a directory of files is one source; -t counts as `tokenize` does; bad lines are reported with
+    their file.
+    """
     (texts / "tok").mkdir()
     for name, text in small_tokenizer.items():
         (texts / "tok" / name).write_text(text)

@@ -1,4 +1,4 @@
-"""`tokenize` and `mix` killed, and on a full disk: nothing half-written is seen, and the next run gives the bytes of an undisturbed one."""
+"""`tokenize` and `mix` killed or on a full disk: no partial output, and a rerun gives the bytes of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def written(path: Path) -> int:
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_mix_killed(llmkit: Command, sources: Path, tmp_path: Path, output: str) -> None:
-    """Property: kill -9 at random moments of the writing leaves nothing under the final name; rerun, the bytes are the same."""
+    """Property: kill -9 at random moments while writing leaves nothing under the final name; a rerun gives the
+    same bytes.
+    """
     (tmp_path / "whole").mkdir()
     assert llmkit(*MIX, "-o", tmp_path / "whole" / output, cwd=sources).returncode == 0
     whole = content(tmp_path / "whole" / output)
@@ -76,7 +78,7 @@ def test_mix_killed(llmkit: Command, sources: Path, tmp_path: Path, output: str)
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_tokenize_killed(llmkit: Command, tmp_path: Path, small_tokenizer: dict[str, str], output: str) -> None:
-    """Property: the same of tokenize, killed while it waits for more of its input."""
+    """Property: the same for tokenize, killed while it waits for input."""
     (tmp_path / "tok").mkdir()
     for name, text in small_tokenizer.items():
         (tmp_path / "tok" / name).write_text(text)
@@ -99,7 +101,9 @@ def test_tokenize_killed(llmkit: Command, tmp_path: Path, small_tokenizer: dict[
 
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_disk_full_in_the_middle(sources: Path, tmp_path: Path, output: str) -> None:
-    """Behaviour: a write that fails (a limit on the size of files stands in for the disk) is one line that names the output; nothing is left."""
+    """Behaviour: a failed write (a file size limit simulates a full disk) is one error that names the output;
+    nothing is left.
+    """
 
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

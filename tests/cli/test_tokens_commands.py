@@ -36,7 +36,7 @@ def store_rows(path: Path, items: list[dict[str, str]]) -> None:
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """What a command in this process does with SIGTERM ends with it."""
+    """Restore the SIGTERM handler after each test."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -72,7 +72,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def test_vocab_is_the_same_for_any_number_of_jobs_and_order(place: Path, llmkit: Command) -> None:
-    """Behaviour: equal bytes for -j 1 and -j 2; the same tokenizer for the same documents in another order, cut into other files."""
+    """Behaviour: equal bytes for -j 1 and -j 2; the same tokenizer for documents in another order and other files."""
     items = rows()
     random.Random(2).shuffle(items)
     store_rows(place / "a.jsonl", items[:50])
@@ -86,7 +86,7 @@ def test_vocab_is_the_same_for_any_number_of_jobs_and_order(place: Path, llmkit:
 
 
 def test_vocab_digits_sample_and_special(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: --digits names a pattern, and the lineage has it; --sample takes the same documents for any -j; --special gives ids behind ours."""
+    """Behaviour: --digits selects a pattern; --sample takes the same documents for any -j; --special ids follow ours."""
     call = ["docs.jsonl", "--size", "320", "--digits", "single", "--sample", "0.5", "--special", "<think>", "--json"]
     for jobs in ("1", "2"):
         assert run_command("vocab", [*call, "-j", jobs, "-o", f"tok{jobs}"]) == 0
@@ -103,10 +103,10 @@ def test_vocab_digits_sample_and_special(place: Path, capfd: pytest.CaptureFixtu
 
 
 def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: rounding and a shortage of merges are said; the lineage stands in the directory."""
+    """Behaviour: rounding and a shortage of merges are reported; the directory holds the lineage."""
     assert run_command("vocab", ["docs.jsonl", "--size", "5000", "-p", "qwen2", "--json", "-o", "new"]) == 0
     said = capfd.readouterr().err
-    assert "5,000 rounded up to 5,056" in said and "warning: the texts hold" in said
+    assert "5,000 rounded up to 5,056" in said and "warning: the texts have only" in said
     counts = json.loads(said.splitlines()[-1])
     assert counts["size"] % 64 == 0 and counts["size"] < 5056 and counts["documents"] == 120
     record = read_lineage(place / "new")
@@ -126,7 +126,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "two"], 2, "unknown --digits"),
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "single", "-p", "llama-bpe"], 2, "contradict each other"),
         (["vocab", "docs.jsonl", "-o", "x", "--digits", "three", "-p", "gpt-2"], 2, "contradict each other"),
-        (["vocab", "docs.jsonl", "-o", "x", "--special", "word"], 2, "a special token 'word'"),
+        (["vocab", "docs.jsonl", "-o", "x", "--special", "word"], 2, "invalid special token 'word'"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "0"], 2, "--sample 0"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "nan"], 2, "--sample nan"),
         (["vocab", "docs.jsonl", "-o", "x", "--sample", "1e-9"], 1, "takes none of 120 documents"),
@@ -156,7 +156,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
             2,
             "--decode turns tokens into documents",
         ),
-        (["tokenize", "one.arrow", "-t", "tok", "-o", "x"], 2, "token shards already"),
+        (["tokenize", "one.arrow", "-t", "tok", "-o", "x"], 2, "already token shards"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--to", "megatrom"], 2, "did you mean 'megatron'"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--from", "nano"], 2, "did you mean 'nanogpt'"),
         (["tokenize", "docs.jsonl", "-t", "tok", "--to", "megatron"], 2, "-o PREFIX"),
@@ -167,7 +167,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
             1,
             "odd.bin: 3 bytes are not a whole number",
         ),
-        (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is none"),
+        (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is not one"),
         (["tokenize", "odd", "--from", "megatron", "-t", "tok", "-o", "x"], 1, "odd.idx: no such file"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--bos"], 2, "tok: no beginning-of-text token"),
         (["tokenize", "docs.jsonl", "-t", "other", "-o", "x", "--fim-rate", "0.5"], 2, "no fill-in-the-middle tokens"),
@@ -176,7 +176,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (
             ["tokenize", "docs.jsonl", "-t", "tok", "--to", "jsonl", "--max-tokens-per-shard", "9"],
             2,
-            "only token shards",
+            "token shards only",
         ),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--fim-source", "code"], 2, "--fim-source without"),
         (["tokenize", "--decode", "empty.jsonl", "-o", "x.jsonl"], 1, "empty file"),
@@ -226,7 +226,7 @@ def test_tokenize_is_the_same_for_any_number_of_jobs(place: Path, llmkit: Comman
 
 
 def test_directory_file_and_stream_hold_the_same(place: Path, llmkit: Command) -> None:
-    """Behaviour: the three outputs differ in form alone; each carries its tokenizer, and gives it on; decoding gives the texts back."""
+    """Behaviour: directory, file and stream hold the same; each carries its tokenizer; decoding restores the texts."""
     assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-q", "-o", "shards"]) == 0
     assert run_command("tokenize", ["docs.jsonl", "-t", "shards", "-q", "-o", "one.arrow"]) == 0
     piped = llmkit(
@@ -265,13 +265,13 @@ BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}
         (BPE, {"normalizer": {"type": "Nothing"}}, "does not load"),
         (BPE, {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}}, "does not load"),
         ({"type": "Unigram", "vocab": [["</s>", 0.0]], "unk_id": 7}, {}, "does not load"),
-        ({"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[U]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, {}, "does not encode: WordPiece error"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "</s>": 1}, "unk_token": "[U]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, {}, "fails to encode: WordPiece error"),
     ],
 )  # fmt: skip
 def test_bad_tokenizers(
     place: Path, capfd: pytest.CaptureFixture[str], model: dict[str, object], more: dict[str, object], message: str
 ) -> None:
-    """Behaviour: a tokenizer that cannot work is one clear line with a hint, and leaves nothing behind."""
+    """Behaviour: an unusable tokenizer is one clear error with a hint, and leaves nothing behind."""
     store_tokenizer(place / "bad", model, **more)
     assert run_command("tokenize", ["docs.jsonl", "-t", "bad", "-o", "x"]) == 1
     error = capfd.readouterr().err
@@ -279,7 +279,7 @@ def test_bad_tokenizers(
 
 
 def test_absurd_size_of_a_tokenizer(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a file of 300 MB is not read."""
+    """Behaviour: a tokenizer file of 300 MB is refused unread."""
     with open(place / "tokenizer.json", "wb") as sink:
         sink.truncate(300 << 20)
     assert run_command("tokenize", ["docs.jsonl", "-t", "tokenizer.json", "-o", "x"]) == 1
@@ -287,8 +287,8 @@ def test_absurd_size_of_a_tokenizer(place: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Property: shards to nanoGPT or Megatron files and back are the same tokens, under the file's name; texts come from them too;
-    encoding into a format and converting to it are the same bytes."""
+    """Property: shards converted to nanoGPT or Megatron files and back hold the same tokens, with the file's name as
+    source, and can be decoded; encoding into a format and converting to it give the same bytes."""
 
     def call(*arguments: str) -> None:
         assert run_command("tokenize", [*arguments, "-q"]) == 0
@@ -320,8 +320,8 @@ def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
-    """Behaviour: equal bytes for any -j; the same documents are cut the same way in another order and in other files; the record names
-    what decides it; only the sources asked for are cut."""
+    """Behaviour: equal bytes for any -j; documents are split the same way in another order and other files; lineage
+    records the options involved; only the requested sources are split."""
     items = [row | {"repository": "ab"[i % 2]} for i, row in enumerate(rows(9000))]
     store_rows(place / "big.jsonl", items)
     store_rows(place / "turned.jsonl", items[::-1])
@@ -347,7 +347,9 @@ def test_fill_in_the_middle(place: Path, llmkit: Command) -> None:
 
 
 def test_beginning_of_text_and_statistics(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: --bos puts the token in front; --stats counts documents, tokens and bytes of each source; sources come from the field named."""
+    """Behaviour: --bos adds the token in front; --stats reports documents, tokens and bytes by source, as in
+    --source-key.
+    """
     (place / "bos").mkdir()
     (place / "bos" / "tokenizer.json").write_bytes((place / "tok" / "tokenizer.json").read_bytes())
     (place / "bos" / "tokenizer_config.json").write_text('{"bos_token": "<|im_start|>"}')
@@ -371,14 +373,14 @@ def test_beginning_of_text_and_statistics(place: Path, capfd: pytest.CaptureFixt
 
 
 def test_allow_special(place: Path) -> None:
-    """Behaviour: with --allow-special a special token's name in a text is that token."""
+    """Behaviour: with --allow-special the name of a special token in a text becomes that token."""
     assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-q", "--allow-special", "-o", "s.arrow"]) == 0
     store = TokenStore.open("s.arrow")
     assert all(np.count_nonzero(store.document(i) == 0) == 2 for i in range(store.documents))
 
 
 def test_repeated_runs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a finished run repeated does nothing; with other options it is refused; -f replaces; -n writes nothing."""
+    """Behaviour: repeating a finished run does nothing; other options are refused without -f; -n writes nothing."""
     assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-o", "s"]) == 0
     made = files(place / "s")
     assert run_command("tokenize", ["docs.jsonl", "-t", "tok", "-o", "s"]) == 0
@@ -392,14 +394,14 @@ def test_repeated_runs(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_inputs_listed_on_stdin(place: Path, llmkit: Command) -> None:
-    """Behaviour: --files-from - reads the names of inputs from stdin, once, though they are asked for twice."""
+    """Behaviour: --files-from - reads the names of inputs from stdin only once, although they are used twice."""
     done = llmkit("tokenize", "--files-from", "-", "-t", "tok", "-o", "s", stdin=b"docs.jsonl\n", cwd=place)
     assert done.returncode == 0, done.stderr
     assert TokenStore.open(str(place / "s")).documents == 120
 
 
 def test_nothing_in(place: Path, llmkit: Command) -> None:
-    """Behaviour: no documents give valid shards without rows, and a warning; bad lines can be passed over and are counted."""
+    """Behaviour: no documents give valid empty shards and a warning; bad lines can be skipped and are counted."""
     done = llmkit("tokenize", "-t", "tok", "-q", "-o", "none.arrow", stdin=b"\n", cwd=place)
     assert done.returncode == 0 and b"warning: no documents were read" in done.stderr
     assert TokenStore.open(str(place / "none.arrow")).documents == 0
@@ -420,7 +422,7 @@ def test_nothing_in(place: Path, llmkit: Command) -> None:
 
 
 def test_closed_pipe_and_terminal(place: Path) -> None:
-    """Behaviour: a reader that goes away ends it quietly with 141; tokens are not written to a terminal."""
+    """Behaviour: a closed pipe ends it quietly with exit code 141; tokens are not written to a terminal."""
     store_rows(place / "big.jsonl", rows(3000))
     command = [sys.executable, "-m", "llmkit", "tokenize", "big.jsonl", "-t", "tok"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -438,7 +440,7 @@ def test_closed_pipe_and_terminal(place: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted(place: Path, number: signal.Signals, code: int) -> None:
-    """Behaviour: stopped in the middle, its exit code says by what, and nothing stands under the final name."""
+    """Behaviour: interrupted midway, the exit code tells the signal, and no output remains under the final name."""
     process = subprocess.Popen(
         [sys.executable, "-m", "llmkit", "tokenize", "-t", "tok", "-o", "s"], stdin=subprocess.PIPE
     )
@@ -453,7 +455,7 @@ def test_interrupted(place: Path, number: signal.Signals, code: int) -> None:
 
 
 def test_full_disk(place: Path, llmkit: Command) -> None:
-    """Behaviour: a full disk is one line with a hint and exit code 1."""
+    """Behaviour: a full disk is a one-line error and exit code 1."""
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     store_rows(place / "big.jsonl", rows(3000))

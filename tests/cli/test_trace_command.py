@@ -1,4 +1,4 @@
-"""`llmkit trace`: what it says of a step is what training read, and of a document where that was."""
+"""`llmkit trace`: the documents of a step are those that training read, and the steps of a document are found."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SIZES = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """web/ (40 documents in several parts), code/ (20), mixes of both in every form, and a run of two rounds through web/."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    place = tmp_path_factory.mktemp("trace")
+    directory = tmp_path_factory.mktemp("trace")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,48 +50,64 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     draw = np.random.default_rng(0)
     for name, documents in (("web", 40), ("code", 20)):
-        with ShardWriter(str(place / name), info, Lineage("tokenize"), max_tokens_per_shard=500) as writer:
+        with ShardWriter(str(directory / name), info, Lineage("tokenize"), max_tokens_per_shard=500) as writer:
             for i in range(documents):
                 words = draw.choice(WORDS, size=int(draw.integers(3, 60)))
                 writer.write([*tokenizer.encode(" ".join(words)).ids, info.eos_id], f"{name}-{i}", name)
             writer.finish({}, [])
-    (place / "config.json").write_text(json.dumps(SIZES | {"vocab_size": info.vocab_size}))
+    (directory / "config.json").write_text(json.dumps(SIZES | {"vocab_size": info.vocab_size}))
     for form, more in {
         "mixed": [],
         "plan": ["--plan"],
         "packed": ["--plan", "--pack", "best-fit", "--sequence-length", "32"],
     }.items():
-        call = [str(place / "web") + ":x2", str(place / "code") + ":x3", "-o", str(place / form), "-q", *more]
+        call = [
+            str(directory / "web") + ":x2",
+            str(directory / "code") + ":x3",
+            "-o",
+            str(directory / form),
+            "-q",
+            *more,
+        ]
         assert run_command("mix", call) == 0
-    assert train(place, "web", "--tokens", "4k", "-o", str(place / "run")) == 0
-    return place
+    assert train(directory, "web", "--tokens", "4k", "-o", str(directory / "run")) == 0
+    return directory
 
 
-def train(place: Path, data: str, *more: str) -> int:
-    call = [str(place / data), "-m", str(place / "config.json"), "-q", "--batch-size", "4", "--sequence-length", "32"]
+def train(directory: Path, data: str, *more: str) -> int:
+    call = [
+        str(directory / data),
+        "-m",
+        str(directory / "config.json"),
+        "-q",
+        "--batch-size",
+        "4",
+        "--sequence-length",
+        "32",
+    ]
     return run_command("train", [*call, *more])
 
 
 @pytest.fixture
-def traced(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
+def traced(directory: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[dict[str, Any]]]:
     """The records that `llmkit trace run --json` prints."""
 
     def go(*arguments: str, run: str = "run") -> list[dict[str, Any]]:
-        assert run_command("trace", [str(place / run), "--json", "-q", *arguments]) == 0
+        assert run_command("trace", [str(directory / run), "--json", "-q", *arguments]) == 0
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return go
 
 
 @pytest.mark.parametrize("data", ["web", "mixed", "plan", "packed"])
-def test_trace_is_what_training_reads(place: Path, tmp_path: Path, data: str) -> None:
-    """Property: over more than a round, the tokens of the pieces are the batch, piece by piece; ids, sources and times seen those of the stream;
-    and every piece of a document is found again by its id."""
-    stream = OrderedTokens.open(str(place / data))
+def test_trace_is_what_training_reads(directory: Path, tmp_path: Path, data: str) -> None:
+    """Property: over more than one epoch, the tokens of the pieces equal the batch; ids, sources and epochs equal those of the stream;
+    every piece of a document is found by its id."""
+    stream = OrderedTokens.open(str(directory / data))
     source = StreamSource(stream, 32, 4, int(stream.tokens * 1.4))
-    legs = [(leg.step, leg.token, leg.rows, leg.length) for leg in source.legs]
+    phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in source.phases]
     (tmp_path / "checkpoints").mkdir()
-    write_trace(tmp_path, stream, legs, source.tokens(source.steps))
+    write_trace(tmp_path, stream, phases, source.tokens(source.steps))
     trace = Trace(tmp_path)
     assert trace.steps == source.steps
     by_id: dict[str, list[Any]] = {}
@@ -117,27 +133,27 @@ def test_trace_is_what_training_reads(place: Path, tmp_path: Path, data: str) ->
     assert not list(trace.find("web-3", done=0))
 
 
-def test_legs_of_other_sizes(place: Path, tmp_path: Path) -> None:
-    """Property: where rows and lengths change in the middle of a run, pieces still cover it step by step, and are found again."""
-    stream = OrderedTokens.open(str(place / "web"))
-    legs, total = [(0, 0, 2, 16), (5, 160, 4, 32), (9, 160 + 4 * 128, 3, 64)], 160 + 512 + 3 * 64 + 64
+def test_phases_of_other_sizes(directory: Path, tmp_path: Path) -> None:
+    """Property: when rows and lengths change during a run, pieces still cover each step and are found by id."""
+    stream = OrderedTokens.open(str(directory / "web"))
+    phases, total = [(0, 0, 2, 16), (5, 160, 4, 32), (9, 160 + 4 * 128, 3, 64)], 160 + 512 + 3 * 64 + 64
     (tmp_path / "checkpoints").mkdir()
-    write_trace(tmp_path, stream, legs, total)
+    write_trace(tmp_path, stream, phases, total)
     trace = Trace(tmp_path)
     assert trace.steps == 11
     sizes = [sum(p.last - p.first for p in trace.step(n)) for n in range(1, 12)]
     assert sizes == [32] * 5 + [128] * 4 + [192, 64]
     write_trace(tmp_path, stream, [(0, 0, 2, 16)], total)
-    assert Trace(tmp_path).steps == -(-total // 32)  # written anew
+    assert Trace(tmp_path).steps == -(-total // 32)  # rewritten
     for n in (5, 6, 10):
         for piece in trace.step(n):
             assert piece.to_json() in [found.to_json() for found in trace.find(piece.id)]
 
 
 def test_step_and_find(
-    traced: Callable[..., list[dict[str, Any]]], place: Path, capsys: pytest.CaptureFixture[str]
+    traced: Callable[..., list[dict[str, Any]]], directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Behaviour: a step names its documents, with their text; a document its steps, twice in two rounds; lines for people are lines."""
+    """Behaviour: --step lists documents with their text; --find lists steps, two in two epochs; one line per piece."""
     pieces = traced("--step", "3", "--text")
     assert {piece["row"] for piece in pieces} == {0, 1, 2, 3}
     assert all(
@@ -148,21 +164,21 @@ def test_step_and_find(
     found = traced("--find", pieces[0]["id"])
     assert {piece["epoch"] for piece in found} == {0, 1}
     assert {key: pieces[0][key] for key in pieces[0] if key != "text"} in found
-    assert run_command("trace", [str(place / "run"), "--step", "3"]) == 0
+    assert run_command("trace", [str(directory / "run"), "--step", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(pieces)
     assert lines[0].startswith("step 3 row 0 [0:")
 
 
-def test_skipped_step_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: what the guard passed over says so."""
-    run = shutil.copytree(place / "run", tmp_path / "run", symlinks=True)
+def test_skipped_step_is_named(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a step skipped by the guard is marked."""
+    run = shutil.copytree(directory / "run", tmp_path / "run", symlinks=True)
     with open(run / "events.jsonl", "a") as events:
         events.write(json.dumps({"event": "rollback", "skipped": [2, 3], "cause": "broken documents"}) + "\n{broken\n")
     assert run_command("trace", [str(run), "--step", "2", "--json"]) == 0
     out, err = capsys.readouterr()
     assert all(json.loads(line)["skipped"] == "broken documents" for line in out.splitlines())
-    assert "passed over by the guard: broken documents" in err
+    assert "skipped by the guard: broken documents" in err
 
 
 def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -170,9 +186,9 @@ def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: unknown steps, ids, runs; both options or none."""
-    run = str(place / "run")
+def test_mistakes_are_one_line(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: unknown steps, ids and runs, and both options or none, are one-line errors."""
+    run = str(directory / "run")
     assert "no step 1,000" in failed(capsys, run, "--step", "1000")
     assert "no document 'web-99'" in failed(capsys, run, "--find", "web-99")
     assert "no document ''" in failed(capsys, run, "--find", "")
@@ -183,10 +199,10 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert "holds no trace" in failed(capsys, str(tmp_path), "--step", "1")
 
 
-def test_moved_and_changed_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: data that is gone, of another size, or of the same size and another content is named."""
-    shutil.copytree(place / "web", tmp_path / "web")
-    shutil.copy(place / "config.json", tmp_path / "config.json")
+def test_moved_and_changed_data(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: data that is missing, of another size, or of the same size with other content is named."""
+    shutil.copytree(directory / "web", tmp_path / "web")
+    shutil.copy(directory / "config.json", tmp_path / "config.json")
     assert train(tmp_path, "web", "--tokens", "1k", "-o", str(tmp_path / "run")) == 0
     run, part = str(tmp_path / "run"), tmp_path / "web" / "part-00000.arrow"
     os.rename(part, tmp_path / "part")
@@ -204,10 +220,10 @@ def test_moved_and_changed_data(place: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("damage", ["offsets", "document", "legs", "json", "pickle", "version"])
 def test_hostile_trace_is_an_error(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    """Behaviour: tables cut off, out of range, or pickled, and another version, end with one line; nothing is unpickled."""
-    stream = OrderedTokens.open(str(place / "plan"))
+    """Behaviour: truncated, out-of-range or pickled tables and another version are one-line errors; nothing is unpickled."""
+    stream = OrderedTokens.open(str(directory / "plan"))
     (tmp_path / "checkpoints").mkdir()
     write_trace(tmp_path, stream, [(0, 0, 4, 32)], 1000)
     trace = tmp_path / "trace"
@@ -226,11 +242,11 @@ def test_hostile_trace_is_an_error(
     assert str(trace) in failed(capsys, str(tmp_path), "--step", "1")
 
 
-def test_reading_needs_no_torch(place: Path) -> None:
-    """Property: the command imports neither torch nor pandas, whatever it is asked."""
+def test_reading_needs_no_torch(directory: Path) -> None:
+    """Property: the command imports neither torch nor pandas."""
     code = (
         "import sys; from llmkit.cli.main import run_command\n"
-        f"assert run_command('trace', [{str(place / 'run')!r}, '--find', 'web-3', '--text', '-q']) == 0\n"
+        f"assert run_command('trace', [{str(directory / 'run')!r}, '--find', 'web-3', '--text', '-q']) == 0\n"
         "assert not {'torch', 'pandas', 'numba', 'accelerate'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

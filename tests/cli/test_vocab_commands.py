@@ -31,7 +31,7 @@ def place(tmp_path: Path, small_tokenizer: dict[str, str]) -> Path:
 
 
 def test_names_of_two_words(place: Path, llmkit: Command) -> None:
-    """Behaviour: two words or a hyphen reach the same command; a file of that name is ./NAME; typos get a suggestion."""
+    """Behaviour: two words or a hyphen name the same command; ./NAME is a file of that name; typos get a suggestion."""
     for words in (("vocab", "report"), ("vocab-report",)):
         done = llmkit(*words, "-h")
         assert done.returncode == 0 and b"Usage: llmkit vocab report" in done.stdout
@@ -47,7 +47,7 @@ def test_names_of_two_words(place: Path, llmkit: Command) -> None:
 
 
 def test_report(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: JSON on stdout or in -o, the same for any -j and from stdin; the table and the warning on stderr."""
+    """Behaviour: JSON goes to stdout or -o, the same for any -j and from stdin; table and warnings go to stderr."""
     call = ("vocab report", "tok", "tok/tokenizer.json", "--text", "en.jsonl", "--text", "de.jsonl")
     done = llmkit_here(*call, cwd=place)
     report = json.loads(done.stdout)
@@ -71,7 +71,9 @@ def test_report(place: Path, llmkit_here: Command) -> None:
 
 
 def test_report_warns(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a tokenizer trained on English costs German more than 1.5 times as much, and says so; without English it says that."""
+    """Behaviour: a warning where a tokenizer trained on English costs German over 1.5 times as much; a note
+    without English.
+    """
     assert llmkit_here("vocab", "en.jsonl", "-s", "512", "-q", "-o", "entok", cwd=place).returncode == 0
     done = llmkit_here("vocab report", "entok", "-q", "--text", "en.jsonl", "--text", "de.jsonl", cwd=place)
     assert b"warning: entok: fertility over 1.5 times that of en: de (" in done.stderr
@@ -80,7 +82,7 @@ def test_report_warns(place: Path, llmkit_here: Command) -> None:
 
 
 def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a byte-level tokenizer that cuts text its own way is warned of, one of ours is not."""
+    """Behaviour: a warning for a byte-level tokenizer with another pattern, none for ours."""
     other = json.loads((place / "tok/tokenizer.json").read_text())
     other["pre_tokenizer"]["add_prefix_space"] = True
     (place / "other").mkdir()
@@ -88,13 +90,13 @@ def test_patterns_that_gguf_cannot_name(place: Path, llmkit_here: Command) -> No
         (place / "other" / file.name).write_bytes(file.read_bytes())
     (place / "other/tokenizer.json").write_text(json.dumps(other))
     done = llmkit_here("vocab report", "tok", "other", "--text", "en.jsonl", cwd=place)
-    assert done.stderr.count(b"GGUF") == 1 and b"warning: other: cuts text as none of llama-bpe" in done.stderr
+    assert done.stderr.count(b"GGUF") == 1 and b"warning: other: its pre-tokenizer is none of llama-bpe" in done.stderr
     extended = llmkit_here("vocab extend", "other", "de.jsonl", "--add", "4", "-o", "more", cwd=place)
     assert extended.returncode == 0 and b"GGUF" in extended.stderr
 
 
 def test_advise(place: Path, llmkit_here: Command) -> None:
-    """Behaviour: a table for each model, the same JSON in another order of documents, and a warning where the corpus is too small."""
+    """Behaviour: a table per model, the same JSON for any order of documents, and a warning where the corpus is small."""
     randomness = random.Random(1)
     known = ["".join(randomness.choices("abcdefghijklmnop", k=randomness.randint(3, 9))) for _ in range(1000)]
     lines = []
@@ -112,13 +114,13 @@ def test_advise(place: Path, llmkit_here: Command) -> None:
         assert model["recommended"] in [row["size"] for row in rows] and rows[0]["size"] == 1024
         assert 0 < rows[0]["share"] < 1 and rows[0]["embedding_parameters"] % 1024 == 0
         assert [row["bytes_per_token"] for row in rows] == sorted(row["bytes_per_token"] for row in rows)
-    assert b"are not judged" in done.stderr and b"Tokens a word by language" in done.stderr
+    assert b"are not considered" in done.stderr and b"Tokens per word by language" in done.stderr
     other = json.loads(llmkit_here("vocab advise", "back.jsonl", "-m", "tiny,llama-125m", cwd=place).stdout)
     assert other["models"] == found["models"]
 
 
 def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Path]) -> None:
-    """Behaviour: a tokenizer directory, or with --model a model with its rows; the same bytes again; the lineage names what was read."""
+    """Behaviour: writes a tokenizer, or with --model a model with new rows; reproducible; the lineage names the inputs."""
     import torch
 
     from llmkit.model.pretrained.checkpoint import load_model
@@ -163,15 +165,19 @@ def test_extend(place: Path, llmkit_here: Command, make_model: Callable[..., Pat
         (["vocab report", "tok", "--text", "en.jsonl", "-o", "en.jsonl"], 1, "en.jsonl exists"),
         (["vocab advise", "en.jsonl", "-m", ","], 2, "names no model"),
         (["vocab advise", "en.jsonl", "-m", "125k"], 2, "unknown preset"),
-        (["vocab advise", "en.jsonl", "--largest", "500"], 2, "no size to judge"),
+        (["vocab advise", "en.jsonl", "--largest", "500"], 2, "no size to consider"),
         (["vocab advise", "en.jsonl", "-p", "lama-bpe"], 2, "did you mean 'llama-bpe'"),
         (["vocab advise", "en.jsonl"], 1, "too few for any size"),
-        (["vocab extend", "tok", "de.jsonl", "-o", "x"], 2, "what to add?"),
-        (["vocab extend", "tok", "de.jsonl", "--add", "9", "--tokens", "empty", "-o", "x"], 2, "what to add?"),
-        (["vocab extend", "tok", "de.jsonl", "--tokens", "empty", "-o", "x"], 2, "learns nothing from documents"),
+        (["vocab extend", "tok", "de.jsonl", "-o", "x"], 2, "give either --add or --tokens"),
+        (
+            ["vocab extend", "tok", "de.jsonl", "--add", "9", "--tokens", "empty", "-o", "x"],
+            2,
+            "give either --add or --tokens",
+        ),
+        (["vocab extend", "tok", "de.jsonl", "--tokens", "empty", "-o", "x"], 2, "reads no documents"),
         (["vocab extend", "tok", "--tokens", "empty", "-o", "x"], 1, "empty: no words"),
         (["vocab extend", "tok", "--tokens", "nowhere", "-o", "x"], 1, "nowhere"),
-        (["vocab extend", "tok", "de.jsonl", "--add", "0", "-o", "x"], 2, "one token at least"),
+        (["vocab extend", "tok", "de.jsonl", "--add", "0", "-o", "x"], 2, "at least one token"),
         (["vocab extend", "tok", "de.jsonl", "--add", "9"], 2, "no output"),
         (["vocab extend", "tok", "de.jsonl", "--add", "9", "-o", "tok"], 1, "tok exists"),
         (["vocab extend", "tok", "de.jsonl", "--add", "1T", "-o", "x", "--multiple", "9000000"], 2, "the largest is"),

@@ -39,7 +39,7 @@ def text(n: int, start: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory) -> Path:
-    """A random qwen3 model of 60k parameters with a tokenizer of its own."""
+    """A random qwen3 model of 60k parameters with its own tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -66,7 +66,7 @@ def model_directory(tmp_path_factory) -> Path:
         max_position_embeddings=64, eos_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     model = Decoder(config)
-    model.initialise(3)
+    model.initialize(3)
     directory = tmp_path_factory.mktemp("model")
     save_model(directory, model.state_dict(), config, files)
     return directory
@@ -99,7 +99,7 @@ def task_directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def with_bos(model_directory: Path, tmp_path_factory) -> Path:
-    """The same model with a tokenizer that puts a token in front of every text, as Llama's do."""
+    """The same model with a tokenizer that prepends a token to every text, like Llama's."""
     directory = shutil.copytree(model_directory, tmp_path_factory.mktemp("bos") / "model")
     for name, changes in (
         ("tokenizer.json", {"post_processor": {
@@ -158,7 +158,7 @@ def test_generation_agrees_with_lm_evals_own_model_class(model_directory: Path) 
 
 
 def test_new_tokens_have_their_bounds(model_directory: Path) -> None:
-    """Behaviour: every name for the number of new tokens counts; one that leaves the prompt no room is refused; half the context by default."""
+    """Behaviour: every name for the number of new tokens works; one that leaves no room for the prompt is refused; default: half the context."""
     from lm_eval.api.instance import Instance
 
     from llmkit.evaluation.harness import DecoderLM
@@ -178,7 +178,7 @@ def test_new_tokens_have_their_bounds(model_directory: Path) -> None:
 
 
 def test_a_diverged_model_has_no_scores(model_directory: Path) -> None:
-    """Behaviour: weights that are no numbers are an error instead of a score that is none."""
+    """Behaviour: non-finite weights are an error instead of a meaningless score."""
     model, _ = load_model(model_directory)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -187,7 +187,7 @@ def test_a_diverged_model_has_no_scores(model_directory: Path) -> None:
 
 
 def test_scores_do_not_depend_on_the_batch(model_directory: Path) -> None:
-    """Property: a request alone and among others gets the same log-probability within 1e-5."""
+    """Property: a request has the same log-probability alone and in a batch, within 1e-5."""
     model, info = load_model(model_directory)
     codec = load_tokenizer(info.tokenizer_files, info.path)
     requests = [(list(codec.encode(text(2 + 5 * i, i)).ids), 1 + i % 2) for i in range(9)]
@@ -197,7 +197,7 @@ def test_scores_do_not_depend_on_the_batch(model_directory: Path) -> None:
 
 
 def test_perplexity_agrees_with_transformers(model_directory: Path) -> None:
-    """Parity with transformers' loss on documents that fit the context; bits a byte from the definition."""
+    """Parity with transformers' loss on documents that fit the context; bits per byte from the definition."""
     from transformers import AutoModelForCausalLM
 
     model, info = load_model(model_directory)
@@ -248,6 +248,25 @@ def test_command_scores_several_models(
     assert b"pick acc" in done.stderr
 
 
+def test_formats(llmkit, model_directory: Path, tmp_path: Path) -> None:
+    """Behaviour: --format table writes the table to stdout or -o; JSON is the default off the terminal; --json is the summary on stderr alone."""
+    (tmp_path / "docs.jsonl").write_text(json.dumps({"text": text(60)}) + "\n")
+    call = ("eval", str(model_directory), "--perplexity", "docs.jsonl")
+    default = llmkit(*call, "--json", cwd=tmp_path)
+    assert default.returncode == 0, default.stderr.decode()
+    assert json.loads(default.stderr) == {"command": "eval", "models": 1, "tasks": 0}
+    scores = json.loads(default.stdout)["models"][str(model_directory)]["perplexity"]["docs.jsonl"]
+    assert llmkit(*call, "--format", "json", "-q", cwd=tmp_path).stdout == default.stdout
+    table = llmkit(*call, "--format", "table", "--json", cwd=tmp_path)
+    assert json.loads(table.stderr)["models"] == 1
+    lines = table.stdout.decode().splitlines()
+    assert lines[0].split() == [str(model_directory)] and len({*map(len, lines)}) == 1
+    assert lines[2].split() == ["docs.jsonl", "bits_per_byte", f"{scores['bits_per_byte']:.4f}"]
+    for arguments, expected in (((), default.stdout), (("--format", "table"), table.stdout)):
+        assert llmkit(*call, *arguments, "-q", "-f", "-o", "scores", cwd=tmp_path).returncode == 0
+        assert (tmp_path / "scores").read_bytes() == expected
+
+
 def test_every_model_reads_stdin(llmkit, model_directory: Path, tmp_path: Path) -> None:
     """Behaviour: documents from a pipe are scored by all models."""
     documents = json.dumps({"text": text(60)}).encode() + b"\n"
@@ -263,6 +282,7 @@ def test_bad_calls(llmkit, model_directory: Path, task_directory: Path, tmp_path
     """Behaviour: unknown task, unknown model, nothing to do: one line each, before any model is scored."""
     for arguments, code, message in [
         ([str(model_directory)], 2, "nothing to do"),
+        ([str(model_directory), "--tasks", "pick", "--format", "xml"], 2, "--format 'xml'"),
         (["nowhere", "--tasks", "pick"], 1, "no such file"),
         ([str(model_directory), "--tasks", "pikc", "--include-path", str(task_directory)], 2, "did you mean 'pick'"),
         ([str(model_directory), "--tasks", "pick", "--include-path", "nodir"], 1, "no such directory"),

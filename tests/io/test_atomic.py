@@ -21,7 +21,7 @@ def names(path: Path) -> list[str]:
 
 
 def test_file_appears_only_when_complete(tmp_path: Path) -> None:
-    """Behaviour: not there while it is written, there afterwards, nothing else beside it."""
+    """Behaviour: the file is absent while it is written and present afterwards, with nothing else in the directory."""
     with atomic_file(tmp_path / "out") as sink:
         sink.write(b"data")
         assert not (tmp_path / "out").exists()
@@ -42,7 +42,7 @@ def test_nothing_is_left_after_an_exception(tmp_path: Path, error: type[BaseExce
 
 
 def test_existing_output_needs_force(tmp_path: Path) -> None:
-    """Behaviour: an existing file or directory stays as it is without force, and is replaced whole with it."""
+    """Behaviour: an existing file or directory stays as it is without force, and is replaced as a whole with it."""
     (tmp_path / "out").write_text("old")
     with pytest.raises(LlmkitError, match="exists"), atomic_file(tmp_path / "out"):
         pass
@@ -67,7 +67,7 @@ def test_symbolic_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_device_is_written_to_directly() -> None:
-    """Behaviour: -o /dev/null neither renames nor refuses."""
+    """Behaviour: -o /dev/null is neither renamed nor refused."""
     with atomic_file("/dev/null") as sink:
         sink.write(b"x")
     assert not os.path.isfile("/dev/null")
@@ -104,13 +104,13 @@ def test_lock_excludes_another_process(tmp_path: Path) -> None:
 
 
 def test_missing_parent_is_named(tmp_path: Path) -> None:
-    """Behaviour: the message says which directory to make."""
+    """Behaviour: the message names the missing directory."""
     with pytest.raises(LlmkitError, match="not a directory"), atomic_file(tmp_path / "no" / "out"):
         pass
 
 
-def test_what_cannot_be_committed_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: where a URL's storage fails at the very end, the error names it and the temporary copy goes too."""
+def test_failed_commit_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where a URL's storage fails at the very end, the error names the URL and the temporary copy is removed."""
     from fsspec.implementations.local import LocalFileOpener
 
     def refuse(self: LocalFileOpener) -> None:
@@ -125,8 +125,8 @@ def test_what_cannot_be_committed_is_discarded(tmp_path: Path, monkeypatch: pyte
     assert not os.path.exists(sink.temp) and names(tmp_path) == []
 
 
-def test_urls_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Behaviour: through fsspec too, a file is there when it is complete, in a directory made for it, and is not overwritten."""
+def test_urls_appear_only_when_complete(tmp_path: Path) -> None:
+    """Behaviour: through fsspec too, a file appears when it is complete, in a directory created for it, and is not overwritten."""
     url = f"local://{tmp_path}/new/out.bin"
     with pytest.raises(RuntimeError), atomic_file(url) as sink:
         sink.write(b"half")

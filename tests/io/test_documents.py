@@ -1,4 +1,4 @@
-"""Documents in and out: every compression, bad lines, chunking, Parquet, lineage notes."""
+"""Reading and writing documents: every compression, bad lines, chunking, Parquet, lineage notes."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def write(path: Path, data: bytes = LINES) -> None:
 
 
 @pytest.mark.parametrize(
-    "pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress]
+    "compress", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress]
 )
-def test_reads_every_compression_by_its_first_bytes(tmp_path: Path, pack) -> None:
-    """Parity with the standard packers; the file's name says nothing."""
+def test_reads_every_compression_by_its_first_bytes(tmp_path: Path, compress) -> None:
+    """Parity with the standard compressors; the name of the file does not matter."""
     path = tmp_path / "no-suffix"
-    path.write_bytes(pack(LINES))
+    path.write_bytes(compress(LINES))
     assert read_all(path) == LINES
 
 
@@ -59,14 +59,14 @@ def test_reads_concatenated_members(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zst", ".jsonl.gz"])
 def test_untouched_documents_keep_their_bytes(tmp_path: Path, suffix: str) -> None:
-    """Property: what is read is what is written, odd spacing included."""
+    """Property: documents are written as they were read, unusual spacing included."""
     odd = b'{ "text" :"a" , "x": 1.50}\n'
     write(tmp_path / f"a{suffix}", odd + LINES)
     assert read_all(tmp_path / f"a{suffix}") == odd + LINES
 
 
-def test_other_readers_pass_over_our_lineage(tmp_path: Path) -> None:
-    """Parity: gzip, python-zstandard and pyarrow read the content alone."""
+def test_other_readers_skip_lineage(tmp_path: Path) -> None:
+    """Parity: gzip, python-zstandard and pyarrow read the content only."""
     import pyarrow as pa
 
     write(tmp_path / "a.jsonl.zst")
@@ -80,8 +80,8 @@ def test_other_readers_pass_over_our_lineage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".parquet"])
-def test_lineage_survives(tmp_path: Path, suffix: str) -> None:
-    """Behaviour: command, options and counts are read back from every format that has room."""
+def test_lineage_is_read_back(tmp_path: Path, suffix: str) -> None:
+    """Behaviour: command, options and counts are read back from every format with room for them."""
     write(tmp_path / f"a{suffix}")
     record = read_lineage(tmp_path / f"a{suffix}")
     assert record is not None
@@ -89,13 +89,14 @@ def test_lineage_survives(tmp_path: Path, suffix: str) -> None:
 
 
 def test_damaged_parquet_is_an_error_of_one_line(tmp_path: Path) -> None:
-    """Property: wherever bytes are wrong, content and lineage are read, or there is an LlmkitError that names the file; as an output it is not ours."""
+    """Property: with changed bytes anywhere, content and lineage are read, or an LlmkitError names the file; as an output, a
+    damaged file is not replaced without -f."""
     path = tmp_path / "a.parquet"
     write(path)
-    whole, random = path.read_bytes(), np.random.default_rng(1)
-    damaged = [b"", b"PAR1", whole[:-9], b"PAR1" + bytes(40) + b"PAR1"]
+    intact, random = path.read_bytes(), np.random.default_rng(1)
+    damaged = [b"", b"PAR1", intact[:-9], b"PAR1" + bytes(40) + b"PAR1"]
     for _ in range(200):  # most of them in the footer
-        data = np.frombuffer(whole, np.uint8).copy()
+        data = np.frombuffer(intact, np.uint8).copy()
         data[random.integers(len(data) - 3000, len(data), 3)] = random.integers(0, 256, 3)
         damaged.append(data.tobytes())
     failed = 0
@@ -114,7 +115,7 @@ def test_damaged_parquet_is_an_error_of_one_line(tmp_path: Path) -> None:
 
 
 def test_gzip_lineage_longer_than_one_extra_field(tmp_path: Path) -> None:
-    """Behaviour: 200 kB of lineage span several gzip members and come back whole."""
+    """Behaviour: 200 kB of lineage span several gzip members and are read back complete."""
     path = tmp_path / "a.jsonl.gz"
     with DocumentWriter(str(path), Lineage("test", {"long": "x" * 200_000})) as writer:
         writer.write(LINES)
@@ -125,7 +126,7 @@ def test_gzip_lineage_longer_than_one_extra_field(tmp_path: Path) -> None:
 
 
 def test_parquet_round_trip(tmp_path: Path) -> None:
-    """Parity with pyarrow.parquet: the rows that it reads are the rows that were written."""
+    """Parity with pyarrow.parquet: it reads the rows that were written."""
     import pyarrow.parquet as pq
 
     rows = [
@@ -143,8 +144,8 @@ def test_parquet_round_trip(tmp_path: Path) -> None:
 
 
 def test_parquet_with_clashing_types_is_refused(tmp_path: Path) -> None:
-    """Behaviour: a field that is text here and a list there has no column type; no file is left."""
-    with pytest.raises(LlmkitError, match="one type"):
+    """Behaviour: a field that holds text and lists has no column type; no file is left."""
+    with pytest.raises(LlmkitError, match="incompatible types"):
         write(tmp_path / "a.parquet", b'{"text":"a","x":"t"}\n{"text":"a","x":[1]}\n')
     assert list(tmp_path.iterdir()) == []
 
@@ -161,7 +162,7 @@ def test_parquet_with_clashing_types_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_bad_line_stops_with_file_and_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    """Behaviour: the message names file, line and reason; skip counts it; quarantine keeps it."""
+    """Behaviour: the message names file, line and reason; skip counts the line; quarantine stores it."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text":"ok"}\n\n' + line + b"\n" + b'{"text":"last"}')
     with pytest.raises(LlmkitError, match=f"a.jsonl:3: .*{reason}"):
@@ -173,7 +174,7 @@ def test_bad_line_stops_with_file_and_line(tmp_path: Path, line: bytes, reason: 
     assert row["line"] == 3 and reason in row["reason"]
 
 
-def test_a_failing_run_leaves_no_quarantine_behind(tmp_path: Path) -> None:
+def test_a_failing_run_leaves_no_quarantine_file(tmp_path: Path) -> None:
     """Behaviour: an exception inside the block leaves neither the file nor its partial."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{bad\n")
@@ -187,7 +188,7 @@ def test_a_failing_run_leaves_no_quarantine_behind(tmp_path: Path) -> None:
 
 
 def test_line_over_the_limit(tmp_path: Path) -> None:
-    """Behaviour: a line longer than memory allows is one bad line, and the next ones are read."""
+    """Behaviour: a line over the limit is one bad line, and the next ones are read."""
     path = tmp_path / "a.jsonl"
     long = b'{"text":"' + b"x" * 5_000_000 + b'"}\n'
     path.write_bytes(b'{"text":"a"}\n' + long + b'{"text":"b"}\n{"text":"' + b"y" * 2000 + b'"}\n')
@@ -196,13 +197,13 @@ def test_line_over_the_limit(tmp_path: Path) -> None:
         read_all(path, max_line_bytes=1000)
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
-def test_truncated_and_corrupt_streams(tmp_path: Path, pack) -> None:
-    """Behaviour: a cut or damaged file is named, whatever packed it."""
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+def test_truncated_and_corrupt_streams(tmp_path: Path, compress) -> None:
+    """Behaviour: a truncated or damaged file is named, for every compression."""
     import random
 
     noise = b"".join(orjson.dumps({"text": random.Random(i).randbytes(40).hex()}) + b"\n" for i in range(3000))
-    packed = pack(noise)
+    packed = compress(noise)
     path = tmp_path / "a.jsonl"
     path.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(LlmkitError, match="a.jsonl: (truncated|corrupt)"):
@@ -217,7 +218,7 @@ def test_truncated_and_corrupt_streams(tmp_path: Path, pack) -> None:
 
 
 def test_stream_without_its_trailer_is_refused(tmp_path: Path) -> None:
-    """Behaviour: a whole zstd frame whose writer died before the trailer is not taken for a complete file."""
+    """Behaviour: a complete zstd frame whose writer died before the trailer is not accepted as a complete file."""
     path = tmp_path / "a.jsonl.zst"
     write(path)
     data = path.read_bytes()
@@ -227,7 +228,7 @@ def test_stream_without_its_trailer_is_refused(tmp_path: Path) -> None:
 
 
 def test_bomb_uses_bounded_memory(tmp_path: Path) -> None:
-    """Behaviour: 1 GiB of zeros in a few kB is one over-long line, read in less than 600 MiB."""
+    """Behaviour: 1 GiB of zeros in a few kB is one line over the limit, read in less than 600 MiB."""
     path = tmp_path / "bomb.jsonl.zst"
     packer = zstandard.ZstdCompressor().compressobj()
     with open(path, "wb") as sink:
@@ -269,8 +270,8 @@ def test_output_with_unknown_suffix_is_a_usage_error() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, len(LINES)), max_size=20))
-def test_output_bytes_do_not_depend_on_the_cuts(tmp_path_factory, cuts: list[int]) -> None:
-    """Property: the same content gives the same file, however it was cut into writes."""
+def test_output_bytes_do_not_depend_on_the_writes(tmp_path_factory, cuts: list[int]) -> None:
+    """Property: the same content gives the same file, however it was divided into writes."""
     directory = tmp_path_factory.mktemp("cuts")
     write(directory / "whole.jsonl.zst")
     edges = [0, *sorted(cuts), len(LINES)]
@@ -281,8 +282,8 @@ def test_output_bytes_do_not_depend_on_the_cuts(tmp_path_factory, cuts: list[int
     assert (directory / "whole.jsonl.zst").read_bytes() == (directory / "cut.jsonl.zst").read_bytes()
 
 
-def test_digest_is_of_the_content_not_of_the_packing(tmp_path: Path) -> None:
-    """Property: zst, gz and plain files of equal lines have one digest, and it is the one in the trailer."""
+def test_digest_is_independent_of_compression(tmp_path: Path) -> None:
+    """Property: zst, gz and plain files of equal lines have the same digest, which is the one in the trailer."""
     for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz"):
         write(tmp_path / f"a{suffix}")
     digests = {digest_path(tmp_path / f"a{suffix}") for suffix in (".jsonl", ".jsonl.zst", ".jsonl.gz")}
@@ -292,7 +293,7 @@ def test_digest_is_of_the_content_not_of_the_packing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 17) - 1, 1 << 17, (1 << 17) + 1, BLOCK, 2 * BLOCK + 7])
 def test_stored_frames_are_read_by_others(size: int) -> None:
-    """Parity: python-zstandard and pyarrow read a pipe's frame back; a changed byte breaks its checksum, as zstd demands; cuts change nothing."""
+    """Parity: python-zstandard and pyarrow read the frame of a pipe and verify its checksum; the sizes of writes do not matter."""
     import pyarrow as pa
 
     data = LINES * (size // len(LINES)) + LINES[: size % len(LINES)]
@@ -316,7 +317,7 @@ def test_stored_frames_are_read_by_others(size: int) -> None:
 
 
 class Trickle(io.RawIOBase):
-    """Bytes that come in reads of given sizes, over and over."""
+    """Bytes that are returned in reads of the given sizes, in turn."""
 
     def __init__(self, data: bytes, sizes: list[int]) -> None:
         self._data, self._sizes = data, sizes
@@ -324,8 +325,8 @@ class Trickle(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         self._sizes = self._sizes[1:] + self._sizes[:1]
         count = min(size, self._sizes[0])
-        found, self._data = self._data[:count], self._data[count:]
-        return found
+        block, self._data = self._data[:count], self._data[count:]
+        return block
 
 
 ROW = st.integers(1, 60).map(lambda n: b'{"text":"' + b"x" * n + b'"}')
@@ -341,9 +342,9 @@ LINE = st.one_of(ROW, ROW, st.sampled_from([b"", b" ", b"{", b"[1]", b'{"text":"
     chunk=st.integers(1, 300),
 )
 def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes: list[int], chunk: int) -> None:
-    """Property: however the bytes come, documents and bad lines are those of the whole split at its newlines."""
+    """Property: whatever the sizes of reads, documents and bad lines are those of the content split at its newlines."""
     data = b"\n".join(line + b"\r" * cr for line, cr in lines) + b"\n" * ended
-    expected, wrong = [], []
+    expected, bad_lines = [], []
     for number, line in enumerate(data.split(b"\n"), 1):
         line = line.removesuffix(b"\r")
         try:
@@ -354,7 +355,7 @@ def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes:
         except (ValueError, KeyError, TypeError):
             pass
         if line.strip():
-            wrong.append((number, line if len(line) <= 40 else b""))
+            bad_lines.append((number, line if len(line) <= 40 else b""))
     reader = DocumentReader(["-"], ReadOptions(max_line_bytes=40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmkit.io.documents.CHUNK_BYTES", chunk)
@@ -365,4 +366,4 @@ def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes:
     assert b"".join(d.encode() for documents, _ in parsed for d in documents) == b"".join(
         x + b"\n" for _, x in expected
     )
-    assert [(item.line, item.raw) for _, bad in parsed for item in bad] == wrong
+    assert [(item.line, item.raw) for _, bad in parsed for item in bad] == bad_lines

@@ -1,4 +1,4 @@
-"""Lineage records from untrusted files: what the tree and the script make of them."""
+"""Trees and scripts of lineage records from untrusted files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLAGS = {
 }
 
 
-def test_script_cannot_be_made_to_run_anything_else(tmp_path: Path) -> None:
+def test_script_quotes_hostile_records(tmp_path: Path) -> None:
     """Behaviour: names, digests and options of a hostile record are quoted, and none leads outside the directories."""
     evil = "$(touch owned)\n`touch owned`; touch owned #"
     record = {
@@ -30,8 +30,8 @@ def test_script_cannot_be_made_to_run_anything_else(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("owned"))
 
 
-def test_shared_inputs_are_made_once_and_names_kept_apart() -> None:
-    """Behaviour: one artefact used twice is one line; two artefacts of one name go to different directories."""
+def test_shared_inputs_are_made_once() -> None:
+    """Behaviour: an artefact that is used twice is one line; two artefacts of one name are made in different directories."""
     leaf = {"role": "input", "name": "docs.jsonl", "digest": "xxh3:1"}
 
     def made(digest: str, preset: str) -> dict[str, object]:
@@ -54,13 +54,14 @@ def test_shared_inputs_are_made_once_and_names_kept_apart() -> None:
 
 
 def test_tree_of_a_malformed_record() -> None:
-    """Behaviour: parts of the wrong type are left out, not stumbled over."""
+    """Behaviour: fields of the wrong type read as absent."""
     record = {"command": 3, "options": "x", "inputs": [None, {"name": 1}, {"name": "a", "lineage": [1]}], "counts": 7}
     assert as_tree(record, "x").splitlines()[0].startswith("x  <- 3")
 
 
-def test_originals_of_one_name_lie_apart() -> None:
-    """Behaviour: two inputs of one name and other content are two files of the script, the second in a numbered directory."""
+def test_originals_of_one_name_are_distinguished() -> None:
+    """Behaviour: two inputs with one name and different content are two files for the script, the second in a numbered
+    directory."""
     inputs = [{"role": "input", "name": "part-0.jsonl", "digest": digest} for digest in ("xxh3:1", "xxh3:2", "xxh3:1")]
     record = {"llmkit": "0", "command": "dedup", "options": {}, "inputs": inputs}
     script = as_script(record, "out.jsonl.zst", lambda command: {})

@@ -22,8 +22,8 @@ def test_an_artefact_is_replaced_with_force(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dir"]
 
 
-def test_force_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
-    """Behaviour: a directory that holds anything that no command has made stays, -f or not; an empty one is no loss."""
+def test_force_replaces_no_directory_of_others(tmp_path: Path) -> None:
+    """Behaviour: a directory without a lineage record is never replaced, except an empty one."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     with (

@@ -1,4 +1,4 @@
-"""Merged models against formulas written anew from the papers, what they cost, and what may not be merged."""
+"""Merged models against independent implementations of the papers' formulas; cost; models that must not be merged."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.formats import digest_path, read_lineage
-from llmkit.merging import average as averages
-from llmkit.merging.average import Merge, Opened, check_alike, choose, shares, write_average
+from llmkit.merging import streams
+from llmkit.merging.average import Digests, write_average
+from llmkit.merging.methods import METHODS, Merge, merged_blocks, resolve_merge, shares
+from llmkit.merging.streams import ModelSet, check_alike
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.streamed import from_float32, to_float32
 
@@ -27,7 +29,7 @@ MakeModel = Callable[..., Path]
 Exact = dict[str, np.ndarray]
 
 
-def average(paths: list[Path], merge: Merge, output: Path, base: Path | None = None) -> dict[str, torch.Tensor]:
+def merge_models(paths: list[Path], merge: Merge, output: Path, base: Path | None = None) -> dict[str, torch.Tensor]:
     output.mkdir()
     record = '{"command":"average"}'
     write_average(
@@ -43,8 +45,8 @@ def exact(path: Path) -> Exact:
 
 @pytest.fixture(scope="module")
 def three(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    place = tmp_path_factory.mktemp("average")
-    return [make_model(place / str(seed), seed=seed) for seed in range(3)]
+    directory = tmp_path_factory.mktemp("average")
+    return [make_model(directory / str(seed), seed=seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,9 @@ def base(make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of tiny models in several blocks and several reads ahead."""
-    monkeypatch.setattr(averages, "BLOCK", 256)
-    monkeypatch.setattr(averages, "AHEAD", 1024)
+    """Small enough that tensors of tiny models span several blocks and reads."""
+    monkeypatch.setattr(streams, "BLOCK", 256)
+    monkeypatch.setattr(streams, "AHEAD", 1024)
 
 
 @pytest.mark.parametrize(
@@ -73,16 +75,16 @@ def test_average_is_the_formula(
     method: str, options: dict[str, Any], wanted: list[float], three: list[Path], tmp_path: Path
 ) -> None:
     """Parity with Σ cₖ·θₖ in float64, every tensor, within float32's rounding; the result loads."""
-    found = average(three, choose(method, 3, **options), tmp_path / "out")
+    merged = merge_models(three, resolve_merge(method, 3, **options), tmp_path / "out")
     models = [exact(path) for path in three]
-    assert found.keys() == models[0].keys()
-    for name, value in found.items():
+    assert merged.keys() == models[0].keys()
+    for name, value in merged.items():
         sum_ = sum(c * model[name] for c, model in zip(wanted, models, strict=True))
         assert value.dtype == torch.float32
         np.testing.assert_allclose(value.numpy(), sum_, rtol=0, atol=3e-7)
     loaded, info = load_model(tmp_path / "out")
     assert info.stop_ids == [0, 2] and info.tokenizer_files == load_info(three[0]).tokenizer_files
-    assert torch.equal(loaded.state_dict()["model.norm.weight"], found["model.norm.weight"])
+    assert torch.equal(loaded.state_dict()["model.norm.weight"], merged["model.norm.weight"])
     assert read_lineage(tmp_path / "out") == {"command": "average"}
 
 
@@ -121,11 +123,11 @@ def exact_ties(
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
 def test_slerp(t: float, three: list[Path], tmp_path: Path) -> None:
-    """Parity with the formula on every tensor that is not all but parallel to its other (norms of fresh models are), there with the line."""
-    found = average(three[:2], choose("slerp", 2, t=t), tmp_path / "out")
+    """Parity with the formula on every tensor, or with the straight line where tensors are nearly parallel (norms of fresh models)."""
+    merged = merge_models(three[:2], resolve_merge("slerp", 2, t=t), tmp_path / "out")
     a, b = exact(three[0]), exact(three[1])
     arcs = 0
-    for name, value in found.items():
+    for name, value in merged.items():
         cosine = np.vdot(a[name], b[name]) / np.linalg.norm(a[name]) / np.linalg.norm(b[name])
         arcs += abs(cosine) < 0.9995
         wanted = exact_slerp(a[name], b[name], t) if abs(cosine) < 0.9995 else (1 - t) * a[name] + t * b[name]
@@ -135,13 +137,13 @@ def test_slerp(t: float, three: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, -0.3, 2.0]])
 def test_task_arithmetic(weights: list[float], three: list[Path], base: Path, tmp_path: Path) -> None:
-    """Parity with base + λ Σ w·(θ − base); one task vector with weight 1 gives its model back."""
-    found = average(three, choose("task", 3, weights, scale=0.7), tmp_path / "out", base)
+    """Parity with base + λ Σ w·(θ − base); one task vector with weight 1 restores its model."""
+    merged = merge_models(three, resolve_merge("task", 3, weights, scale=0.7), tmp_path / "out", base)
     models, start = [exact(path) for path in three], exact(base)
-    for name, value in found.items():
+    for name, value in merged.items():
         wanted = exact_task(start[name], [model[name] for model in models], weights, 0.7)
         np.testing.assert_allclose(value.numpy(), wanted, rtol=0, atol=2e-6)
-    same = average([three[0]], choose("task", 1), tmp_path / "same", base)
+    same = merge_models([three[0]], resolve_merge("task", 1), tmp_path / "same", base)
     for name, value in same.items():
         np.testing.assert_allclose(value.numpy(), models[0][name], rtol=0, atol=3e-7)
 
@@ -151,34 +153,36 @@ def test_task_arithmetic(weights: list[float], three: list[Path], base: Path, tm
 )
 def test_ties(density: float, weights: list[float], three: list[Path], base: Path, tmp_path: Path) -> None:
     """Parity with the paper's algorithm."""
-    found = average(three, choose("ties", 3, weights, density=[density], scale=1.2), tmp_path / "out", base)
+    merged = merge_models(
+        three, resolve_merge("ties", 3, weights, density=[density], scale=1.2), tmp_path / "out", base
+    )
     models, start = [exact(path) for path in three], exact(base)
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
         wanted = exact_ties(start[name], [model[name] for model in models], weights, 1.2, density)
-        np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(merged[name].numpy(), wanted, rtol=0, atol=2e-6)
 
 
 def test_ties_among_equal_changes(make_model: MakeModel, tmp_path: Path) -> None:
-    """Parity with the paper's algorithm where most changes have the size of others, as in bfloat16: just the share stays, the first in the tensor."""
+    """Parity with the paper's algorithm when many changes have equal size, as in bfloat16: exactly the density is kept, the first in the tensor."""
     paths = [make_model(tmp_path / str(seed), seed=seed) for seed in range(3)]
     for path in paths:
         tensors = load_file(path / "model.safetensors")
         coarse = {name: (value * 8).round() / 8 for name, value in tensors.items()}
         save_file(coarse, path / "model.safetensors", {"format": "pt"})
     start, *models = [exact(path) for path in paths]
-    found = average(paths[1:], choose("ties", 2, density=[0.4]), tmp_path / "out", paths[0])
+    merged = merge_models(paths[1:], resolve_merge("ties", 2, density=[0.4]), tmp_path / "out", paths[0])
     for name in ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"):
         assert len(np.unique(np.abs(models[0][name] - start[name]))) < 30
         wanted = exact_ties(start[name], [model[name] for model in models], [1.0, 1.0], 1.0, 0.4)
-        np.testing.assert_allclose(found[name].numpy(), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(merged[name].numpy(), wanted, rtol=0, atol=1e-6)
 
 
 def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) -> None:
-    """Property: each change is gone or divided by the density, gone as often as the density says, by chance and not by place or model."""
-    found = average(three[:1], choose("dare", 1, density=[0.3]), tmp_path / "out", base)
+    """Property: each change is dropped or divided by the density, at the right rate, independently of position and model."""
+    merged = merge_models(three[:1], resolve_merge("dare", 1, density=[0.3]), tmp_path / "out", base)
     model, start = exact(three[0]), exact(base)
     kept: list[np.ndarray] = []
-    for name, value in found.items():
+    for name, value in merged.items():
         change, scaled = value.numpy() - start[name], (model[name] - start[name]) / 0.3
         stays = np.abs(change) > 0.5 * np.abs(scaled)
         np.testing.assert_allclose(change, stays * scaled, rtol=0, atol=1e-6)
@@ -187,7 +191,7 @@ def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) 
     n = len(drawn)
     assert abs(drawn.mean() - 0.3) < 5 * np.sqrt(0.21 / n)
     assert abs((drawn[1:] & drawn[:-1]).mean() - 0.09) < 5 * np.sqrt(0.0819 / n)
-    two = average([three[0], three[0]], choose("dare", 2, density=[0.5]), tmp_path / "two", base)
+    two = merge_models([three[0], three[0]], resolve_merge("dare", 2, density=[0.5]), tmp_path / "two", base)
     shape = two["model.embed_tokens.weight"].numpy() - start["model.embed_tokens.weight"]
     unit = model["model.embed_tokens.weight"] - start["model.embed_tokens.weight"]
     counts = [np.mean(np.abs(shape - times * unit) < 1e-5) for times in (0, 2, 4)]
@@ -197,27 +201,29 @@ def test_dare_drops_and_rescales(three: list[Path], base: Path, tmp_path: Path) 
 def test_dare_is_right_on_average_and_exact_when_nothing_is_dropped(
     three: list[Path], base: Path, tmp_path: Path
 ) -> None:
-    """Property: the mean over seeds comes to task arithmetic's model (DARE's estimate is unbiased); density 1 gives its bytes, and TIES' with TIES."""
+    """Property: the mean over seeds is the model of task arithmetic (DARE is unbiased); density 1 gives its bytes, or those of TIES."""
     infos, start = [load_info(path) for path in three[:2]], load_info(base)
     name = "model.layers.0.mlp.down_proj.weight"
-    with Opened(infos, start, digesting=False) as opened:
+    with ModelSet(infos, start, digesting=False) as opened:
 
         def merged(merge: Merge) -> np.ndarray:
-            return np.concatenate([block.copy() for block in opened.blocks(name, merge)])
+            return np.concatenate([block.copy() for block in merged_blocks(opened, name, merge)])
 
-        plain = merged(choose("task", 2))
-        seeds = np.stack([merged(choose("dare", 2, density=[0.5], seed=seed)) for seed in range(200)])
+        plain = merged(resolve_merge("task", 2))
+        seeds = np.stack([merged(resolve_merge("dare", 2, density=[0.5], seed=seed)) for seed in range(200)])
         assert len({row.tobytes() for row in seeds}) == 200
         error = np.abs(seeds.astype(np.float64).mean(0) - plain)
         spread = seeds.std(0) / np.sqrt(200)
         assert (error > 5 * spread + 1e-6).sum() == 0
-        assert np.array_equal(merged(choose("dare", 2, density=[1.0])), plain)
-        assert np.array_equal(merged(choose("dare-ties", 2, density=[1.0])), merged(choose("ties", 2, density=[1.0])))
+        assert np.array_equal(merged(resolve_merge("dare", 2, density=[1.0])), plain)
+        assert np.array_equal(
+            merged(resolve_merge("dare-ties", 2, density=[1.0])), merged(resolve_merge("ties", 2, density=[1.0]))
+        )
 
 
 def test_what_dare_draws_is_fixed() -> None:
-    """Behaviour: a golden digest; another one means that the same call gives another model than before."""
-    from llmkit.merging.methods import drop
+    """Behaviour: a golden digest; if it changes, the same call gives a different model than before."""
+    from llmkit.merging.formulas import drop
 
     ones = np.ones(1000, np.float32)
     drop(ones, 0.25, 7, "model.norm.weight", 1, 65536)
@@ -247,20 +253,22 @@ def test_shares_amount_to_coefficients(weights: list[float], decay: float) -> No
 
 def test_average_of_equal_models_is_that_model(three: list[Path], tmp_path: Path) -> None:
     """Property: to the bit, by every linear method, and the same bytes each time."""
-    for i, merge in enumerate((choose("uniform", 3), choose("weighted", 3, [1, 7, 3]), choose("ema", 3))):
-        found = average([three[0]] * 3, merge, tmp_path / f"{i}")
+    for i, merge in enumerate(
+        (resolve_merge("uniform", 3), resolve_merge("weighted", 3, [1, 7, 3]), resolve_merge("ema", 3))
+    ):
+        merged = merge_models([three[0]] * 3, merge, tmp_path / f"{i}")
         for name, value in load_file(three[0] / "model.safetensors").items():
-            assert torch.equal(found[name], value), name
+            assert torch.equal(merged[name], value), name
     assert (tmp_path / "0" / "model.safetensors").read_bytes() == (tmp_path / "1" / "model.safetensors").read_bytes()
 
 
 def test_half_precision_is_accumulated_in_float32(make_model: MakeModel, tmp_path: Path) -> None:
-    """Property: nine bfloat16 models give the exact mean rounded once; adding up in bfloat16 would not."""
+    """Property: nine bfloat16 models give the exact mean, rounded once; accumulation in bfloat16 would not."""
     paths = [make_model(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in range(9)]
-    found = average(paths, choose("uniform", 9), tmp_path / "out")
+    merged = merge_models(paths, resolve_merge("uniform", 9), tmp_path / "out")
     models = [load_file(path / "model.safetensors") for path in paths]
     worse = 0
-    for name, value in found.items():
+    for name, value in merged.items():
         assert value.dtype == torch.bfloat16
         exact = torch.stack([model[name].double() for model in models]).mean(0)
         best = (exact.to(torch.bfloat16).double() - exact).abs()
@@ -274,15 +282,15 @@ def test_half_precision_is_accumulated_in_float32(make_model: MakeModel, tmp_pat
 
 
 def test_the_type_is_the_first_models(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
-    """Behaviour: models of different types mix, and the output has the first one's."""
+    """Behaviour: models of different types can be merged, and the output has the type of the first."""
     half = make_model(tmp_path / "half", seed=5, dtype=torch.float16)
-    uniform = choose("uniform", 2)
-    assert average([half, three[0]], uniform, tmp_path / "a")["model.norm.weight"].dtype == torch.float16
-    assert average([three[0], half], uniform, tmp_path / "b")["model.norm.weight"].dtype == torch.float32
+    uniform = resolve_merge("uniform", 2)
+    assert merge_models([half, three[0]], uniform, tmp_path / "a")["model.norm.weight"].dtype == torch.float16
+    assert merge_models([three[0], half], uniform, tmp_path / "b")["model.norm.weight"].dtype == torch.float32
 
 
 def test_different_models_are_refused_by_name(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
-    """Behaviour: the model and the first field that differs stand in the message; the context length may differ."""
+    """Behaviour: the message names the model and the first field that differs; the context length may differ."""
     changes: list[dict[str, Any]] = [
         {"hidden_size": 64},
         {"num_hidden_layers": 3},
@@ -302,7 +310,7 @@ def test_different_models_are_refused_by_name(make_model: MakeModel, three: list
 
 
 def test_another_tokenizer_is_refused(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
-    """Behaviour: equal sizes with another vocabulary do not average; a directory without a tokenizer does."""
+    """Behaviour: models of equal size with different vocabularies are refused; a directory without a tokenizer is accepted."""
     other = make_model(tmp_path / "other", seed=1)
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|turn|>"))
@@ -337,36 +345,46 @@ def test_another_tokenizer_is_refused(make_model: MakeModel, three: list[Path], 
 def test_wrong_options(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:
     """Behaviour: usage errors that name the value, with a hint."""
     with pytest.raises(UsageError) as error:
-        choose(*arguments, **options)
+        resolve_merge(*arguments, **options)
     assert message in error.value.message and error.value.hint
 
 
+def test_methods_without_torch_or_numpy() -> None:
+    """Behaviour: every method has help, requires only options that it takes, and help can list them all cheaply."""
+    for method in METHODS.values():
+        assert method.help and set(method.required) <= set(method.options)
+    code = "import sys, llmkit.merging.methods; print({'torch', 'numpy'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
 def test_one_number_stands_for_all_models() -> None:
-    """Behaviour: a weight or density for each model, or one for all; TIES keeps a fifth where nothing is said, as its paper does."""
-    assert choose("ties", 3, [2.0]).weights == (2.0,) * 3 and choose("ties", 3).densities == (0.2,) * 3
-    assert choose("dare", 2, density=[0.1, 1]).densities == (0.1, 1)
+    """Behaviour: a weight or density for each model, or one for all; TIES keeps a fifth by default, as in its paper."""
+    assert resolve_merge("ties", 3, [2.0]).weights == (2.0,) * 3 and resolve_merge("ties", 3).densities == (0.2,) * 3
+    assert resolve_merge("dare", 2, density=[0.1, 1]).densities == (0.1, 1)
 
 
 @pytest.mark.parametrize("method", ["uniform", "slerp", "task", "ties", "dare", "dare-ties"])
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
-def test_numbers_that_are_none_are_refused_by_name(
+def test_non_finite_weights_are_refused_by_name(
     method: str, number: float, make_model: MakeModel, three: list[Path], base: Path, tmp_path: Path
 ) -> None:
-    """Behaviour: NaN and infinity in a model, poison for every method, are found on the way; model, tensor and element are named."""
-    sick = make_model(tmp_path / "sick", seed=4)
-    tensors = load_file(sick / "model.safetensors")
+    """Behaviour: NaN and infinity in a model are detected while merging; the error names model, tensor and element."""
+    damaged = make_model(tmp_path / "damaged", seed=4)
+    tensors = load_file(damaged / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[700] = number
-    save_file(tensors, sick / "model.safetensors", {"format": "pt"})
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     with pytest.raises(LlmkitError) as error:
-        average([three[0], sick], choose(method, 2), tmp_path / "out", base if method[0] in "td" else None)
-    assert str(sick) in error.value.message
+        merge_models(
+            [three[0], damaged], resolve_merge(method, 2), tmp_path / "out", base if method[0] in "td" else None
+        )
+    assert str(damaged) in error.value.message
     assert f"model.layers.1.mlp.up_proj.weight holds {number} (element 700)" in error.value.message
 
 
 def test_tensors_that_differ_are_refused_by_name(
     make_model: MakeModel, three: list[Path], base: Path, tmp_path: Path
 ) -> None:
-    """Behaviour: a model whose configuration is that of the others and whose file is not: missing, additional, of another shape or type; also the base."""
+    """Behaviour: a model with the same configuration whose tensors are missing, additional, or of another shape or type; also as the base."""
     for number, (edit, message) in enumerate(
         (
             (lambda t: t.pop("model.norm.weight"), "missing tensor model.norm.weight"),
@@ -384,26 +402,26 @@ def test_tensors_that_differ_are_refused_by_name(
         save_file(tensors, other / "model.safetensors", {"format": "pt"})
         for models, start in (([three[0], other], None), (three[:2], other)):
             with pytest.raises(LlmkitError) as error:
-                Opened([load_info(path) for path in models], load_info(start) if start else None)
+                ModelSet([load_info(path) for path in models], load_info(start) if start else None)
             assert message in error.value.message and str(other) in error.value.message
     with pytest.raises(LlmkitError, match="vocab_size is 64"):
-        Opened([load_info(three[0])], load_info(make_model(tmp_path / "small", vocab_size=64, tokenizer=False)))
-    with pytest.raises(LlmkitError, match="config.json means"):
-        Opened([load_info(_relabel(three[0], tmp_path / "lying"))])
+        ModelSet([load_info(three[0])], load_info(make_model(tmp_path / "small", vocab_size=64, tokenizer=False)))
+    with pytest.raises(LlmkitError, match="config.json implies"):
+        ModelSet([load_info(_with_wrong_config(three[0], tmp_path / "lying"))])
 
 
-def _relabel(model: Path, place: Path) -> Path:
-    """A copy of a model whose configuration means another size."""
+def _with_wrong_config(model: Path, copy: Path) -> Path:
+    """A copy of a model with a configuration of another size."""
     import shutil
 
-    shutil.copytree(model, place)
-    config = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
-    return place
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+    return copy
 
 
-def test_digests_are_taken_on_the_way(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
-    """Property: they are those of the files, for one file or several, with tensors in whatever order."""
+def test_digests_are_computed_while_reading(make_model: MakeModel, three: list[Path], tmp_path: Path) -> None:
+    """Property: they equal those of the files, for one file or several, with tensors in any order."""
     tensors = load_file(three[0] / "model.safetensors")
     names = sorted(tensors, reverse=True)
     sharded = make_model(tmp_path / "sharded", seed=0)
@@ -416,26 +434,26 @@ def test_digests_are_taken_on_the_way(make_model: MakeModel, three: list[Path], 
     backwards = make_model(tmp_path / "backwards", seed=1)
     _write_backwards(load_file(three[1] / "model.safetensors"), backwards / "model.safetensors")
 
-    found: list[averages.Digests | None] = []
+    recorded: list[Digests | None] = []
     (tmp_path / "out").mkdir()
 
-    def record(digests: averages.Digests | None) -> str:
-        found.append(digests)
+    def record(digests: Digests | None) -> str:
+        recorded.append(digests)
         return "{}"
 
     models = [sharded, backwards, three[2]]
-    write_average([load_info(model) for model in models], choose("uniform", 3), tmp_path / "out", record)
-    assert found[0] is None and found[1] is not None and len(found[1]) == 4
+    write_average([load_info(model) for model in models], resolve_merge("uniform", 3), tmp_path / "out", record)
+    assert recorded[0] is None and recorded[1] is not None and len(recorded[1]) == 4
     for model in models:
-        assert digest_path(model, found[1]) == digest_path(model)
-        assert digest_path(model, dict.fromkeys(found[1], "xxh3:other")) != digest_path(model)
-    plain = average(three, choose("uniform", 3), tmp_path / "plain")
+        assert digest_path(model, recorded[1]) == digest_path(model)
+        assert digest_path(model, dict.fromkeys(recorded[1], "xxh3:other")) != digest_path(model)
+    plain = merge_models(three, resolve_merge("uniform", 3), tmp_path / "plain")
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(plain[name], value)
 
 
 def _write_backwards(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A file whose tensors lie from the last name to the first, as no writer of ours has them."""
+    """A file with tensors in reverse order of names, unlike those of any of our writers."""
     import struct
 
     header: dict[str, Any] = {}
@@ -454,7 +472,7 @@ def _write_backwards(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16), ("F64", torch.float64)])
 def test_types_are_converted_as_torch_does(name: str, dtype: torch.dtype) -> None:
-    """Parity with torch: every finite half-precision number into float32, and a million float32 numbers back, ties and subnormals among them."""
+    """Parity with torch: every finite half-precision number into float32, and a million float32 numbers back, including ties and subnormals."""
     if name != "F64":
         every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
         every = every[every.isfinite()]
@@ -469,12 +487,13 @@ def test_types_are_converted_as_torch_does(name: str, dtype: torch.dtype) -> Non
     assert np.array_equal(from_float32(values, name).view(np.uint8), wanted)
 
 
-# Measures itself: what a process is forked from counts as memory of its own. Reports megabytes over the imports.
+# A process of its own, because memory of the parent counts for forked processes. Prints megabytes above the imports.
 MEASURED = """
 import sys
 from pathlib import Path
 from llmkit.model.pretrained.directory import load_info
-from llmkit.merging.average import Opened, choose, write_average
+from llmkit.merging.average import write_average
+from llmkit.merging.methods import resolve_merge
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
@@ -483,18 +502,18 @@ method, out, start, *models = sys.argv[1:]
 before = peak()
 Path(out).mkdir()
 base = load_info(start) if method in ("ties", "dare") else None
-write_average([load_info(m) for m in models], choose(method, len(models)), Path(out), lambda _: "{}", base=base)
+write_average([load_info(m) for m in models], resolve_merge(method, len(models)), Path(out), lambda _: "{}", base=base)
 print(peak() - before, "torch" in sys.modules)
 """
 
 
 def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
-    """Property: merging 192 MB models takes less than 48 MB over the imports, and TIES one tensor (16 MB) more; torch is not even loaded.
+    """Property: merging 192 MB models takes less than 48 MB above the imports, TIES one tensor (16 MB) more; torch is not loaded.
 
-    The bound that is promised is as many of the largest tensor as there are models, and 200 MB. The files are sparse: read in full, stored in little.
+    The documented bound is one largest tensor per model, and 200 MB. The files are sparse: read in full, small on disk.
     """
     from llmkit.model.config import ModelConfig
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.model.pretrained.directory import save_description
     from llmkit.model.pretrained.header import SIZES, Stored, encode_header
 
@@ -520,15 +539,15 @@ def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(0.5, 4), min_size=1, max_size=6), st.data())
 def test_greedy_soup(alone: list[float], data: st.DataObject) -> None:
-    """Property: recipe 1 of the paper, for any losses: from the best to the worst, a model stays if the average does not get worse."""
+    """Property: recipe 1 of the paper, for any losses: from best to worst, a model is kept if the average does not get worse."""
     from llmkit.merging.greedy_soup import greedy_soup
 
     losses: dict[tuple[int, ...], float] = {(i,): loss for i, loss in enumerate(alone)}
 
-    def loss(chosen: list[int]) -> float:
-        if tuple(chosen) not in losses:
-            losses[tuple(chosen)] = data.draw(st.floats(0.4, 4))
-        return losses[tuple(chosen)]
+    def loss(selected: list[int]) -> float:
+        if tuple(selected) not in losses:
+            losses[tuple(selected)] = data.draw(st.floats(0.4, 4))
+        return losses[tuple(selected)]
 
     decisions = greedy_soup(len(alone), loss)
     assert [d.index for d in decisions] == sorted(range(len(alone)), key=lambda i: (alone[i], i))
@@ -540,12 +559,12 @@ def test_greedy_soup(alone: list[float], data: st.DataObject) -> None:
     assert losses[tuple(soup)] <= min(alone)
 
 
-def test_soup_is_evaluated_as_it_is_stored(make_model: MakeModel, tmp_path: Path) -> None:
-    """Property: the decoder that greedy soup scores has the weights of the model that it would write, rounded to bfloat16."""
+def test_soup_is_evaluated_as_stored(make_model: MakeModel, tmp_path: Path) -> None:
+    """Property: the decoder that greedy soup evaluates has the weights of the stored model, rounded to bfloat16."""
     from llmkit.merging.greedy_soup import averaged_decoder
 
     paths = [make_model(tmp_path / str(seed), seed=seed, dtype=torch.bfloat16) for seed in range(3)]
-    found = average(paths, choose("uniform", 3), tmp_path / "out")
+    merged = merge_models(paths, resolve_merge("uniform", 3), tmp_path / "out")
     decoder = averaged_decoder([load_info(path) for path in paths], torch.device("cpu"))
     for name, value in decoder.state_dict().items():
-        assert torch.equal(value, found[name].float()), name
+        assert torch.equal(value, merged[name].float()), name

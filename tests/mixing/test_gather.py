@@ -1,4 +1,4 @@
-"""Documents gathered in bulk: what `mix` writes is what one document after the other gives."""
+"""Bulk gathering: `mix` writes the same as copying one document at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def content(path: Path) -> dict[str, bytes]:
 def test_in_bulk_as_one_by_one(
     tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, length: int | None
 ) -> None:
-    """Property: the same bytes, packed or not, over several stores, parts and batches, with empty and long documents, and epochs of an earlier mix."""
+    """Property: the same bytes, packed or not, over several stores, parts and batches, and with epochs of an
+    earlier mix.
+    """
     monkeypatch.setattr(shards, "BATCH_TOKENS", 300)
     monkeypatch.setattr(shards, "BATCH_DOCUMENTS", 16)
     sizes = np.random.default_rng(0).integers(0, 40, 150).tolist()
@@ -75,12 +77,12 @@ def test_in_bulk_as_one_by_one(
 
 
 def test_memory_is_that_of_a_batch(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: no more tokens are held at a time than a batch and one document, however many there are."""
+    """Property: at most one batch and one document of tokens are in memory at a time."""
     ordered = ordered_of([write_shards(tmp_path / "web", [100] * 500)], [400_000])
     monkeypatch.setattr(shards, "BATCH_TOKENS", 1_000)
     sizes = []
-    joined = gather._joined
-    monkeypatch.setattr(gather, "_joined", lambda *given: sizes.append(len(made := joined(*given))) or made)
+    joined = gather._join_spans
+    monkeypatch.setattr(gather, "_join_spans", lambda *given: sizes.append(len(made := joined(*given))) or made)
     with ShardWriter(str(tmp_path / "m.arrow"), ordered.tokenizer, Lineage("mix"), epochs=True) as writer:
         gather.write_ordered(ordered, writer, lambda number: None)
         writer.finish({}, [])
@@ -88,7 +90,7 @@ def test_memory_is_that_of_a_batch(tmp_path: Path, write_shards: Write, monkeypa
 
 
 def test_ids_beyond_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: ids that Arrow's 32-bit offsets cannot hold are one clear line, not wrapped around."""
+    """Behaviour: ids that overflow Arrow's 32-bit offsets are a clear error."""
 
     class Huge(bytes):
         def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What is held out: no text on both sides in whatever form, the same in every mix, and a share of all."""
+"""Held-out documents: no text is on both sides in any form, and the selection is the same in every mix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.io.record import Lineage
-from llmkit.mixing.holdout import grouped, held_out
+from llmkit.mixing.holdout import connected_groups, held_out_documents
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.shards.writer import ShardWriter
@@ -28,7 +28,7 @@ def store_of(path: Path, documents: Documents) -> TokenStore:
 def split(
     store: TokenStore, found: tuple[int, ...]
 ) -> tuple[set[str], set[str], set[tuple[int, ...]], set[tuple[int, ...]]]:
-    """Ids held out and kept, token ids held out and kept."""
+    """Ids held out and kept, and token ids held out and kept."""
     out = set(found)
     ids: tuple[set[str], set[str]] = (set(), set())
     tokens: tuple[set[tuple[int, ...]], set[tuple[int, ...]]] = (set(), set())
@@ -39,33 +39,34 @@ def split(
 
 
 def test_no_document_is_on_both_sides(tmp_path: Path) -> None:
-    """Property: neither an id nor a text is held out and trained on, over sources, with fill-in-the-middle (the same id, other tokens) and with
-    copies under other ids; shares are as asked for; what has no copies is held out of every mix, and of one with a larger share."""
+    """Property: no id or text is both held out and trained on, across sources, fill-in-the-middle (the same id, other
+    tokens) and copies under other ids; shares are as requested; a document without copies is held out of every mix
+    with the same or a larger share."""
     draw = np.random.default_rng(0)
     documents = [(f"d{i}", draw.integers(1, 300, 9).tolist()) for i in range(4_000)]
     web = store_of(tmp_path / "web.arrow", documents)
     other_form = [(id, tokens[::-1]) for id, tokens in documents[:800]]
     other_name = [(f"copy-{id}", tokens) for id, tokens in documents[400:1200]]
     both = store_of(tmp_path / "both.arrow", [*other_form, *other_name, ("again", other_form[7][1])])
-    (alone,) = held_out([web], 0.05)
-    together = held_out([both, web], 0.05)
+    (alone,) = held_out_documents([web], 0.05)
+    together = held_out_documents([both, web], 0.05)
     assert 140 <= len(alone) <= 260 and 50 <= len(together[0]) <= 110
     assert {i for i in alone if i >= 1200} == {i for i in together[1] if i >= 1200}
-    assert set(alone) <= set(held_out([web], 0.2)[0])
+    assert set(alone) <= set(held_out_documents([web], 0.2)[0])
     sides = [split(store, found) for store, found in zip((both, web), together, strict=True)]
     out_ids, kept_ids, out_tokens, kept_tokens = (set().union(*parts) for parts in zip(*sides, strict=True))
     assert not out_ids & kept_ids and not out_tokens & kept_tokens
 
 
 def test_documents_without_ids(tmp_path: Path) -> None:
-    """Behaviour: documents whose id is empty go by their tokens, not all together."""
+    """Behaviour: documents with an empty id are selected by their tokens, not as one group."""
     store = store_of(tmp_path / "a.arrow", [("", [1, i, 0]) for i in range(250)])
-    assert 10 <= len(held_out([store], 0.1)[0]) <= 45
+    assert 10 <= len(held_out_documents([store], 0.1)[0]) <= 45
 
 
 @given(st.lists(st.tuples(st.integers(0, 25), st.integers(0, 25)), min_size=1, max_size=40))
 def test_groups(rows: list[tuple[int, int]]) -> None:
-    """Parity with a plain union of every two rows that share a key."""
+    """Parity with a naive union of all pairs of rows that share a key."""
     parent = list(range(len(rows)))
 
     def root(i: int) -> int:
@@ -77,4 +78,4 @@ def test_groups(rows: list[tuple[int, int]]) -> None:
                 low, high = sorted((root(i), root(j)))
                 parent[high] = low
     keys = [np.array(column, np.uint64) for column in zip(*rows, strict=True)]
-    assert grouped(keys).tolist() == [root(i) for i in range(len(rows))]
+    assert connected_groups(keys).tolist() == [root(i) for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""Training order: budgets are met, shares hold everywhere, and it is the same order by whatever way it is reached."""
+"""Training order: budgets are met, shares hold everywhere, and a plan and its shards give the same order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import digest_path
-from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve
-from llmkit.mixing.plan import Plan, PlannedSource, plan_text
+from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve_order
+from llmkit.mixing.plan import Plan, PlannedSource, format_plan
 from llmkit.shards.reader import TokenStore
 
 Write = Callable[..., Path]
@@ -28,13 +28,15 @@ SOURCES = st.lists(
 def order_of(sources: list[tuple[list[int], int]], seed: int) -> tuple[list[np.ndarray], Order]:
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
     plan = Plan(tuple(PlannedSource(f"s{i}", f"d{i}", (budget,)) for i, (_, budget) in enumerate(sources)), seed)
-    return lengths, resolve(plan, lengths)
+    return lengths, resolve_order(plan, lengths)
 
 
 @given(SOURCES, st.integers(0, 2**40))
 @settings(deadline=None)
 def test_budgets_are_met_to_within_half_a_document(sources: list[tuple[list[int], int]], seed: int) -> None:
-    """Property: no source misses its budget by more than half its longest document; passes are whole but for the last."""
+    """Property: no source misses its budget by more than half its longest document; all passes but the last are
+    complete.
+    """
     lengths, order = order_of(sources, seed)
     for s, (sizes, budget) in enumerate(sources):
         mine = order.source == s
@@ -55,7 +57,7 @@ def test_budgets_are_met_to_within_half_a_document(sources: list[tuple[list[int]
 @given(SOURCES, st.integers(0, 2**40))
 @settings(deadline=None)
 def test_shares_hold_in_every_stretch(sources: list[tuple[list[int], int]], seed: int) -> None:
-    """Property: at any point all sources have given the same part of their tokens, to within a document of each."""
+    """Property: at any point all sources have given the same fraction of their tokens, to within one document each."""
     lengths, order = order_of(sources, seed)
     progress, slack = [], []
     for s in range(len(sources)):
@@ -70,7 +72,7 @@ def test_shares_hold_in_every_stretch(sources: list[tuple[list[int], int]], seed
 
 
 def test_order_is_random_and_pure() -> None:
-    """Property: equal calls give equal orders, other seeds and other passes other ones, another source leaves the first one's order."""
+    """Property: the order is reproducible, differs by seed and by pass, and does not depend on other sources."""
     sources = [([7] * 200, 2_800), ([5] * 100, 400)]
     _, one = order_of(sources, 1)
     for again, equal in ((order_of(sources, 1)[1], True), (order_of(sources, 2)[1], False)):
@@ -82,7 +84,9 @@ def test_order_is_random_and_pure() -> None:
 
 
 def test_permutations_never_change() -> None:
-    """Golden: computed by hand from splitmix64 (Steele et al. 2014) in plain integers, so a resumed run finds its order on any machine."""
+    """Golden: computed from splitmix64 (Steele et al. 2014) in plain integers; a resumed run has the same order
+    anywhere.
+    """
 
     def mixed(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -97,7 +101,7 @@ def test_permutations_never_change() -> None:
 
 @pytest.fixture
 def planned(tmp_path: Path, write_shards: Write) -> Path:
-    """A plan over two shard directories: web whole and a half, code not quite."""
+    """A plan over two shard directories: about one and a half passes over web, less than one over code."""
     random = np.random.default_rng(0)
     sources = []
     for name, budget in (("web", 3_000), ("code", 700)):
@@ -106,12 +110,12 @@ def planned(tmp_path: Path, write_shards: Write) -> Path:
         sources.append(PlannedSource(f"../{name}", store.inputs[0].digest, (budget,)))
     (tmp_path / "mix").mkdir()
     plan = Plan(tuple(sources), 5, store.tokenizer.digest)
-    (tmp_path / "mix" / "plan.toml").write_text(plan_text(plan))
+    (tmp_path / "mix" / "plan.toml").write_text(format_plan(plan))
     return tmp_path / "mix"
 
 
 def test_a_plan_is_followed(planned: Path) -> None:
-    """Property: every span is the slice of the documents put one behind the other; ids, sources and epochs go with them."""
+    """Property: every span equals the slice of the concatenated documents; ids, sources and epochs match."""
     ordered = OrderedTokens.open(str(planned))
     flat = np.concatenate([ordered.document(i) for i in range(ordered.documents)])
     assert ordered.tokens == len(flat) and abs(ordered.tokens - 3_700) <= 60
@@ -131,7 +135,9 @@ def test_a_plan_is_followed(planned: Path) -> None:
 
 
 def test_a_plan_may_move(planned: Path, tmp_path: Path) -> None:
-    """Behaviour: shards are found at their path or beside the plan; the plan's digest does not depend on where they lie."""
+    """Behaviour: shards are found at their path or beside the plan; the plan's digest does not depend on their
+    location.
+    """
     before = OrderedTokens.open(str(planned))
     moved = tmp_path / "elsewhere"
     moved.mkdir()
@@ -149,19 +155,19 @@ def test_a_plan_may_move(planned: Path, tmp_path: Path) -> None:
 
 
 def test_bad_plans(planned: Path, tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: what is not a plan, or no longer fits its shards, is refused by name."""
+    """Behaviour: an invalid plan, or one that no longer matches its shards, is refused by name."""
     text = (planned / "plan.toml").read_text()
     cases = {
         "x = ": "invalid TOML",
-        'seed = 1\n[train]\nmodel = "tiny"\n': "no mix plan of version 2",
-        text.replace("version = 2", "version = 1"): "no mix plan of version 2",
+        'seed = 1\n[train]\nmodel = "tiny"\n': "not a mix plan of version 2",
+        text.replace("version = 2", "version = 1"): "not a mix plan of version 2",
         text.split("[[source]]")[0]: r"no \[\[source\]\]",
         text.replace("tokens = [700]", "tokens = [-1]"): "source 2: field 'tokens'",
         text.replace("seed = 5", 'seed = "5"'): "field 'seed'",
         text.replace("seed = 5", f"seed = 0x{'f' * 4_000}"): "field 'seed'",
         text.replace("[[source]]", f"sequence_length = {1 << 63}\n[[source]]", 1): "field 'sequence_length'",
-        text.replace("../code", "../gone"): "its source ../gone is not there",
-        text.replace("../code", "/dev/zero"): "its source /dev/zero is not there",
+        text.replace("../code", "../gone"): "its source ../gone does not exist",
+        text.replace("../code", "/dev/zero"): "its source /dev/zero does not exist",
         text.replace('tokenizer = "xxh3:', 'tokenizer = "xxh3:0'): "another tokenizer",
     }
     for content, message in cases.items():

@@ -1,4 +1,4 @@
-"""What a plan may choose beyond budgets: ways to shuffle, stages, copies, held-out documents, packing."""
+"""Choices of a plan beyond budgets: shuffling, stages, copies, held-out documents, packing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError
 from llmkit.io.record import Lineage
 from llmkit.mixing import order as orders
-from llmkit.mixing.holdout import held_out
-from llmkit.mixing.order import OrderedTokens, one_pass, resolve
-from llmkit.mixing.plan import Plan, PlannedSource, plan_digest, plan_text
+from llmkit.mixing.holdout import held_out_documents
+from llmkit.mixing.order import OrderedTokens, pass_order, resolve_order
+from llmkit.mixing.plan import Plan, PlannedSource, format_plan, plan_digest
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.writer import ShardWriter
@@ -37,10 +37,12 @@ def plan_of(*budgets: tuple[int, ...], **more: object) -> Plan:
 )
 @settings(deadline=None)
 def test_stages_go_on_where_the_last_one_stopped(sources: list[tuple[list[int], list[int]]], shuffle: str) -> None:
-    """Property: a source's documents over all stages are those of one stage that takes the sum; each stage has what it asks for, to half a document."""
+    """Property: stages together take the documents of one stage with the summed budget; each meets its own to
+    half a document.
+    """
     lengths = [np.array(sizes, np.int64) for sizes, _ in sources]
-    staged = resolve(plan_of(*(tuple(budgets) for _, budgets in sources), shuffle=shuffle), lengths)
-    whole = resolve(plan_of(*((sum(budgets),) for _, budgets in sources), shuffle=shuffle), lengths)
+    staged = resolve_order(plan_of(*(tuple(budgets) for _, budgets in sources), shuffle=shuffle), lengths)
+    whole = resolve_order(plan_of(*((sum(budgets),) for _, budgets in sources), shuffle=shuffle), lengths)
     assert len(staged.ends) == 3 and staged.ends[-1] == len(staged.source)
     for s, (sizes, budgets) in enumerate(sources):
         for column in ("document", "epoch", "size"):
@@ -56,15 +58,17 @@ def test_stages_go_on_where_the_last_one_stopped(sources: list[tuple[list[int], 
 
 
 def test_ways_to_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: none keeps the stored order, block keeps runs of it in another order, other in each pass; sources mix all the same."""
+    """Behaviour: none keeps the stored order, block permutes runs of it, differently in each pass; sources are
+    still mixed.
+    """
     monkeypatch.setattr(orders, "BLOCK_TOKENS", 100)
     lengths = np.full(100, 7)
-    assert one_pass(1, "none", lengths, None)[0].tolist() == list(range(100))
-    first, second = (one_pass(seed, "block", lengths, None)[0] for seed in (1, 2))
+    assert pass_order(1, "none", lengths, None)[0].tolist() == list(range(100))
+    first, second = (pass_order(seed, "block", lengths, None)[0] for seed in (1, 2))
     assert sorted(first) == list(range(100)) and not np.array_equal(first, second)
     jumps = np.flatnonzero(np.diff(first) != 1)
     assert 4 <= len(jumps) <= 6 and all(7 * first[i + 1] // 100 != 7 * (first[i + 1] - 1) // 100 for i in jumps)
-    order = resolve(plan_of((1400,), (700,), shuffle="none"), [lengths, lengths])
+    order = resolve_order(plan_of((1400,), (700,), shuffle="none"), [lengths, lengths])
     assert order.document[order.source == 0].tolist() == [*range(100), *range(100)]
     assert abs(int((order.source[:150] == 0).sum()) - 100) <= 2
 
@@ -72,11 +76,11 @@ def test_ways_to_shuffle(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(LENGTHS, st.data(), st.sampled_from(["global", "block", "none"]))
 @settings(deadline=None)
 def test_copies_are_whole_passes(sizes: list[int], data: st.DataObject, shuffle: str) -> None:
-    """Property: a pass holds each document as often as it is to be, evenly spread, and `epoch` counts on from one to the next."""
+    """Property: a pass has the requested copies of each document, evenly spread; `epoch` continues from pass to pass."""
     copies = np.array(data.draw(st.lists(st.integers(0, 4), min_size=len(sizes), max_size=len(sizes)).filter(any)))
     lengths = np.array(sizes, np.int64)
     a_pass = int((lengths * copies).sum())
-    order = resolve(plan_of((2 * a_pass,), shuffle=shuffle), [lengths], [copies])
+    order = resolve_order(plan_of((2 * a_pass,), shuffle=shuffle), [lengths], [copies])
     for document, many in enumerate(copies.tolist()):
         mine = np.flatnonzero(order.document == document)
         assert order.epoch[mine].tolist() == list(range(2 * many))
@@ -86,16 +90,16 @@ def test_copies_are_whole_passes(sizes: list[int], data: st.DataObject, shuffle:
 
 
 def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
-    """Property: followed by plan, a packed order gives every token taken once and end-of-text ids between; held-out documents and padding of an
-    earlier packing never come; what the plan decides is in its digest."""
+    """Property: a packed order from a plan has every token taken once, padded with end-of-text ids; held-out documents
+    and the padding of an earlier packing never occur; the digest covers everything that the plan decides."""
     web = write_shards(
         tmp_path / "web", np.random.default_rng(0).integers(1, 60, 90).tolist(), max_tokens_per_shard=500
     )
     store = TokenStore.open(str(web))
-    (out,) = held_out([store], 0.1)
+    (out,) = held_out_documents([store], 0.1)
     kept = store.tokens - sum(len(store.document(i)) for i in out)
     plan = Plan((PlannedSource("web", store.inputs[0].digest, (kept,), out),), 1, store.tokenizer.digest, "block", 16)
-    (tmp_path / "plan.toml").write_text(plan_text(plan))
+    (tmp_path / "plan.toml").write_text(format_plan(plan))
     packed = OrderedTokens.open(str(tmp_path / "plan.toml"))
     assert packed.padding is not None and packed.sequence_length == 16 and packed.tokens % 16 == 0
     pieces: dict[str, list[int]] = {}
@@ -125,28 +129,28 @@ def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
         replace(plan, sequence_length=None),
         replace(plan, sources=again.sources),
     ):
-        (tmp_path / "plan.toml").write_text(plan_text(changed))
+        (tmp_path / "plan.toml").write_text(format_plan(changed))
         digests.add(plan_digest(tmp_path / "plan.toml"))
     assert len(digests) == 4
 
 
 def test_bad_choices_in_a_plan(tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: refused by the name of the field."""
+    """Behaviour: the error names the field."""
     store = TokenStore.open(str(write_shards(tmp_path / "web.arrow", [5] * 9)))
     plan = Plan(
         (PlannedSource("web.arrow", store.inputs[0].digest, (20, 5), (3,)),) * 2, 1, store.tokenizer.digest, "none", 8
     )
-    text = plan_text(plan)
+    text = format_plan(plan)
     for old, new, message in [
         ("[20, 5]", "20", "source 1: field 'tokens'"),
         ("[20, 5]", "[]", "source 1: field 'tokens'"),
         ("[20, 5]", "[true, 5]", "source 1: field 'tokens'"),
         ("[20, 5]\nheld_out = [3]\n\n", "[20]\n\n", "source 2: field 'tokens'"),
         ("[3]", "[-1]", "source 1: field 'held_out'"),
-        ("[3]", "[99]", "web.arrow: document 99 is held out, of 9"),
+        ("[3]", "[99]", "web.arrow: document 99 is held out, but there are only 9"),
         ('"none"', '"some"', "field 'shuffle'"),
         ("sequence_length = 8", "sequence_length = 0", "field 'sequence_length'"),
-        ("version = 2", "version = 1", "no mix plan of version 2"),
+        ("version = 2", "version = 1", "not a mix plan of version 2"),
         ("version = 2", "version = " + "[" * 3000, "invalid TOML"),
     ]:
         assert old in text

@@ -45,6 +45,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
         "tie_word_embeddings": False,
     },
+    "olmo2, grouped, tied": {"architecture": "olmo2", "rms_norm_eps": 1e-5},
+    "olmo2, one group a head, untied, biases": {
+        "architecture": "olmo2",
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
     "qwen3, heads that do not divide the width": {"num_attention_heads": 5, "num_key_value_heads": 5},
 }
 

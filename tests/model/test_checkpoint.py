@@ -13,6 +13,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.record import Lineage
+from llmkit.io.run_layout import resolve_model
 from llmkit.lineage.formats import read_lineage
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
@@ -21,7 +22,6 @@ from llmkit.model.pretrained.checkpoint import (
     load_info,
     load_model,
     load_tokenizer,
-    resolve_model,
     save_model,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
@@ -51,7 +51,7 @@ def edit(path: Path, **changes: object) -> None:
 
 
 def test_equal_tensors_give_equal_bytes(model: Path, small_tokenizer: dict[str, str], tmp_path: Path) -> None:
-    """Property: the directory does not depend on the order of the tensors, nor on when it is written."""
+    """Property: the directory depends neither on the order of the tensors nor on the time."""
     loaded, info = load_model(model)
     backwards = dict(reversed(list(loaded.state_dict().items())))
     record = Lineage("train", {"seed": 1}).to_json()
@@ -67,7 +67,7 @@ def test_equal_tensors_give_equal_bytes(model: Path, small_tokenizer: dict[str, 
 
 
 def test_what_is_written(model: Path, small_tokenizer: dict[str, str], tmp_path: Path) -> None:
-    """Behaviour: old-style keys and both names of the type, every stop token, the template in both places, lineage beside the format."""
+    """Behaviour: old-style keys and both names of the type, every stop token, the template in both files, lineage in the metadata."""
     config = json.loads((model / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert config["rope_theta"] == 10000.0 and config["rope_scaling"] is None and "rope_parameters" not in config
@@ -108,7 +108,7 @@ def test_tokenizer_opens_in_transformers(model: Path) -> None:
 
 
 def test_sharded_weights(model: Path) -> None:
-    """Parity with transformers: a model that it wrote in several files is the same model."""
+    """Parity with transformers: a model that it saved in several files loads as the same model."""
     from transformers import AutoModelForCausalLM
 
     expected = load_model(model)[0].state_dict()
@@ -124,7 +124,7 @@ def test_sharded_weights(model: Path) -> None:
 
 
 def test_a_run_stands_for_its_final_model(model: Path, tmp_path: Path) -> None:
-    """Behaviour: the run and its model directory load the same; a run that has not ended says so."""
+    """Behaviour: a run loads as its final model directory; for an unfinished run the error says so."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(LlmkitError, match="no final model yet"):
@@ -138,7 +138,7 @@ def test_a_run_stands_for_its_final_model(model: Path, tmp_path: Path) -> None:
 
 
 def test_loading_in_another_type(model: Path) -> None:
-    """Behaviour: the type asked for, and trainable parameters in eval mode."""
+    """Behaviour: the requested type, and trainable parameters in eval mode."""
     loaded, _ = load_model(model, torch.float16)
     assert all(parameter.dtype == torch.float16 and parameter.requires_grad for parameter in loaded.parameters())
     assert not loaded.training
@@ -163,7 +163,7 @@ def test_a_tied_model_may_store_its_output_layer(model: Path) -> None:
         (lambda t: t.update(extra=torch.ones(2)), "unexpected tensor extra"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(7)}),
-            r"model.norm.weight has shape \[7\] where config.json means \[32\]",
+            r"model.norm.weight has shape \[7\] where config.json implies \[32\]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int64)}), "model.norm.weight has type"),
     ],
@@ -177,7 +177,7 @@ def test_tensors_that_do_not_fit(model: Path, change: Callable[[dict], None], me
 
 
 def test_damaged_files(model: Path) -> None:
-    """Behaviour: a cut file, a header that lies, and no header at all are each one clear error."""
+    """Behaviour: a truncated file, an inconsistent header and a missing header each give one clear error."""
     file = model / "model.safetensors"
     whole = file.read_bytes()
     (length,) = struct.unpack("<Q", whole[:8])
@@ -199,7 +199,7 @@ def test_damaged_files(model: Path) -> None:
 
 
 def test_pickled_weights_are_refused(model: Path) -> None:
-    """Behaviour: a directory with pickles only is refused with a way out, and nothing is unpickled."""
+    """Behaviour: a directory with pickles only is refused with a hint, and nothing is unpickled."""
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(LlmkitError, match="only pickled weights") as caught:
         load_model(model)
@@ -210,7 +210,7 @@ def test_pickled_weights_are_refused(model: Path) -> None:
 
 
 def test_an_index_cannot_lead_outside(model: Path) -> None:
-    """Behaviour: names in the index are names in the directory."""
+    """Behaviour: names in the index must not leave the directory."""
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
     with pytest.raises(LlmkitError, match="no usable weight_map"):
@@ -218,9 +218,9 @@ def test_an_index_cannot_lead_outside(model: Path) -> None:
 
 
 def test_a_configuration_that_claims_too_much(model: Path) -> None:
-    """Behaviour: a billion layers are refused at once instead of being built."""
+    """Behaviour: a billion layers are refused immediately, without building them."""
     edit(model / "config.json", num_hidden_layers=1_000_000_000)
-    with pytest.raises(LlmkitError, match="the files hold"):
+    with pytest.raises(LlmkitError, match="the files have"):
         load_model(model)
 
 
@@ -248,7 +248,7 @@ def test_damaged_json(model: Path, name: str) -> None:
 
 
 def test_hostile_fields(model: Path) -> None:
-    """Behaviour: fields of the wrong kind are named, before anything is done with them."""
+    """Behaviour: fields of the wrong type are named before they are used."""
     for changes, message in (
         ({"rope_theta": 10**400, "rope_parameters": None}, "rope_theta"),
         ({"eos_token_id": "x"}, "eos_token_id"),
@@ -260,12 +260,12 @@ def test_hostile_fields(model: Path) -> None:
             load_model(model)
         (model / "config.json").write_bytes(before)
     (model / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(LlmkitError, match=r"tokenizer_config.json: holds no JSON object"):
+    with pytest.raises(LlmkitError, match=r"tokenizer_config.json: not a JSON object"):
         load_model(model)
 
 
 def test_settings_stored_with_a_tokenizer_change_no_text(model: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: truncation and padding that somebody saved in tokenizer.json are left out, as transformers leaves them out."""
+    """Behaviour: truncation and padding in tokenizer.json are ignored, as in transformers."""
     text = "the quick brown fox " * 5
     plain = load_tokenizer(small_tokenizer, "here").encode(text).ids
     stored = json.loads(small_tokenizer["tokenizer.json"]) | {
@@ -276,7 +276,7 @@ def test_settings_stored_with_a_tokenizer_change_no_text(model: Path, small_toke
 
 
 def test_type_and_device_by_name(model: Path) -> None:
-    """Behaviour: float32 on the CPU unless a type is asked for; unknown types and devices that are not there are named."""
+    """Behaviour: float32 on the CPU by default; unknown types and missing devices are named."""
     assert next(load_for_inference(model, device="cpu")[0].parameters()).dtype == torch.float32
     assert next(load_for_inference(model, "bf16", "cpu")[0].parameters()).dtype == torch.bfloat16
     for dtype, device, message in (("bf61", "cpu", "unknown --dtype 'bf61'"), ("", "gpu", "device 'gpu'")):

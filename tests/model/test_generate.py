@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.chat.prompts import cut, read_prompt, stop_test
+from llmkit.chat.prompts import cut_at_stop, read_prompt, stop_test
 from llmkit.chat.rows import RowError
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import read_lineage
@@ -52,7 +52,7 @@ def test_greedy_equals_transformers(directory: Path, decoder: Decoder) -> None:
 
 @torch.no_grad()
 def test_greedy_equals_recomputation(decoder: Decoder) -> None:
-    """Property: with a cache as without, up to a full context."""
+    """Property: the same tokens with and without a cache, up to a full context."""
     prompt = PROMPTS[2]
     tokens = generate(decoder, [prompt], max_new_tokens=1000, temperature=0)[0]
     assert len(prompt) + len(tokens) == decoder.config.max_position_embeddings
@@ -67,7 +67,7 @@ def test_greedy_equals_recomputation(decoder: Decoder) -> None:
 def test_a_completion_does_not_depend_on_its_batch(
     decoder: Decoder, chosen: list[int], size: int, temperature: float
 ) -> None:
-    """Property: alone, or among others in any order, prompt and seed decide the completion."""
+    """Property: a completion depends only on its prompt and seed, alone or in a batch of any order."""
     some = chosen[:size]
     options = {"max_new_tokens": 12, "temperature": temperature, "top_p": 0.9, "stop_ids": [13, 250]}
     together = generate(decoder, [PROMPTS[i] for i in some], seeds=[i // 3 for i in some], **options)
@@ -75,14 +75,14 @@ def test_a_completion_does_not_depend_on_its_batch(
         assert tokens == generate(decoder, [PROMPTS[i]], seeds=[i // 3], **options)[0]
 
 
-def test_seeds_decide(decoder: Decoder) -> None:
-    """Behaviour: the same seed draws the same, another seed something else."""
+def test_seeds_determine_completions(decoder: Decoder) -> None:
+    """Behaviour: equal seeds give equal completions, other seeds others."""
     a, b, c = generate(decoder, [PROMPTS[0]] * 3, max_new_tokens=20, temperature=1.5, seeds=[1, 2, 1])
     assert a == c and a != b
 
 
 def test_stop_ids(decoder: Decoder) -> None:
-    """Behaviour: a row ends before its stop token; the others go on."""
+    """Behaviour: a row ends before its stop token; the others continue."""
     free = generate(decoder, PROMPTS, max_new_tokens=20, temperature=0)
     stop = free[0][6]
     found = generate(decoder, PROMPTS, max_new_tokens=20, temperature=0, stop_ids=[stop, 299])
@@ -102,7 +102,7 @@ def test_prompt_that_does_not_fit(decoder: Decoder, length: int) -> None:
 
 
 def test_a_diverged_model_says_so(directory: Path) -> None:
-    """Behaviour: weights that are no numbers are one clear error, greedy or sampled."""
+    """Behaviour: non-finite weights give one clear error, greedy or sampled."""
     model = load_model(directory)[0]
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
@@ -112,7 +112,7 @@ def test_a_diverged_model_says_so(directory: Path) -> None:
 
 
 def test_sampling_follows_the_distribution() -> None:
-    """Property: evenly spread draws give each token its share, of the nucleus alone where top_p cuts."""
+    """Property: evenly spaced draws give each token its probability, within the nucleus if top_p is below 1."""
     probabilities = torch.tensor([0.1, 0.5, 0.05, 0.35])
     n = 2000
     draws = (torch.arange(n) + 0.5).double() / n
@@ -129,7 +129,7 @@ def test_sampling_follows_the_distribution() -> None:
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=30), st.floats(0.01, 1), st.floats(0, 1, exclude_max=True))
 def test_sampling_stays_in_the_nucleus(logits: list[float], top_p: float, draw: float) -> None:
-    """Property: the token drawn is among the most probable ones that together reach top_p."""
+    """Property: the sampled token is in the nucleus of top_p."""
     token = sample(torch.tensor([logits]), 1.0, top_p, torch.tensor([draw], dtype=torch.float64)).item()
     shares = torch.tensor(logits, dtype=torch.float64).softmax(-1)
     before = math.fsum(share for share in shares.tolist() if share > shares[token])
@@ -144,12 +144,12 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
     ends = [complete(ids[:n]) for n in range(1, len(ids) + 1)]
     first = ends.index(True)
     assert "lazy d" in codec.decode(ids[: first + 1]) and "lazy d" not in codec.decode(ids[:first])
-    assert cut("over the lazy dog\n\n", ["lazy d", "\n\n", "unseen"]) == "over the "
+    assert cut_at_stop("over the lazy dog\n\n", ["lazy d", "\n\n", "unseen"]) == "over the "
     assert stop_test([], small_tokenizer) is None
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "rest"),
+    ("row", "content", "other_fields"),
     [
         ({"prompt": "a fox", "id": "7", "k": 1}, "a fox", {"id": "7", "k": 1}),
         ({"prompt": "2+2=", "completion": "4"}, "2+2=", {"reference": "4"}),
@@ -177,18 +177,18 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
         ),
     ],
 )
-def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, asked: object, rest: dict) -> None:
+def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, content: object, other_fields: dict) -> None:
     """Behaviour: every schema, and the row that comes out again."""
     codec = load_tokenizer(small_tokenizer, "here")
     prompt = read_prompt(row, small_tokenizer)
-    assert prompt.asked == asked and prompt.rest == rest
-    if isinstance(asked, str):
-        assert prompt.tokens == codec.encode(asked).ids
+    assert prompt.content == content and prompt.other_fields == other_fields
+    if isinstance(content, str):
+        assert prompt.tokens == codec.encode(content).ids
     else:
-        text = f"<|im_start|>user\n{asked[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+        text = f"<|im_start|>user\n{content[0]['content']}<|im_end|>\n<|im_start|>assistant\n"
         assert prompt.tokens == codec.encode(text).ids and 2 in prompt.tokens
     out = prompt.row(["one", "two"])
-    assert out == {"prompt": asked, "completion": "one", "completions": ["one", "two"]} | rest
+    assert out == {"prompt": content, "completion": "one", "completions": ["one", "two"]} | other_fields
 
 
 def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
@@ -200,7 +200,7 @@ def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
     ):
         with pytest.raises(RowError, match=message):
             read_prompt(row, small_tokenizer)
-    assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).asked == [{"role": "user", "content": "hi"}]
+    assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).content == [{"role": "user", "content": "hi"}]
 
 
 def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
@@ -213,13 +213,13 @@ def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
     codec = load_tokenizer(small_tokenizer, "here")
     for row in rows:
         prompt = read_prompt(row, files)
-        assert prompt.tokens == codec.encode("search").ids and prompt.rest == {}
+        assert prompt.tokens == codec.encode("search").ids and prompt.other_fields == {}
         with pytest.raises(RowError, match="no tools"):
             read_prompt({key: value for key, value in row.items() if key != "tools"}, files)
 
 
 def test_command(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None:
-    """Behaviour: rows in, rows out in order, the same for the same seed, with lineage; a second run finds nothing to do."""
+    """Behaviour: rows in, rows out in order, the same for the same seed, with lineage; a second run has nothing to do."""
     rows = [{"id": str(i), "prompt": "the quick brown"[: 3 + i]} for i in range(5)]
     (tmp_path / "in.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     call = ("generate", str(directory), "in.jsonl", "--max-tokens", "6", "--samples", "2")
@@ -245,7 +245,7 @@ def test_command(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None
 
 
 def test_command_for_reading(llmkit_here: Callable, directory: Path) -> None:
-    """Behaviour: --text prints the prompt with what follows; nothing that would steer a terminal."""
+    """Behaviour: --text prints the prompt with what follows; without terminal control sequences."""
     done = llmkit_here(
         "generate",
         str(directory),

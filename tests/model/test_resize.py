@@ -20,7 +20,7 @@ PIECES = [[5, 6, 7], [8, 8], []]
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_old_logits_stay(make_model: Callable[..., Path], tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    """Property: for the same ids the logits of the old ids are the same bits; new rows are means. Parity: transformers computes the same."""
+    """Property: for old ids, logits are equal to the bit; new rows are means. Parity: transformers agrees."""
     from transformers import AutoModelForCausalLM
 
     old_path = make_model(tmp_path / "old", tie_word_embeddings=tied, dtype=dtype, tokenizer=False, vocab_size=320)
@@ -47,7 +47,7 @@ def test_old_logits_stay(make_model: Callable[..., Path], tmp_path: Path, tied: 
 
 
 def test_rows_beyond_the_tokenizer_are_used_first(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: a model with more rows than its tokenizer has ids does not grow until they are used up, and never shrinks."""
+    """Behaviour: rows beyond the tokenizer are used before the model grows, and it never shrinks."""
     path = make_model(tmp_path / "old", vocab_size=384, tokenizer=False)
     (tmp_path / "new").mkdir()
     assert write_resized(load_info(path), 300, PIECES, tmp_path / "new", {}) == 384

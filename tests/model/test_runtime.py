@@ -1,4 +1,4 @@
-"""What training uses in place of the plain operations: the kernels of the CPU, joined products, flex attention, checkpointing, 8 bits."""
+"""Replacements of the plain operations in training: CPU kernels, joined products, flex attention, checkpointing, fp8."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from random_models import VARIANTS, random_model
 
 from llmkit.errors import UsageError
 from llmkit.model import fused, runtime
-from llmkit.model.decoder import PLAIN, Decoder
+from llmkit.model.decoder import Decoder
 from llmkit.model.kernels import rows as kernels
+from llmkit.model.operations import PLAIN
 from llmkit.model.pretrained.checkpoint import save_model
 from llmkit.model.runtime import Joined, Runtime, prepare
 
@@ -42,14 +43,16 @@ def same(found: Outcome, expected: Outcome, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
-@pytest.mark.parametrize("variant", ["qwen3, grouped, tied", "llama, one group a head, untied, biases"])
+@pytest.mark.parametrize(
+    "variant", ["qwen3, grouped, tied", "llama, one group a head, untied, biases", "olmo2, grouped, tied"]
+)
 def test_gradients_are_those_of_transformers(
     variant: str, documents: torch.Tensor | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parity with transformers: loss and every gradient of a prepared model, causal and with a document mask, in several blocks of attention."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(fused, "SCORES", 1 << 14)  # so that heads do not all go together
+    monkeypatch.setattr(fused, "SCORES", 1 << 14)  # so that heads take several blocks
     model = random_model(**VARIANTS[variant])
     save_model(tmp_path, model.state_dict(), model.config, {})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -67,8 +70,8 @@ def test_gradients_are_those_of_transformers(
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["causal", "documents"])
 @pytest.mark.parametrize("way", ["checkpointed", "checkpointed, plain", "joined"])
-def test_other_ways_compute_the_same(way: str, documents: torch.Tensor | None) -> None:
-    """Property: layers computed again, and products joined, change nothing beyond rounding, and no name of a parameter."""
+def test_runtime_options_change_only_rounding(way: str, documents: torch.Tensor | None) -> None:
+    """Property: activation checkpointing and joined products change results by rounding only, and no parameter names."""
     variant = VARIANTS["llama, one group a head, untied, biases"]
     model = random_model(**variant)
     prepare(model, CPU, Runtime(checkpoint=way.startswith("checkpointed")))
@@ -82,7 +85,7 @@ def test_other_ways_compute_the_same(way: str, documents: torch.Tensor | None) -
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["qwen3, grouped, tied", "llama, one group a head, untied, biases"])
 def test_flex_attention_sees_what_the_mask_allows(variant: str) -> None:
-    """Parity with the plain operations: torch's flex_attention under our document mask (forwards: on a CPU it has no way back)."""
+    """Parity with the plain operations: torch's flex_attention under our document mask (forward only: on a CPU it has no backward)."""
     model = random_model(**VARIANTS[variant])
     expected = model(IDS_BT, document_ids=DOCUMENTS)
     model.operations = Joined(join=False, flex=True)
@@ -90,8 +93,8 @@ def test_flex_attention_sees_what_the_mask_allows(variant: str) -> None:
     assert (model(IDS_BT) - expected).abs().max() > 1e-2
 
 
-def test_documents_in_pieces_go_the_plain_way() -> None:
-    """Behaviour: a document that comes back later in its row sees its first part, which blocks of keys would miss."""
+def test_split_documents_use_plain_operations() -> None:
+    """Behaviour: a document that continues later in its row attends to its first part, which blocks of keys would miss."""
     documents = DOCUMENTS.clone()
     documents[0, 280:] = 0
     assert fused.document_begins(documents, 2, 300) is None
@@ -103,7 +106,7 @@ def test_documents_in_pieces_go_the_plain_way() -> None:
 
 
 def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: every kernel gives the same bits however its rows are shared among threads."""
+    """Property: every kernel gives the same bits for any number of threads."""
     x, grad = (torch.randn(700, 64, generator=DRAW) for _ in range(2))
     weight = torch.randn(64, generator=DRAW)
     found = []
@@ -120,7 +123,7 @@ def test_threads_do_not_change_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_exponential() -> None:
-    """Parity with numpy in float64: within 3 units in the last place; NaN stays NaN, and far below it is next to nothing."""
+    """Parity with numpy in float64: within 3 units in the last place; NaN stays NaN, and large negative numbers give almost 0."""
     draw = np.random.default_rng(0)
     x = np.concatenate([draw.uniform(-87, 88, 20_000), draw.uniform(-1, 1, 5_000), [0.0]]).astype(np.float32)
     found = np.array([kernels.exp(value) for value in x[::25]])
@@ -130,8 +133,8 @@ def test_exponential() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_comes_out(bad: float) -> None:
-    """Behaviour: a weight that is NaN or infinite makes the loss so, for the guard to see."""
+def test_non_finite_weights_propagate(bad: float) -> None:
+    """Behaviour: a NaN or infinite weight gives a non-finite loss, which the guard detects."""
     model = random_model()
     prepare(model, CPU, Runtime())
     with torch.no_grad():
@@ -139,15 +142,15 @@ def test_what_is_not_finite_comes_out(bad: float) -> None:
     assert not np.isfinite(outcome(model)[0])
 
 
-def test_a_target_outside_of_the_vocabulary_is_an_error() -> None:
-    """Behaviour: an IndexError, as torch's own; compiled code would read what lies behind the row."""
+def test_a_target_outside_the_vocabulary_is_an_error() -> None:
+    """Behaviour: an IndexError, as in torch; compiled code would read beyond the row."""
     for target in (-1, 5):
         with pytest.raises(IndexError):
             fused.cross_entropy(torch.zeros(1, 5), torch.tensor([target]), torch.ones(1), 0.0, True)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: where torch cannot compile, one line says why, and the model trains uncompiled."""
+    """Behaviour: if torch cannot compile, one line says why, and the model trains uncompiled."""
 
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("InvalidCxxCompiler: none of g++, clang\nmore")
@@ -161,7 +164,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: where numba cannot be imported, the plain operations train the model."""
+    """Behaviour: without numba the model trains with the plain operations."""
     monkeypatch.setitem(sys.modules, "llmkit.model.fused", None)
     monkeypatch.delattr("llmkit.model.fused")
     runtime.fused_kernels.cache_clear()
@@ -175,7 +178,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fp8() -> None:
-    """Behaviour: without torchao or a GPU that has it, one line; emulated, the matrices of layers are converted under their names, and the loss stays near."""
+    """Behaviour: a one-line error without torchao or a suitable GPU; emulated, layers keep their names and the loss stays close."""
     if not find_spec("torchao"):
         with pytest.raises(UsageError, match="fp8 needs torchao"):
             prepare(random_model(), CPU, Runtime(fp8=True))

@@ -1,7 +1,8 @@
-"""Quantised directories: parity with transformers and compressed-tensors, errors of rounding, the command."""
+"""Quantised directories: parity with transformers and compressed-tensors, rounding errors, the command."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.lineage.formats import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
-from llmkit.model.pretrained.weights import dequantise, unpack
-from llmkit.quantization.formats.compressed_tensors import SCHEMES, Scheme, fit_scheme, pack, write_quantised
-from llmkit.quantization.round_to_nearest import quantise
+from llmkit.model.pretrained.weights import dequantize, unpack
+from llmkit.quantization.formats.compressed_tensors import fit_model, pack, write_quantized
+from llmkit.quantization.methods import METHODS
+from llmkit.quantization.round_to_nearest import quantize
 
 MODELS = [
     {"architecture": "llama"},
@@ -37,11 +39,11 @@ MODELS = [
 def quantised(source: Path, target: Path, to: str) -> Path:
     info = load_info(source)
     target.mkdir()
-    write_quantised(info, fit_scheme(info, SCHEMES[to]), target)
+    write_quantized(info, fit_model(info, METHODS[to]), target)
     return target
 
 
-@pytest.mark.parametrize("to", list(SCHEMES))
+@pytest.mark.parametrize("to", list(METHODS))
 @pytest.mark.parametrize("changes", MODELS, ids=["llama", "qwen3-bf16", "odd-widths"])
 def test_transformers_loads_it(make_model: Callable[..., Path], tmp_path: Path, to: str, changes: dict) -> None:
     """Parity with transformers and compressed-tensors: their logits of the directory equal those of our own dequantisation."""
@@ -64,8 +66,8 @@ def test_transformers_loads_it(make_model: Callable[..., Path], tmp_path: Path, 
     assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
 
 
-def test_what_stays(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: embeddings, norms, biases and the output layer keep their bytes; the files carry the model's tokenizer; int4 is smaller."""
+def test_unquantized_tensors_are_copied(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Behaviour: embeddings, norms, biases and the output layer keep their bytes; the tokenizer is copied; int4 is smaller."""
     source = make_model(tmp_path / "source", tie_word_embeddings=False, attention_bias=True)
     small = quantised(source, tmp_path / "small", "int4")
     before, after = load_model(source)[0].state_dict(), load_model(small)[0].state_dict()
@@ -80,7 +82,7 @@ def test_what_stays(make_model: Callable[..., Path], tmp_path: Path) -> None:
 
 
 @given(bits=st.sampled_from([4, 8]), rows=st.integers(1, 4), width=st.integers(1, 40), seed=st.integers(0, 99))
-def test_packing_comes_back(bits: int, rows: int, width: int, seed: int) -> None:
+def test_unpack_inverts_pack(bits: int, rows: int, width: int, seed: int) -> None:
     """Property: unpack inverts pack for every width, in ceil(width·bits/32) words."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     values = torch.randint(low, high, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
@@ -90,7 +92,7 @@ def test_packing_comes_back(bits: int, rows: int, width: int, seed: int) -> None
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packing_is_theirs(bits: int) -> None:
+def test_packing_equals_compressed_tensors(bits: int) -> None:
     """Parity with compressed_tensors' own pack_to_int32."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -110,9 +112,10 @@ def test_packing_is_theirs(bits: int) -> None:
 def test_rounding_is_to_the_nearest(
     bits: int, group: int | None, search: bool, dtype: torch.dtype, spread: float, seed: int
 ) -> None:
-    """Property: finite everywhere; no other q with the same scale is nearer; without search no weight is off by over half a step (of 0.5+ulp)."""
+    """Property: always finite; no other q with the same scale is nearer; without search errors are at most half a step
+    (plus rounding)."""
     weight = torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)) * spread
-    q, scale = quantise(weight, bits, group, search=search, dtype=dtype)
+    q, scale = quantize(weight, bits, group, search=search, dtype=dtype)
     assert q.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (3, 32 // (group or 32))
     assert scale.isfinite().all() and (scale > 0).all()
     assert q.min() >= -(2 ** (bits - 1)) and q.max() <= 2 ** (bits - 1) - 1
@@ -130,8 +133,8 @@ def test_search_is_never_worse() -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     errors = []
     for search in (False, True):
-        q, scale = quantise(weight, 4, 64, search=search, dtype=torch.float32)
-        errors.append((dequantise(q, scale) - weight).square().view(64, 4, 64).sum(-1))
+        q, scale = quantize(weight, 4, 64, search=search, dtype=torch.float32)
+        errors.append((dequantize(q, scale) - weight).square().view(64, 4, 64).sum(-1))
     assert (errors[1] <= errors[0] + 1e-6).all() and errors[1].sum() < 0.9 * errors[0].sum()
 
 
@@ -139,13 +142,13 @@ def test_absmax_scales() -> None:
     """Parity with the definition: absmax/7.5 for 4 bits, absmax/127.5 for 8."""
     weight = torch.tensor([[1.0, -3.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     for bits, half in ((4, 7.5), (8, 127.5)):
-        q, scale = quantise(weight, bits, None, search=False, dtype=torch.float32)
+        q, scale = quantize(weight, bits, None, search=False, dtype=torch.float32)
         assert torch.allclose(scale, torch.tensor([[3 / half], [1 / half * 0 + 1.0]])), scale
         assert q[0, 1] == -(2 ** (bits - 1)) and not q[1].any()
 
 
 def test_group_fits_every_width(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: the largest of 128, 64, 32 that divides every width, else a row; a group asked for that does not fit is refused."""
+    """Behaviour: the largest of 128, 64, 32 that divides every width, else a row; an explicit group must fit."""
     for number, (sizes, group) in enumerate(
         [
             ({"hidden_size": 128, "head_dim": 32, "intermediate_size": 256}, 128),
@@ -155,10 +158,10 @@ def test_group_fits_every_width(make_model: Callable[..., Path], tmp_path: Path)
         ]
     ):
         info = load_info(make_model(tmp_path / str(number), **sizes))
-        assert fit_scheme(info, SCHEMES["int4"]) == Scheme(4, group, True)
-        assert fit_scheme(info, SCHEMES["int8"]).group is None
+        assert fit_model(info, METHODS["int4"]) == dataclasses.replace(METHODS["int4"], group=group)
+        assert fit_model(info, METHODS["int8"]).group is None
     with pytest.raises(UsageError, match="groups of 32 do not divide rows of 44"):
-        fit_scheme(info, SCHEMES["int4"], 32)
+        fit_model(info, METHODS["int4"], 32)
 
 
 def spoil(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -195,7 +198,7 @@ def test_quantised_tensors_that_do_not_fit(
 
 
 def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: GPTQ's and other layouts are named, not misread."""
+    """Behaviour: GPTQ and other layouts are refused by name."""
     target = quantised(make_model(tmp_path / "source"), tmp_path / "target", "int4")
     config = json.loads((target / "config.json").read_text())
     for quantization, message in (
@@ -209,16 +212,16 @@ def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Pa
             load_model(target)
 
 
-def test_a_diverged_model_says_so(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: the tensor that holds infinities is named instead of being rounded to nonsense."""
+def test_a_diverged_model_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Behaviour: a tensor with infinities is named instead of being quantised."""
     source = make_model(tmp_path / "source")
     spoil(source, lambda tensors: tensors[Q].fill_(float("inf")))
-    with pytest.raises(LlmkitError, match=f"{Q} holds numbers that are not finite"):
+    with pytest.raises(LlmkitError, match=f"{Q} contains non-finite weights"):
         quantised(source, tmp_path / "target", "int4")
 
 
 def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: `int-quantized` directories (int8 tensors with a scale a row) load too."""
+    """Behaviour: `int-quantized` directories (int8 tensors with one scale per row) load, too."""
     source = make_model(tmp_path / "source")
     target = quantised(source, tmp_path / "target", "int8")
     expected = load_model(target)[0].state_dict()
@@ -235,7 +238,7 @@ def test_int8_weights_of_others(make_model: Callable[..., Path], tmp_path: Path)
 
 
 def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Behaviour: whole output or none, no clobbering, the same bytes again, lineage with the model's own; a repeated call has nothing to do."""
+    """Behaviour: atomic output, no overwriting, reproducible bytes, lineage including the model's; a repeated call has nothing to do."""
     make_model(tmp_path / "source")
     call = ("quantize", "source", "--to", "int4")
     done = llmkit_here(*call, "-o", "target", "--json", cwd=tmp_path)
@@ -251,9 +254,9 @@ def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_pat
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
     for arguments, code, message in (
         (("source", "--to", "int8", "-o", "target"), 1, "target exists"),
-        (("source", "--to", "int5", "-o", "other"), 2, "unknown format 'int5'"),
+        (("source", "--to", "int5", "-o", "other"), 2, "unknown method 'int5'"),
         (("source", "--to", "int8"), 2, "no output"),
-        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size is of --to int4"),
+        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size is for --to int4"),
         (("target", "--to", "int8", "-o", "other"), 1, "quantised already"),
         (("nothing", "--to", "int8", "-o", "other"), 1, "nothing: no such file"),
     ):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
-from llmkit.quantization.formats.compressed_tensors import SCHEMES, fit_scheme, write_quantised
+from llmkit.quantization.formats.compressed_tensors import fit_model, write_quantized
+from llmkit.quantization.methods import METHODS
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ from llmkit.quantization.formats.compressed_tensors import SCHEMES, fit_scheme, 
 def test_transformers_and_we_turn_weights_back_alike(
     make_model: Callable[..., Path], tmp_path: Path, group: int, dtype: torch.dtype
 ) -> None:
-    """Parity with transformers: the quantised directory and one that holds our dequantised weights have the same logits there, and ours are those."""
+    """Parity with transformers: the same logits from the quantised directory, from our dequantised weights, and from our decoder."""
     from transformers import AutoModelForCausalLM
 
     info = load_info(
@@ -26,11 +27,11 @@ def test_transformers_and_we_turn_weights_back_alike(
             tmp_path / "source", dtype=dtype, hidden_size=group, intermediate_size=3 * group, head_dim=group // 4
         )
     )
-    scheme = fit_scheme(info, SCHEMES["int4"])
-    assert scheme.group == group
+    method = fit_model(info, METHODS["int4"])
+    assert method.group == group
     for name in ("quantised", "plain"):
         (tmp_path / name).mkdir()
-    write_quantised(info, scheme, tmp_path / "quantised")
+    write_quantized(info, method, tmp_path / "quantised")
     ours, _ = load_model(tmp_path / "quantised")
     save_model(tmp_path / "plain", ours.state_dict(), ours.config, {})
     ids_BT = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Token shards: what is written comes back, and nothing else is taken for a shard."""
+"""Token shards: documents are read back as written, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def write_all(path: Path, content: Documents, **options: Any) -> None:
 
 @given(documents, st.sampled_from(["one.arrow", "parts"]), st.integers(1, 40), st.integers(1, 20), st.data())
 @settings(max_examples=30, deadline=None)
-def test_what_is_written_is_read(content: Documents, name: str, part: int, batch: int, data: st.DataObject) -> None:
-    """Property: tokens, ids, sources and epochs come back, whatever the parts and batches; any span is the slice of the flat order."""
+def test_documents_are_read_back(content: Documents, name: str, part: int, batch: int, data: st.DataObject) -> None:
+    """Property: tokens, ids, sources and epochs are read back, whatever the sizes of shards and batches; any span is a slice of the flat order."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "BATCH_TOKENS", batch)
         path = Path(directory) / name
@@ -77,8 +77,10 @@ def test_what_is_written_is_read(content: Documents, name: str, part: int, batch
 
 @given(documents, st.integers(1, 40), st.integers(1, 20), st.integers(1, 6), st.data())
 @settings(max_examples=60, deadline=None)
-def test_many_at_once_are_one_by_one(content: Documents, part: int, batch: int, rows: int, data: st.DataObject) -> None:
-    """Property: the bytes do not depend on how many documents are handed over at a time, nor on how their sources are numbered."""
+def test_extend_equals_repeated_write(
+    content: Documents, part: int, batch: int, rows: int, data: st.DataObject
+) -> None:
+    """Property: the bytes depend neither on the number of documents per call nor on the numbering of their sources."""
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "BATCH_TOKENS", batch)
         patch.setattr(shards, "BATCH_DOCUMENTS", rows)
@@ -101,7 +103,7 @@ def test_many_at_once_are_one_by_one(content: Documents, part: int, batch: int, 
 
 
 def test_any_arrow_library_reads_it(tmp_path: Path, write_shards: Write) -> None:
-    """Parity: pyarrow alone gives the same documents, with the types that the format promises."""
+    """Parity: pyarrow alone reads the same documents, with the types of the format."""
     path = write_shards(tmp_path / "a.arrow", [3, 0, 5])
     table = pa.ipc.open_stream(path.read_bytes()).read_all()
     store = TokenStore.open(str(path))
@@ -113,7 +115,7 @@ def test_any_arrow_library_reads_it(tmp_path: Path, write_shards: Write) -> None
 
 @pytest.mark.parametrize(("size", "kind"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_width_by_vocabulary(tmp_path: Path, size: int, kind: type) -> None:
-    """Behaviour: two bytes a token as long as they suffice; the largest id survives."""
+    """Behaviour: two bytes per token as long as they suffice; the largest id is read back."""
     info = dataclasses.replace(BARE, vocab_size=size)
     with ShardWriter(str(tmp_path / "a.arrow"), info, Lineage("tokenize")) as writer:
         writer.write([0, size - 1], "a", "web")
@@ -137,7 +139,7 @@ def test_reading_copies_nothing(tmp_path: Path, write_shards: Write) -> None:
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: a second writing gives the same bytes; other batches give the same digest."""
+    """Property: writing twice gives the same bytes; other batch sizes give the same digest."""
     first = write_shards(tmp_path / "a.arrow", [30, 1, 200])
     assert write_shards(tmp_path / "b.arrow", [30, 1, 200]).read_bytes() == first.read_bytes()
     monkeypatch.setattr(shards, "BATCH_TOKENS", 30)
@@ -148,7 +150,7 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path, write_shards: Write, mo
 def test_tokenizer_travels_with_the_shards(
     tmp_path: Path, write_shards: Write, small_tokenizer: dict[str, str]
 ) -> None:
-    """Behaviour: inside single files, beside the parts of a directory; the same one either way."""
+    """Behaviour: the tokenizer is inside single files, and beside the shards of a directory; both are read as the same."""
     expected = parse_tokenizer(small_tokenizer, "small")
     for name in ("one.arrow", "parts"):
         path = write_shards(tmp_path / name, [5, 5])
@@ -159,26 +161,26 @@ def test_tokenizer_travels_with_the_shards(
     assert b"llmkit.tokenizer_files" not in schema.metadata
 
 
-def test_cut_anywhere_is_refused(tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: no beginning of a shard is taken for a shard; the file is named."""
-    whole = write_shards(tmp_path / "whole.arrow", [40, 3, 80]).read_bytes()
+def test_truncated_shards_are_refused(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: a shard truncated at any byte is refused; the message names the file."""
+    intact = write_shards(tmp_path / "intact.arrow", [40, 3, 80]).read_bytes()
     cut = tmp_path / "cut.arrow"
-    for size in [*range(0, len(whole) - 8, 61), *range(len(whole) - 300, len(whole) - 8)]:
-        cut.write_bytes(whole[:size])
+    for size in [*range(0, len(intact) - 8, 61), *range(len(intact) - 300, len(intact) - 8)]:
+        cut.write_bytes(intact[:size])
         with pytest.raises(LlmkitError, match=r"cut\.arrow"):
             TokenStore.open(str(cut))
 
 
 def test_damage_anywhere_never_crashes(tmp_path: Path, write_shards: Write) -> None:
-    """Property: a shard with changed bytes is read, or refused by a named error; Arrow alone would end the process."""
-    whole = write_shards(tmp_path / "whole.arrow", [40, 3, 80] * 8).read_bytes()
+    """Property: a shard with changed bytes is read, or refused with an error that names it; Arrow alone would crash the process."""
+    intact = write_shards(tmp_path / "intact.arrow", [40, 3, 80] * 8).read_bytes()
     path = tmp_path / "bad.arrow"
     random = np.random.default_rng(0)
     refused = 0
     for _ in range(400):
-        data = bytearray(whole)
-        for at in random.integers(0, len(data), random.integers(1, 4)):
-            data[at] = random.choice([0, 255, data[at] ^ 1 << random.integers(8)])
+        data = bytearray(intact)
+        for position in random.integers(0, len(data), random.integers(1, 4)):
+            data[position] = random.choice([0, 255, data[position] ^ 1 << random.integers(8)])
         path.write_bytes(data)
         try:
             store = TokenStore.open(str(path))
@@ -200,9 +202,9 @@ def stream(schema: pa.Schema, *batches: pa.RecordBatch) -> bytes:
 
 
 def test_foreign_files_are_refused(tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: each is named, with what is wrong with it."""
-    whole = write_shards(tmp_path / "whole.arrow", [40, 3]).read_bytes()
-    reader = pa.ipc.open_stream(whole)
+    """Behaviour: the message names the file and the reason."""
+    intact = write_shards(tmp_path / "intact.arrow", [40, 3]).read_bytes()
+    reader = pa.ipc.open_stream(intact)
     batch = pa.record_batch({"x": [1, 2]})
     arrow_file = io.BytesIO()
     with pa.ipc.new_file(arrow_file, batch.schema) as writer:
@@ -215,7 +217,7 @@ def test_foreign_files_are_refused(tmp_path: Path, write_shards: Write) -> None:
         "documents": (b'{"text": "x"}\n', "not a token shard"),
         "empty": (b"", "empty file"),
         "other columns": (stream(retyped), "has type"),
-        "two streams": (whole + whole, "bytes follow"),
+        "two streams": (intact + intact, "bytes follow"),
     }
     for name, (data, message) in cases.items():
         (tmp_path / "bad.arrow").write_bytes(data)
@@ -229,8 +231,8 @@ def test_foreign_files_are_refused(tmp_path: Path, write_shards: Write) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_missing_part_is_noticed(tmp_path: Path, write_shards: Write, number: int) -> None:
-    """Behaviour: the first, a middle or the last part of a directory cannot get lost unnoticed."""
+def test_missing_shards_are_reported(tmp_path: Path, write_shards: Write, number: int) -> None:
+    """Behaviour: a directory without its first, a middle or its last shard is refused."""
     path = write_shards(tmp_path / "parts", [30] * 8, max_tokens_per_shard=60)
     assert len(list(path.glob("*.arrow"))) == 4
     (path / f"part-{number:05d}.arrow").unlink()
@@ -239,7 +241,7 @@ def test_a_missing_part_is_noticed(tmp_path: Path, write_shards: Write, number: 
 
 
 def test_other_tokenizers_are_refused(tmp_path: Path, write_shards: Write, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: shards of two tokenizers do not mix, nor shards with another tokenizer.json put beside them."""
+    """Behaviour: shards of two tokenizers are not read together, nor shards beside a tokenizer.json of another tokenizer."""
     a = write_shards(tmp_path / "a.arrow", [5])
     b = write_shards(tmp_path / "b.arrow", [5], tokenizer=BARE)
     with pytest.raises(LlmkitError, match=r"b\.arrow: made with another tokenizer than .*a\.arrow"):
@@ -250,19 +252,19 @@ def test_other_tokenizers_are_refused(tmp_path: Path, write_shards: Write, small
         TokenStore.open(str(parts))
 
 
-def test_changed_tokens_are_found(tmp_path: Path, write_shards: Write) -> None:
-    """Behaviour: the digest computed anew differs from the trailer's when one token changes."""
+def test_verify_finds_changed_tokens(tmp_path: Path, write_shards: Write) -> None:
+    """Behaviour: the recomputed digest differs from the trailer's when one token changes."""
     path = write_shards(tmp_path / "a.arrow", [100])
     data = bytearray(path.read_bytes())
-    at = data.find(TokenStore.open(str(path)).document(0).tobytes())
-    data[at + 20] ^= 1
+    position = data.find(TokenStore.open(str(path)).document(0).tobytes())
+    data[position + 20] ^= 1
     (tmp_path / "b.arrow").write_bytes(data)
     with pytest.raises(LlmkitError, match=r"b\.arrow: the content does not match its digest"):
         TokenStore.open(str(tmp_path / "b.arrow")).verify()
 
 
-def test_nothing_half_written(tmp_path: Path) -> None:
-    """Behaviour: an exception in the middle leaves no file; ids over the vocabulary are one."""
+def test_failed_writes_leave_no_file(tmp_path: Path) -> None:
+    """Behaviour: an exception, such as for ids over the vocabulary, leaves no file."""
     for name in ("a.arrow", "parts"):
         with pytest.raises(LlmkitError, match="token id 300 is over the vocabulary of 300"):
             write_all(tmp_path / name, [([300], "a", "web", 0)])
@@ -272,8 +274,8 @@ def test_nothing_half_written(tmp_path: Path) -> None:
         write_all(tmp_path / "a.arrow", [])
 
 
-def test_not_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: binary output to a terminal is a usage error, before anything is done."""
+def test_terminal_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: binary output to a terminal is a usage error, before any work."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     with pytest.raises(UsageError, match="terminal"):
         ShardWriter(None, BARE, Lineage("tokenize"))
@@ -281,7 +283,7 @@ def test_not_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_stdin_is_spooled(tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
-    """Behaviour: a stream is mapped from a temporary file, or from one that stays; messages and lineage call it stdin."""
+    """Behaviour: a stream is mapped from a temporary file, or from one that is kept; messages and lineage call it stdin."""
     path = write_shards(tmp_path / "a.arrow", [7, 9])
     with open(path) as source:
         monkeypatch.setattr(sys, "stdin", source)
@@ -298,7 +300,7 @@ def test_stdin_is_spooled(tmp_path: Path, write_shards: Write, monkeypatch: pyte
 
 
 def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: a tokenizer.json that is none is refused by name, never with a traceback."""
+    """Behaviour: a malformed tokenizer.json is refused with a message that names it."""
     cases = {
         "{": "not valid JSON",
         "[]": "not a JSON object",

@@ -1,4 +1,4 @@
-"""Who a tokenizer is, and which token ends a document."""
+"""The digest of a tokenizer, and its special ids."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def files(
     return {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(config or {})}
 
 
-def test_identity_is_what_decides_the_ids() -> None:
-    """Property: layout, spelling of merges, chat template and padding do not count; vocabulary, merges and pre-tokenizer do."""
+def test_digest_covers_what_decides_the_ids() -> None:
+    """Property: the digest ignores layout, spelling of merges, chat template and padding, and covers vocabulary, merges and
+    pre-tokenizer."""
     first = parse_tokenizer(files(), "tok")
     content = json.loads(files()["tokenizer.json"])
     content["padding"] = {"strategy": "BatchLongest"}
@@ -44,7 +45,8 @@ def test_identity_is_what_decides_the_ids() -> None:
 
 
 def test_ids_of_special_tokens() -> None:
-    """Behaviour: eos_token ends a document, unless it ends a turn and the vocabulary has an end of text; sizes count added tokens."""
+    """Behaviour: eos_token ends a document, unless it ends a turn and the vocabulary has an end-of-text token; sizes count
+    added tokens."""
     chat = ("a", "b", "ab", "<|endoftext|>", "<|im_end|>", "<|pad|>", "<s>")
     info = parse_tokenizer(
         files({"eos_token": "<|im_end|>", "pad_token": {"content": "<|pad|>"}, "bos_token": "<s>"}, chat), "tok"
@@ -52,26 +54,26 @@ def test_ids_of_special_tokens() -> None:
     assert (info.eos_id, info.pad_id, info.bos_id, info.vocab_size) == (3, 5, 6, 7)
     assert parse_tokenizer(files({"eos_token": "<|im_end|>"}, ("a", "b", "ab", "<|im_end|>")), "tok").eos_id == 3
     assert parse_tokenizer(files({"eos_token": "ab"}), "tok").eos_id == 2
-    made = files(None, ("a", "b", "ab", "[X]"))
+    edited = files(None, ("a", "b", "ab", "[X]"))
     with pytest.raises(LlmkitError, match="no end-of-text"):
-        parse_tokenizer(made, "tok")
-    made["special_tokens_map.json"] = '{"eos_token": "[X]"}'
-    assert parse_tokenizer(made, "tok").eos_id == 3
+        parse_tokenizer(edited, "tok")
+    edited["special_tokens_map.json"] = '{"eos_token": "[X]"}'
+    assert parse_tokenizer(edited, "tok").eos_id == 3
 
 
 def test_ids_of_added_tokens() -> None:
-    """Parity with `tokenizers`, which numbers added tokens itself where a file says something else."""
+    """Parity with `tokenizers`, which assigns ids to added tokens itself, whatever the file gives."""
     from tokenizers import Tokenizer
 
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     for names in (("<|endoftext|>", "<x>"), ("a", "<|endoftext|>"), ("<x>", "<x>", "ab", "<|endoftext|>")):
-        made = files(tokens=("a", "b", "ab"))
-        content = json.loads(made["tokenizer.json"])
+        edited = files(tokens=("a", "b", "ab"))
+        content = json.loads(edited["tokenizer.json"])
         content["model"]["vocab"]["ab"] = 7  # a gap
         content["added_tokens"] = [{"id": 40 - i, "content": name, **flags} for i, name in enumerate(names)]
-        made["tokenizer.json"] = json.dumps(content)
-        library = Tokenizer.from_str(made["tokenizer.json"]).get_vocab(with_added_tokens=True)
-        info = parse_tokenizer(made, "tok")
+        edited["tokenizer.json"] = json.dumps(content)
+        library = Tokenizer.from_str(edited["tokenizer.json"]).get_vocab(with_added_tokens=True)
+        info = parse_tokenizer(edited, "tok")
         assert (info.eos_id, info.vocab_size) == (library["<|endoftext|>"], max(library.values()) + 1)
 
 
@@ -85,13 +87,14 @@ def test_ids_of_added_tokens() -> None:
     ],
 )  # fmt: skip
 def test_malformed_files(text: str) -> None:
-    """Behaviour: one clear error that names the file, for any content."""
+    """Behaviour: any malformed content is one error that names the file."""
     with pytest.raises(LlmkitError, match=r"here.*tokenizer"):
         parse_tokenizer({"tokenizer.json": text}, "here")
 
 
-def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: a directory, a run with final/, the file itself; missing, huge or undecodable ones are refused by name."""
+def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a directory, a run with final/, the file itself; missing, huge or undecodable ones are
+    refused by name."""
     for name, text in files().items():
         (tmp_path / name).write_text(text)
     info = load_tokenizer_info(tmp_path)
@@ -101,9 +104,9 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.mkdir()
     (run / "final").symlink_to(tmp_path)
     assert load_tokenizer_info(run) == info
-    for place in (tmp_path / "nowhere", tmp_path / "nowhere.json"):
+    for missing in (tmp_path / "nowhere", tmp_path / "nowhere.json"):
         with pytest.raises(LlmkitError, match="no such tokenizer"):
-            load_tokenizer_info(place)
+            load_tokenizer_info(missing)
     (tmp_path / "empty").mkdir()
     with pytest.raises(LlmkitError, match=r"no tokenizer\.json"):
         load_tokenizer_info(tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""What counts as a word, and what a report says of tokenizers."""
+"""Word segmentation, and the figures of a fertility report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import fertility
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 ROWS = [
@@ -45,12 +45,12 @@ def chunk(rows: list[dict[str, Any]]) -> Chunk:
     ],
 )
 def test_words(text: str, words: list[str]) -> None:
-    """Behaviour: runs of letters, digits and marks; a character each where a script has no spaces."""
-    assert fertility.words(text) == words
+    """Behaviour: runs of letters, digits and marks; single characters in scripts without spaces."""
+    assert fertility.split_words(text) == words
 
 
 def test_long_texts_are_counted_alike() -> None:
-    """Property: a text of over a million characters has the words of its parts."""
+    """Property: the words of a text of over a million characters are those of its parts."""
     text = "Ein Haus, 家が一軒. "
     assert fertility.count_words(text * 80_000) == {w: n * 80_000 for w, n in fertility.count_words(text).items()} | {
         "Ein": 1, " Ein": 79_999,
@@ -58,7 +58,7 @@ def test_long_texts_are_counted_alike() -> None:
 
 
 def unigram() -> TokenizerInfo:
-    """A tokenizer of another kind: Unigram over SentencePiece's spaces, with a normaliser."""
+    """A tokenizer of another kind: Unigram with SentencePiece's space marker and a normaliser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.Unigram())
@@ -73,20 +73,20 @@ def unigram() -> TokenizerInfo:
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "smollm", "unigram"])
 def test_figures_are_what_they_say(kind: str, trained: Trained) -> None:
-    """Parity with the definitions counted one by one through the `tokenizers` library."""
+    """Parity with the definitions, computed naively through the `tokenizers` library."""
     info = unigram() if kind == "unigram" else trained(kind)
-    library = load(info)
-    measured = fertility.Meter([info], ReadOptions(), ("language", "source"))(chunk(ROWS))
+    library = load_tokenizer(info)
+    measured = fertility.FertilityMeter([info], ReadOptions(), ("language", "source"))(chunk(ROWS))
     assert measured.documents == 5
     for key, rows in {
         fertility.ALL: ROWS,
         ("language", "en"): ROWS[:1],
-        ("language", fertility.NONE): ROWS[3:],
+        ("language", fertility.MISSING): ROWS[3:],
         ("source", "web"): [*ROWS[:2], ROWS[4]],
         ("source", "code"): ROWS[3:4],
     }.items():
         ids = [i for row in rows for i in library.encode(row["text"], add_special_tokens=False).ids]
-        words = [word for row in rows for word in fertility.words(str(row["text"]))]
+        words = [word for row in rows for word in fertility.split_words(str(row["text"]))]
         single = sum(len(library.encode(word, add_special_tokens=False).ids) == 1 for word in words)
         size = sum(len(str(row["text"]).encode()) for row in rows)
         figures = measured.groups[key].figures([info.vocab_size])
@@ -95,50 +95,52 @@ def test_figures_are_what_they_say(kind: str, trained: Trained) -> None:
         assert made["tokens"] == len(ids) and made["unused"] == info.vocab_size - len(set(ids))
         assert made["fertility"] == len(ids) / len(words) and made["bytes_per_token"] == size / len(ids)
         assert made["single_token_words"] == single / len(words)
-    assert measured.groups[fertility.ALL].made[0].single > 3
+    assert measured.groups[fertility.ALL].by_tokenizer[0].single > 3
 
 
 def test_chunks_add_up(trained: Trained) -> None:
-    """Property: measured apart and merged is measured together."""
-    meter = fertility.Meter([trained("gpt-2"), trained("qwen2")], ReadOptions(), ("language",))
+    """Property: merging the counts of chunks equals measuring them together."""
+    meter = fertility.FertilityMeter([trained("gpt-2"), trained("qwen2")], ReadOptions(), ("language",))
     whole, parts = {}, {}
-    fertility.merge(whole, meter(chunk(ROWS)).groups)
+    fertility.merge_groups(whole, meter(chunk(ROWS)).groups)
     for row in ROWS:
-        fertility.merge(parts, meter(chunk([row])).groups)
+        fertility.merge_groups(parts, meter(chunk([row])).groups)
     assert {k: t.figures([384, 384]) for k, t in whole.items()} == {k: t.figures([384, 384]) for k, t in parts.items()}
 
 
 def test_groups_are_bounded() -> None:
-    """Behaviour: a field with a value of its own in every document is refused, not held."""
-    made = [fertility.Made(used=np.zeros(8, np.uint8))]
+    """Behaviour: a field with a distinct value in every document is refused."""
+    made = [fertility.TokenizerCounts(used=np.zeros(8, np.uint8))]
     with pytest.raises(LlmkitError, match="field 'id' has 1,001 values"):
-        fertility.merge({}, {("id", str(i)): fertility.Tally(1, 1, 1, made) for i in range(1001)})
+        fertility.merge_groups({}, {("id", str(i)): fertility.GroupCounts(1, 1, 1, made) for i in range(1001)})
 
 
 def test_baseline_and_warning() -> None:
-    """Behaviour: English by its code, or the group named; what costs over 1.5 times as much is listed, dearest first."""
+    """Behaviour: the baseline is English or the named group; groups over 1.5 times its fertility are listed,
+    the highest first.
+    """
 
-    def tally(words: int, tokens: int) -> fertility.Tally:
-        return fertility.Tally(1, 1, words, [fertility.Made(tokens)])
+    def tally(words: int, tokens: int) -> fertility.GroupCounts:
+        return fertility.GroupCounts(1, 1, words, [fertility.TokenizerCounts(tokens)])
 
     total = {
         fertility.ALL: tally(99, 200), ("language", "EN"): tally(10, 12), ("language", "th"): tally(10, 19), ("source", "x"): tally(0, 5),
         ("language", "fi"): tally(10, 17), ("source", "code"): tally(10, 40),
     }  # fmt: skip
-    base = fertility.baseline(total, None)
+    base = fertility.find_baseline(total, None)
     assert base == ("language", "EN")
-    assert [key[1] for key, _ in fertility.costly(total, base, 0)] == ["code", "all", "th"]
-    assert fertility.baseline(total, "fi") == ("language", "fi") and fertility.baseline(total, "x") is None
+    assert [key[1] for key, _ in fertility.high_fertility(total, base, 0)] == ["code", "all", "th"]
+    assert fertility.find_baseline(total, "fi") == ("language", "fi") and fertility.find_baseline(total, "x") is None
 
 
 def test_every_script(shared_data: Any, trained: Trained) -> None:
-    """Behaviour on real text of every script in UDHR: finite figures, byte-level tokenizers use a byte a token at least."""
+    """Behaviour on real text of every script in UDHR: figures are finite, and tokens have at least one byte."""
     from llmkit.io.documents import DocumentReader
 
     rows: dict[str, dict[str, Any]] = {}
     for document in DocumentReader([str(shared_data / "lang" / "udhr_xml_text.jsonl.zst")]).documents():
         rows.setdefault(document.fields["script"], {"text": document.text[:4000], "script": document.fields["script"]})
-    measured = fertility.Meter([trained("llama-bpe")], ReadOptions(), ("script",))(chunk(list(rows.values())))
+    measured = fertility.FertilityMeter([trained("llama-bpe")], ReadOptions(), ("script",))(chunk(list(rows.values())))
     assert len(measured.groups) == len(rows) + 1 > 40
     for tally in measured.groups.values():
         made = tally.figures([384])["tokenizers"][0]

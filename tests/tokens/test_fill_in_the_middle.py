@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: what is stored is the document, in another order."""
+"""Fill-in-the-middle: documents are stored completely, in another order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import EncodeOptions, Encoder
-from llmkit.tokens.fill_in_the_middle import NAMES, FillInTheMiddle, Segment, assemble, fill_in_the_middle
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions
+from llmkit.tokens.fill_in_the_middle import (
+    NAMES,
+    FillInTheMiddle,
+    Segment,
+    assemble_segments,
+    make_fill_in_the_middle,
+)
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 PREFIX, SUFFIX, MIDDLE = 1, 2, 3
@@ -24,7 +30,7 @@ ALL = FillInTheMiddle(1.0, 0.5, 7, (PREFIX, SUFFIX, MIDDLE))
 
 
 def put_together(segments: list[Segment]) -> str:
-    """The text of a stored document, whichever form it has; a text that was not cut, as it is."""
+    """The text of a stored document in either form, or of one that was not split."""
     if len(segments) == 1:
         return str(segments[0])
     if segments[:2] == [PREFIX, SUFFIX]:
@@ -37,7 +43,7 @@ def put_together(segments: list[Segment]) -> str:
 
 
 def with_tokens(info: TokenizerInfo, names: tuple[str, ...]) -> TokenizerInfo:
-    """The tokenizer with special tokens of these names, and no others for fill-in-the-middle."""
+    """The tokenizer with these special tokens as its only ones for fill-in-the-middle."""
     content = orjson.loads(info.files["tokenizer.json"])
     content["added_tokens"] = [token for token in content["added_tokens"] if "fim" not in token["content"]]
     for i, name in enumerate(names):
@@ -47,7 +53,7 @@ def with_tokens(info: TokenizerInfo, names: tuple[str, ...]) -> TokenizerInfo:
 
 @given(text=st.text(), id=st.text(), seed=st.integers(0, 2**64))
 def test_nothing_is_lost(text: str, id: str, seed: int) -> None:
-    """Property: prefix, middle and suffix are the text, in both forms; the same for the same seed and id."""
+    """Property: prefix, middle and suffix make up the text in both forms, and depend only on seed and id."""
     for spm_rate in (0.0, 0.5, 1.0):
         fim = replace(ALL, seed=seed, spm_rate=spm_rate)
         segments = fim.segments(text, id, "x")
@@ -56,8 +62,8 @@ def test_nothing_is_lost(text: str, id: str, seed: int) -> None:
 
 
 def test_rates_and_places() -> None:
-    """Property: the shares are those asked for, within four standard deviations; cuts are uniform over the 11 places of ten characters;
-    a higher rate cuts what a lower one does, and more."""
+    """Property: shares are as requested, within four standard deviations; splits are uniform over the 11 positions
+    of ten characters; a higher rate splits the documents of a lower one, and more."""
     n, text = 6000, "0123456789"
     cut: dict[float, dict[int, list[Segment]]] = {}
     for rate in (0.1, 0.5):
@@ -74,43 +80,45 @@ def test_rates_and_places() -> None:
 
 
 def test_only_some_sources() -> None:
-    """Behaviour: documents of other sources stay whole."""
+    """Behaviour: documents of other sources are not split."""
     fim = replace(ALL, sources=("code", "tests"))
     assert [len(fim.segments("abc", "1", source)) for source in ("code", "prose", "tests")] == [6, 1, 6]
 
 
 @pytest.mark.parametrize("names", NAMES)
 def test_tokens_of_known_tokenizers(names: tuple[str, ...], trained: Trained) -> None:
-    """Parity with `tokenizers`: the tokens are found by the names that are in use, whatever their order, and have the library's ids."""
+    """Parity with `tokenizers`: sentinel tokens are found by their common names, in any order, with the library's ids."""
     info = with_tokens(trained("gpt-2"), names[::-1])
-    known = load(info).get_vocab(with_added_tokens=True)
-    found = fill_in_the_middle(info, 0.5, 0.5, 0)
+    known = load_tokenizer(info).get_vocab(with_added_tokens=True)
+    found = make_fill_in_the_middle(info, 0.5, 0.5, 0)
     assert found is not None and found.sentinels == tuple(known[name] for name in names)
 
 
 def test_what_cannot_be(trained: Trained) -> None:
-    """Behaviour: no tokens, no share, sources without a rate: one clear error; no rate, no transformation."""
+    """Behaviour: missing tokens, invalid rates and sources without a rate are errors; a rate of 0 gives no
+    transformation.
+    """
     without = with_tokens(trained("gpt-2"), ())
     with pytest.raises(UsageError, match="no fill-in-the-middle tokens"):
-        fill_in_the_middle(without, 0.5, 0.5, 0)
+        make_fill_in_the_middle(without, 0.5, 0.5, 0)
     for rate, spm_rate in ((1.5, 0.5), (-0.1, 0.5), (float("nan"), 0.5), (0.5, 2.0)):
         with pytest.raises(UsageError, match=r"--fim-(spm-)?rate"):
-            fill_in_the_middle(without, rate, spm_rate, 0)
+            make_fill_in_the_middle(without, rate, spm_rate, 0)
     with pytest.raises(UsageError, match="--fim-source without"):
-        fill_in_the_middle(without, 0.0, 0.5, 0, ["code"])
-    assert fill_in_the_middle(without, 0.0, 0.5, 0) is None
+        make_fill_in_the_middle(without, 0.0, 0.5, 0, ["code"])
+    assert make_fill_in_the_middle(without, 0.0, 0.5, 0) is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(min_size=1).filter(lambda text: not text.isspace()), min_size=1, max_size=4))
 def test_ids_decode_to_the_document(texts: list[str], trained: Trained) -> None:
-    """Property: the ids between the sentinels, decoded and put together, are the text; lengths and the tokens in front and behind are right."""
+    """Property: the ids between the sentinels decode to the pieces of the text; first and last tokens are right."""
     info = replace(with_tokens(trained("llama-bpe"), NAMES[1]), bos_id=5)
-    fim = fill_in_the_middle(info, 1.0, 0.5, 3)
+    fim = make_fill_in_the_middle(info, 1.0, 0.5, 3)
     assert fim is not None
     data = b"".join(orjson.dumps({"text": text}) + b"\n" for text in texts)
-    made = Encoder(info, ReadOptions(), EncodeOptions(bos=True, fim=fim))(Chunk("a.jsonl", 1, data))
-    library = load(info)
+    made = DocumentEncoder(info, ReadOptions(), EncodeOptions(bos=True, fim=fim))(Chunk("a.jsonl", 1, data))
+    library = load_tokenizer(info)
     assert len(made.ids) == len(texts)
     for text, (tokens, _, _) in zip(texts, made.documents(), strict=True):
         assert tokens[0] == 5 and tokens[-1] == info.eos_id
@@ -125,7 +133,7 @@ def test_ids_decode_to_the_document(texts: list[str], trained: Trained) -> None:
 
 
 def test_assemble() -> None:
-    """Behaviour: single tokens stand where they were, also where texts are empty or there are none."""
+    """Behaviour: single tokens keep their positions, also with empty texts or none."""
     lengths = {"": 0, "ab": 2, "c": 1}
 
     def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +141,7 @@ def test_assemble() -> None:
             [lengths[t] for t in texts], np.int64
         )
 
-    flat, counts = assemble([[1, "ab", 2, "", 3, "c", 0], [0], ["", 9, 9], ["c"]], encode)
+    flat, counts = assemble_segments([[1, "ab", 2, "", 3, "c", 0], [0], ["", 9, 9], ["c"]], encode)
     assert (flat.tolist(), counts.tolist()) == ([1, 97, 98, 2, 3, 99, 0, 0, 9, 9, 99], [7, 1, 2, 1])
     assert flat.dtype == np.uint16
-    assert [array.tolist() for array in assemble([], encode)] == [[], []]
+    assert [array.tolist() for array in assemble_segments([], encode)] == [[], []]

@@ -1,4 +1,4 @@
-"""The compiled way from text to ids gives those of the `tokenizers` library, whatever the text and the tokenizer."""
+"""The compiled encoder gives the ids of the `tokenizers` library for any text and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import bytelevel
-from llmkit.tokens.bytelevel import ByteLevel
+from llmkit.tokens.bytelevel import ByteLevelEncoder
 from llmkit.tokens.kernels.pretokenize import KINDS, LETTER, NUMBER, SPACE, classes, cut
-from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern_of, pre_tokenizer
-from llmkit.tokens.text_encoder import TextEncoder, load
+from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern_name, pre_tokenizer
+from llmkit.tokens.text_encoder import TextEncoder, load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 # What the four patterns tell apart, and what is easily taken for something else.
@@ -27,7 +27,7 @@ CHARACTERS = "  \n\r\t\n ab'sStTrReEvVmMlLdD\u017f1234\u0663\u00bd\u00b2.,!-\u20
 
 
 def strings(count: int, seed: int) -> list[str]:
-    """Random texts: of those characters, and of all planes."""
+    """Random texts, of CHARACTERS and of all Unicode planes."""
     draw = random.Random(seed)
     found = []
     for i in range(count):
@@ -54,7 +54,7 @@ LONG = [
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pieces_equal_those_of_the_library(name: str) -> None:
-    """Parity with the pre-tokenizers of `tokenizers`: characters of many scripts beside others, and random texts."""
+    """Parity with the pre-tokenizers of `tokenizers`: characters of many scripts next to others, and random texts."""
     library, table = pre_tokenizer(PATTERNS[name]), classes(KINDS[name])
     around = ["".join(f"'{chr(c)}a {chr(c)}1  {chr(c)}" for c in range(start, start + 512) if not 0xD800 <= c < 0xE000)
               for start in [*range(0, 0x3200, 512), 0xFE00, 0x1D400, 0x1F000, 0xE0000]]  # fmt: skip
@@ -67,7 +67,7 @@ def test_pieces_equal_those_of_the_library(name: str) -> None:
 
 
 def test_classes_are_those_of_unicode() -> None:
-    """Behaviour: letters, numbers and spaces where every version of Unicode has them."""
+    """Behaviour: letters, numbers and spaces on which all Unicode versions agree."""
     table = classes(KINDS["gpt-2"])
     for characters, kind in (
         ("aZ\u00e9\u0436\u65e5\u05d0", LETTER),
@@ -80,13 +80,13 @@ def test_classes_are_those_of_unicode() -> None:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_ids_equal_those_of_the_library(name: str, trained: Trained) -> None:
-    """Parity with `tokenizers`, in a table that is full again and again."""
+    """Parity with `tokenizers`, with a table that fills up repeatedly."""
     info = trained(name)
-    encoder, library = TextEncoder(info, compiled=True), load(info)
+    encoder, library = TextEncoder(info, compiled=True), load_tokenizer(info)
     encoder(["warm"])
     fast = encoder._fast
     assert fast is not None
-    fast._renew(64 if name != "llama-bpe" else 4096)  # a small one grows
+    fast._reset(64 if name != "llama-bpe" else 4096)  # a small one grows
     texts = [*strings(1500, 2), *LONG]
     wanted = [library.encode(text, add_special_tokens=False).ids for text in texts]
     for _ in range(2):
@@ -97,15 +97,17 @@ def test_ids_equal_those_of_the_library(name: str, trained: Trained) -> None:
 
 
 def test_a_table_that_may_not_grow_starts_anew(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: memory is bounded, and ids stay the same."""
+    """Behaviour: memory is bounded, and the ids do not change."""
     monkeypatch.setattr(bytelevel, "SLOTS", (256, 256))
     info = trained("qwen2")
-    fast = ByteLevel.of(json.loads(info.files["tokenizer.json"]))
+    fast = ByteLevelEncoder.from_json(json.loads(info.files["tokenizer.json"]))
     assert fast is not None
     texts = strings(3000, 3)
     ids, _ = fast.encode([text.encode() for text in texts])
     assert len(fast._table) == 4 * 256
-    assert ids.tolist() == [id for text in texts for id in load(info).encode(text, add_special_tokens=False).ids]
+    assert ids.tolist() == [
+        id for text in texts for id in load_tokenizer(info).encode(text, add_special_tokens=False).ids
+    ]
 
 
 def changed(info: TokenizerInfo, change: Callable[[dict[str, Any]], None]) -> TokenizerInfo:
@@ -141,9 +143,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.mark.parametrize("allow_special", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_tokenizers(change: str, allow_special: bool, trained: Trained) -> None:
-    """Parity with `tokenizers`: normalisers, added tokens, special tokens in a text, options; compiled where that is the same, else not."""
+    """Parity with `tokenizers`: normalisers, added and special tokens, options; compiled only where the result
+    is equal.
+    """
     info = changed(trained("qwen2"), CHANGES[change])
-    library = load(info, allow_special=allow_special)
+    library = load_tokenizer(info, allow_special=allow_special)
     texts = [
         "a<tool>b <tool",
         "Caf\u00e9 cafe\u0301x",
@@ -199,7 +203,7 @@ def test_other_models() -> None:
 
 @pytest.mark.parametrize("part", ["decoder", "post_processor", "truncation", "model", "version"])
 def test_what_the_library_refuses_is_refused(part: str, trained: Trained) -> None:
-    """Behaviour: a damaged tokenizer.json is an error on a machine where the kernels are compiled as on one where they are not."""
+    """Behaviour: a damaged tokenizer.json is an error whether or not the kernels are compiled."""
     wrong = {"model": {"ignore_merges": "yes"}}.get(part, {"type": "Nope"})
     info = changed(
         trained("qwen2"), lambda content: content.update({part: content["model"] | wrong if part == "model" else wrong})
@@ -210,11 +214,13 @@ def test_what_the_library_refuses_is_refused(part: str, trained: Trained) -> Non
 
 
 def test_patterns_are_known_by_their_description() -> None:
-    """Parity with `tokenizers`: what it writes for each pattern is recognised, what differs is not; bytes are named as there."""
+    """Parity with `tokenizers`: its description of each pattern is recognised, others are not; byte characters
+    are equal.
+    """
     from tokenizers import pre_tokenizers
 
     for name, chosen in PATTERNS.items():
-        assert pattern_of(json.loads(pre_tokenizer(chosen).__getstate__())) == name
+        assert pattern_name(json.loads(pre_tokenizer(chosen).__getstate__())) == name
     for other in (
         None,
         {},
@@ -223,7 +229,7 @@ def test_patterns_are_known_by_their_description() -> None:
         {"type": "ByteLevel", "add_prefix_space": True},
         {"type": "Whitespace"},
     ):
-        assert pattern_of(other) is None
+        assert pattern_name(other) is None
     assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert "".join(
         text
@@ -234,7 +240,7 @@ def test_patterns_are_known_by_their_description() -> None:
 
 
 def test_the_first_megabytes_do_not_wait_for_a_compiler(trained: Trained, tmp_path: Any) -> None:
-    """Behaviour: where nothing is compiled the library encodes; the same ids come uncompiled (`NUMBA_DISABLE_JIT`)."""
+    """Behaviour: the library encodes where nothing is compiled; ids are the same without JIT (`NUMBA_DISABLE_JIT`)."""
     info = trained("llama-bpe")
     (tmp_path / "tokenizer.json").write_text(info.files["tokenizer.json"])
     program = (

@@ -1,4 +1,4 @@
-"""Counting pieces and learning merges, beside the `tokenizers` trainer, a plain one, and a published reference."""
+"""Counting pieces and learning merges, compared with the `tokenizers` trainer, a naive one, and a published reference."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import zstandard
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.tokens import trainer
-from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, pattern, pre_tokenizer
-from llmkit.tokens.trainer import ALPHABET, Counts
+from llmkit.tokens.pretokenize import PATTERNS, byte_alphabet, find_pattern, pre_tokenizer
+from llmkit.tokens.trainer import ALPHABET, PieceCounts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 Merges = list[tuple[str, str]]
@@ -30,13 +30,13 @@ def stored(name: str) -> bytes:
         return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read()
 
 
-def counted(texts: Iterable[str], name: str) -> Counts:
-    counts = Counts()
+def counted(texts: Iterable[str], name: str) -> PieceCounts:
+    counts = PieceCounts()
     counts.add_texts([text.encode() for text in texts], name)
     return counts
 
 
-def ours(counts: Counts, wanted: int, least: int) -> Merges:
+def ours(counts: PieceCounts, wanted: int, least: int) -> Merges:
     tokens, merges = list(ALPHABET), []
     for a, b in counts.merges(wanted, least)[0].tolist():
         merges.append((tokens[a], tokens[b]))
@@ -48,7 +48,7 @@ def librarys(texts: Iterable[str], name: str, wanted: int, least: int) -> Merges
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer(pattern(name))
+    tokenizer.pre_tokenizer = pre_tokenizer(find_pattern(name))
     learner = trainers.BpeTrainer(
         vocab_size=256 + wanted,
         min_frequency=least,
@@ -60,7 +60,7 @@ def librarys(texts: Iterable[str], name: str, wanted: int, least: int) -> Merges
 
 
 def plain(words: Counter[str], wanted: int, before: Callable[[tuple[str, str]], Any]) -> Iterator[tuple[str, str]]:
-    """BPE as Sennrich et al. wrote it down; of equally frequent pairs the first by `before`."""
+    """Naive BPE (Sennrich et al.); among equally frequent pairs the first by the key `before`."""
     parts = {word: list(word) for word in words}
     times: Counter[tuple[str, str]] = Counter()
     where = defaultdict(set)
@@ -87,7 +87,9 @@ def plain(words: Counter[str], wanted: int, before: Callable[[tuple[str, str]], 
 
 
 def test_merges_equal_the_librarys_on_random_texts() -> None:
-    """Parity with the `tokenizers` trainer where ties, runs of one letter and overlaps abound, at many sizes and least counts."""
+    """Parity with the `tokenizers` trainer on texts full of ties, runs and overlaps, at many sizes and minimum
+    frequencies.
+    """
     for seed in range(120):
         draw = random.Random(seed)
         letters = draw.choice(["ab ", "aab", "abc", "a", "abcd  \n", "aé ", "xy12 '", "\U0001f642日a"])
@@ -116,15 +118,16 @@ def test_merges_equal_the_librarys_on_real_texts(source: str, name: str, wanted:
 
 
 def test_a_published_reference() -> None:
-    """Parity with the merges published with Stanford's CS336, which breaks ties otherwise: by the greater pair of byte strings, not by the lower ids.
+    """Parity with the merges published with Stanford's CS336, which break ties by the greater pair of byte strings.
 
-    A plain trainer gives the reference with its rule and ours with the library's: the counts agree, and ties are all that differs.
+    A plain trainer gives the reference with its rule and ours with the library's: the counts agree, and ties
+    are all that differs.
     """
     with tarfile.open(fileobj=io.BytesIO(stored("text/cs336_bpe_reference.tar.zst"))) as files:
         content = {item.name: getattr(files.extractfile(item), "read", bytes)().decode() for item in files}
     text, lines = content["corpus.en"], content["train-bpe-reference-merges.txt"]
     reference = [tuple(line.split(" ")) for line in lines.splitlines()]
-    words = Counter(piece for piece, _ in pre_tokenizer(pattern("gpt-2")).pre_tokenize_str(text))
+    words = Counter(piece for piece, _ in pre_tokenizer(find_pattern("gpt-2")).pre_tokenize_str(text))
     characters = {character: byte for byte, character in enumerate(byte_alphabet())}
 
     def greater(pair: tuple[str, str]) -> list[list[int]]:
@@ -142,7 +145,9 @@ def test_a_published_reference() -> None:
 
 
 def test_counts_are_those_of_the_pieces() -> None:
-    """Property: every piece once, with its count, while the table grows, also where tables are added; words of 0 to 40 bytes, alike at the front."""
+    """Property: every piece occurs once, with its count, while the table grows and when tables are added; words
+    share prefixes.
+    """
     draw = random.Random(5)
     words = [
         f"{'prefix' * draw.randrange(6)}{draw.choice(['', 'x', 'yy', 'zz'])}{chr(97 + i % 26)}" for i in range(3000)
@@ -152,11 +157,11 @@ def test_counts_are_those_of_the_pieces() -> None:
     ]
     texts = [" ".join(draw.choices(words, k=50)) for _ in range(4000)] + ["", "a" * 100_000, "a" * 100_001]
     expected = Counter(f"{' ' if i else ''}{word}" for text in texts for i, word in enumerate(text.split(" ")) if word)
-    whole, parts = counted(texts, "gpt-2"), Counts()
+    whole, parts = counted(texts, "gpt-2"), PieceCounts()
     for start in range(0, len(texts), 1000):
-        parts.add(counted(texts[start : start + 1000], "gpt-2").words())
+        parts.add(counted(texts[start : start + 1000], "gpt-2").pieces())
     for counts in (whole, parts):
-        pool, ends, times = counts.words()
+        pool, ends, times = counts.pieces()
         begins = np.concatenate([[0], ends[:-1]])
         found = [pool[a:b].tobytes().decode() for a, b in zip(begins, ends, strict=True)]
         assert len(set(found)) == len(found)
@@ -164,12 +169,14 @@ def test_counts_are_those_of_the_pieces() -> None:
 
 
 def test_sample_is_a_share_that_order_does_not_change() -> None:
-    """Property: about the share asked for, the same documents in any order and whatever stands beside them, others with another seed."""
+    """Property: about the requested share, independent of order and of other documents, and different with
+    another seed.
+    """
     lines = [b'{"id": "d%d", "text": "t%d"}\n' % (i, i) for i in range(4000)]
 
     def taken(rows: list[bytes], seed: int) -> set[str]:
-        work = trainer.Counter("gpt-2", ReadOptions(), 0.25, seed)
-        pool, ends, _ = work(Chunk("x", 1, b"".join(rows))).words or pytest.fail("no words")
+        work = trainer.PieceCounter("gpt-2", ReadOptions(), 0.25, seed)
+        pool, ends, _ = work(Chunk("x", 1, b"".join(rows))).pieces or pytest.fail("no words")
         return {pool[a:b].tobytes().decode() for a, b in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True)} - {
             "t"
         }
@@ -181,8 +188,8 @@ def test_sample_is_a_share_that_order_does_not_change() -> None:
 
 
 def test_too_many_words_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: a clear error before places could overflow, with what to do."""
-    monkeypatch.setattr(trainer, "MOST_BYTES", 20)
+    """Behaviour: a clear error with a hint before positions could overflow."""
+    monkeypatch.setattr(trainer, "MAX_BYTES", 20)
     with pytest.raises(LlmkitError, match="distinct words are too many") as caught:
         counted(["some words of more than twenty bytes"], "gpt-2").merges(10)
     assert "--sample" in str(caught.value.hint)

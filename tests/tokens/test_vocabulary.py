@@ -1,4 +1,4 @@
-"""The patterns, the trainer, and the tokenizer directory that comes out."""
+"""The patterns, the trainer, and the resulting tokenizer directory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens import vocabulary
-from llmkit.tokens.pretokenize import PATTERNS, pattern, pre_tokenizer
-from llmkit.tokens.trainer import Counts
+from llmkit.tokens.pretokenize import PATTERNS, find_pattern, pre_tokenizer
+from llmkit.tokens.trainer import PieceCounts
 
 Trained = Callable[[str], TokenizerInfo]
 
-# As their authors published them: GPT-2's encoder.py, Llama 3's tokenizer.py, Qwen2's tokenization file; SmolLM puts each digit alone first.
+# As their authors published them: GPT-2's encoder.py, Llama 3's tokenizer.py, Qwen2's tokenization file; SmolLM
+# puts each digit alone first.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = (
@@ -36,7 +37,7 @@ SNIPPETS = st.lists(
 
 
 def pieces(name: str, text: str) -> list[str]:
-    """Words of `text` by the published expression, with an engine of its own."""
+    """Words of `text` by the published expression, under the `regex` package."""
     if name == "smollm":
         return [w for part in regex.split(r"(\p{N})", text) if part for w in regex.findall(GPT2, part)]
     return regex.findall({"gpt-2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2}[name], text)
@@ -47,16 +48,18 @@ def pieces(name: str, text: str) -> list[str]:
 @given(text=SNIPPETS)
 def test_patterns_cut_as_published(name: str, text: str) -> None:
     """Parity with the models' own expressions under the `regex` package."""
-    found = pre_tokenizer(pattern(name)).pre_tokenize_str(text)
+    found = pre_tokenizer(find_pattern(name)).pre_tokenize_str(text)
     assert [text[start:stop] for _, (start, stop) in found] == [w for w in pieces(name, text) if w]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_file_is_the_librarys(name: str) -> None:
-    """Parity: tokenizer.json to the byte, but for a newline, when the `tokenizers` library trains and writes it."""
+    """Parity: tokenizer.json equals, except for a final newline, the one trained and written by the
+    `tokenizers` library.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    chosen = pattern(name)
+    chosen = find_pattern(name)
     theirs = Tokenizer(models.BPE(ignore_merges=chosen.ignore_merges))
     theirs.pre_tokenizer = pre_tokenizer(chosen)
     theirs.decoder = decoders.ByteLevel()
@@ -77,7 +80,7 @@ def test_the_file_is_the_librarys(name: str) -> None:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_transformers_loads_the_directory(name: str, trained: Trained, tmp_path: Path) -> None:
-    """Parity: ids of transformers' AutoTokenizer and of `tokenizers`, and text back unchanged."""
+    """Parity: ids of transformers' AutoTokenizer and of `tokenizers`; text decodes to itself."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -93,7 +96,7 @@ def test_transformers_loads_the_directory(name: str, trained: Trained, tmp_path:
 
 
 def test_chat_template(trained: Trained, tmp_path: Path) -> None:
-    """Behaviour under transformers: ChatML, a mask of what the assistant says with its stop token, tools and their answers."""
+    """Behaviour under transformers: ChatML, a mask of assistant turns with their stop token, tools and tool responses."""
     from transformers import AutoTokenizer
 
     for file, text in trained("llama-bpe").files.items():
@@ -125,7 +128,7 @@ def test_chat_template(trained: Trained, tmp_path: Path) -> None:
 
 
 def test_ids_are_laid_out_as_documented(trained: Trained) -> None:
-    """Behaviour: special tokens, bytes, merges; the model part and the added tokens agree."""
+    """Behaviour: ids are special tokens, bytes, merges, in this order; the model and the added tokens agree."""
     content = json.loads(trained("llama-bpe").files["tokenizer.json"])
     by_id = {i: token for token, i in content["model"]["vocab"].items()}
     named = [
@@ -147,7 +150,9 @@ def test_ids_are_laid_out_as_documented(trained: Trained) -> None:
 
 
 def test_special_tokens_of_ones_own() -> None:
-    """Behaviour: they take the place of reserved ones, and more than there are; what could be a piece of text, or is there already, is refused."""
+    """Behaviour: custom special tokens replace reserved ones and may be more; names that text can form, and
+    duplicates, are refused.
+    """
     reserved = [f"<|reserved_{i}|>" for i in range(5)]
     assert vocabulary.special_tokens()[11:] == reserved
     assert vocabulary.special_tokens(["<think>", "[INST]"])[11:] == ["<think>", "[INST]", *reserved[:3]]
@@ -169,9 +174,9 @@ def test_special_tokens_of_ones_own() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.from_regex(vocabulary.NAME, fullmatch=True), around=st.tuples(SNIPPETS, SNIPPETS))
+@given(name=st.from_regex(vocabulary.SPECIAL_NAME, fullmatch=True), around=st.tuples(SNIPPETS, SNIPPETS))
 def test_no_piece_of_text_holds_the_name_of_a_special_token(name: str, around: tuple[str, str]) -> None:
-    """Property: every pattern cuts the names that are allowed, wherever they stand, so that no merge makes one."""
+    """Property: every pattern splits every allowed name, so that no merge can form one."""
     text = name.join(around)
     for chosen in PATTERNS.values():
         assert all(name not in text[start:stop] for _, (start, stop) in pre_tokenizer(chosen).pre_tokenize_str(text))
@@ -185,9 +190,9 @@ def test_order_of_texts_does_not_matter() -> None:
 
 
 def test_too_few_texts_make_a_smaller_valid_vocabulary() -> None:
-    """Behaviour: says how many merges there were; reserved tokens fill the last rows."""
+    """Behaviour: the number of merges is reported, and reserved tokens pad the size."""
     made = vocabulary.train(["ab ab ab"], 1024)
-    assert (made.merges, made.merges_asked, made.size) == (2, 752, 320)
+    assert (made.merges, made.merges_requested, made.size) == (2, 752, 320)
     content = json.loads(made.files["tokenizer.json"])
     ids = {t["content"]: t["id"] for t in content["added_tokens"]}
     assert sorted(ids.values()) == [*range(16), *range(274, 320)]
@@ -196,7 +201,7 @@ def test_too_few_texts_make_a_smaller_valid_vocabulary() -> None:
 
 
 def test_sizes() -> None:
-    """Behaviour: rounded up; what cannot hold the bytes, or is absurd, is refused."""
+    """Behaviour: sizes are rounded up; those too small for the bytes, or far too large, are refused."""
     assert vocabulary.check_size(8192) == 8192
     assert vocabulary.check_size(8193) == 8256
     assert vocabulary.check_size(8193, 1) == 8193
@@ -204,13 +209,15 @@ def test_sizes() -> None:
         with pytest.raises(UsageError):
             vocabulary.check_size(size)
     with pytest.raises(UsageError, match="did you mean|unknown pattern"):
-        pattern("llama")
+        find_pattern("llama")
     with pytest.raises(LlmkitError, match="no text"):
         vocabulary.train(["", ""], 320)
 
 
 def test_few_texts_do_not_wait_for_a_compiler(tmp_path: Path) -> None:
-    """Parity with ourselves, compiled: on a machine where nothing is compiled the library trains on few texts, and gives the same files."""
+    """Parity of the library's training, used for few texts where nothing is compiled, with the compiled one:
+    the same files.
+    """
     texts = ["The quick brown fox, 123 caf\u00e9s", "the quick red fox " * 3, "\u65e5\u672c\u8a9e \u65e5\u672c"]
     program = (
         "import sys, json; from llmkit.tokens import vocabulary\n"
@@ -222,8 +229,8 @@ def test_few_texts_do_not_wait_for_a_compiler(tmp_path: Path) -> None:
         [sys.executable, "-c", program, json.dumps(texts)], env=environment, capture_output=True, text=True
     )
     files, merges, nothing_compiled = json.loads(run.stdout)
-    counts = Counts()
+    counts = PieceCounts()
     counts.add_texts([text.encode() for text in texts], "qwen2")
-    counts.words()  # counted, however few
-    made = vocabulary.made_of(counts, 320, "qwen2", 2, 64)
+    counts.pieces()  # counted, however few
+    made = vocabulary.train_on_counts(counts, 320, "qwen2", 2, 64)
     assert nothing_compiled and (files, merges) == (made.files, made.merges) and merges > 10

@@ -29,7 +29,7 @@ STEPS = 20
 def untied() -> Decoder:
     """With a head of its own, so that the outermost group of FSDP has every kind of parameter."""
     model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=False))
-    model.initialise(0)
+    model.initialize(0)
     return model
 
 

@@ -181,7 +181,7 @@ def test_packed_source_sees_every_row_once_an_epoch() -> None:
 def test_packed_rows_do_not_see_each_other() -> None:
     """Property: hidden states of rows packed into one sequence equal those of each row alone, within 1e-5."""
     model = Decoder(CONFIG)
-    model.initialise(0)
+    model.initialize(0)
     rows = rows_of([7, 12, 9])
     batch = pack([rows], 32)
     assert (batch.document_ids == PADDING).sum() == 32 - (6 + 11 + 8)

@@ -22,7 +22,8 @@ from group_of_two import STEPS, train, untied
 from waiting import wait_until
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
-from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.io.run_layout import find_checkpoints
+from llmkit.training.checkpoint.run_directory import RunDirectory, load_trainer_state
 from llmkit.training.distributed import elastic, stragglers, watchdog
 from llmkit.training.distributed import processes as distributed
 from llmkit.training.distributed.layout import layout_named, local_part

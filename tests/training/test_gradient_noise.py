@@ -13,7 +13,8 @@ import torch
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.io.run_layout import find_checkpoints
+from llmkit.training.checkpoint.run_directory import load_trainer_state
 from llmkit.training.metrics import gradient_noise
 from llmkit.training.metrics.gradient_noise import NoiseScale, Part
 from llmkit.training.metrics.log import read_metrics

@@ -18,9 +18,10 @@ import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
+from llmkit.io.run_layout import find_checkpoints
 from llmkit.training import loop, session, train_step
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory, load_trainer_state
 from llmkit.training.metrics import log as metrics
 from llmkit.training.metrics.log import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token

@@ -14,7 +14,8 @@ from tiny import CONFIG, tiny_model
 from llmkit.cli.main import run_command
 from llmkit.errors import UsageError
 from llmkit.model.config import load_config
-from llmkit.model.decoder import Decoder, expected_tensors
+from llmkit.model.decoder import Decoder
+from llmkit.model.family import expected_tensors
 from llmkit.training.memory_estimate import activations, flops, memory
 from llmkit.training.optim.optimizer import build, named_state
 from llmkit.training.optim.parameter_groups import kinds, table
@@ -51,7 +52,7 @@ def test_start_is_what_is_drawn() -> None:
     """Property: a new model's tensors have the standard deviation, or the value, of the table."""
     config = dataclasses.replace(load_config("tiny", 512), attention_bias=True)
     model = Decoder(config)
-    model.initialise(3)
+    model.initialize(3)
     tensors = model.state_dict()
     for row in table(expected_tensors(config), config, "adamw", 0.1):
         kind, _, number = row.initial.rpartition(" ")
@@ -86,12 +87,14 @@ def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
     assert needs["snapshot on the host"] == weights + moments
 
 
-@pytest.mark.parametrize(("name", "half"), [("15m", False), ("15m", True), ("llama-tiny", False)])
+@pytest.mark.parametrize(
+    ("name", "half"), [("15m", False), ("15m", True), ("llama-tiny", False), ("olmo2-tiny", False), ("olmo2-15m", True)]
+)
 def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
     """Parity within a tenth with the storages that autograd keeps for the way back through the layers."""
     config = load_config(name, 100)
     model = Decoder(config)
-    model.initialise(0)
+    model.initialize(0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
 

@@ -20,10 +20,11 @@ from waiting import wait_for_thread, wait_until
 
 from llmkit.cli.shared.invocation import Run
 from llmkit.errors import LlmkitError, Terminated
+from llmkit.io.run_layout import find_checkpoints
 from llmkit.training import loop
 from llmkit.training import session as sessions
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import load_trainer_state
 from llmkit.training.distributed import processes, watchdog
 from llmkit.training.metrics.log import MetricsLog, read_metrics
 from llmkit.training.objectives import Result, next_token

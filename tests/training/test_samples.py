@@ -90,7 +90,7 @@ def test_a_diverged_model_is_no_reason_to_stop(place: Path, tokenizer_files: dic
     from llmkit.model.decoder import Decoder
 
     model = Decoder(CONFIG.with_vocabulary(280))
-    model.initialise(0)
+    model.initialize(0)
     act = gallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
     act(model, 1)
     first = [json.loads(line) for line in (place / "s.jsonl").read_text().splitlines()]

@@ -58,5 +58,5 @@ class ListStream:
 def tiny_model(seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
     model = Decoder(CONFIG)
-    model.initialise(seed)
+    model.initialize(seed)
     return model

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,8 +21,12 @@ if TYPE_CHECKING:
     from llmkit.model.pretrained.checkpoint import LoadedModel
 
 
+FORMATS = ("table", "json")
+
+
 @command(
     reads=True,
+    neutral=("format",),
     examples=(
         "llmkit eval run/ --perplexity heldout.jsonl",
         "llmkit eval base/ chat/ chat-int4/ --tasks my_task --include-path tasks/ -o scores.json",
@@ -40,44 +43,54 @@ def main(
         list[str] | None, typer.Option("--perplexity", metavar="DOCS", help="Documents to score")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option("--shots", min=0, help="Examples in the prompt; default: the task's")
+        int | None, typer.Option("--shots", min=0, help="Number of few-shot examples; default: the task's")
     ] = None,
     limit: Annotated[
-        int | None, count_option("--limit", help="Only the first items of each task, documents of each file")
+        int | None, count_option("--limit", help="Only the first items of each task and documents of each file")
     ] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask as a user would, in the model's template")
+        bool,
+        typer.Option("--apply-chat-template", help="Format prompts as user messages, with the model's chat template"),
     ] = False,
     stride: Annotated[
-        int | None, count_option("--stride", help="Step of the windows over long documents; default: half the context")
+        int | None,
+        count_option("--stride", help="Stride of the windows over long documents; default: half the context"),
     ] = None,
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="table or json; default: table on a terminal, else json")
+    ] = "",
     dtype: Annotated[
         str, typer.Option("--dtype", help="fp32, bf16 or fp16; default: fp32 on CPU, as stored on GPU")
     ] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if available")] = "",
 ) -> None:
-    """Score models on lm-eval tasks (--tasks) and by perplexity on documents (--perplexity), several models in one call.
+    """Score models on lm-eval tasks (--tasks) and by perplexity on documents (--perplexity), several models in
+    one call.
 
-    A table goes to stderr, one JSON document to stdout or -o: for each model, each task's metrics with their standard errors, and for each file
-    of documents nats a token, bits a byte and perplexity. Task YAML files may name local JSONL (dataset_path: json), so nothing is fetched.
+    The scores go to stdout or -o: for each model, each task's metrics with their standard errors, and for each
+    file of documents nats per token, bits per byte and perplexity. As JSON they are one document, and the table
+    is shown on stderr. Task YAML files may name local JSONL (dataset_path: json), so nothing is downloaded.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported; we show our own progress
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
-    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, resolve_model
+    if format not in ("", *FORMATS):
+        raise UsageError(f"--format {format!r}", "one of: " + ", ".join(FORMATS))
+    from llmkit.io.run_layout import resolve_model
+    from llmkit.model.pretrained.checkpoint import load_for_inference, load_info
 
-    for model in models:  # every mistake is found before the first model is scored
+    for model in models:  # report mistakes before the first model is scored
         load_info(model)
         resolve_model(model)
     for name in perplexity or []:
         run.inputs([name], files_from=None)
     manager = None
     if names:
-        from llmkit.evaluation.harness import task_names
+        from llmkit.evaluation.harness import task_manager
 
-        manager = task_names(names, include_path or [])
+        manager = task_manager(names, include_path or [])
     if run.dry_run:
         run.note(f"would score {len(models)} models on {len(names)} tasks and {len(perplexity or [])} document sets")
         return
@@ -87,7 +100,9 @@ def main(
         check_output(run.output, run.force)
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
-        documents = {name: _kept(stack) if name == STDIN and len(models) > 1 else name for name in perplexity or []}
+        documents = {
+            name: _spool_stdin(stack) if name == STDIN and len(models) > 1 else name for name in perplexity or []
+        }
         for model in models:
             run.detail(f"loading {model}")
             loaded = load_for_inference(model, dtype, device)
@@ -97,8 +112,7 @@ def main(
             if names:
                 scores["tasks"] = _tasks(run, loaded, names, manager, limit, shots, apply_chat_template)
             results[model] = scores
-    _table(run, results)
-    _write(run, {"llmkit": _version(), "options": run.options, "models": results})
+    _write(run, results, format or ("json" if run.output or not sys.stdout.isatty() else "table"))
     run.finish({"models": len(models), "tasks": len(names)}, f"{len(models)} models scored")
 
 
@@ -108,8 +122,8 @@ def _version() -> str:
     return __version__
 
 
-def _kept(stack: ExitStack) -> str:
-    """A temporary file of what comes on stdin, since every model reads it."""
+def _spool_stdin(stack: ExitStack) -> str:
+    """A temporary file with the content of stdin, because every model reads it."""
     file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".jsonl"))
     shutil.copyfileobj(open_raw(STDIN), file, 1 << 20)
     file.flush()
@@ -127,10 +141,10 @@ def _perplexity(
 
     model, info = loaded
     codec = load_tokenizer(info.tokenizer_files, info.path)
-    codec.encode_special_tokens = True  # text is text: a literal "<|endoftext|>" in a document is no end of it
+    codec.encode_special_tokens = True  # a literal "<|endoftext|>" in a document is plain text
     texts = (document.text for document in run.reader([documents], files_from=None).documents())
     with run.progress(None, "documents") as bar:
-        found = perplexity(
+        result = perplexity(
             model,
             lambda text: list(codec.encode(text, add_special_tokens=False).ids),
             islice(texts, limit),
@@ -138,7 +152,7 @@ def _perplexity(
             stride,
             bar.advance,
         )
-    return found.figures()
+    return result.figures()
 
 
 def _tasks(
@@ -165,33 +179,22 @@ def _tasks(
         return evaluate(lm, names, manager, limit=limit, shots=shots, chat=chat, seed=run.seed)
 
 
-def _table(run: Run, results: dict[str, dict[str, Any]]) -> None:
-    """One column a model; scores with their standard error, the metrics of a task below each other."""
-    rows: dict[str, dict[str, str]] = {}
-    for model, scores in results.items():
-        for documents, figures in scores.get("perplexity", {}).items():
-            for metric in ("nats_per_token", "bits_per_byte", "perplexity"):
-                rows.setdefault(f"{Path(documents).name} {metric}", {})[model] = f"{figures[metric]:.4f}"
-        for task, metrics in scores.get("tasks", {}).items():
-            for metric, value in metrics.items():
-                if metric.partition(",")[0].endswith("_stderr") or metric in ("items", "sample_len"):
-                    continue
-                name, comma, filtered = metric.partition(",")
-                error = metrics.get(f"{name}_stderr{comma}{filtered}")
-                shown = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None and error == error else "")
-                rows.setdefault(f"{task} {metric}", {})[model] = shown
-    run.table(
-        "Scores", ["", *results], [[row, *(cells.get(model, "") for model in results)] for row, cells in rows.items()]
-    )
+def _write(run: Run, results: dict[str, dict[str, Any]], format: str) -> None:
+    """The scores in the given format to stdout or -o; with JSON, the table goes to stderr."""
+    from llmkit.evaluation.score_table import as_text, score_table
 
-
-def _write(run: Run, report: dict[str, Any]) -> None:
-    text = jsonlib.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    columns, rows = score_table(results)
+    if format == "json":
+        run.table("Scores", columns, rows)
+        report = {"llmkit": _version(), "options": run.options, "models": results}
+        text = jsonlib.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    else:
+        text = as_text(columns, rows)
     if run.output:
         from llmkit.io.atomic import atomic_file
 
         with atomic_file(run.output, run.force) as sink:
             sink.write(text.encode())
-    elif not sys.stdout.isatty() or run.as_json:
+    else:
         sys.stdout.write(text)
         sys.stdout.flush()

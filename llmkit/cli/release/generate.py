@@ -36,66 +36,77 @@ def main(
     model: ModelPath,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="PROMPTS", help="JSON lines with `prompt`, `messages` or a text; '-' or nothing is stdin"
-        ),
+        typer.Argument(metavar="PROMPTS", help="JSON lines with `prompt`, `messages` or text; '-' or nothing is stdin"),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="A prompt on the command line; may be repeated"),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; may be repeated"),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are what a user says: put them in the chat template")
+        bool, typer.Option("--chat", help="Treat text prompts as user messages, in the chat template")
     ] = False,
     text: Annotated[
-        bool, typer.Option("--text", help="Print for reading instead of JSON lines; the default on a terminal")
+        bool, typer.Option("--text", help="Print readable text instead of JSON lines; the default on a terminal")
     ] = False,
-    max_tokens: Annotated[int, count_option("--max-tokens", help="Longest completion", rich_help_panel=SAMPLING)] = 256,
+    max_tokens: Annotated[
+        int, count_option("--max-tokens", help="Maximum tokens per completion", rich_help_panel=SAMPLING)
+    ] = 256,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Completions of each prompt", rich_help_panel=SAMPLING)
+        int, typer.Option("--samples", min=1, help="Completions per prompt", rich_help_panel=SAMPLING)
     ] = 1,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", min=0, help="0 always takes the most probable token", rich_help_panel=SAMPLING),
+        typer.Option(
+            "--temperature", min=0, help="0 is greedy: always the most probable token", rich_help_panel=SAMPLING
+        ),
     ] = 0.8,
     top_p: Annotated[
         float,
         typer.Option(
-            "--top-p", help="Draw from the fewest tokens that have this probability", rich_help_panel=SAMPLING
+            "--top-p",
+            help="Sample from the smallest set of tokens with this total probability",
+            rich_help_panel=SAMPLING,
         ),
     ] = 0.95,
     stop: Annotated[
         list[str] | None,
-        typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated", rich_help_panel=SAMPLING),
+        typer.Option(
+            "--stop",
+            metavar="TEXT",
+            help="Stop string, not part of the completion; may be repeated",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     truncate_prompt: Annotated[
         bool,
-        typer.Option("--truncate-prompt", help="Cut prompts that are too long at the front instead of refusing them"),
+        typer.Option("--truncate-prompt", help="Cut prompts that are too long at the front instead of failing"),
     ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Completions made at once")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Completions per batch")] = 16,
     dtype: Annotated[
         str, typer.Option("--dtype", help="fp32, bf16 or fp16; default: fp32 on CPU, as stored on GPU")
     ] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda where there is one")] = "",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if available")] = "",
 ) -> None:
-    """Complete prompts with a model: JSON lines in, JSON lines out with `prompt`, `completion` and all `completions`.
+    """Complete prompts with a model: JSON lines in, JSON lines out with `prompt`, `completion` and all
+    `completions`.
 
-    Rows with messages go through the model's chat template; so do texts with --chat. Other fields pass through, and an answer that a row
-    brings along becomes `reference`. A completion ends at any stop token of the model, at --stop, after --max-tokens, or where the context
-    is full. Each is drawn with a seed of its own, from --seed, the prompt's number and the sample's.
+    Rows with messages are formatted with the model's chat template; with --chat, so are texts. Other fields
+    pass through, and an answer in the row becomes `reference`. A completion ends at any stop token of the
+    model, at --stop, after --max-tokens, or when the context is full. Each completion is sampled with its own
+    seed, derived from --seed, the number of the prompt and the number of the sample.
     """
     if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "1 draws from all tokens")
+        raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "1 samples from all tokens")
     if not math.isfinite(temperature):
-        raise UsageError(f"--temperature {temperature} is not a number", "0 always takes the most probable token")
+        raise UsageError(f"--temperature {temperature} is not a finite number", "0 is greedy")
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} is not above 0", "see --help")
     if prompt and prompts:
-        raise UsageError("prompts both on the command line and in files", "give --prompt or PROMPTS")
+        raise UsageError("--prompt and PROMPTS exclude each other", "use one of them")
     if text and run.output:
-        raise UsageError("--text is for reading on the terminal, -o for a file", "give one of them, or redirect stdout")
+        raise UsageError("--text and -o exclude each other", "use one of them, or redirect stdout")
     if any(not text for text in stop or []):
-        raise UsageError("--stop is empty", "leave it out")
+        raise UsageError("--stop is empty", "omit it")
     import orjson
 
     from llmkit.chat.prompts import complete
@@ -109,17 +120,17 @@ def main(
     if not text and not run.dry_run and run.up_to_date([str(info.path), *files]):
         return
     reader = None if prompt else run.reader(files, text_key=None, files_from=None)
-    rows = _prompts(run, info, reader, prompt or [], chat, max_tokens if truncate_prompt else None)
+    rows = _read_prompts(run, info, reader, prompt or [], chat, max_tokens if truncate_prompt else None)
     if run.dry_run:
-        run.note(f"{sum(1 for _ in rows):,} prompts are in order; nothing written (--dry-run)")
+        run.note(f"{sum(1 for _ in rows):,} prompts are valid; nothing written (--dry-run)")
         return
-    shown = text or (run.output is None and sys.stdout.isatty())
+    as_text = text or (run.output is None and sys.stdout.isatty())
     counts = {"prompts": 0, "completions": 0, "tokens": 0}
     with ExitStack() as stack:
-        writer = None if shown else stack.enter_context(run.writer())
+        writer = None if as_text else stack.enter_context(run.writer())
         decoder, info = load_for_inference(model, dtype, device)
         bar = stack.enter_context(run.progress(None, "completions"))
-        for asked, completions, tokens in complete(
+        for item, completions, tokens in complete(
             decoder,
             info,
             rows,
@@ -132,9 +143,9 @@ def main(
             top_p=top_p,
         ):
             if writer:
-                writer.write(orjson.dumps(asked.row(completions)) + b"\n")
+                writer.write(orjson.dumps(item.row(completions)) + b"\n")
             else:
-                _show(asked, completions)
+                _print(item, completions)
             for key, count in zip(counts, (1, len(completions), tokens), strict=True):
                 counts[key] += count
             bar.advance(len(completions))
@@ -145,33 +156,35 @@ def main(
     run.finish(counts, line + (f": {run.output}" if run.output else ""))
 
 
-def _prompts(
-    run: Run, info: LoadedModel, reader: DocumentReader | None, given: list[str], chat: bool, keep: int | None
+def _read_prompts(
+    run: Run, info: LoadedModel, reader: DocumentReader | None, texts: list[str], chat: bool, reserve: int | None
 ) -> Iterator[Prompt]:
-    """Every prompt with its tokens, each of which fits into the context."""
-    from llmkit.chat.prompts import fit, read_prompt
+    """Prompts from `reader`, or else from `texts`, that fit in the context. With `reserve`, long ones are cut
+    to leave room for that many tokens.
+    """
+    from llmkit.chat.prompts import fit_context, read_prompt
     from llmkit.chat.rows import read_rows
 
     def convert(fields: Mapping[str, Any]) -> Prompt:
         return read_prompt(fields, info.tokenizer_files, chat=chat, text_key=run.options["text_key"])
 
-    found: Iterator[tuple[str, Prompt]]
+    prompts: Iterator[tuple[str, Prompt]]
     if reader is None:
-        found = ((f"prompt {i}", convert({"prompt": text})) for i, text in enumerate(given, 1))
+        prompts = ((f"prompt {i}", convert({"prompt": text})) for i, text in enumerate(texts, 1))
     else:
-        found = ((document.where, item) for document, item in read_rows(reader, convert))
-    for where, item in found:
-        fit(item, info, where, keep)
+        prompts = ((document.where, item) for document, item in read_rows(reader, convert))
+    for where, item in prompts:
+        fit_context(item, info, where, reserve)
         yield item
 
 
-def _show(asked: Prompt, completions: list[str]) -> None:
-    """A prompt and its completions for people, separated by a line."""
-    if isinstance(asked.asked, str):
-        blocks = [f"{asked.asked}{completion}" for completion in completions]
+def _print(item: Prompt, completions: list[str]) -> None:
+    """Print a prompt and its completions for people, separated by lines."""
+    if isinstance(item.content, str):
+        blocks = [f"{item.content}{completion}" for completion in completions]
     else:
-        turns = "".join(f"[{message['role']}] {message['content']}\n" for message in asked.asked)
+        turns = "".join(f"[{message['role']}] {message['content']}\n" for message in item.content)
         blocks = [turns + "\n".join(f"[assistant] {completion}" for completion in completions)]
     for block in blocks:
-        # What a model writes must not steer the terminal.
+        # Generated text must not control the terminal.
         print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in block), "-" * 20, sep="\n", flush=True)

@@ -84,7 +84,7 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     outputs made by the same command are skipped.
     """
     if rejects is not None and rejects in (run.output, STDIN):
-        raise UsageError(f"--rejects {rejects}: the documents are written there", "name another file")
+        raise UsageError(f"--rejects {rejects}: this is where the documents go", "name another file")
     target = run.output
     if target is None or not is_directory(target):
         yield Job(run, inputs, target, rejects)
@@ -95,7 +95,7 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     for path in inputs:
         name = _stem(path) + ".jsonl.zst"
         if path == STDIN or name in names:
-            problem = f"{names[name]} and {path} would both become {name}" if name in names else "stdin has no name"
+            problem = f"{names[name]} and {path} would both be {name}" if name in names else "stdin has no name"
             raise LlmkitError(f"-o {target}: {problem}", "name a file as output, or inputs with different names")
         names[name] = path
     outputs = [os.path.join(target, name) for name in names]

@@ -116,12 +116,12 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
         return []
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
+    from llmkit.evaluation.harness import DecoderLM, evaluate, task_manager
     from llmkit.model.pretrained.checkpoint import LoadedModel
     from llmkit.training.metrics.samples import undisturbed
 
     names = [name for name in samples.eval_tasks.split(",") if name]
-    manager = task_names(names, samples.include_path or [])
+    manager = task_manager(names, samples.include_path or [])
     files, stop_ids = dict(prepared.tokenizer_files), prepared.stop_ids
 
     def score(model: Any, step: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
 
 def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
     """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
-    from llmkit.model.decoder import expected_tensors
+    from llmkit.model.family import expected_tensors
     from llmkit.training.memory_estimate import flops, memory
     from llmkit.training.optim.parameter_groups import kinds, table
 

@@ -1,4 +1,4 @@
-"""`llmkit tokenize`: turn documents into token ids, and ids from one format into another, and back."""
+"""`llmkit tokenize`: encode documents to token ids, convert ids between formats, and decode them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from llmkit.shards.token_block import TokenBlock
     from llmkit.shards.tokenizer_info import TokenizerInfo
 
-    # Whose tokens, the documents, and the inputs for the lineage.
-    Found = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
+    # Tokenizer, blocks of documents, and inputs for the lineage.
+    TokenStream = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
 
-READ = ("documents", "shards", *FOREIGN_FORMATS)
-WRITTEN = ("shards", "jsonl", *FOREIGN_FORMATS)
-FOREIGN_FILES = [f"{name} ({form.files})" for name, form in FOREIGN_FORMATS.items()]
-# Options that decide what becomes of stored tokens.
-STORED = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
+SOURCE_FORMATS = ("documents", "shards", *FOREIGN_FORMATS)
+TARGET_FORMATS = ("shards", "jsonl", *FOREIGN_FORMATS)
+FOREIGN_FILES = [f"{name} ({foreign.files})" for name, foreign in FOREIGN_FORMATS.items()]
+# Options that affect the output where the inputs hold tokens.
+STORED_OPTIONS = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
-PART = 1 << 27  # tokens, where nothing else is asked for
-SUFFIX_FIRST = 0.5  # of documents cut for it, likewise
+DEFAULT_SHARD_TOKENS = 1 << 27
+DEFAULT_SPM_RATE = 0.5
 
 
 @command(
@@ -41,7 +41,8 @@ SUFFIX_FIRST = 0.5  # of documents cut for it, likewise
         "llmkit tokenize docs.jsonl.zst -t tok/ -o shards2/ --stats",
         "llmkit filter < docs.jsonl.zst | llmkit tokenize -t tok/ > tokens.arrow",
         "llmkit tokenize --decode shards/ --plain | head -1",
-        "llmkit tokenize shards/ --to megatron -o corpus && llmkit tokenize corpus.idx --from megatron -t tok/ -o shards3/",
+        "llmkit tokenize shards/ --to megatron -o corpus && "
+        "llmkit tokenize corpus.idx --from megatron -t tok/ -o shards3/",
     ),
 )
 def main(
@@ -56,26 +57,26 @@ def main(
     source: Annotated[
         str | None,
         typer.Option(
-            "--source", metavar="NAME", help="Source of every document; else its field `source`, else its file"
+            "--source", metavar="NAME", help="Source of every document; default: its field `source`, else its file"
         ),
     ] = None,
     source_key: Annotated[
-        str, typer.Option("--source-key", metavar="FIELD", help="Field that names a document's source")
+        str, typer.Option("--source-key", metavar="FIELD", help="Field with a document's source")
     ] = "source",
-    bos: Annotated[bool, typer.Option("--bos", help="Begin each document with the beginning-of-text token")] = False,
+    bos: Annotated[bool, typer.Option("--bos", help="Start each document with the beginning-of-text token")] = False,
     allow_special: Annotated[
-        bool, typer.Option("--allow-special", help="Encode the names of special tokens in a text as those tokens")
+        bool, typer.Option("--allow-special", help="Encode names of special tokens in a text as those tokens")
     ] = False,
     max_tokens_per_shard: Annotated[
-        int, count_option("--max-tokens-per-shard", help="Tokens in one part of a directory")
-    ] = PART,
+        int, count_option("--max-tokens-per-shard", help="Tokens per part in a directory of shards")
+    ] = DEFAULT_SHARD_TOKENS,
     from_: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="FORMAT",
             envvar="LLMKIT_TOKENIZE_FROM",
-            help=f"{', '.join(READ)}; default: by the names of the inputs",
+            help=f"{', '.join(SOURCE_FORMATS)}; default: by the names of the inputs",
         ),
     ] = None,
     to: Annotated[
@@ -84,71 +85,77 @@ def main(
             "--to", metavar="FORMAT", help=", ".join(["shards", "jsonl (id, source, tokens)", *FOREIGN_FILES])
         ),
     ] = "shards",
-    decode: Annotated[bool, typer.Option("--decode", help="Turn token ids back into documents")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes of each source")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode token ids to documents")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes by source")] = False,
     keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Keep how often dedup found a document, for mix --weight-by")
+        bool, typer.Option("--keep-duplicates", help="Keep the duplicate counts of dedup, for mix --weight-by")
     ] = False,
     engine: EngineName = "local",
     fim_rate: Annotated[
-        float, typer.Option("--fim-rate", help="Share of documents cut for fill-in-the-middle", rich_help_panel=FIM)
+        float, typer.Option("--fim-rate", help="Share of documents split for fill-in-the-middle", rich_help_panel=FIM)
     ] = 0.0,
     fim_spm_rate: Annotated[
-        float, typer.Option("--fim-spm-rate", help="Share of those with the suffix first", rich_help_panel=FIM)
-    ] = SUFFIX_FIRST,
+        float, typer.Option("--fim-spm-rate", help="Share of those that store the suffix first", rich_help_panel=FIM)
+    ] = DEFAULT_SPM_RATE,
     fim_source: Annotated[
         list[str] | None,
         typer.Option(
-            "--fim-source", metavar="NAME", help="Only documents of this source; may be repeated", rich_help_panel=FIM
+            "--fim-source", metavar="NAME", help="Split only documents of this source; repeatable", rich_help_panel=FIM
         ),
     ] = None,
 ) -> None:
     """Encode documents with any Hugging Face tokenizer and store them as token shards.
 
-    -o DIRECTORY takes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer inside; without -o one
-    stream goes to stdout. Every document ends with the end-of-text token; documents without text are dropped and counted. The name of
-    a special token inside a text is text like any other, unless --allow-special.
+    -o DIRECTORY writes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer
+    inside; without -o a stream goes to stdout. Every document ends with the end-of-text token; documents without text
+    are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
 
-    Inputs may hold tokens already: directories of shards and .arrow files are known by their names, --from names other formats. --to
-    writes other formats. --decode turns tokens into JSON lines with id, text and source.
+    Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
+    --from. --to writes other formats. --decode writes JSON lines with id, text and source.
 
-    --fim-rate cuts that share of the documents at two random places into prefix, middle and suffix, which are stored in the order prefix,
-    suffix, middle (PSM) or suffix, prefix, middle (SPM), each behind its token of the tokenizer. Which and where, --seed and the id decide.
+    --fim-rate splits that share of the documents at two random positions into prefix, middle and suffix, stored in the
+    order prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), each after its sentinel token. --seed and the id
+    decide which documents are split, and where.
     """
-    at_work = engine_of(run, engine)
-    for option, value, known in (("--to", to, WRITTEN), ("--from", from_ or READ[0], READ)):
-        if value not in known:
-            raise unknown_name(option, value, known)
+    worker_engine = engine_of(run, engine)
+    for option, value, names in (
+        ("--to", to, TARGET_FORMATS),
+        ("--from", from_ or SOURCE_FORMATS[0], SOURCE_FORMATS),
+    ):
+        if value not in names:
+            raise unknown_name(option, value, names)
     if max_tokens_per_shard < 1:
-        raise UsageError("--max-tokens-per-shard 0", "give at least one token")
+        raise UsageError("--max-tokens-per-shard 0", "allow at least one token")
     kind = from_ or ("shards" if decode or _hold_shards(run, inputs) else "documents")
     if decode and (to != "shards" or kind == "documents"):
-        raise UsageError("--decode turns tokens into documents", "leave out --to, and --from documents")
+        raise UsageError("--decode turns tokens into documents", "drop --to and --from documents")
     if kind == to == "shards" and not decode:
-        raise UsageError("the inputs are token shards already", "name another format with --to, or --decode them")
+        raise UsageError("the inputs are already token shards", "choose another format with --to, or --decode")
     if tokenizer is None and kind != "shards":
         raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
-    form = "documents" if decode else to
-    if max_tokens_per_shard != PART and form != "shards":
-        raise UsageError("--max-tokens-per-shard: only token shards come in parts", "leave it out, or write shards")
-    if fim_spm_rate != SUFFIX_FIRST and not fim_rate:
-        raise UsageError("--fim-spm-rate without --fim-rate", "say how many of its documents, such as --fim-rate 0.5")
-    if keep_duplicates and form != "shards":
+    target = "documents" if decode else to
+    if max_tokens_per_shard != DEFAULT_SHARD_TOKENS and target != "shards":
+        raise UsageError("--max-tokens-per-shard applies to token shards only", "drop it, or write shards")
+    if fim_spm_rate != DEFAULT_SPM_RATE and not fim_rate:
+        raise UsageError("--fim-spm-rate without --fim-rate", "give a share of documents, such as --fim-rate 0.5")
+    if keep_duplicates and target != "shards":
         raise UsageError(
-            f"--keep-duplicates: {'--decode' if decode else f'--to {to}'} has no place for them",
-            "leave it out, or write shards",
+            f"--keep-duplicates: {'--decode' if decode else f'--to {to}'} cannot store them",
+            "drop it, or write shards",
         )
     if kind == "documents":
-        how = {
+        options = {
             "allow_special": allow_special,
             "source": source,
             "source_key": source_key,
             "bos": bos,
             "keep_duplicates": keep_duplicates,
         }
-        found = _encoded(run, form, inputs, tokenizer, how, (fim_rate, fim_spm_rate, fim_source or []), at_work)
+        stream = _encode(
+            run, target, inputs, tokenizer, options, (fim_rate, fim_spm_rate, fim_source or []), worker_engine
+        )
     else:
-        encoding = {
+        encoding_options = {
             "--engine": engine != "local",
             "--bos": bos,
             "--fim-rate": fim_rate,
@@ -157,15 +164,15 @@ def main(
             "--allow-special": allow_special,
             "--keep-duplicates": keep_duplicates,
         }
-        for option in (name for name, given in encoding.items() if given):
-            raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "leave it out")
-        found = _stored(run, form, kind, inputs, tokenizer, source)
-    if found is not None:
-        _write(run, form, *found, max_tokens_per_shard, keep_duplicates, stats)
+        for option in (name for name, value in encoding_options.items() if value):
+            raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "drop it")
+        stream = _read_stored(run, target, kind, inputs, tokenizer, source)
+    if stream is not None:
+        _write(run, target, *stream, max_tokens_per_shard, keep_duplicates, stats)
 
 
 def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
-    """Whether all are token shards: directories with .arrow files in them, .arrow files, or a stream that begins as one."""
+    """Whether all inputs are token shards: directories with .arrow files, .arrow files, or a stream of them."""
     from llmkit.io.inputs import STDIN, peek_stdin
 
     if inputs in (None, [], [STDIN]):
@@ -176,33 +183,33 @@ def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
     )
 
 
-def _encoded(
+def _encode(
     run: Run,
-    form: str,
+    target: str,
     inputs: list[str] | None,
     tokenizer: Path | None,
-    how: dict[str, Any],
+    encode_options: dict[str, Any],
     fim: tuple[float, float, list[str]],
     engine: Engine,
-) -> Found | None:
-    """Documents to be encoded; None where that was done before."""
+) -> TokenStream | None:
+    """The documents, encoded while they are read; None where the output is up to date."""
     from llmkit.shards.reader import load_tokenizer_info
-    from llmkit.tokens.encode import EncodeOptions, Encoder
-    from llmkit.tokens.fill_in_the_middle import fill_in_the_middle
+    from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions
+    from llmkit.tokens.fill_in_the_middle import make_fill_in_the_middle
 
     assert tokenizer is not None
     info = load_tokenizer_info(tokenizer)
-    if how["bos"] and info.bos_id is None:
+    if encode_options["bos"] and info.bos_id is None:
         raise UsageError(f"{tokenizer}: no beginning-of-text token", "set bos_token in its tokenizer_config.json")
     rate, spm_rate, sources = fim
-    options = EncodeOptions(**how, fim=fill_in_the_middle(info, rate, spm_rate, run.seed, sources))
+    options = EncodeOptions(**encode_options, fim=make_fill_in_the_middle(info, rate, spm_rate, run.seed, sources))
     for name in ["from_"] if rate else ["from_", "seed", "fim_rate", "fim_spm_rate"]:
-        run.options.pop(name, None)  # they decide nothing
+        run.options.pop(name, None)  # they do not affect the output
     paths = run.inputs(inputs)
-    if form not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
     reader = run.reader_of(paths)
-    work = Encoder(info, reader.options, options)
+    work = DocumentEncoder(info, reader.options, options)
 
     def blocks() -> Iterator[TokenBlock]:
         for block in engine.map(work, reader):
@@ -212,93 +219,93 @@ def _encoded(
     return info, blocks(), reader.inputs
 
 
-def _stored(
-    run: Run, form: str, kind: str, inputs: list[str] | None, tokenizer: Path | None, source: str | None
-) -> Found | None:
-    """Tokens that are stored already; None where the output has them."""
+def _read_stored(
+    run: Run, target: str, kind: str, inputs: list[str] | None, tokenizer: Path | None, source: str | None
+) -> TokenStream | None:
+    """Documents that are already tokens; None where the output is up to date."""
     from llmkit.io.inputs import STDIN, read_list
     from llmkit.shards.reader import load_tokenizer_info
-    from llmkit.tokens.convert import stored
+    from llmkit.tokens.convert import read_stored
 
-    run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
+    run.options = {name: value for name, value in run.options.items() if name in STORED_OPTIONS} | {"from_": kind}
     paths = list(inputs or []) + (read_list(run.files_from) if run.files_from else [])
     if kind == "shards":
         paths = paths or [STDIN]
     elif not paths or STDIN in paths:
-        raise UsageError(f"--from {kind} maps files, and stdin is none", "name the files")
+        raise UsageError(f"--from {kind} needs files, and stdin is not one", "name the files")
     else:
-        form_read = FOREIGN_FORMATS[kind]
-        *others, suffix = form_read.suffixes
+        foreign = FOREIGN_FORMATS[kind]
+        *others, suffix = foreign.suffixes
         named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
-        data_sets = form_read.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
-        paths = [path for data_set in data_sets for path in form_read.paths(data_set)]
+        data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
+        paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
     info = load_tokenizer_info(tokenizer) if tokenizer else None
-    if form not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
-    return stored(kind, paths, info, source)
+    return read_stored(kind, paths, info, source)
 
 
 def _write(
     run: Run,
-    form: str,
+    target: str,
     info: TokenizerInfo,
     blocks: Iterable[TokenBlock],
-    read: list[Input],
+    inputs: list[Input],
     max_tokens_per_shard: int,
     keep_duplicates: bool,
     stats: bool,
 ) -> None:
-    """Store the blocks in that form, and say what they were. `read` is complete once they are used up."""
+    """Write the blocks in the target format and report the totals. `inputs` is complete after the last block."""
     from contextlib import ExitStack
 
-    from llmkit.tokens.convert import Tally
+    from llmkit.tokens.convert import TokenCounts
 
-    tally = Tally()
+    totals = TokenCounts()
     with ExitStack() as stack:
         if not run.dry_run:
-            writer, put = _writer(run, form, info, max_tokens_per_shard, keep_duplicates)
+            writer, put = _open_writer(run, target, info, max_tokens_per_shard, keep_duplicates)
             stack.enter_context(writer)
         bar = stack.enter_context(run.progress(None, "documents"))
         for block in blocks:
             if not run.dry_run:
                 put(block)
-            bar.advance(tally.add(block))
-        counts: dict[str, Any] = tally.counts()
+            bar.advance(totals.add(block))
+        counts: dict[str, Any] = totals.counts()
         if not run.dry_run:
-            writer.finish(dict(counts), read)
+            writer.finish(dict(counts), inputs)
     if stats:
-        columns = ["source", "documents", "tokens", *(["bytes"] if tally.bytes else [])]
-        rows = [[name, *row][: len(columns)] for name, row in tally.sources.items()]
+        columns = ["source", "documents", "tokens", *(["bytes"] if totals.bytes else [])]
+        rows = [[name, *row][: len(columns)] for name, row in totals.sources.items()]
         run.table("sources", columns, rows)
         counts["sources"] = [dict(zip(columns, row, strict=True)) for row in rows]
-    said = [f"{tally.documents - tally.empty:,} documents, {tally.tokens:,} tokens"]
-    said += [f"{tally.bytes / tally.tokens:.2f} bytes each"] if tally.bytes else []
-    said += [f"dropped {tally.empty:,} without text"] if tally.empty else []
-    said += [f"{tally.ended:,} given the end-of-text token"] if tally.ended else []
-    said += [f"{tally.bad_lines:,} bad lines passed over"] if tally.bad_lines else []
+    parts = [f"{totals.documents - totals.empty:,} documents, {totals.tokens:,} tokens"]
+    parts += [f"{totals.bytes / totals.tokens:.2f} bytes each"] if totals.bytes else []
+    parts += [f"dropped {totals.empty:,} without text"] if totals.empty else []
+    parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
+    parts += [f"{totals.bad_lines:,} bad lines skipped"] if totals.bad_lines else []
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(counts, f"{', '.join(said)}; {where}")
+    run.finish(counts, f"{', '.join(parts)}; {where}")
 
 
-def _writer(
-    run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int, keep_duplicates: bool
+def _open_writer(
+    run: Run, target: str, info: TokenizerInfo, max_tokens_per_shard: int, keep_duplicates: bool
 ) -> tuple[Any, Callable[[TokenBlock], None]]:
-    """What stores documents in that form, a context manager, and how it is given a block of them."""
+    """A writer for the target format, which is a context manager, and a function that writes a block to it."""
     import numpy as np
 
     from llmkit.shards.arrow import as_arrow, encode_sources
     from llmkit.shards.writer import ShardWriter
     from llmkit.tokens.convert import text_lines, token_lines
 
-    if form in ("jsonl", "documents"):
-        lines = token_lines if form == "jsonl" else text_lines(info)
+    if target in ("jsonl", "documents"):
+        lines = token_lines if target == "jsonl" else text_lines(info)
         documents = run.writer()
         return documents, lambda block: documents.write(lines(block))
-    if form != "shards":
-        files = FOREIGN_FORMATS[form].load().Writer(run.output, info, force=run.force)
+    if target != "shards":
+        files = FOREIGN_FORMATS[target].load().Writer(run.output, info, force=run.force)
         return files, files.write
-    how: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
-    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **how)
+    options: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
+    shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **options)
 
     def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None

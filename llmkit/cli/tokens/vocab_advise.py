@@ -12,9 +12,9 @@ from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.tokens.advise import Cost, Curve
+    from llmkit.tokens.advise import CompressionCurve, SizeCost
 
-SHOWN = 12  # groups in the table
+MAX_GROUPS = 12  # rows in the table of groups
 
 
 @command(
@@ -30,39 +30,41 @@ def main(
     model_size: Annotated[
         str, typer.Option("--model-size", "-m", metavar="LIST", help="Presets (125m, llama-1b) or config.json files")
     ] = "125m",
-    largest: Annotated[int, count_option("--largest", help="Judge sizes up to this")] = 1 << 18,
+    largest: Annotated[int, count_option("--largest", help="Largest size to consider")] = 1 << 18,
     pattern: Annotated[
         str, typer.Option("--pattern", "-p", metavar="NAME", help="llama-bpe, qwen2, gpt-2 or smollm")
     ] = "llama-bpe",
     by: Annotated[
-        str, typer.Option("--by", metavar="FIELD", help="Show the fertility for each value of this field")
+        str, typer.Option("--by", metavar="FIELD", help="Show the fertility by value of this field")
     ] = "language",
 ) -> None:
-    """Recommend a vocabulary size from the size of the model and the text that it will read.
+    """Recommend a vocabulary size for a model and the text that it will read.
 
-    Trains one vocabulary on 19 of 20 documents and measures every smaller one on the rest. A larger vocabulary makes fewer tokens of a text and
-    each of them dearer; the recommended size is the smallest whose training compute a byte is within 2 % of the least, which comes near to the
-    sizes found by training models (Tao et al., arXiv:2407.13623), whose power law stands beside it. Merges that occur less than ten
-    times are not judged: where the corpus is too small for large sizes, a warning says so. The tables go to stderr, JSON to stdout or -o.
+    Trains one vocabulary on 19 of 20 documents and measures every smaller one on the remaining documents. With
+    a larger vocabulary a text has fewer tokens, and each costs more. The recommended size is the smallest whose
+    training compute per byte is within 2 % of the minimum, which is close to the sizes found by training models
+    (Tao et al., arXiv:2407.13623); the power law of that paper is shown for comparison. Merges that occur fewer
+    than ten times are ignored: a warning is given where the corpus is too small to consider large sizes. The
+    tables go to stderr, JSON to stdout or -o.
     """
     from llmkit.cli.tokens.vocab_report import write_json
     from llmkit.io.atomic import check_output
     from llmkit.model.config import load_config
     from llmkit.tokens import advise, vocabulary
-    from llmkit.tokens.fertility import value_of
-    from llmkit.tokens.pretokenize import pattern as find_pattern
+    from llmkit.tokens.fertility import group_value
+    from llmkit.tokens.pretokenize import find_pattern
 
     names = list(dict.fromkeys(name for name in model_size.split(",") if name))
     if not names:
         raise UsageError("--model-size names no model", "give a preset such as 125m, or a config.json")
     configs = {name: load_config(name, 1) for name in names}
     find_pattern(pattern)
-    wanted = advise.sizes_up_to(largest)
-    if not wanted or largest > vocabulary.MAX_SIZE:
-        raise UsageError(f"--largest {largest:,}: no size to judge", f"from 1,024 to {vocabulary.MAX_SIZE:,}")
+    candidates = advise.candidate_sizes(largest)
+    if not candidates or largest > vocabulary.MAX_SIZE:
+        raise UsageError(f"--largest {largest:,}: no size to consider", f"from 1,024 to {vocabulary.MAX_SIZE:,}")
     if run.output:
         check_output(run.output, run.force)
-    reader, held, documents = run.reader(inputs), advise.HeldOut(), 0
+    reader, held_out, documents = run.reader(inputs), advise.HeldOutText(), 0
     with run.progress(None, "documents") as bar:
 
         def texts() -> Iterator[str]:
@@ -70,72 +72,77 @@ def main(
             for document in reader.documents():
                 documents += 1
                 bar.advance()
-                if not held.keeps(document.text, value_of(document, by)):
+                if not held_out.take(document.text, group_value(document, by)):
                     yield document.text
 
-        made = vocabulary.train(texts(), wanted[-1], pattern, advise.MIN_FREQUENCY)
-    sizes = [size for size in wanted if size <= advise.FIXED + made.merges]
+        trained = vocabulary.train(texts(), candidates[-1], pattern, advise.MIN_FREQUENCY)
+    sizes = [size for size in candidates if size <= advise.NON_MERGES + trained.merges]
     if not sizes:
         raise LlmkitError(
-            f"the documents hold {made.merges:,} merges that occur {advise.MIN_FREQUENCY} times: too few for any size",
+            f"the documents have {trained.merges:,} merges that occur {advise.MIN_FREQUENCY} times: "
+            "too few for any size",
             "give more text",
         )
-    curve = advise.measure(made, held, sizes)
+    curve = advise.measure_sizes(trained, held_out, sizes)
     models, chosen = [], []
     for name, config in configs.items():
-        found = advise.costs(
+        costs = advise.size_costs(
             curve,
             lambda size, config=config: config.with_vocabulary(size).parameters(),  # type: ignore[misc]
             lambda size, config=config: config.with_vocabulary(size).flops_per_token(0),  # type: ignore[misc]
         )
-        best = advise.choose(found)
+        best = advise.recommend(costs)
         weights = 2 * config.with_vocabulary(1).parameters() - config.with_vocabulary(2).parameters()
-        law = advise.power_law(weights, config.hidden_size)
-        _table(run, name, found, best)
-        sizes_of = [asdict(cost) for cost in found]
-        models.append({"model": name, "recommended": best.size, "power_law": law, "sizes": sizes_of})
+        law = advise.power_law_size(weights, config.hidden_size)
+        _show_costs(run, name, costs, best)
+        rows = [asdict(cost) for cost in costs]
+        models.append({"model": name, "recommended": best.size, "power_law": law, "sizes": rows})
         chosen.append(best.size)
         run.note(f"{name}: {best.size:,} tokens (the power law of Tao et al., for English: {law:,})")
-        if min(found, key=lambda cost: cost.training_flops_per_byte).size == sizes[-1] < wanted[-1]:
-            run.warn(f"{name}: the cost still falls at the largest size that this corpus can judge: give more text")
-    if sizes[-1] < wanted[-1]:
+        if min(costs, key=lambda cost: cost.training_flops_per_byte).size == sizes[-1] < candidates[-1]:
+            run.warn(f"{name}: the cost still falls at the largest size that this corpus supports: give more text")
+    if sizes[-1] < candidates[-1]:
         run.warn(
-            f"the corpus holds {made.merges:,} merges that occur {advise.MIN_FREQUENCY} times or more: "
-            f"sizes over {sizes[-1]:,} are not judged"
+            f"the corpus has {trained.merges:,} merges that occur {advise.MIN_FREQUENCY} times or more: "
+            f"sizes over {sizes[-1]:,} are not considered"
         )
     if len(curve.groups) > 1:
-        _groups(run, by, curve, chosen)
+        _show_groups(run, by, curve, chosen)
     groups = {
         name: {"bytes": size, "fertility": dict(zip(map(str, sizes), row, strict=True))}
         for name, (size, row) in curve.groups.items()
     }
-    text = {"documents": documents, "trained_bytes": held.trained, "held_out_bytes": held.bytes}
+    totals = {"documents": documents, "trained_bytes": held_out.trained, "held_out_bytes": held_out.bytes}
     write_json(
-        run, {"models": models, "groups": groups} | text | {"inputs": [item.to_dict() for item in reader.inputs]}
+        run, {"models": models, "groups": groups} | totals | {"inputs": [item.to_dict() for item in reader.inputs]}
     )
-    counts: dict[str, Any] = text | {"recommended": dict(zip(names, chosen, strict=True))}
+    counts: dict[str, Any] = totals | {"recommended": dict(zip(names, chosen, strict=True))}
     if reader.bad:
         counts["bad_lines"] = reader.bad
-    run.finish(counts, f"judged on {held.trained / 1e6:.1f} MB of text and {held.bytes / 1e6:.2f} MB kept aside")
+    run.finish(
+        counts,
+        f"trained on {held_out.trained / 1e6:.1f} MB of text, measured on {held_out.bytes / 1e6:.2f} MB held out",
+    )
 
 
-def _table(run: Run, name: str, found: list[Cost], best: Cost) -> None:
+def _show_costs(run: Run, name: str, costs: list[SizeCost], best: SizeCost) -> None:
     rows = []
-    least = min(cost.training_flops_per_byte for cost in found)
-    for cost in found:
+    least = min(cost.training_flops_per_byte for cost in costs)
+    for cost in costs:
         training = cost.training_flops_per_byte
         row = [f"{cost.size:,}{' <' if cost is best else ''}", f"{cost.bytes_per_token:.3f}", f"{cost.fertility:.2f}"]
         row += [f"{cost.embedding_parameters / 1e6:,.1f}M", f"{cost.share:.1%}", f"{training / 1e6:,.1f}"]
         rows.append([*row, f"+{training / least - 1:.1%}", f"{cost.inference_flops_per_byte / 1e6:,.1f}"])
-    columns = ["tokens", "bytes/token", "tokens/word", "embedding", "of all", "training", "+", "use"]
-    run.table(f"Vocabularies for {name}; training and use in MFLOP a byte", columns, rows)
+    columns = ["tokens", "bytes/token", "tokens/word", "embedding", "share", "training", "+", "inference"]
+    run.table(f"Vocabularies for {name}; training and inference in MFLOP per byte", columns, rows)
 
 
-def _groups(run: Run, by: str, curve: Curve, chosen: list[int]) -> None:
+def _show_groups(run: Run, by: str, curve: CompressionCurve, chosen: list[int]) -> None:
     """Fertility of the largest groups at the smallest, the recommended and the largest size."""
     sizes = sorted({curve.sizes[0], *chosen, curve.sizes[-1]})
-    places = [curve.sizes.index(size) for size in sizes]
+    indices = [curve.sizes.index(size) for size in sizes]
     rows = [
-        [name, size, *(f"{row[i]:.2f}" for i in places)] for name, (size, row) in list(curve.groups.items())[:SHOWN]
+        [name, size, *(f"{row[i]:.2f}" for i in indices)]
+        for name, (size, row) in list(curve.groups.items())[:MAX_GROUPS]
     ]
-    run.table(f"Tokens a word by {by}", ["", "bytes", *(f"at {size:,}" for size in sizes)], rows)
+    run.table(f"Tokens per word by {by}", ["", "bytes", *(f"at {size:,}" for size in sizes)], rows)

@@ -14,7 +14,7 @@ from llmkit.errors import UsageError
 if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader
     from llmkit.shards.tokenizer_info import TokenizerInfo
-    from llmkit.tokens.extend import Extended
+    from llmkit.tokens.extend import ExtendedTokenizer
 
 
 @command(
@@ -32,23 +32,25 @@ def main(
     inputs: InputPaths = None,
     add: Annotated[int | None, count_option("--add", help="Learn this many new merges from the documents")] = None,
     tokens: Annotated[
-        Path | None, typer.Option("--tokens", metavar="FILE", help="Add these words instead, one a line")
+        Path | None, typer.Option("--tokens", metavar="FILE", help="Add the words in this file instead, one per line")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="MODEL", help="Write this model with rows for the new tokens")
+        Path | None,
+        typer.Option("--model", metavar="MODEL", help="Extend this model too, with rows for the new tokens"),
     ] = None,
     min_frequency: Annotated[
-        int, typer.Option("--min-frequency", min=1, help="A pair that occurs less often is not merged")
+        int, typer.Option("--min-frequency", min=1, help="Minimum frequency of a merged pair")
     ] = 2,
     multiple: Annotated[
-        int, typer.Option("--multiple", min=1, help="Fill up with reserved tokens to a multiple of this")
+        int, typer.Option("--multiple", min=1, help="Pad the size to a multiple of this with reserved tokens")
     ] = 64,
 ) -> None:
-    """Add tokens to a byte-level BPE tokenizer, so that a trained model can go on to a new domain or language.
+    """Add tokens to a byte-level BPE tokenizer, so that a trained model can be adapted to a new domain or language.
 
-    --add learns new merges on the documents, behind the old ones; --tokens adds whole words. Old tokens keep their ids, new ones follow. With
-    --model, -o is a model directory, tokenizer included: a new token's rows are the mean of the rows of the old tokens that it stands for, all else is
-    copied, so that the logits of the old tokens stay as they are until training goes on (llmkit anneal BIGGER DATA --lr X).
+    --add learns new merges from the documents, ranked after the old ones; --tokens adds whole words. Old tokens
+    keep their ids, new ones follow. With --model, -o is a model directory that includes the tokenizer. The rows
+    of a new token are the mean of the rows of the old tokens that it replaces, and everything else is copied,
+    so the logits of the old tokens do not change until training continues (llmkit anneal BIGGER DATA --lr X).
     """
     from llmkit.io.atomic import check_output
     from llmkit.lineage.formats import describe_input
@@ -58,13 +60,15 @@ def main(
     from llmkit.tokens.pretokenize import gguf_warning
 
     if (add is None) == (tokens is None):
-        raise UsageError("what to add?", "--add COUNT learns merges from the documents, --tokens FILE adds words")
+        raise UsageError(
+            "give either --add or --tokens", "--add COUNT learns merges from the documents, --tokens FILE adds words"
+        )
     if add is not None and add < 1:
-        raise UsageError("--add 0", "add one token at least")
+        raise UsageError("--add 0", "add at least one token")
     if tokens is not None and (inputs or run.files_from):
-        raise UsageError("--tokens learns nothing from documents", "leave the documents out, or give --add")
+        raise UsageError("--tokens reads no documents", "leave the documents out, or use --add")
     if run.output is None:
-        raise UsageError("no output", "name the directory of the new tokenizer, or model, with -o")
+        raise UsageError("no output", "name the directory of the new tokenizer or model with -o")
     info = load_tokenizer_info(tokenizer)
     if warning := gguf_warning(str(tokenizer), extend.check_extendable(info, str(tokenizer))):
         run.warn(warning)
@@ -81,49 +85,51 @@ def main(
         open_weights(loaded)
     reader = None
     if tokens is not None:
-        words = extend.read_words(_text(tokens), str(tokens))
-        made = extend.with_words(info, str(tokenizer), words, multiple)
-        if made.added < len(set(words)):
-            run.note(f"{len(set(words)) - made.added:,} of the words are tokens already")
+        words = extend.read_words(_read_text(tokens), str(tokens))
+        extended = extend.with_words(info, str(tokenizer), words, multiple)
+        if extended.added < len(set(words)):
+            run.note(f"{len(set(words)) - extended.added:,} of the words are already tokens")
     else:
         reader = run.reader(inputs)
-        made = _learned(run, reader, info, str(tokenizer), add or 0, min_frequency, multiple)
-    counts: dict[str, Any] = {"added": made.added, "size": made.size}
+        extended = _learn(run, reader, info, str(tokenizer), add or 0, min_frequency, multiple)
+    counts: dict[str, Any] = {"added": extended.added, "size": extended.size}
     if reader and reader.bad:
         counts["bad_lines"] = reader.bad
     if not run.dry_run:
         lineage = run.lineage()
         lineage.inputs += [describe_input(tokenizer), *(reader.inputs if reader else [])]
         lineage.counts = counts
-        files = extend.described(made, info, lineage)
+        files = extend.tokenizer_files(extended, info, lineage)
         with artefact_directory(run.output, run.force) as directory:
             if model is not None:
                 from llmkit.model.resize import write_resized
 
                 with run.progress(loaded.config.parameters(), "weights") as bar:
                     rows = write_resized(
-                        loaded, info.vocab_size, made.pieces, directory, files, lineage.to_json(), bar.advance
+                        loaded, info.vocab_size, extended.pieces, directory, files, lineage.to_json(), bar.advance
                     )
                 counts["rows"] = rows
             else:
                 for name, text in files.items():
                     (directory / name).write_bytes(text.encode())
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output}"
-    run.finish(counts, f"{made.added:,} tokens added, {info.vocab_size:,} to {made.size:,}; {where}")
+    run.finish(counts, f"{extended.added:,} tokens added, {info.vocab_size:,} to {extended.size:,}; {where}")
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     from llmkit.errors import LlmkitError
 
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "a list of words, one a line") from error
+        raise LlmkitError(
+            f"{path}: invalid UTF-8 (byte {error.start})", "give a list of words, one per line"
+        ) from error
 
 
-def _learned(
+def _learn(
     run: Run, reader: DocumentReader, info: TokenizerInfo, name: str, add: int, min_frequency: int, multiple: int
-) -> Extended:
+) -> ExtendedTokenizer:
     from llmkit.errors import LlmkitError
     from llmkit.tokens import extend
 
@@ -134,9 +140,9 @@ def _learned(
                 bar.advance()
                 yield document.text
 
-        merges = extend.learn(info, texts(), add, min_frequency)
+        merges = extend.learn_merges(info, texts(), add, min_frequency)
     if not merges:
-        raise LlmkitError("the documents hold no pair to merge", "give more text, or a lower --min-frequency")
+        raise LlmkitError("the documents have no pair to merge", "give more text, or a lower --min-frequency")
     if len(merges) < add:
-        run.warn(f"the documents hold {len(merges):,} merges of the {add:,} asked for")
+        run.warn(f"the documents have only {len(merges):,} of the {add:,} merges requested")
     return extend.with_merges(info, name, merges, multiple)

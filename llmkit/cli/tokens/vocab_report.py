@@ -1,4 +1,4 @@
-"""`llmkit vocab report`: measure what tokenizers make of real text."""
+"""`llmkit vocab report`: measure tokenizers on real text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llmkit.cli.shared.options import Run, command
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.tokens.fertility import Key, Tally
+    from llmkit.tokens.fertility import GroupCounts, GroupKey
 
-NAMED = 5  # groups in one warning
-BY = ("language", "source")
+MAX_NAMED = 5  # groups in one warning
+DEFAULT_BY = ("language", "source")
 
 
 @command(
@@ -34,23 +34,25 @@ def main(
     ],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="INPUT", help="Documents; may be repeated; without it stdin"),
+        typer.Option("--text", metavar="INPUT", help="Documents; repeatable; default: stdin"),
     ] = None,
     by: Annotated[
         list[str] | None,
-        typer.Option("--by", metavar="FIELD", help="Group by this field; may be repeated; default: language, source"),
+        typer.Option("--by", metavar="FIELD", help="Group by this field; repeatable; default: language, source"),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="The group that others are held against; default: English"),
+        typer.Option("--baseline", metavar="NAME", help="Group to compare the others with; default: English"),
     ] = None,
 ) -> None:
-    """Measure tokenizers on real text, side by side: fertility (tokens a word), bytes a token, the share of words that are a single token, and the
-    tokens that never occur; over all, and by language and domain.
+    """Compare tokenizers on real text: fertility (tokens per word), bytes per token, the share of words that
+    are a single token, and the number of unused tokens, overall and by language and domain.
 
-    A table goes to stderr, one JSON document to stdout or -o. Groups are the values of the documents' fields, `language` and `source` (a file's name
-    where there is none) or those of --by. In scripts without spaces every character counts as a word. A group whose fertility is over 1.5
-    times that of English (language en or eng, or the group of --baseline) is warned of: its text costs that much more, in training and in use.
+    A table goes to stderr, one JSON document to stdout or -o. Groups are the values of the fields `language`
+    and `source` (by default the name of the file), or of those given with --by. In scripts without spaces every
+    character counts as a word. A warning lists the groups whose fertility is over 1.5 times that of English
+    (language en or eng, or the group given with --baseline): their text costs that much more, in training and
+    inference.
     """
     import orjson
 
@@ -67,24 +69,24 @@ def main(
 
         check_output(run.output, run.force)
     reader = run.reader(text)
-    meter = fertility.Meter(infos, reader.options, by or BY)
-    total: dict[Key, Tally] = {}
+    meter = fertility.FertilityMeter(infos, reader.options, by or DEFAULT_BY)
+    total: dict[GroupKey, GroupCounts] = {}
     from llmkit.engine.local import ordered_map
 
     with run.progress(None, "documents") as bar:
-        for part in ordered_map(meter, reader.chunks(), run.jobs):
-            reader.accept(part.bad)
-            fertility.merge(total, part.groups)
-            bar.advance(part.documents)
+        for chunk in ordered_map(meter, reader.chunks(), run.jobs):
+            reader.accept(chunk.bad)
+            fertility.merge_groups(total, chunk.groups)
+            bar.advance(chunk.documents)
     if by and total:
         for name in by:
-            if not _others(total, name) and (name, fertility.NONE) in total:
+            if not _has_values(total, name) and (name, fertility.MISSING) in total:
                 run.warn(f"no document has a field {name!r} to group by")
-    total = {key: tally for key, tally in total.items() if key[1] != fertility.NONE or _others(total, key[0])}
-    base = fertility.baseline(total, baseline)
+    total = {key: counts for key, counts in total.items() if key[1] != fertility.MISSING or _has_values(total, key[0])}
+    base = fertility.find_baseline(total, baseline)
     if baseline is not None and base is None:
-        raise UsageError(f"--baseline {baseline}: no group of that name holds words", "see --by")
-    names = _distinct(tokenizers)
+        raise UsageError(f"--baseline {baseline}: no group of that name has words", "see --by")
+    names = _short_names(tokenizers)
     sizes = [info.vocab_size for info in infos]
     rows = sorted(total.items(), key=lambda item: (item[0][0], -item[1].bytes, item[0][1]))
     report = {
@@ -93,10 +95,10 @@ def main(
             {"name": name, "digest": info.digest, "vocab_size": info.vocab_size}
             for name, info in zip(names, infos, strict=True)
         ],
-        "groups": [{"field": key[0], "value": key[1]} | tally.figures(sizes) for key, tally in rows],
+        "groups": [{"field": key[0], "value": key[1]} | counts.figures(sizes) for key, counts in rows],
     }
-    _table(run, names, report["groups"])  # type: ignore[arg-type]
-    _warn(run, names, total, base)
+    _show_table(run, names, report["groups"])  # type: ignore[arg-type]
+    _warn_high_fertility(run, names, total, base)
     write_json(run, report | {"inputs": [item.to_dict() for item in reader.inputs]})
     counts = {"documents": total[fertility.ALL].documents if total else 0, "groups": len(total)}
     run.finish(
@@ -104,51 +106,51 @@ def main(
     )
 
 
-def _others(total: dict[Key, Tally], field: str) -> bool:
-    """Whether a field has more values than "there is none"."""
+def _has_values(total: dict[GroupKey, GroupCounts], field: str) -> bool:
+    """Whether a field has any value besides `MISSING`."""
     return sum(key[0] == field for key in total) > 1
 
 
-def _distinct(paths: list[Path]) -> list[str]:
-    """Short names for columns: the last component, the whole path where two have the same."""
+def _short_names(paths: list[Path]) -> list[str]:
+    """Names for table rows: the last component of each path, or the whole paths where two would be equal."""
     names = [path.name or str(path) for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _table(run: Run, names: list[str], groups: list[dict[str, Any]]) -> None:
+def _show_table(run: Run, names: list[str], groups: list[dict[str, Any]]) -> None:
     rows = []
     for group in groups:
-        for i, made in enumerate(group["tokenizers"]):
+        for i, figures in enumerate(group["tokenizers"]):
             row = [f"{group['field']} {group['value']}".strip()[:60] if i == 0 else "", group["words"]]
             row += [names[i]] if names[1:] else []
-            row += [_shown(made["fertility"]), _shown(made["bytes_per_token"])]
-            rows.append([*row, _shown(made["single_token_words"], "{:.1%}"), made["unused"]])
+            row += [_format(figures["fertility"]), _format(figures["bytes_per_token"])]
+            rows.append([*row, _format(figures["single_token_words"], "{:.1%}"), figures["unused"]])
     columns = ["words", *(["tokenizer"] if names[1:] else []), "tokens/word", "bytes/token", "single", "unused"]
     run.table("Fertility", ["", *columns], rows)
 
 
-def _shown(value: float | None, form: str = "{:.2f}") -> str:
-    return "" if value is None else form.format(value)
+def _format(value: float | None, template: str = "{:.2f}") -> str:
+    return "" if value is None else template.format(value)
 
 
-def _warn(run: Run, names: list[str], total: dict[Key, Tally], base: Key | None) -> None:
-    """A line for each tokenizer that is dear on some group; a note where nothing can be said."""
-    from llmkit.tokens.fertility import WARN_OVER, costly
+def _warn_high_fertility(run: Run, names: list[str], total: dict[GroupKey, GroupCounts], base: GroupKey | None) -> None:
+    """Warn about each tokenizer with a high fertility on some group, or note that there is no baseline."""
+    from llmkit.tokens.fertility import WARN_OVER, high_fertility
 
     if base is None:
         if total:
-            run.note("no English among the groups to hold the others against: name one with --baseline")
+            run.note("no English among the groups to compare the others with: name one with --baseline")
         return
     for t, name in enumerate(names):
-        found = costly(total, base, t)
-        if found:
-            shown = ", ".join(f"{key[1]} ({ratio:.1f})" for key, ratio in found[:NAMED])
-            more = f" and {len(found) - NAMED:,} more" if found[NAMED:] else ""
+        groups = high_fertility(total, base, t)
+        if groups:
+            shown = ", ".join(f"{key[1]} ({ratio:.1f})" for key, ratio in groups[:MAX_NAMED])
+            more = f" and {len(groups) - MAX_NAMED:,} more" if groups[MAX_NAMED:] else ""
             run.warn(f"{name}: fertility over {WARN_OVER} times that of {base[1]}: {shown}{more}")
 
 
 def write_json(run: Run, report: dict[str, Any]) -> None:
-    """One JSON document to -o, else to stdout where that is no terminal."""
+    """Write one JSON document to -o, or to stdout unless that is a terminal."""
     data = jsonlib.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
     if run.dry_run:
         return

@@ -10,6 +10,7 @@ import typer
 
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.run_layout import FINAL, LATEST
 
 if TYPE_CHECKING:
     from llmkit.training.trace import Trace
@@ -23,18 +24,22 @@ if TYPE_CHECKING:
 )
 def main(
     run: Run,
-    directory: Annotated[str, typer.Argument(metavar="RUN", help="A run of train or anneal, finished or not")],
-    step: Annotated[int | None, typer.Option("--step", min=1, help="Show what this step read")] = None,
-    find: Annotated[str | None, typer.Option("--find", metavar="ID", help="Show where this document was read")] = None,
-    text: Annotated[bool, typer.Option("--text", help="Show the text too, as the tokens give it")] = False,
+    directory: Annotated[str, typer.Argument(metavar="RUN", help="Run of train or anneal, finished or not")],
+    step: Annotated[int | None, typer.Option("--step", min=1, help="Show the documents of this step")] = None,
+    find: Annotated[
+        str | None, typer.Option("--find", metavar="ID", help="Show the steps that read this document")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Also show the decoded text")] = False,
 ) -> None:
-    """Show which documents a step read: row of the batch, positions in it, source, id, tokens of the document, and how often it was seen before.
+    """Show which documents a step read: row of the batch, positions in it, source, id, tokens of the document,
+    and how often it was seen before.
 
-    Steps count from 1, as in metrics.jsonl. --find names every place where a document was read so far. --json prints a JSON object a line.
-    The shards have to be where the run read them. A step that the guard passed over is named so.
+    Steps count from 1, as in metrics.jsonl. --find lists every occurrence of a document so far. --json prints
+    one JSON object per line. The shards must still be where the run read them. Steps skipped by the guard are
+    marked.
     """
     if (step is None) == (find is None):
-        raise UsageError("what is to be traced?", "give either --step or --find")
+        raise UsageError("nothing to trace", "give either --step or --find")
     from llmkit.training.trace import Trace, skipped_steps, steps_done
 
     trace, done, skipped = Trace(directory), steps_done(directory), skipped_steps(directory)
@@ -50,9 +55,9 @@ def main(
             record["text"] = decode(piece.tokens.tolist())
         print(jsonlib.dumps(record, ensure_ascii=False) if run.as_json else _line(record))
     if step is not None and step in skipped:
-        run.note(f"step {step:,} was passed over by the guard: {skipped[step] or 'see events.jsonl'}")
+        run.note(f"step {step:,} was skipped by the guard: {skipped[step] or 'see events.jsonl'}")
     elif step is not None and step > done:
-        run.note(f"step {step:,} is still to come: {done:,} of {trace.steps:,} are done")
+        run.note(f"step {step:,} has not run yet: {done:,} of {trace.steps:,} steps are done")
     elif find is not None:
         if not count:
             raise LlmkitError(
@@ -62,7 +67,7 @@ def main(
 
 
 def _line(record: dict[str, Any]) -> str:
-    """One line for people; what is strange in ids, sources and texts is escaped."""
+    """One line for people; control characters in ids, sources and texts are escaped."""
     name, source = (jsonlib.dumps(record[key], ensure_ascii=False)[1:-1] for key in ("id", "source"))
     line = f"step {record['step']} row {record['row']} [{record['first']}:{record['last']}] {source} {name}"
     line += f" tokens [{record['start']}:{record['stop']}]" + (f" seen {record['epoch']}x" if record["epoch"] else "")
@@ -71,16 +76,16 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _decoder(trace: Trace, run: Path) -> Any:
-    """Token ids to text, by the tokenizer in the run, or the one beside its data."""
+    """A function from token ids to text, with the tokenizer in the run, or else the one beside its data."""
     from tokenizers import Tokenizer
 
-    files = [run / "latest" / "tokenizer.json", run / "final" / "tokenizer.json"]
-    found = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
-    found = found or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
-    if found is None:
-        raise LlmkitError(f"{run}: no tokenizer in the run or beside its data", "leave out --text")
+    files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
+    content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
+    content = content or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
+    if content is None:
+        raise LlmkitError(f"{run}: no tokenizer in the run or beside its data", "omit --text")
     try:
-        tokenizer = Tokenizer.from_str(found)
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises plain Exception
-        raise LlmkitError(f"{run}: its tokenizer.json is damaged ({error})", "leave out --text") from error
+        raise LlmkitError(f"{run}: its tokenizer.json is damaged ({error})", "omit --text") from error
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -247,7 +247,7 @@ class LocalStore:
         state: list[Any] = [np.full(len(column), -1, np.int64) for column in (exact, same, same)]
         state += [np.zeros(len(same)), np.zeros(len(same), np.bool_)]
         for first in range(0, len(self), BATCH):
-            shingles = self.column("shingles" if lazy else "")  # mapped anew, which releases the pages already read
+            shingles = self.column("shingles" if lazy else "")  # mapped again, which releases the pages already read
             ranks = first, min(first + BATCH, len(self)), self.references
             measured = similarities, documents, shingles.view(np.uint32), starts, self._threshold()
             kernels.stars(*ranks, exact, same, candidates, *measured, *decisions, *state)

@@ -26,7 +26,7 @@ class MeasuredChunk:
     | column | content |
     |---|---|
     | sizes | length of the line, bytes |
-    | weights | number of documents that the document stands for already |
+    | weights | number of documents that the document already represents |
     | preference | how much the document is preferred as a survivor |
     | exact | hash of the key |
     | keyed | whether there is a key |

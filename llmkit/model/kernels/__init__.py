@@ -1,3 +1,5 @@
-"""Compiled kernels over rows of float32, for training on CPU. See llmkit/kernels for how kernels are kept."""
+"""Compiled kernels over rows of float32, for training on the CPU. See llmkit/kernels for how compiled code is
+cached.
+"""
 
-import llmkit.kernels  # noqa: F401  before numba, since it says where compiled code is kept
+import llmkit.kernels  # noqa: F401  before numba, because it sets the cache directory

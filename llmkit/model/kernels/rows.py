@@ -1,9 +1,11 @@
-"""Row by row over float32 on the CPU: norm, rotation, SwiGLU, softmax of attention and of the loss, each in one pass over memory, both ways.
+"""Kernels over rows of float32 on the CPU: norm, rotation, SwiGLU, softmax of attention and of the loss,
+forward and backward, each in one pass over memory.
 
-Every kernel takes [first, last) of its rows and then C-contiguous arrays, writes into what it is given, and computes a row in the same order however
-the rows are split: results do not depend on threads. NaN and infinity come out where they come in.
+Every kernel takes a range of rows [first, last) and C-contiguous arrays, and writes into output arguments. The
+order of operations within a row does not depend on how rows are divided, so results do not depend on threads.
+NaN and infinity propagate.
 
-exp is the polynomial of Cephes (expf.c: 2 units in the last place over [-87, 88]); LLVM turns all loops into vector instructions.
+exp is the polynomial of Cephes (expf.c: 2 units in the last place over [-87, 88]). LLVM vectorises all loops.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-# Sums may be taken in another order, which is what lets them use vectors; nothing is assumed about NaN or infinity.
+# Sums may be reordered, which allows vectorisation; nothing is assumed about NaN or infinity.
 _SETTINGS: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False, "error_model": "numpy"}
 SUMS = {"reassoc", "contract", "nsz"}
 
@@ -26,17 +28,17 @@ def rows_kernel(function: Any) -> Any:
 
 
 def exact(function: Any) -> Any:
-    """Written into its callers, with its own order of operations."""
+    """A function that is inlined into its callers and keeps its order of operations."""
     return numba.njit(**_SETTINGS, fastmath={"contract"}, forceinline=True)(function)
 
 
-_emitted: Any = intrinsic  # written in LLVM's terms
+_emitted: Any = intrinsic  # emits LLVM instructions
 _I32, _F32 = ir.IntType(32), ir.FloatType()
 
 
 @_emitted
 def _power(_, magic):  # type: ignore[no-untyped-def]
-    """2^n of n + MAGIC."""
+    """2^n from n + MAGIC."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = builder.bitcast(arguments[0], _I32)
@@ -48,7 +50,7 @@ def _power(_, magic):  # type: ignore[no-untyped-def]
 
 @_emitted
 def _key(_, value):  # type: ignore[no-untyped-def]
-    """An int32 that is ordered as floats are: its largest is found with vectors, that of floats is not."""
+    """An int32 with the order of the floats: its maximum vectorises, that of floats does not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits = builder.bitcast(arguments[0], _I32)
@@ -60,7 +62,7 @@ def _key(_, value):  # type: ignore[no-untyped-def]
 
 @_emitted
 def _value(_, key):  # type: ignore[no-untyped-def]
-    """The float that `_key` made it of."""
+    """The inverse of `_key`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sign = builder.ashr(arguments[0], ir.Constant(_I32, 31))
@@ -71,16 +73,16 @@ def _value(_, key):  # type: ignore[no-untyped-def]
 
 
 _f = np.float32
-ZERO, ONE, LOWEST, MAGIC = _f(0), _f(1), _f(-87), _f(12582912)  # 1.5 · 2^23: adding it rounds to a whole number
+ZERO, ONE, LOWEST, MAGIC = _f(0), _f(1), _f(-87), _f(12582912)  # 1.5 · 2^23: adding it rounds to an integer
 LOG2E, LN2_HIGH, LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 C0, C1, C2, C3, C4, C5 = map(_f, (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
 LEAST = np.int32(-(2**31))
-BLOCK = 256  # rows whose gradients of a norm's weight are one sum
+BLOCK = 256  # rows that are summed into one partial gradient of a norm's weight
 
 
 @exact
 def exp(x):  # type: ignore[no-untyped-def]
-    """e^x for x up to 88; below -87 as for -87 (1.6e-38)."""
+    """e^x for x up to 88; below -87 the value at -87 (1.6e-38)."""
     x = LOWEST if x < LOWEST else x
     magic = x * LOG2E + MAGIC
     n = magic - MAGIC
@@ -105,7 +107,7 @@ def norm(first, last, x, weight, eps, y, inverse):  # type: ignore[no-untyped-de
 
 @rows_kernel
 def norm_back(first, last, x, weight, inverse, grad, dx, dweight):  # type: ignore[no-untyped-def]
-    """Gradients of `norm`; that of the weight is added to dweight [blocks of BLOCK rows, width]."""
+    """Gradients of `norm`; the weight's are accumulated in dweight [blocks of BLOCK rows, width]."""
     width = x.shape[1]
     for i in range(first, last):
         block = i // BLOCK
@@ -140,25 +142,27 @@ def swiglu_back(first, last, gate, up, grad, dgate, dup):  # type: ignore[no-unt
 
 @rows_kernel
 def rotate(first, last, x, cos, sin, sign, y):  # type: ignore[no-untyped-def]
-    """Turn each head of x [rows, H, K] by the angle of cos and sin [rows of a sequence, K]; backwards with sign -1."""
+    """Rotate each head of x [rows, H, K] by the angles of cos and sin [rows of a sequence, K]; sign -1 is the
+    inverse."""
     period, half = cos.shape[0], x.shape[2] // 2
     for i in range(first, last):
-        place = i % period
+        position = i % period
         for h in range(x.shape[1]):
             for j in range(half):
                 a, b = x[i, h, j], x[i, h, half + j]
-                c, s = cos[place, j], sin[place, j] * sign
+                c, s = cos[position, j], sin[position, j] * sign
                 y[i, h, j] = a * c - b * s
                 y[i, h, half + j] = b * c + a * s
 
 
 @rows_kernel
-def softmax(first, last, scores, rows, place, begins, scale, logsum):  # type: ignore[no-untyped-def]
-    """Probabilities in place of raw scores [heads · rows, keys]: row r of a head is query place + r of a sequence, which sees the keys from
-    begins[query] to its own; key 0 here is begins[place]. `logsum` [heads, queries] is for the way back."""
-    offset = begins[place]
+def softmax(first, last, scores, rows, first_query, begins, scale, logsum):  # type: ignore[no-untyped-def]
+    """Replace raw scores [heads · rows, keys] with probabilities. Row r of a head is query `first_query + r` of
+    a sequence, which sees the keys from begins[query] to its own; key 0 here is begins[first_query]. `logsum`
+    [heads, queries] is kept for the backward pass."""
+    offset = begins[first_query]
     for i in range(first, last):
-        query = place + i % rows
+        query = first_query + i % rows
         low, high = begins[query] - offset, query + 1 - offset
         seen, top = scores[i, low:high], LEAST
         for j in range(len(seen)):
@@ -177,11 +181,12 @@ def softmax(first, last, scores, rows, place, begins, scale, logsum):  # type: i
 
 
 @rows_kernel
-def softmax_back(first, last, scores, rows, place, begins, scale, logsum, grad, delta):  # type: ignore[no-untyped-def]
-    """Probabilities in place of raw scores again, and the gradient of the raw scores in place of that of the probabilities."""
-    offset = begins[place]
+def softmax_back(first, last, scores, rows, first_query, begins, scale, logsum, grad, delta):  # type: ignore[no-untyped-def]
+    """Recompute probabilities in place of raw scores, and replace the gradient of the probabilities with that
+    of the raw scores."""
+    offset = begins[first_query]
     for i in range(first, last):
-        query, head = place + i % rows, i // rows
+        query, head = first_query + i % rows, i // rows
         low, high = begins[query] - offset, query + 1 - offset
         shift, mean = logsum[head, query], delta[head, query]
         seen, change = scores[i, low:high], grad[i, low:high]
@@ -196,7 +201,8 @@ def softmax_back(first, last, scores, rows, place, begins, scale, logsum, grad, 
 
 @rows_kernel
 def cross_entropy(first, last, logits, targets, factors, z_loss, losses, log_z, gradient):  # type: ignore[no-untyped-def]
-    """-log softmax(logits)[target] and log Z of each row; with `gradient`, that of (loss + z_loss · log² Z) · factor in place of the logits."""
+    """-log softmax(logits)[target] and log Z of each row; with `gradient`, logits are overwritten with that of
+    (loss + z_loss · log² Z) · factor."""
     width = logits.shape[1]
     for i in range(first, last):
         top = LEAST

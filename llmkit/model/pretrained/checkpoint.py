@@ -1,7 +1,7 @@
-"""Models from and into Hugging Face directories: the decoder with its weights, and what directory.py makes of the rest.
+"""Loading and saving decoders as Hugging Face directories. Everything but the weights is directory.py's.
 
-Only safetensors are read, and sizes are checked against the configuration before memory is taken. Weights are loaded from memory-mapped files,
-one copy in memory.
+Only safetensors are read, and sizes are checked against the configuration before memory is allocated. Weights
+are loaded from memory-mapped files, with one copy in memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig
-from llmkit.model.decoder import Decoder, expected_tensors
+from llmkit.model.decoder import Decoder
+from llmkit.model.family import HEAD, expected_tensors, is_ignored
 from llmkit.model.pretrained.directory import (
     WEIGHTS,
     LoadedModel,
     check_vocabulary,
     load_info,
     load_tokenizer,
-    resolve_model,
     save_description,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
@@ -37,7 +37,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open_weights",
-    "resolve_model",
     "save_description",
     "save_model",
 ]
@@ -48,10 +47,11 @@ DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat1
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> tuple[Decoder, LoadedModel]:
-    """The decoder of a model directory or run, in eval mode, and what the directory says beside.
+    """The decoder of a model directory or run, in eval mode, and the rest of the directory.
 
-    `dtype=None` keeps the stored type (of quantised weights: that of their scales). Raises LlmkitError naming the first tensor that is
-    missing, unexpected or of another shape. Memory: the weights once, and one tensor more.
+    `dtype=None` keeps the stored type (for quantised weights, that of their scales). Raises LlmkitError naming
+    the first tensor that is missing, unexpected or of the wrong shape. Memory: the weights once, plus one
+    tensor.
     """
     info = load_info(path)
     weights = open_weights(info)
@@ -59,35 +59,36 @@ def load_model(
         model = Decoder(info.config)
     if "tokenizer.json" in info.tokenizer_files:
         check_vocabulary(load_tokenizer(info.tokenizer_files, info.path), info.config.vocab_size, info.path)
-    found = {name: weights[name].to(device=device, dtype=dtype, copy=True) for name in model.state_dict()}
-    model.load_state_dict(found, assign=True)
+    state = {name: weights[name].to(device=device, dtype=dtype, copy=True) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
     return model.eval(), info
 
 
 def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> tuple[Decoder, LoadedModel]:
-    """`load_model` as a command's --dtype (fp32, bf16, fp16) and --device name it.
+    """`load_model` with a command's --dtype (fp32, bf16, fp16) and --device.
 
-    By default on the GPU, where there is one, in the stored type; else on the CPU in float32, which is the fastest there.
+    By default the GPU if there is one, in the stored type; otherwise the CPU in float32, the fastest type there.
     """
     kinds = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in kinds:
         raise unknown_name("--dtype", dtype, [name for name in kinds if name])
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return load_model(path, kinds[dtype] or (torch.float32 if place == "cpu" else None), place)
-    except (RuntimeError, AssertionError) as error:  # what torch says of a device that is not there or is full
-        raise LlmkitError(f"device {place!r}: {str(error).splitlines()[0]}", "see --device") from error
+        return load_model(path, kinds[dtype] or (torch.float32 if device == "cpu" else None), device)
+    except (RuntimeError, AssertionError) as error:  # the device does not exist or is out of memory
+        raise LlmkitError(f"device {device!r}: {str(error).splitlines()[0]}", "see --device") from error
 
 
 def open_weights(info: LoadedModel) -> Weights:
-    """The weights of a model directory, checked by name and shape against its configuration, none read yet."""
+    """The weights of a model directory, not yet read, with names and shapes checked against its configuration."""
     weights = Weights(info.path, info.quantization)
     # Before a model is built even on the meta device: a configuration may claim a billion layers.
     if info.config.parameters() > 2 * weights.stored_bytes:
         raise LlmkitError(
-            f"{info.path}: config.json means {info.config.parameters():,} weights, the files hold {weights.stored_bytes:,} bytes",
-            "the directory is incomplete, or its config.json is another model's",
+            f"{info.path}: config.json describes {info.config.parameters():,} weights,"
+            f" the files have {weights.stored_bytes:,} bytes",
+            "the directory is incomplete, or its config.json belongs to another model",
         )
     expected = expected_tensors(info.config)
     check_layout({name: shape for name, (_, shape) in weights.layout.items()}, expected, info)
@@ -101,32 +102,28 @@ def open_weights(info: LoadedModel) -> Weights:
 
 
 def check_layout(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], info: LoadedModel
+    actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], info: LoadedModel
 ) -> None:
-    """Refuse weights that do not fit the configuration, naming the tensor."""
+    """LlmkitError naming the tensor if the shapes of the weights do not fit the configuration."""
 
-    def some(names: list[str]) -> str:
+    def summary(names: list[str]) -> str:
         return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
-    if missing := sorted(expected.keys() - found.keys()):
+    if missing := sorted(expected.keys() - actual.keys()):
         raise LlmkitError(
-            f"{info.path}: missing tensor {some(missing)}",
-            "the directory is incomplete, or its config.json is another model's",
+            f"{info.path}: missing tensor {summary(missing)}",
+            "the directory is incomplete, or its config.json belongs to another model",
         )
-    # A tied model may store its output layer all the same; old directories hold rotary tables.
-    extra = sorted(name for name in found.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
-    if info.config.tie_word_embeddings:
-        extra = [name for name in extra if name != "lm_head.weight"]
-    if extra:
+    if extra := sorted(name for name in actual.keys() - expected.keys() if not is_ignored(name, info.config)):
         raise LlmkitError(
-            f"{info.path}: unexpected tensor {some(extra)}",
+            f"{info.path}: unexpected tensor {summary(extra)}",
             f"config.json describes a {info.config.architecture} without it",
         )
     for name, shape in expected.items():
-        if found[name] != shape:
+        if actual[name] != shape:
             raise LlmkitError(
-                f"{info.path}: tensor {name} has shape {list(found[name])} where config.json means {list(shape)}",
-                "the directory's parts belong to different models",
+                f"{info.path}: tensor {name} has shape {list(actual[name])} where config.json implies {list(shape)}",
+                "the files of the directory belong to different models",
             )
 
 
@@ -139,17 +136,13 @@ def save_model(
     dtype: torch.dtype | None = None,
     stop_ids: list[int] | None = None,
 ) -> None:
-    """Fill `directory` (it exists; the caller makes it atomic) with a model; `dtype=None` keeps the tensors' type.
+    """Write a model into `directory` (it exists; the caller makes it atomic). `dtype=None` keeps the tensors' types.
 
-    `stop_ids` go into generation_config.json; they default to the configuration's eos_token_id.
+    `stop_ids` are written to generation_config.json; by default they are the configuration's eos_token_id.
     """
-    kept = {
-        name: value
-        for name, value in state_dict.items()
-        if not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
-    layout = {name: (dtype or value.dtype, tuple(value.shape)) for name, value in kept.items()}
+    tensors = {name: value for name, value in state_dict.items() if not (name == HEAD and config.tie_word_embeddings)}
+    layout = {name: (dtype or value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
-    write_safetensors(directory / WEIGHTS, layout, lambda name: kept[name].to(layout[name][0]), metadata)
-    stored = dtype or next(iter(layout_of(kept).values()))[0]
+    write_safetensors(directory / WEIGHTS, layout, lambda name: tensors[name].to(layout[name][0]), metadata)
+    stored = dtype or next(iter(layout_of(tensors).values()))[0]
     save_description(directory, config.to_hf(DTYPE_NAMES[stored]), tokenizer_files, stop_ids)

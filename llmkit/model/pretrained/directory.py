@@ -1,7 +1,8 @@
-"""Model directories as Hugging Face lays them out, all but their weights: config.json, generation_config.json, tokenizer files. No torch.
+"""Hugging Face model directories except their weights: config.json, generation_config.json, tokenizer files. No torch.
 
-Directories come from strangers: pickles are never read, no code that a directory names is run, sizes are bounded. What is written opens in
-transformers, vLLM, lm-eval and mergekit as it is. The weights are read and written by checkpoint.py, and as numbers alone by streamed.py.
+Directories are untrusted: pickles are never read, code that a directory names is never run, sizes are bounded.
+Written directories open unchanged in transformers, vLLM, lm-eval and mergekit. Weights are read and written by
+checkpoint.py, and streamed as numbers by streamed.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError
+from llmkit.io.run_layout import resolve_model
 from llmkit.model.config import ModelConfig, read_json
 
 if TYPE_CHECKING:
@@ -27,29 +29,13 @@ MAX_TOKENIZER_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class LoadedModel:
-    """What a model directory says beside its weights."""
+    """The content of a model directory except its weights."""
 
     path: Path
     config: ModelConfig
     tokenizer_files: dict[str, str] = field(default_factory=dict)
-    stop_ids: list[int] = field(default_factory=list)  # every id that ends a generation
+    stop_ids: list[int] = field(default_factory=list)  # ids that end generation
     quantization: dict[str, Any] | None = None
-
-
-def resolve_model(path: str | Path) -> Path:
-    """The model directory that `path` stands for: itself, or the final model of a run."""
-    path = Path(path)
-    if (path / "config.json").is_file():
-        return path
-    if (path / "final").is_dir():
-        return path / "final"
-    if (path / "checkpoints").is_dir():
-        raise LlmkitError(f"{path}: the run has no final model yet", f"finish it with --resume, or name {path}/latest")
-    if not path.exists():
-        raise LlmkitError(
-            f"{path}: no such file or directory", "give a model directory or a run; nothing is downloaded"
-        )
-    raise LlmkitError(f"{path}: not a model directory (no config.json)", "give a Hugging Face directory or a run")
 
 
 def load_info(path: str | Path) -> LoadedModel:
@@ -68,13 +54,13 @@ def load_info(path: str | Path) -> LoadedModel:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a directory, sharded or not, in order."""
+    """The safetensors files of a directory, sharded or not, in name order."""
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
         table = read_json(path / INDEX).get("weight_map")
-        named = list(table.values()) if isinstance(table, dict) else []
-        names = sorted(set(named)) if all(isinstance(name, str) for name in named) else []
+        values = list(table.values()) if isinstance(table, dict) else []
+        names = sorted(set(values)) if all(isinstance(name, str) for name in values) else []
         if not names or any(Path(name).name != name for name in names):
             raise LlmkitError(f"{path / INDEX}: no usable weight_map", "the file is damaged")
         missing = [name for name in names if not (path / name).is_file()]
@@ -82,43 +68,45 @@ def weight_files(path: Path) -> list[Path]:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise LlmkitError(f"{path}: missing {missing[0]}{more}", "the directory is incomplete")
         return [path / name for name in names]
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
-    if others:
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
+    if pickles:
         raise LlmkitError(
-            f"{path}: only pickled weights ({others[0]})", "pickles can run code; convert them to safetensors first"
+            f"{path}: only pickled weights ({pickles[0]})", "pickles can run code; convert them to safetensors first"
         )
     raise LlmkitError(f"{path}: no {WEIGHTS}", "the directory is incomplete")
 
 
 def read_tokenizer_files(path: Path) -> dict[str, str]:
-    """Name -> text of the tokenizer files in a directory; empty where there is none."""
+    """Text of the tokenizer files in a directory by name; empty if it has none."""
     files = {}
     for name in TOKENIZER_FILES:
         file = path / name
         if file.is_file():
             if file.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise LlmkitError(f"{file}: larger than {MAX_TOKENIZER_BYTES >> 20} MiB", "this is no tokenizer")
+                raise LlmkitError(
+                    f"{file}: larger than {MAX_TOKENIZER_BYTES >> 20} MiB", "this is not a tokenizer file"
+                )
             try:
                 files[name] = file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise LlmkitError(f"{file}: invalid UTF-8", "the file is damaged") from error
-            if name.endswith(".json") and name != "tokenizer.json":  # which its library reads
+            if name.endswith(".json") and name != "tokenizer.json":  # the tokenizers library validates that one
                 _check_object(file, files[name])
     return files
 
 
 def _check_object(file: Path, text: str) -> None:
-    """LlmkitError where a file's text is no JSON object."""
+    """LlmkitError if a file's text is not a JSON object."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LlmkitError(f"{file}: not JSON ({error})", "the file is damaged") from error
-    if not isinstance(found, dict):
-        raise LlmkitError(f"{file}: holds no JSON object", "the file is damaged")
+    if not isinstance(content, dict):
+        raise LlmkitError(f"{file}: not a JSON object", "the file is damaged")
 
 
 def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
-    """The tokenizer of a directory's files (the `tokenizers` library's); LlmkitError where there is none or it is damaged."""
+    """The tokenizer (of the `tokenizers` library) in a directory's files; LlmkitError if it is missing or damaged."""
     from tokenizers import Tokenizer
 
     if "tokenizer.json" not in files:
@@ -127,20 +115,20 @@ def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"])
     except Exception as error:  # the library raises bare Exception
         raise LlmkitError(
-            f"{where}: tokenizer.json is not readable ({error})", "the file is damaged or of a newer version"
+            f"{where}: tokenizer.json is not readable ({error})", "the file is damaged or too new"
         ) from error
-    # The file may hold the settings of whoever saved it; a text that is cut or padded in silence is another text.
+    # The file may enable truncation or padding, which would silently change texts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for."""
+    """LlmkitError if the tokenizer has ids without an embedding in the model."""
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > vocab_size:
         raise LlmkitError(
-            f"{where}: the tokenizer has ids up to {size - 1:,}, the model only {vocab_size:,} of them",
+            f"{where}: the tokenizer has ids up to {size - 1:,}, the model has only {vocab_size:,}",
             "they belong to different models",
         )
 
@@ -148,7 +136,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -
 def save_description(
     directory: Path, config_json: dict[str, Any], tokenizer_files: Mapping[str, str], stop_ids: list[int] | None = None
 ) -> None:
-    """Everything of a model directory but the weights."""
+    """Write everything in a model directory except the weights."""
     vocabulary = config_json["vocab_size"]
     if "tokenizer.json" in tokenizer_files:
         check_vocabulary(load_tokenizer(tokenizer_files, directory), vocabulary, directory)
@@ -164,14 +152,15 @@ def save_description(
 
 
 def with_template_in_both_places(files: Mapping[str, str]) -> dict[str, str]:
-    """transformers 5 reads the chat template from chat_template.jinja, older readers from tokenizer_config.json: the same text in both."""
+    """Tokenizer files with the chat template both in chat_template.jinja, which transformers 5 reads, and in
+    tokenizer_config.json, for older readers."""
     files = dict(files)
     if "tokenizer_config.json" in files:
         try:
             config = json.loads(files["tokenizer_config.json"])
         except ValueError as error:
             raise LlmkitError(
-                f"tokenizer_config.json is not JSON ({error})", "the tokenizer's directory is damaged"
+                f"tokenizer_config.json is not JSON ({error})", "the tokenizer directory is damaged"
             ) from error
         if "chat_template.jinja" in files:
             config["chat_template"] = files["chat_template.jinja"]
@@ -182,6 +171,6 @@ def with_template_in_both_places(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON with sorted keys; a number that JSON has no form for is our bug."""
+    """Write indented JSON with sorted keys. Non-finite numbers are a bug of the caller."""
     assert all(not isinstance(value, float) or math.isfinite(value) for value in content.values())
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

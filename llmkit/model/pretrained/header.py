@@ -1,6 +1,7 @@
-"""The header of a safetensors file, read without trusting it and written so that equal tensors give equal bytes. No torch.
+"""The header of a safetensors file: validated when read, and written so that equal tensors give equal bytes. No torch.
 
-The format: a u64 header length, a JSON header (name -> dtype, shape, offsets; `__metadata__` of strings) and the raw tensors, little-endian.
+The format: a u64 header length, a JSON header (name -> dtype, shape, offsets; `__metadata__` of strings) and
+the raw tensors, little-endian.
 """
 
 from __future__ import annotations
@@ -17,13 +18,26 @@ from typing import Any
 from llmkit.errors import LlmkitError
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
-# Bytes of one element, by the format's name of its type.
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
+# Bytes per element, by the format's name for the type.
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file: type, shape, and where its first byte lies in the file."""
+    """One tensor of a file: type, shape, and the offset of its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +49,7 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file by name; LlmkitError where the header lies or the file is cut."""
+    """Every tensor of a file by name; LlmkitError if the header is inconsistent or the file truncated."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -44,7 +58,7 @@ def read_header(path: Path) -> dict[str, Stored]:
                 raise ValueError("the header is longer than the file or the format allows")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        found = {}
+        tensors = {}
         for name, entry in header.items():
             start, stop = map(index, entry["data_offsets"])
             shape = tuple(int(side) for side in entry["shape"])
@@ -55,14 +69,14 @@ def read_header(path: Path) -> dict[str, Stored]:
                 raise ValueError(f"tensor {name} has {stop - start} bytes where its shape needs {count}")
             if stop > size - 8 - length:
                 raise ValueError(f"truncated: tensor {name} ends after the file")
-            found[name] = Stored(entry["dtype"], shape, 8 + length + start)
-        return found
+            tensors[name] = Stored(entry["dtype"], shape, 8 + length + start)
+        return tensors
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
         raise LlmkitError(
             f"{path}: not a readable safetensors file ({error})",
-            "the file is damaged or incomplete; fetch or make it again",
+            "the file is damaged or incomplete; download or create it again",
         ) from error
 
 
@@ -82,15 +96,15 @@ def read_record(path: str) -> str | None:
 
 
 def file_order(layout: Mapping[str, Stored]) -> list[str]:
-    """The order of tensors in a file of ours, which is the library's too: widest types first, then by name."""
+    """The order of tensors in files that we write, as in the safetensors library: widest types first, then by name."""
     return sorted(layout, key=lambda name: (-SIZES[layout[name].dtype], name))
 
 
 def encode_header(layout: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the tensors of a file that holds `layout` in `file_order`.
+    """The bytes before the tensors of a file that stores `layout` in `file_order`.
 
-    The library's own writer orders `__metadata__` by a hash that differs from process to process, which would make a resumed run's file
-    differ from the uninterrupted one's.
+    The library's own writer orders `__metadata__` by a hash that differs between processes, so the file of a
+    resumed run would differ from that of an uninterrupted one.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0

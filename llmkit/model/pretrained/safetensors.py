@@ -1,6 +1,7 @@
-"""Safetensors files of torch tensors: what the header says as torch types, and a writer that takes one tensor at a time.
+"""Safetensors files of torch tensors: headers with torch types, and a writer that takes one tensor at a time.
 
-The format and the order of tensors are header.py's. Reading goes through the library, after the header was checked.
+The format and the order of tensors are in header.py. Tensors are read by the safetensors library, after the
+header has been validated.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_safetensors(path: Path, layout: Layout, tensor: Callable[[str], Tensor], metadata: dict[str, str]) -> None:
-    """Write the tensors that `layout` announces, asking `tensor` for one at a time, widest types first and then by name."""
+    """Write the tensors of `layout`, calling `tensor` for one at a time, widest types first and then by name."""
     stored = {name: Stored(NAMES[dtype], tuple(shape)) for name, (dtype, shape) in layout.items()}
     with open(path, "wb") as sink:
         sink.write(encode_header(stored, metadata))
@@ -44,10 +45,11 @@ def write_safetensors(path: Path, layout: Layout, tensor: Callable[[str], Tensor
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout of tensors that are in memory."""
+    """The layout of tensors in memory."""
     return {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
 
 def read_layout(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape of every tensor, from the header alone; LlmkitError where the header lies or the file is cut."""
+    """Type and shape of every tensor, from the header alone; LlmkitError if it is inconsistent or the file
+    truncated."""
     return {name: (DTYPES[entry.dtype], entry.shape) for name, entry in read_header(path).items()}

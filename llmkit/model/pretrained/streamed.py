@@ -1,13 +1,15 @@
-"""Weights of a model directory as float32 numbers, a block at a time, without torch: what averages are made of.
+"""Weights of a model directory as float32 numbers, one block at a time, without torch. `llmkit average` reads
+models this way.
 
     weights = StreamedWeights(load_info("model/"))
     weights.layout["model.norm.weight"]                 # Stored("BF16", (1024,))
     weights.read("model.norm.weight", 0, out)           # elements [0, len(out)) into float32 `out`
     weights.digests()                                   # {model/model.safetensors: "xxh3:..."}
 
-Files are read, not mapped: pages of a mapping count as memory of the process. What is read in the order in which it is stored goes into the
-file's digest on the way, so that a record of the inputs costs no second pass; what is not, is read again for it. Cost: every byte once, and
-32 KiB to 1 MiB a model. Quantised directories go through `weights.Weights` (torch), a whole tensor at a time.
+Files are read, not mapped: mapped pages count as the process's memory. Bytes that are read in file order are
+digested on the way, so that recording the inputs takes no second pass; other bytes are read again for the
+digest. Cost: every byte once, and 32 KiB to 1 MiB of memory per model. Quantised directories go through
+`weights.Weights` (torch), one whole tensor at a time.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from llmkit.io.digest import digest_text
 from llmkit.model.pretrained.directory import LoadedModel, weight_files
 from llmkit.model.pretrained.header import SIZES, Stored, read_header
 
-FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # how numpy reads the types that weights come in
-GAP = 1 << 20  # bytes: what is skipped between two reads, headers above all, and still digested in passing
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy's types for weights
+GAP = 1 << 20  # bytes between two reads that are still read for the digest: headers above all
 
 
 class _File:
-    """A file that is read anywhere, and digested as far as that happens in order."""
+    """A file with random access that is digested as far as it is read in order."""
 
     def __init__(self, path: Path, digesting: bool) -> None:
         self.path = path
@@ -44,7 +46,7 @@ class _File:
         while done < len(into):
             count = os.preadv(self.descriptor, [into[done:]], offset + done)
             if not count:
-                raise LlmkitError(f"{self.path}: ends while it is read", "another process changes it")
+                raise LlmkitError(f"{self.path}: unexpected end of file", "another process is changing it")
             done += count
         if self._digest is not None and self._digested <= offset <= self._digested + GAP:
             self._catch_up(offset)
@@ -52,7 +54,7 @@ class _File:
             self._digested = offset + len(into)
 
     def digest(self) -> str:
-        """Digest of the whole file, what was not read yet included; it must be `digesting`."""
+        """Digest of the whole file, including what has not been read yet; requires `digesting`."""
         assert self._digest is not None
         self._catch_up(os.fstat(self.descriptor).st_size)
         return digest_text(self._digest)
@@ -62,13 +64,13 @@ class _File:
         while self._digested < stop:
             block = os.pread(self.descriptor, min(GAP, stop - self._digested), self._digested)
             if not block:
-                raise LlmkitError(f"{self.path}: ends while it is read", "another process changes it")
+                raise LlmkitError(f"{self.path}: unexpected end of file", "another process is changing it")
             self._digest.update(block)
             self._digested += len(block)
 
 
 class StreamedWeights:
-    """Type, shape and numbers of every tensor of a model directory; a context manager, which closes its files."""
+    """Types, shapes and elements of the tensors of a model directory; a context manager, which closes its files."""
 
     def __init__(self, info: LoadedModel, digesting: bool = True) -> None:
         self.path = info.path
@@ -76,21 +78,21 @@ class StreamedWeights:
         self._digesting = digesting
         self._files: list[_File] = []
         self._file_of: dict[str, _File] = {}
-        self._room = np.empty(0, np.uint8)
-        self._whole: tuple[str, np.ndarray] = ("", self._room)
-        self._quantised = None
+        self._buffer = np.empty(0, np.uint8)
+        self._dequantized: tuple[str, np.ndarray] = ("", self._buffer)  # name and elements of the last tensor
+        self._quantized = None
         if info.quantization is not None:
             from llmkit.model.pretrained.checkpoint import open_weights
             from llmkit.model.pretrained.safetensors import NAMES
 
-            self._quantised = open_weights(info)
-            self.layout = {name: Stored(NAMES[kind], shape) for name, (kind, shape) in self._quantised.layout.items()}
+            self._quantized = open_weights(info)
+            self.layout = {name: Stored(NAMES[kind], shape) for name, (kind, shape) in self._quantized.layout.items()}
             return
         for path in weight_files(info.path):
-            found = read_header(path)
+            tensors = read_header(path)
             self._files.append(_File(path, digesting))
-            self.layout |= found
-            self._file_of |= dict.fromkeys(found, self._files[-1])
+            self.layout |= tensors
+            self._file_of |= dict.fromkeys(tensors, self._files[-1])
         for name, entry in self.layout.items():
             if entry.dtype not in FLOATS:
                 raise LlmkitError(
@@ -108,35 +110,37 @@ class StreamedWeights:
             os.close(file.descriptor)
 
     def read(self, name: str, start: int, out: np.ndarray) -> None:
-        """Elements [start, start + len(out)) of a tensor, counted row by row, into float32 `out`; LlmkitError where one is not finite."""
-        if self._quantised is not None:
-            if self._whole[0] != name:
-                self._whole = (name, self._quantised[name].float().flatten().numpy())
-            np.copyto(out, self._whole[1][start : start + len(out)])
+        """Read elements [start, start + len(out)) of a tensor, in row-major order, into float32 `out`;
+        LlmkitError if one is not finite."""
+        if self._quantized is not None:
+            if self._dequantized[0] != name:
+                self._dequantized = (name, self._quantized[name].float().flatten().numpy())
+            np.copyto(out, self._dequantized[1][start : start + len(out)])
         else:
             entry = self.layout[name]
             size = SIZES[entry.dtype]
             kind = np.dtype(FLOATS[entry.dtype])
-            if len(self._room) < len(out) * size:
-                self._room = np.empty(len(out) * size, np.uint8)
-            stored = out if entry.dtype == "F32" else self._room[: len(out) * size].view(kind)
+            if len(self._buffer) < len(out) * size:
+                self._buffer = np.empty(len(out) * size, np.uint8)
+            stored = out if entry.dtype == "F32" else self._buffer[: len(out) * size].view(kind)
             self._file_of[name].read(entry.offset + start * size, stored.view(np.uint8).data)
             to_float32(stored, entry.dtype, out)
-        # Comparisons with NaN are false. (The least and the greatest of a block cost less than looking at each.)
+        # Comparisons with NaN are false. (The minimum and maximum of a block cost less than a test of each element.)
         if len(out) and not (out.max() < np.inf and out.min() > -np.inf):
-            at = start + int(np.argmin(np.isfinite(out)))
+            first = int(np.argmin(np.isfinite(out)))
             raise LlmkitError(
-                f"{self.path}: tensor {name} holds {out[at - start]} (element {at:,})",
+                f"{self.path}: tensor {name} contains {out[first]} (element {start + first:,})",
                 "its training failed, or the file is damaged; leave the model out",
             )
 
     def digests(self) -> dict[Path, str]:
-        """Digest of each file; none of a quantised directory."""
+        """Digest of each file; empty for a quantised directory."""
         return {file.path: file.digest() for file in self._files} if self._digesting else {}
 
 
 def to_float32(stored: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """Numbers of the format's type `dtype`, as `FLOATS` reads it, into float32 `out`; `stored` may be `out`."""
+    """Convert elements of the format's type `dtype`, in numpy's type for it (FLOATS), into float32 `out`;
+    `stored` may be `out`."""
     if dtype == "BF16":  # the upper half of a float32
         np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32)
     elif stored is not out:
@@ -144,7 +148,7 @@ def to_float32(stored: np.ndarray, dtype: str, out: np.ndarray) -> None:
 
 
 def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The finite numbers of float32 `values`, which may be overwritten, as bytes of a tensor of type `dtype`, rounded to nearest even."""
+    """Finite float32 `values` rounded to nearest even in the format's type `dtype`; `values` may be overwritten."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         odd = bits >> 16
@@ -153,5 +157,5 @@ def from_float32(values: np.ndarray, dtype: str) -> np.ndarray:
         bits += odd
         bits >>= 16
         return bits.astype("<u2")
-    with np.errstate(over="ignore"):  # what float16 cannot hold is infinite there, as torch has it
+    with np.errstate(over="ignore"):  # values beyond float16 become infinite, as in torch
         return values.astype(FLOATS[dtype], copy=False)

@@ -1,12 +1,13 @@
-"""The weights of a model directory by name, one at a time: plain, sharded, or quantised in the compressed-tensors layout.
+"""Weights of a model directory by name, one at a time: plain, sharded, or quantised in the compressed-tensors layout.
 
     weights = Weights(directory, config.get("quantization_config"))
     weights.layout["model.norm.weight"]       # (torch.bfloat16, (1024,)), from the headers alone
     weights["model.norm.weight"]              # the tensor
 
-Files are memory-mapped, so what is held is what was asked for. Quantised tensors appear under the name and shape that they had before, in the
-type of their scales: q · scale, as transformers and vLLM compute it. Understood are `pack-quantized` (4 or 8 bits in int32 words, offset
-binary, least significant first along the inputs), `int-quantized` and `float-quantized`, symmetric, with scales [out, groups].
+Files are memory-mapped, so only requested tensors take memory. Quantised tensors appear under their original
+names and shapes, in the type of their scales: q · scale, as in transformers and vLLM. Supported formats:
+`pack-quantized` (2, 4 or 8 bits in int32 words, offset binary, least significant first along the inputs),
+`int-quantized` and `float-quantized`, all symmetric, with scales [out, groups].
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.directory import weight_files
 from llmkit.model.pretrained.safetensors import read_layout
 
-PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # behind the weight's name
+PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
+BITS = (2, 4, 8)  # of packed weights
 UNSUPPORTED = ("_zero_point", "_g_idx")
 DAMAGED = "the file is damaged or incomplete; fetch or make it again"
 
@@ -30,7 +32,8 @@ Entry = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Weights(Mapping[str, Tensor]):
-    """Name -> tensor, read when asked for. `layout` holds type and shape of each; `stored_bytes` what the files hold."""
+    """Name -> tensor, read on access. `layout` has the type and shape of each, `stored_bytes` is the total size
+    of the files."""
 
     def __init__(self, directory: Path, quantization: Any = None) -> None:
         self.directory = directory
@@ -57,9 +60,9 @@ class Weights(Mapping[str, Tensor]):
             width = self.layout[name][1][1]
             words = self._read(name + PACKED)
             scale = self._read(name + SCALE)
-            return dequantise(unpack(words, self._bits_of(name, width, words.shape[1]), width), scale)
+            return dequantize(unpack(words, self._bits_of(name, width, words.shape[1]), width), scale)
         value = self._read(name)
-        return dequantise(value, self._read(name + SCALE)) if name + SCALE in self._stored else value
+        return dequantize(value, self._read(name + SCALE)) if name + SCALE in self._stored else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.layout))
@@ -80,22 +83,22 @@ class Weights(Mapping[str, Tensor]):
             raise LlmkitError(f"{file}: not a readable safetensors file ({error})", DAMAGED) from error
 
     def _describe_quantised(self) -> None:
-        """Fill `layout` with the weights as they were, checking every quantised one against its parts."""
+        """Fill `layout` with the original weights, checking each quantised one against its parts."""
         for name, (dtype, shape) in self._stored.items():
             if name.endswith(UNSUPPORTED):
                 raise LlmkitError(
                     f"{self.directory}: tensor {name}: asymmetric or reordered quantisation is not supported",
-                    "only symmetric compressed-tensors weights load",
+                    "only symmetric compressed-tensors weights can be loaded",
                 )
             if name.endswith(PACKED):
                 name = name.removesuffix(PACKED)
                 size = self._stored.get(name + SHAPE, (dtype, ()))
                 scale = self._scale_of(name)
                 if size != (torch.int64, (2,)) or dtype != torch.int32 or len(shape) != 2:
-                    raise self._misfit(name)
+                    raise self._mismatch(name)
                 rows, width = map(int, self._read(name + SHAPE).tolist())
                 if rows != shape[0] or width < 1:
-                    raise self._misfit(name)
+                    raise self._mismatch(name)
                 self._bits_of(name, width, shape[1])
                 self._check_groups(name, (rows, width), scale[1])
                 self.layout[name] = (scale[0], (rows, width))
@@ -126,20 +129,20 @@ class Weights(Mapping[str, Tensor]):
     def _bits_of(self, name: str, width: int, words: int) -> int:
         fitting = [bits for bits in self._bits if -(-width * bits // 32) == words]
         if not fitting:
-            raise self._misfit(name)
+            raise self._mismatch(name)
         return fitting[0]
 
-    def _misfit(self, name: str) -> LlmkitError:
+    def _mismatch(self, name: str) -> LlmkitError:
         return LlmkitError(f"{self.directory}: tensor {name}{PACKED} does not fit its {name}{SHAPE}", DAMAGED)
 
 
 def declared_bits(quantization: Any, where: Path) -> list[int]:
-    """Widths of the packed weights that a quantization_config declares; LlmkitError where it is of another method."""
+    """Bits of the packed weights that a quantization_config declares, ascending; LlmkitError for another method."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method != "compressed-tensors":
         raise LlmkitError(
             f"{where}: quantisation method {method!r} is not supported",
-            "only compressed-tensors is; start from the model as it was before",
+            "only compressed-tensors is; start from the original model",
         )
     groups = quantization.get("config_groups")
     schemes = (
@@ -148,11 +151,12 @@ def declared_bits(quantization: Any, where: Path) -> list[int]:
         else []
     )
     bits = [scheme.get("num_bits") for scheme in schemes if isinstance(scheme, dict)]
-    if not bits or any(width not in (4, 8) for width in bits):
+    if not bits or any(width not in BITS for width in bits):
         raise LlmkitError(
-            f"{where}: weights of {', '.join(map(str, bits)) or 'unknown'} bits are not supported", "4 and 8 are"
+            f"{where}: weights of {', '.join(map(str, bits)) or 'unknown'} bits are not supported",
+            "supported: " + ", ".join(map(str, BITS)),
         )
-    return [width for width in (4, 8) if width in bits]
+    return [width for width in BITS if width in bits]
 
 
 def unpack(words: Tensor, bits: int, width: int) -> Tensor:
@@ -163,7 +167,7 @@ def unpack(words: Tensor, bits: int, width: int) -> Tensor:
     return (values.view(words.shape[0], words.shape[1] * count)[:, :width] - (1 << (bits - 1))).to(torch.int8)
 
 
-def dequantise(values: Tensor, scale: Tensor) -> Tensor:
-    """values [out, in] · scale [out, groups], each scale for in/groups neighbours; in the type of the scales."""
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """values [out, in] · scale [out, groups], one scale per in/groups neighbours, in the type of the scales."""
     rows, width = values.shape
     return (values.to(scale.dtype).view(rows, scale.shape[1], -1) * scale[:, :, None]).view(rows, width)

@@ -1,3 +1,3 @@
-"""Compiled kernels over text and tokens: cutting text into pieces, merging pieces into ids. See llmkit/kernels for how kernels are written and kept."""
+"""Compiled kernels over text and tokens: splitting text into pieces, merging pieces into ids. See llmkit/kernels."""
 
-import llmkit.kernels  # noqa: F401  before numba, since it says where compiled code is kept
+import llmkit.kernels  # noqa: F401  before numba, since it sets the cache directory

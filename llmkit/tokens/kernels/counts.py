@@ -1,12 +1,13 @@
-"""How often each piece of some texts occurs, compiled: a table of distinct byte strings that grows.
+"""Count the pieces of texts, compiled: a growing hash table of distinct byte strings.
 
-    table, pool, known, used = count_texts(data, stops, how, classes, table, pool, known, used)
+    table, pool, word_count, used = count_texts(data, stops, how, classes, table, pool, word_count, used)
 
-`table` int64[2^n, 4], open addressing, at most half full: the first eight bytes of a word, its count (0: a free row), where it starts in `pool` uint8 and
-its length. Words are equal if their bytes are, whatever their hashes; for those of up to eight bytes one row says so. `known` words fill `used` bytes of
-the pool. Arrays that became too small are replaced by larger ones, hence returned.
+`table` int64[2^n, 4] uses open addressing and is at most half full. Its columns are the first eight bytes of a
+word, its count (0: a free row), its offset in `pool` uint8, and its length. Words are compared by their bytes,
+not only by their hashes; for words of up to eight bytes the row alone is enough. `word_count` words fill `used`
+bytes of the pool. The arrays are returned, since they are replaced by larger ones as they fill up.
 
-Cost: one hash and mostly one miss of the cache for a piece. Memory for each distinct word 64 to 128 bytes and its own.
+Cost: one hash and usually one cache miss per piece. Memory: 64 to 128 bytes per distinct word, plus its bytes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from llmkit.kernels.utf8 import finish, hash_bytes
 from llmkit.tokens.kernels.pretokenize import cut
 
 FIRST, COUNT, START, LENGTH = range(4)
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: lengths far apart
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads the lengths
 
 
 @kernel
 def key(data, start, size):  # type: ignore[no-untyped-def]
-    """(first eight bytes, or all and zeros behind; hash) of a word."""
+    """(first eight bytes, padded with zeros; hash) of a word."""
     first = swar.load(data, start)
     if size < 8:
         first &= swar.below(size)
@@ -45,7 +46,10 @@ def same(data, i, pool, k, size):  # type: ignore[no-untyped-def]
 
 @kernel
 def count_known(data, begin, ends, k, n, times, table, pool):  # type: ignore[no-untyped-def]
-    """Count words `k` to `n`, the first from `begin`, up to one that is new; returns (where and which that is, a row for it)."""
+    """Count words `k` to `n`, the first of which starts at `begin`, until one is not in the table.
+
+    Returns that word's start, its number, and the free row for it.
+    """
     mask, last = len(table) - 1, len(times) - 1
     row = np.int64(0)
     while k < n:
@@ -67,52 +71,57 @@ def count_known(data, begin, ends, k, n, times, table, pool):  # type: ignore[no
 
 
 @njit(cache=True, nogil=True)
-def insert(data, start, size, times, row, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Enter a new word, the last of `known`, that then fill `used` bytes; returns table and pool, in which there is room for another row."""
-    if used + 8 > len(pool):  # octets.copy writes whole eights
+def insert(data, start, size, times, row, table, pool, word_count, used):  # type: ignore[no-untyped-def]
+    """Insert a new word.
+
+    `word_count` and `used` already include it. Returns table and pool, with room for another row.
+    """
+    if used + 8 > len(pool):  # swar.copy writes eight bytes at a time
         larger = np.empty(2 * len(pool) + size, np.uint8)
         swar.copy(pool, 0, used - size, larger, 0)
         pool = larger
     swar.copy(data, start, start + size, pool, used - size)
     table[row, FIRST], _ = key(data, start, size)
     table[row, COUNT], table[row, START], table[row, LENGTH] = times, used - size, size
-    if 2 * known < len(table):
+    if 2 * word_count < len(table):
         return table, pool
-    twice = np.zeros((2 * len(table), 4), np.int64)
-    mask = len(twice) - 1
+    larger_table = np.zeros((2 * len(table), 4), np.int64)
+    mask = len(larger_table) - 1
     for k in range(len(table)):
         if table[k, COUNT]:
             _, h = key(pool, table[k, START], table[k, LENGTH])
             row = np.int64(h & np.uint64(mask))
-            while twice[row, COUNT]:
+            while larger_table[row, COUNT]:
                 row = row + 1 & mask
             for column in range(4):
-                twice[row, column] = table[k, column]
-    return twice, pool
+                larger_table[row, column] = table[k, column]
+    return larger_table, pool
 
 
 @njit(cache=True, nogil=True)
-def count_words(data, begin, ends, n, times, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Count `n` words, one behind the other from `begin`, each `times[0]` more, or each as `times` says."""
+def count_words(data, begin, ends, n, times, table, pool, word_count, used):  # type: ignore[no-untyped-def]
+    """Count `n` consecutive words from `begin`; word k occurs `times[k]` times, or `times[0]` where there is
+    only one entry.
+    """
     k = np.int64(0)
     while k < n:
         begin, k, row = count_known(data, begin, ends, k, n, times, table, pool)
         if k < n:
-            known, used = known + 1, used + ends[k] - begin
+            word_count, used = word_count + 1, used + ends[k] - begin
             more = times[min(k, len(times) - 1)]
-            table, pool = insert(data, begin, ends[k] - begin, more, row, table, pool, known, used)
+            table, pool = insert(data, begin, ends[k] - begin, more, row, table, pool, word_count, used)
             begin = ends[k]
             k += 1
-    return table, pool, known, used
+    return table, pool, word_count, used
 
 
 @njit(cache=True, nogil=True)
-def count_texts(data, stops, how, classes, table, pool, known, used):  # type: ignore[no-untyped-def]
-    """Count the pieces of the texts that end at `stops` in `data`, cut as the pattern `how` does."""
+def count_texts(data, stops, how, classes, table, pool, word_count, used):  # type: ignore[no-untyped-def]
+    """Count the pieces of the texts that end at `stops` in `data`, split by the pattern `how`."""
     ends, once = np.empty(len(data), np.int64), np.ones(1, np.int64)
     begin = np.int64(0)
     for stop in stops:
         n = cut(data, begin, stop, how, classes, ends)
-        table, pool, known, used = count_words(data, begin, ends, n, once, table, pool, known, used)
+        table, pool, word_count, used = count_words(data, begin, ends, n, once, table, pool, word_count, used)
         begin = stop
-    return table, pool, known, used
+    return table, pool, word_count, used

@@ -1,12 +1,15 @@
-"""The four patterns of tokens/pretokenize.py over UTF-8, compiled: where each piece of a text ends.
+"""The four patterns of tokens/pretokenize.py over UTF-8, compiled: find where each piece of a text ends.
 
     ends = np.empty(len(data), np.int64)
-    n = cut(data, 0, len(data), LLAMA, classes(LLAMA), ends)        # pieces are data[0:ends[0]], data[ends[0]:ends[1]], ... data[:ends[n - 1]]
+    n = cut(data, 0, len(data), LLAMA, classes(LLAMA), ends)
+    # pieces are data[0:ends[0]], data[ends[0]:ends[1]], ..., data[ends[n - 2]:ends[n - 1]]
 
-A regular expression takes the first of its alternatives that matches; here each is a branch on the classes of the next one or two characters. Which
-characters are letters, numbers and spaces is asked of the `tokenizers` library itself (`classes`): its Unicode tables are not of the version of Python's.
+A regular expression takes the first alternative that matches; here each alternative is a branch on the classes
+of the next one or two characters. The classes (letters, numbers, spaces) come from the `tokenizers` library
+itself (`classes`), since its Unicode version differs from Python's.
 
-Cost: linear; tests/bench/tokenize_speed.md. The table is 1.1 MB; asking takes a while, so that it is kept beside the compiled kernels.
+Cost: linear; tests/bench/tokenize_speed.md. The table takes 1.1 MB. Building it is slow, so it is cached beside
+the compiled kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 from llmkit.kernels import inner, kernel, swar
 from llmkit.kernels.utf8 import Bytes, decode
 
-LETTER, NUMBER, SPACE, DIGIT = 1, 2, 4, 8  # \p{L}, \p{N}, \s; what the pre-tokenizer Digits puts alone
+LETTER, NUMBER, SPACE, DIGIT = 1, 2, 4, 8  # \p{L}, \p{N}, \s; what the pre-tokenizer Digits isolates
 WORDLIKE = LETTER | NUMBER | SPACE
 LLAMA, QWEN, GPT2, SMOLLM = range(4)
 KINDS = {"llama-bpe": LLAMA, "qwen2": QWEN, "gpt-2": GPT2, "smollm": SMOLLM}
@@ -31,13 +34,15 @@ ASSIGNED = (
     (0, 0xD800),
     (0xE000, 0x40000),
     (0xE0000, 0xE1000),
-)  # planes 4 to 13 hold no characters; 15 and 16 private ones, of no class
-LONG_S = 0x17F  # the one character outside ASCII that (?i:'s|'t|'re|'ve|'m|'ll|'d) takes for a letter of its own
+)  # planes 4 to 13 are unassigned; 15 and 16 are private use, in no class
+LONG_S = 0x17F  # the only non-ASCII character that (?i:'s|'t|'re|'ve|'m|'ll|'d) matches
 
 
 @cache
 def classes(how: int) -> Bytes:
-    """uint8[0x110000]: bits by code point, as the installed `tokenizers` has them. DIGIT stands for SMOLLM alone, and then alone."""
+    """Class bits by code point, uint8[0x110000], as in the installed `tokenizers`. DIGIT is set only for
+    SMOLLM, without other bits.
+    """
     table = _all_classes()
     return np.where(table & DIGIT, np.uint8(DIGIT), table) if how == SMOLLM else table & np.uint8(WORDLIKE)
 
@@ -47,25 +52,26 @@ def _all_classes() -> Bytes:
     import tokenizers
 
     settings: Any = numba.config
-    place = Path(settings.CACHE_DIR) / f"characters-{tokenizers.__version__}.npy"
+    path = Path(settings.CACHE_DIR) / f"characters-{tokenizers.__version__}.npy"
     try:
-        table = np.load(place)
+        table = np.load(path)
         if table.shape == (0x110000,) and table.dtype == np.uint8:
             return np.ascontiguousarray(table)
     except (OSError, ValueError, EOFError):
         pass
-    table = _asked()
+    table = _library_classes()
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        mine = place.with_suffix(f".{os.getpid()}.npy")
-        np.save(mine, table)
-        mine.replace(place)
-    except OSError:  # a full disk, or none that can be written to: asked again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(temporary, table)
+        temporary.replace(path)
+    except OSError:  # a full or read-only disk: built again next time
         pass
     return table
 
 
-def _asked() -> Bytes:
+def _library_classes() -> Bytes:
+    """The classes of all characters, by splitting a text that holds each of them."""
     from tokenizers import Regex, pre_tokenizers
 
     table = np.zeros(0x110000, np.uint8)
@@ -76,7 +82,7 @@ def _asked() -> Bytes:
         for _, (start, stop) in pre_tokenizers.Split(Regex(regex), "removed").pre_tokenize_str(text):
             inside[start:stop] = False
         table[codes[inside]] |= bit
-    # A digit stands alone between two others, which go together.
+    # Between two letters, only a digit becomes a piece of its own.
     spaced = "a".join(["", *map(chr, codes.tolist()), ""])
     for piece, _ in pre_tokenizers.Digits(individual_digits=True).pre_tokenize_str(spaced):
         if len(piece) == 1 and piece != "a":
@@ -86,7 +92,7 @@ def _asked() -> Bytes:
 
 @inner
 def class_at(data, i, table):  # type: ignore[no-untyped-def]
-    """(classes, bytes) of the character at byte `i`."""
+    """(class bits, length in bytes) of the character at byte `i`."""
     if data[i] < 0x80:
         return table[data[i]], 1
     code, width = decode(data, i)
@@ -95,7 +101,7 @@ def class_at(data, i, table):  # type: ignore[no-untyped-def]
 
 @inner
 def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
-    """First byte at or behind `i` that begins no letter."""
+    """First byte from `i` on that does not begin a letter."""
     while i < stop:
         letters, _ = swar.letters_and_digits(swar.load(data, i))
         n = swar.first(~letters & swar.HIGH)
@@ -113,30 +119,30 @@ def past_letters(data, i, stop, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def past_others(data, i, stop, table):  # type: ignore[no-untyped-def]
-    """First byte at or behind `i` that begins a letter, number, space or lone digit."""
+    """First byte from `i` on that begins a letter, number, space or isolated digit."""
     while i < stop:
-        what, width = class_at(data, i, table)
-        if what:
+        kind, width = class_at(data, i, table)
+        if kind:
             break
         i += width
     return i
 
 
 @kernel
-def past_numbers(data, i, stop, table, most):  # type: ignore[no-untyped-def]
-    """Behind the numbers at byte `i`, `most` of them at most."""
-    while i < stop and most > 0:
-        what, width = class_at(data, i, table)
-        if not what & NUMBER:
+def past_numbers(data, i, stop, table, limit):  # type: ignore[no-untyped-def]
+    """End of the numbers that begin at byte `i`, at most `limit` of them."""
+    while i < stop and limit > 0:
+        kind, width = class_at(data, i, table)
+        if not kind & NUMBER:
             break
         i += width
-        most -= 1
+        limit -= 1
     return i
 
 
 @kernel
 def contraction(data, i, stop, fold):  # type: ignore[no-untyped-def]
-    """Length of one of 's 't 're 've 'm 'll 'd at the apostrophe `i`; 0 if there is none. `fold`: in either case."""
+    """Length of one of 's 't 're 've 'm 'll 'd at the apostrophe `i`, or 0. `fold`: ignore case."""
     if i + 1 >= stop:
         return 0
     a = data[i + 1]
@@ -158,11 +164,11 @@ def contraction(data, i, stop, fold):  # type: ignore[no-untyped-def]
 
 @kernel
 def past_spaces(data, i, stop, table):  # type: ignore[no-untyped-def]
-    """(behind the spaces at byte `i`, where the last of them begins, behind the last newline among them or 0)."""
+    """(end of the spaces at byte `i`, start of the last of them, end of the last newline among them or 0)."""
     last, newline = i, 0
     while i < stop:
-        what, width = class_at(data, i, table)
-        if not what & SPACE:
+        kind, width = class_at(data, i, table)
+        if not kind & SPACE:
             break
         last = i
         i += width
@@ -173,44 +179,46 @@ def past_spaces(data, i, stop, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def cut(data, start, stop, how, table, ends):  # type: ignore[no-untyped-def]
-    """Write the end of each piece of data[start:stop], a whole text, into `ends` (int64, as many as bytes suffice); returns how many."""
+    """Write the end of each piece of the text data[start:stop] to `ends` (int64, up to one per byte). Returns
+    their number.
+    """
     modern = how in (LLAMA, QWEN)
     digits = 3 if how == LLAMA else 1 if how == QWEN else stop
     n = 0
     i = start
     while i < stop:
-        what, width = class_at(data, i, table)
-        if what == DIGIT:
+        kind, width = class_at(data, i, table)
+        if kind == DIGIT:
             i += width
-        elif what & LETTER:
+        elif kind & LETTER:
             i = past_letters(data, i + width, stop, table)
-        elif what & NUMBER:
+        elif kind & NUMBER:
             i = past_numbers(data, i, stop, table, digits)
         else:
             short = contraction(data, i, stop, modern) if data[i] == 0x27 else 0
-            behind = i + width
-            after = np.uint8(SPACE)  # of the next character; the end of a text is like a space
-            if behind < stop:
-                after, _ = class_at(data, behind, table)
+            following = i + width
+            after = np.uint8(SPACE)  # class of the next character; the end of a text counts as a space
+            if following < stop:
+                after, _ = class_at(data, following, table)
             newline = data[i] == 0x0A or data[i] == 0x0D
             if short:
                 i += short
             elif after & LETTER and (data[i] == 0x20 or (modern and not newline)):
-                i = past_letters(data, behind, stop, table)
+                i = past_letters(data, following, stop, table)
             elif not modern and data[i] == 0x20 and after & NUMBER:
-                i = past_numbers(data, behind, stop, table, digits)
-            elif not what & WORDLIKE or (data[i] == 0x20 and not after):
-                i = past_others(data, behind, stop, table)
+                i = past_numbers(data, following, stop, table, digits)
+            elif not kind & WORDLIKE or (data[i] == 0x20 and not after):
+                i = past_others(data, following, stop, table)
                 if modern:
                     while i < stop and (data[i] == 0x0A or data[i] == 0x0D):
                         i += 1
             else:
-                i, last, newest = past_spaces(data, i, stop, table)
-                if modern and newest:
-                    i = newest
+                i, last, last_newline = past_spaces(data, i, stop, table)
+                if modern and last_newline:
+                    i = last_newline
                 elif i < stop and last > (ends[n - 1] if n else start):
                     after, _ = class_at(data, i, table)
-                    if after != DIGIT:  # the last space stays with what comes; a lone digit is a text of its own
+                    if after != DIGIT:  # the last space joins the next piece, unless that is an isolated digit
                         i = last
         ends[n] = i
         n += 1

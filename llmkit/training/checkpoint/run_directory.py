@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,21 +32,29 @@ import torch
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, check_output
 from llmkit.io.locks import lock
+from llmkit.io.run_layout import (
+    CHECKPOINTS,
+    FINAL,
+    LATEST,
+    STATE,
+    checkpoint_name,
+    find_checkpoints,
+    resolve_model,
+    step_of,
+)
 from llmkit.lineage.formats import digest_path
 from llmkit.lineage.outputs import artefact_directory
-from llmkit.model.pretrained.checkpoint import resolve_model
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.options import former_names
 from llmkit.training.options import RampOptions, ScheduleOptions
 
-STEP = re.compile(r"step-(\d{8,})")
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 DIGESTS = "digests.json"
 CONFIG = "config.toml"
 EVENTS = "events.jsonl"
-LEFTOVERS = {".lock", "checkpoints", "data"}  # of a run that was killed before it began
+LEFTOVERS = {".lock", CHECKPOINTS, "data"}  # of a run that was killed before it began
 
 
 @dataclass(slots=True)
@@ -86,7 +93,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.checkpoints_path = self.path / "checkpoints"
+        self.checkpoints_path = self.path / CHECKPOINTS
         self.metrics = self.path / "metrics.jsonl"
 
     def checkpoints(self) -> list[Path]:
@@ -96,7 +103,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether the last step is done and its model is linked."""
-        return (self.path / "final").exists()
+        return (self.path / FINAL).exists()
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
@@ -113,15 +120,15 @@ class RunDirectory:
         keep_every: int = 0,
     ) -> Path:
         """Store a checkpoint, point `latest` at it, and remove all but the last `keep` (0: remove none) and those of every `keep_every` steps."""
-        target = self.checkpoints_path / f"step-{state.step:08d}"
+        target = self.checkpoints_path / checkpoint_name(state.step)
         with artefact_directory(target, force=True) as partial:
             write_model(partial)
-            (partial / "state").mkdir()
+            (partial / STATE).mkdir()
             write_safetensors(
-                partial / "state" / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
+                partial / STATE / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
             )
-            (partial / "state" / TRAINER).write_bytes(state.to_json())
-            (partial / "state" / DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
+            (partial / STATE / TRAINER).write_bytes(state.to_json())
+            (partial / STATE / DIGESTS).write_text(json.dumps(_digests(partial), indent=1))
         self.point_at(target)
         since = state.guard.get("since", 0)  # a doubtful state may have to go back before that
         checkpoints = self.checkpoints()
@@ -139,7 +146,7 @@ class RunDirectory:
             if left:
                 self.point_at(left[-1])
             else:
-                (self.path / "latest").unlink(missing_ok=True)
+                (self.path / LATEST).unlink(missing_ok=True)
         return left[-1] if left else None
 
     def set_aside(self, checkpoint: Path) -> None:
@@ -150,11 +157,11 @@ class RunDirectory:
 
     def point_at(self, checkpoint: Path) -> None:
         """Link `latest`."""
-        self._link("latest", checkpoint)
+        self._link(LATEST, checkpoint)
 
     def finish(self, checkpoint: Path) -> None:
         """Link `final`: the run is complete."""
-        self._link("final", checkpoint)
+        self._link(FINAL, checkpoint)
 
     def empty(self, *kept: str) -> None:
         """Remove everything but what is named."""
@@ -241,18 +248,6 @@ def write_config(directory: RunDirectory, text: str) -> None:
         sink.write(text.encode())
 
 
-def find_checkpoints(run: str | Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted((p for p in (Path(run) / "checkpoints").glob("step-*") if STEP.fullmatch(p.name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    match = STEP.fullmatch(checkpoint.name)
-    assert match
-    return int(match[1])
-
-
 def _digests(checkpoint: Path) -> dict[str, str]:
     """xxh3-128 of every file but the list itself, by its place in the checkpoint."""
     names = sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file() and p.name != DIGESTS)
@@ -262,13 +257,13 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where all are there and as they were written. Reads every byte."""
     try:
-        expected = json.loads((checkpoint / "state" / DIGESTS).read_bytes())
+        expected = json.loads((checkpoint / STATE / DIGESTS).read_bytes())
         found = _digests(checkpoint)
     except (OSError, ValueError, RecursionError, LlmkitError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        return f"state/{DIGESTS} is not readable ({reason})"
+        return f"{STATE}/{DIGESTS} is not readable ({reason})"
     if not isinstance(expected, dict):
-        return f"state/{DIGESTS} holds no table"
+        return f"{STATE}/{DIGESTS} holds no table"
     for name, digest in expected.items():
         if found.get(name) != digest:
             return f"{name} is not what was written" if name in found else f"{name} is missing"
@@ -282,7 +277,7 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
         directory = resolve_model(path)
         if step is not None:
             raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "give the run, or leave --from out")
-        return _intact(directory), load_trainer_state(directory) if (directory / "state" / TRAINER).exists() else None
+        return _intact(directory), load_trainer_state(directory) if (directory / STATE / TRAINER).exists() else None
     if step is not None:
         chosen = [checkpoint for checkpoint in found if step_of(checkpoint) == step]
         if not chosen:
@@ -294,16 +289,17 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
 
 def _intact(directory: Path) -> Path:
     """A model directory to start from; LlmkitError where it is a checkpoint whose files are no longer what was written."""
-    if (directory / "state" / DIGESTS).exists() and (wrong := damage(directory)):
+    if (directory / STATE / DIGESTS).exists() and (wrong := damage(directory)):
         raise LlmkitError(
-            f"{directory}: {wrong}", f"take a checkpoint before it; one changed on purpose goes without state/{DIGESTS}"
+            f"{directory}: {wrong}",
+            f"take a checkpoint before it; one changed on purpose goes without {STATE}/{DIGESTS}",
         )
     return directory
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
     """trainer.json of a checkpoint; LlmkitError where it is missing or damaged."""
-    path = checkpoint / "state" / TRAINER
+    path = checkpoint / STATE / TRAINER
     try:
         fields = {"environment": {}} | json.loads(path.read_bytes())
         state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
@@ -323,7 +319,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
 
 def load_optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Tensors of the optimiser's state; LlmkitError where the file is missing or damaged."""
-    return _load_file(checkpoint / "state" / OPTIMIZER, "optimiser state")
+    return _load_file(checkpoint / STATE / OPTIMIZER, "optimiser state")
 
 
 def _load_file(path: Path, what: str) -> dict[str, torch.Tensor]:

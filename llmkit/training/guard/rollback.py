@@ -14,13 +14,13 @@ from itertools import chain
 
 import torch
 
+from llmkit.io.run_layout import step_of
 from llmkit.training.checkpoint.run_directory import (
     TrainerState,
     damage,
     load_optimizer_tensors,
     load_trainer_state,
     load_weights,
-    step_of,
 )
 from llmkit.training.checkpoint.snapshot import HostSnapshot
 from llmkit.training.distributed.layout import copy_whole, full_tensors, local

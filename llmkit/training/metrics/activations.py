@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkit.model.modules import Attention
 from llmkit.training.data import Source
 from llmkit.training.distributed.processes import Processes
 
@@ -53,7 +54,10 @@ def probe(model: Any, source: Source, step: int, processes: Processes) -> dict[s
 
     hooks = [layer.register_forward_hook(stream) for layer in model.model.layers]
     hooks += [
-        layer.self_attn.register_forward_pre_hook(partial(attention, apart=apart)) for layer in model.model.layers
+        module.register_forward_pre_hook(partial(attention, apart=apart))
+        for layer in model.model.layers
+        for module in layer.modules()
+        if isinstance(module, Attention)
     ]
     try:
         with processes.accelerator.autocast(), eagerly():
@@ -78,17 +82,11 @@ def probe(model: Any, source: Source, step: int, processes: Processes) -> dict[s
     return figures
 
 
-def attention_logit_max(attention: Any, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], apart_TT: Tensor) -> Tensor:
+def attention_logit_max(
+    attention: Attention, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], apart_TT: Tensor
+) -> Tensor:
     """The largest q·k / √d of an attention layer with input `x_BTD`, over the pairs that may see each other (not `apart_TT`)."""
-    b, t, _ = x_BTD.shape
-    q_BTHK = attention.q_proj(x_BTD).view(b, t, -1, attention.head_dim)
-    k_BTGK = attention.k_proj(x_BTD).view(b, t, -1, attention.head_dim)
-    if attention.qk_norm:
-        q_BTHK, k_BTGK = attention.q_norm(q_BTHK), attention.k_norm(k_BTGK)
-    cos, sin = (part.unsqueeze(-2) for part in rotation)  # [T, 1, K]
-    (q1, q2), (k1, k2) = (x.chunk(2, -1) for x in (q_BTHK, k_BTGK))
-    q_BTHK = q_BTHK * cos + torch.cat([-q2, q1], -1) * sin
-    k_BTGK = k_BTGK * cos + torch.cat([-k2, k1], -1) * sin
+    q_BTHK, k_BTGK = attention.rotated_heads(attention.q_proj(x_BTD), attention.k_proj(x_BTD), rotation)
     k_BTHK = k_BTGK.repeat_interleave(q_BTHK.shape[2] // k_BTGK.shape[2], 2)
     logits_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).float() / attention.head_dim**0.5
     return logits_BHTT.masked_fill(apart_TT, -torch.inf).amax()

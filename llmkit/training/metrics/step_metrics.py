@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkit.model.config import ModelConfig
+from llmkit.model.family import find_parameter
 from llmkit.training.data import PADDING, Batch, Source
 from llmkit.training.distributed.layout import local
 from llmkit.training.distributed.processes import Processes
@@ -54,7 +56,7 @@ class StepMetrics:
         self._parameters: dict[str, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._parameters.setdefault(group_of(name), []).append(parameter)
+                self._parameters.setdefault(group_of(name, model.config), []).append(parameter)
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -157,10 +159,10 @@ class StepMetrics:
         return math.sqrt(self._processes.all_reduce([square])[0] if shards else square)
 
 
-def group_of(name: str) -> str:
+def group_of(name: str, config: ModelConfig) -> str:
     """The group (curves.GROUPS) of a parameter by its Hugging Face name."""
-    kinds = {"norm": "norms", "embed": "embedding", "self_attn": "attention", "mlp": "mlp", "lm_head": "head"}
-    return next((group for part, group in kinds.items() if part in name), GROUPS[-1])
+    parameter = find_parameter(config, name)
+    return parameter.group if parameter else GROUPS[-1]
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     rows = table(shapes, config, "muon", 0.1, "bf16")      # what `optimizer.build` makes its groups of
     for name, row, count in kinds(rows): ...               # what --dry-run prints, one line for all layers
 
-A tensor follows the first of the RULES whose pattern fits its name. Vectors (norm gains, biases) and embeddings do not decay: a gain would be pulled
+A tensor follows the rule of its kind (model/family.py). Vectors (norm gains, biases) and embeddings do not decay: a gain would be pulled
 away from 1, and a rare token's row would shrink without ever being used. Muon is for the matrices of the layers; a head's rows are tokens, as
 those of an embedding are. How a tensor starts is model.initial's; both are functions of the configuration, so rates and standard deviations
 by width (muP) belong into them.
@@ -14,10 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from llmkit.errors import unknown_name
 from llmkit.model.config import ModelConfig
+from llmkit.model.family import find_parameter
 from llmkit.model.initial import initial
 
 OPTIMIZERS = ("adamw", "muon")
@@ -25,21 +25,20 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """For tensors whose name fits `pattern` (as in a shell) and that have at most `dimensions`."""
+    """For tensors of one kind."""
 
-    pattern: str
     decays: bool
     muon: bool = False  # where Muon is asked for
     rate: float = 1.0  # times the learning rate of the step
-    dimensions: int = 9
 
 
-RULES = (
-    TensorRule("*", decays=False, dimensions=1),
-    TensorRule("*embed*", decays=False),
-    TensorRule("*layers.*", decays=True, muon=True, dimensions=2),
-    TensorRule("*", decays=True),
-)
+RULES = {
+    "gain": TensorRule(decays=False),
+    "bias": TensorRule(decays=False),
+    "embedding": TensorRule(decays=False),
+    "linear": TensorRule(decays=True, muon=True),
+    "head": TensorRule(decays=True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +61,6 @@ class Row:
         return 1 if self.optimizer == "muon" else 2
 
 
-def rule(name: str, dimensions: int) -> TensorRule:
-    """The first rule that fits."""
-    return next(r for r in RULES if dimensions <= r.dimensions and fnmatchcase(name, r.pattern))
-
-
 def table(
     shapes: Mapping[str, Iterable[int]],
     config: ModelConfig,
@@ -80,7 +74,9 @@ def table(
     rows = []
     for name, sizes in shapes.items():
         shape = tuple(sizes)
-        found = rule(name, len(shape))
+        parameter = find_parameter(config, name)
+        assert parameter is not None, name
+        found = RULES[parameter.kind]
         rows.append(
             Row(
                 name,

@@ -1,4 +1,4 @@
-"""Documents to ids and back."""
+"""Encoding documents and decoding them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
 from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.tokens.encode import EncodeOptions, Encoder, decode, source_name
+from llmkit.tokens.encoder import DocumentEncoder, EncodeOptions, decode_documents, source_name
 from llmkit.tokens.pretokenize import PATTERNS
-from llmkit.tokens.text_encoder import load
+from llmkit.tokens.text_encoder import load_tokenizer
 
 Trained = Callable[[str], TokenizerInfo]
 
 
 def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> TokenBlock:
     data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
-    return Encoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
+    return DocumentEncoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -50,22 +50,24 @@ def test_text_comes_back(name: str, trained: Trained, text: str) -> None:
     if text.isspace():
         return
     made = encode(info, {"text": text})
-    assert decode(load(info), [made.tokens], info.eos_id) == [text]
+    assert decode_documents(load_tokenizer(info), [made.tokens], info.eos_id) == [text]
 
 
 def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
-    """Behaviour: no document ends itself or speaks as the assistant, unless that was asked for."""
+    """Behaviour: no document can end itself or speak as the assistant, unless --allow-special."""
     info = trained("llama-bpe")
     row = {"text": "a<|endoftext|>b<|im_start|>c<|reserved_3|>"}
     plain = encode(info, row).tokens.tolist()
     assert plain[-1] == 0 and min(plain[:-1]) >= 16
-    assert decode(load(info), [np.array(plain)], 0) == [row["text"]]
+    assert decode_documents(load_tokenizer(info), [np.array(plain)], 0) == [row["text"]]
     special = encode(info, row, allow_special=True).tokens.tolist()
     assert [i for i in special if i < 16] == [0, 1, 14, 0]
 
 
 def test_empty_documents_are_dropped(trained: Trained) -> None:
-    """Behaviour: no text, or white space alone, is counted and left out; a chunk of nothing else gives no rows."""
+    """Behaviour: documents without text, or with white space only, are counted and dropped; a chunk of them
+    gives no rows.
+    """
     info = trained("gpt-2")
     made = encode(info, {"text": ""}, {"id": "kept", "text": "a"}, {"text": " \n\t"})
     assert (made.empty, made.ids, made.lengths.tolist()) == (2, ["kept"], [2])
@@ -74,7 +76,7 @@ def test_empty_documents_are_dropped(trained: Trained) -> None:
 
 
 def test_sources(trained: Trained) -> None:
-    """Behaviour: the option, else the field, else the file without its format."""
+    """Behaviour: the option, else the field, else the file name without its suffix."""
     info = trained("gpt-2")
     rows = [{"text": "a", "source": "wiki"}, {"text": "b"}, {"text": "c", "source": 7}]
     assert encode(info, *rows).sources == ["wiki", "web", "web"]
@@ -85,7 +87,9 @@ def test_sources(trained: Trained) -> None:
 
 
 def test_other_kinds_of_tokenizer(tmp_path: object) -> None:
-    """Parity with `tokenizers` for Unigram with byte fallback and WordPiece with normaliser, post-processor, truncation and padding."""
+    """Parity with `tokenizers`: Unigram with byte fallback; WordPiece with normaliser, post-processor,
+    truncation, padding.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     unigram = Tokenizer(
@@ -123,20 +127,20 @@ def test_wide_vocabularies_take_four_bytes(trained: Trained) -> None:
 
 
 def test_malformed_tokenizers_are_refused(trained: Trained) -> None:
-    """Behaviour: what the library cannot load, or is not there, is an error with a hint."""
+    """Behaviour: a tokenizer.json that the library cannot load, or that is missing, is an error with a hint."""
     content = orjson.loads(trained("gpt-2").files["tokenizer.json"])
     content["model"]["merges"] = [["x", "not in the vocabulary"]]
     info = TokenizerInfo("", 384, 0, files={"tokenizer.json": orjson.dumps(content).decode()})
     with pytest.raises(LlmkitError, match="does not load"):
-        load(info)
+        load_tokenizer(info)
     with pytest.raises(LlmkitError, match="do not carry"):
-        load(TokenizerInfo("", 384, 0))
+        load_tokenizer(TokenizerInfo("", 384, 0))
 
 
 @pytest.mark.parametrize("unit", ["word next, ", "a", " ", "\n", "日本", "=-"])
 def test_time_is_linear_in_the_length_of_a_document(unit: str, trained: Trained) -> None:
-    """Property: a document eight times as long takes at most about eight times as long (20 here, for a noisy machine)."""
-    library = load(trained("llama-bpe"))
+    """Property: a document eight times as long takes about eight times as long (the limit of 20 allows for noise)."""
+    library = load_tokenizer(trained("llama-bpe"))
 
     def seconds(length: int) -> float:
         text = (unit * length)[:length]

@@ -1,0 +1,80 @@
+"""Names inside a run directory, and the model directory that a user's path stands for. No other module spells
+these names.
+
+    RUN/checkpoints/step-00000500/      a Hugging Face model directory, and state/ of the trainer and the optimizer
+    RUN/latest, RUN/final               links to the last checkpoint and to the finished model
+
+    find_checkpoints("run/")            # complete checkpoints, oldest first
+    resolve_model("run/")               # run/final
+
+Lineage and token shards also treat a run as its final model, so this is here rather than beside the code that
+writes runs (training/checkpoint/run_directory.py).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmkit.errors import LlmkitError
+
+FINAL, LATEST = "final", "latest"
+CHECKPOINTS = "checkpoints"
+STATE = "state"
+STEP_PREFIX = "step-"
+STEP_DIGITS = 8  # at least; also what makes names sort by step
+MAX_DIGITS = 18  # of a step that is read from a name
+
+_NAME = re.compile(rf"{re.escape(STEP_PREFIX)}(\d{{{STEP_DIGITS},}})")
+
+
+def checkpoint_name(step: int) -> str:
+    """The directory name of the checkpoint after `step` steps, `step-00000500`."""
+    return f"{STEP_PREFIX}{step:0{STEP_DIGITS}d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def parse_step(text: str) -> int | None:
+    """The step that `step-00000500`, `step-500` or `500` means; None for any other text."""
+    digits = text.removeprefix(STEP_PREFIX)
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits.lstrip("0")) <= MAX_DIGITS else None
+
+
+def find_checkpoints(run: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    candidates = (Path(run) / CHECKPOINTS).glob(f"{STEP_PREFIX}*")
+    return sorted((path for path in candidates if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run directory, finished or not."""
+    return (path / CHECKPOINTS).is_dir()
+
+
+def final_model(path: Path) -> Path:
+    """The final model of a finished run; any other path unchanged."""
+    return path / FINAL if (path / FINAL).is_dir() else path
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The model directory that `path` stands for: itself, or the final model of a run. LlmkitError if there is none."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    if (final := final_model(path)) != path:
+        return final
+    if is_run(path):
+        raise LlmkitError(
+            f"{path}: the run has no final model yet", f"finish it with --resume, or name {path}/{LATEST}"
+        )
+    if not path.exists():
+        raise LlmkitError(
+            f"{path}: no such file or directory", "give a model directory or a run; nothing is downloaded"
+        )
+    raise LlmkitError(f"{path}: not a model directory (no config.json)", "give a Hugging Face directory or a run")

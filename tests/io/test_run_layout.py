@@ -1,0 +1,52 @@
+"""Names in a run directory and what a path stands for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import llmkit
+from llmkit.errors import LlmkitError
+from llmkit.io import run_layout
+from llmkit.io.run_layout import checkpoint_name, final_model, find_checkpoints, parse_step, resolve_model, step_of
+
+
+def test_names_and_steps() -> None:
+    """Property: a name gives back its step; users may leave out zeros and the prefix."""
+    for step in (0, 1, 500, 99_999_999, 123_456_789):
+        assert step_of(Path("run") / checkpoint_name(step)) == parse_step(checkpoint_name(step)) == step
+    assert parse_step("500") == parse_step("step-500") == 500
+    for text in ("", "step-", "last", "-1", "5.0", "٣", "9" * 30):
+        assert parse_step(text) is None
+
+
+def test_resolution(tmp_path: Path) -> None:
+    """Behaviour: a model directory is itself, a run its final model, and an unfinished one an error that says what to name."""
+    run = tmp_path / "run"
+    for step in (10, 9, 123_456_789):
+        (run / "checkpoints" / checkpoint_name(step)).mkdir(parents=True)
+    for name in (".step-00000011.partial", "damaged-step-00000009", "step-9"):
+        (run / "checkpoints" / name).mkdir()
+    assert [step_of(path) for path in find_checkpoints(run)] == [9, 10, 123_456_789]
+    assert find_checkpoints(tmp_path) == []
+    with pytest.raises(LlmkitError, match="no final model yet") as caught:
+        resolve_model(run)
+    assert f"{run}/latest" in caught.value.hint
+    (run / "final").symlink_to("checkpoints/step-00000010")
+    assert resolve_model(run) == final_model(run) == run / "final"
+    (run / "final" / "config.json").touch()
+    assert resolve_model(run / "final") == run / "final" == final_model(run)
+    for path, message in ((tmp_path / "none", "no such file"), (tmp_path, "not a model directory")):
+        with pytest.raises(LlmkitError, match=message):
+            resolve_model(path)
+
+
+def test_no_other_module_spells_these_names() -> None:
+    """Property: renaming a directory of a run touches one file."""
+    names = "|".join((run_layout.FINAL, run_layout.LATEST, run_layout.CHECKPOINTS, run_layout.STATE))
+    pattern = re.compile(rf"""["']({names})["']|\{{[^}}]*\}}/({names})\b|["']{run_layout.STEP_PREFIX}""")
+    package = Path(llmkit.__file__).parent
+    spelled = {str(path.relative_to(package)) for path in package.rglob("*.py") if pattern.search(path.read_text())}
+    assert spelled == {"io/run_layout.py"}
