@@ -8,8 +8,9 @@
     class PretrainOptions:                                # the options of one command: groups of fields
         checkpoints: CheckpointOptions = CheckpointOptions()
 
-`cli.shared.options` makes the flags of a command from such a class, and the same class configures the same work from Python:
-`from_values(PretrainOptions, {"keep": 3})`. A group that a command takes only in part says so: `Annotated[OptimizerOptions, Without("betas")]`.
+`cli.shared.options` makes the flags of a command from such a class, and the same class configures the same work from
+Python: `from_values(PretrainOptions, {"keep": 3})`. A group that a command takes only in part says so:
+`Annotated[OptimizerOptions, Without("betas")]`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Help:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One option of a class of options: its name, annotation and default, and the help text that replaces its own ("" = none)."""
+    """One option of a class of options: its name, annotation and default, and the help text that replaces its own (""
+    = none).
+    """
 
     name: str
     annotation: Any
@@ -176,7 +179,9 @@ SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "
 
 
 def parse_count(text: Any) -> int:
-    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB, TB."""
+    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB,
+    TB.
+    """
     if isinstance(text, int):
         return text
     if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):

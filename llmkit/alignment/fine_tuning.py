@@ -52,9 +52,11 @@ def fine_tune(
     report: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> Record | None:
-    """Fine-tune a model directory or run on files of conversations as `llmkit sft` does; `report` is called with every record of metrics.jsonl.
+    """Fine-tune a model directory or run on files of conversations as `llmkit sft` does; `report` is called with every
+    record of metrics.jsonl.
 
-    Returns steps, tokens, losses and counts of rows; None where the run is finished already. Raises LlmkitError and UsageError as the command.
+    Returns steps, tokens, losses and counts of rows; None where the run is finished already. Raises LlmkitError and
+    UsageError as the command.
     """
     request = Request.of("sft", from_values(SftOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:

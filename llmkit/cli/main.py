@@ -1,6 +1,7 @@
 """Entry point: `--help` and `--version` from the standard library alone, any other call by importing just its command.
 
-Every way to fail ends here as one line on stderr, a hint, and an exit code of `ExitCode`; a traceback is shown only with --debug.
+Every way to fail ends here as one line on stderr, a hint, and an exit code of `ExitCode`; a traceback is shown only
+with --debug.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ def _os_hint(error: OSError) -> str:
 
 
 def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
-    """One line for the error and one for the hint, or with --json one JSON line. Control characters of untrusted names are shown, not obeyed."""
+    """One line for the error and one for the hint, or with --json one JSON line. Control characters of untrusted names
+    are shown, not obeyed.
+    """
     if as_json:
         lines = [_as_json(program, message, hint, code, words)]
     else:

@@ -1,4 +1,6 @@
-"""What a run reads: its token stream, rows and held-out data, the model it starts from, and the length of sequences that all of them allow."""
+"""What a run reads: its token stream, rows and held-out data, the model it starts from, and the length of sequences
+that all of them allow.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ ROWS = "stdin.jsonl"  # the name of a kept stream of rows
 
 
 def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTokens | TokenStore:
-    """The training data in its order; a stream on stdin is kept in the run directory first, so that a resumed run finds it."""
+    """The training data in its order; a stream on stdin is kept in the run directory first, so that a resumed run
+    finds it.
+    """
     if data != STDIN or dry_run:
         return OrderedTokens.open(data)
     stream = OrderedTokens.open(str(_keep_stdin(session, "stdin.arrow")))
@@ -47,7 +51,9 @@ def source_groups(stream: OrderedTokens | TokenStore) -> SourceGroups:
 
 
 def open_rows(request: Request, session: Session, rows: list[str] | None, stdin: bool) -> DocumentReader:
-    """Reader of rows; with `stdin` they come from there, and are kept in the run directory for every process and a resumed run."""
+    """Reader of rows; with `stdin` they come from there, and are kept in the run directory for every process and a
+    resumed run.
+    """
     if stdin and not request.dry_run:
         kept = str(_keep_stdin(session, ROWS))
         rows = [kept if path == STDIN else path for path in rows or [STDIN]]
@@ -79,7 +85,9 @@ def _keep_stdin(session: Session, name: str) -> Path:
 
 
 def packed_length(data: str, packed: int | None, wanted: int | None, document_mask: bool) -> int | None:
-    """Tokens per sequence: what the data was packed for, if it was, else what is wanted. UsageError where these differ."""
+    """Tokens per sequence: what the data was packed for, if it was, else what is wanted. UsageError where these
+    differ.
+    """
     if packed and wanted not in (None, packed):
         raise UsageError(
             f"--sequence-length {wanted:,}, but {data} is packed for sequences of {packed:,}",
@@ -103,7 +111,9 @@ def context_length(info: LoadedModel, sequence_length: int | None) -> int:
 
 
 def held_out_source(heldout: list[str] | None, digest: str, length: int, document_mask: bool) -> HeldOutSource | None:
-    """Source of the held-out loss over token shards, None where none are named. Domains are those named, else the documents' sources."""
+    """Source of the held-out loss over token shards, None where none are named. Domains are those named, else the
+    documents' sources.
+    """
     paths = held_out_paths(heldout)
     if not paths:
         return None
@@ -141,6 +151,8 @@ def refuse_short_stream(data: str, tokens: int, length: int) -> None:
 
 
 def model_input(path: str, directory: Path | None = None) -> Input:
-    """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
+    """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint
+    in it.
+    """
     place = directory or resolve_model(path)
     return Input("input", base_name(path), digest_path(place), read_lineage(place))

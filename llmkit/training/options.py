@@ -74,7 +74,9 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """The learning rate as a function of the tokens seen. In pre-training None leaves a value to the recipe, else to the default that its help names."""
+    """The learning rate as a function of the tokens seen. In pre-training None leaves a value to the recipe, else to
+    the default that its help names.
+    """
 
     lr: Annotated[
         float | None,

@@ -3,7 +3,8 @@
     outcome = pretrain("mix/", "run/", model="tiny", tokens=20_000, lr=3e-4)
     outcome = anneal("run/", "mix/", "annealed/", tokens=5_000)
 
-Options are those of `llmkit train` and `llmkit anneal`, by the same names, and make the same record: what comes out is equal to the byte.
+Options are those of `llmkit train` and `llmkit anneal`, by the same names, and make the same record: what comes out is
+equal to the byte.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def pretrain(
 ) -> Record | None:
     """Train a decoder on token shards as `llmkit train` does; `report` is called with every record of metrics.jsonl.
 
-    Returns steps, tokens, losses and tokens per second; None where the run is finished already. Raises LlmkitError and UsageError as the command.
+    Returns steps, tokens, losses and tokens per second; None where the run is finished already. Raises LlmkitError and
+    UsageError as the command.
     """
     request = Request.of("train", from_values(PretrainOptions, options), output, seed=seed, force=force)
     resolved = resolve_pretraining(request)
@@ -127,7 +129,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Course:
-    """Batches, learning rates, the model's configuration with its longest context, and the base of its rotary embedding."""
+    """Batches, learning rates, the model's configuration with its longest context, and the base of its rotary
+    embedding.
+    """
 
     source: StreamSource
     schedule: Schedule
@@ -138,7 +142,8 @@ class _Course:
 def resolve_pretraining(request: Request) -> Resolved:
     """Values as given, else the recipe's, else the default; noted in the record and handed to the loop.
 
-    Options of the curve that a recipe defines are left out, and may not be given: UsageError for those, and for any that exclude each other.
+    Options of the curve that a recipe defines are left out, and may not be given: UsageError for those, and for any
+    that exclude each other.
     """
     options: PretrainOptions = request.options
     start = options.start
@@ -181,7 +186,8 @@ def resolve_pretraining(request: Request) -> Resolved:
 def prepare_pretraining(request: Request, session: Session, data: str, values: Resolved) -> Plan:
     """Data, model, schedule and record of a pre-training run.
 
-    Raises UsageError for options that do not fit each other or the data, LlmkitError for data or a model that cannot be read.
+    Raises UsageError for options that do not fit each other or the data, LlmkitError for data or a model that cannot
+    be read.
     """
     options: PretrainOptions = request.options
     recipe, resolved = values.recipe, dict(values.values)
@@ -281,7 +287,8 @@ def _plan_course(
     before: TrainerState | None,
     loaded: bool,
 ) -> _Course:
-    """Batches and learning rates over `total` tokens. A `loaded` model has a context that only a stage with a rope_theta may go beyond.
+    """Batches and learning rates over `total` tokens. A `loaded` model has a context that only a stage with a
+    rope_theta may go beyond.
 
     UsageError where something does not fit.
     """

@@ -5,7 +5,8 @@
         prepared = prepare_pretraining(request, session, "mix/")    # data, model and schedule; nothing is written yet
         outcome = run_training(request, session, prepared)          # None: the run was finished before
 
-`pretrain`, `anneal` (training.pretraining), `fine_tune` (alignment.fine_tuning) and `align` (alignment.preference_tuning) do all three.
+`pretrain`, `anneal` (training.pretraining), `fine_tune` (alignment.fine_tuning) and `align`
+(alignment.preference_tuning) do all three.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def run_training(
 ) -> Record | None:
     """Train what was prepared; None where the run is finished already.
 
-    `at_checkpoint` are called with (model, step) at every checkpoint, and what they return is logged. `observe()` gives a function that is shown
-    every record of the log. Raises LlmkitError where a run that is to be resumed was another one, where the guard gives up, or the disk is full.
+    `at_checkpoint` are called with (model, step) at every checkpoint, and what they return is logged. `observe()`
+    gives a function that is shown every record of the log. Raises LlmkitError where a run that is to be resumed was
+    another one, where the guard gives up, or the disk is full.
     """
     from llmkit.training.trace import write_trace
 

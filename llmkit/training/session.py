@@ -1,4 +1,5 @@
-"""A run that is open: its processes, run directory, resumption and model files, around the loop of every training command.
+"""A run that is open: its processes, run directory, resumption and model files, around the loop of every training
+command.
 
     with session(options) as run:
         if not run.begin(record, inputs, batch_size, length, config_text):
@@ -87,7 +88,9 @@ class LoopOptions:
 
 @dataclass(slots=True)
 class Session:
-    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the start)."""
+    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the
+    start).
+    """
 
     options: LoopOptions
     processes: Processes
@@ -104,8 +107,8 @@ class Session:
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
         """Settle what the run is; False where it is finished already.
 
-        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a run that is to be resumed was
-        another one.
+        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a run that is
+        to be resumed was another one.
         """
         self.lineage = lineage
         self.lineage.inputs += inputs
@@ -129,7 +132,9 @@ class Session:
         return True
 
     def _last_intact(self) -> Path | None:
-        """The last checkpoint whose files are as they were written; those behind it are told of. LlmkitError where there are some, all damaged."""
+        """The last checkpoint whose files are as they were written; those behind it are told of. LlmkitError where
+        there are some, all damaged.
+        """
         checkpoints = self.directory.checkpoints()
         if self.directory.finished or not checkpoints:  # there is nothing to go on from
             return checkpoints[-1] if checkpoints else None
@@ -195,8 +200,9 @@ class Session:
         rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
-        the rotary embedding in that step, where it changes."""
+        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from.
+        `rope_theta(step)` is the base of the rotary embedding in that step, where it changes.
+        """
         assert self.state is not None
         options, config, of_tokens = self.options, model.config, objective is next_token
         optimization, checkpoints = options.optimizer, options.checkpoints
@@ -284,7 +290,9 @@ class Session:
 def session(
     options: LoopOptions, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is written. `say` warns the user."""
+    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is
+    written. `say` warns the user.
+    """
     machine = options.machine
     if options.log.tracker:
         check_tracker(options.log.tracker)

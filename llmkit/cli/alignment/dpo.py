@@ -26,11 +26,13 @@ def main(
     ] = None,
     options: DpoOptions = DpoOptions(),
 ) -> None:
-    """Align a model by direct preference optimization: make chosen answers more probable and rejected ones less, relative to the initial model.
+    """Align a model by direct preference optimization: make chosen answers more probable and rejected ones less,
+    relative to the initial model.
 
-    Rows hold `chosen` and `rejected`, as strings or lists of messages, with or without `prompt` (by default what both begin with); turns in one
-    string (hh-rlhf) are understood. The reference log-probabilities are computed once before the first step and kept in the run. The log shows
-    the rewards of both sides, their margin, and how often the chosen one is ahead.
+    Rows hold `chosen` and `rejected`, as strings or lists of messages, with or without `prompt` (by default what both
+    begin with); turns in one string (hh-rlhf) are understood. The reference log-probabilities are computed once before
+    the first step and kept in the run. The log shows the rewards of both sides, their margin, and how often the chosen
+    one is ahead.
     """
     from llmkit.cli.shared.training_command import launched, request_of, train_or_show
 

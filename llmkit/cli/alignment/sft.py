@@ -26,11 +26,13 @@ def main(
     ] = None,
     options: SftOptions = SftOptions(),
 ) -> None:
-    """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or plain text.
+    """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or
+    plain text.
 
-    The chat template is the model's own; the loss covers the assistant's content, its tool calls and its stop token, and nothing else. Rows are
-    packed into sequences in which none attends to another, and the loss of a step is the mean over its trained tokens. A message may carry its own
-    `weight`, or `train: false`. The resulting model stops at its end of turn (generation_config.json).
+    The chat template is the model's own; the loss covers the assistant's content, its tool calls and its stop token,
+    and nothing else. Rows are packed into sequences in which none attends to another, and the loss of a step is the
+    mean over its trained tokens. A message may carry its own `weight`, or `train: false`. The resulting model stops at
+    its end of turn (generation_config.json).
     """
     from llmkit.cli.shared.training_command import launched, request_of, train_or_show
 

@@ -63,7 +63,9 @@ class Run:
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
-        """Progress of `total` units (None: unknown): a bar on a terminal, else a line every 30 s, nothing with --quiet."""
+        """Progress of `total` units (None: unknown): a bar on a terminal, else a line every 30 s, nothing with
+        --quiet.
+        """
         bar = Progress(self, total, unit)
         try:
             yield bar
@@ -88,7 +90,8 @@ class Run:
         console.print(table)
 
     def finish(self, counts: dict[str, Any], line: str) -> None:
-        """The summary: `line` for people (unless --quiet), `counts` as JSON in its place with --json, and for --summary.
+        """The summary: `line` for people (unless --quiet), `counts` as JSON in its place with --json, and for
+        --summary.
 
         `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
         """
@@ -107,7 +110,9 @@ class Run:
 
     # Inputs and outputs.
     def reads(self, role: str, path: str) -> None:
-        """Note an input that an option names: `role` is the option, or it and its value with a star for the path (io.lineage.Input)."""
+        """Note an input that an option names: `role` is the option, or it and its value with a star for the path
+        (io.lineage.Input).
+        """
         if os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
         self._paths.append((role, path))
@@ -121,7 +126,9 @@ class Run:
         return Lineage(self.command, dict(self.options), inputs)
 
     def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
-        """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is given."""
+        """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is
+        given.
+        """
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
@@ -133,7 +140,9 @@ class Run:
         return expand(named, **expand_options) if named else []
 
     def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
-        """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any rows."""
+        """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any
+        rows.
+        """
         return self.reader_of(self.inputs(given, **expand_options), text_key=text_key)
 
     def reader_of(self, paths: list[str], *, text_key: str | None = "") -> DocumentReader:
@@ -167,7 +176,9 @@ class Run:
         return _record_of(path, lineage) is not None
 
     def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
-        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to do."""
+        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to
+        do.
+        """
         if not self.has_made(paths, beside):
             return False
         self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
@@ -176,8 +187,8 @@ class Run:
     def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None, output: str | None = None) -> bool:
         """Whether the command's output, or `output`, already is what this call would make of `paths`.
 
-        `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
-        digests of the inputs), never by their existence.
+        `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs
+        (command, version, options, digests of the inputs), never by their existence.
         """
         from llmkit.io.inputs import exists
         from llmkit.lineage.formats import digest_path

@@ -55,7 +55,8 @@ def _lines(bar: Progress) -> Callable[[Record], None]:
 def _summary(record: Record) -> str:
     held_out = f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
     loss = f"loss {record['loss']:.4f}" if isinstance(record.get("loss"), float) else "skipped"
-    return f"{loss}{held_out} lr {record['lr']:.2e} {record['tokens_per_second']:,.0f} tok/s {_clock(record['eta_seconds'])} left"
+    speed, left = f"{record['tokens_per_second']:,.0f} tok/s", _clock(record["eta_seconds"])
+    return f"{loss}{held_out} lr {record['lr']:.2e} {speed} {left} left"
 
 
 class Panel:

@@ -1,8 +1,9 @@
 """The options that every command shares, and `@command`, which adds them to a function.
 
-A command is a function whose first parameter is a `Run`; the rest are its own arguments and options, singly or as classes of options
-(`llmkit.options`). `@command` marks it, `build` makes a Typer command of it. A value comes from the flag, else from LLMKIT_<COMMAND>_<OPTION>,
-else from the TOML file of --config, else it is the default; --print-config shows the result.
+A command is a function whose first parameter is a `Run`; the rest are its own arguments and options, singly or as
+classes of options (`llmkit.options`). `@command` marks it, `build` makes a Typer command of it. A value comes from the
+flag, else from LLMKIT_<COMMAND>_<OPTION>, else from the TOML file of --config, else it is the default; --print-config
+shows the result.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from copy import copy
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -65,35 +66,58 @@ def _reading(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=DOCUMENTS, **more)
 
 
-# fmt: off
-SHARED: dict[str, tuple[Any, Any]] = {
-    "output": (Annotated[str | None, _flag("--output", "-o", metavar="PATH", help="Output; stdout where the command streams"), COMMON], None),
-    "force": (Annotated[bool, _flag("--force", "-f", help="Replace an existing output"), COMMON], False),
-    "dry_run": (Annotated[bool, _flag("--dry-run", "-n", help="Check everything, write nothing"), COMMON], False),
-    "quiet": (Annotated[bool, _flag("--quiet", "-q", help="Print nothing on success"), COMMON], False),
-    "verbose": (Annotated[bool, _flag("--verbose", "-v", help="Print more")], False),
-    "jobs": (Annotated[int, _flag("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it"), COMMON], 1),
-    "config": (Annotated[str | None, _flag("--config", "-c", metavar="TOML", help="File with option values, top-level or in [COMMAND]"), COMMON], None),
-    "seed": (Annotated[int, _flag("--seed", min=0, help="Random seed"), COMMON], 0),
-    "json": (Annotated[bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr")], False),
-    "summary": (Annotated[str | None, _flag("--summary", metavar="FILE", help="Write the summary as JSON")], None),
-    "print_config": (Annotated[bool, _flag("--print-config", help="Print the resolved options as TOML and exit")], False),
-    "debug": (Annotated[bool, _flag("--debug", help="Show tracebacks")], False),
-    "version": (Annotated[bool, _flag("--version", "-V", help="Print the version")], False),
-}
+@dataclass(frozen=True)
+class SharedOptions:
+    """The options of every command."""
 
-READING: dict[str, tuple[Any, Any]] = {
-    "text_key": (Annotated[str, _reading("--text-key", metavar="FIELD", help="Field that holds the text"), COMMON], "text"),
-    "id_key": (Annotated[str, _reading("--id-key", metavar="FIELD", help="Field that holds the id")], "id"),
-    "on_bad_line": (Annotated[str, _reading("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE"), COMMON], "stop"),
-    "max_line_bytes": (Annotated[int, count_option("--max-line-bytes", help="Longest line to accept", rich_help_panel=DOCUMENTS)], 16 << 20),
-    "files_from": (Annotated[str | None, _reading("--files-from", metavar="FILE", help="Read input names from a file")], None),
-}
-WRITING: dict[str, tuple[Any, Any]] = {
-    "plain": (Annotated[bool, _reading("--plain", help="Plain JSON lines on stdout (for jq), without lineage")], False),
-}
-# fmt: on
+    output: Annotated[
+        str | None, _flag("--output", "-o", metavar="PATH", help="Output; stdout where the command streams"), COMMON
+    ] = None
+    force: Annotated[bool, _flag("--force", "-f", help="Replace an existing output"), COMMON] = False
+    dry_run: Annotated[bool, _flag("--dry-run", "-n", help="Check everything, write nothing"), COMMON] = False
+    quiet: Annotated[bool, _flag("--quiet", "-q", help="Print nothing on success"), COMMON] = False
+    verbose: Annotated[bool, _flag("--verbose", "-v", help="Print more")] = False
+    jobs: Annotated[
+        int, _flag("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it"), COMMON
+    ] = 1
+    config: Annotated[
+        str | None,
+        _flag("--config", "-c", metavar="TOML", help="File with option values, top-level or in [COMMAND]"),
+        COMMON,
+    ] = None
+    seed: Annotated[int, _flag("--seed", min=0, help="Random seed"), COMMON] = 0
+    json: Annotated[bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr")] = False
+    summary: Annotated[str | None, _flag("--summary", metavar="FILE", help="Write the summary as JSON")] = None
+    print_config: Annotated[bool, _flag("--print-config", help="Print the resolved options as TOML and exit")] = False
+    debug: Annotated[bool, _flag("--debug", help="Show tracebacks")] = False
+    version: Annotated[bool, _flag("--version", "-V", help="Print the version")] = False
 
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """The options of a command that reads documents."""
+
+    text_key: Annotated[str, _reading("--text-key", metavar="FIELD", help="Field that holds the text"), COMMON] = "text"
+    id_key: Annotated[str, _reading("--id-key", metavar="FIELD", help="Field that holds the id")] = "id"
+    on_bad_line: Annotated[
+        str, _reading("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE"), COMMON
+    ] = "stop"
+    max_line_bytes: Annotated[
+        int, count_option("--max-line-bytes", help="Longest line to accept", rich_help_panel=DOCUMENTS)
+    ] = 16 << 20
+    files_from: Annotated[str | None, _reading("--files-from", metavar="FILE", help="Read input names from a file")] = (
+        None
+    )
+
+
+@dataclass(frozen=True)
+class WritingOptions:
+    """The options of a command that writes documents."""
+
+    plain: Annotated[bool, _reading("--plain", help="Plain JSON lines on stdout (for jq), without lineage")] = False
+
+
+SHARED = tuple(field.name for field in option_fields(SharedOptions))
 # Shared options that do not decide the content of the output, and therefore stay out of its lineage.
 NEUTRAL = {*SHARED, "files_from", "plain"} - {"seed"}
 
@@ -103,12 +127,14 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a function as a subcommand.
 
-    `examples` are shown in its help and run by the tests; `neutral` names own options that do not decide the content of the output, beside
-    those that their class marks; `reads` adds the options of a document reader (`Run.reader`), `writes` those of a document writer (`Run.writer`).
+    `examples` are shown in its help and run by the tests; `neutral` names own options that do not decide the content
+    of the output, beside those that their class marks; `reads` adds the options of a document reader (`Run.reader`),
+    `writes` those of a document writer (`Run.writer`).
     """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
-        function.llmkit = {"examples": examples, "neutral": set(neutral), "reads": reads, "writes": writes}  # type: ignore[attr-defined]
+        marks = {"examples": examples, "neutral": set(neutral), "reads": reads, "writes": writes}
+        function.llmkit = marks  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -148,10 +174,10 @@ def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
             parameters[parameter.name] = parameter.replace(
                 annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY
             )
-    shared = (READING if marks["reads"] else {}) | (WRITING if marks["writes"] else {}) | SHARED
-    for name, (annotation, default) in shared.items():
-        if name not in parameters:
-            parameters[name] = _parameter(name, annotation, default)
+    reading, writing = (ReadingOptions,) * marks["reads"], (WritingOptions,) * marks["writes"]
+    for kind in (*reading, *writing, SharedOptions):
+        for field in option_fields(kind):
+            parameters.setdefault(field.name, _parameter(field.name, field.annotation, field.default))
     return parameters
 
 
@@ -299,7 +325,9 @@ def _scalar(annotation: Any) -> Any:
 
 
 def _format_options(command: Any, context: Any, formatter: Any) -> None:
-    """Arguments, then the options by group: the command's own first, the shared ones last. --help leaves out what few people need."""
+    """Arguments, then the options by group: the command's own first, the shared ones last. --help leaves out what few
+    people need.
+    """
     everything = getattr(command, "shows_all", False)
     options = [p for p in command.get_params(context) if p.param_type_name == "option"]
     own = [p for p in options if getattr(p, "rich_help_panel", None) not in (GENERAL, DOCUMENTS) and p.name != "help"]

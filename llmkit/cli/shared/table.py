@@ -1,8 +1,8 @@
 """The subcommands, in the order of the pipeline: name, group, one-line summary. `module_of` says where each is.
 
-Standard library only, and little of it: `llmkit --help` prints this table within a few milliseconds. Help, completions and the dispatcher
-all read it. A name may have two words, `filter train` beside `filter`: the second one is taken before an input file of that name (which
-is ./train), and a hyphen between them does as well.
+Standard library only, and little of it: `llmkit --help` prints this table within a few milliseconds. Help, completions
+and the dispatcher all read it. A name may have two words, `filter train` beside `filter`: the second one is taken
+before an input file of that name (which is ./train), and a hyphen between them does as well.
 """
 
 from __future__ import annotations

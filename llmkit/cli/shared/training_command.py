@@ -1,4 +1,5 @@
-"""What train, anneal, sft and dpo share on the command line: several processes, the tables of --dry-run, the live view, the summary.
+"""What train, anneal, sft and dpo share on the command line: several processes, the tables of --dry-run, the live
+view, the summary.
 
 What a run is made of is decided in training.runner and what it calls. Not a command.
 """
@@ -26,7 +27,9 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def launched(run: Run, options: Any, inputs: list[str]) -> bool:
-    """Check the call, which reads `inputs`; with several processes, or restarts, run it again in as many, and say whether that was all."""
+    """Check the call, which reads `inputs`; with several processes, or restarts, run it again in as many, and say
+    whether that was all.
+    """
     machine = options.machine
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")

@@ -60,15 +60,15 @@ def main(
 ) -> None:
     """Extract text from WARC, WET and ARC files, HTML pages, PDFs, and JSON rows with HTML.
 
-    The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions. A
-    document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence` (cc-by-4.0,
-    or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots directives (noai,
-    noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one is wrong. The text of
-    a PDF is its text layer; pages without one are counted.
+    The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions.
+    A document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence`
+    (cc-by-4.0, or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots
+    directives (noai, noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one
+    is wrong. The text of a PDF is its text layer; pages without one are counted.
 
     Broken records are skipped, counted, and reported with their offset. A page that takes longer than --time-limit, or
-    more memory than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each worker,
-    and one page.
+    more memory than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each
+    worker, and one page.
     """
     from llmkit.corpus.extract.engines import ENGINES
 

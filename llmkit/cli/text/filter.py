@@ -121,15 +121,16 @@ def main(
 ) -> None:
     """Keep the documents that pass quality rules; a document is dropped at the first rule that it breaks.
 
-    The presets are published rule sets: gopher (repetition and quality), c4 (keeps the lines that read as sentences, and so
-    edits the text), fineweb (both, then its own rules), refinedweb, dolma, txt360, and code. --preset and --filter can be
-    combined. The filters run in the order given, presets first; the options for language, licence and opt-out run before
-    them, those for quality, contamination and personal data after them. Kept documents that were not edited are passed on
-    byte for byte. --rejects stores the dropped documents as they were, with `filter`, `reason` and the measured `value`,
-    which replace existing fields of these names. The rules are made for English; other languages need other thresholds.
+    The presets are published rule sets: gopher (repetition and quality), c4 (keeps the lines that read as sentences,
+    and so edits the text), fineweb (both, then its own rules), refinedweb, dolma, txt360, and code. --preset and
+    --filter can be combined. The filters run in the order given, presets first; the options for language, licence and
+    opt-out run before them, those for quality, contamination and personal data after them. Kept documents that were
+    not edited are passed on byte for byte. --rejects stores the dropped documents as they were, with `filter`,
+    `reason` and the measured `value`, which replace existing fields of these names. The rules are made for English;
+    other languages need other thresholds.
 
-    Memory for each worker: 250 MB plus at most 30 to 60 times the size of the longest line. Kernels are compiled on first
-    use and cached.
+    Memory for each worker: 250 MB plus at most 30 to 60 times the size of the longest line. Kernels are compiled on
+    first use and cached.
     """
     from llmkit.corpus import chain_loader
 
@@ -266,10 +267,8 @@ def _print_statistics(run: Run, chain: Chain, statistics: Statistics) -> None:
     lines = [f"{statistics.documents:,} documents, {kept:,} would be kept ({100 * kept / total:.1f} %)", ""]
     lines += [f"{'rule':<48}{'drops alone':>14}{'share':>9}{'in order':>12}{'share':>9}"]
     for name, n in drops.items():
-        drops_alone, drops_in_order = n["alone"], n["in_order"]
-        lines.append(
-            f"{name:<48}{drops_alone:>14,}{drops_alone / total:>9.2%}{drops_in_order:>12,}{drops_in_order / total:>9.2%}"
-        )
+        alone, in_order = n["alone"], n["in_order"]
+        lines.append(f"{name:<48}{alone:>14,}{alone / total:>9.2%}{in_order:>12,}{in_order / total:>9.2%}")
     lines += [
         "",
         f"{'statistic, at these shares of the documents':<48}" + "".join(f"{share:>10.0%}" for share in SHARES),

@@ -37,13 +37,14 @@ def main(
         int, typer.Option("--folds", metavar="K", min=0, max=100, help="Also cross-validate with K folds")
     ] = 0,
 ) -> None:
-    """Train a document classifier and write it as a fastText model, for `llmkit filter --filter quality` or for fastText.
+    """Train a document classifier and write it as a fastText model, for `llmkit filter --filter quality` or for
+    fastText.
 
-    Each file is a class, named by the file name up to the first dot: good.jsonl contains the good documents. The filter
-    keeps the label called good, hq, high or positive, or the one set by `quality.label`. --folds trains K more times, each
-    time without a K-th of the documents, and prints how often these get their own label, with the 95 % interval, and the
-    area under the ROC curve. The model's bytes depend only on the documents, their order, the options and the seed; the
-    format has no room for lineage.
+    Each file is a class, named by the file name up to the first dot: good.jsonl contains the good documents. The
+    filter keeps the label called good, hq, high or positive, or the one set by `quality.label`. --folds trains K more
+    times, each time without a K-th of the documents, and prints how often these get their own label, with the 95 %
+    interval, and the area under the ROC curve. The model's bytes depend only on the documents, their order, the
+    options and the seed; the format has no room for lineage.
     """
     from llmkit.io.atomic import atomic_file, check_output
 

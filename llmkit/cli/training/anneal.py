@@ -28,8 +28,9 @@ def main(
 ) -> None:
     """Continue from a checkpoint, optimizer state included, on data of its own, while the learning rate decays to zero.
 
-    The learning rate starts where the checkpoint's step had it. One trunk may be annealed any number of times, on different data and from
-    different steps; `llmkit average` merges the branches. A model directory without optimizer state starts with zero moments, and needs --lr.
+    The learning rate starts where the checkpoint's step had it. One trunk may be annealed any number of times, on
+    different data and from different steps; `llmkit average` merges the branches. A model directory without optimizer
+    state starts with zero moments, and needs --lr.
     """
     from llmkit.cli.shared.training_command import launched, request_of, train_or_show
 

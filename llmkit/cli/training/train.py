@@ -28,15 +28,17 @@ def main(
 ) -> None:
     """Train a decoder on token shards, in the order that `mix` gave them.
 
-    The run directory holds a Hugging Face model directory per checkpoint, the log (metrics.jsonl, whose names llmkit/training/metrics/curves.py
-    explains), and at the end the link `final`. A run that was killed continues with --resume and ends in the same bytes. Step s reads the same
-    tokens whatever the number of processes. torchrun and `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU,
-    Accelerate starts several only through MPI).
+    The run directory holds a Hugging Face model directory per checkpoint, the log (metrics.jsonl, whose names
+    llmkit/training/metrics/curves.py explains), and at the end the link `final`. A run that was killed continues with
+    --resume and ends in the same bytes. Step s reads the same tokens whatever the number of processes. torchrun and
+    `accelerate launch -m llmkit train ...` may start them instead of --processes (on CPU, Accelerate starts several
+    only through MPI).
 
-    --recipe takes learning rates, sizes and defaults from a published model, scaled to --tokens, or from a TOML of stages, each with its own
-    learning rates, sequence length and rope_theta; in a recipe, final_lr is an absolute learning rate. Where the data is a mix of as many
-    --stages, these decide where each ends. --lr scales the curve of a recipe to another peak. --from starts from any model directory or run: at
-    the run's last learning rate, or with --rewarm up to --lr and down again (arXiv:2403.08763). Optimizer state is kept where the start has it.
+    --recipe takes learning rates, sizes and defaults from a published model, scaled to --tokens, or from a TOML of
+    stages, each with its own learning rates, sequence length and rope_theta; in a recipe, final_lr is an absolute
+    learning rate. Where the data is a mix of as many --stages, these decide where each ends. --lr scales the curve of
+    a recipe to another peak. --from starts from any model directory or run: at the run's last learning rate, or with
+    --rewarm up to --lr and down again (arXiv:2403.08763). Optimizer state is kept where the start has it.
     """
     from llmkit.cli.shared.training_command import launched, request_of, show_course, train_or_show
 
