@@ -39,7 +39,7 @@ def test_third_party_entry_is_loaded_only_when_asked_for(monkeypatch: pytest.Mon
     registry = Registry("thing", "llmkit.things")
     assert registry.names() == ["bad", "good"]
     assert registry.get("good") == pytest.approx(3.14159, abs=1e-4)
-    with pytest.raises(Exception, match="thing 'bad' of no_such_module:x does not load"):
+    with pytest.raises(Exception, match="thing 'bad' from no_such_module:x does not load"):
         registry.get("bad")
 
 

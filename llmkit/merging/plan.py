@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.run_layout import resolve_model
+from llmkit.io.run_layout import resolve_model, step_of
 from llmkit.merging.methods import Merge, Numbers, check_required, find_method, methods_with
 
 
@@ -54,7 +54,7 @@ def plan_merge(
     for path in heldout:
         if not Path(path).exists():
             raise LlmkitError(f"{path}: no such file or directory", "name shards or documents, without wildcards")
-    steps = None if last is None else [int(path.name.removeprefix("step-")) for path in paths]
+    steps = None if last is None else [step_of(path) for path in paths]
     return MergePlan(merge, paths, inputs, steps)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from llmkit.errors import UsageError
+from llmkit.io.run_layout import checkpoint_name
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
 from llmkit.training.optim.schedule import NAMES as SCHEDULES
 from llmkit.training.optim.schedule import RAMPS as DECAY_SHAPES
@@ -392,7 +393,7 @@ class RampOptions:
         _data(
             "--step",
             metavar="STEP",
-            help="Checkpoint of the run to start from, such as step-00000500 or 500; by default its last",
+            help=f"Checkpoint of the run to start from, such as {checkpoint_name(500)} or 500; by default its last",
         ),
         Formerly("--from"),
         COMMON,

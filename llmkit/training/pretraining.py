@@ -20,6 +20,7 @@ import torch
 
 from llmkit.errors import UsageError, unknown_name
 from llmkit.io.record import Input, base_name
+from llmkit.io.run_layout import checkpoint_name, parse_step
 from llmkit.lineage.formats import describe_input
 from llmkit.mixing.order import OrderedTokens
 from llmkit.model.config import ModelConfig, load_config
@@ -341,8 +342,7 @@ def _plan_course(
 def prepare_annealing(request: Request, session: Session, start: str, data: str) -> Prepared:
     """Data, model and schedule of an annealing; errors as for `prepare_pretraining`."""
     options: AnnealOptions = request.options
-    step = (options.ramp.step or "").removeprefix("step-")
-    directory, before = starting_point(start, int(step) if step else None)
+    directory, before = starting_point(start, parse_step(options.ramp.step) if options.ramp.step else None)
     info = load_info(directory)
     rate = options.ramp.lr or (before.rate if before else None)
     if not rate:
@@ -394,6 +394,7 @@ def check_annealing(options: AnnealOptions) -> None:
             f"--final-lr-fraction {options.ramp.final_lr_fraction} is above 1",
             "it is the final learning rate over the initial one",
         )
-    step = (options.ramp.step or "").removeprefix("step-")
-    if options.ramp.step and not (step.isascii() and step.isdigit()):
-        raise UsageError(f"--step {options.ramp.step}: not the name of a checkpoint", "such as step-00000500, or 500")
+    if options.ramp.step and parse_step(options.ramp.step) is None:
+        raise UsageError(
+            f"--step {options.ramp.step}: not the name of a checkpoint", f"such as {checkpoint_name(500)}, or 500"
+        )

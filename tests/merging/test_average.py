@@ -378,7 +378,7 @@ def test_non_finite_weights_are_refused_by_name(
             [three[0], damaged], resolve_merge(method, 2), tmp_path / "out", base if method[0] in "td" else None
         )
     assert str(damaged) in error.value.message
-    assert f"model.layers.1.mlp.up_proj.weight holds {number} (element 700)" in error.value.message
+    assert f"model.layers.1.mlp.up_proj.weight contains {number} (element 700)" in error.value.message
 
 
 def test_tensors_that_differ_are_refused_by_name(

@@ -13,7 +13,7 @@ from llmkit.training.options import AnnealOptions, held_out_paths
 @command(
     examples=(
         "llmkit anneal run/ shards/ --tokens 10k -o annealed/",
-        "llmkit anneal run/ shards/ --tokens 10k --step step-00000002 --ramp sqrt -o annealed2/",
+        "llmkit anneal run/ shards/ --tokens 10k --step 2 --ramp sqrt -o annealed2/",
     ),
 )
 def main(
