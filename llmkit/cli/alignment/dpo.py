@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmkit.alignment.options import DpoOptions
+from llmkit.chat.rows import PREFERENCES, schema_names
 from llmkit.cli.shared.options import ModelPath, Run, command
 
 
@@ -22,17 +23,19 @@ def main(
     model: ModelPath,
     rows: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ROWS", help="Preference pairs as JSON lines or Parquet; '-' or nothing is stdin"),
+        typer.Argument(
+            metavar="ROWS",
+            help=f"JSON lines or Parquet with `chosen` and `rejected`: {schema_names(PREFERENCES)}; "
+            "'-' or nothing is stdin",
+        ),
     ] = None,
     options: DpoOptions = DpoOptions(),
 ) -> None:
     """Align a model by direct preference optimization: make chosen answers more probable and rejected ones less,
     relative to the initial model.
 
-    Rows hold `chosen` and `rejected`, as strings or lists of messages, with or without `prompt` (by default what both
-    begin with); turns in one string (hh-rlhf) are understood. The reference log-probabilities are computed once before
-    the first step and kept in the run. The log shows the rewards of both sides, their margin, and how often the chosen
-    one is ahead.
+    The reference log-probabilities are computed once before the first step and stored in the run. The log shows the
+    rewards of both sides, their margin, and how often the chosen one is ahead.
     """
     from llmkit.cli.shared.training_command import launched, request_of, train_or_show
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmkit.alignment.options import SftOptions
+from llmkit.chat.rows import CONVERSATIONS, schema_names
 from llmkit.cli.shared.options import ModelPath, Run, command
 
 
@@ -22,12 +23,14 @@ def main(
     model: ModelPath,
     rows: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ROWS", help="Conversations as JSON lines or Parquet; '-' or nothing is stdin"),
+        typer.Argument(
+            metavar="ROWS",
+            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)}; '-' or nothing is stdin",
+        ),
     ] = None,
     options: SftOptions = SftOptions(),
 ) -> None:
-    """Fine-tune a model on rows of messages, ShareGPT conversations, Alpaca instructions, prompts with completions, or
-    plain text.
+    """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's part.
 
     The chat template is the model's own; the loss covers the assistant's content, its tool calls and its stop token,
     and nothing else. Rows are packed into sequences in which none attends to another, and the loss of a step is the
