@@ -8,18 +8,13 @@ import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN, open_raw
-
-if TYPE_CHECKING:
-    from llmkit.model.decoder import Decoder
-    from llmkit.model.pretrained.checkpoint import LoadedModel
-
 
 FORMATS = ("table", "json")
 
@@ -98,6 +93,8 @@ def main(
         from llmkit.io.atomic import check_output
 
         check_output(run.output, run.force)
+    from llmkit.evaluation.score_model import score_documents, score_tasks
+
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         documents = {
@@ -108,9 +105,23 @@ def main(
             loaded = load_for_inference(model, dtype, device)
             scores: dict[str, Any] = {}
             for name, path in documents.items():
-                scores.setdefault("perplexity", {})[name] = _perplexity(run, loaded, path, stride, limit)
+                texts = (document.text for document in run.reader([path], files_from=None).documents())
+                with run.progress(None, "documents") as bar:
+                    scores.setdefault("perplexity", {})[name] = score_documents(
+                        loaded, texts, stride=stride, limit=limit, advance=bar.advance
+                    )
             if names:
-                scores["tasks"] = _tasks(run, loaded, names, manager, limit, shots, apply_chat_template)
+                with run.progress(None, "requests") as bar:
+                    scores["tasks"] = score_tasks(
+                        loaded,
+                        names,
+                        manager,
+                        limit=limit,
+                        shots=shots,
+                        chat=apply_chat_template,
+                        seed=run.seed,
+                        advance=bar.advance,
+                    )
             results[model] = scores
     _write(run, results, format or ("json" if run.output or not sys.stdout.isatty() else "table"))
     run.finish({"models": len(models), "tasks": len(names)}, f"{len(models)} models scored")
@@ -128,55 +139,6 @@ def _spool_stdin(stack: ExitStack) -> str:
     shutil.copyfileobj(open_raw(STDIN), file, 1 << 20)
     file.flush()
     return file.name
-
-
-def _perplexity(
-    run: Run, loaded: tuple[Decoder, LoadedModel], documents: str, stride: int | None, limit: int | None
-) -> dict[str, Any]:
-    from itertools import islice
-
-    from llmkit.evaluation.harness import end_of_text_id
-    from llmkit.evaluation.perplexity import perplexity
-    from llmkit.model.pretrained.checkpoint import load_tokenizer
-
-    model, info = loaded
-    codec = load_tokenizer(info.tokenizer_files, info.path)
-    codec.encode_special_tokens = True  # a literal "<|endoftext|>" in a document is plain text
-    texts = (document.text for document in run.reader([documents], files_from=None).documents())
-    with run.progress(None, "documents") as bar:
-        result = perplexity(
-            model,
-            lambda text: list(codec.encode(text, add_special_tokens=False).ids),
-            islice(texts, limit),
-            end_of_text_id(info),
-            stride,
-            bar.advance,
-        )
-    return result.figures()
-
-
-def _tasks(
-    run: Run,
-    loaded: tuple[Decoder, LoadedModel],
-    names: list[str],
-    manager: Any,
-    limit: int | None,
-    shots: int | None,
-    chat: bool,
-) -> dict[str, dict[str, float]]:
-    from llmkit.chat.templates import render
-    from llmkit.evaluation.harness import DecoderLM, evaluate
-
-    model, info = loaded
-    with run.progress(None, "requests") as bar:
-        lm = DecoderLM(
-            model,
-            info,
-            lambda messages, prompt: render(messages, info.tokenizer_files, prompt),
-            advance=bar.advance,
-            seed=run.seed,
-        )
-        return evaluate(lm, names, manager, limit=limit, shots=shots, chat=chat, seed=run.seed)
 
 
 def _write(run: Run, results: dict[str, dict[str, Any]], format: str) -> None:
