@@ -162,7 +162,8 @@ def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> N
 def readme_commands() -> list[str]:
     """The llmkit lines of the README's bash blocks, comments cut off."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [re.split(r"\s+#", line)[0].strip() for block in blocks for line in block.splitlines()]
+    joined = [re.sub(r"\|\n\s+", "| ", block) for block in blocks]  # a pipe may go on in the next line
+    lines = [re.split(r"\s+#", line)[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line.startswith("llmkit ")]
 
 
@@ -208,6 +209,16 @@ def test_readme_commands_run(after_readme: Path) -> None:
     for line in readme_commands():
         if found := re.search(r" -o (\S+)", line):
             assert (after_readme / found.group(1)).exists(), line
+
+
+def test_readme_python_runs(after_readme: Path) -> None:
+    """Behaviour: the Python block of the README runs where its commands have run, at tiny size, and prints scores."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 1
+    code = re.sub(r"=\d+_000", "=3_000", blocks[0]).replace('"tiny"', '"tiny.json"')
+    done = subprocess.run([sys.executable, "-c", code], cwd=after_readme, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'bits_per_byte'" in done.stdout
 
 
 def examples() -> list[str]:
