@@ -24,9 +24,15 @@ from torch import Tensor
 from llmkit.chat.templates import EncodedRow
 from llmkit.io.atomic import atomic_file
 from llmkit.seeds import derive
-from llmkit.training.data import Batch, pack
+from llmkit.training.data import Batch, collate
 from llmkit.training.distributed.processes import Processes
-from llmkit.training.objectives import Objective, Result, counted, head_weight, token_log_probabilities
+from llmkit.training.objectives import (
+    Objective,
+    ObjectiveResult,
+    counted_hidden_states,
+    head_weight,
+    token_log_probabilities,
+)
 
 FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected")
 
@@ -34,7 +40,7 @@ FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chos
 def dpo(beta: float) -> Objective:
     """The sigmoid loss as an objective for batches of `PairSource`; figures are means over the pairs of the step (see FIGURES)."""
 
-    def objective(model: Any, batch: Batch, scale: float) -> Result:
+    def objective(model: Any, batch: Batch, scale: float) -> ObjectiveResult:
         log_p = sequence_log_probabilities(model, batch).view(2, -1)
         ratios = log_p - batch.extra["reference"].T
         margins = beta * (ratios[0] - ratios[1])
@@ -49,14 +55,14 @@ def dpo(beta: float) -> Objective:
                 log_p[1],
             )
             figures = {name: value.sum() * scale for name, value in zip(FIGURES, values, strict=True)}
-        return Result(loss, figures)
+        return ObjectiveResult(loss, figures)
 
     return objective
 
 
 def sequence_log_probabilities(model: Any, batch: Batch) -> Tensor:
     """Σ log p over the positions of each row whose weight is not 0: float32 [R], with gradients."""
-    hidden, index = counted(model, batch)
+    hidden, index = counted_hidden_states(model, batch)
     log_p = token_log_probabilities(hidden, head_weight(model), batch.targets.flatten()[index])
     # Scattering into place and summing along rows has a fixed order of additions, which adding by index has not on a GPU.
     flat = log_p.new_zeros(batch.targets.numel()).index_put((index,), log_p)
@@ -89,7 +95,7 @@ class PairSource:
     def tokens(self, step: int) -> int:
         return int(self._tokens[step])
 
-    def shortened(self, step: int) -> int:
+    def length_ratio(self, step: int) -> int:
         return 1
 
     def weight(self, step: int) -> float:
@@ -108,7 +114,7 @@ def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor)
     """The chosen rows of `pairs`, then the rejected ones, padded to the longest; `extra["reference"]` [pairs, 2]."""
     picked = [rows[2 * i + side] for side in (0, 1) for i in pairs]
     length = max(len(row.tokens) for row in picked) - 1
-    batch = pack([[(row.tokens, row.weights)] for row in picked], length)
+    batch = collate([[(row.tokens, row.weights)] for row in picked], length)
     batch.extra["reference"] = reference
     return batch
 
@@ -136,13 +142,13 @@ def reference_log_probabilities(
     found = torch.zeros(pairs, 2)
     model = initial().eval()
     with torch.no_grad():
-        for start, stop in processes.share(pairs, micro_batch):
+        for start, stop in processes.local_row_ranges(pairs, micro_batch):
             chosen = torch.from_numpy(by_length[start:stop])
             batch = pair_batch(rows, chosen.numpy(), found[chosen]).to(processes.device)
             with processes.accelerator.autocast():
                 log_p = sequence_log_probabilities(model, batch)
             found[chosen] = log_p.view(2, -1).T.float().cpu()
-    processes.add_tensor(found)
+    processes.all_reduce_tensor(found)
     processes.barrier()  # every process has looked for the cache
     if processes.is_main:
         with atomic_file(cache, force=True) as sink:

@@ -30,27 +30,23 @@ from llmkit.model.pretrained.checkpoint import load_info, load_model, load_token
 from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.shards.tokenizer_info import token_bytes
-from llmkit.training.checkpoint.run_directory import (
+from llmkit.training.checkpoint.run_directory import RunDirectory, check_run, find_damage, open_run, write_config
+from llmkit.training.checkpoint.trainer_state import (
     OPTIMIZER,
-    RunDirectory,
     TrainerState,
-    check_run,
-    damage,
     load_optimizer_tensors,
     load_trainer_state,
-    open_run,
     refuse_changes,
-    write_config,
 )
 from llmkit.training.data import Source
 from llmkit.training.distributed.elastic import restarted
 from llmkit.training.distributed.layout import load_tensors
-from llmkit.training.distributed.processes import Processes, lost, start
+from llmkit.training.distributed.processes import Processes, as_lost_error, start
 from llmkit.training.environment import accepted_names, environment, model_digest, refuse_drift
 from llmkit.training.loop import fit
 from llmkit.training.metrics.tracker import check_tracker
-from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optim.optimizer import BETAS, build, kind_of, restore_optimizer
+from llmkit.training.objectives import Objective, ObjectiveResult, next_token
+from llmkit.training.optim.optimizer import BETAS, build_optimizer, optimizer_of_state, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
 from llmkit.training.train_step import Tensors, TrainContext
 
@@ -59,7 +55,11 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 @dataclass(slots=True)
 class Settings:
-    """How a run is carried out; nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what comes out beyond rounding."""
+    """How a run is carried out.
+
+    Nothing here but `clip`, `weight_decay`, `betas`, `z_loss`, `optimizer` and `max_rollbacks` decides what
+    comes out beyond rounding.
+    """
 
     output: str
     resume: bool = False
@@ -92,7 +92,8 @@ class Settings:
 
 @dataclass(slots=True)
 class Session:
-    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the start)."""
+    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at
+    the start)."""
 
     settings: Settings
     processes: Processes
@@ -108,8 +109,8 @@ class Session:
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
         """Settle what the run is; False where it is finished already.
 
-        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a run that is to be resumed was
-        another one.
+        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a
+        run that is to be resumed was another one.
         """
         self.lineage = lineage
         self.lineage.inputs += inputs
@@ -127,25 +128,28 @@ class Session:
             self.changed = refuse_drift(old.environment, now, accepted_names(self.settings.accept_change))
         if self.processes.is_main and not self.checkpoint:
             if self.settings.force:  # not earlier: a call that comes to nothing leaves the old run as it is
-                self.directory.start_anew(*self.kept)
+                self.directory.reset(*self.kept)
             write_config(self.directory, config_text)
         self.processes.barrier()
         return True
 
     def _last_intact(self) -> Path | None:
-        """The last checkpoint whose files are as they were written; those behind it are told of. LlmkitError where there are some, all damaged."""
+        """The last checkpoint whose files are as they were written; those behind it are told of.
+
+        LlmkitError where there are some, all damaged.
+        """
         checkpoints = self.directory.checkpoints()
         if self.directory.finished or not checkpoints:  # there is nothing to go on from
             return checkpoints[-1] if checkpoints else None
         passed: list[Path] = []
         if self.processes.is_main:
             left = list(checkpoints)
-            while left and (wrong := damage(left[-1])):
+            while left and (wrong := find_damage(left[-1])):
                 passed.append(left.pop())
                 self.say(f"{passed[-1]}: {wrong}; going back to the checkpoint before")
                 self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
             if left and passed:
-                self.directory.point_at(left[-1])
+                self.directory.link_latest(left[-1])
         count = int(self.processes.all_reduce([float(len(passed))])[0])
         if count == len(checkpoints):
             raise LlmkitError(
@@ -164,7 +168,7 @@ class Session:
             with torch.device("meta"):
                 model = Decoder(info.config)
             self._prepare(model)
-            processes.layout.place(model, processes.device, processes.precision)
+            processes.layout.parallelize(model, processes.device, processes.precision)
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
@@ -173,7 +177,7 @@ class Session:
             if not torch.isfinite(weight).all():
                 raise LlmkitError(f"tensor {name} of the model to start from holds what is no number", "take another")
         self._prepare(model)
-        processes.layout.place(model, processes.device, processes.precision)
+        processes.layout.parallelize(model, processes.device, processes.precision)
         return model
 
     def _prepare(self, model: Decoder) -> None:
@@ -198,17 +202,22 @@ class Session:
         rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from. `rope_theta(step)` is the base of
-        the rotary embedding in that step, where it changes."""
+        """Run the loop.
+
+        `optimizer_from` is a checkpoint of another run whose moments the first step starts from.
+        `rope_theta(step)` is the base of the rotary embedding in that step, where it changes.
+        """
         assert self.state is not None
         settings, config, of_tokens = self.settings, model.config, objective is next_token
         self.state.environment["model"] = model_digest(config.to_hf())
         if settings.z_loss:
-            plain: Callable[..., Result] = objective
+            plain: Callable[..., ObjectiveResult] = objective
             objective, figures = partial(plain, z_loss=settings.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
-        kind = settings.optimizer or (kind_of(read_layout(before / "state" / OPTIMIZER)) if before else "adamw")
-        optimizer = build(model, kind, settings.weight_decay, settings.betas)
+        kind = settings.optimizer or (
+            optimizer_of_state(read_layout(before / "state" / OPTIMIZER)) if before else "adamw"
+        )
+        optimizer = build_optimizer(model, kind, settings.weight_decay, settings.betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
@@ -233,7 +242,7 @@ class Session:
                 model=model,
                 optimizer=optimizer,
                 objective=objective,
-                figures=figures,
+                metric_names=figures,
                 source=source,
                 schedule=schedule,
                 processes=self.processes,
@@ -249,9 +258,9 @@ class Session:
                 keep_every=settings.keep_every,
                 max_hours=settings.max_hours or math.inf,
                 max_rollbacks=settings.max_rollbacks,
-                chance=math.log(config.vocab_size) if of_tokens else math.inf,
+                uniform_loss=math.log(config.vocab_size) if of_tokens else math.inf,
                 decode=_decoder(tokenizer_files),
-                say=self.say if self.processes.is_main else lambda text: None,
+                notify=self.say if self.processes.is_main else lambda text: None,
                 heldout=heldout,
                 eval_every=settings.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
@@ -281,7 +290,10 @@ class Session:
 def session(
     settings: Settings, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is made. `say` warns the user."""
+    """Join the processes and open the run directory; every process of the group calls this.
+
+    With `dry_run` nothing is made. `say` warns the user.
+    """
     if settings.tracker:
         check_tracker(settings.tracker)
     accepted_names(settings.accept_change)  # a wrong one is said first
@@ -299,12 +311,12 @@ def session(
         with open_run(
             settings.output, resume=settings.resume, force=settings.force, main=processes.is_main
         ) as directory:
-            processes.watch(settings.hang_timeout, directory.event)
+            processes.start_watchdog(settings.hang_timeout, directory.event)
             processes.barrier()  # the main process has made it
             yield Session(settings, processes, directory, say=say)
     except BaseException as error:
         processes.leave(failed=True)
-        gone = lost(error) if processes.world_size > 1 else None
+        gone = as_lost_error(error) if processes.world_size > 1 else None
         if gone:
             raise gone from error
         raise

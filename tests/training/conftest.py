@@ -17,7 +17,7 @@ from llmkit.shards.writer import ShardWriter
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.optim.schedule import build_schedule
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
         options = changes.pop("options", {"seed": 0})
         settings = sessions.Settings(str(path), **({"micro_batch": 2, "save_every": 3} | changes))
         source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
-        plan = named("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
+        plan = build_schedule("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
         with sessions.session(settings, say=say) as opened:
             inputs = [Input("input", "data", "xxh3:0")]
             if not opened.begin(Lineage("train", options), inputs, batch_size, 32, "seed = 0\n"):

@@ -21,7 +21,7 @@ from llmkit.training.data import HeldOutSource, PackedSource, StreamSource
 from llmkit.training.metrics import curves, machine
 from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.optim.schedule import build_schedule
 from llmkit.training.source_groups import OTHER, document_groups
 
 SIZES = [40] * 32
@@ -74,7 +74,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
                 opened.model(lambda: model),
                 objective,
                 source,
-                named("constant", rate, source.tokens(source.steps)),
+                build_schedule("constant", rate, source.tokens(source.steps)),
                 tokenizer_files={},
                 heldout=heldout,
             )
@@ -187,7 +187,7 @@ def test_attention_logits_are_those_of_the_model() -> None:
     import torch.nn.functional as F
 
     from llmkit.training.distributed.processes import start
-    from llmkit.training.metrics.activations import probe
+    from llmkit.training.metrics.activations import activation_statistics
 
     model, stream = tiny_model(), TwoSources()
     source = StreamSource(stream, 32, 4, 128)
@@ -203,7 +203,7 @@ def test_attention_logits_are_those_of_the_model() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(F, "scaled_dot_product_attention", watched)
     try:
-        found = probe(model, source, 0, start("fp32"))
+        found = activation_statistics(model, source, 0, start("fp32"))
     finally:
         patch.undo()
     assert found["attention_logit_max"] == pytest.approx(max(seen), rel=1e-5)
@@ -234,8 +234,8 @@ def test_noise_scale() -> None:
 
     little, much = NoiseScale(), NoiseScale()
     for _ in range(20):
-        little.measure(1.5, 100, 1.0, 1000)
-        much.measure(3.0, 100, 1.0, 1000)
+        little.update(1.5, 100, 1.0, 1000)
+        much.update(3.0, 100, 1.0, 1000)
     assert little.tokens is not None
     assert much.tokens is not None
     assert much.tokens > 3 * little.tokens
@@ -247,7 +247,7 @@ def test_pace_of_processes() -> None:
     from llmkit.training.distributed.stragglers import StragglerDetector
 
     pace = StragglerDetector()
-    found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
+    found = [pace.update(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
     named = [figures for figures in found if figures]
     assert named
     assert all(figures == {"slowest_rank": 2, "rank_spread": 2.0} for figures in named)
@@ -256,19 +256,19 @@ def test_pace_of_processes() -> None:
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Behaviour: memory follows what is held, the peak stays; disk and GPU figures are those of the system."""
-    before = machine.machine_figures(torch.device("cpu"), tmp_path)
+    before = machine.machine_metrics(torch.device("cpu"), tmp_path)
     held = mmap.mmap(-1, 40 << 20)  # not what an allocator may hold already
     held.write(b"x" * len(held))
-    during = machine.machine_figures(torch.device("cpu"), tmp_path)
+    during = machine.machine_metrics(torch.device("cpu"), tmp_path)
     assert during["memory"] > before["memory"] + (30 << 20)
     held.close()
-    assert machine.machine_figures(torch.device("cpu"), tmp_path)["memory_peak"] >= during["memory"] * 0.95
+    assert machine.machine_metrics(torch.device("cpu"), tmp_path)["memory_peak"] >= during["memory"] * 0.95
     free = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     told = {"memory_allocated": 1, "max_memory_allocated": 2, "utilization": 3, "temperature": 4, "power_draw": 5000}
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    found = machine.machine_figures(torch.device("cuda"), tmp_path)
+    found = machine.machine_metrics(torch.device("cuda"), tmp_path)
     assert found["disk_free"] == 12345
     assert {name: found[name] for name in GPU} == {
         "gpu_memory": 1,
@@ -335,12 +335,12 @@ def test_smoothed_is_a_function_of_the_log() -> None:
     losses = np.random.default_rng(0).random(200).tolist()
     record: dict[str, Any] = {}
     for step, loss in enumerate(losses, 1):
-        record = {"loss_smooth": curves.smoothed(record, {"step": step, "loss": loss})}
+        record = {"loss_smooth": curves.smoothed_loss(record, {"step": step, "loss": loss})}
         if step == 40:
             assert record["loss_smooth"] == pytest.approx(np.mean(losses[:40]))
     assert record["loss_smooth"] == pytest.approx(0.5, abs=0.1)
     for more in ({}, {"loss": None}, {"loss": 99.0, "skipped": True}, {"loss": float("nan")}):
-        assert curves.smoothed(record, {"step": 9, **more}) == record["loss_smooth"]
+        assert curves.smoothed_loss(record, {"step": 9, **more}) == record["loss_smooth"]
 
 
 def test_resumed_run_has_the_same_curves(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_table_is_complete(run: Run) -> None:
     """Property: every name in a log stands in the table, and the tests of this file (which run in one process) moved every one of them."""
     stream = TwoSources()
     found = run(2, heldout=HeldOutSource(stream, 32, groups=stream.groups()), z_loss=0.1)
-    assert not [name for name in found if not curves.known(name)]
+    assert not [name for name in found if not curves.is_known(name)]
     assert len(curves.CURVES) >= 40
     if len(MOVED) > 30:  # the whole file was run
         assert {curve.name for curve in curves.CURVES} - MOVED == {"eval/*"}  # tests/training/test_samples.py

@@ -11,8 +11,8 @@ from tiny import CONFIG, ListStream
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
-from llmkit.training.batch_schedule import BatchSchedule, changes
-from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
+from llmkit.training.batch_schedule import BatchSchedule, size_changes
+from llmkit.training.data import PADDING_ID, HeldOutSource, PackedSource, StreamSource, collate
 from llmkit.training.source_groups import document_groups
 
 
@@ -81,13 +81,13 @@ def test_steps_partition_the_tokens(later: list[tuple[int, int, int]], rows: int
 
 def test_warm_ups_of_batch_and_length() -> None:
     """Behaviour: small batches first; short sequences first and as many tokens a step; the stream stays in order; micro-batches keep their tokens."""
-    sizes = changes(8, 16, 2000, batches=[(2, 64), (4, 200)], lengths=[(4, 100), (8, 300)])
+    sizes = size_changes(8, 16, 2000, batches=[(2, 64), (4, 200)], lengths=[(4, 100), (8, 300)])
     assert sizes == [(0, 8, 4), (64, 16, 4), (100, 8, 8), (200, 16, 8), (300, 8, 16)]
     stream = Numbered([3000])
     source = StreamSource(stream, 16, 8, 2000, changes=sizes)
     seen = [source.batch(s, 0, source.rows(s)).input_ids.flatten() for s in range(source.steps)]
     assert torch.equal(torch.cat(seen), torch.arange(2000))
-    assert [source.length(s) for s in range(6)] == [4, 4, 4, 8, 8, 8] and source.shortened(0) == 4
+    assert [source.length(s) for s in range(6)] == [4, 4, 4, 8, 8, 8] and source.length_ratio(0) == 4
     assert [len(tokens) for tokens in seen[:7]] == [32, 32, 64, 64, 64, 128, 128]
     assert all(source.weight(s) == len(tokens) for s, tokens in enumerate(seen))
 
@@ -105,7 +105,7 @@ def test_warm_ups_of_batch_and_length() -> None:
 def test_warm_ups_that_do_not_rise_are_refused(more: dict[str, list[tuple[int, int]]], message: str) -> None:
     """Behaviour: larger than what they warm up to, falling, or as long as the run."""
     with pytest.raises(UsageError, match=message):
-        changes(8, 16, 100, **more)
+        size_changes(8, 16, 100, **more)
 
 
 def test_rows_do_not_depend_on_the_cut() -> None:
@@ -183,8 +183,8 @@ def test_packed_rows_do_not_see_each_other() -> None:
     model = Decoder(CONFIG)
     model.initialise(0)
     rows = rows_of([7, 12, 9])
-    batch = pack([rows], 32)
-    assert (batch.document_ids == PADDING).sum() == 32 - (6 + 11 + 8)
+    batch = collate([rows], 32)
+    assert (batch.document_ids == PADDING_ID).sum() == 32 - (6 + 11 + 8)
     with torch.no_grad():
         together = model(batch.input_ids, document_ids=batch.document_ids)[0]
         at = 0

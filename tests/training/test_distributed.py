@@ -20,10 +20,11 @@ import torch
 from group_of_two import STEPS, train, untied
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
-from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.distributed import elastic, stragglers, watchdog
 from llmkit.training.distributed import processes as distributed
-from llmkit.training.distributed.layout import layout_named, local_part
+from llmkit.training.distributed.layout import create_layout, local_shard
 from llmkit.training.metrics.log import read_metrics
 
 
@@ -100,18 +101,18 @@ def test_parts_cover_the_whole_once(rows: int) -> None:
     whole, parts = torch.arange(rows * 2.0).view(rows, 2), []
     for rank in range(3):
         Parameter.device_mesh = Mesh(3, rank)  # type: ignore[attr-defined]
-        parts.append(local_part(whole, Parameter))  # type: ignore[arg-type]
+        parts.append(local_shard(whole, Parameter))  # type: ignore[arg-type]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_layouts_are_named() -> None:
     """Behaviour: a wrong layout gets a suggestion; fp16 does not go with shards."""
     with pytest.raises(UsageError, match="unknown --parallel 'fdsp'") as error:
-        layout_named("fdsp", 2)
+        create_layout("fdsp", 2)
     assert "fsdp" in error.value.hint
     with pytest.raises(UsageError, match="fp16"):
-        layout_named("fsdp", 2).place(untied(), torch.device("cpu"), "fp16")
-    assert layout_named("auto", 4).name == layout_named("fsdp", 1).name == "ddp"
+        create_layout("fsdp", 2).parallelize(untied(), torch.device("cpu"), "fp16")
+    assert create_layout("auto", 4).name == create_layout("fsdp", 1).name == "ddp"
 
 
 @pytest.mark.parametrize(("rows", "micro_batch"), [(1, 1), (3, 1), (5, 2), (8, 3), (7, 8)])
@@ -127,7 +128,7 @@ def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: p
     processes = distributed.start()
     monkeypatch.setattr(distributed.Processes, "world_size", 3)
     for name in ("fsdp", "ddp"):
-        processes.layout, counts, seen = layout_named(name, 3), set(), []
+        processes.layout, counts, seen = create_layout(name, 3), set(), []
         for rank in range(3):
             monkeypatch.setattr(distributed.Processes, "rank", rank)
             model = Model()
@@ -287,7 +288,7 @@ def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     dog.start()
     for _ in range(8):
         time.sleep(0.1)
-        dog.beat()
+        dog.heartbeat()
     assert not codes
     assert ended.wait(10)
     assert codes == [ExitCode.LOST]
@@ -320,9 +321,9 @@ def test_who_is_behind_is_hung() -> None:
     dogs, store = [watchdog.Watchdog(rank, 3, 0.2, lambda name, **details: None) for rank in range(3)], Store()
     for dog in dogs:
         dog._store = store
-        dog.meet()
-    dogs[0].meet()
-    dogs[2].meet()
+        dog.enter_collective()
+    dogs[0].enter_collective()
+    dogs[2].enter_collective()
 
     def look(*awake: int) -> list[int]:
         deadline = time.monotonic() + 0.15
@@ -330,15 +331,15 @@ def test_who_is_behind_is_hung() -> None:
             for rank in awake:
                 dogs[rank]._publish()
             for dog in dogs:
-                dog._look()
+                dog._read_peers()
             time.sleep(0.01)
-        return dogs[0]._hung()
+        return dogs[0]._hung_ranks()
 
     assert look(0, 1, 2) == [1]
-    dogs[1].beat()
+    dogs[1].heartbeat()
     dogs[1]._publish()
-    dogs[0]._look()
-    assert dogs[0]._hung() == []
+    dogs[0]._read_peers()
+    assert dogs[0]._hung_ranks() == []
     assert look(0, 1, 2) == [1]
     assert look(0, 1) == [2]
 
@@ -346,25 +347,25 @@ def test_who_is_behind_is_hung() -> None:
 def test_lost_errors_are_recognised() -> None:
     """Behaviour: what gloo, NCCL and a dead device raise becomes one line; our own errors and full memory do not."""
     text = "[/a/pair.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically caused by ..."
-    error = distributed.lost(RuntimeError(text))
+    error = distributed.as_lost_error(RuntimeError(text))
     assert error is not None
     assert error.message == "lost the other processes (Read error [127.0.0.1]:8942: Connection reset by peer)"
     assert error.code == ExitCode.LOST
-    assert distributed.lost(torch.distributed.DistBackendError("NCCL error")) is not None
+    assert distributed.as_lost_error(torch.distributed.DistBackendError("NCCL error")) is not None
     for other in (RuntimeError("shapes do not fit"), ValueError("gloo"), torch.OutOfMemoryError("CUDA error")):
-        assert distributed.lost(other) is None
+        assert distributed.as_lost_error(other) is None
 
 
 def test_pace() -> None:
     """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
     compare = stragglers.StragglerDetector()
     slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
-    reports = [compare.step(step, slow if step <= 40 else even) for step in range(1, 61)]
+    reports = [compare.update(step, slow if step <= 40 else even) for step in range(1, 61)]
     assert [i + 1 for i, (figures, _) in enumerate(reports) if figures] == [20, 40, 60]
     assert reports[19] == ({"slowest_rank": 2, "rank_spread": pytest.approx(1.5 / 1.1, abs=1e-3)}, 2)
     assert reports[39][1] is None
     assert reports[59][1] is None
-    assert stragglers.StragglerDetector().step(20, [1.0]) == ({}, None)
+    assert stragglers.StragglerDetector().update(20, [1.0]) == ({}, None)
 
 
 def test_garbage_is_collected_at_chosen_steps() -> None:
@@ -374,7 +375,7 @@ def test_garbage_is_collected_at_chosen_steps() -> None:
     class Node:
         me: Any
 
-    with stragglers.collected() as collect:
+    with stragglers.scheduled_garbage_collection() as collect:
         assert not gc.isenabled()
         node = Node()
         node.me, gone = node, weakref.ref(node)

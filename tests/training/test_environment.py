@@ -13,7 +13,7 @@ import torch
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.training import environment
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import load_trainer_state
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
 
 Train = Callable[..., dict[str, Any]]
@@ -32,7 +32,7 @@ def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
 
 def sealed(checkpoint: Path) -> None:
     """Make the digests those of the files as they are now."""
-    (checkpoint / "state" / run_directory.DIGESTS).write_text(json.dumps(run_directory._digests(checkpoint)))
+    (checkpoint / "state" / run_directory.DIGESTS).write_text(json.dumps(run_directory._file_digests(checkpoint)))
 
 
 def events(run: Path) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def test_another_torch_is_refused_until_it_is_accepted(
     with pytest.raises(LlmkitError) as error:
         train(run, resume=True)
     assert error.value.message == f"torch was {before} when the run was started and is 2.99.1 now"
-    assert error.value.hint == "--accept-change torch goes on; bits may differ"
+    assert error.value.hint == "accept it with --accept-change torch; results may not be bit-identical"
     with pytest.raises(LlmkitError, match="torch was"):
         train(run, resume=True, accept_change="llmkit,precision")
     stopped(train, run, at=10, resume=True, accept_change="torch")
@@ -99,7 +99,7 @@ def test_several_changes(train: Train, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(environment, "__version__", "9.0")
     with pytest.raises(LlmkitError, match=r"llmkit was .* and is 9\.0 now \(and model\)") as error:
         train(run, resume=True, accept_change="torch")
-    assert error.value.hint == "--accept-change llmkit,model,torch goes on; bits may differ"
+    assert error.value.hint == "accept it with --accept-change llmkit,model,torch; results may not be bit-identical"
 
 
 @pytest.mark.parametrize(("text", "hint"), [("torhc", "'torch'"), ("torch,prec", "precision"), ("threads", "known")])

@@ -13,9 +13,10 @@ import torch
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import find_checkpoints
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics import gradient_noise
-from llmkit.training.metrics.gradient_noise import NoiseScale, Part
+from llmkit.training.metrics.gradient_noise import NoiseScale, SmallBatchGradient
 from llmkit.training.metrics.log import read_metrics
 
 
@@ -32,7 +33,7 @@ def test_estimate_finds_the_scale_of_a_known_problem(small: int, whole: int, par
     for _ in range(2000):
         each = true + draw.normal(size=(whole, width)) * deviations
         norms = [float(((each[i * small : (i + 1) * small].mean(0)) ** 2).sum()) for i in range(parts)]
-        estimate.measure(sum(norms) / parts, small, float((each.mean(0) ** 2).sum()), whole)
+        estimate.update(sum(norms) / parts, small, float((each.mean(0) ** 2).sum()), whole)
         found.append((estimate.noise, estimate.signal))
     means = np.mean(found[200:], 0)
     assert means[0] / means[1] == pytest.approx(scale, rel=0.1)
@@ -42,15 +43,15 @@ def test_estimate_says_nothing_too_early_or_from_nothing() -> None:
     """Behaviour: no ratio before enough measurements, none where the gradient drowns; parts as large as the whole and infinities are passed over."""
     estimate = NoiseScale()
     for bad in ((1.0, 8, 1.0, 8), (1.0, 0, 1.0, 8), (float("inf"), 4, 1.0, 8), (1.0, 9, 1.0, 8)):
-        estimate.measure(*bad)
+        estimate.update(*bad)
     assert estimate == NoiseScale()
     for _ in range(gradient_noise.ENOUGH):
         assert estimate.tokens is None
-        estimate.measure(3.0, 4, 2.0, 8)  # |G|² = 1, tr(Σ) = 8
+        estimate.update(3.0, 4, 2.0, 8)  # |G|² = 1, tr(Σ) = 8
     assert estimate.tokens == pytest.approx(8.0)
     drowned = NoiseScale()
     for _ in range(gradient_noise.ENOUGH):
-        drowned.measure(3.0, 4, 1.0, 8)
+        drowned.update(3.0, 4, 1.0, 8)
     assert drowned.tokens is None
 
 
@@ -60,17 +61,17 @@ def test_parts_of_processes_come_together() -> None:
     sums = np.zeros(3)
     for gradient, weight in (([3.0, 4.0], 2.0), ([0.0, 6.0], 3.0)):
         parameter.grad = torch.tensor(gradient) * 0.1
-        part = Part()
-        part.look([parameter], 0.0, 0.1)  # nothing to learn in it
-        part.look([parameter], weight, 0.1)
-        part.look([parameter], 7.0, 0.1)
+        part = SmallBatchGradient()
+        part.observe([parameter], 0.0, 0.1)  # nothing to learn in it
+        part.observe([parameter], weight, 0.1)
+        part.observe([parameter], 7.0, 0.1)
         sums += part.values
-    square, size = part.together(list(sums))
+    square, size = part.combine(list(sums))
     assert square == pytest.approx((25 / 4 + 36 / 9) / 2)
     assert size == pytest.approx(2 / (1 / 2 + 1 / 3))
-    assert Part().together((0.0, 0.0, 0.0)) == (0.0, 0.0)
+    assert SmallBatchGradient().combine((0.0, 0.0, 0.0)) == (0.0, 0.0)
     # Sharded, each of two processes has the norm of both's gradient, which is of both's weights: 6² / 5².
-    assert Part(sharded=True).together((2 * 36.0, 2.0 + 3.0, 2.0)) == (pytest.approx(36 / 25), 5.0)
+    assert SmallBatchGradient(sharded=True).combine((2 * 36.0, 2.0 + 3.0, 2.0)) == (pytest.approx(36 / 25), 5.0)
 
 
 @pytest.mark.parametrize(("critical", "times"), [(10.0, 1), (1e9, 0)])

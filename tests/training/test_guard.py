@@ -20,8 +20,8 @@ from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
 from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, StepVerdict
 from llmkit.training.metrics.log import read_metrics
-from llmkit.training.objectives import Result, next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.objectives import ObjectiveResult, next_token
+from llmkit.training.optim.schedule import build_schedule
 
 STEPS = 70
 PLACES = {"noise": (61, 92), "repetition": (123,)}  # documents, far enough apart
@@ -51,7 +51,7 @@ def train(path: Path, stream: ListStream | None = None, objective: Any = next_to
     with sessions.session(settings) as opened:
         opened.begin(Lineage("train", {}), [Input("input", "data", "xxh3:0")], 4, 64, "")
         return opened.train(
-            opened.model(tiny_model), objective, source, named("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
+            opened.model(tiny_model), objective, source, build_schedule("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
         )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
     train(tmp_path / "clean", documents(False))
     broken = False
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal broken
         if not broken and model.training and len(log(tmp_path / "run")) == 33:
             broken = True
@@ -140,7 +140,7 @@ def test_a_model_that_was_harmed_is_taken_back(tmp_path: Path) -> None:
     """Property: a loss that goes up and stays up with what was learnt lost is undone: back to before, those batches skipped; resumed, the same bytes."""
 
     def harmful(place: Path) -> Any:
-        def objective(model: Any, batch: Any, scale: float) -> Result:
+        def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
             if model.training and len(log(place)) == 40:  # step 41, unless it is passed over
                 with torch.no_grad():
                     embeddings = model.model.embed_tokens.weight
@@ -191,7 +191,7 @@ def test_without_a_guard_all_is_taken(tmp_path: Path) -> None:
 
 
 def steady(count: int) -> Guard:
-    guard, draw = Guard(chance=9.0), np.random.default_rng(0)
+    guard, draw = Guard(uniform_loss=9.0), np.random.default_rng(0)
     for step in range(1, count + 1):
         figures = (4 + 0.05 * draw.standard_normal(), float(np.exp(0.2 * draw.standard_normal())), 4.3)
         assert guard.judge(step, figures) is StepVerdict.GOOD
@@ -204,37 +204,37 @@ def test_verdicts() -> None:
     guard = steady(60)
     for figures, verdict in (
         ((4.1, 1.2, 4.4), StepVerdict.GOOD),
-        ((5.0, 1.0, 4.3), StepVerdict.ODD),
-        ((2.0, 1.0, 4.3), StepVerdict.ODD),
-        ((4.0, 20.0, 4.3), StepVerdict.ODD),
-        ((4.0, 1.0, 9.0), StepVerdict.ODD),
+        ((5.0, 1.0, 4.3), StepVerdict.SPIKE),
+        ((2.0, 1.0, 4.3), StepVerdict.SPIKE),
+        ((4.0, 20.0, 4.3), StepVerdict.SPIKE),
+        ((4.0, 1.0, 9.0), StepVerdict.SPIKE),
         ((4.0, 0.01, 1.0), StepVerdict.GOOD),
-        ((float("nan"), 1.0, 4.3), StepVerdict.BROKEN),
-        ((4.0, float("inf"), 4.3), StepVerdict.BROKEN),
+        ((float("nan"), 1.0, 4.3), StepVerdict.NON_FINITE),
+        ((4.0, float("inf"), 4.3), StepVerdict.NON_FINITE),
         ((4.0, 1.0, float("nan")), StepVerdict.GOOD),
     ):
         assert guard.judge(61, figures) is verdict, figures
     for step in range(61, 60 + PATIENCE):
-        assert guard.judge(step, (6.0, 1.0, 6.0)) is StepVerdict.ODD
-        guard.doubt(step)
-    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is StepVerdict.LASTING
-    assert guard.harmed(4.2, (6.0, 1.0, 6.0)) and not guard.harmed(5.8, (6.0, 1.0, 6.0))
-    assert not guard.harmed(7.0, (6.0, 1.0, 6.0)) and not guard.harmed(2.0, (3.0, 99.0, 3.0))
+        assert guard.judge(step, (6.0, 1.0, 6.0)) is StepVerdict.SPIKE
+        guard.record_spike(step)
+    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is StepVerdict.PERSISTENT
+    assert guard.model_degraded(4.2, (6.0, 1.0, 6.0)) and not guard.model_degraded(5.8, (6.0, 1.0, 6.0))
+    assert not guard.model_degraded(7.0, (6.0, 1.0, 6.0)) and not guard.model_degraded(2.0, (3.0, 99.0, 3.0))
 
 
 def test_early_steps() -> None:
     """Behaviour: before much is known only a loss worse than a guess is odd."""
     guard = steady(ENOUGH + RECENT - 1)
     assert guard.judge(ENOUGH, (8.0, 50.0, 9.0)) is StepVerdict.GOOD
-    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is StepVerdict.ODD
+    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is StepVerdict.SPIKE
 
 
 def test_state_goes_through_json() -> None:
     """Property: a guard restored from its state judges and remembers as the one it came from; damaged states are refused."""
     guard = steady(40)
     guard.skip(41, 43, 43)
-    guard.doubt(44)
-    other = Guard(chance=9.0)
+    guard.record_spike(44)
+    other = Guard(uniform_loss=9.0)
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state()
     assert other.deviation((5.0, 1.0, 4.0)) == guard.deviation((5.0, 1.0, 4.0))

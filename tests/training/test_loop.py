@@ -20,10 +20,11 @@ from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
 from llmkit.io.locks import lock
 from llmkit.training import loop, session, train_step
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics import log as metrics
 from llmkit.training.metrics.log import MetricsLog, read_metrics
-from llmkit.training.objectives import Result, next_token
+from llmkit.training.objectives import ObjectiveResult, next_token
 
 Train = Callable[..., dict[str, Any]]
 
@@ -151,8 +152,8 @@ def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
         pytest.param(kill_in(train_step, "clip_gradients", 6), id="in a step"),
         pytest.param(kill_in(run_directory, "write_safetensors", 2), id="in a checkpoint"),
         pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
-        pytest.param(kill_in(loop, "held_out", 2), id="in an evaluation"),
-        pytest.param(kill_in(RunDirectory, "finish", 1), id="before the end"),
+        pytest.param(kill_in(loop, "evaluate_held_out", 2), id="in an evaluation"),
+        pytest.param(kill_in(RunDirectory, "link_final", 1), id="before the end"),
     ],
 )
 def test_killed_run_ends_in_the_same_bytes(
@@ -273,7 +274,7 @@ def test_run_whose_every_loss_is_no_number_gives_up(train: Train, tmp_path: Path
     """Behaviour: batches that give no number are skipped and named, up to a limit; the error names the last good checkpoint."""
     run = tmp_path / "run"
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         found = next_token(model, batch, scale)
         bad = find_checkpoints(run) and model.training
         return found._replace(loss=found.loss * float("nan")) if bad else found
@@ -339,7 +340,7 @@ def test_run_that_ends_worse_than_a_guess(train: Train, tmp_path: Path, monkeypa
     """Behaviour: it is said, with what to do."""
     said: list[str] = []
     fit = session.fit
-    monkeypatch.setattr(session, "fit", lambda training: fit(replace(training, chance=1.0)))
+    monkeypatch.setattr(session, "fit", lambda context: fit(replace(context, uniform_loss=1.0)))
     train(tmp_path / "run", max_rollbacks=0, say=said.append)
     assert "lower the learning rate" in said[-1]
 
@@ -397,7 +398,7 @@ def test_signal_in_a_step_drops_it(train: Train, whole: Path, tmp_path: Path) ->
     """Property: SIGTERM in the middle of a forward pass (where compilation happens) ends it at once; the steps before are saved, and nothing is lost."""
     run, calls = tmp_path / "run", 0
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal calls
         calls += model.training
         if calls == 9:  # step 5
@@ -424,7 +425,7 @@ def test_sigusr1_saves_and_goes_on(train: Train, whole: Path, tmp_path: Path) ->
 def test_max_hours(train: Train, whole: Path, tmp_path: Path) -> None:
     """Behaviour: when the time is over the run is saved and ends with exit code 75; --resume goes on."""
     run = tmp_path / "run"
-    with pytest.raises(LlmkitError, match="hours are over at step 5") as caught:
+    with pytest.raises(LlmkitError, match="hours reached at step 5") as caught:
         train(run, heldout=True, eval_every=4, max_hours=2 / 3600, report=at_step(5, lambda: time.sleep(2)))
     assert caught.value.code == 75
     assert find_checkpoints(run)[-1].name == "step-00000005"

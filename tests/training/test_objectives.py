@@ -9,7 +9,13 @@ from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
 from llmkit.training.data import StreamSource
-from llmkit.training.optim.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
+from llmkit.training.optim.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    named_state,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 
 @pytest.fixture
@@ -65,9 +71,9 @@ def test_log_shows_the_plain_loss_beside_the_z_loss() -> None:
     model, batch = tiny_model(), source.batch(0, 0, 4)
     plain = objectives.next_token(model, batch, 0.1)
     found = objectives.next_token(model, batch, 0.1, z_loss=0.01)
-    assert found.figures["loss"].item() == pytest.approx(plain.loss.item(), rel=1e-6)
-    assert (found.figures["loss"] + found.figures["z_loss"]).item() == pytest.approx(found.loss.item(), rel=1e-6)
-    assert found.figures["z_loss"].item() > 0.1
+    assert found.metrics["loss"].item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert (found.metrics["loss"] + found.metrics["z_loss"]).item() == pytest.approx(found.loss.item(), rel=1e-6)
+    assert found.metrics["z_loss"].item() > 0.1
 
 
 def test_token_log_probabilities(problem: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +112,7 @@ def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) 
 def test_decay_groups_and_state() -> None:
     """Behaviour: matrices decay, embeddings and norms do not; the state survives a round through tensors."""
     model = tiny_model()
-    optimizer = build(model)
+    optimizer = build_optimizer(model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("proj.weight") for name in decayed)
@@ -117,10 +123,10 @@ def test_decay_groups_and_state() -> None:
     assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-5)
     after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # type: ignore[union-attr]
     assert after == pytest.approx(1.0, rel=1e-4)
-    set_rate(optimizer, 1e-3)
+    set_learning_rate(optimizer, 1e-3)
     optimizer.step()
     tensors = dict(named_state(model, optimizer))
-    other = build(model)
+    other = build_optimizer(model)
     restore_optimizer(model, other, tensors, "state")
     assert all(torch.equal(tensors[key], value) for key, value in named_state(model, other))
     del tensors["exp_avg.model.norm.weight"]

@@ -15,9 +15,9 @@ from llmkit.cli.main import run_command
 from llmkit.errors import UsageError
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder, expected_tensors
-from llmkit.training.memory_estimate import activations, flops, memory
-from llmkit.training.optim.optimizer import build, named_state
-from llmkit.training.optim.parameter_groups import kinds, table
+from llmkit.training.memory_estimate import activation_bytes, estimate_memory, training_flops
+from llmkit.training.optim.optimizer import build_optimizer, named_state
+from llmkit.training.optim.parameter_groups import merge_layers, tensor_table
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
 
@@ -25,7 +25,7 @@ UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=T
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_tensor_has_its_rule(optimizer: str) -> None:
     """Behaviour: matrices and the head decay; Muon has the layers' matrices alone, biases and norms are vectors wherever they are."""
-    rows = {row.name: row for row in table(expected_tensors(UNTIED), UNTIED, optimizer, 0.1, "bf16")}
+    rows = {row.name: row for row in tensor_table(expected_tensors(UNTIED), UNTIED, optimizer, 0.1, "bf16")}
     assert list(rows) == list(expected_tensors(UNTIED))
     matrices = {name for name in rows if name.endswith("proj.weight")}
     assert {name for name, row in rows.items() if row.decay} == matrices | {"lm_head.weight"}
@@ -40,8 +40,8 @@ def test_every_tensor_has_its_rule(optimizer: str) -> None:
 
 def test_kinds_join_the_layers() -> None:
     """Property: every tensor is in one kind; layers that differ in nothing are one line."""
-    rows = table(expected_tensors(UNTIED), UNTIED, "muon", 0.1)
-    joined = {row.name: count for row, count in kinds(rows)}
+    rows = tensor_table(expected_tensors(UNTIED), UNTIED, "muon", 0.1)
+    joined = {row.name: count for row, count in merge_layers(rows)}
     assert sum(joined.values()) == len(rows)
     assert joined["model.layers.*.self_attn.q_proj.weight"] == UNTIED.num_hidden_layers
     assert joined["model.norm.weight"] == joined["lm_head.weight"] == 1
@@ -53,7 +53,7 @@ def test_start_is_what_is_drawn() -> None:
     model = Decoder(config)
     model.initialise(3)
     tensors = model.state_dict()
-    for row in table(expected_tensors(config), config, "adamw", 0.1):
+    for row in tensor_table(expected_tensors(config), config, "adamw", 0.1):
         kind, _, number = row.initial.rpartition(" ")
         if kind == "normal":
             assert float(tensors[row.name].std()) == pytest.approx(float(number), rel=0.05)
@@ -66,7 +66,7 @@ def test_start_is_what_is_drawn() -> None:
 def test_unknown_optimizer_is_an_error() -> None:
     """Behaviour: with a suggestion."""
     with pytest.raises(UsageError, match="unknown optimizer 'moun'") as caught:
-        build(tiny_model(), "moun")
+        build_optimizer(tiny_model(), "moun")
     assert "muon" in str(caught.value.hint)
 
 
@@ -74,11 +74,11 @@ def test_unknown_optimizer_is_an_error() -> None:
 def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
     """Parity with the bytes of the tensors that a model and its optimiser hold after a step."""
     model = tiny_model()
-    made = build(model, optimizer)
+    made = build_optimizer(model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.step()
-    needs = memory(table(expected_tensors(CONFIG), CONFIG, optimizer, 0.1), CONFIG, 1, "fp32", "cpu")
+    needs = estimate_memory(tensor_table(expected_tensors(CONFIG), CONFIG, optimizer, 0.1), CONFIG, 1, "fp32", "cpu")
     weights = sum(p.nbytes for p in model.parameters())
     moments = sum(t.nbytes for name, t in named_state(model, made) if name != "step")
     assert needs["weights"] == needs["gradients"] == weights
@@ -109,12 +109,12 @@ def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
         model.hidden(ids)
     copies = sum(2 * p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
     saved = sum(storage.nbytes() for storage in kept.values()) - (copies if half else 0)
-    assert activations(config, half) * ids.numel() == pytest.approx(saved, rel=0.1)
+    assert activation_bytes(config, half) * ids.numel() == pytest.approx(saved, rel=0.1)
 
 
 def test_flops_by_hand() -> None:
     """Parity with 6·(weights that multiply) + 12·L·H·d_head·T, and 6·L·H·d_head·T where attention is counted causal."""
-    full, half = flops(CONFIG, 32)
+    full, half = training_flops(CONFIG, 32)
     attention = 2 * 4 * 8 * 32
     assert full == 6 * CONFIG.parameters() + 12 * attention
     assert half == 6 * CONFIG.parameters() + 6 * attention

@@ -9,14 +9,14 @@ import pytest
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.training.optim.schedule import Schedule
-from llmkit.training.recipe import Recipe, Stage, builtin_recipes, read_recipe
+from llmkit.training.recipe import Recipe, RecipeStage, builtin_recipes, read_recipe
 
 
 def published(name: str) -> tuple[Recipe, list[int], Schedule]:
     """A recipe of the package at its own size."""
     recipe = read_recipe(name)
     total = sum(stage.tokens or 0 for stage in recipe.stages)
-    borders = recipe.borders(total, [total])
+    borders = recipe.stage_ends(total, [total])
     schedule = recipe.schedule(borders, None)
     assert schedule is not None
     return recipe, borders, schedule
@@ -67,16 +67,16 @@ def test_olmo() -> None:
 def test_scaled_to_any_length(name: str) -> None:
     """Property: at the same share of its tokens a scaled run has the rate of the published one; `lr` stretches all of it."""
     recipe, borders, schedule = published(name)
-    small = recipe.borders(10_000_000, [10_000_000])
+    small = recipe.stage_ends(10_000_000, [10_000_000])
     scaled, stretched = recipe.schedule(small, None), recipe.schedule(small, 1e-3)
     assert scaled and stretched and stretched.peak == pytest.approx(1e-3)
     for share in (0.002, 0.1, 0.2, 0.6, 0.9, 0.99):
         rate = schedule.rate(share * borders[-1])
         assert scaled.rate(share * 10_000_000) == pytest.approx(rate, rel=1e-3)
         assert stretched.rate(share * 10_000_000) == pytest.approx(rate * 1e-3 / schedule.peak, rel=1e-3)
-    batch = recipe.scaled_batch(borders[-1])
-    assert batch == recipe.defaults["batch_size"] == recipe.scaled_batch(2 * borders[-1])
-    shrunk = recipe.scaled_batch(10_000_000)
+    batch = recipe.scaled_batch_size(borders[-1])
+    assert batch == recipe.defaults["batch_size"] == recipe.scaled_batch_size(2 * borders[-1])
+    shrunk = recipe.scaled_batch_size(10_000_000)
     assert shrunk and 10_000_000 / (shrunk * recipe.defaults["sequence_length"]) > 50  # steps
 
 
@@ -85,24 +85,24 @@ def test_stages_of_the_data_say_where_each_ends() -> None:
     recipe = Recipe(
         "r",
         (
-            Stage("a", lr=1.0, schedule="linear", final_lr=0.5),
-            Stage("b", sequence_length=64),
-            Stage("c", rope_theta=9.0),
+            RecipeStage("a", lr=1.0, schedule="linear", final_lr=0.5),
+            RecipeStage("b", sequence_length=64),
+            RecipeStage("c", rope_theta=9.0),
         ),
     )
-    assert recipe.borders(60, [10, 30, 60]) == [10, 30, 60]
+    assert recipe.stage_ends(60, [10, 30, 60]) == [10, 30, 60]
     schedule = recipe.schedule([10, 30, 60], None)
     assert schedule and [schedule.rate(t) for t in (5, 10, 29, 60)] == [0.75, 0.5, 0.5, 0.5]
-    assert recipe.lengths([10, 30, 60], 32) == [(32, 10), (64, 30), (64, 60)]
-    thetas = recipe.thetas([10, 30, 60], 4.0)
+    assert recipe.sequence_lengths([10, 30, 60], 32) == [(32, 10), (64, 30), (64, 60)]
+    thetas = recipe.rope_thetas([10, 30, 60], 4.0)
     assert thetas and [thetas.at(t) for t in (0, 29, 30, 99)] == [4.0, 4.0, 9.0, 9.0]
-    with pytest.raises(UsageError, match="stages of the data come to 60"):
-        recipe.borders(50, [10, 30, 60])
+    with pytest.raises(UsageError, match="stages of the data total 60"):
+        recipe.stage_ends(50, [10, 30, 60])
     with pytest.raises(UsageError, match="has 3 stages, the data 2"):
-        recipe.borders(60, [10, 60])
+        recipe.stage_ends(60, [10, 60])
     with pytest.raises(UsageError, match="a has no tokens"):
-        recipe.borders(60, [60])
-    assert Recipe("r", (Stage("a", sequence_length=64),)).schedule([10], None) is None
+        recipe.stage_ends(60, [60])
+    assert Recipe("r", (RecipeStage("a", sequence_length=64),)).schedule([10], None) is None
 
 
 @pytest.mark.parametrize(
@@ -112,21 +112,21 @@ def test_stages_of_the_data_say_where_each_ends() -> None:
         ("batchsize = 3\n[[stage]]\nlr = 1e-3", "unknown key 'batchsize'", "'batch_size'"),
         ("[[stage]]\nlr = 1e-3\nschedule = 'cosin'", "unknown schedule 'cosin'", "'cosine'"),
         ("[[stage]]\nlr = 1e-3\nschedule = ['cosine']", "unknown schedule", ""),
-        ("[[stage]]\nlr = 100.0", "lr 100.0 is no number from 1e-12 to 10", ""),
+        ("[[stage]]\nlr = 100.0", "lr 100.0 is not a number from 1e-12 to 10", ""),
         ("[[stage]]\nlr = -1", "lr -1", ""),
         ("[[stage]]\nlr = nan", "lr nan", ""),
         ("[[stage]]\nlr = true", "lr True", ""),
         ("[[stage]]\nlr = '1e-3'", "lr '1e-3'", ""),
-        ("[[stage]]\nlr = 1e-3\ntokens = '2X'", "tokens '2X' is no count", ""),
-        ("[[stage]]\nlr = 1e-3\ntokens = '0.5'", "tokens '0.5' is no count", ""),
+        ("[[stage]]\nlr = 1e-3\ntokens = '2X'", "tokens '2X' is not an integer", ""),
+        ("[[stage]]\nlr = 1e-3\ntokens = '0.5'", "tokens '0.5' is not an integer", ""),
         ("[[stage]]\nlr = 1e-3\nfinal_lr = 2e-3", "final_lr 0.002 is above lr 0.001", ""),
         ("[[stage]]\nlr = 1e-3\ntokens = 10\nhorizon = 5", "horizon is not beyond", ""),
-        ("[[stage]]\nwarmup = 10", "a curve without lr", ""),
+        ("[[stage]]\nwarmup = 10", "a schedule without lr", ""),
         ("[[stage]]\n[[stage]]\nlr = 1e-3", "stage 1 has no lr", ""),
         ("[[stage]]\nsequence_length = 4", "sequence_length 4", ""),
         ("[[stage]]\nsequence_length = 64.5", "sequence_length 64.5", ""),
         ("[[stage]]\nrope_theta = 0", "rope_theta 0", ""),
-        ("[[stage]]\nname = 3", "stage 1: a name is a text", ""),
+        ("[[stage]]\nname = 3", "stage 1: name must be a string", ""),
         ("betas = [0.9, 1.0]\n[[stage]]", "betas [0.9, 1.0]", ""),
         ("betas = 0.9\n[[stage]]", "betas 0.9", ""),
         (f"[[stage]]\nlr = 0x{'f' * 5000}", "lr so large a number", ""),
@@ -153,5 +153,5 @@ def test_unknown_recipes() -> None:
     with pytest.raises(LlmkitError, match="No such file"):
         read_recipe("none/such.toml")
     with pytest.raises(UsageError, match="a warm-up of 20 tokens does not fit into 10"):
-        Recipe("r", (Stage("a", lr=1.0, warmup=20),)).schedule([10], None)
+        Recipe("r", (RecipeStage("a", lr=1.0, warmup=20),)).schedule([10], None)
     assert math.isclose(read_recipe("olmo").stages[0].lr or 0, 3e-4)

@@ -20,16 +20,17 @@ from llmkit.errors import LlmkitError, Terminated
 from llmkit.training import loop
 from llmkit.training import session as sessions
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import find_checkpoints, load_trainer_state
+from llmkit.training.checkpoint.run_directory import find_checkpoints
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.distributed import processes, watchdog
 from llmkit.training.metrics.log import MetricsLog, read_metrics
-from llmkit.training.objectives import Result, next_token
+from llmkit.training.objectives import ObjectiveResult, next_token
 
 
 def harmful(place: Path, after: int) -> Any:
     """An objective that ruins the embeddings in the step after so many."""
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         if model.training and len(log(place)) == after:
             with torch.no_grad():
                 embeddings = model.model.embed_tokens.weight
@@ -93,7 +94,7 @@ def breaking(run: Path, after: int, times: int) -> Any:
     """(objective, report) of a run whose weights are no numbers after that step, so many times."""
     models: list[Any] = []
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         models[:] = [model]
         return next_token(model, batch, scale)
 
@@ -139,7 +140,7 @@ def test_step_that_breaks_the_weights_every_time(tmp_path: Path) -> None:
 def test_nothing_before_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: where --keep has removed what a run would go back to, it takes the oldest checkpoint that is left, not the start."""
     run = tmp_path / "run"
-    monkeypatch.setattr(loop.Guard, "again", lambda self, first: True)  # ten steps further back
+    monkeypatch.setattr(loop.Guard, "recently_rolled_back", lambda self, first: True)  # ten steps further back
     train(run, documents(False), harmful(run, 40), keep=1, save_every=36, steps=50)
     assert [(e["to"], e["skipped"][0]) for e in events(run, "rollback")] == [(36, 31)]
 
@@ -152,7 +153,7 @@ def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, mo
         time.sleep(0.5)
         write(*arguments)
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal calls
         calls += 1
         if calls == 7:  # step 4
@@ -210,11 +211,11 @@ def test_watchdog_is_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: what may take long is no hang; afterwards silence is one again."""
     dog, reported = watchdog.Watchdog(0, 1, 0.3, lambda *_, **__: None), []
     monkeypatch.setattr(dog, "_report", reported.append)
-    dog.patient = True
+    dog.suspended = True
     dog.start()
     time.sleep(0.8)
     assert not reported
-    dog.patient = False
+    dog.suspended = False
     time.sleep(0.8)
     dog.stop()
     assert reported
@@ -235,7 +236,7 @@ def test_waiting_lines_are_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(log, "_file", Full())
     for step in (2, 3, 4):
         log.write({"step": step})
-    log.cut(2)
+    log.truncate_after(2)
     assert log.last == {"step": 2}
     monkeypatch.setattr(log, "_file", file)
     log.write({"step": 3, "skipped": True})
@@ -254,6 +255,6 @@ def test_hostile_state_is_one_line(train: Train, tmp_path: Path, damage: dict[st
     file = checkpoint / "state" / "trainer.json"
     file.write_text(json.dumps(json.loads(file.read_bytes()) | damage))
     load_trainer_state(checkpoint)
-    (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._digests(checkpoint)))
+    (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._file_digests(checkpoint)))
     with pytest.raises(LlmkitError, match="not a readable trainer state"):
         train(tmp_path / "run", resume=True)

@@ -14,7 +14,7 @@ import torch
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.training.metrics.log import read_metrics
-from llmkit.training.samples import MAX_PROMPTS, MAX_TOKENS, gallery, read_prompts, undisturbed
+from llmkit.training.samples import MAX_PROMPTS, MAX_TOKENS, PromptGallery, preserved_state, read_prompts
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_checkpoints_show_what_they_say(place: Path) -> None:
     from llmkit.model.pretrained.checkpoint import load_model
 
     model, info = load_model("run")
-    gallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)
+    PromptGallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)
     assert rows("run") == found  # the same of the same weights, in the place of what stood there
 
 
@@ -74,7 +74,7 @@ def test_nothing_is_disturbed(place: Path) -> None:
     """Property: random states and mode are as before, whatever the work in between drew."""
     model = torch.nn.Linear(2, 2).train()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    with undisturbed(model):
+    with preserved_state(model):
         assert not model.training
         random.random(), np.random.rand(), torch.rand(3)
     assert model.training
@@ -91,7 +91,7 @@ def test_a_diverged_model_is_no_reason_to_stop(place: Path, tokenizer_files: dic
 
     model = Decoder(CONFIG.with_vocabulary(280))
     model.initialise(0)
-    act = gallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
+    act = PromptGallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
     act(model, 1)
     first = [json.loads(line) for line in (place / "s.jsonl").read_text().splitlines()]
     assert [len(r["completion"]) > 0 for r in first] == [True, True]

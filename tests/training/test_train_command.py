@@ -18,7 +18,8 @@ import pytest
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.lineage.record import read_lineage
-from llmkit.training.checkpoint.run_directory import load_trainer_state, open_run
+from llmkit.training.checkpoint.run_directory import open_run
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
 
 
@@ -71,7 +72,7 @@ def test_train_and_train_again(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert weights("again") == weights("run")
     assert train(*SMALL, "-o", "run", "--resume") == 0
     assert train(*SMALL, "-o", "run") == 1
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "--resume continues it" in capsys.readouterr().err
     for name in (
         "config.json",
         "generation_config.json",
@@ -262,7 +263,7 @@ def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     stop_at("run", border)
     assert train("plan", *call, "-o", "run", "--resume") == 0 and weights("run") == before
     assert train("mixed", *call, "--tokens", "2k", "-o", "x") == 2
-    assert "stages of the data come to" in capsys.readouterr().err
+    assert "stages of the data total" in capsys.readouterr().err
     # From a model the file's length holds too, and a stage with a rope_theta may go beyond the context.
     short = json.loads(Path("config.json").read_text()) | {"max_position_embeddings": 32}
     Path("short.json").write_text(json.dumps(short))

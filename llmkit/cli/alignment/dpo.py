@@ -96,7 +96,7 @@ def main(
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_model
     from llmkit.training import session as sessions
-    from llmkit.training.optim.schedule import PREFERENCE, default_rate, named, warmup_tokens
+    from llmkit.training.optim.schedule import PREFERENCE, build_schedule, default_rate, warmup_tokens
 
     sessions.check_positive(lr=lr, beta=beta)
     settings = sessions.Settings(
@@ -143,7 +143,7 @@ def main(
                 opened.model(initial),
                 dpo(beta),
                 source,
-                named(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
+                build_schedule(schedule, rate, total, warmup_tokens(warmup, total), min_lr, decay),
                 figures=FIGURES,
                 tokenizer_files=files,
                 stop_ids=training_options.stop_ids(info, files),

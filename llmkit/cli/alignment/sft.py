@@ -84,7 +84,7 @@ def main(
     from llmkit.training import session as sessions
     from llmkit.training.data import PackedSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.optim.schedule import FINE_TUNING, default_rate, named, warmup_tokens
+    from llmkit.training.optim.schedule import FINE_TUNING, build_schedule, default_rate, warmup_tokens
 
     sessions.check_positive(lr=lr)
     settings = sessions.Settings(
@@ -103,7 +103,7 @@ def main(
         source = PackedSource(encoded.pairs(), length, batch_size, epochs=epochs, seed=run.seed)
         planned = source.tokens(source.steps)
         rate = lr or default_rate(info.config.parameters()) * FINE_TUNING
-        plan = named(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
+        plan = build_schedule(schedule, rate, planned, warmup_tokens(warmup, planned), min_lr, decay)
         held_out = None
         if heldout:
             reader = run.reader(heldout, text_key=None, files_from=None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llmkit.model.config import ModelConfig
     from llmkit.training.data import StreamSource
     from llmkit.training.optim.schedule import Schedule
-    from llmkit.training.recipe import Recipe, Thetas
+    from llmkit.training.recipe import Recipe, RopeThetas
 
 # fmt: off
 RecipeName = Annotated[str | None, typer.Option("--recipe", metavar="NAME", help="amber, crystal, olmo, or a TOML of stages: rates, sizes and defaults", rich_help_panel=OPTIMISER)]
@@ -53,7 +53,7 @@ class Course:
     source: StreamSource
     schedule: Schedule
     config: ModelConfig
-    thetas: Thetas | None
+    thetas: RopeThetas | None
 
     def theta(self, step: int) -> float:
         """Base of the rotary embedding in `step`."""
@@ -126,13 +126,13 @@ def plan_course(
 
     With `fixed_context` the model has one that only a stage with a rope_theta may go beyond. UsageError where something does not fit.
     """
-    from llmkit.training.batch_schedule import changes
+    from llmkit.training.batch_schedule import size_changes
     from llmkit.training.data import StreamSource
-    from llmkit.training.optim.schedule import named, warmup_tokens
+    from llmkit.training.optim.schedule import build_schedule, warmup_tokens
 
-    borders = recipe.borders(total, stream.stages) if recipe else [total]
-    stages = recipe.lengths(borders, length) if recipe else []
-    thetas = recipe.thetas(borders, config.rope_theta) if recipe else None
+    borders = recipe.stage_ends(total, stream.stages) if recipe else [total]
+    stages = recipe.sequence_lengths(borders, length) if recipe else []
+    thetas = recipe.rope_thetas(borders, config.rope_theta) if recipe else None
     shorter = parse_sizes(length_warmup, "--length-warmup")
     longest = max([length, *(size for size, _ in stages)])
     if longest > stream.tokens:
@@ -147,7 +147,7 @@ def plan_course(
             "a stage with another rope_theta may be longer",
         )
     batches = parse_sizes(batch_warmup, "--batch-warmup")
-    sizes = changes(asked["batch_size"], length, total, batches=batches, lengths=shorter, stages=stages)
+    sizes = size_changes(asked["batch_size"], length, total, batches=batches, lengths=shorter, stages=stages)
     source = StreamSource(
         stream, longest, asked["batch_size"], total,
         changes=sizes, document_mask=document_mask, vocabulary=config.vocab_size, groups=groups(stream),
@@ -155,7 +155,7 @@ def plan_course(
     schedule = recipe.schedule(borders, stretch) if recipe else None
     if schedule is None:
         planned = source.tokens(source.steps)
-        schedule = named(
+        schedule = build_schedule(
             asked["schedule"], lr, planned, warmup_tokens(asked["warmup"], planned),
             asked["min_lr"], asked["decay"], asked["decay_shape"], first=first,
         )  # fmt: skip

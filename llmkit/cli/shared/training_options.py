@@ -183,10 +183,10 @@ def at_checkpoints(
         return
     acts = session.settings.at_checkpoint
     if samples:
-        from llmkit.training.samples import gallery, read_prompts
+        from llmkit.training.samples import PromptGallery, read_prompts
 
         path = session.directory.path / "samples.jsonl" if main else None
-        acts.append(gallery(path, read_prompts(samples), files, stop_ids, run.seed))
+        acts.append(PromptGallery(path, read_prompts(samples), files, stop_ids, run.seed))
     if tasks:
         acts.append(_scorer(run, files, stop_ids, [name for name in tasks.split(",") if name], limit, include or []))
 
@@ -198,14 +198,14 @@ def _scorer(
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from llmkit.evaluation.harness import DecoderLM, evaluate, task_names
     from llmkit.model.pretrained.checkpoint import LoadedModel
-    from llmkit.training.samples import undisturbed
+    from llmkit.training.samples import preserved_state
 
     manager = task_names(names, include)
 
     def score(model: Any, step: int) -> dict[str, float]:
         lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
         try:
-            with undisturbed(model):
+            with preserved_state(model):
                 found = evaluate(lm, names, manager, limit=limit, seed=run.seed)
         except LlmkitError as error:  # no reason to end a run
             run.warn(f"--eval-tasks at step {step:,}: {error.message}")
@@ -396,17 +396,17 @@ def nothing_to_do(run: Run) -> None:
 def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, rate: float, length: int) -> None:
     """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
     from llmkit.model.decoder import expected_tensors
-    from llmkit.training.memory_estimate import flops, memory
-    from llmkit.training.optim.parameter_groups import kinds, table
+    from llmkit.training.memory_estimate import estimate_memory, training_flops
+    from llmkit.training.optim.parameter_groups import merge_layers, tensor_table
 
     settings, processes = session.settings, session.processes
     parameters, tokens = config.parameters(), source.tokens(source.steps)
-    tensors = table(
+    tensors = tensor_table(
         expected_tensors(config), config, settings.optimizer or "adamw", settings.weight_decay, processes.precision
     )
     at_once = session.rows_at_once(source.rows(0), length) * length * settings.sequences_a_row
-    needs = memory(tensors, config, at_once, processes.precision, processes.device.type)
-    full, half = (count * tokens for count in flops(config, length))
+    needs = estimate_memory(tensors, config, at_once, processes.precision, processes.device.type)
+    full, half = (count * tokens for count in training_flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
@@ -422,7 +422,7 @@ def show_plan(run: Run, session: Session, config: ModelConfig, source: Source, r
     columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
     cells = [
         [row.name, count, "x".join(map(str, row.shape)), row.initial, f"x{row.rate:g}", f"{row.decay:g}", row.optimizer, row.stored, row.computed]
-        for row, count in kinds(tensors)
+        for row, count in merge_layers(tensors)
     ]  # fmt: skip
     run.table("tensors", columns, cells)
     counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": needs}

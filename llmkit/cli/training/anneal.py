@@ -126,11 +126,11 @@ def main(
     from llmkit.training.checkpoint.run_directory import starting_point
     from llmkit.training.data import StreamSource
     from llmkit.training.objectives import next_token
-    from llmkit.training.optim.schedule import RAMPS, named
+    from llmkit.training.optim.schedule import DECAY_SHAPES, build_schedule
 
     sessions.check_positive(lr=lr, tokens=tokens)
-    if ramp not in RAMPS:
-        raise unknown_name("ramp", ramp, RAMPS)
+    if ramp not in DECAY_SHAPES:
+        raise unknown_name("ramp", ramp, DECAY_SHAPES)
     if to > 1:
         raise UsageError(f"--to {to} is above 1", "it is the last learning rate over the first")
     step = from_.removeprefix("step-") if from_ else ""
@@ -191,7 +191,7 @@ def main(
                 opened.model(lambda: load_model(directory, torch.float32)[0]),
                 next_token,
                 source,
-                named(ramp, rate, planned, floor=to),
+                build_schedule(ramp, rate, planned, floor=to),
                 tokenizer_files=info.tokenizer_files,
                 stop_ids=info.stop_ids,
                 heldout=held_out,

@@ -165,7 +165,7 @@ def main(
             config = _config(model, stream.tokenizer, wanted or usual)
             length = config.max_position_embeddings
         if batch_size is None:
-            scaled = known.scaled_batch(total) if known else None
+            scaled = known.scaled_batch_size(total) if known else None
             asked["batch_size"] = scaled or (before.batch_size if before else asked["batch_size"])
         run.options["batch_size"] = asked["batch_size"]
         last = before.rate if before else None
