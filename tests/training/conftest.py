@@ -79,7 +79,8 @@ def tokenizer_files() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, str]) -> Path:
-    """A directory with token shards `shards/` (3,000 tokens), `heldout.arrow` and the model configuration `config.json`."""
+    """A directory with token shards `shards/` (3,000 tokens), `heldout.arrow` and a model configuration
+    `config.json`."""
     from tokenizers import Tokenizer
 
     place = tmp_path_factory.mktemp("training")

@@ -1,4 +1,7 @@
-"""What every process of `test_layouts_agree_with_one_process` does; run by torchrun, or alone: python group_of_two.py DIRECTORY."""
+"""The work of every process in `test_layouts_agree_with_one_process`.
+
+Run by torchrun, or alone as `python group_of_two.py DIRECTORY`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ STEPS = 20
 
 
 def untied() -> Decoder:
-    """With a head of its own, so that the outermost group of FSDP has every kind of parameter."""
+    """An untied model, so that FSDP's outermost group has every kind of parameter."""
     model = Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=False))
     model.initialise(0)
     return model
@@ -41,7 +44,10 @@ def train(
     poisoned: bool = False,
     optimizer: str = "adamw",
 ) -> None:
-    """Train for 20 steps of 3 rows and a ragged last one of 1, two of them odd; `poisoned`: after step 8 an embedding of the first process is no number, once."""
+    """Train for 20 steps of 3 rows (1 row in the last step), two of them judged spikes.
+
+    `poisoned`: after step 8 an embedding of the first process becomes NaN, once.
+    """
     struck, judge = [], Guard.judge
 
     def doubtful(self: Guard, step: int, figures: Sequence[float]) -> StepVerdict:

@@ -1,4 +1,4 @@
-"""Several processes: layouts, restarts, the watch-dog, pace."""
+"""Several processes: layouts, restarts, the watchdog, stragglers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def only_until(run: Path, step: int) -> None:
-    """Take a finished run back to its checkpoint `step`."""
+    """Reset a finished run to its checkpoint `step`."""
     for link in ("final", "latest"):
         (run / link).unlink()
     for checkpoint in find_checkpoints(run):
@@ -46,7 +46,8 @@ def only_until(run: Path, step: int) -> None:
 
 
 def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
-    """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5, FSDP2 with Muon too, also where weights become NaN; checkpoints of 2 resume on 1, and of 1 on 2."""
+    """Parity: DDP and FSDP2 on 2 processes agree with one process within 1e-5 over 20 steps of unequal
+    shares, also with Muon and after NaN weights. Checkpoints of 2 processes resume on 1, and of 1 on 2."""
     from llmkit.model.pretrained.checkpoint import load_model
 
     alone = distributed.start()
@@ -84,7 +85,7 @@ def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
 
 
 class Mesh:
-    """A mesh of one dimension as `local_part` sees it."""
+    """A one-dimensional mesh for `local_shard`."""
 
     def __init__(self, size: int, mine: int) -> None:
         self.size, self.get_local_rank = (lambda dimension: size), (lambda dimension: mine)
@@ -92,7 +93,7 @@ class Mesh:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
 def test_parts_cover_the_whole_once(rows: int) -> None:
-    """Property: the parts of 3 processes, the last of which may be empty, are the tensor."""
+    """Property: the shards of 3 processes, the last of which may be empty, make up the tensor."""
     from torch.distributed.tensor import Shard
 
     class Parameter:
@@ -106,7 +107,7 @@ def test_parts_cover_the_whole_once(rows: int) -> None:
 
 
 def test_layouts_are_named() -> None:
-    """Behaviour: a wrong layout gets a suggestion; fp16 does not go with shards."""
+    """Behaviour: an unknown layout gets a suggestion; fsdp refuses fp16."""
     with pytest.raises(UsageError, match="unknown --parallel 'fdsp'") as error:
         create_layout("fdsp", 2)
     assert "fsdp" in error.value.hint
@@ -117,7 +118,10 @@ def test_layouts_are_named() -> None:
 
 @pytest.mark.parametrize(("rows", "micro_batch"), [(1, 1), (3, 1), (5, 2), (8, 3), (7, 8)])
 def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: in lockstep all processes make the same number of passes, and every row counts once; else none is made in vain."""
+    """Property: in lockstep all processes make the same number of passes, and every row counts once.
+
+    Otherwise there are no extra passes.
+    """
 
     class Model:
         last: list[bool]
@@ -168,7 +172,8 @@ def child(group: subprocess.Popen[bytes], rank: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: rank 1 killed, then stopped: the run goes on by itself, names it, and ends in the bytes of the undisturbed one; FSDP, 2 processes."""
+    """Property: with rank 1 killed, then stopped, the run restarts by itself, reports the rank, and ends in
+    the bytes of the undisturbed run (FSDP, 2 processes)."""
     monkeypatch.chdir(workplace)
     call = ("train", "shards", "-m", "config.json", "--tokens", "100k", "--save-every", "10", "--processes", "2")
     call = (*call, "--parallel", "fsdp", "-q")
@@ -189,7 +194,7 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     wait_for(trained(15, 1), group)
 
     def saved_between() -> bool:
-        """Whether there is a checkpoint beside those of every 10 steps, which is asked for."""
+        """Request a checkpoint; whether there is one besides those of every 10 steps."""
         os.kill(group.pid, signal.SIGUSR1)
         time.sleep(0.03)
         return any(int(place.name[-1]) for place in find_checkpoints(run))
@@ -198,23 +203,24 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     os.kill(child(group, 1), signal.SIGKILL)
     wait_for(trained(25, 2), group)
     os.kill(child(group, 1), signal.SIGSTOP)
-    said = group.communicate(timeout=120)[1].decode()
-    assert group.returncode == 0, said
-    found = events(run)
-    names = [event["event"] for event in found if event["event"] not in ("straggler", "spike", "change")]
+    stderr = group.communicate(timeout=120)[1].decode()
+    assert group.returncode == 0, stderr
+    log = events(run)
+    names = [event["event"] for event in log if event["event"] not in ("straggler", "spike", "change")]
     assert names == ["start", "restart", "resume", "hang", "restart", "resume", "end"]
-    restarts = [event for event in found if event["event"] == "restart"]
+    restarts = [event for event in log if event["event"] == "restart"]
     assert [r["reason"] for r in restarts] == [
         "rank 1 was killed by signal 9 (SIGKILL)",
         "rank 1 made no progress for 10 s",
     ]
-    assert "lost the other processes" in said and "File " in said  # the stack of the rank that was stopped
+    assert "lost the other processes" in stderr and "File " in stderr  # the stack of the rank that was stopped
     assert losses(run) == losses(whole)
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
 class Group:
-    """Stands for torch's agent: fails as the script says, (exit codes by rank, what the group does before it dies)."""
+    """Replaces torch's agent: fails according to a script of (exit codes by rank, what the group does before
+    it dies)."""
 
     def __init__(self, script: list[tuple[dict[int, int], Callable[[], None]]]) -> None:
         self.script, self.calls = list(script), []  # type: ignore[var-annotated]
@@ -236,7 +242,10 @@ class Group:
 
 
 def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: what is started again, with how many processes and whether as a resumption; what is not; when it is given up."""
+    """Behaviour: what is restarted, with how many processes and whether as a resumption.
+
+    What is not; and when restarts end.
+    """
     monkeypatch.setenv("LLMKIT_RESTARTED", "")
     monkeypatch.delenv("LLMKIT_RESTARTED")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -254,7 +263,8 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return elastic.launch(3, [], str(tmp_path), restarts), group.calls
 
     nothing = lambda: None  # noqa: E731
-    # Died before the run had begun: the same call again. Then as a resumption; a group that does not come to train is made smaller.
+    # Died before the run had begun: the same call again. Then a resumption; a group that trains no step is
+    # made smaller.
     code, calls = launch(
         4, ({1: -9}, nothing), ({0: 69, 2: -9}, begin), ({2: -6}, nothing), ({0: 143, 1: 69}, begin), ({}, begin)
     )
@@ -264,8 +274,8 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "rank 2 was killed by signal 6",
         "rank 1 lost the others or its device",
     ]
-    assert "starting again with 2 processes" in capsys.readouterr().err
-    # Errors that would come again, and a run that was told to stop, are not repeated.
+    assert "restarting with 2 processes" in capsys.readouterr().err
+    # Errors that would recur, and a run that was stopped, are not restarted.
     assert launch(3, ({0: 69, 1: 1}, begin)) == (1, [(3, False)])
     assert launch(3, ({0: 143, 1: 143}, begin)) == (143, [(3, False)])
     assert launch(1, ({0: 69}, begin), ({0: 69}, begin))[0] == ExitCode.LOST
@@ -275,8 +285,11 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST; one that beats is left alone."""
-    ended, codes, found = threading.Event(), [], []  # type: ignore[var-annotated]
+    """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST.
+
+    One with heartbeats is left alone.
+    """
+    ended, codes, reported = threading.Event(), [], []  # type: ignore[var-annotated]
 
     def leave(code: int) -> None:
         codes.append(code)
@@ -284,7 +297,7 @@ def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytes
         ended.set()
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
-    dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: found.append((name, details)))
+    dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: reported.append((name, details)))
     dog.start()
     for _ in range(8):
         time.sleep(0.1)
@@ -292,32 +305,33 @@ def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert not codes
     assert ended.wait(10)
     assert codes == [ExitCode.LOST]
-    assert found[0][0] == "hang"
-    assert found[0][1]["ranks"] == [0]
-    assert any("test_hung_process_names_itself" in line for line in found[0][1]["stack"])
-    said = capfd.readouterr().err
-    assert "rank 0 made no progress for 0.4 s" in said
-    assert "test_hung_process_names_itself" in said
+    assert reported[0][0] == "hang"
+    assert reported[0][1]["ranks"] == [0]
+    assert any("test_hung_process_names_itself" in line for line in reported[0][1]["stack"])
+    stderr = capfd.readouterr().err
+    assert "rank 0 made no progress for 0.4 s" in stderr
+    assert "test_hung_process_names_itself" in stderr
 
 
 class Store:
     """A store in memory."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, str] = {}
+        self.values: dict[str, str] = {}
 
     def set(self, key: str, value: str) -> None:
-        self.kept[key] = value
+        self.values[key] = value
 
     def check(self, keys: list[str]) -> bool:
-        return keys[0] in self.kept
+        return keys[0] in self.values
 
     def get(self, key: str) -> bytes:
-        return self.kept[key].encode()
+        return self.values[key].encode()
 
 
 def test_who_is_behind_is_hung() -> None:
-    """Behaviour: of three processes the one that has entered fewer collectives is meant, unless it still makes passes, or another's thread is silent."""
+    """Behaviour: of three processes the one that has entered fewer collectives is hung, unless it still makes
+    passes or another's thread is silent."""
     dogs, store = [watchdog.Watchdog(rank, 3, 0.2, lambda name, **details: None) for rank in range(3)], Store()
     for dog in dogs:
         dog._store = store
@@ -345,7 +359,7 @@ def test_who_is_behind_is_hung() -> None:
 
 
 def test_lost_errors_are_recognised() -> None:
-    """Behaviour: what gloo, NCCL and a dead device raise becomes one line; our own errors and full memory do not."""
+    """Behaviour: errors of gloo, NCCL and a dead device become one line; our own errors and out-of-memory do not."""
     text = "[/a/pair.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically caused by ..."
     error = distributed.as_lost_error(RuntimeError(text))
     assert error is not None
@@ -357,7 +371,10 @@ def test_lost_errors_are_recognised() -> None:
 
 
 def test_pace() -> None:
-    """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
+    """Behaviour: metrics every window.
+
+    A rank over 1.3 times the median is reported once until it has recovered; ranks without rows do not count.
+    """
     compare = stragglers.StragglerDetector()
     slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
     reports = [compare.update(step, slow if step <= 40 else even) for step in range(1, 61)]
@@ -369,7 +386,10 @@ def test_pace() -> None:
 
 
 def test_garbage_is_collected_at_chosen_steps() -> None:
-    """Behaviour: a cycle lives until the next step that is a multiple of 50, and Python's own collector is as it was afterwards."""
+    """Behaviour: a reference cycle lives until the next step that is a multiple of 50.
+
+    Afterwards Python's own collector is as it was.
+    """
     import weakref
 
     class Node:

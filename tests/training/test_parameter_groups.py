@@ -1,4 +1,4 @@
-"""The table of rules: what it says is what is done; memory and FLOPs of a plan."""
+"""The table of tensor rules, memory and FLOPs agree with the actual model and optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=T
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_tensor_has_its_rule(optimizer: str) -> None:
-    """Behaviour: matrices and the head decay; Muon has the layers' matrices alone, biases and norms are vectors wherever they are."""
+    """Behaviour: matrices and the head decay.
+
+    Muon only gets the layers' matrices; biases and norms count as vectors everywhere.
+    """
     rows = {row.name: row for row in tensor_table(expected_tensors(UNTIED), UNTIED, optimizer, 0.1, "bf16")}
     assert list(rows) == list(expected_tensors(UNTIED))
     matrices = {name for name in rows if name.endswith("proj.weight")}
@@ -39,7 +42,7 @@ def test_every_tensor_has_its_rule(optimizer: str) -> None:
 
 
 def test_kinds_join_the_layers() -> None:
-    """Property: every tensor is in one kind; layers that differ in nothing are one line."""
+    """Property: every tensor is in one row; layers that do not differ share a row."""
     rows = tensor_table(expected_tensors(UNTIED), UNTIED, "muon", 0.1)
     joined = {row.name: count for row, count in merge_layers(rows)}
     assert sum(joined.values()) == len(rows)
@@ -48,7 +51,7 @@ def test_kinds_join_the_layers() -> None:
 
 
 def test_start_is_what_is_drawn() -> None:
-    """Property: a new model's tensors have the standard deviation, or the value, of the table."""
+    """Property: a new model's tensors have the standard deviation or the value in the table."""
     config = dataclasses.replace(load_config("tiny", 512), attention_bias=True)
     model = Decoder(config)
     model.initialise(3)
@@ -72,7 +75,7 @@ def test_unknown_optimizer_is_an_error() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
-    """Parity with the bytes of the tensors that a model and its optimiser hold after a step."""
+    """Parity with the bytes of the tensors of a model and its optimizer after a step."""
     model = tiny_model()
     made = build_optimizer(model, optimizer)
     for parameter in model.parameters():
@@ -88,17 +91,17 @@ def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
 
 @pytest.mark.parametrize(("name", "half"), [("15m", False), ("15m", True), ("llama-tiny", False)])
 def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
-    """Parity within a tenth with the storages that autograd keeps for the way back through the layers."""
+    """Parity within a tenth with the storages that autograd keeps for the backward pass through the layers."""
     config = load_config(name, 100)
     model = Decoder(config)
     model.initialise(0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+    storages: dict[int, torch.UntypedStorage] = {}  # storages alive, so that no address is reused
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
     ids = torch.zeros(2, 256, dtype=torch.long)
@@ -108,12 +111,12 @@ def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
     ):
         model.hidden(ids)
     copies = sum(2 * p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
-    saved = sum(storage.nbytes() for storage in kept.values()) - (copies if half else 0)
+    saved = sum(storage.nbytes() for storage in storages.values()) - (copies if half else 0)
     assert activation_bytes(config, half) * ids.numel() == pytest.approx(saved, rel=0.1)
 
 
 def test_flops_by_hand() -> None:
-    """Parity with 6·(weights that multiply) + 12·L·H·d_head·T, and 6·L·H·d_head·T where attention is counted causal."""
+    """Parity with 6·(weights in products) + 12·L·H·d_head·T, and 6·L·H·d_head·T with causal attention."""
     full, half = training_flops(CONFIG, 32)
     attention = 2 * 4 * 8 * 32
     assert full == 6 * CONFIG.parameters() + 12 * attention
@@ -121,7 +124,7 @@ def test_flops_by_hand() -> None:
 
 
 def test_dry_run_prints_the_table(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: one line a kind of tensor, memory by its use, FLOPs by both conventions; the same figures with --json."""
+    """Behaviour: one line per kind of tensor, memory by use, FLOPs by both conventions; the same values with --json."""
     call = [
         str(workplace / "shards"),
         "-m",

@@ -1,4 +1,4 @@
-"""Recipes: published curves at published tokens, scaling, and what is refused."""
+"""Recipes: published schedules at published tokens, scaling, and refused files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmkit.training.recipe import Recipe, RecipeStage, builtin_recipes, read_re
 
 
 def published(name: str) -> tuple[Recipe, list[int], Schedule]:
-    """A recipe of the package at its own size."""
+    """A recipe of the package at its own token count."""
     recipe = read_recipe(name)
     total = sum(stage.tokens or 0 for stage in recipe.stages)
     borders = recipe.stage_ends(total, [total])
@@ -23,7 +23,8 @@ def published(name: str) -> tuple[Recipe, list[int], Schedule]:
 
 
 def test_amber() -> None:
-    """Parity with amber-train's constants: 3e-4 after 2,000 steps of 2,240 × 2,048 tokens, half a cosine, 3e-5 after 1.26T tokens."""
+    """Parity with amber-train's constants: 3e-4 after 2,000 steps of 2,240 × 2,048 tokens, half a cosine,
+    3e-5 after 1.26T tokens."""
     recipe, borders, schedule = published("amber")
     batch = recipe.defaults["batch_size"] * recipe.defaults["sequence_length"]
     assert batch == 4_587_520 and borders[-1] == pytest.approx(1.26e12, rel=2e-3)
@@ -36,7 +37,8 @@ def test_amber() -> None:
 
 
 def test_crystal() -> None:
-    """Parity with the three params.yaml of crystalcoder-train: peaks, warm-ups of 86, 86 and 276 steps, and the ends of the phases."""
+    """Parity with the three params.yaml of crystalcoder-train: peaks, warm-ups of 86, 86 and 276 steps, and
+    the ends of the phases."""
     recipe, borders, schedule = published("crystal")
     batch = recipe.defaults["batch_size"] * recipe.defaults["sequence_length"]
     steps = [0, 79_721, 79_721 + 214_387, 79_721 + 214_387 + 27_728]
@@ -44,7 +46,7 @@ def test_crystal() -> None:
     for first, warmup, peak in zip(steps, (86, 86, 276), (12e-3, 8.7825e-3, 2e-3), strict=False):
         assert schedule.rate((first + warmup / 2) * batch) == pytest.approx(peak / 2)
         assert schedule.rate((first + warmup) * batch) == pytest.approx(peak)
-    # The first line was drawn over 294,337 steps and left after 79,635 of them, where the second takes it up.
+    # The first decay was planned over 294,337 steps and left after 79,635 of them, where the second continues it.
     line = schedule.segments[1]
     assert (line.end - line.start) / batch == pytest.approx(294_337) and line.last == 1.2408e-4
     left = 12e-3 + (1.2408e-4 - 12e-3) * 79_635 / 294_337
@@ -54,7 +56,8 @@ def test_crystal() -> None:
 
 
 def test_olmo() -> None:
-    """Behaviour: 3e-4 after the 10,485,760,000 tokens of its configuration, a cosine to 5e-5, and over the last 50B a line to 0."""
+    """Behaviour: 3e-4 after the 10,485,760,000 tokens of its configuration, a cosine to 5e-5, and a linear
+    decay to 0 over the last 50B."""
     _, borders, schedule = published("olmo")
     assert borders == [2_700_000_000_000, 2_750_000_000_000]
     assert schedule.rate(10_485_760_000) == schedule.peak == 3e-4
@@ -65,7 +68,10 @@ def test_olmo() -> None:
 
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_scaled_to_any_length(name: str) -> None:
-    """Property: at the same share of its tokens a scaled run has the rate of the published one; `lr` stretches all of it."""
+    """Property: at the same share of its tokens a scaled run has the learning rate of the published one.
+
+    `lr` scales all of it.
+    """
     recipe, borders, schedule = published(name)
     small = recipe.stage_ends(10_000_000, [10_000_000])
     scaled, stretched = recipe.schedule(small, None), recipe.schedule(small, 1e-3)
@@ -80,8 +86,9 @@ def test_scaled_to_any_length(name: str) -> None:
     assert shrunk and 10_000_000 / (shrunk * recipe.defaults["sequence_length"]) > 50  # steps
 
 
-def test_stages_of_the_data_say_where_each_ends() -> None:
-    """Behaviour: borders of a mix, values that hold until another is named, a rate that stays where a stage names none."""
+def test_stages_of_the_data_set_the_ends() -> None:
+    """Behaviour: stage ends of a mix, values that apply until a stage sets another, a learning rate that
+    stays if a stage sets none."""
     recipe = Recipe(
         "r",
         (
@@ -137,7 +144,7 @@ def test_stages_of_the_data_say_where_each_ends() -> None:
     ],
 )
 def test_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:
-    """Behaviour: what is wrong with a recipe is said by file, stage and key, with what may be meant."""
+    """Behaviour: errors name file, stage and key, with a suggestion."""
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -146,7 +153,7 @@ def test_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:
 
 
 def test_unknown_recipes() -> None:
-    """Behaviour: did you mean; a file that is not there; a warm-up that does not fit."""
+    """Behaviour: a suggestion for an unknown name; a missing file; a warm-up that does not fit."""
     with pytest.raises(UsageError) as caught:
         read_recipe("ambr")
     assert "'amber'" in caught.value.hint

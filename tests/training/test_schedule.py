@@ -45,7 +45,7 @@ def test_rate_lies_between_zero_and_peak(asked: dict[str, Any], share: float) ->
 
 @given(settings, st.floats(0, 1), st.floats(0, 1))
 def test_rises_then_never_rises(asked: dict[str, Any], a: float, b: float) -> None:
-    """Property: the rate grows during the warm-up and does not grow after it."""
+    """Property: the rate increases during the warm-up and does not increase after it."""
     schedule, warmup, rest = build_schedule(**asked), asked["warmup"], asked["total"] - asked["warmup"]
     low, high = sorted((a, b))
     assert schedule.rate(low * warmup) <= schedule.rate(high * warmup) * (1 + 1e-9)
@@ -54,7 +54,7 @@ def test_rises_then_never_rises(asked: dict[str, Any], a: float, b: float) -> No
 
 @given(settings)
 def test_ends_at_the_floor(asked: dict[str, Any]) -> None:
-    """Property: every decaying schedule ends at floor * peak, and stays there."""
+    """Property: every decaying schedule ends at floor * peak and stays there."""
     schedule = build_schedule(**asked)
     if asked["name"] == "constant" or (asked["name"] == "wsd" and schedule.segments[-1].shape == "constant"):
         return
@@ -64,7 +64,7 @@ def test_ends_at_the_floor(asked: dict[str, Any]) -> None:
 
 
 def test_values() -> None:
-    """Behaviour: figures worked out by hand."""
+    """Behaviour: values calculated by hand."""
     cosine = build_schedule("cosine", 1.0, 1100, warmup=100, floor=0.1)
     assert cosine.rate(50) == 0.5
     assert cosine.rate(100) == 1.0
@@ -79,12 +79,12 @@ def test_values() -> None:
     assert build_schedule("sqrt", 1.0, 100).rate(25) == 0.5
     root = build_schedule("wsd", 1.0, 1000, decay=0.4, shape="sqrt")
     assert root.rate(600) == 1.0 and root.rate(700) == 0.5 and root.rate(1000) == 0.0
-    again = build_schedule("cosine", 1.0, 1000, warmup=100, floor=0.1, first=0.2)  # a re-warm-up from a rate that was
+    again = build_schedule("cosine", 1.0, 1000, warmup=100, floor=0.1, first=0.2)  # a warm-up from an earlier rate
     assert again.rate(0) == 0.2 and again.rate(50) == pytest.approx(0.6) and again.rate(100) == again.peak == 1.0
 
 
 def test_a_segment_may_be_cut_by_the_next() -> None:
-    """Behaviour: what follows takes over at its start, before the line has come to its end."""
+    """Behaviour: the next segment takes over at its start, before the previous one has ended."""
     schedule = Schedule((Segment(0, 100, 1.0, 0.0), Segment(40, 60, 5.0, 1.0)))
     assert schedule.rate(39) == pytest.approx(0.61)
     assert [schedule.rate(at) for at in (40, 50, 60, 99)] == [5.0, 3.0, 1.0, 1.0]
@@ -98,7 +98,7 @@ def test_default_rate_passes_through_common_practice() -> None:
 
 
 def test_warmup_is_a_share_or_a_count() -> None:
-    """Behaviour: below 1 a share, else tokens."""
+    """Behaviour: below 1 a share of the tokens, else a number of tokens."""
     assert warmup_tokens(0.05, 2000) == 100
     assert warmup_tokens(500, 2000) == 500
 
@@ -108,13 +108,13 @@ def test_warmup_is_a_share_or_a_count() -> None:
     [{"name": "cosin"}, {"peak": 0.0}, {"floor": 1.5}, {"decay": -0.1}, {"warmup": 2000}, {"shape": "constant"}],
 )
 def test_refused(changes: dict[str, Any]) -> None:
-    """Behaviour: values that make no schedule are usage errors."""
+    """Behaviour: values out of range are usage errors."""
     with pytest.raises(UsageError):
         build_schedule(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))
 
 
 def test_unknown_name_suggests() -> None:
-    """Behaviour: did you mean."""
+    """Behaviour: an unknown name gets a suggestion."""
     with pytest.raises(UsageError) as caught:
         build_schedule("cosin", 1.0, 10)
     assert "cosine" in caught.value.hint
