@@ -17,6 +17,7 @@ from llmkit.training.optim.schedule import (
     Segment,
     build_schedule,
     default_rate,
+    schedule_help,
     warmup_tokens,
 )
 
@@ -111,6 +112,12 @@ def test_refused(changes: dict[str, Any]) -> None:
     """Behaviour: values out of range are usage errors."""
     with pytest.raises(UsageError):
         build_schedule(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))
+
+
+def test_help_lists_every_schedule() -> None:
+    """Behaviour: every schedule has a help text, and is named in the help of options."""
+    assert schedule_help() == "cosine, linear, sqrt, wsd (warm-up, stable, decay) or constant"
+    assert all(name in schedule_help() and kind.help for name, kind in SCHEDULES.items())
 
 
 def test_unknown_name_suggests() -> None:
