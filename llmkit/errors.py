@@ -1,6 +1,6 @@
 """Exit codes and the errors that become one clear line on stderr.
 
-Every error that a user can cause is an `LlmkitError`: a message that names file, line or field, and a hint that says
+Every error that a user can cause is an `LlmkitError`: a message that names file, line or field, and a hint on
 what to do. The command line prints both and exits with `code`; a traceback appears only with --debug.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import IntEnum
 
-LISTED = 30  # names in a hint
+MAX_LISTED = 30  # names in a hint
 
 
 class ExitCode(IntEnum):
-    """What `llmkit` returns to the shell."""
+    """Exit codes of `llmkit`."""
 
     OK = 0
     ERROR = 1  # run-time error: bad data, full disk, missing file
     USAGE = 2  # the command line itself is wrong
-    LOST = 69  # another process of the group is gone or hangs, or the device is (EX_UNAVAILABLE)
-    LOCKED = 75  # another run holds the output, or the time is over (EX_TEMPFAIL: try again later)
+    LOST = 69  # another process of the group, or the device, died or hangs (EX_UNAVAILABLE)
+    LOCKED = 75  # another run holds the output, or the time limit was reached (EX_TEMPFAIL: try again later)
     INTERRUPTED = 130  # SIGINT
-    BROKEN_PIPE = 141  # the reader of our stdout went away
+    BROKEN_PIPE = 141  # the reader of stdout closed it
     TERMINATED = 143  # SIGTERM
 
 
@@ -36,12 +36,12 @@ class LlmkitError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[type[LlmkitError], tuple[str, str]]:
-        # Errors cross process boundaries from the workers of `engine`.
+        # For errors that workers of `engine` send to the parent process.
         return type(self), (self.message, self.hint)
 
 
 class UsageError(LlmkitError):
-    """The call is wrong: an unknown name, options that exclude each other."""
+    """An invalid call: an unknown name, or options that exclude each other."""
 
     code = ExitCode.USAGE
 
@@ -53,33 +53,33 @@ class LockedError(LlmkitError):
 
 
 class LostError(LlmkitError):
-    """Another process of the group, or the device, is gone."""
+    """Another process of the group, or the device, was lost."""
 
     code = ExitCode.LOST
 
 
 class UnfinishedError(LlmkitError):
-    """The time is over; the same call with --resume goes on."""
+    """The time limit was reached; the same call with --resume continues."""
 
     code = ExitCode.LOCKED
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Hint for an unknown `name`: the nearest known names, else all of them, unless they are too many to read."""
+    """Hint for an unknown `name`: the nearest known names, or else the first MAX_LISTED of all."""
     from difflib import get_close_matches
 
     names = sorted(known)
     near = get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
-    shown = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if names[LISTED:] else "")
+    shown = ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED:,} more" if names[MAX_LISTED:] else "")
     return f"known: {shown}" if names else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """Error for `name`, which is no known filter, preset, architecture, ..."""
+    """Error for a `name` that is not a known filter, preset, architecture, ..."""
     return UsageError(f"unknown {kind} {name!r}", suggestion(name, known))
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. As with KeyboardInterrupt, no `except Exception` may swallow it."""
+    """SIGTERM arrived. Like KeyboardInterrupt, it passes every `except Exception`."""

@@ -5,8 +5,8 @@
     @FILTERS.register("gopher_quality")
     class GopherQuality: ...
 
-An installed package extends a registry with an entry point of that group. It is imported only when its name is asked for, so a broken
-or slow plug-in costs nothing to those who do not use it.
+An installed package extends a registry with an entry point of that group. It is imported only when its name is
+requested, so a broken or slow plug-in costs nothing to those who do not use it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class Registry:
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files an object under `name`; a second use of a name is a bug."""
+        """Decorator that registers an object as `name`, which must be free."""
 
-        def file(entry: T) -> T:
+        def add(entry: T) -> T:
             assert name not in self._entries, f"{self.kind} {name!r} registered twice"
             self._entries[name] = entry
             return entry
 
-        return file
+        return add
 
     def names(self) -> list[str]:
-        """Every name, third-party ones included, without importing them."""
+        """Every name, including those of third parties, which are not imported."""
         return sorted({*self._entries, *self._third_party()})
 
     def get(self, name: str) -> Any:
-        """The object filed under `name`; UsageError with the nearest names where there is none."""
+        """The object registered as `name`; UsageError with the nearest names where there is none."""
         if name in self._entries:
             return self._entries[name]
         points = self._third_party()
@@ -52,7 +52,7 @@ class Registry:
             self._entries[name] = points[name].load()
         except Exception as error:
             raise LlmkitError(
-                f"{self.kind} {name!r} of {points[name].value} does not load: {error}",
+                f"{self.kind} {name!r} from {points[name].value} does not load: {error}",
                 "the package that provides it is broken or incomplete",
             ) from error
         return self._entries[name]

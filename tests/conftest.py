@@ -177,7 +177,7 @@ def write_shards(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
     def write(path: Path, lengths: list[int], source: str = "web", tokenizer: Any = None, **options: Any) -> Path:
         import numpy as np
 
-        from llmkit.lineage.record import Lineage
+        from llmkit.io.record import Lineage
         from llmkit.shards.tokenizer_info import parse_tokenizer
         from llmkit.shards.writer import ShardWriter
 

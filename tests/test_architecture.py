@@ -1,8 +1,9 @@
-"""The structure that DESIGN rests on: who imports whom, what a command loads, how large files are."""
+"""The structure that the package rests on: who imports whom, what a command loads, how large files and folders are."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -17,65 +18,85 @@ from startup import HEAVY
 from llmkit.cli.shared.table import COMMANDS
 
 PACKAGE = ROOT / "llmkit"
-
-LEAF = {"errors", "registry", "seeds"}
-MAY_IMPORT = {
-    "errors": set(),
-    "registry": {"errors"},
-    "seeds": set(),
-    "io": LEAF,
-    "kernels": set(),
-    "engine": LEAF | {"io"},
-    "corpus": LEAF | {"io", "engine", "kernels"},
-    "tokens": LEAF | {"io", "engine", "kernels"},
-    "model": LEAF | {"io", "kernels"},
-    "training": LEAF | {"io", "model"},
-    "alignment": LEAF | {"io", "model", "training"},
-    "quantization": LEAF | {"io", "model", "training"},
-    "evaluation": LEAF | {"io", "model", "training"},
-    "planning": LEAF | {"io"},
-    "report": LEAF | {"io"},
-    "cli": LEAF | {"io", "engine", "kernels", "corpus", "tokens", "model", "training", "alignment", "quantization", "evaluation", "planning", "report"},
-}  # fmt: skip
+# A room (a folder or file of llmkit/) may import the rooms of the rows above its own.
+IMPORT_ORDER = (
+    "errors",
+    "registry seeds",
+    "kernels io",
+    "lineage",
+    "engine shards",
+    "corpus tokens",
+    "mixing",
+    "model",
+    "chat quantization",
+    "inference",
+    "training",
+    "merging alignment evaluation",
+    "planning report",
+    "cli",
+)
+WITHOUT_TORCH = "errors registry seeds kernels io lineage engine shards corpus tokens mixing planning report".split()
+MOST_LINES = 450
+MOST_FILES = 14
+ONE_FILE_PER_RULE = PACKAGE / "corpus" / "filters"
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
-    found = set()
+    """Every module or name that a file imports anywhere: lazily and for type checking too."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_imports_follow_the_layers() -> None:
-    """Property: no file imports a layer that it must not."""
-    wrong = []
-    for path in modules():
-        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if layer in ("__init__", "__main__"):
-            continue
-        for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "llmkit" and len(parts) > 1 and parts[1] != "__version__":
-                target = parts[1]
-                if target != layer and target not in MAY_IMPORT[layer]:
-                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
-    assert not wrong, wrong
+def import_graph() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports."""
+    paths = {module_name(path): path for path in modules()}
+
+    def module_of_name(name: str) -> str:
+        return name if name in paths else module_of_name(name.rpartition(".")[0]) if name else ""
+
+    graph = {name: {module_of_name(target) for target in imported(path)} for name, path in paths.items()}
+    return {name: targets - {name, "", "llmkit"} for name, targets in graph.items()}
 
 
-def test_text_layers_never_import_torch() -> None:
-    """Property: corpus and tokens run where torch is slow to load or absent; transformers is for tests alone."""
+def test_imports_follow_the_order_of_rooms() -> None:
+    """Property: no file imports a room of its own row or below, lazy imports included."""
+    level = {room: i for i, rooms in enumerate(IMPORT_ORDER) for room in rooms.split()}
+    against = []
+    for name, targets in import_graph().items():
+        room = name.split(".")[1] if "." in name else "__main__"
+        for target in targets:
+            other = target.split(".")[1]
+            if room not in ("__main__", other) and level[other] >= level[room]:
+                against.append(f"{name} imports {target}")
+    assert not against, against
+
+
+def test_no_import_cycles() -> None:
+    """Property: files import each other in one direction, lazy imports and those for type checking included."""
+    try:
+        graphlib.TopologicalSorter(import_graph()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_text_rooms_never_import_torch() -> None:
+    """Property: text and token stages run where torch is slow to load or absent; transformers is for tests alone."""
     for path in modules():
         names = {name.split(".")[0] for name in imported(path)}
-        layer = path.relative_to(PACKAGE).parts[0]
-        if layer in ("io", "engine", "corpus", "tokens"):
+        if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in WITHOUT_TORCH:
             assert not names & {"torch", "accelerate", "lm_eval"}, path
         assert "transformers" not in names, path
 
@@ -106,7 +127,7 @@ def test_overview_needs_the_standard_library_only() -> None:
 
 
 def test_file_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Property: a file over 450 lines is one thing too many; the report shows the largest and the total."""
+    """Property: a file over 450 lines holds more than one subject; the report shows the largest and the total."""
     sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     with capsys.disabled():
@@ -114,7 +135,14 @@ def test_file_sizes(capsys: pytest.CaptureFixture[str]) -> None:
             f"\nllmkit/: {sum(sizes.values()):,} lines in {len(sizes)} files; largest "
             + ", ".join(f"{n} {s}" for n, s in largest)
         )
-    assert not {name: size for name, size in sizes.items() if size > 450}
+    assert not {name: size for name, size in sizes.items() if size > MOST_LINES}
+
+
+def test_folder_sizes() -> None:
+    """Property: a folder of more than 14 files holds more than one subject."""
+    folders = {path.parent for path in modules()} - {ONE_FILE_PER_RULE}
+    sizes = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) - 1 for folder in folders}  # __init__.py
+    assert not {name: size for name, size in sizes.items() if size > MOST_FILES}
 
 
 def test_top_level_holds_nothing_else() -> None:

@@ -1,11 +1,11 @@
-"""Filters in a row, and the work on one chunk of documents.
+"""A sequence of filters, and its application to one chunk of documents.
 
     chain = load_chain(["fineweb"], [], ["gopher_quality.max_symbol_word_ratio=0.2"], "unicode")
-    verdict = chain.judge(text)                       # .text (perhaps edited), .drop (None: kept), .filter
+    decision = chain.judge(text)                        # .text (possibly edited), .drop (None: kept), .filter
     result = filter_chunk(chunk, ReadOptions(), chain)  # in a worker
 
-A document stops at the first filter that drops it, a filter at its first failing rule: that is the reason. Cost: the sum of the filters
-(tests/bench/filter_speed.md).
+A document is dropped by the first filter that rejects it, and the first broken rule of that filter is the
+reason. Cost: the sum of the filters (tests/bench/filter_speed.md).
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 
 import orjson
 
-from llmkit.corpus.filters import ByTable, Check, Filter
+from llmkit.corpus.filters import Check, Filter, ThresholdFilter
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
-from llmkit.engine.local import meanwhile
+from llmkit.engine.local import background_process
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 from llmkit.kernels import cold
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the chain says of one text: the text as edited by filters, fields to set, and who dropped it why (`drop` is None for a kept one)."""
+class FilterDecision:
+    """The outcome for one text: the text as edited by the filters, the check that dropped it, and the fields to set.
+
+    `drop` is None for a document that is kept; otherwise `filter` names the filter that dropped it.
+    """
 
     text: str
     drop: Check | None = None
@@ -38,32 +41,40 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Chain:
-    """Named filters in order, with the kind of words that they count; `functions` holds (name, file) of those from one's own files."""
+    """Named filters in order, and the definition of a word that they share.
+
+    `functions` holds (name, file) of the filters that come from the user's own Python files.
+    """
 
     steps: tuple[tuple[str, Filter], ...]
     splitter: Splitter
     functions: tuple[tuple[str, str], ...] = ()
 
-    def judge(self, text: str, where: object = "text", fields: Mapping[str, Any] | None = None) -> Verdict:
-        """Run the filters on `text` up to the first broken rule. LlmkitError naming `where` and the filter if one of them raises."""
+    def judge(self, text: str, location: object = "text", fields: Mapping[str, Any] | None = None) -> FilterDecision:
+        """Run the filters on `text` up to the first broken rule.
+
+        Raises LlmkitError naming `location` and the filter if a filter raises.
+        """
         page = Page(text, self.splitter, fields)
         for name, check in self.steps:
-            if isinstance(check, ByTable):
-                if found := check.decide(page):
-                    return Verdict(page.text, found, name)
+            if isinstance(check, ThresholdFilter):
+                if result := check.first_failure(page):
+                    return FilterDecision(page.text, result, name)
             else:
-                for found in _checks(name, check, page, where):
-                    if found.broken:
-                        return Verdict(page.text, found, name)
-        return Verdict(page.text, notes=page.notes)
+                for result in _checks(name, check, page, location):
+                    if result.broken:
+                        return FilterDecision(page.text, result, name)
+        return FilterDecision(page.text, notes=page.notes)
 
     def warm_up(self) -> None:
-        """Run every filter once, so that kernels are compiled and files read before workers fork. LlmkitError where a file is not as it has to be.
+        """Run every filter once, so that kernels are compiled and files are read before workers fork.
 
-        On a new machine another process compiles from the last filter on: what one has compiled, the other finds in the cache.
+        Raises LlmkitError where a file that a filter reads is invalid. On a machine without compiled kernels a
+        second process compiles in the opposite direction, from the last filter; each finds in the cache what
+        the other has compiled.
         """
         if cold() and len(self.steps) > 1:
-            with meanwhile(replace(self, steps=self.steps[::-1])._run_once):
+            with background_process(replace(self, steps=self.steps[::-1])._run_once):
                 self._run_once()
         else:
             self._run_once()
@@ -74,15 +85,15 @@ class Chain:
                 list(_checks(name, check, Page("Some words. Some more.\n", self.splitter), "warm-up"))
             except LlmkitError:
                 if type(check).__module__.startswith("llmkit."):
-                    raise  # one of ours raises for its settings only; another may not like the text
+                    raise  # our own filters raise for invalid settings only; others may fail on this text
 
-    def measure(self, page: Page, where: object = "text") -> list[tuple[str, Check]]:
-        """(filter, check) for every rule, whatever is broken. Filters behind one that edits see the edited text."""
-        return [(name, found) for name, check in self.steps for found in _checks(name, check, page, where)]
+    def measure(self, page: Page, location: object = "text") -> list[tuple[str, Check]]:
+        """(filter, check) for every rule, broken or not. Filters after one that edits the text see the edited text."""
+        return [(name, result) for name, check in self.steps for result in _checks(name, check, page, location)]
 
 
-def _checks(name: str, check: Filter, page: Page, where: object) -> Iterator[Check]:
-    """What one filter says of a page, whatever the form of its answer."""
+def _checks(name: str, check: Filter, page: Page, location: object) -> Iterator[Check]:
+    """The checks of one filter for a page, whichever form its return value has."""
     try:
         answer = check(page)
         if isinstance(answer, Check):
@@ -90,70 +101,71 @@ def _checks(name: str, check: Filter, page: Page, where: object) -> Iterator[Che
         if isinstance(answer, bool) or answer is None:
             yield Check(name.rpartition(":")[2], broken=answer is False)
         else:
-            for found in answer:
-                value: Any = found.value  # one of another kind, such as numpy's, is no JSON
+            for result in answer:
+                value: Any = result.value  # other types, such as numpy's scalars, cannot be written as JSON
                 plain = value is None or isinstance(value, int | float | str)
-                yield found if plain else found._replace(value=float(value))
+                yield result if plain else result._replace(value=float(value))
     except LlmkitError:
         raise
     except Exception as error:
         raise LlmkitError(
-            f"{where}: filter {name!r} raised {type(error).__name__}: {error}", "the fault is in that filter"
+            f"{location}: filter {name!r} raised {type(error).__name__}: {error}", "the fault is in that filter"
         ) from error
 
 
 @dataclass(slots=True)
 class Statistics:
-    """What --stats prints, of any number of documents.
+    """The figures that --stats prints, over any number of documents.
 
-    `values` holds by (filter, statistic) how often each value occurred, rounded to three digits: bounded, and the same for any order. `alone` counts
-    the documents that a rule would drop by itself, `first` those that it drops in its place in the chain.
+    `values` counts by (filter, statistic) how often each value occurred, rounded to three digits so that memory
+    stays bounded; the counts do not depend on the order of documents. `drops_alone` counts the documents that a
+    rule would drop by itself, `drops_in_order` those that it drops at its position in the chain.
     """
 
     documents: int = 0
     values: dict[tuple[str, str], Counter[float]] = field(default_factory=dict)
-    alone: dict[tuple[str, str], int] = field(default_factory=dict)
-    first: Counter[tuple[str, str]] = field(default_factory=Counter)
+    drops_alone: dict[tuple[str, str], int] = field(default_factory=dict)
+    drops_in_order: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(self, checks: list[tuple[str, Check]]) -> None:
         """Count one document."""
         self.documents += 1
         kept, seen = True, set()
         for name, (reason, value, broken, statistic) in checks:
-            self.alone[name, reason] = self.alone.get((name, reason), 0) + broken
+            self.drops_alone[name, reason] = self.drops_alone.get((name, reason), 0) + broken
             if broken and kept:
-                self.first[name, reason] += 1
+                self.drops_in_order[name, reason] += 1
                 kept = False
-            place = (name, statistic or reason)
-            if isinstance(value, int | float) and place not in seen:
-                seen.add(place)
-                self.values.setdefault(place, Counter())[float(f"{value:.3g}")] += 1
+            key = (name, statistic or reason)
+            if isinstance(value, int | float) and key not in seen:
+                seen.add(key)
+                self.values.setdefault(key, Counter())[float(f"{value:.3g}")] += 1
 
     def merge(self, other: Statistics) -> None:
         """Add the counts of other documents."""
         self.documents += other.documents
-        self.first.update(other.first)
-        for place, count in other.alone.items():
-            self.alone[place] = self.alone.get(place, 0) + count
-        for place, values in other.values.items():
-            self.values.setdefault(place, Counter()).update(values)
+        self.drops_in_order.update(other.drops_in_order)
+        for key, count in other.drops_alone.items():
+            self.drops_alone[key] = self.drops_alone.get(key, 0) + count
+        for key, values in other.values.items():
+            self.values.setdefault(key, Counter()).update(values)
 
 
 def quantiles(values: Counter[float], shares: tuple[float, ...]) -> list[float]:
-    """The smallest values that at least these shares of the documents are at or under."""
-    total, found, reached = sum(values.values()), [], 0
-    wanted = sorted(shares, reverse=True)
+    """For each share, the smallest value that at least this share of the documents does not exceed."""
+    total, result, cumulative = sum(values.values()), [], 0
+    remaining = sorted(shares, reverse=True)
     for value in sorted(values):
-        reached += values[value]
-        while wanted and reached >= wanted[-1] * total:
-            wanted.pop()
-            found.append(value)
-    return found
+        cumulative += values[value]
+        while remaining and cumulative >= remaining[-1] * total:
+            remaining.pop()
+            result.append(value)
+    return result
 
 
 @dataclass(slots=True)
-class Filtered:
-    """A chunk's outcome: lines to keep and to reject, bad lines for the reader, and counts by (filter, reason)."""
+class FilteredChunk:
+    """The outcome for one chunk: lines to keep and to reject, bad lines for the reader, counts by (filter, reason)."""
 
     kept: bytes
     rejects: bytes
@@ -166,64 +178,67 @@ class Filtered:
     statistics: Statistics = field(default_factory=Statistics)
 
 
-def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered:
-    """Judge every document of a chunk. Pure. Kept lines have their own bytes unless a filter edited the text or set a field.
+def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredChunk:
+    """Apply the chain to every document of a chunk. Pure.
 
-    Rejected lines are the documents as they came in, with `filter`, `reason` and `value` added, in the place of fields that are called so.
+    Kept lines are unchanged, byte for byte, unless a filter edited the text or set a field. Rejected lines are
+    the original documents with the fields `filter`, `reason` and `value` added; existing fields of these names
+    are replaced.
     """
     documents, bad = parse(chunk, options)
-    result = Filtered(b"", b"", bad, len(documents))
+    result = FilteredChunk(b"", b"", bad, len(documents))
     kept: list[bytes] = []
     rejects: list[bytes] = []
     for document in documents:
         text = document.text
-        verdict = chain.judge(text, document, document.fields)
+        decision = chain.judge(text, document, document.fields)
         result.characters += len(text)
-        if verdict.drop is not None:
-            result.dropped[verdict.filter, verdict.drop.reason] += 1
-            rejects.append(_reject(document, verdict.filter, verdict.drop))
+        if decision.drop is not None:
+            result.dropped[decision.filter, decision.drop.reason] += 1
+            rejects.append(_reject(document, decision.filter, decision.drop))
             continue
-        if verdict.text != text:
-            document.change_text(verdict.text)
+        if decision.text != text:
+            document.change_text(decision.text)
             result.edited += 1
-        if verdict.notes:
-            document.change(**verdict.notes)
-        result.characters_kept += len(verdict.text)
+        if decision.notes:
+            document.change(**decision.notes)
+        result.characters_kept += len(decision.text)
         kept.append(document.encode())
     result.kept, result.rejects = b"".join(kept), b"".join(rejects)
     return result
 
 
-def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered:
-    """Keep every document of a chunk, unedited, with what the chain measured in its field `filter`. Pure.
+def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredChunk:
+    """Keep every document of a chunk, unedited, and add the chain's measurements in the field `filter`. Pure.
 
-    `filter` holds by filter's name its statistics, and under `dropped_by` every broken rule as "filter.reason": the first would have dropped it.
+    `filter` holds the statistics under the name of each filter, and under `dropped_by` every broken rule as
+    "filter.reason"; the first of these would have dropped the document.
     """
     documents, bad = parse(chunk, options)
-    result = Filtered(b"", b"", bad, len(documents))
+    result = FilteredChunk(b"", b"", bad, len(documents))
     kept: list[bytes] = []
     for document in documents:
         page = Page(document.text, chain.splitter, document.fields)
         checks = chain.measure(page, document)
-        found: dict[str, Any] = {}
+        measurements: dict[str, Any] = {}
         for name, check in checks:
-            found.setdefault(name, {})[check.statistic or check.reason] = check.value
+            measurements.setdefault(name, {})[check.statistic or check.reason] = check.value
         if "dropped_by" not in document.fields.get("filter", {"dropped_by"}):
             raise LlmkitError(
-                f"{document}: there is a field 'filter' already", "rename it: --annotate writes one of that name"
+                f"{document}: the field 'filter' already exists", "rename it: --annotate writes a field of that name"
             )
-        found["dropped_by"] = [f"{name}.{check.reason}" for name, check in checks if check.broken]
+        measurements["dropped_by"] = [f"{name}.{check.reason}" for name, check in checks if check.broken]
         result.characters += len(document.text)
-        document.change(**page.notes, filter=found)
+        document.change(**page.notes, filter=measurements)
         kept.append(document.encode())
     result.characters_kept, result.kept = result.characters, b"".join(kept)
     return result
 
 
-def measure_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered:
-    """Only count what the chain measures in a chunk's documents. Pure."""
+def measure_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredChunk:
+    """Collect the chain's statistics for a chunk's documents without writing them. Pure."""
     documents, bad = parse(chunk, options)
-    result = Filtered(b"", b"", bad, len(documents))
+    result = FilteredChunk(b"", b"", bad, len(documents))
     for document in documents:
         page = Page(document.text, chain.splitter, document.fields)
         result.statistics.add(chain.measure(page, document))

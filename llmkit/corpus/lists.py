@@ -1,7 +1,7 @@
-"""What filters read besides the text: lists in files that the user gives, and nested fields of a document.
+"""Inputs of filters besides the text: list files supplied by the user, and nested fields of a document.
 
-A list is UTF-8 text, plain or compressed by any format that documents may have, one entry a line. Blank lines and lines that begin with "#" are
-passed over. No list is shipped with the package.
+A list is UTF-8 text with one entry per line, plain or compressed in any format that documents may have. Blank
+lines and lines that begin with "#" are skipped. No list is shipped with the package.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from llmkit.errors import LlmkitError
 from llmkit.io.compression import Notes, decompress
 from llmkit.io.inputs import open_raw
 
-LAST = np.uint64((1 << 64) - 1)
-LONGEST_LINE = 1 << 16  # characters; no entry is so long
+SENTINEL = np.uint64((1 << 64) - 1)
+MAX_LINE = 1 << 16  # bytes
 
 
 def entries(paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(file:line, entry without surrounding whitespace) of every list. LlmkitError where a file cannot be read or is no UTF-8 text."""
+    """(file:line, entry without surrounding whitespace) for every entry of the lists.
+
+    Raises LlmkitError where a file cannot be read or is not UTF-8 text.
+    """
     for path in paths:
-        number, rest = 0, b""
+        number, pending = 0, b""
         with open_raw(path) as raw:
             for block in decompress(raw, path, Notes()):
-                *lines, rest = (rest + block).split(b"\n")
+                *lines, pending = (pending + block).split(b"\n")
                 for line in lines:
                     number += 1
                     yield from _entry(line, path, number)
-                if len(rest) > LONGEST_LINE:
-                    raise LlmkitError(f"{path}:{number + 1}: a line of over {LONGEST_LINE} bytes", "one entry a line")
-        yield from _entry(rest, path, number + 1)
+                if len(pending) > MAX_LINE:
+                    raise LlmkitError(
+                        f"{path}:{number + 1}: a line of over {MAX_LINE} bytes", "write one entry per line"
+                    )
+        yield from _entry(pending, path, number + 1)
 
 
 def _entry(line: bytes, path: str, number: int) -> Iterator[tuple[str, str]]:
@@ -47,27 +52,27 @@ def _entry(line: bytes, path: str, number: int) -> Iterator[tuple[str, str]]:
         yield f"{path}:{number}", entry
 
 
-class Table:
-    """A set of strings as sorted 64-bit hashes: 8 bytes an entry, and nothing in it that a forked worker would copy.
+class StringSet:
+    """A set of strings as sorted 64-bit hashes: 8 bytes per entry, in memory that forked workers share.
 
-    Of 10 million entries one lookup in 10^12 is wrongly found.
+    With 10 million entries, one look-up in 10^12 gives a false positive.
     """
 
     def __init__(self, items: Iterable[str]) -> None:
-        found = np.unique(np.fromiter(map(_hash, items), np.uint64))
-        self.hashes: NDArray[np.uint64] = np.append(found, LAST)  # so that every place that is looked up exists
+        hashes = np.unique(np.fromiter(map(_hash, items), np.uint64))
+        self.hashes: NDArray[np.uint64] = np.append(hashes, SENTINEL)  # so that searchsorted never returns len(hashes)
 
-    def first(self, items: list[str]) -> str | None:
+    def first_member(self, items: list[str]) -> str | None:
         """The first of `items` that is in the set."""
-        found = self.all(items)
-        return found[0] if found else None
+        members = self.members(items)
+        return members[0] if members else None
 
-    def all(self, items: list[str]) -> list[str]:
-        """Those of `items` that are in the set, in order."""
+    def members(self, items: list[str]) -> list[str]:
+        """The `items` that are in the set, in order."""
         if len(self.hashes) == 1 or not items:
             return []
-        wanted = np.fromiter(map(_hash, items), np.uint64, len(items))
-        equal = self.hashes[self.hashes.searchsorted(wanted)] == wanted
+        hashes = np.fromiter(map(_hash, items), np.uint64, len(items))
+        equal = self.hashes[self.hashes.searchsorted(hashes)] == hashes
         return [items[i] for i in equal.nonzero()[0].tolist()]
 
 
@@ -76,12 +81,12 @@ def _hash(item: str) -> int:
 
 
 def dotted(fields: Mapping[str, Any], path: str) -> Any:
-    """The value at "metadata.lang", or of a field whose name has the dot in it; None where there is none."""
+    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
     if path in fields or "." not in path:
         return fields.get(path)
-    found: Any = fields
+    value: Any = fields
     for name in path.split("."):
-        if not isinstance(found, Mapping) or name not in found:
+        if not isinstance(value, Mapping) or name not in value:
             return None
-        found = found[name]
-    return found
+        value = value[name]
+    return value

@@ -1,4 +1,4 @@
-"""One document as rules see it: its text split into words and lines once, shared by all of them."""
+"""One document as filters see it: its text is split into words and lines once, and all rules share the result."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from llmkit.kernels.utf8 import Bytes
 
 
 class Page:
-    """A text with what rules measure, computed on first use. `edit` and `note` change the document that is written.
+    """A text with the properties that rules measure, computed on first use.
 
-    `fields` are the JSON fields of the document, not to be changed; `notes` those that rules set.
+    `fields` are the JSON fields of the document and must not be changed. `edit` and `note` change the document
+    that is written; `notes` are the fields set by `note`.
     """
 
     def __init__(self, text: str, splitter: Splitter, fields: Mapping[str, Any] | None = None) -> None:
@@ -28,9 +29,9 @@ class Page:
         self.notes: dict[str, Any] = {}
 
     def edit(self, text: str, encoded: bytes | None = None) -> None:
-        """Replace the text, also given in UTF-8 where that is at hand; later rules see the new one, and measure it anew."""
+        """Replace the text, which later rules then measure. `encoded`: the same text in UTF-8, if already available."""
         if text != self.text:
-            for name in MEASURED:
+            for name in TEXT_PROPERTIES:
                 self.__dict__.pop(name, None)
             self.text = text
             if encoded is not None:
@@ -42,12 +43,12 @@ class Page:
 
     @cached_property
     def words(self) -> list[str]:
-        """Words in order, never empty ones."""
+        """Words in order, none of them empty."""
         return self.splitter.words(self.text)
 
     @cached_property
     def lines(self) -> list[str]:
-        """Lines as `str.splitlines` sees them, blank ones included."""
+        """Lines as returned by `str.splitlines`, blank lines included."""
         return self.text.splitlines()
 
     @cached_property
@@ -57,7 +58,7 @@ class Page:
 
     @cached_property
     def data(self) -> Bytes:
-        """The text in UTF-8, for kernels."""
+        """The text in UTF-8 as uint8[bytes], for kernels."""
         return np.frombuffer(self.encoded, np.uint8)
 
     @cached_property
@@ -74,12 +75,12 @@ class Page:
 
     @property
     def line_counts(self) -> tuple[int, int, int]:
-        """Of text.splitlines(): how many, how many start with a bullet, how many end with an ellipsis."""
+        """Number of lines in text.splitlines(), of lines that start with a bullet, and that end with an ellipsis."""
         split = self.split_lines
-        if split.strange:  # a carriage return or another of the rarer line breaks
+        if split.rare_breaks:  # a carriage return or another of the rarer line breaks
             split = Lines(*lines(self.data, classes(), True))
             return len(split.flags), split.bullets, split.ellipses
         return len(split.flags) - (not self.text or self.text[-1] == "\n"), split.bullets, split.ellipses
 
 
-MEASURED = tuple(name for name, value in vars(Page).items() if isinstance(value, cached_property))
+TEXT_PROPERTIES = tuple(name for name, value in vars(Page).items() if isinstance(value, cached_property))

@@ -1,16 +1,18 @@
-"""Work on a Ray cluster: the same results, in the same order, as in one process.
+"""Work on a Ray cluster, with the same results in the same order as in one process.
 
-    cluster = Cluster()                                   # the cluster of RAY_ADDRESS, or this machine's
-    for result in cluster.map(work, reader):              # `work` of each chunk of documents
+    cluster = Cluster()                                   # the cluster at RAY_ADDRESS, or one on this machine
+    for result in cluster.map(work, reader):              # `work` applied to each chunk of documents
         ...
-    for result in cluster.each(work, arguments):          # of anything that can be pickled
+    for result in cluster.starmap(work, arguments):       # to any arguments that can be pickled
 
-Files are read where there is room: a chunk goes from the machine that reads it to the one that works on it, and the driver sees results alone. What
-can only be read here (stdin) is sent from here. A worker or machine that is lost is replaced and its work done again, three times at most;
-work is pure, so nobody sees it. Errors that `work` or reading raises are raised here, in their turn.
+Files are read wherever there is capacity: a chunk goes from the machine that reads it to the one that processes it, and
+the driver sees only the results. Input that can only be read on the driver (stdin) is sent from there. A lost worker or
+machine is replaced and its work repeated, at most three times; work is pure, so the repetition has no effect on the
+output. Errors raised by `work` or by reading are raised on the driver, in order.
 
-Every machine needs the same llmkit, and the same paths or URLs of inputs. Memory of the driver: a window of results, `WINDOW` for each core of the
-cluster; what waits on the machines is in Ray's object store, which spills to disk.
+Every machine needs the same version of llmkit and the same paths or URLs of inputs. Driver memory: a window of
+results, `CALLS_PER_CORE` for each core of the cluster. Values held on the machines are in Ray's object store, which
+spills to disk.
 """
 
 from __future__ import annotations
@@ -33,125 +35,138 @@ from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input
+from llmkit.io.record import Input
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Ref = Any  # a value that lies somewhere in the cluster
+Ref = Any  # a Ray object reference
 
-WINDOW = 3  # calls on their way for each core
-AHEAD = 8  # chunks that a file's reader may be ahead
-READERS = 4  # files that are read at once, for each machine
-OWN_RULES = "llmkit_rules_"  # how modules of the user's own files begin, see corpus/rules.py
-REACHABLE = 10.0  # seconds for a cluster to answer
+CALLS_PER_CORE = 3  # calls in flight
+READ_AHEAD = 8  # chunks that the reader of a file may be ahead of their consumer
+FILES_PER_MACHINE = 4  # files read at once
+USER_MODULES = "llmkit_rules_"  # prefix of modules loaded from the user's files, see corpus/chain_loader.py
+CONNECT_TIMEOUT = 10.0  # s
 RETRIES = 3  # of a call whose worker or machine is lost
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """An exception as a result: Ray's own wrapping would lose its type, and its place in the order."""
+    """An exception as a result: Ray's own wrapping would lose its type and its place in the order."""
 
     error: Exception
 
 
 class Cluster:
-    """A connection to a Ray cluster, made at the first use. LlmkitError then where Ray is not installed or no cluster can be reached."""
+    """A connection to a Ray cluster, made at first use.
+
+    First use raises LlmkitError if Ray is not installed or no cluster can be reached.
+    """
 
     @cached_property
     def _ray(self) -> Any:
-        return _connected()
+        return _connect()
 
     @cached_property
     def _remote(self) -> dict[Callable[..., Any], Any]:
-        """Our own functions for workers, as Ray's."""
+        """The functions of this module that run on workers, as Ray remote functions."""
         return {work: self._ray.remote(max_retries=RETRIES)(work) for work in (_call, _step, _yield)}
 
     @property
     def cores(self) -> int:
-        """Of all machines."""
+        """Number of cores of all machines."""
         cores = int(self._ray.cluster_resources().get("CPU", 0))
         if not cores:
             raise LlmkitError("the Ray cluster has no cores", "add a machine: ray start --address=...")
         return cores
 
     def __reduce__(self) -> tuple[type[Local], tuple[()]]:
-        return Local, ()  # a worker has itself alone
+        return Local, ()  # on a worker, an engine is the worker itself
 
     # One call at a time.
-    def _shared(self, work: Callable[..., Any]) -> Ref:
-        """What many calls do, sent once, with the functions of the user's own files."""
+    def _share(self, work: Callable[..., Any]) -> Ref:
+        """Put a function used by many calls into the object store once, with the modules of the user's own files."""
         for name, module in list(sys.modules.items()):
-            if name.startswith(OWN_RULES):
+            if name.startswith(USER_MODULES):
                 self._ray.cloudpickle.register_pickle_by_value(module)
-        return self._ray.put(partial(_inside, os.getcwd(), work))
+        return self._ray.put(partial(_in_directory, os.getcwd(), work))
 
     def call(self, work: Any, *arguments: Any, returns: int = 1) -> Any:
-        """`work` of the arguments somewhere in the cluster: a ref, or for a tuple `returns` of them. Refs among `work` and arguments stand for their values."""
+        """Call `work` on some machine: a ref, or a list of `returns` refs if it returns a tuple.
+
+        Refs passed as `work` or arguments stand for their values.
+        """
         return self._remote[_call].options(num_returns=returns).remote(returns, work, *arguments)
 
     def get(self, ref: Ref) -> Any:
-        """The value of a ref, waited for; what its call raised is raised here."""
-        import ray.exceptions as lost
+        """Wait for the value of a ref. An exception raised by its call is raised here."""
+        import ray.exceptions as ray_errors
 
         try:
             value = self._ray.get(ref)
-        except lost.RayError as error:
+        except ray_errors.RayError as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise LlmkitError(f"Ray: {reason[-1]}", "its logs tell more; memory is what is short most often") from error
+            raise LlmkitError(f"Ray: {reason[-1]}", "see Ray's logs; the usual cause is too little memory") from error
         if isinstance(value, Raised):
             raise value.error
         return value
 
-    # Many, in order.
-    def each(self, work: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-        """`work` of each tuple of arguments, in order."""
-        shared = self._shared(work)
-        for ref in _ahead(lambda given: self.call(shared, *given), arguments, WINDOW * self.cores):
+    # Many calls, in order.
+    def starmap(self, work: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+        """`work` applied to each tuple of arguments, in order."""
+        shared = self._share(work)
+        for ref in _prefetch(lambda values: self.call(shared, *values), arguments, CALLS_PER_CORE * self.cores):
             yield self.get(ref)
 
     def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
-        """`work` of each chunk of a reader, in order; its `inputs` are complete at the end."""
+        """`work` applied to each chunk of a reader, in order. The reader's `inputs` are complete at the end."""
         for result, _ in self.scatter(work, reader, 1):
             yield result
 
     def scatter(
         self, work: Callable[[Chunk], Any], reader: DocumentReader, parts: int
     ) -> Iterator[tuple[Any, list[Ref]]]:
-        """The same where `work` gives a tuple of so many parts: the first one, and refs of the others, which stay in the cluster."""
-        shared, step = self._shared(work), self._remote[_step].options(num_returns=parts)
-        for found in _ahead(lambda item: step.remote(parts, shared, item), self._chunks(reader), WINDOW * self.cores):
-            first, *others = found if parts > 1 else [found]
+        """As `map`, for `work` that returns a tuple of `parts` values.
+
+        Yields the first value, and refs to the others, which stay in the cluster.
+        """
+        shared, step = self._share(work), self._remote[_step].options(num_returns=parts)
+        start = lambda item: step.remote(parts, shared, item)  # noqa: E731
+        for refs in _prefetch(start, self._chunks(reader), CALLS_PER_CORE * self.cores):
+            first, *others = refs if parts > 1 else [refs]
             value = self.get(first)
-            if isinstance(value, _Inputs):
+            if isinstance(value, _FileInputs):
                 reader.inputs += value.inputs
             else:
                 yield value, others
 
-    def streams(self, work: Callable[[Any], Iterator[Result]], items: Iterable[Any]) -> Iterator[Result]:
-        """What `work` yields for each item, in order; an item is one task."""
-        shared = self._shared(work)
-        for stream in _ahead(lambda item: self._stream(1, shared, item), items, self.cores):
+    def flat_map(self, work: Callable[[Any], Iterator[Result]], items: Iterable[Any]) -> Iterator[Result]:
+        """The values that `work` yields for each item, in order. One item is one task."""
+        shared = self._share(work)
+        for stream in _prefetch(lambda item: self._stream(1, shared, item), items, self.cores):
             for ref in stream:
                 yield self.get(ref)
 
     def _chunks(self, reader: DocumentReader) -> Iterator[Any]:
-        """The chunks of a reader's files, and behind those of each file its lineage."""
+        """The chunks of a reader's files, those of each file followed by its lineage."""
         read, machines = partial(_read, reader.options), sum(node["Alive"] for node in self._ray.nodes())
-        shared = self._shared(read)
+        shared = self._share(read)
         start = lambda path: read(path) if path == STDIN else self._stream(0, shared, path)  # noqa: E731
-        return chain.from_iterable(_ahead(start, reader.paths, READERS * machines))
+        return chain.from_iterable(_prefetch(start, reader.paths, FILES_PER_MACHINE * machines))
 
     def _stream(self, cores: int, *arguments: Any) -> Any:
-        """Refs of what a generator yields. One that holds no core is at most `AHEAD` ahead of what is taken, and goes where few others are; one that
-        does must never wait, since what it waits for may need its core."""
+        """Refs to the values yielded by a generator.
+
+        A generator that holds no core is at most `READ_AHEAD` values ahead of its consumer, and is placed where few
+        others run. One that holds a core must never wait, because what it waits for may need its core.
+        """
         options: dict[str, Any] = {"num_returns": "streaming", "num_cpus": cores}
         if not cores:
-            options |= {"_generator_backpressure_num_objects": AHEAD, "scheduling_strategy": "SPREAD"}
+            options |= {"_generator_backpressure_num_objects": READ_AHEAD, "scheduling_strategy": "SPREAD"}
         return self._remote[_yield].options(**options).remote(*arguments)
 
 
-def _ahead(start: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
-    """Start each item, at most a window of them ahead of what is taken."""
+def _prefetch(start: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
+    """`start` applied to each item, at most `window` items ahead of the consumer."""
     started: deque[Result] = deque()
     for item in items:
         started.append(start(item))
@@ -160,49 +175,52 @@ def _ahead(start: Callable[[Item], Result], items: Iterable[Item], window: int) 
     yield from started
 
 
-def _connected() -> Any:
-    """The module `ray`, connected."""
+def _connect() -> Any:
+    """Connect to the cluster and return the module `ray`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the calls behind one that failed
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls in flight after one that failed
     try:
         import ray
-        import ray._private.worker as messages
+        import ray._private.worker as ray_worker
     except ImportError:
         raise LlmkitError("Ray is not installed", "pip install 'llmkit[ray]'") from None
     if not ray.is_initialized():
-        messages.print_to_stdstream = lambda *_, **__: None  # Ray would tell of lost machines on stdout, among the data
+        # Ray would report lost machines on stdout, in the middle of the data.
+        ray_worker.print_to_stdstream = lambda *_, **__: None
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         address = os.environ.get("RAY_ADDRESS", "")
         try:
-            if re.fullmatch(r"[\w.-]+:\d+", address):  # Ray itself goes on for minutes where nobody answers
+            if re.fullmatch(r"[\w.-]+:\d+", address):  # Ray itself retries for minutes if nothing answers
                 host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), REACHABLE).close()
+                socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # of many kinds
-            said = str(error).splitlines() or [type(error).__name__]
-            raise LlmkitError(f"no Ray cluster at {address or 'this machine'}: {said[0]}", "see RAY_ADDRESS") from error
+            message = str(error).splitlines() or [type(error).__name__]
+            raise LlmkitError(
+                f"no Ray cluster at {address or 'this machine'}: {message[0]}", "see RAY_ADDRESS"
+            ) from error
         for number, handler in handlers.items():
-            signal.signal(number, handler)  # how a call ends, the command line has settled already
+            signal.signal(number, handler)  # Ray replaces the handlers that the command line has set
     return ray
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """The lineage of a file that has been read."""
+class _FileInputs:
+    """The lineage of a file that has been read to its end."""
 
     inputs: list[Input]
 
 
-# What runs on the workers.
-def _inside(directory: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """`work` where the paths of the call are right, if there is such a place here."""
+# Functions that run on the workers.
+def _in_directory(directory: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work` in the driver's working directory, where relative paths are right, if it exists on this machine."""
     with suppress(OSError):
         os.chdir(directory)
     return work(*arguments)
 
 
 def _call(returns: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """`work` of the arguments; an error as the first of the results, one among the arguments passed on."""
+    """Call `work`. An error becomes the first of the results; an error among the arguments is passed on."""
     failed = next((value for value in arguments if isinstance(value, Raised)), None)
     try:
         return _first(failed, returns) if failed else work(*arguments)
@@ -211,7 +229,7 @@ def _call(returns: int, work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _step(returns: int, work: Callable[[Chunk], Any], item: Any) -> Any:
-    """The same of a chunk; the lineage of a file stays what it is."""
+    """`_call` for a chunk; the lineage of a file is passed through."""
     return _call(returns, work, item) if isinstance(item, Chunk) else _first(item, returns)
 
 
@@ -230,4 +248,4 @@ def _read(options: ReadOptions, path: str) -> Iterator[Any]:
     """The chunks of a file, then its lineage."""
     reader = DocumentReader([path], options)
     yield from reader.chunks()
-    yield _Inputs(reader.inputs)
+    yield _FileInputs(reader.inputs)

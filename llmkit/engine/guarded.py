@@ -1,12 +1,13 @@
-"""Ordered map in worker processes that may be killed: for work on hostile input, in libraries that nothing else interrupts.
+"""Ordered map in worker processes that may be killed, for libraries that hostile input can hang or crash.
 
     for results in guarded_map(work, batches, jobs=2, seconds=10.0):
-        for result in results:             # one an item: what `work` returned, or a Failure
+        for result in results:             # one per item: the return value of `work`, or a Failure
             ...
 
-A worker notes in shared memory which item it is at and since when. One that stays at an item for longer than `seconds` is killed, as is one that the
-system kills or that crashes; the item becomes a Failure, the others of its batch are done again by a new worker. The order of the results, and what
-they are, does not depend on the number of workers. At most two batches a worker are held: being worked on, or finished and waiting for their turn.
+A worker records in shared memory which item it is processing and since when. It is killed if an item takes longer than
+`seconds`. When a worker is killed, by this module or by the system, or crashes, the item becomes a Failure and a new
+worker processes the remaining items of the batch. The results and their order do not depend on the number of workers.
+At most two batches per worker are held: in progress, or finished and waiting for their turn.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
-from llmkit.engine.local import start_worker
+from llmkit.engine.local import init_worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,15 +37,15 @@ class Failure:
     reason: str
 
 
-class _Place(Structure):
-    """Where a worker is, in memory that the parent sees: number of the item in its batch, and since when (monotonic clock, s)."""
+class _Position(Structure):
+    """A worker's position, in memory shared with the parent: index of its item, start time (monotonic, s)."""
 
     _fields_ = (("item", c_long), ("since", c_double))
 
 
 @dataclass(slots=True)
-class _Job(Generic[Item, Result]):
-    """A batch on its way. `todo` holds the numbers of the items that have no result yet."""
+class _Batch(Generic[Item, Result]):
+    """A batch in progress. `todo` holds the indices of the items that have no result yet."""
 
     items: Sequence[Item]
     results: list[Result | Failure | None]
@@ -57,20 +58,20 @@ class _Job(Generic[Item, Result]):
 
 @dataclass(slots=True)
 class _Worker:
-    """A process, its pipe, where it is, and the job that it works on."""
+    """A process, its pipe, its position, and the batch that it is processing."""
 
     process: Any
     pipe: Connection
-    place: Any
-    job: _Job[Any, Any] | None = None
+    position: Any
+    batch: _Batch[Any, Any] | None = None
     died: bool = False
 
-    def give(self, job: _Job[Any, Any]) -> bool:
-        """Send a job; whether the worker was there to take it (the system may kill one that waits, too)."""
-        self.job = job
-        self.place.item, self.place.since = 0, time.monotonic()
+    def send(self, batch: _Batch[Any, Any]) -> bool:
+        """Send a batch. Returns whether the worker was alive to take it: the system may also kill an idle worker."""
+        self.batch = batch
+        self.position.item, self.position.since = 0, time.monotonic()
         try:
-            self.pipe.send([job.items[number] for number in job.todo])
+            self.pipe.send([batch.items[index] for index in batch.todo])
         except (BrokenPipeError, ConnectionResetError):
             return False
         return True
@@ -89,53 +90,53 @@ def guarded_map(
     seconds: float,
     memory: int = 0,
 ) -> Iterator[list[Result | Failure]]:
-    """`work` of each item of each batch, in order, by `jobs` forked processes.
+    """`work` applied to each item of each batch, in order, by `jobs` forked processes.
 
-    `memory` bounds what a worker may allocate beyond what it was forked with, in bytes (0: no bound; Linux only). An exception of `work` other than
-    MemoryError ends the map and is raised here.
+    `memory` limits what a worker may allocate beyond its size at the fork, in bytes (0: no limit; Linux only).
+    An exception in `work` other than MemoryError ends the map and is raised here.
     """
-    waiting: deque[_Job[Item, Result]] = deque()  # in the order of the batches
-    again: deque[_Job[Item, Result]] = deque()  # half done when their worker was killed
+    pending: deque[_Batch[Item, Result]] = deque()  # in order
+    retries: deque[_Batch[Item, Result]] = deque()  # partly done when their worker was killed
     workers: list[_Worker] = []
     source = iter(batches)
-    ended = False
+    exhausted = False
     try:
         while True:
             for number in range(jobs):
                 if number == len(workers):
                     workers.append(_start(work, memory))
-                if workers[number].job is not None:
+                if workers[number].batch is not None:
                     continue
-                job: _Job[Item, Result]
-                if again:
-                    job = again.popleft()
-                elif not ended and len(waiting) < 2 * jobs:
+                batch: _Batch[Item, Result]
+                if retries:
+                    batch = retries.popleft()
+                elif not exhausted and len(pending) < 2 * jobs:
                     items = next(source, None)
                     if items is None:
-                        ended = True
+                        exhausted = True
                         break
-                    job = _Job(items, [None] * len(items), list(range(len(items))))
-                    waiting.append(job)
+                    batch = _Batch(items, [None] * len(items), list(range(len(items))))
+                    pending.append(batch)
                 else:
                     continue
-                while job.todo and not workers[number].give(job):
+                while batch.todo and not workers[number].send(batch):
                     workers[number].stop()
                     workers[number] = _start(work, memory)
-            while waiting and waiting[0].done:
-                yield [result for result in waiting.popleft().results if result is not None]
-            if not waiting and ended:
+            while pending and pending[0].done:
+                yield [result for result in pending.popleft().results if result is not None]
+            if not pending and exhausted:
                 return
             for number, worker in enumerate(workers):
-                if _look_after(worker, seconds):
-                    if worker.job is not None and not worker.job.done:
-                        again.append(worker.job)
+                if _kill_if_failed(worker, seconds):
+                    if worker.batch is not None and not worker.batch.done:
+                        retries.append(worker.batch)
                     worker.stop()
                     workers[number] = _start(work, memory)
-            busy = [worker for worker in workers if worker.job is not None]
+            busy = [worker for worker in workers if worker.batch is not None]
             if busy:
-                left = min(seconds - (time.monotonic() - worker.place.since) for worker in busy)
-                for pipe in wait([worker.pipe for worker in busy], max(0.0, left) + 0.01):
-                    _take(next(worker for worker in busy if worker.pipe is pipe))
+                remaining = min(seconds - (time.monotonic() - worker.position.since) for worker in busy)
+                for pipe in wait([worker.pipe for worker in busy], max(0.0, remaining) + 0.01):
+                    _receive(next(worker for worker in busy if worker.pipe is pipe))
     finally:
         for worker in workers:
             worker.stop()
@@ -143,17 +144,17 @@ def guarded_map(
 
 def _start(work: Callable[[Any], Any], memory: int) -> _Worker:
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    place = context.RawValue(_Place)
-    process = context.Process(target=_serve, args=(work, theirs, place, memory), daemon=True)
+    parent_end, worker_end = context.Pipe()
+    position = context.RawValue(_Position)
+    process = context.Process(target=_serve, args=(work, worker_end, position, memory), daemon=True)
     process.start()
-    theirs.close()
-    return _Worker(process, ours, place)
+    worker_end.close()
+    return _Worker(process, parent_end, position)
 
 
-def _serve(work: Callable[[Any], Any], pipe: Connection, place: Any, memory: int) -> None:
-    """The life of a worker: batches in, results out."""
-    start_worker()
+def _serve(work: Callable[[Any], Any], pipe: Connection, position: Any, memory: int) -> None:
+    """Main loop of a worker: receive batches, send results."""
+    init_worker()
     if memory and sys.platform == "linux":
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
@@ -165,8 +166,8 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, place: Any, memory: int
             return
         results: list[Any] = []
         error: BaseException | None = None
-        for number, item in enumerate(items):
-            place.since, place.item = time.monotonic(), number
+        for index, item in enumerate(items):
+            position.since, position.item = time.monotonic(), index
             try:
                 results.append(work(item))
             except MemoryError:
@@ -174,13 +175,13 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, place: Any, memory: int
             except Exception as raised:
                 error = raised
                 break
-        place.since = time.monotonic()
+        position.since = time.monotonic()
         pipe.send((results, error))
 
 
-def _take(worker: _Worker) -> None:
-    """Put the results that a worker sends where they belong; a worker that died is left to `_look_after`."""
-    assert worker.job is not None
+def _receive(worker: _Worker) -> None:
+    """Store the results that a worker sends. A worker that died is left to `_kill_if_failed`."""
+    assert worker.batch is not None
     try:
         results, error = worker.pipe.recv()
     except (EOFError, ConnectionResetError):
@@ -188,19 +189,19 @@ def _take(worker: _Worker) -> None:
         return
     if error is not None:
         raise error
-    for number, result in zip(worker.job.todo, results, strict=True):
-        worker.job.results[number] = result
-    worker.job.todo, worker.job = [], None
+    for index, result in zip(worker.batch.todo, results, strict=True):
+        worker.batch.results[index] = result
+    worker.batch.todo, worker.batch = [], None
 
 
-def _look_after(worker: _Worker, seconds: float) -> bool:
-    """Whether a worker has to be replaced, having noted a Failure for the item that it was at."""
-    if worker.job is None:
+def _kill_if_failed(worker: _Worker, seconds: float) -> bool:
+    """Kill a worker that died or exceeded the time limit and record a Failure for its item. Returns whether it was."""
+    if worker.batch is None:
         return False
-    late = time.monotonic() - worker.place.since > seconds
+    late = time.monotonic() - worker.position.since > seconds
     if not worker.died and (not late or worker.pipe.poll()):
         return False
     worker.process.kill()
-    number = worker.job.todo.pop(min(worker.place.item, len(worker.job.todo) - 1))
-    worker.job.results[number] = Failure("crashed" if worker.died else "time limit")
+    index = worker.batch.todo.pop(min(worker.position.item, len(worker.batch.todo) - 1))
+    worker.batch.results[index] = Failure("crashed" if worker.died else "time limit")
     return True

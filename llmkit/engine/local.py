@@ -3,9 +3,10 @@
     for result in ordered_map(work, chunks, jobs=8):
         ...
 
-Results come in the order of the items, whatever finishes first, so that the output is the same for any number of jobs. At most three items a
-worker are in flight, which bounds memory. With one job everything runs in this process. Workers are forked, so `work` may be any callable and
-sees what the parent had loaded and compiled; an exception in one ends the map and is raised here.
+Results are returned in the order of the items, whichever finishes first, so the output is the same for any number of
+jobs. Memory is bounded: at most three items per worker are in flight. With one job, everything runs in this process.
+Workers are forked, so `work` may be any callable and shares what the parent has loaded and compiled. An exception in a
+worker ends the map and is raised in the parent.
 """
 
 from __future__ import annotations
@@ -28,50 +29,50 @@ from llmkit.io.documents import Chunk, DocumentReader
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-IN_FLIGHT = 3  # items a worker: one being worked on, one waiting, one result not yet taken
+IN_FLIGHT = 3  # items per worker: one in progress, one queued, one result not yet taken
 
 _work: Callable[[Any], Any] | None = None
 
 
 class Engine(Protocol):
-    """Where the chunks of documents are worked on: `Local` or engine.cluster's `Cluster`, with the same results."""
+    """Maps a function over chunks of documents: `Local`, or `Cluster` in engine.cluster, with the same results."""
 
     def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
-        """`work` of each chunk of a reader, in order."""
+        """`work` applied to each chunk of a reader, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """`jobs` processes of this machine."""
+    """An engine of `jobs` processes on this machine."""
 
     jobs: int = 1
 
     def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
-        """`work` of each chunk of a reader, in order."""
+        """`work` applied to each chunk of a reader, in order."""
         return ordered_map(work, reader.chunks(), self.jobs)
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int = 1) -> Iterator[Result]:
-    """`work` of each item, in order, computed by `jobs` forked processes (1: by this one)."""
+    """`work` applied to each item, in order, by `jobs` forked processes (1: in this process)."""
     if jobs <= 1:
         yield from map(work, items)
         return
     global _work
-    _work = work  # handed to the workers by fork, not by pickle
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=start_worker)
-    waiting: deque[Future[Result]] = deque()
+    _work = work  # passed to the workers by fork, not by pickle
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"), initializer=init_worker)
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(_call, item))
-            if len(waiting) >= jobs * IN_FLIGHT:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(_call, item))
+            if len(pending) >= jobs * IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     except BrokenProcessPool as error:
-        raise LlmkitError("a worker process was killed", "probably out of memory: give fewer jobs (-j)") from error
+        raise LlmkitError("a worker process was killed", "probably out of memory: use fewer jobs (-j)") from error
     except BaseException:
-        # An interrupted pool may never get its message to stop to workers that wait for work.
+        # An interrupted pool may fail to deliver its stop message to idle workers.
         for process in list((pool._processes or {}).values()):
             process.kill()
         raise
@@ -81,9 +82,9 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
 
 
 @contextmanager
-def meanwhile(work: Callable[[], object]) -> Iterator[None]:
-    """`work` in a forked process while the block runs, and no longer."""
-    process = multiprocessing.get_context("fork").Process(target=_quietly, args=(work,), daemon=True)
+def background_process(work: Callable[[], object]) -> Iterator[None]:
+    """Run `work` in a forked process while the block runs; kill it at the end of the block. Its errors are ignored."""
+    process = multiprocessing.get_context("fork").Process(target=_run_quietly, args=(work,), daemon=True)
     process.start()
     try:
         yield
@@ -92,8 +93,8 @@ def meanwhile(work: Callable[[], object]) -> Iterator[None]:
         process.join()
 
 
-def _quietly(work: Callable[[], object]) -> None:
-    start_worker()
+def _run_quietly(work: Callable[[], object]) -> None:
+    init_worker()
     with suppress(Exception):
         work()
 
@@ -103,14 +104,14 @@ def _call(item: Any) -> Any:
     return _work(item)
 
 
-def start_worker() -> None:
-    """Ctrl-C and SIGTERM are the parent's to handle; a worker dies with its parent."""
+def init_worker() -> None:
+    """Set up a worker process: the parent handles Ctrl-C and SIGTERM, and the worker dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
 
 
 def die_with_parent() -> None:
-    """This process ends when the one that started it does, even after kill -9 (Linux)."""
+    """Have the kernel kill this process when its parent ends, even by kill -9 (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

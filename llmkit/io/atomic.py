@@ -1,13 +1,14 @@
-"""Outputs that are either whole under their final name or not there at all.
+"""Outputs that appear under their final name only when they are complete.
 
-A file is written under `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by file. The partial file is
-also the lock: it is held with flock(2) while it is written, so a second run on the same output stops at once (exit code 75), and what a
-killed run left behind is taken over by the next one instead of piling up.
+A file is written as `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by
+file. The partial file is also the lock: it is held with flock(2) while it is written, so a second run on the
+same output stops at once (exit code 75), and the next run takes over the partial file of a killed one.
 
     with atomic_file("clean.jsonl.zst", force=False) as sink:
         sink.write(data)
 
-A URL is written through fsspec and committed at the end: object stores show an object when it is complete. There are no locks there.
+A URL is written through fsspec and committed at the end: object stores show an object when it is complete. URLs
+have no locks.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from llmkit.errors import LlmkitError, LockedError
-from llmkit.io.inputs import exists, is_remote, reaching, shown
+from llmkit.io.inputs import exists, is_remote, redacted, remote_path
 
-# Storage that has directories; elsewhere a name with slashes needs none.
-DIRECTORIES = {"file", "sftp", "smb", "hdfs", "webhdfs"}
+# Protocols of storage with directories, which must exist before a file is written.
+DIRECTORY_PROTOCOLS = {"file", "sftp", "smb", "hdfs", "webhdfs"}
 
 
 def check_output(path: str | Path, force: bool) -> None:
-    """Refuse to overwrite `path` without `force`, and to write where there is no directory."""
+    """LlmkitError where `path` exists and not `force`, or where its directory does not exist."""
     if exists(str(path)) and not force and not is_special(Path(path)):
-        raise LlmkitError(f"{shown(str(path))} exists", "choose another output, or give -f to replace it")
+        raise LlmkitError(f"{redacted(str(path))} exists", "choose another output, or give -f to replace it")
     if is_remote(str(path)):
         return
     parent = Path(os.path.realpath(path)).parent
     if not parent.is_dir():
-        raise LlmkitError(f"{parent} is not a directory", f"make it first: mkdir -p {parent}")
+        raise LlmkitError(f"{parent} is not a directory", f"create it first: mkdir -p {parent}")
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is a device, a pipe or a socket, which are written to directly."""
+    """Whether `path` is a device, a pipe or a socket, which are written directly."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -56,19 +57,19 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     """
     check_output(path, force)
     if is_remote(str(path)):
-        with reaching(str(path)) as (system, name):
-            if DIRECTORIES & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
+        with remote_path(str(path)) as (system, name):
+            if DIRECTORY_PROTOCOLS & set([system.protocol] if isinstance(system.protocol, str) else system.protocol):
                 system.makedirs(system._parent(name), exist_ok=True)
             sink = system.open(name, "wb", autocommit=False)
         try:
             yield sink
-            with reaching(str(path)):
+            with remote_path(str(path)):
                 sink.close()
                 sink.commit()
         except BaseException:
-            for undo in (sink.close, sink.discard):
-                with suppress(Exception):  # what is wrong is known
-                    undo()
+            for clean_up in (sink.close, sink.discard):
+                with suppress(Exception):  # the first error is the one to report
+                    clean_up()
             raise
         return
     if is_special(Path(path)):
@@ -79,14 +80,14 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     if final.is_dir():
         raise LlmkitError(f"{path} is a directory", "give the name of a file")
     partial = final.with_name(f".{final.name}.partial")
-    descriptor = _take(partial, os.O_RDWR | os.O_CREAT, str(path))
+    descriptor = _open_locked(partial, os.O_RDWR | os.O_CREAT, str(path))
     try:
         os.ftruncate(descriptor, 0)
         with os.fdopen(descriptor, "wb") as sink:
             yield sink
             sink.flush()
             os.fsync(sink.fileno())
-            check_output(path, force)  # someone else may have made it meanwhile
+            check_output(path, force)  # it may have been created meanwhile
             os.replace(partial, final)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -95,21 +96,28 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: str | Path, force: bool = False, check_replaced: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Empty directory to fill, which becomes `path` only when the block ends without an exception.
 
     Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
+    `check_replaced` is called with the resolved path before anything is written, and raises to keep the
+    directory that is there; see lineage/outputs.py.
     """
     if is_remote(str(path)):
-        raise LlmkitError(f"{shown(str(path))}: no such directory is made at a URL", "make it here, and copy it")
+        raise LlmkitError(
+            f"{redacted(str(path))}: directories are not written to URLs", "write it to a local path, and copy it"
+        )
     check_output(path, force)
     final = Path(os.path.realpath(path))
     if final.exists() and not final.is_dir():
         raise LlmkitError(f"{path} is not a directory", "choose another output")
-    _refuse_foreign(final, path)
+    if check_replaced:
+        check_replaced(final)
     partial = final.with_name(f".{final.name}.partial")
     partial.mkdir(exist_ok=True)
-    descriptor = _take(partial, os.O_RDONLY, str(path))
+    descriptor = _open_locked(partial, os.O_RDONLY, str(path))
     try:
         _empty(partial)
         yield partial
@@ -134,29 +142,16 @@ def atomic_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     sync_directory(final.parent)
 
 
-def _refuse_foreign(directory: Path, name: str | Path) -> None:
-    """LlmkitError where a directory that is to be replaced holds something that no command of ours has made."""
-    from llmkit.lineage.record import read_lineage
+def _open_locked(partial: Path, flags: int, name: str) -> int:
+    """Open `partial` and lock it.
 
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    try:
-        ours = read_lineage(directory) is not None
-    except LlmkitError:
-        ours = False
-    if not ours:
-        raise LlmkitError(
-            f"{name} holds what llmkit did not make; -f does not replace it",
-            "choose another output, or remove it first",
-        )
-
-
-def _take(partial: Path, flags: int, name: str) -> int:
-    """Open `partial` and lock it. The file may be renamed between open and flock by the run that had it: then try again."""
+    The run that held it may rename it between open and flock: then the lock is on the finished output, and the
+    next attempt starts afresh.
+    """
     while True:
         try:
             descriptor = os.open(partial, flags, 0o666)
-        except FileNotFoundError:  # a directory that its writer has just renamed
+        except FileNotFoundError:  # a directory that its writer renamed just now
             partial.mkdir(exist_ok=True)
             continue
         try:
@@ -191,5 +186,5 @@ def _sync(path: str) -> None:
 
 
 def sync_directory(path: str | Path) -> None:
-    """Make the names in `path` durable."""
+    """Make the directory entries of `path` durable."""
     _sync(str(path))

@@ -1,14 +1,14 @@
-"""Compressed byte streams: read by magic bytes, written by suffix, with room for lineage inside.
+"""Compressed byte streams: recognised by magic bytes when read, chosen by suffix when written, with room for lineage.
 
-Reading recognises zstd, gzip, xz, bzip2 and plain bytes by their first bytes, whatever the file is called. zstd and gzip have a place for
-metadata that every other reader passes over; ours hold lineage there:
+Reading recognises zstd, gzip, xz, bzip2 and plain bytes by their first bytes, whatever the name of the file.
+zstd and gzip have a place for metadata that other readers skip; llmkit stores lineage there:
 
 * zstd: a skippable frame (RFC 8878, section 3.1.2) of magic 0x184D2A5B whose payload starts with `llmkit\\0`;
 * gzip: an empty member whose extra field (RFC 1952, section 2.3.1.1) holds a subfield `LK`.
 
-A *header* note stands before the content, a *trailer* note after it. A stream with a header and no trailer was cut off, and reading it
-is an error. Memory is bounded: input is fed in pieces of 8 KiB, so that the worst zstd bomb (128 KiB from each 4 bytes) gives 256 MiB at
-a time, and zstd windows over 128 MiB are refused.
+A *header* note comes before the content, a *trailer* note after it. A stream with a header and no trailer was
+cut off, and reading it is an error. Memory is bounded: input is fed in pieces of 8 KiB, so that the worst zstd
+bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows over 128 MiB are refused.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ BZIP2_MAGIC = b"BZh"
 
 NOTE_MAGIC = struct.pack("<I", 0x184D2A5B)
 NOTE_PREFIX = b"llmkit\0"
-MAX_NOTE_BYTES = 64 << 20  # a longer skippable frame is passed over, never held
+MAX_NOTE_BYTES = 64 << 20  # longer skippable frames are skipped, never held in memory
 FEED = 8 << 10
 BLOCK = 1 << 20
 
-STORED = 0  # level of a pipe: the content as it is
-FILE_LEVEL = 1  # compression is a large part of a text stage; level 3 makes files a little smaller
+STORED = 0  # level of a pipe: not compressed
+FILE_LEVEL = 1  # compression is a large part of the time of a text stage; level 3 makes files only a little smaller
 
 
 def is_zstd(magic: bytes) -> bool:
-    """Whether `magic` (4 bytes or more) starts a zstd stream, skippable frames (0x184D2A50 to 5F) included."""
+    """Whether `magic` (4 bytes or more) starts a zstd stream; skippable frames (0x184D2A50 to 5F) count."""
     return magic[:4] == ZSTD_MAGIC or (len(magic) >= 4 and magic[0] & 0xF0 == 0x50 and magic[1:4] == b"\x2a\x4d\x18")
 
 
 class Notes:
-    """The lineage notes met in one stream, in order: (kind, content), kind "header" or "trailer"."""
+    """The lineage notes in one stream, in order: (kind, content), kind "header" or "trailer"."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, dict[str, Any]]] = []
+        self.entries: list[tuple[str, dict[str, Any]]] = []
         self.partial = b""  # the first parts of a note that spans several gzip members
 
     def add(self, payload: bytes) -> None:
-        """File one note; payloads that are not ours, or not JSON, are passed over as the format demands."""
+        """Add one note; payloads of other tools, or not JSON, are skipped as the formats demand."""
         if not payload.startswith(NOTE_PREFIX):
             return
         try:
@@ -64,11 +64,11 @@ class Notes:
             and note.get("kind") in ("header", "trailer")
             and isinstance(note.get("content"), dict)
         ):
-            self.found.append((note["kind"], note["content"]))
+            self.entries.append((note["kind"], note["content"]))
 
     def complete(self) -> bool:
-        """Whether every header was followed by its trailer."""
-        kinds = [kind for kind, _ in self.found]
+        """Whether every header has its trailer."""
+        kinds = [kind for kind, _ in self.entries]
         return kinds.count("header") == kinds.count("trailer")
 
 
@@ -78,10 +78,11 @@ def encode_note(kind: str, content: dict[str, Any]) -> bytes:
     return NOTE_PREFIX + body.encode()
 
 
-def decompress(raw: BinaryIO, name: str, notes: Notes, least: int = BLOCK) -> Iterator[bytes]:
-    """Blocks of decompressed bytes of `raw`, all but the last of `least` bytes or more; `name` is for messages, `notes` collects the lineage on the way.
+def decompress(raw: BinaryIO, name: str, notes: Notes, min_bytes: int = BLOCK) -> Iterator[bytes]:
+    """Blocks of decompressed bytes of `raw`, all but the last of `min_bytes` or more.
 
-    Raises LlmkitError where the stream is truncated, corrupt, or had a header and no trailer.
+    `name` is for messages; `notes` receives the lineage notes. Raises LlmkitError where the stream is
+    truncated, corrupt, or has a header and no trailer.
     """
     magic = _fill(raw, b"", 6)
     if is_zstd(magic):
@@ -92,7 +93,7 @@ def decompress(raw: BinaryIO, name: str, notes: Notes, least: int = BLOCK) -> It
         pieces = _read_stdlib(raw, magic, name)
     else:
         pieces = _read_plain(raw, magic)
-    yield from _in_blocks(pieces, least)
+    yield from _in_blocks(pieces, min_bytes)
     if not notes.complete():
         raise LlmkitError(
             f"{name}: the stream ends before its trailer", "the command that wrote it did not finish; run it again"
@@ -100,7 +101,7 @@ def decompress(raw: BinaryIO, name: str, notes: Notes, least: int = BLOCK) -> It
 
 
 def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
-    """`data` extended from `raw` to `size` bytes, fewer only at the end (a pipe may give less than asked)."""
+    """`data` extended from `raw` to `size` bytes, fewer only at the end: a pipe may return less than requested."""
     while len(data) < size:
         more = raw.read(size - len(data))
         if not more:
@@ -109,17 +110,17 @@ def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
     return data
 
 
-def _in_blocks(pieces: Iterator[bytes], least: int) -> Iterator[bytes]:
-    held: list[bytes] = []
+def _in_blocks(pieces: Iterator[bytes], min_bytes: int) -> Iterator[bytes]:
+    block: list[bytes] = []
     size = 0
     for piece in pieces:
-        held.append(piece)
+        block.append(piece)
         size += len(piece)
-        if size >= least:
-            yield b"".join(held)
-            held, size = [], 0
+        if size >= min_bytes:
+            yield b"".join(block)
+            block, size = [], 0
     if size:
-        yield b"".join(held)
+        yield b"".join(block)
 
 
 def _read_plain(raw: BinaryIO, data: bytes) -> Iterator[bytes]:
@@ -146,12 +147,12 @@ def _read_zstd(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
             (size,) = struct.unpack("<I", data[4:8])
             keep = data[:4] == NOTE_MAGIC and size <= MAX_NOTE_BYTES
             payload = bytearray(data[8 : 8 + size]) if keep else bytearray()
-            left, data = size - len(data[8 : 8 + size]), data[8 + size :]
-            while left:
-                more = raw.read(min(left, BLOCK))
+            remaining, data = size - len(data[8 : 8 + size]), data[8 + size :]
+            while remaining:
+                more = raw.read(min(remaining, BLOCK))
                 if not more:
                     raise _truncated(name, "zstd")
-                left -= len(more)
+                remaining -= len(more)
                 if keep:
                     payload += more
             notes.add(bytes(payload))
@@ -161,13 +162,13 @@ def _read_zstd(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
         try:
             while True:
                 out = frame.decompress(data[:FEED]) if len(data) > FEED else frame.decompress(data)
-                rest = data[FEED:]
+                unfed = data[FEED:]
                 if out:
                     yield out
                 if frame.eof:
-                    data = frame.unused_data + rest or feed()
+                    data = frame.unused_data + unfed or feed()
                     break
-                data = rest or feed()
+                data = unfed or feed()
                 if not data:
                     raise _truncated(name, "zstd")
         except zstandard.ZstdError as error:
@@ -204,10 +205,13 @@ def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
 
 
 def _gather_gzip_note(part: bytes, notes: Notes) -> bytes:
-    """A note over 64 KiB spans several members: each part starts with a byte that is 1 where more follow."""
-    held = notes.partial + part[1:]
-    notes.partial = held if part[:1] == b"\1" else b""
-    return b"" if part[:1] == b"\1" else held
+    """The note that ends with this part, empty if more parts follow.
+
+    A note over 64 KiB spans several members; each part starts with a byte that is 1 where more follow.
+    """
+    note = notes.partial + part[1:]
+    notes.partial = note if part[:1] == b"\1" else b""
+    return b"" if part[:1] == b"\1" else note
 
 
 def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
@@ -227,7 +231,7 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
 
 
 class _Prefixed(io.RawIOBase):
-    """`raw` with the bytes already read put back in front."""
+    """`raw`, preceded by the bytes that were already read from it."""
 
     def __init__(self, head: bytes, raw: BinaryIO) -> None:
         self._head = head
@@ -247,8 +251,8 @@ def _truncated(name: str, kind: str) -> LlmkitError:
     return LlmkitError(f"{name}: truncated {kind} stream", "the file is incomplete; fetch or make it again")
 
 
-class Compressor(Protocol):
-    """What a document writer needs of an output format."""
+class OutputFormat(Protocol):
+    """The interface of an output format for document writers."""
 
     def note(self, kind: str, content: dict[str, Any]) -> None: ...
     def write(self, data: bytes) -> None: ...
@@ -256,60 +260,68 @@ class Compressor(Protocol):
 
 
 class ZstdOutput:
-    """One zstd frame, compressed or STORED, between a header and a trailer note. The bytes depend on the content alone, not on how it was cut into writes."""
+    """One zstd frame, compressed or STORED, between a header and a trailer note.
+
+    The bytes depend on the content alone, not on how it was divided into writes.
+    """
 
     def __init__(self, sink: BinaryIO, level: int) -> None:
         import zstandard
 
         self._sink = sink
-        self._frame = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else Stored()
-        self._held: list[bytes] = []
+        self._frame = (
+            zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else StoredFrame()
+        )
+        self._pending: list[bytes] = []
         self._size = 0
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
-        """Write a skippable frame; between `write`s it would split the content, so: before the first or after `finish`."""
+        """Write a skippable frame.
+
+        It would split the content between two `write`s: call it before the first, or after `finish`.
+        """
         payload = encode_note(kind, content)
         self._sink.write(NOTE_MAGIC + struct.pack("<I", len(payload)) + payload)
 
     def write(self, data: bytes) -> None:
-        self._held.append(data)
+        self._pending.append(data)
         self._size += len(data)
         if self._size >= BLOCK:
-            held = memoryview(b"".join(self._held))
+            pending = memoryview(b"".join(self._pending))
             end = self._size // BLOCK * BLOCK
             for start in range(0, end, BLOCK):
-                self._sink.write(self._frame.compress(held[start : start + BLOCK]))
-            self._held, self._size = [bytes(held[end:])], self._size - end
+                self._sink.write(self._frame.compress(pending[start : start + BLOCK]))
+            self._pending, self._size = [bytes(pending[end:])], self._size - end
 
     def finish(self) -> None:
-        self._sink.write(self._frame.compress(b"".join(self._held)) + self._frame.flush())
+        self._sink.write(self._frame.compress(b"".join(self._pending)) + self._frame.flush())
 
 
-class Stored:
-    """A zstd frame of blocks that are not compressed (RFC 8878, section 3.1.1), with checksum; the interface of a compressobj."""
+class StoredFrame:
+    """A zstd frame of uncompressed blocks (RFC 8878, section 3.1.1) with checksum, used like a compressobj."""
 
-    LARGEST = 1 << 17
+    MAX_BLOCK = 1 << 17
 
     def __init__(self) -> None:
         self._checksum = xxhash.xxh64()
-        self._head = ZSTD_MAGIC + b"\x04\x38"  # a checksum, no size of content; the least window that holds a block
+        self._head = ZSTD_MAGIC + b"\x04\x38"  # checksum, no content size, smallest window that holds a block
 
     def compress(self, data: bytes | memoryview) -> bytes:
         self._checksum.update(data)
         parts: list[bytes | memoryview] = [self._head]
-        for start in range(0, len(data), self.LARGEST):
-            block = data[start : start + self.LARGEST]
+        for start in range(0, len(data), self.MAX_BLOCK):
+            block = data[start : start + self.MAX_BLOCK]
             parts += struct.pack("<I", len(block) << 3)[:3], block
         self._head = b""
         return b"".join(parts)
 
     def flush(self) -> bytes:
-        """The end: an empty block that is the last one, and the lower half of the checksum."""
+        """The end of the frame: an empty last block, and the lower half of the checksum."""
         return self._head + b"\1\0\0" + self._checksum.digest()[:3:-1]
 
 
 class GzipOutput:
-    """One gzip member (no name, no time: equal content gives equal bytes) between empty members that hold the notes."""
+    """One gzip member between empty members that hold the notes. No name, no time: equal content, equal bytes."""
 
     def __init__(self, sink: BinaryIO, level: int = 6) -> None:
         self._sink = sink
@@ -321,7 +333,7 @@ class GzipOutput:
         for i, part in enumerate(parts):
             body = (b"\1" if i + 1 < len(parts) else b"\0") + part
             extra = b"LK" + struct.pack("<H", len(body)) + body
-            # Magic, deflate, FEXTRA, no time, no flags, unknown system; extra; empty deflate block; CRC and size of nothing.
+            # Magic, deflate, FEXTRA, no time, no flags, unknown system; extra; empty deflate block; CRC and size 0.
             self._sink.write(
                 b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra + b"\x03\0" + bytes(8)
             )
@@ -334,7 +346,7 @@ class GzipOutput:
 
 
 class PlainOutput:
-    """Bytes as they are; the format has no room for notes."""
+    """Plain bytes; the format has no room for notes."""
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
@@ -347,16 +359,3 @@ class PlainOutput:
 
     def finish(self) -> None:
         pass
-
-
-def digest_bytes(blocks: Iterator[bytes]) -> str:
-    """`xxh3:` and the 128-bit XXH3 digest in hex of all blocks together."""
-    state = xxhash.xxh3_128()
-    for block in blocks:
-        state.update(block)
-    return digest_text(state)
-
-
-def digest_text(state: xxhash.xxh3_128) -> str:
-    """A digest as records hold it."""
-    return "xxh3:" + state.hexdigest()

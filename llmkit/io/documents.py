@@ -1,8 +1,9 @@
-"""Documents: one JSON object a line, in and out.
+"""Documents, one JSON object per line: reader and writer.
 
-A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through untouched; one that a stage leaves
-alone keeps its bytes. Files are read in chunks of whole lines (about 1 MiB), the unit of work that `engine` hands to worker processes;
-memory does not grow with the input: a chunk, and at most one line of `max_line_bytes`.
+A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through
+unchanged; a document that a stage does not change keeps its bytes. Files are read in chunks of complete lines
+(about 1 MiB), the unit of work that `engine` sends to worker processes. Memory does not grow with the input:
+one chunk, and at most one line of `max_line_bytes`.
 
     reader = DocumentReader(["docs.jsonl.zst"], ReadOptions())
     with DocumentWriter("out.jsonl.zst", lineage) as writer:
@@ -32,25 +33,25 @@ from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import (
     FILE_LEVEL,
     STORED,
-    Compressor,
     GzipOutput,
     Notes,
+    OutputFormat,
     PlainOutput,
     ZstdOutput,
     decompress,
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import Input, Lineage, base_name, describe_input, join_notes
+from llmkit.io.record import Input, Lineage, base_name, join_notes
 
 CHUNK_BYTES = 1 << 20
-PIECE_BYTES = 8 << 10  # what a chunk is joined from
+PIECE_BYTES = 8 << 10  # a chunk is joined from pieces of this size
 MAX_LINE_BYTES = 16 << 20
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How lines become documents. `text_key=None`: any JSON object is a row. `on_bad_line`: stop, skip, or quarantine=FILE."""
+    """How lines are read. `text_key=None`: any JSON object is a row. `on_bad_line`: stop, skip, or quarantine=FILE."""
 
     text_key: str | None = "text"
     id_key: str = "id"
@@ -59,7 +60,7 @@ class ReadOptions:
 
     @property
     def quarantine(self) -> str:
-        """FILE of quarantine=FILE, else empty; UsageError where `on_bad_line` is none of the three."""
+        """FILE of quarantine=FILE, otherwise empty; UsageError where `on_bad_line` is none of the three."""
         mode, _, file = self.on_bad_line.partition("=")
         if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(file):
             raise UsageError(f"--on-bad-line {self.on_bad_line!r}", "one of: stop, skip, quarantine=FILE")
@@ -68,7 +69,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is no document: where it stands, why, and its bytes (empty where it was too long to hold)."""
+    """A line that is not a document: file and line number, the reason, and its bytes (empty where it was too long)."""
 
     file: str
     line: int
@@ -78,7 +79,7 @@ class BadLine:
 
 @dataclass(slots=True)
 class Chunk:
-    """Whole lines of one file; `first_line` counts from 1. Picklable."""
+    """Complete lines of one file; `first_line` counts from 1. Picklable."""
 
     file: str
     first_line: int
@@ -87,7 +88,7 @@ class Chunk:
 
 
 class Document:
-    """One document: its `fields` as parsed from `stored`, its line with a newline."""
+    """One document: its `fields` as parsed from `stored`, the line with its newline."""
 
     __slots__ = ("_changed", "_options", "_stored", "fields", "file", "line")
 
@@ -110,17 +111,19 @@ class Document:
 
     @property
     def id(self) -> str:
-        """The document's id field as text; where there is none, the xxh3-128 of its text (of its line, for rows without text)."""
+        """The id field as text, or else the xxh3-128 of the document's text (of its line, for rows without text)."""
         value = self.fields.get(self._options.id_key)
         if value is not None:
             return str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
 
     def count(self, field: str) -> int:
-        """The whole number from 1 in a field, as dedup writes it; 1 where there is none. LlmkitError where it is something else."""
+        """The positive integer in a field, as dedup writes it; 1 where it is missing. LlmkitError for anything else."""
         value = self.fields.get(field, 1)
         if type(value) is not int or not 0 < value < 1 << 62:
-            raise LlmkitError(f"{self}: field {field!r} is no count", "whole numbers from 1, as dedup writes them")
+            raise LlmkitError(
+                f"{self}: field {field!r} is not a count", "expected a positive integer, as dedup writes it"
+            )
         return value
 
     @property
@@ -132,27 +135,27 @@ class Document:
         return f"{self.where} (id {self.id})"
 
     def change(self, **fields: Any) -> None:
-        """Set fields; the line is then written anew."""
+        """Set fields; `encode` then serialises the document again."""
         self.fields.update(fields)
         self._changed = True
 
     def change_text(self, text: str) -> None:
-        """Replace the text, whatever its key is called."""
+        """Replace the text, under the key of the read options."""
         self.change(**{self._options.text_key or "text": text})
 
     def encode(self) -> bytes:
-        """The line with its newline: the bytes that were read, unless a field changed."""
+        """The line with its newline: the original bytes, unless a field was changed."""
         return orjson.dumps(self.fields) + b"\n" if self._changed else self._stored
 
 
 def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
-    """Documents and bad lines of a chunk, each in order. Blank lines are passed over. Pure: safe in a worker."""
+    """Documents and bad lines of a chunk, each in order. Blank lines are skipped. Pure: safe in a worker."""
     bad: list[BadLine] = []
-    return list(parsed(chunk, options, bad)), bad
+    return list(iter_documents(chunk, options, bad)), bad
 
 
-def parsed(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[Document]:
-    """The same one by one, for work that is done with each before the next, whose memory it then takes."""
+def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[Document]:
+    """`parse` as a generator, so that each document can be freed before the next. Bad lines are added to `bad`."""
     bad += chunk.bad
     data = chunk.data.removeprefix(UTF8_BOM) if chunk.first_line == 1 else chunk.data
     for number, line in enumerate(io.BytesIO(data), chunk.first_line):
@@ -167,7 +170,7 @@ def parsed(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[D
         try:
             fields = orjson.loads(line)
         except orjson.JSONDecodeError:
-            reason = _why_not_json(line[:-1])
+            reason = _json_error(line[:-1])
         else:
             if not isinstance(fields, dict):
                 reason = "not a JSON object"
@@ -180,19 +183,22 @@ def parsed(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> Iterator[D
             yield Document(line, fields, chunk.file, number, options)
 
 
-def _why_not_json(line: bytes) -> str:
+def _json_error(line: bytes) -> str:
     try:
         line.decode()
         orjson.loads(line)
-    except UnicodeDecodeError as wrong:
-        return f"invalid UTF-8 (byte {wrong.start})"
+    except UnicodeDecodeError as error:
+        return f"invalid UTF-8 (byte {error.start})"
     except orjson.JSONDecodeError as error:
         return f"invalid JSON ({error.msg}, column {error.colno})"
-    raise AssertionError("a newline behind it does not make a line JSON or not")
+    raise AssertionError("a trailing newline does not decide whether a line is JSON")
 
 
 class Quarantine:
-    """The file of bad lines that all readers of one call put aside; a context manager, on whose end it is stored, if there are any."""
+    """A file of bad lines, shared by all readers of one call.
+
+    A context manager: on exit the file is completed, if there are any.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -212,7 +218,7 @@ class Quarantine:
             self._writer.__exit__(kind, error, trace)
 
     def add(self, bad: list[BadLine]) -> None:
-        """Put lines aside, with their place and what is wrong with them."""
+        """Append lines, with their location and the reason."""
         if self._writer is None:
             self._writer = DocumentWriter(self.path, Lineage("quarantine"), force=True)
             self._writer.__enter__()
@@ -224,10 +230,10 @@ class Quarantine:
 
 
 class DocumentReader:
-    """Documents of several inputs in order; a context manager, on whose end quarantined lines are stored.
+    """Documents of several inputs in order. A context manager: on exit the quarantined lines are stored.
 
-    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or quarantined. Readers whose
-    bad lines go into one file share its `quarantine`.
+    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or
+    quarantined. Readers that write their bad lines to one file share its `quarantine`.
     """
 
     def __init__(
@@ -238,8 +244,8 @@ class DocumentReader:
         self.inputs: list[Input] = []
         self.bad = 0
         target = self.options.quarantine
-        self._own = Quarantine(target) if target and quarantine is None else None
-        self._quarantine = quarantine or self._own
+        self._own_quarantine = Quarantine(target) if target and quarantine is None else None
+        self._quarantine = quarantine or self._own_quarantine
 
     def __enter__(self) -> DocumentReader:
         return self
@@ -249,11 +255,11 @@ class DocumentReader:
     ) -> None:
         if self._quarantine:
             self._quarantine.inputs += self.inputs
-        if self._own:
-            self._own.__exit__(kind, error, trace)
+        if self._own_quarantine:
+            self._own_quarantine.__exit__(kind, error, trace)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Whole lines of every input, about 1 MiB at a time; bad lines are still inside."""
+        """Complete lines of every input, about 1 MiB at a time, bad lines included."""
         for path in self.paths:
             with open_raw(path) as raw:
                 if path.endswith(".parquet"):
@@ -263,58 +269,58 @@ class DocumentReader:
 
     def _line_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
         name, notes, digest = display_name(path), Notes(), xxhash.xxh3_128()
-        limit = self.options.max_line_bytes + len(UTF8_BOM)  # what is not much longer is for `parse` to see
+        limit = self.options.max_line_bytes + len(UTF8_BOM)  # `parse` checks shorter lines exactly
         line, skipping, empty = 1, False, True
-        whole: list[bytes | memoryview] = []  # up to a newline
-        rest: list[bytes | memoryview] = []  # behind it
-        size = beyond = 0
+        complete: list[bytes | memoryview] = []  # up to a newline
+        partial: list[bytes | memoryview] = []  # after it
+        size = partial_size = 0
         for piece in decompress(raw, name, notes, PIECE_BYTES):
             digest.update(piece)
             empty = False
-            if skipping:  # inside a line that is too long: go on behind its end
+            if skipping:  # inside a line that is too long: resume after its end
                 start = piece.find(b"\n") + 1
                 if not start:
                     continue
                 piece, skipping, line = piece[start:], False, line + 1
             end = piece.rfind(b"\n") + 1
             if end:
-                whole += [*rest, memoryview(piece)[:end]]
-                size += beyond + end
-                rest, beyond = [], 0
-            rest.append(piece[end:])
-            beyond += len(piece) - end
-            if whole and (size >= CHUNK_BYTES or beyond > limit):
-                data = b"".join(whole)
+                complete += [*partial, memoryview(piece)[:end]]
+                size += partial_size + end
+                partial, partial_size = [], 0
+            partial.append(piece[end:])
+            partial_size += len(piece) - end
+            if complete and (size >= CHUNK_BYTES or partial_size > limit):
+                data = b"".join(complete)
                 yield Chunk(name, line, data)
-                line += sum(1 for _ in io.BytesIO(data))  # bytes.count looks at each byte by itself
-                whole, size = [], 0
-            if beyond > limit:
+                line += sum(1 for _ in io.BytesIO(data))  # faster than bytes.count
+                complete, size = [], 0
+            if partial_size > limit:
                 yield Chunk(name, line, b"", [BadLine(name, line, f"line of over {self.options.max_line_bytes} bytes")])
-                rest, beyond, skipping = [], 0, True
-        if size + beyond:
-            yield Chunk(name, line, b"".join(whole + rest))
-        if empty and path == STDIN:  # our own stages write a header at least
-            raise LlmkitError("nothing came on stdin", "the command before this one failed, or had nothing to give")
-        self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.found)))
+                partial, partial_size, skipping = [], 0, True
+        if size + partial_size:
+            yield Chunk(name, line, b"".join(complete + partial))
+        if empty and path == STDIN:  # llmkit's own commands write a header even without documents
+            raise LlmkitError("stdin is empty", "the command before this one failed, or wrote nothing")
+        self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.entries)))
 
     def _parquet_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
-        from llmkit.io.parquet import read_lines
+        from llmkit.io.parquet import describe, read_lines
 
         line = 1
         for data, rows in read_lines(raw, path):
             yield Chunk(path, line, data)
             line += rows
-        self.inputs.append(describe_input(path))
+        self.inputs.append(describe(path))
 
     def accept(self, bad: list[BadLine]) -> None:
-        """Deal with bad lines as `on_bad_line` says: raise at the first, count them, or put them aside."""
+        """Handle bad lines by `on_bad_line`: raise LlmkitError for the first, count them, or quarantine them."""
         if not bad:
             return
         if self.options.on_bad_line == "stop":
             first = bad[0]
             raise LlmkitError(
                 f"{first.file}:{first.line}: {first.reason}",
-                "--on-bad-line skip passes over such lines, --on-bad-line quarantine=FILE keeps them aside",
+                "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file",
             )
         self.bad += len(bad)
         if self._quarantine:
@@ -329,10 +335,10 @@ class DocumentReader:
 
 
 class DocumentWriter:
-    """JSON lines to a file (format by suffix) or stdout, with lineage, whole or not at all.
+    """JSON lines to a file (format by suffix) or stdout, with lineage; a file appears only when it is complete.
 
-    stdout is one zstd stream: stored into a pipe, level 1 into a regular file; plain on a terminal or with `plain`. Leaving the
-    block normally without `finish`, or by an exception, leaves no file.
+    stdout is one zstd stream: stored in a pipe, level 1 in a regular file; plain on a terminal or with `plain`.
+    A block that ends without `finish`, or by an exception, leaves no file.
     """
 
     def __init__(self, output: str | None, lineage: Lineage, *, force: bool = False, plain: bool = False) -> None:
@@ -347,7 +353,7 @@ class DocumentWriter:
             check_suffix(self.output)
 
     def __enter__(self) -> DocumentWriter:
-        self._target: Compressor
+        self._target: OutputFormat
         if self.output and self.output.endswith(".parquet"):
             from llmkit.io.parquet import ParquetOutput
 
@@ -360,7 +366,7 @@ class DocumentWriter:
         return self
 
     def write(self, lines: bytes) -> None:
-        """Append whole lines, each with its newline."""
+        """Append complete lines, each with its newline."""
         self._digest.update(lines)
         self._target.write(lines)
 
@@ -383,25 +389,37 @@ class DocumentWriter:
         self._stack.__exit__(kind, error, trace)
 
 
+def read_record(path: str) -> dict[str, Any] | None:
+    """The lineage record in a stream of documents, which is read to its end."""
+    notes = Notes()
+    with open_raw(path) as raw:
+        for _ in decompress(raw, display_name(path), notes):
+            pass
+    return join_notes(notes.entries)
+
+
 def check_suffix(output: str) -> None:
-    """Refuse an output whose suffix names no format that we write. Devices and pipes take any name."""
+    """UsageError where the suffix of an output is not that of a format that is written.
+
+    Devices and pipes may have any name.
+    """
     from llmkit.io.atomic import is_special
 
     if not output.endswith(
         (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
     ) and not is_special(Path(output)):
         raise UsageError(
-            f"{output}: unknown document format", "end the name in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
+            f"{output}: unknown document format", "use a name that ends in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
         )
 
 
-def _by_suffix(path: str, sink: BinaryIO) -> Compressor:
+def _by_suffix(path: str, sink: BinaryIO) -> OutputFormat:
     if path.endswith(".zst"):
         return ZstdOutput(sink, FILE_LEVEL)
     return GzipOutput(sink) if path.endswith(".gz") else PlainOutput(sink)
 
 
-def _for_stdout(plain: bool) -> Compressor:
+def _for_stdout(plain: bool) -> OutputFormat:
     sink = sys.stdout.buffer
     if plain or sys.stdout.isatty():
         return PlainOutput(sink)

@@ -13,7 +13,7 @@ from llmkit.errors import LockedError
 
 @contextmanager
 def lock(path: str | Path) -> Iterator[None]:
-    """Hold the lock file `path` (made if missing); LockedError (exit code 75) where another run holds it."""
+    """Hold the lock file `path` (created if missing). LockedError (exit code 75) where another run holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:

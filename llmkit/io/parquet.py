@@ -1,7 +1,8 @@
 """Parquet rows as JSON lines, and back.
 
-Reading holds one record batch at a time. Writing needs the schema of all rows before the first is stored, so rows are spooled, compressed,
-to a temporary file while their types are unified, and then written in row groups: memory is one batch, disk twice the output for a while.
+Reading holds one record batch in memory. Writing needs the schema of all rows before the first is stored, so
+rows are spooled to a compressed temporary file while their types are unified, and then written in row groups:
+memory is one batch, and disk space temporarily twice the output.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import pyarrow.parquet as pq
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import Notes, ZstdOutput, decompress
-from llmkit.io.inputs import is_remote
+from llmkit.io.digest import digest_stored
+from llmkit.io.inputs import display_name, is_remote, open_raw
+from llmkit.io.record import Input, base_name, parse_record
 
 BATCH_ROWS = 1024
 GROUP_BYTES = 32 << 20
 
 
 def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
-    """(JSON lines, number of rows) of each batch; columns that JSON cannot hold as they are (dates, bytes) become text."""
+    """(JSON lines, number of rows) of each batch; columns of types that JSON lacks (dates, bytes) become text."""
     with _readable(name):
         for batch in pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS):
             rows = batch.to_pylist()
@@ -40,26 +43,31 @@ def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
             )
 
 
-def read_record(raw: BinaryIO, name: str) -> bytes | None:
-    """The lineage in the metadata of a file, as text."""
-    with _readable(name):
+def read_record(path: str) -> bytes | None:
+    """The lineage record in the metadata of a file, as text."""
+    with open_raw(path) as raw, _readable(display_name(path)):
         return (pq.read_schema(raw).metadata or {}).get(b"llmkit")
+
+
+def describe(path: str) -> Input:
+    """Name, digest and own record of a Parquet file."""
+    return Input("input", base_name(path), digest_stored(path), parse_record(read_record(path)))
 
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """LlmkitError where a file is none, or a damaged one."""
+    """Turns errors of pyarrow into LlmkitErrors that name the file."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
+        lines = str(error).splitlines() or [type(error).__name__]
         raise LlmkitError(
-            f"{name}: not a readable Parquet file ({said[0]})", "the file is damaged or incomplete"
+            f"{name}: not a readable Parquet file ({lines[0]})", "the file is damaged or incomplete"
         ) from error
 
 
 class ParquetOutput:
-    """A Parquet file with one column for each field met, zstd inside, lineage in the file metadata."""
+    """A Parquet file with one column per field of any row, compressed with zstd, lineage in the file metadata."""
 
     def __init__(self, path: str, force: bool) -> None:
         self._path = path
@@ -83,22 +91,22 @@ class ParquetOutput:
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
         self._record |= content
-        if kind == "trailer":  # everything is known: write the file
+        if kind == "trailer":  # the record is complete
             self._write_file()
 
     def write(self, data: bytes) -> None:
         self._spool.write(data)
         self._pending += data
         if len(self._pending) >= GROUP_BYTES // 8:
-            self._learn()
+            self._widen_schema()
 
     def finish(self) -> None:
-        self._learn()
+        self._widen_schema()
         self._spool.finish()
         self._spool_file.flush()
 
-    def _learn(self) -> None:
-        """Widen the schema by the pending rows."""
+    def _widen_schema(self) -> None:
+        """Add the fields and types of the pending rows to the schema."""
         rows = [orjson.loads(line) for line in bytes(self._pending).splitlines()]
         self._pending.clear()
         if not rows:
@@ -108,13 +116,13 @@ class ParquetOutput:
                 name: pa.array([row.get(name) for row in rows]).type
                 for name in {key: None for row in rows for key in row}
             }
-            found = pa.schema(list(fields.items()))
+            schema = pa.schema(list(fields.items()))
             self._schema = (
-                pa.unify_schemas([self._schema, found], promote_options="permissive") if self._schema else found
+                pa.unify_schemas([self._schema, schema], promote_options="permissive") if self._schema else schema
             )
         except (pa.ArrowException, OverflowError) as error:
             raise LlmkitError(
-                f"{self._path}: rows do not share one type for a field ({error})", "write .jsonl.zst instead"
+                f"{self._path}: the values of a field have incompatible types ({error})", "write .jsonl.zst instead"
             ) from error
 
     def _write_file(self) -> None:
@@ -123,14 +131,14 @@ class ParquetOutput:
         )
         self._spool_file.seek(0)
         with pq.ParquetWriter(self._sink, schema, compression="zstd") as writer:
-            rest = b""
-            held: list[bytes] = []
+            incomplete = b""
+            group: list[bytes] = []
             for block in decompress(self._spool_file, "spool", Notes()):
-                lines = (rest + block).split(b"\n")
-                rest = lines.pop()
-                held += lines
-                if sum(map(len, held)) >= GROUP_BYTES:
-                    writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in held], schema=schema))
-                    held = []
-            if held:
-                writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in held], schema=schema))
+                lines = (incomplete + block).split(b"\n")
+                incomplete = lines.pop()
+                group += lines
+                if sum(map(len, group)) >= GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in group], schema=schema))
+                    group = []
+            if group:
+                writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in group], schema=schema))

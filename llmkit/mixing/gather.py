@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.mixing.order import OrderedTokens
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Names, Tokens, numbers, text_array, text_bytes
+from llmkit.shards.arrow import SourceCodes, Tokens, as_numpy, string_array, string_data
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.writer import BATCH_DOCUMENTS, ShardWriter
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ class Gatherer:
             for tokens, ids, epoch in store.batches():
                 offsets = store.offsets[at : at + len(ids) + 1]
                 starts.append((offsets - offsets[0]) * tokens.itemsize)
-                id_offsets, content = text_bytes(ids)
+                id_offsets, content = string_data(ids)
                 id_starts.append(id_offsets)
                 self._tokens.append(tokens.view(np.uint8).data)
                 self._ids.append(content.data)
-                epochs.append(np.zeros(len(ids), np.int32) if epoch is None else numbers(epoch))
+                epochs.append(np.zeros(len(ids), np.int32) if epoch is None else as_numpy(epoch))
                 rows.append(len(ids))
                 at += len(ids)
-        codes.append(np.array([names.setdefault(PADDING, len(names))], np.int32))
+        codes.append(np.array([names.setdefault(PADDING_SOURCE, len(names))], np.int32))
         starts.append(np.array([0, padding.nbytes]))
         id_starts.append(np.zeros(2, np.int32))
         epochs.append(np.zeros(1, np.int32))
@@ -65,7 +65,7 @@ class Gatherer:
 
     def __call__(
         self, documents: Numbers, start: Numbers | int, size: Numbers
-    ) -> tuple[Tokens, pa.StringArray, Names, NDArray[np.int32]]:
+    ) -> tuple[Tokens, pa.StringArray, SourceCodes, NDArray[np.int32]]:
         """Of `documents` [n]: `size` [n] token ids of each from its token `start` on, flat; ids; sources; how often each was seen before [n]."""
         batch = np.searchsorted(self._firsts, documents, side="right") - 1
         place = documents + batch  # each batch has one start more than documents: where its last one ends
@@ -73,7 +73,7 @@ class Gatherer:
         tokens = _joined(self._tokens, batch, self._starts[place] + start * width, size * width)
         begin = self._id_starts[place]
         lengths = self._id_starts[place + 1] - begin
-        ids = text_array(lengths, _joined(self._ids, batch, begin, lengths))
+        ids = string_array(lengths, _joined(self._ids, batch, begin, lengths))
         sources = self._codes[documents], self._names
         return np.frombuffer(tokens, self._dtype), ids, sources, self._epochs[documents]
 
@@ -90,7 +90,7 @@ def write_ordered(ordered: OrderedTokens, writer: ShardWriter, progress: Callabl
     bases = np.cumsum([0, *(store.documents for store in ordered.stores)])
     order, offsets, first = ordered.order, ordered.offsets, 0
     while first < ordered.documents:
-        full = int(np.searchsorted(offsets, offsets[first] + writer.room))
+        full = int(np.searchsorted(offsets, offsets[first] + writer.batch_room))
         behind = min(max(full, first + 1), first + BATCH_DOCUMENTS, ordered.documents)
         rows = slice(first, behind)
         sizes = np.diff(offsets[first : behind + 1])

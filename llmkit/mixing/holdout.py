@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.shards.part import text_bytes
+from llmkit.shards.arrow import string_data
 from llmkit.shards.reader import TokenStore
 
 Keys = NDArray[np.uint64]
@@ -73,7 +73,7 @@ def _keys(store: TokenStore) -> tuple[Keys, Keys]:
         cuts = ((store.offsets[at : at + len(ids) + 1] - store.offsets[at]) * values.itemsize).tolist()
         content = values.view(np.uint8).data
         hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        starts, text = text_bytes(ids)
+        starts, text = string_data(ids)
         named = zip(starts.tolist(), starts[1:].tolist(), hashes, strict=False)
         found = [xxhash.xxh3_64_intdigest(text.data[a:b]) if a < b else other for a, b, other in named]
         by_id.append(np.array(found, np.uint64))

@@ -27,13 +27,15 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input, describe_input
+from llmkit.io.record import Input
+from llmkit.lineage.formats import describe_input
 from llmkit.mixing.holdout import mixed
-from llmkit.mixing.packing import PADDING, packed
+from llmkit.mixing.packing import packed
 from llmkit.mixing.plan import PLAN_NAME, Plan, located, read_plan
 from llmkit.seeds import derive
-from llmkit.shards.part import Tokens
+from llmkit.shards.arrow import Tokens
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 MAX_DOCUMENTS = 1 << 31
@@ -282,9 +284,9 @@ class OrderedTokens:
         return at[0].id(at[1]) if at else ""
 
     def source(self, i: int) -> str:
-        """Source of document `i`, as its shards name it; PADDING for padding."""
+        """Source of document `i`, as its shards name it; PADDING_SOURCE for padding."""
         at = self._at(i)
-        return at[0].source(at[1]) if at else PADDING
+        return at[0].source(at[1]) if at else PADDING_SOURCE
 
     def epoch(self, i: int) -> int:
         """How often document `i` was seen before; passes that an earlier `mix` made over it are added."""
@@ -292,8 +294,8 @@ class OrderedTokens:
         return int(self.order.epoch[i]) + at[0].epoch(at[1]) if at else 0
 
     def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32]]:
-        """Index of each row's source int32 [documents], the sources (PADDING last), and how often each was seen before."""
-        names = [*self.sources, PADDING]
+        """Index of each row's source int32 [documents], the sources (PADDING_SOURCE last), and how often each was seen before."""
+        names = [*self.sources, PADDING_SOURCE]
         number = {name: i for i, name in enumerate(names)}
         codes, epochs = np.full(self.documents, len(names) - 1, np.int32), self.order.epoch.copy()
         for i, store in enumerate(self.stores):

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 1 << 16  # sequences packed together
-PADDING = "<padding>"  # source of the rows that fill up a sequence
 
 Numbers = NDArray[np.int64]
 

@@ -161,6 +161,14 @@ def located(plan: Path, source: PlannedSource) -> Path:
     )
 
 
+def read_record(path: str) -> Any:
+    """The lineage record in a plan, valid or not; None where there is none."""
+    try:
+        return tomllib.loads(Path(path).read_text()).get("llmkit")
+    except (OSError, ValueError):
+        return None
+
+
 def plan_digest(path: str | Path) -> str | None:
     """Digest of the plan in a file or directory; None where it is no plan of ours."""
     place = Path(path) / PLAN_NAME if Path(path).is_dir() else Path(path)

@@ -1,4 +1,7 @@
-"""Reading token shards: directories, files or a stream as one list of documents, mapped into memory (see shards.py for the format)."""
+"""Reading token shards: directories, files or a stream as one list of documents, mapped into memory.
+
+shards/writer.py describes the format.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import Input, base_name
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import HINT_REMAKE, Part, Tokens, batch_tokens, combined_digest, numbers, part_digest
-from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.io.record import Input, base_name
+from llmkit.shards.arrow import Tokens, as_numpy
+from llmkit.shards.digest import combined_digest
+from llmkit.shards.shard import HINT_REMAKE, PADDING_SOURCE, Shard, batch_tokens, scan_shard
+from llmkit.shards.tokenizer_info import TokenizerInfo, read_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +32,9 @@ if TYPE_CHECKING:
 class TokenStore:
     """Documents as token ids in the order in which they are stored, mapped into memory.
 
-    tokenizer: TokenizerInfo · documents, tokens: int · offsets: int64 [documents + 1], where each document starts in the flat order ·
-    codes: int32 [documents], index into `sources` · sources: list[str] · inputs: list[Input], one for each path opened.
+    tokenizer: TokenizerInfo · documents, tokens: int · offsets: int64 [documents + 1], where each document
+    starts in the flat order · codes: int32 [documents], index into `sources` · sources: list[str] · inputs:
+    list[Input], one for each path opened.
     """
 
     def __init__(self) -> None:
@@ -39,20 +44,21 @@ class TokenStore:
         self.inputs: list[Input] = []
         self.has_epochs = True
         self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
-        self._columns: list[tuple[Any, Any]] = []  # (id, epoch or None) columns of each batch
-        self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has them, views
-        self._parts: list[Part] = []
+        self._columns: list[tuple[Any, Any]] = []  # id column, and epoch column or None, of each batch
+        self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has that column, views
+        self._shards: list[Shard] = []
         self._first_document: list[int] = []
         self._first_token: list[int] = []
-        self._counted = (0, 0)  # documents and tokens of the parts so far
+        self._counted = (0, 0)  # documents and tokens of the shards so far
         self._source_codes: dict[str, int] = {}
 
     @classmethod
     def open(cls, paths: list[str] | str, *, spool: Path | None = None) -> TokenStore:
         """Map shard directories, .arrow files, or stdin ("-") as one store, in the order given.
 
-        stdin is first copied to `spool` (a file, which stays there, or a directory, in which it is called stdin.arrow), else to a temporary
-        file. Raises LlmkitError where a file is missing, truncated, no token shard, or of another tokenizer than the first.
+        stdin is first copied to `spool` (a file, which is kept, or a directory, where it is called
+        stdin.arrow), or else to a temporary file. Raises LlmkitError where a file is missing, truncated, not a
+        token shard, or of another tokenizer than the first.
         """
         store = cls()
         paths = [paths] if isinstance(paths, str) else paths
@@ -61,42 +67,45 @@ class TokenStore:
         lengths: list[NDArray[np.int64]] = []
         codes: list[NDArray[np.int32]] = []
         for path in paths:
-            parts: list[Part] = []
-            for file, name in _files(path, spool):
-                part = Part(file, name)
-                parts.append(part)
-                store._add(part, lengths, codes)
+            shards: list[Shard] = []
+            for file, name in stream_files(path, spool):
+                shard = Shard(file, name)
+                shards.append(shard)
+                store._add(shard, lengths, codes)
             if Path(path).is_dir():
-                _check_complete(parts, path)
-            digest = combined_digest([str(part.trailer.get("digest")) for part in parts])
-            store.inputs.append(Input("input", base_name(path), digest, parts[-1].lineage()))
+                _check_complete(shards, path)
+            digest = combined_digest([str(shard.trailer.get("digest")) for shard in shards])
+            store.inputs.append(Input("input", base_name(path), digest, shards[-1].lineage()))
         counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         store.offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=store.offsets[1:])
         store.codes = np.concatenate(codes) if codes else np.zeros(0, np.int32)
         return store
 
-    def _add(self, part: Part, lengths: list[NDArray[np.int64]], codes: list[NDArray[np.int32]]) -> None:
-        if not self._parts:
-            self.tokenizer = part.tokenizer()
-        elif part.tokenizer_identity() != self._parts[0].tokenizer_identity():
+    def _add(self, shard: Shard, lengths: list[NDArray[np.int64]], codes: list[NDArray[np.int32]]) -> None:
+        if not self._shards:
+            self.tokenizer = shard.tokenizer()
+        elif shard.tokenizer_identity() != self._shards[0].tokenizer_identity():
             raise LlmkitError(
-                f"{part.name}: made with another tokenizer than {self._parts[0].name}",
+                f"{shard.name}: made with another tokenizer than {self._shards[0].name}",
                 "tokenize all sources with the same one",
             )
-        self._parts.append(part)
-        kind = part.token_type()
-        if kind != self._parts[0].token_type():
-            raise LlmkitError(f"{part.name}: {kind} tokens, but other ones in {self._parts[0].name}", HINT_REMAKE)
+        self._shards.append(shard)
+        token_type = shard.token_type()
+        if token_type != self._shards[0].token_type():
+            raise LlmkitError(
+                f"{shard.name}: {token_type} tokens, but {self._shards[0].token_type()} in {self._shards[0].name}",
+                HINT_REMAKE,
+            )
         documents = tokens = 0
-        for batch in part.batches:
-            offsets, values = batch_tokens(batch, part.name)
+        for batch in shard.batches:
+            offsets, values = batch_tokens(batch, shard.name)
             source = batch.column("source")
-            known = source.dictionary.to_pylist()
-            table = np.array([self._source_codes.setdefault(name, len(self._source_codes)) for name in known], np.int32)
-            indices = numbers(source.indices)
-            if len(indices) and not 0 <= indices.min() <= indices.max() < len(known):
-                raise LlmkitError(f"{part.name}: damaged (a source out of range)", HINT_REMAKE)
+            names = source.dictionary.to_pylist()
+            table = np.array([self._source_codes.setdefault(name, len(self._source_codes)) for name in names], np.int32)
+            indices = as_numpy(source.indices)
+            if len(indices) and not 0 <= indices.min() <= indices.max() < len(names):
+                raise LlmkitError(f"{shard.name}: damaged (a source out of range)", HINT_REMAKE)
             epoch = batch.column("epoch") if "epoch" in batch.schema.names else None
             self.has_epochs &= epoch is not None
             self._first_document.append(self._counted[0] + documents)
@@ -106,14 +115,13 @@ class TokenStore:
             self._values.append(values)
             self._columns.append((batch.column("id"), epoch))
             if "duplicates" in batch.schema.names:
-                self._duplicates.append(numbers(batch.column("duplicates")))
+                self._duplicates.append(as_numpy(batch.column("duplicates")))
             documents, tokens = documents + batch.num_rows, tokens + len(values)
         self._counted = (self._counted[0] + documents, self._counted[1] + tokens)
-        found = {"documents": documents, "tokens": tokens}
-        for key, count in found.items():
-            if part.trailer.get(key) != count:
+        for key, count in {"documents": documents, "tokens": tokens}.items():
+            if shard.trailer.get(key) != count:
                 raise LlmkitError(
-                    f"{part.name}: {count} {key}, but its trailer says {part.trailer.get(key)}", HINT_REMAKE
+                    f"{shard.name}: {count} {key}, but {shard.trailer.get(key)} in its trailer", HINT_REMAKE
                 )
 
     @property
@@ -121,32 +129,37 @@ class TokenStore:
         return list(self._source_codes)
 
     @property
-    def parts(self) -> list[Part]:
-        """The files behind the documents, in order."""
-        return list(self._parts)
+    def shards(self) -> list[Shard]:
+        """The shards that hold the documents, in order."""
+        return list(self._shards)
 
     @property
     def sequence_length(self) -> int | None:
-        """The sequences that a mix has packed these documents for; None where they may be cut anywhere."""
-        return self._parts[0].sequence_length() if self._parts else None
+        """The sequence length that `mix` packed the documents for; None where they may be cut anywhere."""
+        return self._shards[0].sequence_length() if self._shards else None
 
     @property
     def stages(self) -> list[int]:
-        """Tokens after which each stage of the mix ends; the last is all of them, in token shards of any other origin the only one."""
-        ends = self._parts[0].stages() if self._parts else []
+        """Tokens after which each stage of the mix ends.
+
+        The last is the total, and the only one outside a mix of several stages.
+        """
+        ends = self._shards[0].stages() if self._shards else []
         if ends and ends[-1] != self.tokens:
-            raise LlmkitError(f"{self._parts[0].name}: stages of {ends[-1]:,} tokens, not of these", HINT_REMAKE)
+            raise LlmkitError(
+                f"{self._shards[0].name}: stages of {ends[-1]:,} tokens, but {self.tokens:,} here", HINT_REMAKE
+            )
         return ends or [self.tokens]
 
     @property
     def padding(self) -> NDArray[np.bool_] | None:
-        """Which documents only fill up a sequence, bool [documents]; None where none do."""
-        code = self._source_codes.get(PADDING)
+        """Which documents only fill up a packed sequence, bool [documents]; None where none do."""
+        code = self._source_codes.get(PADDING_SOURCE)
         return None if code is None else self.codes == code
 
     @property
     def duplicates(self) -> NDArray[np.int64] | None:
-        """How often each document was found by `dedup`, int64 [documents]; None where that was not kept."""
+        """How often `dedup` found each document, int64 [documents]; None where that was not kept."""
         return np.concatenate(self._duplicates) if len(self._duplicates) == len(self._values) > 0 else None
 
     @property
@@ -162,7 +175,7 @@ class TokenStore:
         return self.span(int(self.offsets[i]), int(self.offsets[i + 1]))
 
     def span(self, start: int, stop: int) -> Tokens:
-        """Tokens `start` to `stop` of the flat order; a view where they lie in one batch, else a copy."""
+        """Tokens `start` to `stop` of the flat order; a view within one batch, otherwise a copy."""
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         if start == stop:
@@ -182,7 +195,7 @@ class TokenStore:
         return self._values[0].dtype if self._values else np.dtype(np.uint16)
 
     def _row(self, i: int) -> tuple[int, int]:
-        """Batch of document `i`, and its row there."""
+        """Batch of document `i`, and its row in that batch."""
         if not 0 <= i < self.documents:
             raise IndexError(f"document {i} of {self.documents}")
         batch = bisect_right(self._first_document, i) - 1
@@ -198,16 +211,16 @@ class TokenStore:
         return self.sources[int(self.codes[i])]
 
     def epoch(self, i: int) -> int:
-        """How often document `i` was seen before; 0 in shards that did not come from `mix`."""
+        """How often document `i` was seen before; 0 in shards that do not come from `mix`."""
         batch, row = self._row(i)
         column = self._columns[batch][1]
         return 0 if column is None else int(column[row].as_py())
 
     def origins(self) -> tuple[NDArray[np.int32], list[str], NDArray[np.int32] | None]:
-        """Index of each document's source int32 [documents], the sources, and how often each was seen before (None: never)."""
+        """Source index of each document int32 [documents], the sources, and times seen before (None: all zero)."""
         if not self.has_epochs or not self._columns:
             return self.codes, self.sources, None
-        return self.codes, self.sources, np.concatenate([numbers(epoch) for _, epoch in self._columns])
+        return self.codes, self.sources, np.concatenate([as_numpy(epoch) for _, epoch in self._columns])
 
     def batches(self) -> Iterator[tuple[Tokens, pa.Array, pa.Array | None]]:
         """Token ids, ids of documents and times seen before (where stored) of each batch of documents, views."""
@@ -215,19 +228,19 @@ class TokenStore:
             yield values, ids, epochs
 
     def verify(self) -> None:
-        """Read everything and raise LlmkitError where a digest differs or an id is over the vocabulary."""
-        for part in self._parts:
-            found, largest = part_digest(part)
-            if found != part.trailer.get("digest"):
-                raise LlmkitError(f"{part.name}: the content does not match its digest", "the file is damaged")
+        """Read all documents; LlmkitError where a digest differs or an id is over the vocabulary."""
+        for shard in self._shards:
+            digest, largest = scan_shard(shard)
+            if digest != shard.trailer.get("digest"):
+                raise LlmkitError(f"{shard.name}: the content does not match its digest", "the file is damaged")
             if largest >= self.tokenizer.vocab_size:
                 raise LlmkitError(
-                    f"{part.name}: token id {largest} is over the vocabulary of {self.tokenizer.vocab_size}",
+                    f"{shard.name}: token id {largest} is over the vocabulary of {self.tokenizer.vocab_size}",
                     "the tokens come from another tokenizer",
                 )
 
 
-def _files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
+def stream_files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
     """The stream files that `path` stands for, with their names for messages."""
     if path == STDIN:
         yield from _spooled(spool)
@@ -252,7 +265,7 @@ def _spooled(spool: Path | None) -> Iterator[tuple[Path, str]]:
 
 
 def _copied(source: BinaryIO, spool: Path | None, name: str) -> Iterator[tuple[Path, str]]:
-    """A stream on disk, where it can be mapped; a temporary file goes once it is mapped."""
+    """A copy of a stream on disk, where it can be mapped; a temporary file is removed once it is mapped."""
     if spool is None:
         with tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".arrow") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
@@ -260,32 +273,28 @@ def _copied(source: BinaryIO, spool: Path | None, name: str) -> Iterator[tuple[P
             yield Path(sink.name), name
         return
     target = spool / "stdin.arrow" if spool.is_dir() else spool
-    with atomic_file(target, force=True) as kept:
-        shutil.copyfileobj(source, kept, 1 << 20)
+    with atomic_file(target, force=True) as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
     yield target, name
 
 
-def _check_complete(parts: list[Part], path: str) -> None:
-    """A directory holds parts 0 to n of one run, the last of them marked."""
-    numbers = [part.trailer["part"] for part in parts]
-    if numbers != list(range(len(parts))) or not parts[-1].trailer.get("last"):
-        missing = next((i for i, number in enumerate(numbers) if i != number), len(parts))
+def _check_complete(shards: list[Shard], path: str) -> None:
+    """LlmkitError unless a directory holds parts 0 to n of one run, the last of them marked as such."""
+    numbers = [shard.trailer["part"] for shard in shards]
+    if numbers != list(range(len(shards))) or not shards[-1].trailer.get("last"):
+        missing = next((i for i, number in enumerate(numbers) if i != number), len(shards))
         raise LlmkitError(f"{path}: part-{missing:05d}.arrow is missing", "copy the whole directory, or make it again")
 
 
-def shard_digest(path: str | Path) -> str:
-    """Digest of the content of a .arrow file or a directory of parts, computed anew; equals the one in an intact trailer."""
-    return combined_digest([part_digest(Part(file, name))[0] for file, name in _files(str(path), None)])
+def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
+    """The tokenizer at `path`: that of a .arrow file, or whatever `read_tokenizer` reads.
 
-
-def read_shard_lineage(path: str | Path) -> dict[str, Any] | None:
-    """Lineage record of one part; complete in the last one."""
-    return Part(Path(path), str(path)).lineage()
-
-
-def read_tokenizer(path: str | Path) -> TokenizerInfo:
-    """The tokenizer of one .arrow file, which must carry its files."""
-    info = Part(Path(path), str(path)).tokenizer()
+    LlmkitError where there is none.
+    """
+    path = Path(path)
+    if path.suffix != ".arrow":
+        return read_tokenizer(path)
+    info = Shard(path, str(path)).tokenizer()
     if "tokenizer.json" not in info.files:
         raise LlmkitError(f"{path}: holds no tokenizer.json", "name the tokenizer directory")
     return info

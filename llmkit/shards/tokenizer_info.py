@@ -1,14 +1,16 @@
-"""What token shards need to know of a tokenizer: who it is, how many ids it has, which of them end a document.
+"""The facts about a tokenizer that token shards record: its digest, the size of its vocabulary, its special ids.
 
-    load_tokenizer_info("tok/")  ->  TokenizerInfo(digest="xxh3:...", vocab_size=8192, eos_id=0, ...)
+    read_tokenizer("tok/")  ->  TokenizerInfo(digest="xxh3:...", vocab_size=8192, eos_id=0, ...)
 
-Accepts a tokenizer directory, a model directory or run, a tokenizer.json, or shards that carry their tokenizer. Two tokenizers are the
-same if they give the same ids: the digest covers the model, added tokens, normalizer and pre-tokenizer of tokenizer.json in a canonical
-form, and neither its layout nor the chat template. Cost: one parse of tokenizer.json.
+Reads a tokenizer directory, a model directory or run, or a tokenizer.json; shards/reader.py reads shards that
+carry their tokenizer too. Two tokenizers are the same if they give the same ids: the digest covers the model,
+added tokens, normalizer and pre-tokenizer of tokenizer.json in a canonical form, and neither its layout nor the
+chat template. Cost: one parse of tokenizer.json.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +25,18 @@ from llmkit.errors import LlmkitError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_FILE_BYTES = 256 << 20
-MAX_ID = 1 << 25  # more than a file of that size has room for
+MAX_ID = 1 << 25  # a file of MAX_FILE_BYTES cannot hold as many tokens
 MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 
-# Tokens that end a turn rather than a text: chat models name them as their eos_token, but a document ends with the other kind.
+# Tokens that end a turn rather than a text. Chat models name them as their eos_token, but documents end with
+# END_OF_TEXT.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """A tokenizer: digest, ids (`vocab_size` is the largest id plus one), and its files by name (empty where only ids are known)."""
+    """A tokenizer: digest, ids (`vocab_size` is the largest plus one), and its files by name (empty where unknown)."""
 
     digest: str
     vocab_size: int
@@ -43,7 +46,7 @@ class TokenizerInfo:
     files: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def header(self) -> dict[str, Any]:
-        """What every shard records of it."""
+        """The record of the tokenizer in every shard."""
         return {
             "digest": self.digest,
             "vocab_size": self.vocab_size,
@@ -54,7 +57,7 @@ class TokenizerInfo:
 
     @classmethod
     def from_header(cls, header: Any, files: dict[str, str], name: str) -> TokenizerInfo:
-        """The record that a shard holds; LlmkitError where it is not one."""
+        """The tokenizer of a shard's record; LlmkitError where it is malformed. `name` is for messages."""
         try:
             digest, sizes = header["digest"], [header["vocab_size"], header["eos_id"]]
             optional = [header.get("bos_id"), header.get("pad_id")]
@@ -67,13 +70,12 @@ class TokenizerInfo:
         return cls(digest, sizes[0], sizes[1], optional[0], optional[1], files)
 
 
-def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
-    """The tokenizer at `path`: a directory with tokenizer.json (or a run, whose model is in final/), that file itself, or shards."""
-    path = Path(path)
-    if path.suffix == ".arrow":
-        from llmkit.shards.writer import read_tokenizer
+def read_tokenizer(path: str | Path) -> TokenizerInfo:
+    """The tokenizer at `path`: a directory with tokenizer.json, a run (that of its final model), or the file itself.
 
-        return read_tokenizer(path)
+    LlmkitError where there is none, or a malformed one.
+    """
+    path = Path(path)
     if not path.exists():
         raise LlmkitError(
             f"{path}: no such tokenizer",
@@ -91,7 +93,9 @@ def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise LlmkitError(f"{path}: over {MAX_FILE_BYTES >> 20} MiB is no tokenizer file", "check the path")
+            raise LlmkitError(
+                f"{path}: over {MAX_FILE_BYTES >> 20} MiB, too large for a tokenizer file", "check the path"
+            )
         return path.read_bytes().decode()
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
@@ -100,14 +104,17 @@ def _read(path: Path) -> str:
 
 
 def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
-    """The tokenizer in `files` (name to text); `name` is for messages. LlmkitError where it is malformed or names no end of text."""
+    """The tokenizer in `files` (name -> text).
+
+    LlmkitError where it is malformed or has no end-of-text token. `name` is for messages.
+    """
     content = _object(files.get("tokenizer.json", ""), f"{name}: tokenizer.json")
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = content.get("added_tokens") or []
-    broken = LlmkitError(f"{name}: tokenizer.json is malformed", "it does not come from the tokenizers library")
+    malformed = LlmkitError(f"{name}: tokenizer.json is malformed", "it was not written by the tokenizers library")
     if not isinstance(model, dict) or not isinstance(vocabulary, (dict, list)) or not isinstance(added, list):
-        raise broken
+        raise malformed
     if model.get("type", "BPE") not in MODELS:
         raise LlmkitError(f"{name}: unknown tokenizer model {model['type']!r}", "known: " + ", ".join(MODELS))
     if isinstance(vocabulary, dict):
@@ -115,14 +122,14 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
     elif all(isinstance(entry, list) and entry and isinstance(entry[0], str) for entry in vocabulary):
         ids = {entry[0]: i for i, entry in enumerate(vocabulary)}
     else:
-        raise broken
+        raise malformed
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise broken
+            raise malformed
         if type(token.get("id")) is not int:
-            raise broken
+            raise malformed
     if not ids or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
-        raise broken
+        raise malformed
     ids |= added_ids(content)
     config = _object(files.get("tokenizer_config.json", "{}"), f"{name}: tokenizer_config.json")
     special = _object(files.get("special_tokens_map.json", "{}"), f"{name}: special_tokens_map.json")
@@ -137,7 +144,7 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
     ends += [token for token in (named("eos_token"),) if token]
     if not ends:
         raise LlmkitError(
-            f"{name}: the tokenizer names no end-of-text token", "set eos_token in its tokenizer_config.json"
+            f"{name}: the tokenizer has no end-of-text token", "set eos_token in its tokenizer_config.json"
         )
     bos, pad = named("bos_token"), named("pad_token")
     return TokenizerInfo(
@@ -150,23 +157,35 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
     )
 
 
+def read_record(path: str) -> Any:
+    """The lineage record in a tokenizer_config.json, valid or not; None where there is none."""
+    try:
+        return json.loads(Path(path).read_bytes()).get("llmkit")
+    except (ValueError, AttributeError):
+        return None
+
+
 def added_ids(content: dict[str, Any]) -> dict[str, int]:
-    """The ids of added tokens in a tokenizer.json, as the library numbers them: those that the model knows keep its id, others follow whatever they say."""
+    """The ids of added tokens in a tokenizer.json, as the library assigns them.
+
+    Tokens in the model's vocabulary keep its id; others are numbered after it, whatever id the file gives them.
+    """
     vocabulary = content["model"]["vocab"]
-    known = vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
-    found: dict[str, int] = {}
-    free = len(vocabulary)
+    model_ids = vocabulary if isinstance(vocabulary, dict) else {entry[0]: i for i, entry in enumerate(vocabulary)}
+    ids: dict[str, int] = {}
+    next_id = len(vocabulary)
     for name in (token["content"] for token in content.get("added_tokens") or []):
-        if name and name not in found:
-            found[name] = known.get(name, free)
-            free += name not in known
-    return found
+        if name and name not in ids:
+            ids[name] = model_ids.get(name, next_id)
+            next_id += name not in model_ids
+    return ids
 
 
 def token_bytes(files: Mapping[str, str]) -> NDArray[np.int64] | None:
-    """Bytes of text that each id of a byte-level tokenizer stands for, 0 for added tokens, int64 [ids]; None for other tokenizers.
+    """Bytes of text for each id of a byte-level tokenizer, 0 for added tokens, int64 [ids]; None for other tokenizers.
 
-    Byte-level vocabularies write each byte as one character (GPT-2), so that the length of a token is that of its name.
+    Byte-level vocabularies write each byte as one character (GPT-2), so the length of a token in bytes is that
+    of its name.
     """
     try:
         content = _object(files.get("tokenizer.json", "{}"), "tokenizer.json")
@@ -179,7 +198,7 @@ def token_bytes(files: Mapping[str, str]) -> NDArray[np.int64] | None:
         lengths = np.zeros(max([*vocabulary.values(), *added.values()]) + 1, np.int64)
         lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
     except (LlmkitError, AttributeError, KeyError, TypeError, ValueError):
-        return None  # a malformed tokenizer is refused where it is needed
+        return None  # a malformed tokenizer is refused where it is loaded
     lengths[list(added.values())] = 0
     return lengths
 
@@ -195,12 +214,15 @@ def _object(text: str, name: str) -> dict[str, Any]:
 
 
 def _identity(content: dict[str, Any]) -> str:
-    """xxh3-128 of what decides the ids. Merges stand as "a b" or ["a", "b"], by the version of the library that wrote them."""
+    """xxh3-128 of the parts that decide the ids.
+
+    Merges are "a b" or ["a", "b"], depending on the version of the library.
+    """
     model = dict(content["model"])
     merges = model.get("merges")
     if isinstance(merges, list):
         model["merges"] = [
             " ".join(m) if isinstance(m, list) and all(isinstance(p, str) for p in m) else m for m in merges
         ]
-    kept = {"model": model} | {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(orjson.dumps(kept, option=orjson.OPT_SORT_KEYS))
+    parts = {"model": model} | {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))

@@ -1,24 +1,30 @@
-"""Token shards: Arrow IPC streams of token ids, one row a document, readable by any Arrow library.
+"""Token shards: Arrow IPC streams of token ids, one row per document, readable by any Arrow library.
 
 | column | type | |
 |---|---|---|
 | tokens | large_list<uint16>, uint32 where the vocabulary is over 65,536 | ids, the end-of-text id included |
 | id | string | the document's id |
-| source | dictionary<int32, string> | where it came from |
+| source | dictionary<int32, string> | name of its source |
 | epoch | int32, after `mix` only | how often the document was seen before |
-| duplicates | int64, by `tokenize --keep-duplicates` only | how often the document was found by `dedup` |
+| duplicates | int64, by `tokenize --keep-duplicates` only | how often `dedup` found the document |
 
-Schema metadata: `llmkit.tokenizer` (digest, vocab_size, eos_id, bos_id, pad_id), `llmkit.lineage` (header), and in single files and
-streams `llmkit.tokenizer_files` (name to text), after packing by `mix` `llmkit.sequence_length`, of a mix with several stages `llmkit.stages` (tokens after which each ends); in a directory of part-00000.arrow, ... these files lie beside the parts. The last batch
-is empty and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} and in the last part the lineage's trailer:
-a stream without it was cut off and is refused, as is a directory that lacks a part.
+Schema metadata:
 
-The digest of a part is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored (little-endian), document
-lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of nothing where there is no such column), and of a sixth
-where there are duplicates (int64). That of several parts is xxh3-128 of theirs. Cutting documents into batches does not change it.
+| key | value |
+|---|---|
+| llmkit.tokenizer | digest, vocab_size, eos_id, bos_id, pad_id |
+| llmkit.lineage | the header of the lineage record |
+| llmkit.tokenizer_files | in single files and streams: name -> text |
+| llmkit.sequence_length | after packing by `mix` |
+| llmkit.stages | of a mix with several stages: tokens after which each ends |
 
-Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file into memory and copies
-nothing: opening reads what each batch says of itself, `span` within one batch is a view.
+In a directory of part-00000.arrow, ... the tokenizer's files are stored beside the shards. The last batch is
+empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} (shards/digest.py
+defines the digest) and in the last shard the trailer of the lineage record: a stream without it was cut off and
+is refused, as is a directory that lacks a shard.
+
+Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file
+into memory and copies nothing: opening reads the metadata of each batch, `span` within one batch is a view.
 """
 
 from __future__ import annotations
@@ -35,25 +41,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, is_special
+from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN
-from llmkit.lineage.record import Input, Lineage
-from llmkit.shards.part import FILES, LENGTH, STAGES, ColumnDigest, Names, Tokens, as_arrow, coded, combined_digest
-from llmkit.shards.reader import TokenStore, read_shard_lineage, read_tokenizer, shard_digest
-from llmkit.shards.tokenizer_info import TokenizerInfo, load_tokenizer_info
+from llmkit.io.record import Input, Lineage
+from llmkit.lineage.outputs import artefact_directory
+from llmkit.shards.arrow import SourceCodes, Tokens, as_arrow, encode_sources
+from llmkit.shards.digest import ColumnDigest, combined_digest
+from llmkit.shards.shard import LINEAGE, SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
+from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-__all__ = [
-    "ShardWriter",
-    "TokenStore",
-    "TokenizerInfo",
-    "load_tokenizer_info",
-    "read_shard_lineage",
-    "read_tokenizer",
-    "shard_digest",
-]
 
 BATCH_TOKENS = 1 << 20
 BATCH_DOCUMENTS = 1 << 16
@@ -61,11 +59,12 @@ SHARD_TOKENS = 1 << 27
 
 
 class ShardWriter:
-    """Documents to token shards: a directory of parts, one file (output ending in .arrow), or stdout (None or "-").
+    """Documents to token shards: a directory of shards, one file (output ending in .arrow), or stdout (None or "-").
 
-    Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a terminal. With `epochs` the
-    column `epoch` is written, with `duplicates` that column. `sequence_length` is what the documents are packed for; their padding is of source
-    io.packing.PADDING. `stages` holds the tokens after which each stage of a mix ends.
+    Nothing appears under the final name unless `finish` was called. Raises UsageError where stdout is a
+    terminal. `epochs` and `duplicates` write the columns of those names. `sequence_length` is the length that
+    the documents are packed for; their padding has the source PADDING_SOURCE. `stages` holds the tokens after
+    which each stage of a mix ends.
     """
 
     def __init__(
@@ -91,16 +90,22 @@ class ShardWriter:
         self._limit = max_tokens_per_shard
         self._epochs = epochs
         self._duplicates = duplicates
-        self._notes: dict[bytes, Any] = {LENGTH: sequence_length} if sequence_length else {}
-        self._notes |= {STAGES: list(stages)} if len(stages) > 1 else {}
+        self._metadata: dict[bytes, Any] = {SEQUENCE_LENGTH: sequence_length} if sequence_length else {}
+        self._metadata |= {STAGES: list(stages)} if len(stages) > 1 else {}
         self._stack = ExitStack()
         self._finished = False
-        self._part = 0
-        self._part_digests: list[str] = []
+        self._number = 0  # of the present shard
+        self._shard_digests: list[str] = []
         if self.output is None and sys.stdout.isatty():
-            raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or name -o PATH")
+            raise UsageError("token shards are binary: not written to a terminal", "redirect stdout, or give -o PATH")
 
     def __enter__(self) -> ShardWriter:
+        with self._stack:  # what is opened is removed again where an error or a signal comes in between
+            self._open()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def _open(self) -> None:
         import pyarrow as pa
 
         self._directory: Path | None = None
@@ -109,27 +114,30 @@ class ShardWriter:
         elif self.output.endswith(".arrow") or is_special(Path(self.output)):
             self._sink = self._stack.enter_context(atomic_file(self.output, self._force))
         else:
-            self._directory = self._stack.enter_context(atomic_directory(self.output, self._force))
+            self._directory = self._stack.enter_context(artefact_directory(self.output, self._force))
             for name, text in self.tokenizer.files.items():
                 (self._directory / name).write_bytes(text.encode())
         self._schema = _schema(self.tokenizer, self.dtype, self.lineage, embed=self._directory is None)
-        for name, kind in (("epoch", pa.int32()),) * self._epochs + (("duplicates", pa.int64()),) * self._duplicates:
-            self._schema = self._schema.append(pa.field(name, kind, nullable=False))
-        if self._notes:
-            notes = {key: json.dumps(value).encode() for key, value in self._notes.items()}
-            self._schema = self._schema.with_metadata(self._schema.metadata | notes)
-        self._open_part()
-        return self
+        for name, dtype in (("epoch", pa.int32()),) * self._epochs + (("duplicates", pa.int64()),) * self._duplicates:
+            self._schema = self._schema.append(pa.field(name, dtype, nullable=False))
+        if self._metadata:
+            metadata = {key: json.dumps(value).encode() for key, value in self._metadata.items()}
+            self._schema = self._schema.with_metadata(self._schema.metadata | metadata)
+        self._open_shard()
 
     @property
     def directory(self) -> Path | None:
-        """What is being filled, under its temporary name, where the output is a directory."""
+        """The directory that is being filled, under its temporary name; None for other outputs."""
         return self._directory
 
     def write(self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0) -> None:
         """Append one document."""
         self.extend(
-            np.asarray(tokens), np.array([len(tokens)]), as_arrow([id]), coded([source]), np.array([epoch], np.int32)
+            np.asarray(tokens),
+            np.array([len(tokens)]),
+            as_arrow([id]),
+            encode_sources([source]),
+            np.array([epoch], np.int32),
         )
 
     def extend(
@@ -137,46 +145,47 @@ class ShardWriter:
         tokens: Tokens,
         lengths: NDArray[np.int64],
         ids: pa.StringArray,
-        sources: Names,
+        sources: SourceCodes,
         epochs: NDArray[np.int32] | None = None,
         duplicates: NDArray[np.int64] | None = None,
     ) -> None:
-        """Append n documents: `tokens` flat [sum of lengths], `lengths` [n], `ids` [n], `sources` [n], how often each was seen before [n], and
-        how often `dedup` found it [n].
+        """Append n documents: `tokens` flat [sum of lengths], and for each document [n] its length, id, source,
+        how often it was seen before (`epochs`), and how often `dedup` found it.
 
-        Gives the bytes of n calls of `write`. Nothing is copied before its batch is full: arrays must not change until `finish`.
+        Writes the same bytes as n calls of `write`. Nothing is copied before its batch is full: arrays must not
+        change until `finish`.
         """
         ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
         duplicates = np.ones(len(ends), np.int64) if duplicates is None else duplicates
-        first = start = 0  # document and token that come next
+        first = start = 0  # next document and token
         while first < len(ends):
-            full = int(np.searchsorted(ends, start + self.room)) + 1
-            behind = min(full, first + BATCH_DOCUMENTS - self._held_documents, len(ends))
+            full = int(np.searchsorted(ends, start + self.batch_room)) + 1
+            end = min(full, first + BATCH_DOCUMENTS - self._pending_documents, len(ends))
             if self._directory:
-                fit = int(np.searchsorted(ends, start + self._limit - self._part_tokens, side="right"))
-                if fit <= first and self._part_tokens:
-                    self._next_part()
+                fit = int(np.searchsorted(ends, start + self._limit - self._shard_tokens, side="right"))
+                if fit <= first and self._shard_tokens:
+                    self._next_shard()
                     continue
-                behind = min(behind, max(fit, first + 1))
-            stop = int(ends[behind - 1])
-            self._held.append(tokens[start:stop])
-            self._lengths.append(lengths[first:behind])
-            self._ids.append(ids[first:behind])
-            self._codes.append(self._coded(codes[first:behind], names))
-            self._epoch_numbers.append(epochs[first:behind])
-            self._duplicate_numbers.append(duplicates[first:behind])
-            self._held_documents += behind - first
-            self._held_tokens += stop - start
-            self._part_tokens += stop - start
-            first, start = behind, stop
-            if self._held_tokens >= BATCH_TOKENS or self._held_documents >= BATCH_DOCUMENTS:
+                end = min(end, max(fit, first + 1))
+            stop = int(ends[end - 1])
+            self._tokens.append(tokens[start:stop])
+            self._lengths.append(lengths[first:end])
+            self._ids.append(ids[first:end])
+            self._codes.append(self._shard_codes(codes[first:end], names))
+            self._epoch_numbers.append(epochs[first:end])
+            self._duplicate_numbers.append(duplicates[first:end])
+            self._pending_documents += end - first
+            self._pending_tokens += stop - start
+            self._shard_tokens += stop - start
+            first, start = end, stop
+            if self._pending_tokens >= BATCH_TOKENS or self._pending_documents >= BATCH_DOCUMENTS:
                 self._flush()
 
     @property
-    def room(self) -> int:
-        """Tokens until the present batch is full: who hands over as many at a time spares a copy of them."""
-        return BATCH_TOKENS - self._held_tokens
+    def batch_room(self) -> int:
+        """Tokens until the present batch is full: handing over this many at a time avoids a copy of them."""
+        return BATCH_TOKENS - self._pending_tokens
 
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content and its lineage; call it once, last."""
@@ -184,8 +193,8 @@ class ShardWriter:
         digest = self._digest.result()
         self.lineage.inputs += inputs
         self.lineage.counts = counts
-        self.lineage.digest = combined_digest([*self._part_digests, digest])
-        self._close_part(digest, {"lineage": self.lineage.trailer()})
+        self.lineage.digest = combined_digest([*self._shard_digests, digest])
+        self._close_shard(digest, {"lineage": self.lineage.trailer()})
         if self.output is None:
             self._sink.flush()
         self._finished = True
@@ -196,45 +205,45 @@ class ShardWriter:
         if kind is None:
             assert self._finished, "ShardWriter left without finish()"
         if isinstance(error, OSError) and self.output and not error.filename:
-            error.filename = self.output  # which disk is full
+            error.filename = self.output  # names the full disk
         self._stack.__exit__(kind, error, trace)
 
-    def _open_part(self) -> None:
+    def _open_shard(self) -> None:
         import pyarrow as pa
 
         if self._directory:
-            path = self._directory / f"part-{self._part:05d}.arrow"
+            path = self._directory / f"part-{self._number:05d}.arrow"
             self._sink = self._stack.enter_context(open(path, "wb"))
         self._stream = pa.ipc.new_stream(pa.PythonFile(self._sink, "w"), self._schema)
         self._digest = ColumnDigest()
-        self._part_documents = self._part_tokens = 0
-        self._names: dict[str, int] = {}  # sources of this part so far, in order of appearance
+        self._shard_documents = self._shard_tokens = 0
+        self._source_codes: dict[str, int] = {}  # of this shard so far, in order of appearance
         self._clear()
 
     def _clear(self) -> None:
-        self._held: list[Tokens] = []
+        self._tokens: list[Tokens] = []
         self._lengths: list[NDArray[np.int64]] = []
         self._ids: list[pa.StringArray] = []
         self._codes: list[NDArray[np.int32]] = []
         self._epoch_numbers: list[NDArray[np.int32]] = []
         self._duplicate_numbers: list[NDArray[np.int64]] = []
-        self._held_documents = self._held_tokens = 0
+        self._pending_documents = self._pending_tokens = 0
 
-    def _coded(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
-        """Codes of this part; names that are new to it are numbered in order of appearance."""
-        found = np.array([self._names.get(name, -1) for name in names], np.int32)
-        for code in dict.fromkeys(codes[found[codes] < 0].tolist()):
-            found[code] = self._names.setdefault(names[code], len(self._names))
-        return found[codes]
+    def _shard_codes(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
+        """`codes` into `names` as codes of this shard, which numbers sources in order of appearance."""
+        table = np.array([self._source_codes.get(name, -1) for name in names], np.int32)
+        for code in dict.fromkeys(codes[table[codes] < 0].tolist()):
+            table[code] = self._source_codes.setdefault(names[code], len(self._source_codes))
+        return table[codes]
 
     def _flush(self) -> None:
-        """Write what is held as one batch."""
-        if not self._held_documents:
+        """Write the pending documents as one batch."""
+        if not self._pending_documents:
             return
         import pyarrow as pa
 
         lengths = np.concatenate(self._lengths)
-        flat = self._held[0] if len(self._held) == 1 else np.concatenate(self._held)
+        flat = self._tokens[0] if len(self._tokens) == 1 else np.concatenate(self._tokens)
         negative = flat.dtype.kind != "u" and len(flat) and flat.min() < 0
         if len(flat) and (negative or flat.max() >= self.tokenizer.vocab_size):
             raise LlmkitError(
@@ -254,42 +263,43 @@ class ShardWriter:
         columns = [
             pa.LargeListArray.from_arrays(as_arrow(offsets), as_arrow(flat), type=self._schema.field("tokens").type),
             ids,
-            pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._names))),
+            pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._source_codes))),
             *(as_arrow(numbers) for numbers in (epochs, duplicates) if numbers is not None),
         ]
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._digest.add(flat, lengths, ids, (codes, list(self._names)), epochs, duplicates)
-        self._part_documents += len(lengths)
+        self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates)
+        self._shard_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)
         self._clear()
 
-    def _close_part(self, digest: str, more: dict[str, Any]) -> None:
+    def _close_shard(self, digest: str, last: dict[str, Any]) -> None:
         import pyarrow as pa
 
         trailer = {
-            "part": self._part,
-            "last": bool(more),
-            "documents": self._part_documents,
-            "tokens": self._part_tokens,
+            "part": self._number,
+            "last": bool(last),
+            "documents": self._shard_documents,
+            "tokens": self._shard_tokens,
             "digest": digest,
-        } | more
+        } | last
         empty = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in self._schema], schema=self._schema)
         text = json.dumps(trailer, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        self._stream.write_batch(empty, custom_metadata={"llmkit.trailer": text})
+        self._stream.write_batch(empty, custom_metadata={TRAILER: text})
         self._stream.close()
         if self._directory:
             self._sink.close()
 
-    def _next_part(self) -> None:
+    def _next_shard(self) -> None:
         self._flush()
-        self._part_digests.append(self._digest.result())
-        self._close_part(self._part_digests[-1], {})
-        self._part += 1
-        self._open_part()
+        self._shard_digests.append(self._digest.result())
+        self._close_shard(self._shard_digests[-1], {})
+        self._number += 1
+        self._open_shard()
 
 
 def _schema(info: TokenizerInfo, dtype: Any, lineage: Lineage, *, embed: bool) -> pa.Schema:
+    """The columns that every shard has, and its metadata; `embed` stores the tokenizer's files too."""
     import pyarrow as pa
 
     def text(value: Any) -> str:
@@ -300,5 +310,5 @@ def _schema(info: TokenizerInfo, dtype: Any, lineage: Lineage, *, embed: bool) -
         pa.field("id", pa.string(), nullable=False),
         pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
     ]
-    metadata = {"llmkit.tokenizer": text(info.header()), "llmkit.lineage": text(lineage.header())}
-    return pa.schema(fields, metadata | ({FILES.decode(): text(info.files)} if embed else {}))
+    metadata = {TOKENIZER: text(info.header()), LINEAGE: text(lineage.header())}
+    return pa.schema(fields, metadata | ({TOKENIZER_TEXTS: text(info.files)} if embed else {}))

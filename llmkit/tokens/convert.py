@@ -1,6 +1,6 @@
 """Stored token ids as blocks of documents, counts of blocks, and blocks as JSON lines: of ids, or of texts.
 
-In: token shards, nanoGPT's or Megatron's files (shards/foreign.py). Memory: one block, about 2^20 tokens.
+In: token shards, the files of other trainers (shards/formats.py). Memory: one block, about 2^20 tokens.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -14,17 +14,11 @@ import numpy as np
 import orjson
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Input, base_name, digest_path
-from llmkit.shards.foreign import (
-    BLOCK_TOKENS,
-    Block,
-    check_file,
-    check_ids,
-    dataset_prefix,
-    read_megatron,
-    read_nanogpt,
-)
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
+from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
+from llmkit.shards.token_block import BLOCK_TOKENS, TokenBlock, check_file, check_ids
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encode import decode
 from llmkit.tokens.text_encoder import load
@@ -44,7 +38,7 @@ class Tally:
     bad_lines: int = 0
     sources: dict[str, list[int]] = field(default_factory=dict)
 
-    def add(self, block: Block) -> int:
+    def add(self, block: TokenBlock) -> int:
         """Count a block; its documents."""
         sizes = block.sizes or [0] * len(block.ids)
         for source, length, size in zip(block.sources, block.lengths.tolist(), sizes, strict=True):
@@ -68,8 +62,8 @@ class Tally:
 
 def stored(
     kind: str, paths: list[str], info: TokenizerInfo | None, source: str | None = None
-) -> tuple[TokenizerInfo, Iterable[Block], list[Input]]:
-    """Documents of "shards" or of "nanogpt" or "megatron" files (of these both, .bin and .idx): their tokenizer, blocks, and inputs for the lineage.
+) -> tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]:
+    """Documents of "shards" or of the files of a foreign format: their tokenizer, blocks, and inputs for the lineage.
 
     `source` names the source of all. LlmkitError where `info` is not the tokenizer of the shards; other files need it.
     """
@@ -82,11 +76,12 @@ def stored(
     for path in paths:
         check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
-    read, names = (read_nanogpt, paths) if kind == "nanogpt" else (read_megatron, [*map(dataset_prefix, paths[::2])])
-    return info, (block for name in names for block in read(name, info, source)), inputs
+    form = FOREIGN_FORMATS[kind]
+    read = form.load().read
+    return info, (block for data_set in form.data_sets(paths) for block in read(data_set, info, source)), inputs
 
 
-def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
+def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
     """Documents as they are stored, without the padding of packed ones."""
     first, names = 0, store.sources
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
@@ -96,7 +91,7 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
         behind = max(min(behind, first + BLOCK_DOCUMENTS), first + 1)
         tokens = store.span(int(store.offsets[first]), int(store.offsets[behind]))
         lengths, here = np.diff(store.offsets[first : behind + 1]), kept[first:behind]
-        yield Block(
+        yield TokenBlock(
             tokens if here.all() else tokens[np.repeat(here, lengths)],
             lengths[here],
             [store.id(first + i) for i in np.flatnonzero(here).tolist()],
@@ -105,18 +100,18 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[Block]:
         first = behind
 
 
-def token_lines(block: Block) -> bytes:
+def token_lines(block: TokenBlock) -> bytes:
     """A line {"id", "source", "tokens"} for each document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
     rows = ({"id": id, "source": source, "tokens": tokens} for tokens, id, source in block.documents())
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
-def text_lines(info: TokenizerInfo) -> Callable[[Block], bytes]:
+def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
     """A line {"id", "text", "source"} for each document. LlmkitError where an id is not in the vocabulary: the library would pass over it."""
     library = load(info)
 
-    def lines(block: Block) -> bytes:
+    def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
         texts = decode(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
         rows = zip(block.ids, texts, block.sources, strict=True)

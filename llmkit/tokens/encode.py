@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
-from llmkit.shards.foreign import Block
+from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble
 from llmkit.tokens.text_encoder import TextEncoder
@@ -57,7 +57,7 @@ class Encoder:
     def __reduce__(self) -> Any:  # the library's pickle forgets what `load` sets
         return _made_again, self._made_of
 
-    def __call__(self, chunk: Chunk) -> Block:
+    def __call__(self, chunk: Chunk) -> TokenBlock:
         documents, bad = parse(chunk, self._options)
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
@@ -70,7 +70,7 @@ class Encoder:
             flat, lengths = self._encode(texts, self._end)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         found = [document.count("duplicates") for document in kept] if self._how.keep_duplicates else []
-        return Block(flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=found, bad=bad)
+        return TokenBlock(flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=found, bad=bad)
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._how.fim.segments(text, id, source) if self._how.fim else [text]

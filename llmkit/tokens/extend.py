@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens.pretokenize import byte_alphabet, pattern_of
 from llmkit.tokens.text_encoder import load

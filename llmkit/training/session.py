@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import Input, Lineage
+from llmkit.io.record import Input, Lineage
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.mixing.packing import PADDING
+from llmkit.shards.shard import PADDING_SOURCE
 
 MAX_SOURCES = 15  # sources with a curve of their own
 OTHER = "other"
@@ -41,12 +41,12 @@ def document_groups(
     The last three are what `origins()` of a TokenStore or OrderedTokens returns.
     """
     tokens = np.bincount(codes, sizes, minlength=len(names))
-    by_size = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING]
+    by_size = [i for i in np.argsort(-tokens, kind="stable").tolist() if names[i] != PADDING_SOURCE]
     largest = sorted(by_size[:MAX_SOURCES])
     numbers = np.full(len(names) + 1, len(largest), np.int16)
     numbers[largest] = np.arange(len(largest))
     groups = 2 * numbers[codes] + (0 if epochs is None else (epochs > 0).astype(np.int16))
-    if PADDING in names:
-        groups[codes == list(names).index(PADDING)] = PADDING_CODE
+    if PADDING_SOURCE in names:
+        groups[codes == list(names).index(PADDING_SOURCE)] = PADDING_CODE
     other = (OTHER,) * (len(by_size) > MAX_SOURCES)
     return SourceGroups((*(names[i] for i in largest), *other), groups.astype(np.int16))

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.mixing.packing import PADDING
-from llmkit.shards.part import Part, batch_tokens, numbers, text_bytes
+from llmkit.shards.arrow import as_numpy, string_data
+from llmkit.shards.shard import PADDING_SOURCE, Shard, batch_tokens
 
 VERSION = 1
 NAME = "trace"
@@ -71,7 +71,7 @@ def write_trace(run: Path, stream: Any, phases: Iterable[PhaseSizes], total: int
         "version": VERSION,
         "legs": list(map(list, phases)),
         "total": total,
-        "stores": [[_describe_file(part, run) for part in store.parts] for store in stores],
+        "stores": [[_describe_file(shard, run) for shard in store.shards] for store in stores],
     }
     text = json.dumps(description, indent=1)
     directory = run / NAME
@@ -96,11 +96,11 @@ def write_trace(run: Path, stream: Any, phases: Iterable[PhaseSizes], total: int
         (partial / "trace.json").write_text(text)
 
 
-def _describe_file(part: Part, run: Path) -> list[Any]:
-    path = part.path.resolve()
+def _describe_file(shard: Shard, run: Path) -> list[Any]:
+    path = shard.path.resolve()
     inside = path.is_relative_to(run.resolve())
     name = str(path.relative_to(run.resolve())) if inside else str(path)
-    return [name, path.stat().st_size, part.trailer["documents"], part.trailer["digest"]]
+    return [name, path.stat().st_size, shard.trailer["documents"], shard.trailer["digest"]]
 
 
 class Trace:
@@ -111,7 +111,7 @@ class Trace:
 
     def __init__(self, run: str | Path) -> None:
         self._run = Path(run)
-        self._parts: dict[tuple[int, int], Part] = {}
+        self._shards: dict[tuple[int, int], Shard] = {}
         self._tokens: dict[tuple[int, int, int], tuple[NDArray[np.int64], NDArray[Any]]] = {}  # by record batch
         directory = self._run / NAME
         if not directory.is_dir():
@@ -205,7 +205,9 @@ class Trace:
         stream_epoch = position // self._stream_tokens
         document_start = stream_epoch * self._stream_tokens + int(self._offsets[row])  # in the endless stream
         store, document, order_epoch, start = self._origin(row)
-        name, source, stored_epoch, tokens = self._document(store, document) if store >= 0 else ("", PADDING, 0, None)
+        name, source, stored_epoch, tokens = (
+            self._document(store, document) if store >= 0 else ("", PADDING_SOURCE, 0, None)
+        )
         epoch = order_epoch + stored_epoch + stream_epoch
         while position < stop:
             phase = self.phases[bisect_right(self.phases, position, key=lambda phase: phase[1]) - 1]
@@ -239,20 +241,20 @@ class Trace:
         if store >= len(self._files) or document >= self._firsts[store][-1]:
             raise LlmkitError(f"{self._run / NAME}: refers to a missing document", HINT)
         file = int(np.searchsorted(self._firsts[store], document, side="right")) - 1
-        part, row = self.part(store, file), document - int(self._firsts[store][file])
+        shard, row = self.shard(store, file), document - int(self._firsts[store][file])
         number = 0
-        while number < len(part.batches) and row >= part.batches[number].num_rows:
-            row -= part.batches[number].num_rows
+        while number < len(shard.batches) and row >= shard.batches[number].num_rows:
+            row -= shard.batches[number].num_rows
             number += 1
-        if number == len(part.batches):
+        if number == len(shard.batches):
             raise LlmkitError(
-                f"{part.name}: fewer documents than when the run read it", "restore the data that the run read"
+                f"{shard.name}: fewer documents than when the run read it", "restore the data that the run read"
             )
-        batch = part.batches[number]
+        batch = shard.batches[number]
         if (store, file, number) not in self._tokens:  # checked once: a step reads many documents of one batch
-            self._tokens[store, file, number] = batch_tokens(batch, part.name)
+            self._tokens[store, file, number] = batch_tokens(batch, shard.name)
         offsets, values = self._tokens[store, file, number]
-        epoch = int(numbers(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
+        epoch = int(as_numpy(batch.column("epoch"))[row]) if "epoch" in batch.schema.names else 0
         id, source = str(batch.column("id")[row].as_py()), str(batch.column("source")[row].as_py())
         return id, source, epoch, values[offsets[row] - offsets[0] : offsets[row + 1] - offsets[0]]
 
@@ -261,14 +263,14 @@ class Trace:
         encoded_id = id.encode()
         for store, files in enumerate(self._files):
             for number, first in zip(range(len(files)), self._firsts[store].tolist(), strict=False):
-                for batch in self.part(store, number).batches:
-                    starts, text = text_bytes(batch.column("id"))
+                for batch in self.shard(store, number).batches:
+                    starts, text = string_data(batch.column("id"))
                     yield from ((store, first + row) for row in _matching_rows(encoded_id, starts, text))
                     first += batch.num_rows
 
-    def part(self, store: int, number: int) -> Part:
+    def shard(self, store: int, number: int) -> Shard:
         """A shard file, mapped; raises LlmkitError if it has changed since the run read it."""
-        if (store, number) not in self._parts:
+        if (store, number) not in self._shards:
             name, size, _, digest = self._files[store][number]
             path = Path(os.path.join(self._run, name))
             hint = "restore the data at its former path, or --resume the run with the data at its new path"
@@ -276,11 +278,11 @@ class Trace:
                 same_size = path.stat().st_size == size
             except OSError as error:
                 raise LlmkitError(f"{path}: {error.strerror}", hint) from error
-            part = Part(path, str(path)) if same_size else None
-            if part is None or part.trailer.get("digest") != digest:
+            shard = Shard(path, str(path)) if same_size else None
+            if shard is None or shard.trailer.get("digest") != digest:
                 raise LlmkitError(f"{path}: not the data that the run read", hint)
-            self._parts[store, number] = part
-        return self._parts[store, number]
+            self._shards[store, number] = shard
+        return self._shards[store, number]
 
 
 def _load_mapped(path: Path) -> NDArray[Any]:

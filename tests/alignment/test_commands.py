@@ -13,7 +13,7 @@ import pytest
 
 from llmkit.chat.templates import chat_template, special_contents
 from llmkit.cli.main import run_command
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info
 from llmkit.training.metrics.log import read_metrics
 

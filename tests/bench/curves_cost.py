@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from tiny import ListStream
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.training import loop

@@ -120,7 +120,7 @@ class Naive:
 
     @staticmethod
     def _keys(text: str) -> list[int]:
-        from llmkit.corpus.decontaminate import as_bytes, ngrams, words_of
+        from llmkit.corpus.kernels.item_ngrams import as_bytes, ngrams, words_of
 
         return list(ngrams(words_of(as_bytes(text))[0], 13).tolist())
 

@@ -136,8 +136,8 @@ def dolma(python: str, texts: list[str]) -> tuple[list[dict[str, Any]], dict[str
 def compare(
     documents: list[tuple[str, str]], tags: list[dict[str, Any]], excluded: dict[str, str], cut: dict[str, str]
 ) -> int:
+    from llmkit.corpus.chain_loader import load_chain
     from llmkit.corpus.page import Page
-    from llmkit.corpus.rules import load_chain
 
     chains = {
         name: load_chain([], ["dolma"], [f"dolma.empty_lines={empty}"], "unicode")

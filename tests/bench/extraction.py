@@ -21,7 +21,7 @@ from importlib.metadata import version
 
 from peers import SHARED, in_turn, members, ratios, seconds, spread
 
-from llmkit.corpus.extract.archives import Page
+from llmkit.corpus.extract.archives import PageRecord
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 
 WEB = SHARED / "web"
@@ -58,7 +58,7 @@ def with_gold_lines(name: str) -> Pairs:
 
 def extracted(page: bytes, engine: Callable[..., str]) -> str:
     try:
-        return str(document_of(Page("page", page), engine)["text"])
+        return str(document_of(PageRecord("page", page), engine)["text"])
     except Skip:
         return ""
 

@@ -117,7 +117,7 @@ Decision = tuple[str, str]  # reason ("" = kept), text
 
 def compare(documents: list[tuple[str, str]]) -> None:
     from llmkit.corpus.chain import Chain
-    from llmkit.corpus.rules import load_chain
+    from llmkit.corpus.chain_loader import load_chain
     from llmkit.corpus.words import SPLITTERS, Splitter
 
     theirs = Reference()

@@ -25,8 +25,7 @@ from filter_speed import documents
 from numpy.typing import NDArray
 from peers import SHARED, call, in_turn, seconds
 
-from llmkit.corpus.dedup.kernels import minhash
-from llmkit.corpus.kernels import normalise
+from llmkit.corpus.dedup.kernels import minhash, normalise
 
 BANDS, ROWS, NGRAM = 14, 8, 5
 FIRST_SEED, PAIRS_A_DRAW = 715_517_000, 100

@@ -30,11 +30,13 @@ import numpy as np
 from peers import in_turn, measured, measured_python, ratios, spread
 
 from llmkit.cli.shared.options import parse_count
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.gather import write_ordered
 from llmkit.mixing.order import OrderedTokens
-from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore
+from llmkit.shards.arrow import as_arrow, encode_sources
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.writer import ShardWriter
 
 SHARES = {"web": 5, "code": 3, "wiki": 2}
 OURS, VIEWS, MEMMAP = "llmkit mix", "plain gather, memoryview", "plain gather, np.memmap"
@@ -65,7 +67,7 @@ def make(place: Path, tokens: int) -> OrderedTokens:
         tokens_of = random.integers(0, 49_152, int(lengths.sum()), dtype=np.uint16)
         with ShardWriter(str(place / name), TokenizerInfo("xxh3:0", 49_152, 0), Lineage("tokenize")) as writer:
             ids = as_arrow([f"<urn:uuid:{name}-{i:032x}>" for i in range(count)])
-            writer.extend(tokens_of, lengths, ids, coded([name] * count))
+            writer.extend(tokens_of, lengths, ids, encode_sources([name] * count))
             writer.finish({}, [])
         tokens_of.tofile(place / f"{name}.bin")
         np.save(place / f"{name}.npy", lengths)

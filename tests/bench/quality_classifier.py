@@ -47,25 +47,25 @@ Judge = Callable[[list[str], list[int], list[str], int], list[float]]
 
 
 def ours(texts: list[str], targets: list[int], others: list[str], seed: int) -> list[float]:
-    from llmkit.corpus.classifier_training import Training, train
+    from llmkit.corpus.classifier_training import ClassifierOptions, train
 
-    model = train(texts, targets, LABELS, Training(seed=seed))
+    model = train(texts, targets, LABELS, ClassifierOptions(seed=seed))
     return [float(model.probabilities(text)[0]) for text in others]
 
 
 def library(texts: list[str], targets: list[int], others: list[str], seed: int) -> list[float]:
     import fasttext
 
-    from llmkit.corpus.classifier_training import Training
+    from llmkit.corpus.classifier_training import ClassifierOptions
 
-    how = Training()
+    how = ClassifierOptions()
     words = sum(len(text.split()) for text in texts)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         for text, target in zip(texts, targets, strict=True):
             file.write(f"__label__{LABELS[target]} {' '.join(text.split())}\n")
         file.flush()
         model = fasttext.train_supervised(
-            file.name, dim=how.dim, wordNgrams=how.word_ngrams, epoch=how.passes(len(texts)), lr=how.rate,
+            file.name, dim=how.dim, wordNgrams=how.word_ngrams, epoch=how.epochs_for(len(texts)), lr=how.rate,
             bucket=1 << (words // 4).bit_length(), thread=1, seed=seed, verbose=0,
         )  # fmt: skip
     lines = [" ".join(text.split()) + "\n" for text in others]
@@ -94,8 +94,8 @@ def report(shared: Path, seeds: int) -> None:
     import numpy as np
 
     from llmkit import __version__
+    from llmkit.corpus.chain_loader import load_chain
     from llmkit.corpus.classifier_training import auc, stratify, wilson
-    from llmkit.corpus.rules import load_chain
 
     rows = rows_of(shared / "text" / "dclm_majority_data.jsonl.zst")
     texts = [row["text"] for row in rows]

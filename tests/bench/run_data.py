@@ -33,7 +33,7 @@ def prepare(place: Path, steps: int, poison: dict[int, str], rare: tuple[int, ..
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
 

@@ -61,9 +61,10 @@ WORKER = {
     "llmkit": """
 import sys, time
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.lineage.record import Lineage
-from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, load_tokenizer_info
+from llmkit.io.record import Lineage
+from llmkit.shards.arrow import as_arrow, encode_sources
+from llmkit.shards.reader import load_tokenizer_info
+from llmkit.shards.writer import ShardWriter
 from llmkit.tokens.encode import Encoder
 info = load_tokenizer_info(TOKENIZER)
 options = ReadOptions()
@@ -71,7 +72,7 @@ encoder = Encoder(info, options)
 def work(source, target):
     with ShardWriter(target + ".arrow", info, Lineage("tokenize"), force=True) as writer, DocumentReader([source], options) as reader:
         for block in map(encoder, reader.chunks()):
-            writer.extend(block.tokens, block.lengths, as_arrow(block.ids), coded(block.sources))
+            writer.extend(block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources))
         writer.finish({}, reader.inputs)
 """,
     "tokenizers": READ + """

@@ -24,10 +24,11 @@ import pyarrow
 
 from llmkit.cli.main import run_command
 from llmkit.cli.shared.options import parse_count
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.shards.part import as_arrow, coded
-from llmkit.shards.writer import ShardWriter, TokenizerInfo
+from llmkit.shards.arrow import as_arrow, encode_sources
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.writer import ShardWriter
 from llmkit.training.trace import write_trace
 
 MEASURE = """
@@ -53,7 +54,7 @@ def make(place: Path, name: str, documents: int, seed: int) -> None:
             lengths = draw.integers(20, 280, count)
             ids = as_arrow([f"<urn:uuid:{name}-{i:026d}>" for i in range(first, first + count)])
             tokens = draw.integers(0, 50_000, int(lengths.sum())).astype(np.uint16)
-            writer.extend(tokens, lengths, ids, coded([name] * count))
+            writer.extend(tokens, lengths, ids, encode_sources([name] * count))
         writer.finish({}, [])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkit.lineage.record import digest_path, read_lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 
 Call = Callable[..., tuple[int, str, str]]
 

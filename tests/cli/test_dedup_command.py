@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 
 def text(seed: int, count: int = 120) -> str:
@@ -33,7 +33,8 @@ def rows_of(data: bytes) -> list[dict[str, object]]:
 
 
 def test_minhash_is_the_default(llmkit, docs: Path) -> None:
-    """Behaviour: copies and near copies go, each with the id of its kept document and the true similarity; the rest is untouched."""
+    """Behaviour: copies and near copies are removed, each with the id of its kept document and the true similarity; other
+    documents are unchanged."""
     done = llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", "--no-counts", "--rejects", "r.jsonl", "--json", cwd=docs)
     assert done.returncode == 0, done.stderr
     lines = (docs / "docs.jsonl").read_bytes().splitlines(keepends=True)
@@ -50,8 +51,9 @@ def test_minhash_is_the_default(llmkit, docs: Path) -> None:
     assert counts["reasons"] == {"minhash": 10}
 
 
-def test_survivors_carry_numbers(llmkit, docs: Path) -> None:
-    """Behaviour: a survivor says for how many it stands, others keep their bytes; --annotate keeps all; what is in --against goes."""
+def test_counts_annotate_and_against(llmkit, docs: Path) -> None:
+    """Behaviour: survivors carry the size of their cluster, other documents keep their bytes; --annotate keeps everything;
+    duplicates of --against are removed."""
     assert llmkit("dedup", "docs.jsonl", "-o", "out.jsonl", cwd=docs).returncode == 0
     lines = (docs / "docs.jsonl").read_bytes().splitlines()
     kept = (docs / "out.jsonl").read_bytes().splitlines()
@@ -70,7 +72,7 @@ def test_survivors_carry_numbers(llmkit, docs: Path) -> None:
 
 
 def test_exact_and_keys(llmkit, docs: Path) -> None:
-    """Behaviour: exact removes copies alone; --key another field; both methods in order."""
+    """Behaviour: exact removes only copies; --key compares another field; both methods combine."""
 
     def kept(*arguments: str) -> int:
         done = llmkit("dedup", "docs.jsonl", "--plain", "-q", *arguments, cwd=docs)
@@ -85,14 +87,15 @@ def test_exact_and_keys(llmkit, docs: Path) -> None:
 
 
 def test_lines_and_paragraphs(llmkit_here, docs: Path) -> None:
-    """Behaviour: repeats are cut out of texts, what is emptied goes to the rejects, a list is an input of the lineage; the summary says how much."""
+    """Behaviour: repeats are cut out of texts, emptied documents are rejected, a list is an input of the lineage; the
+    summary reports the share that was cut."""
     rows = [{"id": str(i), "text": f"Menu\nShare this\n\n{text(i)}\n\nShare this"} for i in range(4)]
     rows.append({"id": "empty", "text": "Menu\nShare this\n\nShare this"})
     (docs / "pages.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     (docs / "list.txt").write_text("share  this\n")
 
     def texts(*arguments: str) -> list[object]:
-        """Texts that are kept, and the ids of the rest."""
+        """The kept texts and the ids of the rejects."""
         files = ("-f", "-o", "out.jsonl", "--rejects", "r.jsonl")
         done = llmkit_here("dedup", "pages.jsonl", *files, *arguments, cwd=docs)
         assert done.returncode == 0 and b"% of the characters" in done.stderr, done.stderr
@@ -114,7 +117,7 @@ def test_lines_and_paragraphs(llmkit_here, docs: Path) -> None:
 
 
 def test_substring(llmkit_here, docs: Path) -> None:
-    """Behaviour: of a repeat of 50 words the later copy is cut, wherever it stands; by --length and --unit less or more; the same bytes for -j 2."""
+    """Behaviour: the later copy of a repeat of 50 words is cut, at any position; --length and --unit; the same for -j 2."""
     long, short = text(90, 60), text(91, 20)
     rows = [{"id": str(i), "text": f"{text(i)} {long} {text(i + 50)}\n{short}"} for i in range(3)]
     (docs / "pages.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in [*rows, {"text": long}]))
@@ -125,13 +128,17 @@ def test_substring(llmkit_here, docs: Path) -> None:
         return [row["text"] for row in rows_of(done.stdout)]
 
     without = [f"{text(i)} {text(i + 50)}" for i in (1, 2)]
-    assert texts() == texts("-j", "2", "--memory", "1k") == [rows[0]["text"], *(f"{rest}\n{short}" for rest in without)]
+    assert (
+        texts()
+        == texts("-j", "2", "--memory", "1k")
+        == [rows[0]["text"], *(f"{remainder}\n{short}" for remainder in without)]
+    )
     assert texts("--length", "20") == [rows[0]["text"], *without]
     assert texts("--length", "300", "--unit", "bytes")[1] == f"{text(1)}{text(51)}\n{short}"
 
 
-def test_one_output_a_file(llmkit_here, docs: Path) -> None:
-    """Behaviour: into a directory each input is deduplicated by itself, and counted by itself."""
+def test_one_output_per_file(llmkit_here, docs: Path) -> None:
+    """Behaviour: with a directory as output, each input is deduplicated and counted separately."""
     (docs / "other.jsonl").write_bytes((docs / "docs.jsonl").read_bytes())
     for method in ("exact", "minhash", "lines", "substring"):
         call = ("dedup", "docs.jsonl", "other.jsonl", "--method", method, "-o", f"{method}/")
@@ -142,18 +149,18 @@ def test_one_output_a_file(llmkit_here, docs: Path) -> None:
 
 
 def test_a_directory_at_a_url(llmkit_here, docs: Path) -> None:
-    """Behaviour: inputs and outputs may be URLs, of directories and patterns too; with --resume only what is missing is made."""
+    """Behaviour: inputs and outputs may be URLs, also of directories and patterns; --resume makes only missing files."""
     (docs / "in").mkdir()
     for name in "ab":
         (docs / "in" / f"{name}.jsonl").write_bytes((docs / "docs.jsonl").read_bytes())
     call = ("dedup", f"local://{docs}/in/", "-o", f"local://{docs}/out/", "--rejects", f"local://{docs}/gone/")
     done = llmkit_here(*call)
-    assert done.returncode == 0 and b"each file by itself" in done.stderr
+    assert done.returncode == 0 and b"each file is deduplicated separately" in done.stderr
     made = {path.name: path.read_bytes() for path in sorted(docs.glob("*/*.zst"))}
     assert len(list(docs.glob("out/*.zst"))) == len(list(docs.glob("gone/*.zst"))) == 2
     assert b"exists" in llmkit_here(*call).stderr
     (docs / "out" / "b.jsonl.zst").unlink()
-    assert b"1 files were there" in llmkit_here(*call, "--resume").stderr
+    assert b"1 files up to date" in llmkit_here(*call, "--resume").stderr
     assert made == {path.name: path.read_bytes() for path in sorted(docs.glob("*/*.zst"))}
     done = llmkit_here(
         "dedup", f"local://{docs}/in/[ab].jsonl", "--method", "exact", "-o", "one.jsonl", "--json", cwd=docs
@@ -164,8 +171,8 @@ def test_a_directory_at_a_url(llmkit_here, docs: Path) -> None:
     )
 
 
-def test_no_room_for_what_waits(docs: Path) -> None:
-    """Behaviour: where documents cannot wait, the error names the directory; there is no output, and nothing is left in it."""
+def test_no_space_for_temporary_files(docs: Path) -> None:
+    """Behaviour: the error names the directory; there is no output, and no temporary file remains."""
     (docs / "more.jsonl").write_bytes(b"".join(orjson.dumps({"text": text(i)}) + b"\n" for i in range(1000)))
     (docs / "spill").mkdir()
     call = f"ulimit -f 64; exec {sys.executable} -m llmkit dedup more.jsonl --temp-dir spill -o out.jsonl"
@@ -174,8 +181,8 @@ def test_no_room_for_what_waits(docs: Path) -> None:
     assert not list((docs / "spill").iterdir()) and not list(docs.glob("*out.jsonl*"))
 
 
-def test_a_field_that_nothing_has(llmkit_here, docs: Path) -> None:
-    """Behaviour: a misspelt field is worth a warning."""
+def test_a_field_that_no_document_has(llmkit_here, docs: Path) -> None:
+    """Behaviour: a misspelt field gives a warning."""
     for more in (
         ("--group", "sit"),
         ("--method", "exact", "--key", "ur"),
@@ -186,8 +193,8 @@ def test_a_field_that_nothing_has(llmkit_here, docs: Path) -> None:
     assert llmkit_here("dedup", "docs.jsonl", "-o", "x.jsonl", "-f", "-q", "--group", "url", cwd=docs).stderr == b""
 
 
-def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
-    """Property: the same bytes for -j 1 and -j 2, rejects too, over several chunks."""
+def test_output_does_not_depend_on_jobs(llmkit, docs: Path) -> None:
+    """Property: the same bytes for -j 1 and -j 2, also of the rejects, over several chunks."""
     rows = [{"id": str(i), "text": text(i % 1900, 150) + f" {'tail ' * (i % 3)}"} for i in range(2500)]
     (docs / "many.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     assert (docs / "many.jsonl").stat().st_size > 2 << 20
@@ -201,7 +208,7 @@ def test_jobs_decide_nothing(llmkit, docs: Path) -> None:
 
 
 def test_seed_is_recorded_and_changes_only_the_hash_functions(llmkit, docs: Path) -> None:
-    """Behaviour: the lineage holds seed and parameters, and no temporary directory."""
+    """Behaviour: the lineage records seed and parameters, but not the temporary directory."""
     (docs / "scratch").mkdir()
     done = llmkit("dedup", "docs.jsonl", "--seed", "7", "--temp-dir", "scratch", "-o", "out.jsonl.zst", cwd=docs)
     assert done.returncode == 0
@@ -243,7 +250,7 @@ def test_usage_errors(llmkit_here, docs: Path, arguments: list[str], message: st
 
 
 def test_empty_and_wordless_input(llmkit, docs: Path) -> None:
-    """Behaviour: no documents, and documents without words, go through."""
+    """Behaviour: empty input and documents without words are processed."""
     (docs / "empty.jsonl").write_bytes(b"")
     assert llmkit("dedup", "empty.jsonl", "--plain", cwd=docs).stdout == b""
     (docs / "odd.jsonl").write_bytes(
@@ -253,7 +260,7 @@ def test_empty_and_wordless_input(llmkit, docs: Path) -> None:
     assert [row["text"] for row in rows_of(done.stdout)] == ["", "...", "one two"]
 
 
-def test_temporary_directory_that_is_not_there(llmkit, docs: Path) -> None:
+def test_missing_temporary_directory(llmkit, docs: Path) -> None:
     """Behaviour: named, exit 1, no output."""
     done = llmkit("dedup", "docs.jsonl", "--temp-dir", "nowhere", "-o", "out.jsonl", cwd=docs)
     assert done.returncode == 1 and b"nowhere" in done.stderr and b"Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 STORY = "The quick brown fox jumps over the lazy dog, and then it sleeps in the warm sun until the evening comes. " * 3
 

@@ -17,10 +17,10 @@ import orjson
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
-from llmkit.lineage.tree import check
+from llmkit.lineage.check import check
+from llmkit.lineage.formats import read_lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.shards.writer import TokenStore
+from llmkit.shards.reader import TokenStore
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +197,7 @@ def test_weight_by_duplicates(llmkit_here, tmp_path: Path) -> None:
     assert found == {f"{i}": 1 if i < 2 else 2 if i < 6 else 3 for i in range(12)}
     (tmp_path / "d.jsonl").write_bytes(b'{"text":"a"}\n{"text":"b","duplicates":"many"}\n')
     done = llmkit_here(*call, "d.jsonl", cwd=tmp_path)
-    assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is no count" in done.stderr
+    assert done.returncode == 1 and b"d.jsonl:2" in done.stderr and b"'duplicates' is not a count" in done.stderr
 
 
 def test_shards_keep_duplicates(llmkit_here, place: Path, small_tokenizer: dict[str, str]) -> None:

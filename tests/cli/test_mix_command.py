@@ -12,9 +12,9 @@ import orjson
 import pytest
 import zstandard
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.mixing.order import OrderedTokens
-from llmkit.shards.writer import TokenStore
+from llmkit.shards.reader import TokenStore
 
 Write = Callable[..., Path]
 
@@ -149,7 +149,7 @@ def test_repeated_run_does_nothing(llmkit, place: Path) -> None:
 )
 def test_bad_calls(llmkit, place: Path, write_shards: Write, arguments: list[str], code: int, message: str) -> None:
     """Behaviour: exit code, one error line, and nothing under the output's name."""
-    from llmkit.shards.writer import TokenizerInfo
+    from llmkit.shards.tokenizer_info import TokenizerInfo
 
     (place / "empty").mkdir()
     (place / "docs.jsonl").write_bytes(b'{"text": "x"}\n')

@@ -1,4 +1,4 @@
-"""`--engine ray` on a cluster of two machines, which this one plays: the same bytes, whatever dies meanwhile."""
+"""`--engine ray` on a simulated cluster of two machines: the same bytes, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from waiting import wait_until
 
 HEAD = """
 import sys
@@ -28,7 +29,7 @@ cluster.shutdown()
 
 
 class Machines:
-    """The cluster: its address, and the processes that belong to it."""
+    """The cluster: its address and its processes."""
 
     def __init__(self) -> None:
         environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
@@ -43,7 +44,7 @@ class Machines:
         self.address = self._process.stdout.readline().decode().strip()
 
     def processes(self, named: str) -> list[int]:
-        """Descendants whose command line begins so."""
+        """Process ids of descendants whose command contains `named`."""
         parents, names = {}, {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -52,14 +53,14 @@ class Machines:
                     names[int(entry.name)] = (entry / "cmdline").read_text()
                 except (OSError, ValueError):
                     continue
-        found = []
+        result = []
         for pid, name in names.items():
-            at = pid
-            while at in parents and at != self._process.pid:
-                at = parents[at]
-            if at == self._process.pid and named in name[: name.find("\0")]:
-                found.append(pid)
-        return sorted(found)
+            ancestor = pid
+            while ancestor in parents and ancestor != self._process.pid:
+                ancestor = parents[ancestor]
+            if ancestor == self._process.pid and named in name[: name.find("\0")]:
+                result.append(pid)
+        return sorted(result)
 
     def close(self) -> None:
         assert self._process.stdin
@@ -70,9 +71,9 @@ class Machines:
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
     pytest.importorskip("ray")
-    found = Machines()
-    yield found
-    found.close()
+    cluster = Machines()
+    yield cluster
+    cluster.close()
 
 
 def text(seed: int, count: int = 90) -> str:
@@ -82,13 +83,13 @@ def text(seed: int, count: int = 90) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six files, 4 MB: every fifth document is a copy of an earlier one, every seventh nearly."""
+    """Six files, 4 MB: every fifth document is a copy of an earlier one, every seventh a near copy."""
     directory = tmp_path_factory.mktemp("files")
     for number in range(6):
         lines = []
         for i in range(number * 1000, number * 1000 + 1000):
-            of, more = (i // 2, "") if i % 5 == 4 else (i // 3, " and so on") if i % 7 == 6 else (i, "")
-            row = {"id": f"d{i}", "text": text(of) + more, "site": of % 3, "score": i * 7 % 11}
+            source, suffix = (i // 2, "") if i % 5 == 4 else (i // 3, " and so on") if i % 7 == 6 else (i, "")
+            row = {"id": f"d{i}", "text": text(source) + suffix, "site": source % 3, "score": i * 7 % 11}
             lines.append(orjson.dumps(row))
         (directory / f"in{number}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     return directory
@@ -96,25 +97,25 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def both(llmkit, machines: Machines, files: Path, tmp_path: Path):
-    """Run a command here and on the cluster: what each wrote, by name."""
+    """Run a command locally and on the cluster: the files that each wrote, by name."""
 
     def run(*arguments: str, stdin: bytes | None = None) -> list[dict[str, bytes]]:
-        found = []
+        results = []
         for name, engine in (("local", []), ("ray", ["--engine", "ray"])):
-            here = tmp_path / name
-            here.mkdir()
+            directory = tmp_path / name
+            directory.mkdir()
             done = llmkit(
                 *arguments,
                 *engine,
                 "-q",
-                cwd=here,
+                cwd=directory,
                 stdin=stdin,
                 env={"RAY_ADDRESS": machines.address},
             )
             assert done.returncode == 0, done.stderr.decode()
-            written = {path.name: path.read_bytes() for path in sorted(here.rglob("*")) if path.is_file()}
-            found.append(written | ({"stdout": done.stdout} if done.stdout else {}))
-        return found
+            written = {path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+            results.append(written | ({"stdout": done.stdout} if done.stdout else {}))
+        return results
 
     return run
 
@@ -129,34 +130,34 @@ def both(llmkit, machines: Machines, files: Path, tmp_path: Path):
     ],
     ids=lambda arguments: "_".join(arguments[1:5]),
 )
-def test_the_same_bytes_as_here(both, files: Path, arguments: tuple[str, ...]) -> None:
+def test_the_same_bytes_as_locally(both, files: Path, arguments: tuple[str, ...]) -> None:
     """Behaviour: documents, rejects and lineage are byte for byte those of one process."""
     (files / "own.py").write_text("def even(page):\n    return len(page.text) % 2 == 0\n")
     named = [str(files / argument) if argument.startswith(("in", "own")) else argument for argument in arguments]
-    here, there = both(*named, str(files), "-o", "out.jsonl.zst")
-    for name in here.keys() - {"seen.duckdb"}:
-        assert here[name] == there[name], name
-    assert here.keys() == there.keys()
+    local, remote = both(*named, str(files), "-o", "out.jsonl.zst")
+    for name in local.keys() - {"seen.duckdb"}:
+        assert local[name] == remote[name], name
+    assert local.keys() == remote.keys()
 
 
 def test_tokens_and_stdin(both, llmkit, files: Path, tmp_path: Path) -> None:
-    """Behaviour: shards are the same, of what comes on stdin too, which is read where the command runs."""
+    """Behaviour: shards are the same, also for stdin, which is read where the command runs."""
     assert llmkit("vocab", str(files / "in0.jsonl"), "--size", "512", "-o", "tok/", "-q", cwd=tmp_path).returncode == 0
     data = b"".join(path.read_bytes() for path in sorted(files.glob("in*"))[:3])
-    here, there = both("tokenize", "-t", str(tmp_path / "tok"), "-o", "shards/", stdin=data)
-    assert here == there and "part-00000.arrow" in here
+    local, remote = both("tokenize", "-t", str(tmp_path / "tok"), "-o", "shards/", stdin=data)
+    assert local == remote and "part-00000.arrow" in local
 
 
 def test_a_directory_is_made_file_by_file(both, files: Path) -> None:
-    """Behaviour: with -o DIRECTORY each machine makes whole files; the files are those that one process makes."""
-    here, there = both(
+    """Behaviour: with -o DIRECTORY each machine makes whole files, the same as one process makes."""
+    local, remote = both(
         "filter", str(files), "--filter", "sample", "--rule", "sample.rate=0.5", "-o", "out/", "--rejects", "gone/"
     )
-    assert here == there and len(here) == 6
+    assert local == remote and len(local) == 6
 
 
-def test_an_error_is_named_as_here(llmkit, machines: Machines, files: Path, tmp_path: Path) -> None:
-    """Behaviour: a bad line on another machine, and an unknown engine, are one line each; nothing is left under the final name."""
+def test_errors(llmkit, machines: Machines, files: Path, tmp_path: Path) -> None:
+    """Behaviour: a bad line on another machine and an unknown engine give one line each; no output remains."""
     (tmp_path / "bad.jsonl").write_bytes((files / "in0.jsonl").read_bytes() + b"no JSON\n")
     for output in ("o.jsonl.zst", "d/"):
         done = llmkit(
@@ -172,27 +173,27 @@ def test_an_error_is_named_as_here(llmkit, machines: Machines, files: Path, tmp_
 
 
 def test_pages_and_a_signal(both, llmkit, machines: Machines, files: Path, tmp_path: Path) -> None:
-    """Behaviour: pages are extracted as here; SIGTERM ends a call with its code."""
+    """Behaviour: pages are extracted as locally; SIGTERM ends a call with its exit code."""
     pytest.importorskip("resiliparse")
     for path in sorted(files.glob("in*"))[:2]:
         rows = [
             {"id": row["id"], "html": f"<p>{row['text']}."} for row in map(orjson.loads, path.read_bytes().splitlines())
         ]
         (tmp_path / path.name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
-    here, there = both("extract", str(tmp_path / "in0.jsonl"), str(tmp_path / "in1.jsonl"), "-o", "pages.jsonl.zst")
-    assert here == there
+    local, remote = both("extract", str(tmp_path / "in0.jsonl"), str(tmp_path / "in1.jsonl"), "-o", "pages.jsonl.zst")
+    assert local == remote
     call = [sys.executable, "-m", "llmkit", "dedup", str(files), "--engine", "ray", "-o", str(tmp_path / "x.jsonl")]
     process = subprocess.Popen(call, env=os.environ | {"RAY_ADDRESS": machines.address}, stderr=subprocess.PIPE)
-    time.sleep(4)
+    wait_until(lambda: machines.processes("ray::_"), process)
     process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143 and b"internal error" not in said
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 143 and b"internal error" not in messages
     assert not (tmp_path / "x.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", ["extract", "dedup"])
-def test_what_dies_is_done_again(llmkit, machines: Machines, files: Path, tmp_path: Path, command: str) -> None:
-    """Property: with workers killed again and again, and at last a machine lost with all that lay there, the output is the same."""
+def test_lost_work_is_repeated(llmkit, machines: Machines, files: Path, tmp_path: Path, command: str) -> None:
+    """Property: with workers killed repeatedly, and finally a machine lost with all its objects, the output is the same."""
     if command == "extract":
         pytest.importorskip("resiliparse")
         lines = max(files.glob("in*")).read_bytes().splitlines()

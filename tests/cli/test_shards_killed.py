@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmkit.lineage.record import Lineage
-from llmkit.shards.part import as_arrow, coded
+from llmkit.io.record import Lineage
+from llmkit.shards.arrow import as_arrow, encode_sources
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter
 
@@ -36,7 +36,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: dict[str,
         tokens = numbers.integers(0, info.vocab_size, int(lengths.sum()), dtype=np.uint16)
         with ShardWriter(str(place / name), info, Lineage("tokenize")) as writer:
             ids = as_arrow([f"{name}-{i}" for i in range(len(lengths))])
-            writer.extend(tokens, lengths, ids, coded([name] * len(lengths)))
+            writer.extend(tokens, lengths, ids, encode_sources([name] * len(lengths)))
             writer.finish({}, [])
     return place
 

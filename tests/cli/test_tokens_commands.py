@@ -8,17 +8,17 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from llmkit.cli.main import run_command
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.lineage.record import read_lineage
-from llmkit.shards.writer import TokenStore
+from llmkit.lineage.formats import read_lineage
+from llmkit.shards.reader import TokenStore
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 
@@ -143,7 +143,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (["tokenize", "there", "-t", "tok", "-o", "x"], 1, "no input files in this directory"),
         (["tokenize", "bad.jsonl", "-t", "tok", "-o", "x"], 1, "bad.jsonl:2: invalid JSON"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--max-tokens-per-shard", "0"], 2, "at least one token"),
-        (["tokenize", "--decode", "docs.jsonl", "-o", "x.jsonl"], 1, "no token shard"),
+        (["tokenize", "--decode", "docs.jsonl", "-o", "x.jsonl"], 1, "not a token shard"),
         (["tokenize", "docs.jsonl", "-t", "gpt2", "-o", "x"], 1, "nothing is fetched from a hub"),
         (["tokenize", "docs.jsonl", "-t", "tok", "-o", "x", "--engine", "rai"], 2, "did you mean 'ray'"),
         (["tokenize", "--decode", "one.arrow", "-o", "x.jsonl", "--engine", "ray"], 2, "--engine is for encoding"),
@@ -165,7 +165,7 @@ def test_vocab_says_what_it_made(place: Path, capfd: pytest.CaptureFixture[str])
         (
             ["tokenize", "odd.bin", "--from", "nanogpt", "-t", "tok", "-o", "x"],
             1,
-            "odd.bin: 3 bytes are no whole number",
+            "odd.bin: 3 bytes are not a whole number",
         ),
         (["tokenize", "-", "--from", "nanogpt", "-t", "tok", "-o", "x"], 2, "stdin is none"),
         (["tokenize", "odd", "--from", "megatron", "-t", "tok", "-o", "x"], 1, "odd.idx: no such file"),
@@ -257,7 +257,7 @@ BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "</s>": 2}, "merges": []}
     [
         ({"type": "Mystery", "vocab": {"a": 0}}, {}, "unknown tokenizer model 'Mystery'"),
         ({"type": "BPE", "merges": []}, {}, "tokenizer.json is malformed"),
-        (BPE | {"vocab": {"a": 0}}, {}, "names no end-of-text token"),
+        (BPE | {"vocab": {"a": 0}}, {}, "has no end-of-text token"),
         (BPE | {"vocab": {"a": 0, "</s>": 1 << 40}}, {}, "tokenizer.json is malformed"),
         (BPE | {"merges": [["a", "z"]]}, {}, "does not load"),
         (BPE | {"merges": "a b"}, {}, "does not load"),
@@ -283,7 +283,7 @@ def test_absurd_size_of_a_tokenizer(place: Path, capfd: pytest.CaptureFixture[st
     with open(place / "tokenizer.json", "wb") as sink:
         sink.truncate(300 << 20)
     assert run_command("tokenize", ["docs.jsonl", "-t", "tokenizer.json", "-o", "x"]) == 1
-    assert "over 256 MiB is no tokenizer file" in capfd.readouterr().err
+    assert "over 256 MiB, too large for a tokenizer file" in capfd.readouterr().err
 
 
 def test_other_formats_and_back(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -445,9 +445,7 @@ def test_interrupted(place: Path, number: signal.Signals, code: int) -> None:
     assert process.stdin is not None
     process.stdin.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows()))
     process.stdin.flush()
-    deadline = time.monotonic() + 60
-    while not (place / ".s.partial").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((place / ".s.partial").exists, process)
     process.send_signal(number)
     assert process.wait(timeout=60) == code
     process.stdin.close()

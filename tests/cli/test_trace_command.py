@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llmkit.cli.main import run_command
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.order import OrderedTokens
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter

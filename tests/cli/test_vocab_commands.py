@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.lineage.record import read_lineage
-from llmkit.shards.tokenizer_info import load_tokenizer_info
+from llmkit.lineage.formats import read_lineage
+from llmkit.shards.reader import load_tokenizer_info
 
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
 ENGLISH = "The mixture of words in this document is plain English prose, number {} of many that say about the same. "

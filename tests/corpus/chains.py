@@ -1,9 +1,9 @@
-"""Chains of one filter, and what they say of a text."""
+"""Chains with a single filter, and their decision about a text."""
 
 from __future__ import annotations
 
 from llmkit.corpus.chain import Chain
-from llmkit.corpus.rules import load_chain
+from llmkit.corpus.chain_loader import load_chain
 
 
 def chain_of(name: str, **settings: object) -> Chain:
@@ -11,6 +11,6 @@ def chain_of(name: str, **settings: object) -> Chain:
 
 
 def reason_of(chain: Chain, text: str, fields: dict[str, object] | None = None) -> tuple[str, object]:
-    """(reason, value) of the rule that drops a document; reason "" for kept."""
+    """(reason, value) of the rule that drops a document; the reason is "" if it is kept."""
     drop = chain.judge(text, "document", fields).drop
     return ("", None) if drop is None else (drop.reason, drop.value)

@@ -1,4 +1,4 @@
-"""Files of Zstandard-compressed documents, read whole."""
+"""Reading Zstandard-compressed files of documents into memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """The files of a .tar.zst by their path in it."""
+    """The files in a .tar.zst by path."""
     with tarfile.open(fileobj=io.BytesIO(decompress(path))) as packed:
         return {member.name: packed.extractfile(member).read() for member in packed if member.isfile()}  # type: ignore[union-attr]

@@ -1,8 +1,9 @@
-"""Labelled sentences for the detection of personal data: positives built from the specifications of each kind, and things that look like them.
+"""Labelled sentences for the detection of personal data: positives built from specifications, and look-alikes.
 
     examples(seed=0, each=150) -> [Example(text, {(kind, start, end), ...}, source), ...]
 
-Nothing here knows the patterns that are tested. Values are made from what defines them: RFC 5322 and 6531 (email), RFC 4291 and 5952 and the IANA registries
+The examples are independent of the tested patterns. Values are built from the definitions of each kind: RFC 5322 and 6531
+(email), RFC 4291 and 5952 and the IANA registries
 (addresses), E.164 and national numbering plans (phones), ISO/IEC 7812 (cards), the registry of ISO 13616 (IBAN), the issuers' own descriptions (keys).
 """
 
@@ -24,18 +25,18 @@ Random = random.Random
 
 class Example(NamedTuple):
     text: str
-    labels: frozenset[tuple[str, int, int]]  # empty: nothing in here is personal
-    source: str  # kind of a positive, name of the trap of a negative
+    labels: frozenset[tuple[str, int, int]]  # empty: no personal data
+    source: str  # the kind of a positive, the name of the look-alike of a negative
 
 
 def examples(seed: int = 0, each: int = 150) -> list[Example]:
-    """`each` positives of every kind, and `each` / 5 of every trap."""
+    """`each` positives of every kind, and `each` / 5 negatives of every look-alike."""
     made = []
     for kind, (value, contexts) in POSITIVES.items():
         rng = random.Random(f"{seed} {kind}")
         for _ in range(each):
             text, before = value(rng), ""
-            if isinstance(text, tuple):  # a value that fits only into some sentences
+            if isinstance(text, tuple):  # a value that fits into some sentences only
                 text, own = text
                 before, after = rng.choice(own).split("{}")
             else:
@@ -156,11 +157,11 @@ INTERNATIONAL = [
     "+91-22-########", "+55 (11) 9####-####", "+52 55 #### ####", "+54 11 ####-####", "+61 2 #### ####", "+64 9 ### ####", "+65 6### ####", "+852 2### ####", "+972 3-###-####", "+971 4 ### ####",
     "+27 11 ### ####", "+234 803 ### ####", "+353 1 ### ####", "+358 9 ### ####", "+380 44 ### ## ##", "+420 2## ### ###", "+1.9##9######", "0049 30 #######", "00 33 6 ## ## ## ##", "(+49) 30 #######",
 ]  # fmt: skip
-NATIONAL = [  # forms whose shape says what they are
+NATIONAL = [  # forms that are recognised by their shape
     "(9##) 9##-####", "9##-9##-####", "9##.9##.####", "1-800-9##-####", "9## 9## ####", "(9##)9##-####", "020 7### ####", "0161 4## ####", "07### ######", "06 ## ## ## ##", "01.4#.##.##.##",
     "030 #######", "0171/#######", "(030) ########", "089-########", "02 9### ####", "03-####-####", "090-####-####", "044 ### ## ##", "020-#######", "08-### ### ##", "06 #### ####",
 ]  # fmt: skip
-LOCAL = [  # forms that only a word before them gives away
+LOCAL = [  # forms that are recognised by a preceding word only
     "9##-####", "9######", "9##9######", "91# ### ###", "6## ## ## ##", "22 ### ## ##", "98### #####", "138 #### ####", "8 (495) ###-##-##", "01 ### ####", "02 ### ## ##", "0123 #####", "##.##.##.##",
 ]  # fmt: skip
 PHONE_CONTEXTS = [
@@ -273,7 +274,7 @@ def some(rng: Random, alphabet: str, count: int) -> str:
 
 
 def token(rng: Random, alphabet: str, count: int) -> str:
-    """Random characters, digits among them as good as always in real ones."""
+    """Random characters with digits among them, as in nearly all real keys."""
     while True:
         value = some(rng, alphabet, count)
         if sum(c.isdigit() for c in value) > 1 and sum(c.isalpha() for c in value) > 1:
@@ -350,7 +351,7 @@ POSITIVES: dict[str, tuple[Value, list[str]]] = {
     "secret": (secret, SECRET_CONTEXTS),
 }
 
-# ---- what only looks like one
+# ---- look-alikes
 
 
 def broken(value: str, rng: Random) -> str:
@@ -440,7 +441,7 @@ TRAPS: dict[str, Callable[[Random], str]] = {
     "dump": choose(lambda r: f"{r.randrange(65536):08x}  " + " ".join(hexadecimal(r, 2) for _ in range(16)), lambda r: " ".join(hexadecimal(r, 4) for _ in range(8)), lambda r: "\\x" + "\\x".join(hexadecimal(r, 2) for _ in range(12)), lambda r: "08 00 45 00 00 3c 1c 46 40 00", lambda r: f"#{hexadecimal(r, 6)}; #{hexadecimal(r, 3)}"),
 }  # fmt: skip
 
-# ---- what makes a scan slow that starts anew at every character: any one of these, repeated
+# ---- repetitions of any of these slow down a scan that restarts at every character
 
 HOSTILE = [
     "a@", "a@a.", "a.a@", "1.1.", "12.34.56.78 ", "1", "1 ", "12 ", "06 12 34 ", "4111 ", "(1", "+1", "+49 ", "((((1", ":", "a:", "2001::1 ", "eyJ", "eyJhbGciOiJI.", "eyJhbGciOiJIUz.eyJhbGciOiJI.",

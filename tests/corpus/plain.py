@@ -1,4 +1,4 @@
-"""What the compiled kernels have to give, in plain Python: the definitions as one would write them down, one document at a time."""
+"""Reference implementations of the compiled kernels in plain Python, one document at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 
 
 def repeated(items: list[str]) -> tuple[int, int]:
-    """How many of `items` occurred before in the list, and their summed length in characters."""
+    """Number of `items` that occurred earlier in the list, and their total length in characters."""
     seen: set[str] = set()
     count = characters = 0
     for item in items:
@@ -23,7 +23,10 @@ def repeated(items: list[str]) -> tuple[int, int]:
 
 
 def top_ngram_characters(words: list[str], n: int) -> int:
-    """Characters in all copies of the most common n-gram (words joined by a space; of equally common ones the first); 0 without n words."""
+    """Characters in all copies of the most common n-gram (words joined by a space; of equally common ones the first).
+
+    0 for texts of fewer than n words.
+    """
     counts = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
     if not counts:
         return 0
@@ -32,7 +35,7 @@ def top_ngram_characters(words: list[str], n: int) -> int:
 
 
 def duplicate_ngram_characters(words: list[str], n: int, separator: str) -> int:
-    """Characters (without separators) in n-grams that occurred before, left to right, going on behind each one found."""
+    """Characters (without separators) in n-grams that occurred before, left to right, continuing after each repeat."""
     seen: set[str] = set()
     characters = i = 0
     while i <= len(words) - n:

@@ -1,4 +1,4 @@
-"""What tests of deduplication share: documents in memory as a stage reads them, and what a stage that edits texts makes of them."""
+"""Shared by the tests of deduplication: in-memory documents for a stage, and the results of stages that edit texts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 import orjson
 
-from llmkit.corpus.dedup.passages import Passages
-from llmkit.corpus.dedup.substring import Substring
+from llmkit.corpus.dedup.passages import PassageDedup
+from llmkit.corpus.dedup.substring import SubstringDedup
 from llmkit.io.documents import Chunk, ReadOptions
 
 
 class Rows:
-    """A reader of rows, or of the lines of such, so many to a chunk."""
+    """A reader of rows, or of their JSON lines, in chunks of `chunk` rows."""
 
     def __init__(self, rows: Iterable[dict[str, object] | bytes], chunk: int = 7) -> None:
         self.options = ReadOptions(max_line_bytes=100 << 20)
@@ -29,16 +29,16 @@ def texts_to_rows(texts: Iterable[str]) -> list[dict[str, object]]:
 
 
 def outcome_of(
-    stage: Passages | Substring, reason: str, texts: Iterable[str], chunk: int
+    stage: PassageDedup | SubstringDedup, reason: str, texts: Iterable[str], chunk: int
 ) -> tuple[list[str], list[str]]:
-    """Texts that are kept, and those that are dropped for that reason, with the counts checked against both."""
+    """The kept texts, and those dropped for `reason`; the counts are checked against both."""
     rows = list(texts)
     stage.rejects = True
-    done = list(stage.run(Rows(texts_to_rows(rows), chunk)))  # type: ignore[arg-type]
-    kept = [orjson.loads(line)["text"] for part in done for line in part.kept.splitlines()]
-    rejects = [orjson.loads(line) for part in done for line in part.rejects.splitlines()]
+    results = list(stage.run(Rows(texts_to_rows(rows), chunk)))  # type: ignore[arg-type]
+    kept = [orjson.loads(line)["text"] for result in results for line in result.kept.splitlines()]
+    rejects = [orjson.loads(line) for result in results for line in result.rejects.splitlines()]
     counts = stage.counts()
-    assert sum(part.documents for part in done) == counts["documents"] == len(rows) == len(kept) + len(rejects)
+    assert sum(result.documents for result in results) == counts["documents"] == len(rows) == len(kept) + len(rejects)
     assert {row["reason"] for row in rejects} <= {reason} and counts["dropped"] == len(rejects)
     assert counts["characters"] == sum(map(len, rows))
     assert counts["characters"] - counts["characters_cut"] == sum(map(len, kept))

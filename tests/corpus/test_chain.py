@@ -10,11 +10,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from llmkit.corpus import rules
+from llmkit.corpus import chain_loader
 from llmkit.corpus.chain import filter_chunk
+from llmkit.corpus.chain_loader import as_rules, builtin_presets, describe_chain, load_chain, preset_text
 from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import builtin_presets, describe_chain, load_chain, preset_text, spell_out
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import Chunk, ReadOptions
 
@@ -30,7 +30,7 @@ ORDER = {
     "refinedweb": ["gopher_repetition", "gopher_quality", "refinedweb"],
     "txt360": ["txt360", "gopher_repetition", "gopher_quality"],
 }
-# What a preset sets otherwise than its filter's defaults.
+# Thresholds that a preset sets to other values than the filter's defaults.
 OTHERWISE = {
     "fineweb": {"c4": {"require_end_mark"}},
     "dolma": {"dolma_c4": {"drop_curly_bracket", "drop_lorem_ipsum", "drop_javascript", "min_words_per_line"}},
@@ -45,18 +45,18 @@ def test_builtin_presets() -> None:
 
 @pytest.mark.parametrize("name", list(ORDER))
 def test_presets_spell_out_every_threshold(name: str) -> None:
-    """Property: the TOML names each threshold, with the filter's default but for the ones that the preset is about."""
+    """Property: the TOML sets every threshold, to the filter's default except for those that define the preset."""
     chain = dict(load_chain([name], [], [], "unicode").steps)
     for table in tomllib.loads(preset_text(name))["filter"]:
         kind = table.pop("name")
-        expected = rules.thresholds(FILTERS.get(kind))
+        expected = chain_loader.thresholds(FILTERS.get(kind))
         assert set(table) == set(expected)
         differing = {key for key in expected if expected[key] != getattr(chain[kind], key)}
         assert differing == OTHERWISE.get(name, {}).get(kind, set())
 
 
-def test_description_makes_the_same_chain(tmp_path: Path) -> None:
-    """Property: what --print-preset prints is a preset that gives the same chain; so do the names and rules for the lineage."""
+def test_printed_preset_gives_the_same_chain(tmp_path: Path) -> None:
+    """Property: the output of --print-preset gives the same chain, and so do the names and rules for the lineage."""
     chain = load_chain(
         ["fineweb"],
         [],
@@ -65,7 +65,7 @@ def test_description_makes_the_same_chain(tmp_path: Path) -> None:
     )
     (tmp_path / "my.toml").write_text(describe_chain(chain))
     assert load_chain([str(tmp_path / "my.toml")], [], [], "unicode") == chain
-    names, changed = spell_out(chain)
+    names, changed = as_rules(chain)
     assert load_chain([], names, changed, "unicode") == chain
     assert "c4.require_end_mark=false" in changed and "fineweb.list_ratio=off" in changed
 
@@ -99,7 +99,7 @@ def test_rules_override_thresholds() -> None:
     ],
 )
 def test_wrong_names_and_values(arguments: tuple[list[str], list[str], list[str]], message: str, hint: str) -> None:
-    """Behaviour: a usage error that names what is wrong and what is near."""
+    """Behaviour: a usage error that names the mistake and the closest known names."""
     with pytest.raises(UsageError) as caught:
         load_chain(*arguments, "unicode")
     assert message in caught.value.message and hint in caught.value.hint
@@ -118,7 +118,7 @@ def test_wrong_names_and_values(arguments: tuple[list[str], list[str], list[str]
     ],
 )
 def test_bad_preset_files(tmp_path: Path, content: str | None, message: str) -> None:
-    """Behaviour: the file is named, and what is wrong in it."""
+    """Behaviour: the error names the file and the problem."""
     path = tmp_path / "my.toml"
     if content is not None:
         path.write_text(content)
@@ -127,11 +127,11 @@ def test_bad_preset_files(tmp_path: Path, content: str | None, message: str) -> 
     assert message in caught.value.message
 
 
-def test_chunk_keeps_bytes_and_explains_rejects() -> None:
-    """Behaviour: untouched documents keep their bytes, edited ones change only their text, rejects come back as they were with the reason."""
+def test_filter_chunk_keeps_bytes_and_explains_rejects() -> None:
+    """Behaviour: unedited documents keep their bytes, edited ones change only their text, rejects get a reason."""
     good = "\n".join([LINE] * 5)
     lines = [
-        orjson.dumps({"text": good, "n": 1}).replace(b'"n":1', b'"n" : 1.0'),  # spacing that a rewrite would lose
+        orjson.dumps({"text": good, "n": 1}).replace(b'"n":1', b'"n" : 1.0'),  # spacing that re-encoding would lose
         orjson.dumps({"id": "b", "text": good + "\nmenu", "url": "u"}),
         orjson.dumps({"id": "c", "text": "menu\nmenu", "extra": [1]}),
         b"{broken",
@@ -157,7 +157,7 @@ def test_chunk_keeps_bytes_and_explains_rejects() -> None:
 
 
 def test_later_filters_see_the_edited_text() -> None:
-    """Behaviour: FineWeb's rules run on what C4 left."""
+    """Behaviour: FineWeb's rules see the text as edited by C4."""
     text = "\n".join([LINE + f" Number {i} of many." for i in range(5)] + ["Use cookies " + "x" * 60] * 3)
     assert load_chain([], ["fineweb"], [], "unicode").judge(text).drop == Check(
         "char_dup_ratio", pytest.approx(150 / 591, abs=0.1)
@@ -166,7 +166,7 @@ def test_later_filters_see_the_edited_text() -> None:
 
 
 def test_plugin_filters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: a dataclass or a plain function registers under a name; one that raises is named with the document."""
+    """Behaviour: a dataclass or a function registers under a name; if it raises, the error names it and the document."""
 
     @dataclass(frozen=True)
     class Shouting:

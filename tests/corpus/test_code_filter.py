@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from chains import chain_of, reason_of
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.code import visible_text
 from llmkit.corpus.filters.kernels.code import encoded_runs
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import splitter
 
 SOURCE = """def mean(values):
@@ -75,7 +75,7 @@ BLOB = base64.b64encode(random.Random(0).randbytes(768)).decode()  # 1,024 chara
     ],
 )
 def test_code_reasons(text: str, language: str, expected: tuple[str, object]) -> None:
-    """Parity with the published thresholds: first failing rule and its value, for code and for the languages that have rules of their own."""
+    """Parity with the published thresholds: first broken rule and its value, for code and for languages with own rules."""
     got = reason("code", text, {"language": language})
     assert got[0] == expected[0]
     assert got[1] == (pytest.approx(expected[1]) if isinstance(expected[1], float) else expected[1])
@@ -86,7 +86,7 @@ def test_encoded_data() -> None:
     lines = re.sub("(.{70})", r"\1\n", BLOB)
     source = SOURCE * 20
     assert reason("code", source + lines[:1023])[0] == ""
-    assert reason("code", source + lines[:1024] + "!") == ("max_encoded_run", 1025)  # and the newline before
+    assert reason("code", source + lines[:1024] + "!") == ("max_encoded_run", 1025)  # including the newline before it
     hexadecimal = "".join(f"0x{i:02x}, {'' if i % 12 else chr(10)}" for i in range(200))
     assert reason("code", source + hexadecimal)[0] == "max_encoded_run"
     assert reason("code", SOURCE + hexadecimal[:400])[0] == "max_encoded"
@@ -94,8 +94,8 @@ def test_encoded_data() -> None:
     assert reason("code", source + "x = '" + r"\u4e2d" * 180 + "'\n", max_line_length="off")[0] == "max_encoded_run"
 
 
-def test_encoded_runs_are_those_of_the_expressions() -> None:
-    """Parity with the published expressions: which characters lie in runs, on sources, data and random marks."""
+def test_encoded_runs_match_the_published_expressions() -> None:
+    """Parity with the published expressions: the characters in runs, for sources, data and random marks."""
     random_ = random.Random(1)
     texts = [SOURCE, BLOB, "de ad be ef " * 4, "deadbeef" * 20, r"\xde" * 9, r"\xde" * 7, "0xde,0xad\n" * 5, "00:11:22", "ff, " * 8 + "fff", r"\u12ab" * 8,
              r"\u12ab" * 7, "ab\n" * 30, "12 34 56 78 90 12 34 56", "12 34 56 78 90 12 34 567", "a" * 63, "a" * 64, "ab cd", "", "\\"]  # fmt: skip
@@ -109,7 +109,7 @@ def test_encoded_runs_are_those_of_the_expressions() -> None:
             for match in re.finditer(expression, text):
                 covered[match.start() : match.end() - (expression == PUBLISHED[1]) * _tail(match[0])] = True
         different += abs(int(covered.sum()) - runs(text)[1]) > 4 and text.isascii()
-    assert different <= 0.003 * len(texts)  # ours takes "ab, cd" for two bytes, theirs only "ab,cd" and "ab cd"
+    assert different <= 0.003 * len(texts)  # "ab, cd" is two bytes here; theirs accept "ab,cd" and "ab cd"
     assert runs(BLOB) == (1024, 1024) and runs("a" * 63) == (0, 0) and runs(r"\xde" * 8) == (32, 32)
     assert runs("12 34 56 78 90 12 34 56") == (23, 23) and runs("12 34 56 78 90 12 34 567") == (0, 0)
 
@@ -120,7 +120,7 @@ def _tail(run: str) -> int:
 
 
 def test_language_fields() -> None:
-    """Behaviour: the first field that names a language with rules of its own decides: a name, an extension, a path, also a nested one."""
+    """Behaviour: the first field that names a language with own rules decides; a name, an extension or a path."""
     page = "<html>\n<body>" + "<br/>\n" * 100
     for fields in (
         {"language": "HTML"},
@@ -135,12 +135,12 @@ def test_language_fields() -> None:
 
 
 def test_html_visible_text() -> None:
-    """Behaviour: text outside tags, comments, scripts and styles; what is left open ends with the text, and takes linear time."""
+    """Behaviour: text outside tags, comments, scripts and styles; unclosed elements end with the text, in linear time."""
     html = "<p>One  <b>two</b>\n three<script>if (a < b) { x }</SCRIPT><style>p{}</style><!-- <p>no</p> -->four 1 < 2 &amp;"
     assert visible_text(html.encode()) == "One two three four 1 < 2 &amp;"
     assert visible_text("ä<br>ö".encode()) == "ä ö"
     assert visible_text(b"one <b two") == "one" and visible_text(b"") == ""
-    assert visible_text(b"<script>a<b>one</b>") == "a one"  # never closed: only the tag goes
+    assert visible_text(b"<script>a<b>one</b>") == "a one"  # never closed: only the tag is removed
     small = "<html><body>" + "<p>word</p>" * 8
     assert reason("code", small, {"ext": "html"}) == ("min_html_characters", 39)
     assert reason("code", "<p>" + PROSE * 4 + "</p>", {"ext": "html"}) == ("", None)
@@ -169,13 +169,13 @@ MATHS = [
 
 @pytest.mark.parametrize(("text", "count"), MATHS)
 def test_maths_signs(text: str, count: int) -> None:
-    """Behaviour: what counts as a sign of mathematics; money, comparisons and paths do not."""
+    """Behaviour: signs of mathematics are counted; money, comparisons and paths are not."""
     chain = chain_of("maths")
     assert chain.measure(Page(text, splitter("unicode")))[0][1].value == count
 
 
 def test_maths_documents() -> None:
-    """Behaviour: at least two signs, and ten in a thousand words."""
+    """Behaviour: at least two signs, and ten per thousand words."""
     formula = r"\alpha "
     assert reason("maths", "word " * 50 + formula) == ("too_few_formulas", 1)
     assert reason("maths", "word " * 50 + formula * 2) == ("", None)
@@ -191,7 +191,7 @@ def test_maths_documents() -> None:
     ids=["dollars", "pairs", "money", "slashes", "begin", "signs", "letters", "hex", "0x", "u", "x", "lines", "gap", "open", "less"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(text: str) -> None:
-    """Behaviour: a megabyte of one pattern is judged in seconds (0.8 s where it was measured)."""
+    """Behaviour: a megabyte of one pattern takes seconds (0.8 s when measured)."""
     start = time.process_time()
     for name in ("code", "maths"):
         chain_of(name).measure(Page(text, splitter("unicode"), {"ext": "html"}))
@@ -199,5 +199,5 @@ def test_hostile_texts_take_linear_time(text: str) -> None:
 
 
 def test_code_preset() -> None:
-    """Behaviour: it is the filter `code`, with its defaults."""
+    """Behaviour: the preset is the filter `code` with its defaults."""
     assert load_chain(["code"], [], [], "unicode") == load_chain([], ["code"], [], "unicode")

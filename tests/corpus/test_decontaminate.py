@@ -1,4 +1,4 @@
-"""Evaluation items in training text: words, matches, what is no match, cuts, hostile input; and GSM8K in FLAN's copy of it.
+"""Evaluation items in training text: words, matches, non-matches, cuts, hostile input, and FLAN's copy of GSM8K.
 
 The figures on real data are properties: at least 99 % of the copies found, at most 0.1 % of unrelated documents flagged.
 """
@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import files_of, rows_of
 
-from llmkit.corpus.decontaminate import Index, Item, as_bytes, build_index, load_index, parts_of, words_of
+from llmkit.corpus.decontaminate import Item, ItemIndex, build_index, load_index, parts_of
 from llmkit.corpus.filters import FILTERS, Check
+from llmkit.corpus.kernels.item_ngrams import as_bytes, words_of
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import SPLITTERS
 from llmkit.errors import LlmkitError, UsageError
@@ -33,12 +34,12 @@ SOLUTION = "The ducks lay 48/2 = <<48/2=24>>24 eggs, both together 48+24 = <<48+
 FILLER = " ".join(f"filler{i}" for i in range(60))
 
 
-def one(*texts: str) -> Index:
-    """Index of one item with these parts."""
+def one(*texts: str) -> ItemIndex:
+    """An index of one item with these parts."""
     return build_index([Item("set", "1", list(parts_of(dict(enumerate(texts)))))])
 
 
-def share(index: Index, text: str) -> float:
+def share(index: ItemIndex, text: str) -> float:
     return index.find(text, None).share
 
 
@@ -67,13 +68,13 @@ SAME = [
 
 @pytest.mark.parametrize(("one_text", "other"), SAME)
 def test_same_words(one_text: str, other: str) -> None:
-    """Behaviour: case, marks, diacritics, spacing and the script of digits make no difference."""
+    """Behaviour: case, marks, diacritics, spacing and the script of digits are ignored."""
     assert words_of(as_bytes(one_text))[0].tolist() == words_of(as_bytes(other))[0].tolist()
 
 
 @pytest.mark.parametrize(("one_text", "other"), [("5 hens", "6 hens"), ("1,000", "1000"), ("ab c", "a bc"), ("я", "r")])
 def test_different_words(one_text: str, other: str) -> None:
-    """Behaviour: numbers are told apart, and so are words that join to the same letters."""
+    """Behaviour: different numbers differ, and so do words that join to the same letters."""
     assert words_of(as_bytes(one_text))[0].tolist() != words_of(as_bytes(other))[0].tolist()
 
 
@@ -82,8 +83,8 @@ ALPHABETS = st.text(st.sampled_from("aZé9 .-\n٣µßя\u0301İ語กิｱ\ud80
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(ALPHABETS, st.text(max_size=40)))
-def test_words_are_those_of_plain_python(text: str) -> None:
-    """Parity with `unicodedata`: every letter, digit and mark of the text, and nothing else, lies in a word, in order."""
+def test_words_match_plain_python(text: str) -> None:
+    """Parity with `unicodedata`: words contain every letter, digit and mark of the text, and nothing else, in order."""
     _, starts, ends = words_of(as_bytes(text))
     data = text.encode("utf-8", "surrogatepass")
     found = [data[start:end].decode("utf-8", "surrogatepass") for start, end in zip(starts, ends, strict=True)]
@@ -100,8 +101,8 @@ def test_words_are_those_of_plain_python(text: str) -> None:
 # ---- matches
 
 
-def test_question_and_solution_are_found_each_by_itself() -> None:
-    """Behaviour: whatever stands around them, in other spacing and case, and without the calculator's notes."""
+def test_question_and_solution_are_found_separately() -> None:
+    """Behaviour: in any surrounding text, with other spacing and case, and without the calculator annotations."""
     index = one(QUESTION, SOLUTION)
     plain = "the ducks lay 48 / 2 = 24 eggs, both together 48 + 24 = 72 a month, so 72 * 12 = 864 a year."
     for text in (QUESTION.upper(), plain):
@@ -110,8 +111,8 @@ def test_question_and_solution_are_found_each_by_itself() -> None:
     assert index.find(FILLER, 0.01).matches == []
 
 
-def test_share_is_of_the_n_grams() -> None:
-    """Property: with w of 30 different words in a row, w - 4 of 26 5-grams; over two windows the larger share."""
+def test_share_counts_n_grams() -> None:
+    """Property: w of 30 consecutive words give w - 4 of 26 5-grams; of two windows the larger share counts."""
     words = distinct(30)
     index = one(" ".join(words))
     for count in (8, 13, 29, 30):
@@ -120,8 +121,8 @@ def test_share_is_of_the_n_grams() -> None:
     assert share(index, " ".join([*words[:10], *distinct(100, "x"), *words[10:]])) == pytest.approx(16 / 26)
 
 
-def test_fewer_words_than_the_shortest_item_are_no_match() -> None:
-    """Behaviour: 7 words in a row of an item say nothing, though they are most of it; and items of 7 words are not looked for."""
+def test_fewer_words_than_min_words_do_not_match() -> None:
+    """Behaviour: 7 consecutive words of an item do not match, even if they are most of it; nor do items of 7 words."""
     words = distinct(9)
     assert share(one(" ".join(words)), " ".join(words[:7])) == 0
     assert share(one(" ".join(words)), " ".join(words[:8])) == pytest.approx(4 / 5)
@@ -129,21 +130,21 @@ def test_fewer_words_than_the_shortest_item_are_no_match() -> None:
     assert share(one("一二三四五六七八"), "〇一二三四五六七八九") == 1  # eight characters are eight words
 
 
-def test_numbers_count_as_words_do() -> None:
-    """Property: another number, like another word, costs the 5-grams that hold it: 5 of 26."""
+def test_numbers_count_as_words() -> None:
+    """Property: a changed number, like a changed word, breaks the 5-grams that contain it: 5 of 26."""
     words = distinct(30)
     words[10] = "48"
     for changed in ("49", "4.8", "forty"):
         assert share(one(" ".join(words)), " ".join([*words[:10], changed, *words[11:]])) == pytest.approx(21 / 26)
 
 
-def test_what_many_items_share_says_little() -> None:
-    """Property: an n-gram of k items weighs 1/k, one of more than 32 nothing; an instruction alone matches none of its items."""
+def test_shared_n_grams_weigh_little() -> None:
+    """Property: an n-gram of k items weighs 1/k, or 0 for k > 32; an instruction alone matches none of its items."""
     template = "Read the claim below and say whether common sense supports it"
     for count in (8, 40):
         items = [Item("set", str(i), [[f"{template} {' '.join(distinct(10, f'item{i}x'))}"]]) for i in range(count)]
         index = build_index(items)
-        light = 7 / count if count <= 32 else 0  # 11 words: 7 n-grams; then 4 + 6 that are the item's own
+        light = 7 / count if count <= 32 else 0  # 11 words: 7 n-grams; then 4 + 6 of the item alone
         assert share(index, template) == pytest.approx(light / (10 + light), abs=1e-9)
         assert share(index, items[3].parts[0][0]) == pytest.approx(1)
     alone = build_index([Item("set", str(i), [[template], [" ".join(distinct(20, f"i{i}x"))]]) for i in range(8)])
@@ -151,14 +152,14 @@ def test_what_many_items_share_says_little() -> None:
 
 
 def test_lists_of_texts_are_one_part_and_need_not_be_joined() -> None:
-    """Behaviour: choices are found though letters are printed between them."""
+    """Behaviour: choices are found even with letters printed between them."""
     choices = [" ".join(distinct(7, name)) for name in "abcd"]
     index = build_index([Item("set", "1", [choices])])
     assert share(index, f"A. {choices[0]} B. {choices[1]} C. {choices[2]} D. {choices[3]}") == pytest.approx(1)
 
 
 def test_items_are_read_from_any_rows(tmp_path: Path) -> None:
-    """Behaviour: questions, messages, nested choices; names by id or line; `fields` chooses; two files of one name are told apart."""
+    """Behaviour: questions, messages, nested choices; named by id or line; `fields` selects; equal file names differ."""
     text = {name: " ".join(distinct(12, name)) for name in "abcdef"}
     rows = [
         {"id": "x7", "question": text["a"], "answer": text["b"], "n": 3, "none": None},
@@ -190,7 +191,7 @@ def items(tmp_path: Path) -> tuple[str, ...]:
 
 
 def test_drop(items: tuple[str, ...]) -> None:
-    """Behaviour: the share is a statistic, the item the value; None switches the rule off."""
+    """Behaviour: the share is a statistic, the item is the value; None switches the rule off."""
     checks, page = judge(f"{FILLER} {QUESTION}", files=items)
     assert checks == [Check("contaminated", 1.0, False, "contaminated_share"), Check("contaminated", "gsm:1", True)]
     assert page.notes == {}
@@ -200,7 +201,7 @@ def test_drop(items: tuple[str, ...]) -> None:
 
 
 def test_annotate(items: tuple[str, ...]) -> None:
-    """Behaviour: the document stays whole, and names each item once."""
+    """Behaviour: the document is unchanged, and each item is listed once."""
     text = f"{QUESTION} {FILLER} {QUESTION}"
     checks, page = judge(text, files=items, action="annotate")
     assert (checks[-1].broken, page.text) == (False, text)
@@ -208,7 +209,7 @@ def test_annotate(items: tuple[str, ...]) -> None:
 
 
 def test_cut(items: tuple[str, ...]) -> None:
-    """Behaviour: each copy goes with the marks behind it, also with words changed at its ends and after characters of several bytes."""
+    """Behaviour: each copy is cut with the marks after it, also with changed words at its ends and after multi-byte text."""
     before, after = "Überall 🙂 “quoted” " + FILLER + ".\n", "\nÉnd " + FILLER
     changed = QUESTION.replace("Nora's", "Cora's").replace("year?", "decade?")
     for text in (QUESTION, changed):
@@ -224,14 +225,14 @@ def test_cut(items: tuple[str, ...]) -> None:
     ("settings", "message"),
     [
         ({"action": "burn"}, "action: 'burn'"),
-        ({"min_share": 0}, "min_share: 0 is no share"),
+        ({"min_share": 0}, "min_share: 0 is not a share"),
         ({"n": 9}, "n: 9 and min_words: 8"),
         ({}, "files names no evaluation items"),
         ({"files": ("-",)}, "stdin"),
     ],
 )
 def test_wrong_settings(settings: dict[str, object], message: str) -> None:
-    """Behaviour: one line that names the setting."""
+    """Behaviour: the error names the setting."""
     with pytest.raises(UsageError, match=message):
         judge("text", **settings)
 
@@ -248,7 +249,7 @@ def test_wrong_settings(settings: dict[str, object], message: str) -> None:
     ],
 )
 def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
-    """Behaviour: file and line, and never an index that silently finds nothing."""
+    """Behaviour: the error names file and line; an index never silently finds nothing."""
     (tmp_path / "e.jsonl").write_bytes(content)
     with pytest.raises(LlmkitError, match=message):
         load_index((str(tmp_path / "e.jsonl"),))
@@ -257,7 +258,7 @@ def test_bad_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_a_row_without_the_chosen_fields(tmp_path: Path) -> None:
-    """Behaviour: named with its line and with the fields that it has."""
+    """Behaviour: the error names the line and the fields of the row."""
     path = write(tmp_path / "e.jsonl", {"question": QUESTION}, {"prompt": QUESTION})
     with pytest.raises(LlmkitError, match=r"e.jsonl:2: none of the fields question") as error:
         load_index((path,), ("question",))
@@ -268,14 +269,14 @@ def test_a_row_without_the_chosen_fields(tmp_path: Path) -> None:
 
 
 def test_hostile_texts() -> None:
-    """Behaviour: a word of 10 MB, 1 MB of one word, of the item's own words in turn, of nothing but marks: seconds, and no match made up."""
+    """Behaviour: a word of 10 MB, and 1 MB of one word, the item's words, or marks: seconds, and no false match."""
     words = QUESTION.split()
     index = one(QUESTION, " ".join(["the"] * 300), "and of the to be in it is that he was for on are as with")
     index.find(QUESTION, 0.5)  # compiled
     turn = " ".join(words[:9]) + " "
     begin = time.process_time()
     assert index.find("x" * 10_000_000, 0.5).matches == []
-    assert index.find("the " * 250_000, 0.5).matches == []  # one n-gram, however often, is no item
+    assert index.find("the " * 250_000, 0.5).matches == []  # one repeated n-gram is not a match
     assert index.find("\u0301!" * 300_000, 0.5).matches == []
     assert index.find("語" * 300_000, 0.5).matches == []
     assert index.find(turn * (1_000_000 // len(turn)), 0.5).matches == []
@@ -284,7 +285,7 @@ def test_hostile_texts() -> None:
 
 
 def test_long_documents_are_matched_in_blocks() -> None:
-    """Property: where an item stands in a text of 600,000 words, and how often, does not change that it is found, and where."""
+    """Property: an item is found at its position anywhere in a text of 600,000 words, however often it occurs."""
     index = one(QUESTION)
     filler = [f"w{i % 1000}" for i in range(600_000)]
     for place in (0, (1 << 18) - 5, 1 << 18, 599_999):
@@ -293,8 +294,8 @@ def test_long_documents_are_matched_in_blocks() -> None:
         assert text[match.start : match.end] == QUESTION.rstrip("?")
 
 
-def test_items_of_stop_words_match_themselves_only() -> None:
-    """Behaviour: common words in an order of their own."""
+def test_items_of_stop_words_match_only_themselves() -> None:
+    """Behaviour: common words match only in the order of the item."""
     stop = "and of the to be in it is that he was for on are as with".split()
     index = one(" ".join(stop))
     random.seed(1)
@@ -304,7 +305,7 @@ def test_items_of_stop_words_match_themselves_only() -> None:
 
 
 def test_deep_and_odd_rows(tmp_path: Path) -> None:
-    """Behaviour: JSON nested 500 deep is no reason to fail, nor are empty objects."""
+    """Behaviour: JSON nested 500 levels deep and empty objects are accepted."""
     deep: object = "deep"
     for _ in range(500):
         deep = [deep, {"x": deep}] if deep == "deep" else [deep]
@@ -313,8 +314,8 @@ def test_deep_and_odd_rows(tmp_path: Path) -> None:
     assert share(load_index((str(path),)), QUESTION) == 1
 
 
-def test_same_answer_in_any_order_and_uncompiled() -> None:
-    """Property: the order of the items does not matter; nor whether the kernels are compiled."""
+def test_result_depends_neither_on_order_nor_on_compilation() -> None:
+    """Property: neither the order of the items nor compilation of the kernels changes the result."""
     parts = [[[QUESTION]], [[SOLUTION]], [[QUESTION + " " + SOLUTION]], [[" ".join(distinct(40))]]]
     made = [Item("set", str(i), part) for i, part in enumerate(parts)]
     text = f"É {QUESTION} {FILLER} {SOLUTION} {' '.join(distinct(25))} 語"
@@ -335,7 +336,7 @@ def test_same_answer_in_any_order_and_uncompiled() -> None:
 
 
 def flan(shared_data: Path) -> dict[str, list[str]]:
-    """FLAN's chain-of-thought tasks: question, reasoning, answer, each a document."""
+    """FLAN's chain-of-thought tasks, each question, reasoning and answer as one document."""
     tasks = {}
     for name, data in files_of(shared_data / "instruct" / "flan_cot_tsv.tar.zst").items():
         rows = [line.replace("\\n", "\n").split("\t") for line in data.decode().split("\n") if line]
@@ -344,7 +345,7 @@ def flan(shared_data: Path) -> dict[str, list[str]]:
 
 
 def held_out(text: str) -> bool:
-    """Half of all items and documents, by hash of their letters and digits. The default threshold was fixed on the other half."""
+    """Whether a text is in the half, by hash of letters and digits, that was not used to set the default threshold."""
     return hashlib.sha256(letters(text).encode()).digest()[0] & 1 == 1
 
 
@@ -353,12 +354,12 @@ def letters(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def gsm8k(shared_data: Path) -> Index:
+def gsm8k(shared_data: Path) -> ItemIndex:
     return load_index((str(shared_data / "bench" / "gsm8k_train.jsonl.zst"),))
 
 
-def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: Index) -> None:
-    """Property: at least 99 % of FLAN's rewritten GSM8K rows, whole or the reasoning alone, and as the right item."""
+def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: ItemIndex) -> None:
+    """Property: at least 99 % of FLAN's rewritten GSM8K rows, complete or the reasoning alone, match the right item."""
     min_share = FILTERS.get("decontaminate")().min_share
     rows = enumerate(rows_of(shared_data / "bench" / "gsm8k_train.jsonl.zst"), 1)
     right = {letters(row["question"]): str(i) for i, row in rows}
@@ -375,8 +376,8 @@ def test_copies_of_gsm8k_are_found(shared_data: Path, gsm8k: Index) -> None:
     assert reasoning >= 0.99 * len(held)
 
 
-def test_unrelated_documents_are_kept(shared_data: Path, gsm8k: Index) -> None:
-    """Property: at most 0.1 % of documents that hold no GSM8K item, a fifth of them mathematics, are flagged."""
+def test_unrelated_documents_are_kept(shared_data: Path, gsm8k: ItemIndex) -> None:
+    """Property: at most 0.1 % of documents without a GSM8K item, a fifth of them mathematics, are flagged."""
     min_share = FILTERS.get("decontaminate")().min_share
     documents = [text for name, texts in flan(shared_data).items() if name != "gsm8k_train.tsv" for text in texts]
     for name in ("bench/svamp_test", "bench/mmlu", "bench/basic_arithmetic", "instruct/dolly15k_from_docx"):

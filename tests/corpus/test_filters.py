@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters import FILTERS
 from llmkit.corpus.filters.gopher_repetition import joined_duplicates
 from llmkit.corpus.kernels.repetition import ngram_repeats
 from llmkit.corpus.kernels.tokens import tokens_of
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import SPLITTERS
 
 # 60 different words of 5 letters, with the stop words that a real text has.
@@ -23,20 +23,20 @@ PROSE = " ".join(WORDS[:30]) + " the cat and dog. " + " ".join(WORDS[30:]) + " t
 
 
 def decide(name: str, text: str, words: str = "whitespace", **thresholds: object) -> tuple[str, float | None]:
-    """(reason, value) of one filter; reason "" for kept."""
+    """(reason, value) of one filter; the reason is "" if the text is kept."""
     checks = FILTERS.get(name)(**thresholds)(Page(text, SPLITTERS.get(words)))
     return next(((check.reason, check.value) for check in checks if check.broken), ("", None))
 
 
 def distinct(count: int, start: int = 0, width: int = 6) -> list[str]:
-    """Words of `width` characters, no two alike."""
+    """Distinct words of `width` characters."""
     return [f"w{i:0{width - 1}d}" for i in range(start, start + count)]
 
 
 @pytest.mark.parametrize("name", ["gopher_repetition", "gopher_quality", "fineweb"])
 @pytest.mark.parametrize("words", ["unicode", "whitespace"])
 def test_plain_prose_is_kept(name: str, words: str) -> None:
-    """Behaviour: a text that breaks no rule stays."""
+    """Behaviour: a text that breaks no rule is kept."""
     assert decide(name, PROSE, words) == ("", None)
 
 
@@ -68,14 +68,16 @@ def test_gopher_repetition(text: str, reason: str, value: float | None) -> None:
 
 @pytest.mark.parametrize("n", range(5, 11))
 def test_duplicate_n_grams(n: int) -> None:
-    """Parity with the definition: one n-gram of n six-letter words comes twice among d other words of a text of 7 (2n + d) - 1 characters.
+    """Parity with the definition: one n-gram of n six-letter words occurs twice among d other words.
+
+    The text has 7 (2n + d) - 1 characters.
 
     Only the repeat counts, 6n characters (no spaces) of the text; with d chosen so that the share is just over or just under the limit.
     """
     limit = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}[n]
     off: dict[str, object] = {f"duplicated_{m}_n_grams": None for m in range(5, 11) if m != n}
     off |= {f"top_{m}_gram": None for m in (2, 3, 4)}
-    most = int((6 * n / limit + 1) / 7 - 2 * n)  # most other words at which the share still is over the limit
+    most = int((6 * n / limit + 1) / 7 - 2 * n)  # the most other words with the share still over the limit
     for others, reason in ((most, f"duplicated_{n}_n_grams"), (most + 1, "")):
         phrase = distinct(n)
         text = " ".join([*phrase, *distinct(others, 1000), *phrase])
@@ -94,7 +96,7 @@ def test_ngram_counting_by_hand() -> None:
 
     assert counted(list("ababa"), 2) == 2 * 3  # "a b" and "b a" twice each: the first met
     assert counted(["word"], 2) == 0
-    # at 0 new, at 1 seen before (go on at 6), at 6 seen before
+    # at 0 new, at 1 seen before (continue at 6), at 6 seen before
     assert counted(["a"] * 11, 5) == joined_duplicates(["a"] * 11, 5) == 10
     assert joined_duplicates(["ab", "c", "a", "bc"], 2) == 3  # abc, ca, abc again
     separated = ["ab", "c", "x", "y", "z", "0", "a", "bc", "x", "y", "z"]
@@ -104,7 +106,7 @@ def test_ngram_counting_by_hand() -> None:
 
 QUALITY = [
     (" ".join(WORDS[:49]), {}, "gopher_short_doc", 49),
-    (" ".join(["!!", "--"] * 50 + WORDS[:49]), {}, "gopher_short_doc", 49),  # symbols are no words
+    (" ".join(["!!", "--"] * 50 + WORDS[:49]), {}, "gopher_short_doc", 49),  # symbols are not words
     (PROSE, {"max_doc_words": 67}, "gopher_long_doc", 68),
     (" ".join(["ab"] * 60), {}, "gopher_below_avg_threshold", 2.0),
     (" ".join(["a" * 11] * 60), {}, "gopher_above_avg_threshold", 11.0),
@@ -119,14 +121,14 @@ QUALITY = [
 
 @pytest.mark.parametrize(("text", "thresholds", "reason", "value"), QUALITY)
 def test_gopher_quality(text: str, thresholds: dict[str, object], reason: str, value: float) -> None:
-    """Parity with the definitions: first failing rule and its value (whitespace words, so that they can be counted by eye)."""
+    """Parity with the definitions: first broken rule and its value (whitespace words, which can be counted by eye)."""
     got, measured = decide("gopher_quality", text, **thresholds)
     assert got == reason
     assert measured == pytest.approx(value)
 
 
 def test_thresholds_are_strict_and_can_be_off() -> None:
-    """Behaviour: exactly at the limit is kept; None switches a rule off."""
+    """Behaviour: a document exactly at the limit is kept; None switches a rule off."""
     fifty = " ".join([*WORDS[:48], "the", "of"])
     assert decide("gopher_quality", fifty) == ("", None)
     assert decide("gopher_quality", " ".join(WORDS[:10]), min_doc_words=None, min_stop_words=None) == ("", None)
@@ -167,12 +169,12 @@ def c4(lines: list[str], **thresholds: object) -> tuple[str, str]:
     ],
 )
 def test_c4_lines(extra: str, kept: bool) -> None:
-    """Parity with the definition: what happens to one line among good ones."""
+    """Parity with the definition: the treatment of one line among good ones."""
     assert c4([*SENTENCES, extra]) == ("", "\n".join([*SENTENCES, extra.strip()] if kept else SENTENCES))
 
 
 def test_c4_citations_are_deleted() -> None:
-    """Parity: [n], [], [edit] and [citation needed] go; the number of words is counted before."""
+    """Parity: [n], [], [edit] and [citation needed] are deleted; words are counted before that."""
     reason, text = c4(
         [
             *SENTENCES,
@@ -197,18 +199,18 @@ def test_c4_citations_are_deleted() -> None:
     ],
 )
 def test_c4_documents(lines: list[str], reason: str) -> None:
-    """Parity with the definition: what drops the whole document."""
+    """Parity with the definition: rules that drop the document."""
     assert c4(lines)[0] == reason
 
 
 def test_c4_line_by_line_misses_a_lone_bracket() -> None:
-    """Parity with datatrove, whole_page off: too short a line is gone before the bracket is looked for."""
+    """Parity with datatrove, whole_page off: a short line is removed before the bracket is looked for."""
     assert c4([*SENTENCES, "{"], whole_page=False)[0] == ""
     assert c4([*SENTENCES, "if (x) { return it. }."], whole_page=False)[0] == "curly_bracket"
 
 
 def test_c4_in_fineweb_keeps_lines_without_end_mark() -> None:
-    """Behaviour: the switch that FineWeb turns off."""
+    """Behaviour: FineWeb turns off require_end_mark."""
     assert c4([*SENTENCES, "no end mark in this line"], require_end_mark=False)[1].endswith("line")
 
 
@@ -238,7 +240,7 @@ def test_fineweb(text: str, reason: str, value: float | None) -> None:
     ids=["letters", "newlines", "spaces", "marks", "dashes", "brackets", "apostrophes", "titles", "combining", "numbers", "short runs", "long runs"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(text: str) -> None:
-    """Behaviour: a megabyte of one pattern is judged in seconds by every filter (0.5 s where it was measured)."""
+    """Behaviour: a megabyte of one pattern takes every filter seconds (0.5 s when measured)."""
     start = time.process_time()
     for name in ("gopher_repetition", "gopher_quality", "c4", "fineweb"):
         load_chain([], [name], [], "unicode").judge(text)

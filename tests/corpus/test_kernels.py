@@ -1,4 +1,4 @@
-"""The compiled kernels give what the plain definitions give (tests/corpus/plain.py), on generated texts full of edge cases."""
+"""Parity of the compiled kernels with plain Python (tests/corpus/plain.py), on generated texts full of edge cases."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import plain
 import pytest
 
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.kernels import c4
 from llmkit.corpus.kernels import characters
 from llmkit.corpus.kernels.repetition import group
 from llmkit.corpus.kernels.tokens import has_words
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import MARKS, SPLITTERS, TERMINALS, count_sentences
 
 PIECES = """the cat and a dog have to be with that lot of ab c a bc # ... … • - -- { } 12 １１ 。 。。 [1] [] [edit] [12 [citation needed] "x" it's don’t
@@ -42,7 +42,7 @@ PIECES = [piece.replace("\\n", "") for piece in PIECES] + [
 
 
 def texts(count: int) -> list[str]:
-    """Texts of those pieces, by a fixed seed: short and long, many breaks and few, much repeated and little."""
+    """Texts of these pieces, by a fixed seed: short and long, with many and few line breaks and repeats."""
     random_ = random.Random(7)
     found = ["", " ", "\n", "\n\n", "\n\n\na\n\na", "a", "a\n", "\na", " a\n\na ", "a\r\nb", "{", "\x00", "...", "a..."]
     for _ in range(count):
@@ -69,8 +69,8 @@ def statistics(name: str, text: str, words: str, *rules: str) -> dict[str, objec
     return {check.statistic or check.reason: check.value for _, check in chain.measure(Page(text, chain.splitter))}
 
 
-def test_classes_are_pythons() -> None:
-    """Property: every character has the bits that str methods and the tables of marks give it."""
+def test_character_classes() -> None:
+    """Property: the bits of every character agree with str methods and the tables of marks."""
     table = characters.classes()
     for code in range(sys.maxunicode + 1):
         if 0xD800 <= code < 0xE000:
@@ -87,7 +87,7 @@ def test_classes_are_pythons() -> None:
 
 @pytest.mark.parametrize("words", WORDS)
 def test_words(words: str) -> None:
-    """Parity with the regular expression and str.split: as many words, the same lengths, letters and marks; equal hashes for equal words."""
+    """Parity with the regular expression and str.split: number, lengths and flags of words; equal hashes for equal words."""
     splitter = SPLITTERS.get(words)
     by_hash: dict[int, str] = {}
     for text in TEXTS:
@@ -100,8 +100,8 @@ def test_words(words: str) -> None:
     assert len(set(by_hash.values())) == len(by_hash) > 50
 
 
-def test_given_words_as_found_words() -> None:
-    """Property: the arrays for a list of words (of a splitter that is not compiled) are those of the compiled scan."""
+def test_tokens_of_words_match_the_scan() -> None:
+    """Property: the arrays for a list of words (from a splitter without kernel) equal those of the compiled scan."""
     plain_splitter = SPLITTERS.get("unicode").__class__(SPLITTERS.get("unicode").words, count_sentences)
     for text in TEXTS:
         for a, b in zip(Page(text, plain_splitter).tokens, Page(text, SPLITTERS.get("unicode")).tokens, strict=True):
@@ -110,7 +110,7 @@ def test_given_words_as_found_words() -> None:
 
 @pytest.mark.parametrize("words", WORDS)
 def test_repetition(words: str) -> None:
-    """Parity with the plain definition, n-grams compared word by word and by their letters alone."""
+    """Parity with the plain definition, with n-grams compared word by word and by their letters alone."""
     splitter = SPLITTERS.get(words)
     differ = 0
     for text in filter(None, TEXTS):
@@ -125,8 +125,8 @@ def test_repetition(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_a_low_estimate_of_words(words: str) -> None:
-    """Property: never more than there are, and FineWeb decides with it as without."""
+def test_lower_bound_of_words(words: str) -> None:
+    """Property: the estimate never exceeds the number of words, and FineWeb's decisions do not depend on it."""
     chain = load_chain([], ["fineweb"], [], words)
     for text in [*TEXTS, *(text.replace(" ", "\x01") for text in TEXTS)]:
         page = Page(text, SPLITTERS.get(words))
@@ -137,7 +137,7 @@ def test_a_low_estimate_of_words(words: str) -> None:
 
 @pytest.mark.parametrize("words", WORDS)
 def test_lines(words: str) -> None:
-    """Parity with str.splitlines and str.split for what the Gopher and FineWeb rules ask of lines."""
+    """Parity with str.splitlines and str.split for the line statistics of the Gopher and FineWeb rules."""
     for text in TEXTS:
         quality = statistics("gopher_quality", text, words)
         assert quality.items() >= plain.line_quality(text).items(), repr(text)
@@ -148,7 +148,7 @@ def test_lines(words: str) -> None:
 @pytest.mark.parametrize("end_mark", [True, False])
 @pytest.mark.parametrize("whole_page", [True, False])
 def test_c4(end_mark: bool, whole_page: bool) -> None:
-    """Parity with the plain definition: reason and text, on texts and on many lines of several of them."""
+    """Parity with the plain definition: reason and text, on single texts and on concatenations of several."""
     rules = [f"c4.require_end_mark={str(end_mark).lower()}", f"c4.whole_page={str(whole_page).lower()}"]
     chain = load_chain([], ["c4"], rules, "unicode")
     outcomes = set()
@@ -173,8 +173,8 @@ def test_sentences() -> None:
 
 
 @pytest.mark.parametrize("run", ["!", "。", "?)", "...!"])
-def test_sentences_of_a_long_run_in_linear_time(run: str) -> None:
-    """Property: 200,000 marks before a letter or the line's end are counted at once."""
+def test_sentences_of_long_runs_take_linear_time(run: str) -> None:
+    """Property: 200,000 marks before a letter or the end of the line are counted quickly."""
     data = np.frombuffer(f"a b c {run * 200_000}\na {run * 200_000}x\n".encode(), np.uint8)
     start = time.process_time()
     c4.sentences(data, characters.classes(), c4.SHORT_FORMS)
@@ -182,7 +182,7 @@ def test_sentences_of_a_long_run_in_linear_time(run: str) -> None:
 
 
 def test_groups() -> None:
-    """Behaviour: equal keys get one number in order of first occurrence, also where keys differ in their high bits only."""
+    """Behaviour: equal keys get one number in order of first occurrence, also if keys differ only in their high bits."""
     keys = np.array([5, 5 << 32, 5, 7, 5 << 32, 1 << 63], np.uint64)
     numbers, counts, places, groups = group(keys, len(keys))
     assert numbers.tolist() == [0, 1, 0, 2, 1, 3] and groups == 4

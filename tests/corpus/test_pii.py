@@ -1,4 +1,4 @@
-"""Personal data: precision and recall on labelled examples, what is replaced by what, bounded time on hostile text, and the filter."""
+"""Personal data: precision and recall on labelled examples, replacements, bounded time on hostile text, the filter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from llmkit.corpus.chain import Chain, filter_chunk
 from llmkit.corpus.filters import FILTERS
 from llmkit.corpus.filters.pii import redact
 from llmkit.corpus.page import Page
-from llmkit.corpus.pii import KINDS, Span, find
+from llmkit.corpus.pii import KINDS, find
+from llmkit.corpus.pii.span import PiiSpan
 from llmkit.corpus.words import SPLITTERS
 from llmkit.errors import UsageError
 from llmkit.io.documents import Chunk, ReadOptions
@@ -24,7 +25,7 @@ def values(text: str, kind: str | None = None) -> list[str]:
     return [text[span.start : span.end] for span in find(text) if kind in (None, span.kind)]
 
 
-# ---- what is found
+# ---- detection
 
 # Measured on seeds 0 to 4: recall 1.000, of phones 0.983 to 0.993; precision 1.000, of phones 0.997 to 1.000, of IPv4 0.984 to 0.993.
 LIMITS = dict.fromkeys(KINDS, (0.99, 0.99)) | {"phone": (0.98, 0.98), "ipv4": (0.99, 0.98)}
@@ -32,7 +33,7 @@ LIMITS = dict.fromkeys(KINDS, (0.99, 0.99)) | {"phone": (0.98, 0.98), "ipv4": (0
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[float, float]]:
-    """Recall (of values found from their first to their last character) and precision by kind, on 2,100 positives and 1,020 traps."""
+    """Recall (of exact spans) and precision by kind, on 2,100 positives and 1,020 look-alikes."""
     labelled, right, wrong = Counter[str](), Counter[str](), Counter[str]()
     for example in examples(seed=0, each=300):
         found = {tuple(span) for span in find(example.text)}
@@ -44,14 +45,14 @@ def measured() -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recall_and_precision(kind: str, measured: dict[str, tuple[float, float]]) -> None:
-    """Behaviour: on sentences made from the specifications and on things that look alike."""
+    """Behaviour: thresholds on sentences built from specifications and on look-alikes."""
     recall, precision = measured[kind]
     assert recall >= LIMITS[kind][0]
     assert precision >= LIMITS[kind][1]
 
 
-def test_a_version_is_no_address() -> None:
-    """Behaviour: what a pattern without boundaries makes an address of (datatrove 0.10.1 rewrites the first)."""
+def test_versions_are_not_addresses() -> None:
+    """Behaviour: texts that a pattern without boundaries takes for addresses (datatrove 0.10.1 rewrites the first)."""
     for text in (
         "v1.2.3.4.5",
         "version 81.2.69.142",
@@ -65,21 +66,21 @@ def test_a_version_is_no_address() -> None:
         assert values(text) == [], text
 
 
-def test_addresses_of_nobody_are_left() -> None:
-    """Behaviour: private, loopback, link-local, documentation, multicast."""
+def test_reserved_addresses_are_ignored() -> None:
+    """Behaviour: private, loopback, link-local, documentation and multicast addresses are not personal data."""
     text = "10.1.2.33 127.0.0.12 192.168.1.23 172.16.12.13 169.254.12.13 192.0.2.33 198.51.100.12 203.0.113.77 100.64.12.13 224.0.12.251 ::1 fe80::1 fd12:3456::1 2001:db8::8:800:200c:417a"
     assert values(text) == []
     assert values("bob@example.com, eve@example.org, x@host.test, root@localhost, me@printer.local") == []
 
 
 def test_the_more_certain_kind_wins() -> None:
-    """Behaviour: an IBAN holds groups like a phone's, a key in front of an @ is no address; spans are in order and apart."""
+    """Behaviour: an IBAN beats a phone number in it, a key beats an address; spans are in order, without overlaps."""
     text = "IBAN DE89 3704 0044 0532 0130 00, Tel. 4111 1111 1111 1111, api_key=a1B2c3D4e5F6g7H8@acme.com"
     spans = find(text)
     assert [span.kind for span in spans] == ["iban", "card", "secret"]
     assert all(a.end <= b.start for a, b in zip(spans, spans[1:], strict=False))
     assert find(text, ("iban",)) == spans[:1]
-    assert find(text, ("phone",)) == []  # asking for fewer kinds does not make an IBAN a phone
+    assert find(text, ("phone",)) == []  # selecting fewer kinds does not make an IBAN a phone
 
 
 def test_ends_of_values() -> None:
@@ -95,7 +96,7 @@ def test_ends_of_values() -> None:
 @given(st.text(alphabet="0123456789 .-()/+:@aAfFxXeyJ=\"'\n\u00a0\uff11\u0661é中", max_size=300))
 @settings(max_examples=300, deadline=None)
 def test_any_text(text: str) -> None:
-    """Property: spans lie inside the text, in order and apart, of known kinds, and all of them go when the text is redacted."""
+    """Property: spans are inside the text, in order, disjoint and of known kinds; redaction removes all of them."""
     spans = find(text)
     edges = [edge for span in spans for edge in (span.start, span.end)]
     assert edges == sorted(edges) and all(0 <= edge <= len(text) for edge in edges)
@@ -107,11 +108,11 @@ def test_any_text(text: str) -> None:
     assert all(part in kept for part in parts)
 
 
-# ---- what replaces it
+# ---- replacements
 
 
 def test_replacements() -> None:
-    """Behaviour: reserved addresses where a standard has some, marks elsewhere; one number a value, whatever its spelling."""
+    """Behaviour: reserved addresses where a standard has some, else placeholders; one number per value in any spelling."""
     text = (
         "a@acme.com B@acme.com A@ACME.com, 81.2.69.142 81.2.69.143 81.2.69.142, 2A00:1450::200e and 2a00:1450:0:0::200e; "
         "Tel. +49 30 1234567, Fax +49-30-1234567, card 4111 1111 1111 1111, AKIA2OGYBAH6STMMNXWZ"
@@ -122,14 +123,14 @@ def test_replacements() -> None:
     )
 
 
-def test_a_replacement_that_the_text_already_has_is_passed_over() -> None:
-    """Behaviour: two values never become one."""
+def test_replacements_in_the_text_are_skipped() -> None:
+    """Behaviour: two different values never get the same replacement."""
     text = "user1@example.com wrote to a@acme.com; see <PHONE_1> or Tel. 030 1234567"
     assert redact(text, find(text)) == "user1@example.com wrote to user2@example.com; see <PHONE_1> or Tel. <PHONE_2>"
 
 
 def test_replacement_depends_on_the_text_alone() -> None:
-    """Property: any order of documents, and any number of times, gives the same; a redacted text has nothing left to find."""
+    """Property: redaction is the same for any order of documents and idempotent."""
     texts = [example.text for example in examples(seed=5, each=20)]
     once = {text: redact(text, find(text)) for text in texts}
     assert {text: redact(text, find(text)) for text in reversed(texts)} == once
@@ -137,7 +138,7 @@ def test_replacement_depends_on_the_text_alone() -> None:
 
 
 def test_more_values_than_example_addresses() -> None:
-    """Behaviour: all different, and none is taken for a real address."""
+    """Behaviour: all replacements differ, and none is recognised as a real address."""
     text = " ".join(f"81.{10 + i // 200}.69.{10 + i % 200}" for i in range(1000))
     redacted = redact(text, find(text))
     assert len(set(redacted.split())) == 1000
@@ -149,7 +150,7 @@ def test_more_values_than_example_addresses() -> None:
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_time_is_linear(unit: str) -> None:
-    """Behaviour: 100 kB of any one thing takes less than 5 s of CPU (measured: 0.3 s at most; a quadratic scan takes far longer)."""
+    """Behaviour: 100 kB of one repeated unit take less than 5 s of CPU (measured: at most 0.3 s; quadratic: far longer)."""
     text = (unit * (100_000 // len(unit) + 1))[:100_000]
     started = time.process_time()
     redact(text, find(text))
@@ -176,7 +177,7 @@ def test_filter_redacts() -> None:
 
 
 def test_filter_drops_and_annotates() -> None:
-    """Behaviour: the text stays as it is; `kinds` limits what is looked for."""
+    """Behaviour: the text is unchanged; `kinds` limits the search."""
     page, checks = run(TEXT, action="drop")
     assert page.text == TEXT
     assert [reason for reason, _, broken in checks if broken] == ["pii_email", "pii_phone"]
@@ -187,7 +188,7 @@ def test_filter_drops_and_annotates() -> None:
 
 
 def test_clean_document_keeps_its_bytes() -> None:
-    """Behaviour: nothing found, nothing noted; in a chain the line is the same to the byte."""
+    """Behaviour: without personal data no field is set, and the line is the same to the byte."""
     page, _ = run("It was a dark night in 1984, at 10:30.")
     assert page.notes == {}
     lines = b'{"text": "nobody   here",  "id":1}\n{"text":"bob@acme.com"}\n'
@@ -200,7 +201,7 @@ def test_clean_document_keeps_its_bytes() -> None:
 
 @pytest.mark.parametrize("settings", [{"action": "mask"}, {"kinds": ("email", "passport")}])
 def test_unknown_settings(settings: dict[str, object]) -> None:
-    """Behaviour: a usage error that lists what is known."""
+    """Behaviour: a usage error that lists the known values."""
     with pytest.raises(UsageError) as error:
         FILTERS.get("pii")(**settings)
     assert "redact" in error.value.hint or "phone" in error.value.hint
@@ -208,4 +209,4 @@ def test_unknown_settings(settings: dict[str, object]) -> None:
 
 def test_span_is_plain() -> None:
     """Behaviour: a span reads as text[start:end] of its kind."""
-    assert find("x bob@acme.com") == [Span("email", 2, 14)]
+    assert find("x bob@acme.com") == [PiiSpan("email", 2, 14)]

@@ -1,4 +1,4 @@
-"""Filters that read lists of the user's: addresses, bad words. And those for length, samples and regular expressions."""
+"""Filters that read the user's lists (URLs, bad words), and those for length, samples and regular expressions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from chains import chain_of, reason_of
 
 from llmkit.corpus.chain import Chain
-from llmkit.corpus.filters.url import host_of, parents, plain
-from llmkit.corpus.lists import Table, dotted
-from llmkit.corpus.rules import load_chain
+from llmkit.corpus.chain_loader import load_chain
+from llmkit.corpus.filters.url import host_of, normalized_url, parents
+from llmkit.corpus.lists import StringSet, dotted
 from llmkit.errors import LlmkitError, UsageError
 
 pytest.importorskip("re2", reason="google-re2 is not installed")
@@ -25,7 +25,7 @@ def reason(chain: Chain, text: str = "text", **fields: object) -> tuple[str, obj
 
 @pytest.fixture
 def url_chain(tmp_path: Path) -> Chain:
-    """Every kind of list; words in mixed case, one file compressed."""
+    """Every kind of list, with words in mixed case and one compressed file."""
     lists = {
         "domains": "# a comment\nexample.com\n\nmünchen.de\n*.wild.net\n10.0.0.7\nzip\n",
         "hosts": "www.only-here.org\n",
@@ -74,7 +74,7 @@ def url_chain(tmp_path: Path) -> Chain:
     ],
 )
 def test_url_reasons(url_chain: Chain, url: str, expected: tuple[str, object]) -> None:
-    """Behaviour: each reason in its order; case, ports, users, percent escapes and internationalised names do not get past the lists."""
+    """Behaviour: each reason in order; case, ports, users, percent escapes and internationalised names do not evade lists."""
     assert reason(url_chain, url=url) == expected
 
 
@@ -84,12 +84,12 @@ def test_url_reasons(url_chain: Chain, url: str, expected: tuple[str, object]) -
      "http://user@[fe80::1%25eth0]:80", "http://x:port/"],
 )  # fmt: skip
 def test_malformed_urls_are_kept(url_chain: Chain, url: object) -> None:
-    """Behaviour: nothing raises, and nothing is dropped for being strange."""
+    """Behaviour: malformed URLs neither raise nor are dropped."""
     assert reason(url_chain, url=url) == ("", None)
 
 
 def test_url_field_and_missing_url(tmp_path: Path) -> None:
-    """Behaviour: the field may be nested; a missing address keeps the document unless it is required."""
+    """Behaviour: the field may be nested; a document without a URL is kept unless one is required."""
     (tmp_path / "d.txt").write_text("bad.org\n")
     chain = chain_of("url", domains=tmp_path / "d.txt", field="metadata.url")
     assert reason(chain, metadata={"url": "http://bad.org"}) == ("domain", "bad.org")
@@ -99,15 +99,15 @@ def test_url_field_and_missing_url(tmp_path: Path) -> None:
 
 
 def test_url_parts() -> None:
-    """Behaviour: hosts, their parents, and addresses as they are compared."""
+    """Behaviour: hosts, their parents, and URLs in the form that is compared."""
     assert parents("a.b.co.uk") == ["a.b.co.uk", "b.co.uk", "co.uk", "uk"]
     assert parents("") == [] and parents("::1") == ["::1"] and parents("1.2.3.4") == ["1.2.3.4"]
     assert [host_of(url) for url in ("http://[::1]:80/", "http://[::1", "x", "")] == ["::1", "[", "x", ""]
-    assert plain("HTTP://A.org/b%20c/#d") == "a.org/b c"
+    assert normalized_url("HTTP://A.org/b%20c/#d") == "a.org/b c"
 
 
-def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
-    """Behaviour: 200,000 domains take 8 bytes each, and load in seconds (0.4 s where it was measured)."""
+def test_large_lists_are_compact_and_fast(tmp_path: Path) -> None:
+    """Behaviour: 200,000 domains take 8 bytes each and load in seconds (0.4 s when measured)."""
     (tmp_path / "d.txt").write_text("\n".join(f"site{i}.example{i % 7}.org" for i in range(200_000)))
     start = time.process_time()
     chain = chain_of("url", domains=tmp_path / "d.txt")
@@ -115,9 +115,9 @@ def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
     assert time.process_time() - start < 10
     assert reason(chain, url="http://www.site12345.example4.org/") == ("domain", "site12345.example4.org")
     assert reason(chain, url="http://www.site12345.example5.org/") == ("", None)
-    table = Table(f"entry {i}" for i in range(1000))
-    assert table.hashes.nbytes == 8008 and table.all(["entry 7", "no", "entry 999"]) == ["entry 7", "entry 999"]
-    assert Table([]).first(["a"]) is None and table.first([]) is None
+    table = StringSet(f"entry {i}" for i in range(1000))
+    assert table.hashes.nbytes == 8008 and table.members(["entry 7", "no", "entry 999"]) == ["entry 7", "entry 999"]
+    assert StringSet([]).first_member(["a"]) is None and table.first_member([]) is None
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_large_lists_are_small_and_quick(tmp_path: Path) -> None:
     [
         (b"\xff\xfe\n", "domains", ":1: not UTF-8"),
         (b"good\n" + b"x" * 100_000, "words", ":2: a line of over"),
-        (b"ok.*\n[a-z\n", "patterns", "x.txt:2: '[a-z' is no valid pattern"),
+        (b"ok.*\n[a-z\n", "patterns", "x.txt:2: '[a-z' is not a valid pattern"),
         (None, "hosts", "No such file"),
     ],
 )
 def test_bad_lists(tmp_path: Path, content: bytes | None, setting: str, message: str) -> None:
-    """Behaviour: file and line are named, before the first document."""
+    """Behaviour: the error names file and line, before the first document is read."""
     if content is not None:
         (tmp_path / "x.txt").write_bytes(content)
     with pytest.raises(LlmkitError) as caught:
@@ -161,7 +161,7 @@ def bad_words(tmp_path: Path) -> Path:
     ],
 )
 def test_bad_words(bad_words: Path, text: str, count: int) -> None:
-    """Behaviour: whole words and phrases in any case, anywhere for scripts without spaces; the count is the value."""
+    """Behaviour: whole words and phrases in any case, or anywhere for scripts without spaces; the value is the count."""
     expected = ("bad_words", count) if count else ("", None)
     assert reason(chain_of("bad_words", words=bad_words), text) == expected
     assert reason(chain_of("bad_words", words=bad_words, max_count=count), text) == ("", None)
@@ -176,7 +176,7 @@ def _page(text: str) -> object:
 
 
 def test_bad_words_needs_a_list() -> None:
-    """Behaviour: one is not shipped, and the error says so before the first document."""
+    """Behaviour: no list is shipped, and the error comes before the first document is read."""
     with pytest.raises(UsageError, match="names no list"):
         chain_of("bad_words").warm_up()
 
@@ -195,12 +195,12 @@ def test_bad_words_needs_a_list() -> None:
     ],
 )  # fmt: skip
 def test_length(settings: dict[str, object], expected: tuple[str, object]) -> None:
-    """Behaviour: each limit, strict; marks are no words."""
+    """Behaviour: each limit is strict; marks are not words."""
     assert reason(chain_of("length", **settings), "Three ! words\nok?") == expected
 
 
 def test_sample_is_a_function_of_the_id() -> None:
-    """Property: the share is kept, a smaller rate keeps a part of what a larger one does, seeds differ, the text stands for a missing id."""
+    """Property: the share is kept, smaller rates keep subsets, seeds are independent, the text replaces a missing id."""
     ids = [f"document-{i}" for i in range(4000)]
 
     def kept(**settings: object) -> set[str]:
@@ -209,7 +209,7 @@ def test_sample_is_a_function_of_the_id() -> None:
 
     quarter, half, other = kept(rate=0.25), kept(rate=0.5), kept(rate=0.5, seed=1)
     assert 900 < len(quarter) < 1100 and quarter < half
-    assert 900 < len(half & other) < 1100  # independent: a quarter of all
+    assert 900 < len(half & other) < 1100  # independent: a quarter of all documents
     assert len(kept(rate=1)) == 4000 and not kept(rate=0)
     chain = chain_of("sample", rate=0.5)
     assert reason(chain, "some text") == reason(chain, "some text", id=None)
@@ -220,7 +220,7 @@ def test_sample_is_a_function_of_the_id() -> None:
 
 
 def test_regex_on_fields() -> None:
-    """Behaviour: drop or keep, on the text, on nested fields and on values that are no strings."""
+    """Behaviour: drop or keep, by the text, nested fields and values other than strings."""
     assert reason(chain_of("regex", pattern="(?i)add to (cart|basket)"), "Add to Basket!") == ("regex", "Add to Basket")
     assert reason(chain_of("regex", pattern="basket"), "cart") == ("", None)
     keep = chain_of("regex", pattern="^(en|de)$", field="metadata.lang", keep="true")
@@ -235,7 +235,7 @@ def test_regex_on_fields() -> None:
 
 
 def test_several_regex_filters_in_one_chain() -> None:
-    """Behaviour: each with a name of its own."""
+    """Behaviour: each filter has its own name."""
     chain = load_chain([], ["regex@a", "regex@b"], ["regex@a.pattern=one", "regex@b.pattern=two"], "unicode")
     verdict = chain.judge("number two")
     assert verdict.filter == "regex@b" and verdict.drop is not None and verdict.drop.value == "two"
@@ -243,7 +243,7 @@ def test_several_regex_filters_in_one_chain() -> None:
 
 
 def test_regex_takes_linear_time() -> None:
-    """Behaviour: patterns that backtrack for ages elsewhere, on a megabyte (0.1 s at most where it was measured)."""
+    """Behaviour: patterns with catastrophic backtracking elsewhere, on a megabyte (at most 0.1 s when measured)."""
     start = time.process_time()
     for pattern in ("(a+)+$", "(a+)+b", "(.*a){12}c", "(a?){50}a{50}$"):
         reason(chain_of("regex", pattern=pattern), "a" * 1_000_000 + "!")
@@ -252,13 +252,13 @@ def test_regex_takes_linear_time() -> None:
 
 @pytest.mark.parametrize("pattern", ["(", "[a-", "(?=a)", r"(a)\1", "a{2000}", "*"])
 def test_bad_patterns(pattern: str) -> None:
-    """Behaviour: the rule is named, with what RE2 says of it."""
-    with pytest.raises(UsageError, match=r"regex\.pattern: .* is no valid pattern \(.+\)"):
+    """Behaviour: the error names the rule and gives RE2's message."""
+    with pytest.raises(UsageError, match=r"regex\.pattern: .* is not a valid pattern \(.+\)"):
         chain_of("regex", pattern=pattern).warm_up()
 
 
 def test_regex_without_pattern_or_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: one line that says what to do."""
+    """Behaviour: the error explains what to do."""
     with pytest.raises(UsageError, match="pattern is empty"):
         chain_of("regex").warm_up()
     monkeypatch.setitem(sys.modules, "re2", None)

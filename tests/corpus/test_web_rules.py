@@ -15,10 +15,10 @@ from chains import chain_of, reason_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.corpus.chain import Verdict
+from llmkit.corpus.chain import FilterDecision
+from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.dolma import Dolma
 from llmkit.corpus.page import Page
-from llmkit.corpus.rules import load_chain
 from llmkit.corpus.words import splitter
 
 pytest.importorskip("re2", reason="google-re2 is not installed")
@@ -26,7 +26,7 @@ pytest.importorskip("re2", reason="google-re2 is not installed")
 LINE = "This is a line of the text that stays as it is."  # 11 words
 
 
-def judge(name: str, text: str, **thresholds: object) -> Verdict:
+def judge(name: str, text: str, **thresholds: object) -> FilterDecision:
     return chain_of(name, **thresholds).judge(text)
 
 
@@ -35,7 +35,7 @@ def reason(name: str, text: str, **thresholds: object) -> tuple[str, object]:
 
 
 def lines_left(name: str, lines: list[str], **thresholds: object) -> list[str]:
-    """What is left of lines between two good ones."""
+    """The remaining text of lines between two good ones."""
     verdict = judge(name, "\n".join([LINE, *lines, LINE]), max_removed_words="off", **thresholds)
     assert verdict.drop is None
     first, *left, last = verdict.text.split("\n")
@@ -72,23 +72,23 @@ def lines_left(name: str, lines: list[str], **thresholds: object) -> list[str]:
     ],
 )  # fmt: skip
 def test_refinedweb_lines(line: str, left: str | None) -> None:
-    """Behaviour: what happens to one line among good ones."""
+    """Behaviour: the treatment of one line among good ones."""
     assert lines_left("refinedweb", [line]) == ([] if left is None else [left])
 
 
 def test_refinedweb_share_of_removed_words() -> None:
-    """Parity with the paper: over 5 % of the words drop the document; at 5 % the text is edited. Words of cut phrases count."""
+    """Parity with the paper: over 5 % of removed words drop the document, including words of cut phrases."""
     body = "\n".join(["word " * 9 + "end."] * 19)  # 190 words
     assert reason("refinedweb", body + "\nONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN") == ("", None)
     assert reason("refinedweb", body + "\nA B C D E F G H I J K") == ("too_many_removed_words", 11 / 201)
     assert reason("refinedweb", "a b c. Read more\n" + "x y " * 10) == ("too_many_removed_words", 2 / 25)
     assert judge("refinedweb", body).text == body
-    assert judge("refinedweb", body + "\n").text == body + "\n"  # untouched, last newline and all
+    assert judge("refinedweb", body + "\n").text == body + "\n"  # unchanged, including the last newline
     assert reason("refinedweb", "") == ("", None)
 
 
-def test_refinedweb_rules_can_be_off_or_other() -> None:
-    """Behaviour: every rule is a setting; other languages give other words."""
+def test_refinedweb_rules_are_settings() -> None:
+    """Behaviour: every rule can be switched off or given the words of another language."""
     lines = [
         "TITLE IN CAPITALS",
         "12.5",
@@ -125,12 +125,12 @@ def test_refinedweb_rules_can_be_off_or_other() -> None:
     ],
 )
 def test_txt360_lines(line: str, kept: bool) -> None:
-    """Parity with the published rules: what happens to one line among good ones."""
+    """Parity with the published rules: the treatment of one line among good ones."""
     assert lines_left("txt360", [line], min_sentences="off") == ([line] if kept else [])
 
 
 def test_txt360_documents() -> None:
-    """Parity with the published thresholds: 5 % of the words (JavaScript notices apart), 3 sentences, lorem ipsum."""
+    """Parity with the published thresholds: 5 % of the words (without JavaScript notices), 3 sentences, lorem ipsum."""
     body = "\n".join(["word " * 9 + "end."] * 19)  # 190 words
     assert reason("txt360", body + "\n" + "\n".join(["Word"] * 10)) == ("", None)
     assert reason("txt360", body + "\n" + "\n".join(["Word"] * 11)) == ("too_many_removed_words", 11 / 201)
@@ -154,12 +154,12 @@ def test_txt360_documents() -> None:
     ],
 )
 def test_dolma_c4_documents(text: str, expected: tuple[str, object]) -> None:
-    """Parity with the tagger c4_v2: what drops the document."""
+    """Parity with the tagger c4_v2: rules that drop the document."""
     assert reason("dolma_c4", text) == expected
 
 
 def test_dolma_c4_lines() -> None:
-    """Parity with c4_v2 and the mixer: a line goes with its newline; dots are an end mark, ' is none."""
+    """Parity with c4_v2 and the mixer: a line is removed with its newline; dots are an end mark, ' is not."""
     text = "One two three.\n\nNo end mark here\nTwo words.\nIt ends with dots...\nHe said 'yes indeed'\nShe said \"no way\"  \nLast one is cut"
     assert judge("dolma_c4", text).text == 'One two three.\nIt ends with dots...\nShe said "no way"  \n'
     assert judge("dolma_c4", text, require_end_mark="false").text.startswith(
@@ -203,7 +203,7 @@ def test_dolma_reasons(text: str, expected: tuple[str, object]) -> None:
 
 
 def dolma_by_hand(text: str, empty_lines: bool) -> list[float]:
-    """Every value of the filter, in order, as one would write the definitions down."""
+    """Every value of the filter, in order, by straightforward definitions."""
     words = text.split()
     size = max(1, sum(map(len, words)))
     lines = text.split("\n") if empty_lines else re.split(r"\n+", text)
@@ -235,14 +235,14 @@ def dolma_by_hand(text: str, empty_lines: bool) -> list[float]:
     st.booleans(),
 )  # fmt: skip
 def test_dolma_values(parts: list[str], empty_lines: bool) -> None:
-    """Property: every value is that of the definition, for texts in which much repeats."""
+    """Property: every value equals that of the definition, for texts with many repeats."""
     text = " ".join(parts).replace(" \n ", "\n")
     checks = list(Dolma(empty_lines=empty_lines)(Page(text, splitter("unicode"))))
     assert [float(check.value) for check in checks] == pytest.approx(dolma_by_hand(text, empty_lines))  # type: ignore[arg-type]
 
 
 def test_presets_run() -> None:
-    """Behaviour: a page of prose passes each preset for web text, a menu does not, and lines are edited before documents are judged."""
+    """Behaviour: prose passes each preset for web text, a menu does not, and lines are edited before document rules."""
     prose = "\n".join([
         "The old mill by the river had been empty for thirty years when a baker from the next village bought it.",
         "She wanted to grind her own flour, and nobody could tell her that this was a bad idea.",
@@ -269,7 +269,7 @@ def test_presets_run() -> None:
     ids=["letters", "newlines", "spaces", "number", "lines", "phrase", "counters", "hashes", "ellipses", "javascript", "digits", "sign in"],
 )  # fmt: skip
 def test_hostile_texts_take_linear_time(text: str) -> None:
-    """Behaviour: a megabyte of one pattern is judged in seconds by every filter (0.6 s where it was measured)."""
+    """Behaviour: a megabyte of one pattern takes every filter seconds (0.6 s when measured)."""
     start = time.process_time()
     for name in ("refinedweb", "txt360", "dolma", "dolma_c4"):
         chain_of(name).measure(Page(text, splitter("unicode")))

@@ -23,7 +23,7 @@ from llmkit.errors import LlmkitError, UsageError
 
 
 def test_character_sets() -> None:
-    """Parity with datatrove 0.10.1: 129 punctuation marks, 159 terminal marks, 281 together; what is and is not in them."""
+    """Parity with datatrove 0.10.1: 129 punctuation marks, 159 terminal marks, 281 together, and some members."""
     assert (len(PUNCTUATION), len(TERMINALS), len(MARKS)) == (129, 159, 281)
     assert {".", "!", "?", "。", "۔", "។", "။"} <= TERMINALS
     assert not {'"', "…", "'", ";", ":"} & TERMINALS
@@ -56,13 +56,13 @@ def test_character_sets() -> None:
     ],
 )
 def test_unicode_words(text: str, words: list[str]) -> None:
-    """Behaviour: runs of letters and digits with their combining marks and what joins them, endings behind an apostrophe, runs of one mark."""
+    """Behaviour: runs of letters and digits with combining and joining marks, endings after an apostrophe, runs of a mark."""
     assert unicode_words(text) == words
 
 
 @given(st.text())
-def test_words_lose_nothing(text: str) -> None:
-    """Property: both kinds of words together hold every visible character, in order, and no space."""
+def test_words_cover_the_text(text: str) -> None:
+    """Property: the words of both kinds contain every visible character, in order, and no spaces."""
     visible = "".join(text.split())
     assert "".join(unicode_words(text)) == visible == "".join(whitespace_words(text))
 
@@ -85,8 +85,8 @@ def test_count_sentences(line: str, sentences: int) -> None:
     assert count_sentences(line) == sentences
 
 
-def test_page_measures_anew_after_an_edit() -> None:
-    """Behaviour: a rule that edits the text changes what later rules count."""
+def test_edits_reset_measurements() -> None:
+    """Behaviour: later rules count the text as edited by an earlier rule."""
     page = Page("one two\nthree", SPLITTERS.get("unicode"))
     assert len(page.words) == 3 and len(page.lines) == 2
     page.edit("one")
@@ -94,14 +94,14 @@ def test_page_measures_anew_after_an_edit() -> None:
 
 
 def test_unknown_kind_of_words() -> None:
-    """Behaviour: a typo is answered with the nearest name."""
+    """Behaviour: the error for a typo suggests the closest name."""
     with pytest.raises(UsageError) as caught:
         SPLITTERS.get("unicod")
     assert "unicode" in caught.value.hint
 
 
 def test_spacy_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: without spaCy, --words spacy says what to install."""
+    """Behaviour: without spaCy, the error for --words spacy names what to install."""
     monkeypatch.setitem(sys.modules, "spacy", None)
     splitter.cache_clear()
     with pytest.raises(LlmkitError) as caught:

@@ -1,4 +1,4 @@
-"""The map whose workers may be killed."""
+"""The map in worker processes that may be killed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,28 @@ def work(x: int) -> int:
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_what_hangs_or_crashes_is_named_and_the_rest_is_done(jobs: int) -> None:
-    """Behaviour: results in order; an item that takes too long, one that crashes, and one that asks for too much memory are failures."""
+def test_failures_are_named_and_other_items_completed(jobs: int) -> None:
+    """Behaviour: results in order; items that hang, crash or exhaust memory are failures."""
     batches = [list(range(start, start + 5)) for start in range(0, 30, 5)]
-    found = [
-        result for results in guarded_map(work, batches, jobs=jobs, seconds=2, memory=1 << 28) for result in results
-    ]
-    bad = {13: Failure("time limit"), 17: Failure("crashed"), 19: Failure("memory limit")}
-    assert found == [bad.get(x, x * x) for x in range(30)]
+    results = [result for batch in guarded_map(work, batches, jobs=jobs, seconds=2, memory=1 << 28) for result in batch]
+    failures = {13: Failure("time limit"), 17: Failure("crashed"), 19: Failure("memory limit")}
+    assert results == [failures.get(x, x * x) for x in range(30)]
 
 
 def test_an_exception_ends_the_map() -> None:
-    """Behaviour: what `work` raises is raised here."""
+    """Behaviour: an exception in `work` is raised in the parent."""
     with pytest.raises(ZeroDivisionError):
         list(guarded_map(lambda x: 1 // x, [[1, 0]], jobs=2, seconds=5))
 
 
-def test_nothing_and_empty_batches() -> None:
-    """Behaviour: no batch, and batches without items, give what they hold."""
+def test_no_batches_and_empty_batches() -> None:
+    """Behaviour: without batches there are no results; a batch without items has an empty list."""
     assert list(guarded_map(work, [], seconds=5)) == []
     assert list(guarded_map(work, [[], [2], []], jobs=2, seconds=5)) == [[], [4], []]
 
 
-def test_items_are_taken_as_they_are_needed() -> None:
-    """Behaviour: an endless input is not swallowed."""
+def test_input_is_consumed_lazily() -> None:
+    """Behaviour: an endless input is read no further than needed."""
     taken = 0
 
     def endless():
@@ -61,12 +59,11 @@ def test_items_are_taken_as_they_are_needed() -> None:
     assert taken <= 5 + 2 * 2 + 2
 
 
-def test_a_worker_killed_while_it_waits_is_replaced() -> None:
-    """Behaviour: no item is blamed for it, and a closed pipe to a worker is not taken for a closed stdout."""
+def test_a_worker_killed_while_idle_is_replaced() -> None:
+    """Behaviour: no item fails, and the closed pipe to the worker is not mistaken for a closed stdout."""
 
     def batches():
         yield [os.getpid()]
-        time.sleep(0.3)
         for child in multiprocessing.active_children():
             child.kill()
             child.join()

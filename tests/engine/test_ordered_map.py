@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
-from llmkit.engine.local import meanwhile, ordered_map
+from llmkit.engine.local import background_process, ordered_map
 from llmkit.errors import LlmkitError
 
 
@@ -26,8 +27,8 @@ def test_results_come_in_order(jobs: int) -> None:
     assert list(ordered_map(slow_square, range(200), jobs)) == [x * x for x in range(200)]
 
 
-def test_items_are_taken_as_they_are_needed() -> None:
-    """Behaviour: an endless input is not swallowed: no more than three items a worker are in flight."""
+def test_input_is_consumed_lazily() -> None:
+    """Behaviour: an endless input is read no further than three items in flight per worker."""
     taken = 0
 
     def endless():
@@ -44,12 +45,12 @@ def test_items_are_taken_as_they_are_needed() -> None:
 
 
 def test_closures_work_without_pickling() -> None:
-    """Behaviour: the function is inherited by fork, so a lambda over local data will do."""
+    """Behaviour: the function is inherited by fork, so a lambda over local data works."""
     table = {i: i + 1 for i in range(10)}
     assert list(ordered_map(lambda i: table[i], range(10), 2)) == list(range(1, 11))
 
 
-def test_an_error_of_a_worker_is_raised_here() -> None:
+def test_an_error_in_a_worker_is_raised_in_the_parent() -> None:
     """Behaviour: LlmkitError keeps message and hint across the process boundary."""
 
     def fail(x: int) -> int:
@@ -63,7 +64,7 @@ def test_an_error_of_a_worker_is_raised_here() -> None:
 
 
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:
-    """Behaviour: a worker that the kernel kills (out of memory) ends the run with a clear message."""
+    """Behaviour: a worker killed by the kernel (out of memory) ends the run with a clear message."""
 
     def die(x: int) -> int:
         if x == 3:
@@ -74,15 +75,12 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
         list(ordered_map(die, range(10), 2))
 
 
-def test_meanwhile_ends_with_its_block(tmp_path: Path) -> None:
-    """Behaviour: the work is done beside the block, its errors are nobody's, and nothing of it is left afterwards."""
-    with meanwhile(lambda: (tmp_path / "done").touch()):
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "done").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert (tmp_path / "done").exists()
-    with meanwhile(lambda: time.sleep(600)):
+def test_background_process_ends_with_its_block(tmp_path: Path) -> None:
+    """Behaviour: the work runs while the block does, its errors are ignored, and no process remains afterwards."""
+    with background_process(lambda: (tmp_path / "done").touch()):
+        wait_until((tmp_path / "done").exists)
+    with background_process(lambda: time.sleep(600)):
         pass
-    with meanwhile(lambda: 1 // 0):
+    with background_process(lambda: 1 // 0):
         pass
     assert not multiprocessing.active_children()

@@ -7,7 +7,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -53,10 +53,7 @@ def test_existing_output_needs_force(tmp_path: Path) -> None:
     for text in ("one", "two"):
         with atomic_directory(tmp_path / "dir", force=True) as directory:
             (directory / text).write_text(text)
-            (directory / "tokenizer_config.json").write_text(
-                '{"llmkit": {"command": "vocab"}}'
-            )  # what one of ours holds
-    assert names(tmp_path / "dir") == ["tokenizer_config.json", "two"]
+    assert names(tmp_path / "dir") == ["two"]
     assert names(tmp_path) == ["dir", "out"]
 
 
@@ -110,22 +107,6 @@ def test_missing_parent_is_named(tmp_path: Path) -> None:
     """Behaviour: the message says which directory to make."""
     with pytest.raises(LlmkitError, match="not a directory"), atomic_file(tmp_path / "no" / "out"):
         pass
-
-
-def test_force_never_replaces_what_is_not_ours(tmp_path: Path) -> None:
-    """Behaviour: a directory that holds anything that no command has made stays, -f or not; an empty one is no loss."""
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    with (
-        pytest.raises(LlmkitError, match="what llmkit did not make"),
-        atomic_directory(tmp_path / "thesis", force=True),
-    ):
-        pass
-    assert (tmp_path / "thesis" / "thesis.tex").exists()
-    (tmp_path / "empty").mkdir()
-    with atomic_directory(tmp_path / "empty", force=True) as partial:
-        (partial / "a").write_text("a")
-    assert (tmp_path / "empty" / "a").exists()
 
 
 def test_what_cannot_be_committed_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

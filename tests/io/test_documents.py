@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.compression import BLOCK, STORED, Stored, ZstdOutput
+from llmkit.io.compression import BLOCK, STORED, StoredFrame, ZstdOutput
 from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
-from llmkit.lineage.record import Lineage, digest_path, read_lineage
+from llmkit.io.record import Lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 
 LINES = b"".join(
     orjson.dumps({"id": str(i), "text": f"text {i} \u00e9", "extra": {"n": i}}) + b"\n" for i in range(500)
@@ -302,7 +303,7 @@ def test_stored_frames_are_read_by_others(size: int) -> None:
             output.write(piece)
         output.finish()
     stored = sink.getvalue()
-    assert stored == cut.getvalue() and len(stored) <= size + 6 + 3 * (size // Stored.LARGEST + 2) + 4
+    assert stored == cut.getvalue() and len(stored) <= size + 6 + 3 * (size // StoredFrame.MAX_BLOCK + 2) + 4
     assert zstandard.get_frame_parameters(stored).has_checksum
     assert zstandard.ZstdDecompressor().stream_reader(stored).read() == data
     with pa.CompressedInputStream(io.BytesIO(stored), "zstd") as stream:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from llmkit.lineage.tree import as_script, as_tree
+from llmkit.lineage.script import as_script
+from llmkit.lineage.tree import as_tree
 
 FLAGS = {
     "filter": {"preset": ("--preset", "", ["gopher"])},

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import digest_path, read_lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.merging import average as averages
 from llmkit.merging.average import Merge, Opened, check_alike, choose, shares, write_average
 from llmkit.model.pretrained.checkpoint import load_info, load_model

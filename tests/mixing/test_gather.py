@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing import gather
 from llmkit.mixing.order import OrderedTokens
 from llmkit.mixing.plan import Plan, PlannedSource
 from llmkit.shards import writer as shards
-from llmkit.shards.part import text_array
-from llmkit.shards.writer import ShardWriter, TokenStore
+from llmkit.shards.arrow import string_array
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.writer import ShardWriter
 
 Write = Callable[..., Path]
 
@@ -94,4 +95,4 @@ def test_ids_beyond_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
             return 1 << 31
 
     with pytest.raises(LlmkitError, match="over 2 GiB of ids"):
-        text_array(np.array([1 << 31]), Huge())
+        string_array(np.array([1 << 31]), Huge())

@@ -8,10 +8,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing.holdout import grouped, held_out
+from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo
-from llmkit.shards.writer import ShardWriter, TokenStore
+from llmkit.shards.writer import ShardWriter
 
 Documents = list[tuple[str, list[int]]]
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import digest_path
+from llmkit.lineage.formats import digest_path
 from llmkit.mixing.order import Order, OrderedTokens, permutation, resolve
 from llmkit.mixing.plan import Plan, PlannedSource, plan_text
-from llmkit.shards.writer import TokenStore
+from llmkit.shards.reader import TokenStore
 
 Write = Callable[..., Path]
 SOURCES = st.lists(

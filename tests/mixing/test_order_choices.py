@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.mixing import order as orders
 from llmkit.mixing.holdout import held_out
 from llmkit.mixing.order import OrderedTokens, one_pass, resolve
-from llmkit.mixing.packing import PADDING
 from llmkit.mixing.plan import Plan, PlannedSource, plan_digest, plan_text
-from llmkit.shards.writer import ShardWriter, TokenStore
+from llmkit.shards.reader import TokenStore
+from llmkit.shards.shard import PADDING_SOURCE
+from llmkit.shards.writer import ShardWriter
 
 Write = Callable[..., Path]
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
@@ -99,7 +100,7 @@ def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
     assert packed.padding is not None and packed.sequence_length == 16 and packed.tokens % 16 == 0
     pieces: dict[str, list[int]] = {}
     for i in range(packed.documents):
-        assert packed.padding[i] == (packed.source(i) == PADDING) and (packed.id(i) == "") == packed.padding[i]
+        assert packed.padding[i] == (packed.source(i) == PADDING_SOURCE) and (packed.id(i) == "") == packed.padding[i]
         pieces.setdefault(packed.id(i), []).extend(packed.document(i).tolist())
     assert set(pieces.pop("")) == {store.tokenizer.eos_id}
     whole = {store.id(i): store.document(i).tolist() for i in range(store.documents) if i not in out}
@@ -116,7 +117,7 @@ def test_packed_tokens(tmp_path: Path, write_shards: Write) -> None:
     assert stored.sequence_length == 16 and np.array_equal(stored.padding, packed.padding)
     again = Plan((PlannedSource("p.arrow", stored.inputs[0].digest, (kept,)),), 1, stored.tokenizer.digest)
     remixed = OrderedTokens(again, [stored], [])
-    assert PADDING not in {remixed.source(i) for i in range(remixed.documents)} and remixed.tokens == kept
+    assert PADDING_SOURCE not in {remixed.source(i) for i in range(remixed.documents)} and remixed.tokens == kept
     digests = set()
     for changed in (
         plan,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Lineage, read_lineage
+from llmkit.io.record import Lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import (

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmkit.chat.prompts import cut, read_prompt, stop_test
 from llmkit.chat.rows import RowError
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate, sample
 from llmkit.model.pretrained.checkpoint import load_model, load_tokenizer

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.model.pretrained.weights import dequantise, unpack

@@ -1,4 +1,4 @@
-"""Files of other trainers: nanoGPT's, llm.c's, Megatron-LM's."""
+"""Token files of other trainers: nanoGPT's, llm.c's, Megatron-LM's."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
-from llmkit.shards import foreign
-from llmkit.shards.foreign import Block, TokenFileWriter, read_megatron, read_nanogpt
+from llmkit.shards import megatron, nanogpt, token_block
+from llmkit.shards.formats import FOREIGN_FORMATS
+from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 SMALL, WIDE = TokenizerInfo("xxh3:0", 300, 0), TokenizerInfo("xxh3:1", 70_001, 0)
-READERS = {"nanogpt": read_nanogpt, "megatron": read_megatron}
 # Written by megatron-core 0.16.1's IndexedDatasetBuilder: uint16 [5 6 0], [7 8] and [9 0] as one document, [4]; int32 [5 70000 0].
 MEGATRON_16 = (
     "4d4d494449445800000100000000000000080400000000000000040000000000000003000000020000000200000001000000000000000000000006000000000000000a0000"
@@ -32,30 +32,32 @@ MEGATRON_32 = (
 
 def write(path: Path, kind: str, info: TokenizerInfo, *blocks: list[list[int]], force: bool = False) -> None:
     dtype = np.uint16 if info.vocab_size <= 1 << 16 else np.uint32
-    with TokenFileWriter(str(path), info, kind, force=force) as writer:
+    with FOREIGN_FORMATS[kind].load().Writer(str(path), info, force=force) as writer:
         for documents in blocks:
             flat = np.array([id for tokens in documents for id in tokens], dtype)
-            writer.extend(flat, np.array([len(tokens) for tokens in documents], np.int64), [], [])
+            writer.write(TokenBlock(flat, np.array([len(tokens) for tokens in documents], np.int64), [], []))
         writer.finish({}, [])
 
 
-def tokens_of(blocks: list[Block]) -> list[list[int]]:
+def tokens_of(blocks: list[TokenBlock]) -> list[list[int]]:
     return [tokens.tolist() for block in blocks for tokens, _, _ in block.documents()]
 
 
-def by_the_specification(prefix: str) -> list[list[int]]:
+def read_by_specification(prefix: str) -> list[list[int]]:
     """Another reader of Megatron's files, from the layout that Megatron-LM's indexed_dataset.py describes."""
     with open(prefix + ".idx", "rb") as index:
         assert index.read(9) == b"MMIDIDX\0\0" and struct.unpack("<Q", index.read(8)) == (1,)
         form = {8: "H", 4: "i"}[index.read(1)[0]]
         sequences, documents = struct.unpack("<QQ", index.read(16))
         lengths = struct.unpack(f"<{sequences}i", index.read(4 * sequences))
-        places = struct.unpack(f"<{sequences}q", index.read(8 * sequences))
-        firsts = struct.unpack(f"<{documents}q", index.read(8 * documents))
+        byte_offsets = struct.unpack(f"<{sequences}q", index.read(8 * sequences))
+        first_sequences = struct.unpack(f"<{documents}q", index.read(8 * documents))
         assert index.read() == b""
     data = Path(prefix + ".bin").read_bytes()
-    assert firsts == (*range(sequences), sequences)
-    return [list(struct.unpack_from(f"<{n}{form}", data, at)) for n, at in zip(lengths, places, strict=True)]
+    assert first_sequences == (*range(sequences), sequences)
+    return [
+        list(struct.unpack_from(f"<{n}{form}", data, offset)) for n, offset in zip(lengths, byte_offsets, strict=True)
+    ]
 
 
 @given(
@@ -65,23 +67,23 @@ def by_the_specification(prefix: str) -> list[list[int]]:
     cut=st.integers(0, 12),
 )
 @settings(max_examples=25, deadline=None)
-def test_what_is_written_is_read(documents: list[list[int]], wide: bool, block: int, cut: int) -> None:
-    """Property: documents come back from both formats, whatever the blocks; the bytes are those that the specification asks for."""
+def test_written_documents_are_read_back(documents: list[list[int]], wide: bool, block: int, cut: int) -> None:
+    """Property: documents come back from both formats, however they are cut into blocks; the bytes follow the specification."""
     info = WIDE if wide else SMALL
     ended = [[*tokens[:-1], 70_000 if wide else tokens[-1], 0] for tokens in documents]
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(foreign, "BLOCK_TOKENS", block)
+        patch.setattr(token_block, "BLOCK_TOKENS", block)
         for kind, name in (("nanogpt", "a.bin"), ("megatron", "b")):
             path = Path(directory, name)
             write(path, kind, info, ended[:cut], ended[cut:])
-            blocks = list(READERS[kind](str(path), info))
+            blocks = list(FOREIGN_FORMATS[kind].load().read(str(path), info))
             assert tokens_of(blocks) == ended and sum(b.ended + b.empty for b in blocks) == 0
             assert {source for b in blocks for source in b.sources} <= {path.stem}
             ids = [id for b in blocks for id in b.ids]
             assert len(set(ids)) == len({tuple(tokens) for tokens in ended})
         flat = np.fromfile(Path(directory, "a.bin"), np.uint32 if wide else np.uint16)
         assert flat.tolist() == [id for tokens in ended for id in tokens]
-        assert by_the_specification(str(Path(directory, "b"))) == ended
+        assert read_by_specification(str(Path(directory, "b"))) == ended
 
 
 def test_megatrons_own_files(tmp_path: Path) -> None:
@@ -89,9 +91,9 @@ def test_megatrons_own_files(tmp_path: Path) -> None:
     for name, files in (("x", MEGATRON_16), ("y", MEGATRON_32)):
         for end, text in zip((".idx", ".bin"), files, strict=True):
             (tmp_path / f"{name}{end}").write_bytes(bytes.fromhex(text))
-    (block,) = read_megatron(str(tmp_path / "x"), SMALL)
+    (block,) = megatron.read(str(tmp_path / "x"), SMALL)
     assert tokens_of([block]) == [[5, 6, 0], [7, 8, 9, 0], [4, 0]] and block.ended == 1
-    assert tokens_of(list(read_megatron(str(tmp_path / "y"), WIDE))) == [[5, 70_000, 0]]
+    assert tokens_of(list(megatron.read(str(tmp_path / "y"), WIDE))) == [[5, 70_000, 0]]
     write(tmp_path / "ours", "megatron", WIDE, [[5, 70_000, 0]])
     assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "y.idx").read_bytes()
     assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "y.bin").read_bytes()
@@ -99,33 +101,33 @@ def test_megatrons_own_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, np.uint16), (20240801, 7, np.uint32)])
 def test_llm_c_files(tmp_path: Path, magic: int, version: int, dtype: type) -> None:
-    """Behaviour: the header of llm.c and modded-nanogpt is known; documents that begin with the end-of-text id, not end with it, come out right."""
+    """Behaviour: the header of llm.c and modded-nanogpt is recognised; documents that begin, rather than end, with the end-of-text id are read correctly."""
     header, ids = np.zeros(256, np.int32), np.array([0, 5, 6, 0, 7, 0, 8, 9], dtype)
     header[:3] = magic, version, len(ids)
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(header.tobytes() + ids.tobytes())
-    (first, last) = read_nanogpt(str(path), SMALL, "web")
+    (first, last) = nanogpt.read(str(path), SMALL, "web")
     assert tokens_of([first, last]) == [[5, 6, 0], [7, 0], [8, 9, 0]]
     assert (first.empty, last.ended, first.sources) == (1, 1, ["web"] * 2)
     path.write_bytes(header.tobytes() + ids.tobytes()[:-2])
-    with pytest.raises(LlmkitError, match=r"header says 8 tokens"):
-        list(read_nanogpt(str(path), SMALL))
+    with pytest.raises(LlmkitError, match=r"8 tokens in its header"):
+        list(nanogpt.read(str(path), SMALL))
 
 
-def change(place: int, value: bytes) -> tuple[str, str]:
+def change(position: int, value: bytes) -> tuple[str, str]:
     data = bytearray.fromhex(MEGATRON_16[0])
-    data[place : place + len(value)] = value
+    data[position : position + len(value)] = value
     return data.hex(), MEGATRON_16[1]
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (("", MEGATRON_16[1]), "no Megatron index"),
-        ((MEGATRON_16[0][:60], MEGATRON_16[1]), "no Megatron index"),
-        (change(0, b"X"), "no Megatron index"),
-        (change(9, b"\2"), "no Megatron index"),
-        (change(17, b"\7"), "no Megatron index"),  # float32
+        (("", MEGATRON_16[1]), "not a Megatron index"),
+        ((MEGATRON_16[0][:60], MEGATRON_16[1]), "not a Megatron index"),
+        (change(0, b"X"), "not a Megatron index"),
+        (change(9, b"\2"), "not a Megatron index"),
+        (change(17, b"\7"), "not a Megatron index"),  # float32
         ((MEGATRON_16[0][:-2], MEGATRON_16[1]), "do not fit"),
         ((MEGATRON_16[0] + "00000000", MEGATRON_16[1]), "do not fit"),  # modes of a multimodal set
         (change(18, b"\xff" * 8), "do not fit"),
@@ -142,44 +144,44 @@ def change(place: int, value: bytes) -> tuple[str, str]:
     ],
 )
 def test_damaged_megatron_files(tmp_path: Path, files: tuple[str, str], message: str) -> None:
-    """Behaviour: whatever is wrong with the index, or with the ids, is one error that names the file."""
+    """Behaviour: any damage to the index or to the ids is one error that names the file."""
     (tmp_path / "x.idx").write_bytes(bytes.fromhex(files[0]))
     (tmp_path / "x.bin").write_bytes(bytes.fromhex(files[1]))
     with pytest.raises(LlmkitError, match=rf"x\.(idx|bin): .*{message}"):
-        list(read_megatron(str(tmp_path / "x"), SMALL))
+        list(megatron.read(str(tmp_path / "x"), SMALL))
 
 
 def test_damaged_nanogpt_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: odd bytes, ids of another vocabulary, a file in which nothing ends, no file, a pipe: refused by name."""
+    """Behaviour: odd bytes, ids of another vocabulary, a file without the end-of-text id, a missing file, a directory: refused by name."""
     path = tmp_path / "x.bin"
     for content, message in (
-        (b"\1\0\0", "no whole number of tokens of 2 bytes"),
+        (b"\1\0\0", "not a whole number of tokens of 2 bytes"),
         (b"\1\0\x2c\1\0\0", "token id 300 is not"),
     ):
         path.write_bytes(content)
         with pytest.raises(LlmkitError, match=rf"x\.bin: .*{message}"):
-            list(read_nanogpt(str(path), SMALL))
-    monkeypatch.setattr(foreign, "MAX_DOCUMENT", 10)
+            list(nanogpt.read(str(path), SMALL))
+    monkeypatch.setattr(token_block, "MAX_DOCUMENT", 10)
     path.write_bytes(b"\1\0" * 11)
     with pytest.raises(LlmkitError, match=r"x\.bin: 11 tokens without the end-of-text id 0"):
-        list(read_nanogpt(str(path), SMALL))
-    for wrong in (tmp_path / "nowhere.bin", tmp_path):
+        list(nanogpt.read(str(path), SMALL))
+    for missing in (tmp_path / "nowhere.bin", tmp_path):
         with pytest.raises(LlmkitError, match="no such file"):
-            list(read_nanogpt(str(wrong), SMALL))
+            list(nanogpt.read(str(missing), SMALL))
     path.write_bytes(b"")
-    assert list(read_nanogpt(str(path), SMALL)) == []
+    assert list(nanogpt.read(str(path), SMALL)) == []
 
 
 def test_outputs_are_whole_or_not_there(tmp_path: Path) -> None:
     """Behaviour: nothing is replaced without force; an error leaves the old pair; ids over the vocabulary are refused."""
     for name in ("x", "y.bin", "z.idx"):
         write(tmp_path / name, "megatron", SMALL, [[1, 0]])
-    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert sorted(made) == [f"{name}.{end}" for name in "xyz" for end in ("bin", "idx")]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == [f"{name}.{end}" for name in "xyz" for end in ("bin", "idx")]
     with pytest.raises(LlmkitError, match="exists"):
         write(tmp_path / "x", "megatron", SMALL, [[2, 0]])
     with pytest.raises(LlmkitError, match="not in the vocabulary"):
         write(tmp_path / "x", "megatron", SMALL, [[2, 300]], force=True)
-    assert made == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write(tmp_path / "x", "megatron", SMALL, [[2, 3, 0], [0]], force=True)
-    assert by_the_specification(str(tmp_path / "x")) == [[2, 3, 0], [0]]
+    assert read_by_specification(str(tmp_path / "x")) == [[2, 3, 0], [0]]

@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.lineage.record import Lineage, digest_path, read_lineage
+from llmkit.io.record import Lineage
+from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.shards import writer as shards
-from llmkit.shards.part import as_arrow
-from llmkit.shards.tokenizer_info import parse_tokenizer
-from llmkit.shards.writer import ShardWriter, TokenizerInfo, TokenStore, load_tokenizer_info, shard_digest
+from llmkit.shards.arrow import as_arrow
+from llmkit.shards.lineage import shard_digest
+from llmkit.shards.reader import TokenStore, load_tokenizer_info
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
+from llmkit.shards.writer import ShardWriter
 
 BARE = TokenizerInfo("xxh3:0", 300, 0)
 Write = Callable[..., Path]
@@ -207,9 +210,9 @@ def test_foreign_files_are_refused(tmp_path: Path, write_shards: Write) -> None:
     retyped = pa.schema([pa.field("tokens", pa.list_(pa.int64())), *list(reader.schema)[1:]], reader.schema.metadata)
     cases = {
         "no trailer": (stream(reader.schema, *list(reader)[:1]), "before its trailer"),
-        "another stream": (stream(batch.schema, batch), "no token shard"),
+        "another stream": (stream(batch.schema, batch), "not a token shard"),
         "an Arrow file": (arrow_file.getvalue(), "not an Arrow stream"),
-        "documents": (b'{"text": "x"}\n', "no token shard"),
+        "documents": (b'{"text": "x"}\n', "not a token shard"),
         "empty": (b"", "empty file"),
         "other columns": (stream(retyped), "has type"),
         "two streams": (whole + whole, "bytes follow"),
@@ -243,7 +246,7 @@ def test_other_tokenizers_are_refused(tmp_path: Path, write_shards: Write, small
         TokenStore.open([str(a), str(b)])
     parts = write_shards(tmp_path / "parts", [5])
     (parts / "tokenizer.json").write_text(small_tokenizer["tokenizer.json"].replace('"fo"', '"fö"'))
-    with pytest.raises(LlmkitError, match="not theirs"):
+    with pytest.raises(LlmkitError, match="not the one that made them"):
         TokenStore.open(str(parts))
 
 
@@ -302,7 +305,7 @@ def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -
         "{}": "malformed",
         '{"model": {"type": "Magic", "vocab": {"a": 0}}}': "unknown tokenizer model 'Magic'",
         '{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}': "malformed",
-        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}': "names no end-of-text token",
+        '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}': "has no end-of-text token",
     }
     for text, message in cases.items():
         (tmp_path / "tokenizer.json").write_text(text)

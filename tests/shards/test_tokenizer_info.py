@@ -9,7 +9,8 @@ import pytest
 
 from llmkit.errors import LlmkitError
 from llmkit.shards import tokenizer_info as tokenizers
-from llmkit.shards.tokenizer_info import load_tokenizer_info, parse_tokenizer
+from llmkit.shards.reader import load_tokenizer_info
+from llmkit.shards.tokenizer_info import parse_tokenizer
 
 
 def files(

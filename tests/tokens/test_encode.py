@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions
-from llmkit.shards.foreign import Block
+from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens.encode import EncodeOptions, Encoder, decode, source_name
 from llmkit.tokens.pretokenize import PATTERNS
@@ -22,7 +22,7 @@ from llmkit.tokens.text_encoder import load
 Trained = Callable[[str], TokenizerInfo]
 
 
-def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> Block:
+def encode(info: TokenizerInfo, *rows: dict[str, object], **options: object) -> TokenBlock:
     data = b"".join(orjson.dumps(row) + b"\n" for row in rows)
     return Encoder(info, ReadOptions(), EncodeOptions(**options))(Chunk("crawl/web.jsonl.zst", 1, data))  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.tokens import extend, vocabulary
 from llmkit.tokens.pretokenize import PATTERNS

@@ -238,7 +238,7 @@ def test_the_first_megabytes_do_not_wait_for_a_compiler(trained: Trained, tmp_pa
     info = trained("llama-bpe")
     (tmp_path / "tokenizer.json").write_text(info.files["tokenizer.json"])
     program = (
-        "import sys, json; from llmkit.shards.tokenizer_info import load_tokenizer_info; from llmkit.tokens.text_encoder import TextEncoder\n"
+        "import sys, json; from llmkit.shards.reader import load_tokenizer_info; from llmkit.tokens.text_encoder import TextEncoder\n"
         "e = TextEncoder(load_tokenizer_info(sys.argv[1]))\n"
         "ids = e(['The quick brown fox, 123 caf\u00e9s', 'x' * 300])[0].tolist(); print(json.dumps([ids, e._fast is None]))"
     )

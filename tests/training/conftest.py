@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, ListStream, tiny_model
 
-from llmkit.lineage.record import Input, Lineage
+from llmkit.io.record import Input, Lineage
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.shards.writer import ShardWriter
 from llmkit.training import session as sessions

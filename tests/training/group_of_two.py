@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tiny import CONFIG, ListStream
 
-from llmkit.lineage.record import Input, Lineage
+from llmkit.io.record import Input, Lineage
 from llmkit.model.decoder import Decoder
 from llmkit.training.checkpoint.run_directory import open_run
 from llmkit.training.data import HeldOutSource, StreamSource

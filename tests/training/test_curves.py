@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import ListStream, tiny_model
 
-from llmkit.lineage.record import Lineage
+from llmkit.io.record import Lineage
 from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, PackedSource, StreamSource

@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from group_of_two import STEPS, train, untied
+from waiting import wait_until
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
 from llmkit.training.checkpoint.run_directory import RunDirectory, find_checkpoints
@@ -150,14 +152,6 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "llmkit", *arguments], env=environment, stderr=subprocess.PIPE)
 
 
-def wait_for(condition: Callable[[], bool], group: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert group.poll() is None, group.stderr.read().decode()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def child(group: subprocess.Popen[bytes], rank: int) -> int:
     """Process id of a rank."""
     for place in Path("/proc").glob("[0-9]*"):
@@ -191,17 +185,16 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
 
         return reached
 
-    wait_for(trained(15, 1), group)
+    wait_until(trained(15, 1), group)
 
     def saved_between() -> bool:
         """Request a checkpoint; whether there is one besides those of every 10 steps."""
         os.kill(group.pid, signal.SIGUSR1)
-        time.sleep(0.03)
         return any(int(place.name[-1]) for place in find_checkpoints(run))
 
-    wait_for(saved_between, group)
+    wait_until(saved_between, group)
     os.kill(child(group, 1), signal.SIGKILL)
-    wait_for(trained(25, 2), group)
+    wait_until(trained(25, 2), group)
     os.kill(child(group, 1), signal.SIGSTOP)
     stderr = group.communicate(timeout=120)[1].decode()
     assert group.returncode == 0, stderr
@@ -252,7 +245,7 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     run = RunDirectory(tmp_path)
 
     def begin() -> None:
-        time.sleep(0.01)
+        time.sleep(0.01)  # so that the file's modification time differs
         (tmp_path / "config.toml").touch()
         run.event("start")
 
@@ -284,6 +277,22 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "--max-restarts" in error.value.hint and error.value.code == ExitCode.LOST
 
 
+class Clock:
+    """The watchdog's clock, advanced only by the test, so that the load of the machine does not matter."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = time.monotonic()
+        monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self._now, sleep=time.sleep))
+
+    def pass_seconds(self, seconds: float) -> None:
+        self._now += seconds
+
+    def wait_for_look(self, dog: watchdog.Watchdog) -> None:
+        """Wait until the watchdog's thread has looked at the time."""
+        messages = dog._messages
+        wait_until(lambda: dog._messages >= messages + 2)
+
+
 def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST.
 
@@ -297,13 +306,16 @@ def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytes
         ended.set()
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
+    clock = Clock(monkeypatch)
     dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: reported.append((name, details)))
     dog.start()
     for _ in range(8):
-        time.sleep(0.1)
+        clock.pass_seconds(0.3)
+        clock.wait_for_look(dog)
         dog.heartbeat()
     assert not codes
-    assert ended.wait(10)
+    clock.pass_seconds(0.5)
+    assert ended.wait(60)
     assert codes == [ExitCode.LOST]
     assert reported[0][0] == "hang"
     assert reported[0][1]["ranks"] == [0]
@@ -329,9 +341,10 @@ class Store:
         return self.values[key].encode()
 
 
-def test_who_is_behind_is_hung() -> None:
+def test_who_is_behind_is_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: of three processes the one that has entered fewer collectives is hung, unless it still makes
     passes or another's thread is silent."""
+    clock = Clock(monkeypatch)
     dogs, store = [watchdog.Watchdog(rank, 3, 0.2, lambda name, **details: None) for rank in range(3)], Store()
     for dog in dogs:
         dog._store = store
@@ -340,13 +353,12 @@ def test_who_is_behind_is_hung() -> None:
     dogs[2].enter_collective()
 
     def look(*awake: int) -> list[int]:
-        deadline = time.monotonic() + 0.15
-        while time.monotonic() < deadline:
+        for _ in range(15):
             for rank in awake:
                 dogs[rank]._publish()
             for dog in dogs:
                 dog._read_peers()
-            time.sleep(0.01)
+            clock.pass_seconds(0.01)
         return dogs[0]._hung_ranks()
 
     assert look(0, 1, 2) == [1]

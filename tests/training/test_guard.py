@@ -15,7 +15,7 @@ import torch
 from tiny import ListStream, tiny_model
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import Input, Lineage
+from llmkit.io.record import Input, Lineage
 from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
 from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, StepVerdict

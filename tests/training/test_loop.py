@@ -451,11 +451,15 @@ def test_sigusr1_saves_and_training_continues(train: Train, whole: Path, tmp_pat
     assert weights(run) == weights(whole)
 
 
-def test_max_hours(train: Train, whole: Path, tmp_path: Path) -> None:
+def test_max_hours(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: at the time limit the run is saved and ends with exit code 75; --resume continues it."""
-    run = tmp_path / "run"
+    run, clock = tmp_path / "run", time.monotonic
+
+    def an_hour_later() -> None:
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
+
     with pytest.raises(LlmkitError, match="hours reached at step 5") as caught:
-        train(run, heldout=True, eval_every=4, max_hours=2 / 3600, report=at_step(5, lambda: time.sleep(2)))
+        train(run, heldout=True, eval_every=4, max_hours=1, report=at_step(5, an_hour_later))
     assert caught.value.code == 75
     assert find_checkpoints(run)[-1].name == "step-00000005"
     train(run, resume=True, heldout=True, eval_every=4)

@@ -6,14 +6,16 @@ import errno
 import json
 import os
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_distributed import Clock
 from test_guard import documents, events, log, train, weights
 from test_loop import Train, at_step
+from waiting import wait_for_thread, wait_until
 
 from llmkit.cli.shared.invocation import Run
 from llmkit.errors import LlmkitError, Terminated
@@ -133,10 +135,11 @@ def test_undone_checkpoints_are_removed(tmp_path: Path) -> None:
     def report(record: dict[str, Any]) -> None:
         broken["report"](record)
         if record["step"] == 21:
+            wait_for_thread("checkpoint")  # it may still be writing that of step 20
             seen.append((names(run), os.readlink(run / "latest")))
 
     train(run, documents(False), broken["objective"], report=report)
-    assert seen[1] == (["step-00000020"], "checkpoints/step-00000020")
+    assert seen == [(["step-00000020"], "checkpoints/step-00000020")] * 2
     assert names(run) == [f"step-000000{n}" for n in (20, 40, 60, 70)]
 
 
@@ -159,19 +162,21 @@ def test_rollback_target_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_signal_while_a_checkpoint_is_under_way(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: SIGTERM in a step while the previous checkpoint is still being written ends the run normally."""
     run, calls, write = tmp_path / "run", 0, run_directory.write_safetensors
+    signalled = threading.Event()
 
-    def slow(*arguments: Any) -> None:
-        time.sleep(0.5)
+    def late(*arguments: Any) -> None:
+        assert signalled.wait(60)
         write(*arguments)
 
     def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal calls
         calls += 1
         if calls == 7:  # step 4
+            signalled.set()
             os.kill(os.getpid(), signal.SIGTERM)
         return next_token(model, batch, scale)
 
-    monkeypatch.setattr(run_directory, "write_safetensors", slow)
+    monkeypatch.setattr(run_directory, "write_safetensors", late)
     with pytest.raises(Terminated):
         train(run, objective=objective)
     assert names(run) == ["step-00000003"]
@@ -185,7 +190,7 @@ def test_sigusr1_is_never_lost_and_never_kills(train: Train, tmp_path: Path, mon
     add, signal_next = processes.Processes.all_reduce, []
 
     def late(self: Any, values: Any) -> list[float]:
-        if signal_next and len(values) == 3:
+        if signal_next:
             signal_next.clear()
             os.kill(os.getpid(), signal.SIGUSR1)
         return add(self, values)
@@ -223,16 +228,19 @@ def test_warnings_on_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_suspended_watchdog(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: a suspended watchdog reports no hang; afterwards it does again."""
-    dog, reported = watchdog.Watchdog(0, 1, 0.3, lambda *_, **__: None), []
+    clock = Clock(monkeypatch)
+    dog, reported = watchdog.Watchdog(0, 1, 0.4, lambda *_, **__: None), []
     monkeypatch.setattr(dog, "_report", reported.append)
     dog.suspended = True
     dog.start()
-    time.sleep(0.8)
+    for _ in range(8):
+        clock.pass_seconds(0.1)
+        clock.wait_for_look(dog)
     assert not reported
     dog.suspended = False
-    time.sleep(0.8)
+    clock.pass_seconds(0.5)
+    wait_until(lambda: reported)
     dog.stop()
-    assert reported
 
 
 def test_pending_lines_are_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

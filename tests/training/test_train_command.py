@@ -9,15 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import read_lineage
+from llmkit.lineage.formats import read_lineage
 from llmkit.training.checkpoint.run_directory import open_run
 from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
@@ -389,7 +389,7 @@ def test_bad_calls(
     message: str,
 ) -> None:
     """Behaviour: a wrong call gives one line of error and leaves nothing behind."""
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
 
@@ -431,11 +431,8 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
     """Wait until the run has logged `count` steps."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(list(read_metrics(run / "metrics.jsonl"))) < count:
-        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    log = run / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(list(read_metrics(log))) >= count, process)
 
 
 def test_held_out_data_by_domain(place: Path) -> None:

@@ -99,7 +99,8 @@ def main(
     import orjson
 
     from llmkit.chat.prompts import complete
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
     from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, load_tokenizer
 
     files = [] if prompt else run.inputs(prompts)

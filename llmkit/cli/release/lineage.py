@@ -1,4 +1,4 @@
-"""`llmkit lineage`: show how an artefact was made, check its digests, print the pipeline that makes it again."""
+"""`llmkit lineage`: show how an artefact was made, verify its digests, print the pipeline that makes it again."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ def main(
     script: Annotated[bool, typer.Option("--script", help="Print the shell script that makes it again")] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify every digest that can be verified")] = False,
     inputs: Annotated[
-        list[str] | None, typer.Option("--inputs", metavar="DIR", help="Where --check looks for inputs by name")
+        list[str] | None,
+        typer.Option("--inputs", metavar="DIR", help="Directory where --check looks for inputs by name"),
     ] = None,
 ) -> None:
-    """Print the tree of commands that made an artefact: each with its options, its inputs and what came out.
+    """Print the tree of commands that made an artefact, each with its options, inputs and counts.
 
-    --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, INPUTS being the directory that holds the
-    original inputs. --check computes the digest of the artefact's content, and of every input that it finds by name beside the artefact
-    or in the directories given by --inputs; one that differs ends it with exit code 1. Models, tokenizers, plans and Parquet are
-    not checked themselves, only as inputs of what was made from them. --json prints the record as it is stored.
+    --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
+    directory that holds the original inputs. --check computes the digest of the artefact's content, and of
+    every input that it finds by name beside the artefact or in the directories given by --inputs; if one
+    differs, the exit code is 1. Models, tokenizers and Parquet files are not checked themselves, only as inputs
+    of other artefacts. --json prints the record as it is stored.
     """
-    from llmkit.lineage import record as lineage
-    from llmkit.lineage import tree
+    from llmkit.lineage.formats import read_lineage
+    from llmkit.lineage.script import as_script
+    from llmkit.lineage.tree import as_tree
 
-    record = lineage.read_lineage(artefact)
+    record = read_lineage(artefact)
     if record is None:
         raise LlmkitError(
             f"{artefact}: no lineage inside", "plain .jsonl has no room for it, and other tools do not write it"
@@ -45,11 +48,11 @@ def main(
     if run.as_json:
         print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
     elif script:
-        print(tree.as_script(record, artefact, _flags), end="")
+        print(as_script(record, artefact, _flags), end="")
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
-        print(tree.as_tree(record, artefact), end="")
+        print(as_tree(record, artefact), end="")
 
 
 def _flags(name: str) -> dict[str, tuple[str, str, object]]:
@@ -59,24 +62,26 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
     from llmkit.cli.shared.options import click_command
     from llmkit.cli.shared.table import COMMANDS, module_of
 
-    if name not in COMMANDS:  # "cat" of joined streams, or a record that is not ours
+    if name not in COMMANDS:  # "cat" of joined streams, or a record of another tool
         raise LlmkitError(
-            f"the lineage names the command {name!r}, which no script can repeat", "make that input by hand"
+            f"the lineage names the command {name!r}, which a script cannot repeat", "make that input by hand"
         )
     built = click_command(import_module(module_of(name)).main, name)
     options = [parameter for parameter in built.params if parameter.param_type_name == "option"]
     return {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
 
 
-def _check(run: Run, artefact: str, record: dict[str, object], places: list[str]) -> None:
-    from llmkit.lineage import tree
+def _check(run: Run, artefact: str, record: dict[str, object], directories: list[str]) -> None:
+    from llmkit.lineage.check import check
 
-    results = list(tree.check(record, artefact, places))
+    results = list(check(record, artefact, directories))
     for name, state in results:
         print(f"{state:<9} {name}")
-    wrong = [name for name, state in results if state == "DIFFERS"]
-    if wrong:
-        raise LlmkitError(f"{', '.join(wrong)}: not what the lineage says", "it was changed after it was used or made")
-    counts = {state: sum(1 for _, found in results if found == state) for state in ("ok", "not found")}
+    differing = [name for name, state in results if state == "DIFFERS"]
+    if differing:
+        raise LlmkitError(
+            f"{', '.join(differing)}: not the content in the lineage", "it was changed after it was used or made"
+        )
+    counts = {state: sum(1 for _, result in results if result == state) for state in ("ok", "not found")}
     itself = f"; {results[0][0]} itself was not checked" if results[0][1] == "unchecked" else ""
     run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")

@@ -44,8 +44,9 @@ def main(
         raise UsageError(f"--group-size is of --to int4, {to} has one scale a row", "leave it out")
     if run.output is None:
         raise UsageError("no output", "name the directory of the quantised model with -o")
-    from llmkit.io.atomic import atomic_directory
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.model.pretrained.checkpoint import load_info
     from llmkit.quantization.formats import compressed_tensors
 
@@ -61,7 +62,7 @@ def main(
     lineage.inputs.append(Input("input", base_name(model), digest_path(info.path), read_lineage(info.path)))
     lineage.counts = {"parameters": info.config.parameters(), "group_size": scheme.group}
     with (
-        atomic_directory(run.output, run.force) as partial,
+        artefact_directory(run.output, run.force) as partial,
         run.progress(info.config.parameters(), "weights") as bar,
     ):
         report = compressed_tensors.write_quantised(info, scheme, partial, lineage.to_json(), bar.advance)

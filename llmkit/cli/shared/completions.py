@@ -1,8 +1,9 @@
-"""Shell completion scripts, static, generated from the same table and options as the help.
+"""Static shell completion scripts, generated from the same table and options as the help.
 
     python -m llmkit.cli.shared.completions completions/
 
-writes llmkit.bash, _llmkit (zsh) and llmkit.fish there. Static scripts complete at once, where asking the program would cost its start.
+writes llmkit.bash, _llmkit (zsh) and llmkit.fish to that directory. Static scripts complete at once; running the
+program for each completion would take its start-up time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from llmkit.cli.shared.table import COMMANDS, followers, module_of
 
 
 class Flag(NamedTuple):
-    """One option: its names (`-o`, `--output`), its help, and whether a value follows."""
+    """An option: its names (`-o`, `--output`), its help, and whether it takes a value."""
 
     names: list[str]
     help: str
@@ -26,13 +27,13 @@ class Flag(NamedTuple):
 
 def flags(name: str) -> list[Flag]:
     """Every option of a subcommand."""
-    built: Any = click_command(import_module(module_of(name)).main, name)
-    found = []
-    for parameter in built.params:
+    command: Any = click_command(import_module(module_of(name)).main, name)
+    result = []
+    for parameter in command.params:
         if parameter.param_type_name == "option":
             names = [*parameter.opts, *parameter.secondary_opts]
-            found.append(Flag(names, _one_line(parameter.help), not parameter.is_flag))
-    return [*found, Flag(["-h", "--help"], "Show the help", False)]
+            result.append(Flag(names, _one_line(parameter.help), not parameter.is_flag))
+    return [*result, Flag(["-h", "--help"], "Show the help", False)]
 
 
 def _one_line(text: str | None) -> str:
@@ -44,7 +45,7 @@ def _first_words(table: dict[str, list[Flag]]) -> list[str]:
 
 
 def _longest_first(table: dict[str, list[Flag]]) -> list[tuple[str, list[Flag]]]:
-    """`filter train` before `filter`, of which it is no argument."""
+    """Commands with more words first, so that `filter train` is matched before `filter`."""
     return sorted(table.items(), key=lambda item: -item[0].count(" "))
 
 
@@ -53,8 +54,8 @@ def bash(table: dict[str, list[Flag]]) -> str:
     cases = []
     for name, options in _longest_first(table):
         words = " ".join(word for option in options for word in option.names)
-        more = f" more='{' '.join(followers(name))}'" if followers(name) else ""
-        cases.append(f"        '{name} '*) words='{words}'{more} ;;")
+        subcommands = f" more='{' '.join(followers(name))}'" if followers(name) else ""
+        cases.append(f"        '{name} '*) words='{words}'{subcommands} ;;")
     return "\n".join(
         [
             "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
@@ -128,27 +129,26 @@ def fish(table: dict[str, list[Flag]]) -> str:
     lines = ["# fish completion for llmkit"]
     for name in table:
         parent, _, word = name.rpartition(" ")
-        seen = f"'{_seen(parent)}'" if parent else "__fish_use_subcommand"
-        lines.append(f"complete -c llmkit -f -n {seen} -a {word} -d {quoted(COMMANDS[name][1])}")
+        condition = f"'{_fish_condition(parent)}'" if parent else "__fish_use_subcommand"
+        lines.append(f"complete -c llmkit -f -n {condition} -a {word} -d {quoted(COMMANDS[name][1])}")
     for name, options in table.items():
         for option in options:
             words = " ".join(f"-l {word[2:]}" if word.startswith("--") else f"-s {word[1:]}" for word in option.names)
             value = " -r" if option.takes_value else ""
-            lines.append(f"complete -c llmkit -n '{_seen(name)}' {words}{value} -d {quoted(option.help)}")
+            lines.append(f"complete -c llmkit -n '{_fish_condition(name)}' {words}{value} -d {quoted(option.help)}")
     return "\n".join([*lines, ""])
 
 
-def _seen(name: str) -> str:
-    """fish's condition that the words before the cursor are those of a command, and no longer one's."""
+def _fish_condition(name: str) -> str:
+    """The fish condition that the words before the cursor name this command and not a longer one."""
     words = [f"__fish_seen_subcommand_from {word}" for word in name.split()]
-    others = followers(name) + [
-        parent for parent in COMMANDS if f"{parent} {name}" in COMMANDS
-    ]  # `train` of `filter train`
-    return "; and ".join(words + ([f"not __fish_seen_subcommand_from {' '.join(others)}"] if others else []))
+    parents = [parent for parent in COMMANDS if f"{parent} {name}" in COMMANDS]  # `filter`, for `train`
+    excluded = followers(name) + parents
+    return "; and ".join(words + ([f"not __fish_seen_subcommand_from {' '.join(excluded)}"] if excluded else []))
 
 
 def scripts() -> dict[str, str]:
-    """File name -> content of every completion script."""
+    """File name -> content of each completion script."""
     table = {name: flags(name) for name in COMMANDS}
     return {"llmkit.bash": bash(table), "_llmkit": zsh(table), "llmkit.fish": fish(table)}
 

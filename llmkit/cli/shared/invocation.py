@@ -15,7 +15,7 @@ from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine, ReadOptions
-    from llmkit.lineage.record import Lineage
+    from llmkit.io.record import Lineage
 
 
 class Run:
@@ -114,7 +114,8 @@ class Run:
 
     def lineage(self) -> Lineage:
         """A new record with the command, the options and the inputs that options name."""
-        from llmkit.lineage.record import Lineage, describe_input
+        from llmkit.io.record import Lineage
+        from llmkit.lineage.formats import describe_input
 
         inputs = [describe_input(path, role) for role, path in self._paths]
         return Lineage(self.command, dict(self.options), inputs)
@@ -154,13 +155,12 @@ class Run:
         key = values["text_key"] if text_key == "" else text_key
         return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
 
-    def writer(self, force: bool = False) -> DocumentWriter:
-        """Writer of the command's output, which `force` replaces as -f does; a context manager."""
+    def writer(self, force: bool = False, output: str | None = None) -> DocumentWriter:
+        """Writer of the command's output, or of `output`, which `force` replaces as -f does; a context manager."""
         from llmkit.io.documents import DocumentWriter
 
-        return DocumentWriter(
-            self.output, self.lineage(), force=self.force or force, plain=self._values.get("plain", False)
-        )
+        path = self.output if output is None else output
+        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=self._values.get("plain", False))
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
@@ -173,18 +173,19 @@ class Run:
         self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
-    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
-        """Whether the output already is what this call would make of `paths`.
+    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None, output: str | None = None) -> bool:
+        """Whether the command's output, or `output`, already is what this call would make of `paths`.
 
         `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs (command, version, options,
         digests of the inputs), never by their existence.
         """
         from llmkit.io.inputs import exists
-        from llmkit.lineage.record import digest_path
+        from llmkit.lineage.formats import digest_path
 
-        if not self.output or self.force or not all(map(exists, paths)):
+        output = output or self.output
+        if not output or self.force or not all(map(exists, paths)):
             return False
-        outputs = {self.output: self.lineage()} | (beside or {})
+        outputs = {output: self.lineage()} | (beside or {})
         found = {path: _record_of(path, header) for path, header in outputs.items()}
         if None in found.values():
             return False
@@ -203,7 +204,7 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     """The record inside `path`, if it was made by the command, version and options of `header`."""
     from llmkit.io.atomic import is_special
     from llmkit.io.inputs import exists
-    from llmkit.lineage.record import read_lineage
+    from llmkit.lineage.formats import read_lineage
 
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
         return None

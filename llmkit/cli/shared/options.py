@@ -264,7 +264,7 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
 
 
 def _recordable(value: Any) -> Any:
-    from llmkit.lineage.record import base_name
+    from llmkit.io.record import base_name
 
     if isinstance(value, Path):
         return base_name(value)

@@ -1,4 +1,4 @@
-"""Where a stage works: `--engine local`, or `ray`; and with -o DIRECTORY, one call of llmkit for each file, on the machines of a cluster."""
+"""Where a stage runs: `--engine local` or `ray`; with -o DIRECTORY, one call of llmkit per file on a cluster."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from llmkit.cli.shared.options import SHARED, Run
 from llmkit.errors import ExitCode, LlmkitError, LockedError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from llmkit.cli.shared.document_command import Job
     from llmkit.engine.local import Engine
 
 EngineName = Annotated[
     str,
-    typer.Option("--engine", metavar="NAME", help="Where the work is done: local (with -j), or ray, a cluster"),
+    typer.Option("--engine", metavar="NAME", help="Where to run: local (with -j processes) or ray (a cluster)"),
 ]
-# Options that a call for one file has of its own.
-OWN = {*SHARED, "files_from", "rejects", "resume", "engine"} - {"seed"}
+# Options that each call sets itself rather than inherits.
+PER_CALL = {*SHARED, "files_from", "rejects", "resume", "engine"} - {"seed"}
 
 
 def engine_of(run: Run, name: str) -> Engine:
-    """The engine of that name."""
+    """The engine of this name."""
     if name == "ray":
         from llmkit.engine.cluster import Cluster
 
@@ -42,45 +41,41 @@ def engine_of(run: Run, name: str) -> Engine:
     return Local(run.jobs)
 
 
-def by_file(run: Run, jobs: Iterable[Job], *more: str) -> Iterator[dict[str, Any]]:
-    """Make each output by a call of its own, with `more` arguments, on a cluster; what each call counted, in order."""
+def call_per_file(run: Run, calls: Iterable[list[str]]) -> Iterator[dict[str, Any]]:
+    """Run the command once for each list of arguments, on a cluster; the counts of each call, in order."""
     from llmkit.engine.cluster import Cluster
 
-    def arguments(job: Job) -> list[str]:
-        rejects = [word for path in job.beside for word in ("--rejects", path)]
-        return [job.inputs[0], "-o", str(job.output), *rejects, *more, *(["-f"] if run.force or job.anew else [])]
-
-    work = partial(_call, run.command, run.config(OWN), os.getcwd())
-    for said, counts in Cluster().each(work, ((arguments(job),) for job in jobs)):
-        sys.stderr.write(said)
+    work = partial(_call, run.command, run.config(PER_CALL), os.getcwd())
+    for messages, counts in Cluster().starmap(work, ((arguments,) for arguments in calls)):
+        sys.stderr.write(messages)
         yield counts
 
 
 def _call(command: str, config: str, directory: str, arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """One call on the machine where this runs: what it said, and its summary. LlmkitError where it fails."""
+    """Run one call on a worker. Returns its messages and its summary; LlmkitError if it fails."""
     from llmkit.engine.local import die_with_parent
 
     with tempfile.TemporaryDirectory() as temporary:
-        settings, summary = Path(temporary, "options.toml"), Path(temporary, "summary.json")
-        settings.write_text(config)
-        done = subprocess.run(
-            [sys.executable, "-m", "llmkit", command, *arguments, "-q", "--config", settings, "--summary", summary],
+        options, summary = Path(temporary, "options.toml"), Path(temporary, "summary.json")
+        options.write_text(config)
+        result = subprocess.run(
+            [sys.executable, "-m", "llmkit", command, *arguments, "-q", "--config", options, "--summary", summary],
             cwd=directory,
             env={name: value for name, value in os.environ.items() if not name.startswith("LLMKIT_")},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=die_with_parent,  # the call must not go on beside its repetition
+            preexec_fn=die_with_parent,  # a call must not continue beside its retry
         )
-        lines = done.stderr.splitlines()
-        if done.returncode:
-            failed = [line.partition(": error: ")[2] for line in lines if ": error: " in line] or lines[-1:]
+        lines = result.stderr.splitlines()
+        if result.returncode:
+            errors = [line.partition(": error: ")[2] for line in lines if ": error: " in line] or lines[-1:]
             hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
-            message = " ".join(failed) or f"exit code {done.returncode}"
+            message = " ".join(errors) or f"exit code {result.returncode}"
             kind = {ExitCode.USAGE: UsageError, ExitCode.LOCKED: LockedError}.get(
-                ExitCode(done.returncode), LlmkitError
+                ExitCode(result.returncode), LlmkitError
             )
             raise kind(message if arguments[0] in message else f"{arguments[0]}: {message}", " ".join(hints))
         counts = json.loads(summary.read_bytes())
-        return done.stderr, {key: value for key, value in counts.items() if key not in ("command", "seconds")}
+        return result.stderr, {key: value for key, value in counts.items() if key not in ("command", "seconds")}

@@ -20,7 +20,7 @@ from llmkit.io.inputs import STDIN, open_raw
 if TYPE_CHECKING:
     from llmkit.chat.encode import Encoded
     from llmkit.io.documents import DocumentReader
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
     from llmkit.mixing.order import OrderedTokens
     from llmkit.model.config import ModelConfig
     from llmkit.model.pretrained.checkpoint import LoadedModel
@@ -275,18 +275,20 @@ def held_out(named: list[str] | None, digest: str, length: int, document_mask: b
         return None
     import numpy as np
 
-    from llmkit.mixing.packing import PADDING
     from llmkit.shards.reader import TokenStore
+    from llmkit.shards.shard import PADDING_SOURCE
     from llmkit.training.data import HeldOutSource
     from llmkit.training.source_groups import document_groups
 
-    codes, names = [], {PADDING: 0}
+    codes, names = [], {PADDING_SOURCE: 0}
     for path, name in paths.items():
         one = TokenStore.open(path)
         refuse_other_tokenizer(path, one.tokenizer.digest, digest)
         packed_length(path, one.sequence_length, None, document_mask)
         own, known, _ = one.origins()
-        table = [names.setdefault(name if name and source != PADDING else source, len(names)) for source in known]
+        table = [
+            names.setdefault(name if name and source != PADDING_SOURCE else source, len(names)) for source in known
+        ]
         codes.append(np.array(table, np.int32)[own])
     store = TokenStore.open(list(paths))
     groups = document_groups(np.diff(store.offsets), np.concatenate(codes), list(names), None)
@@ -371,7 +373,8 @@ def stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
 
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint in it."""
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
     from llmkit.model.pretrained.checkpoint import resolve_model
 
     place = directory or resolve_model(path)

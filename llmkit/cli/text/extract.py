@@ -1,4 +1,4 @@
-"""`llmkit extract`: text out of web archives and pages."""
+"""`llmkit extract`: text from web archives and pages."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume, jobs, make_all
+from llmkit.cli.shared.document_command import Job, Resume, plan_jobs, run_jobs
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
-    from llmkit.cli.shared.document_command import Made
-    from llmkit.corpus.extract.extractor import Extracted, Extractor, Reading
+    from llmkit.cli.shared.document_command import JobResult
+    from llmkit.corpus.extract.extractor import ExtractionResult, Extractor, PageReader
     from llmkit.io.documents import DocumentReader, DocumentWriter
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
 
 ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in ("", ".gz", ".zst"))
 SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *DOCUMENT_SUFFIXES)
-SHOWN = 5  # broken records that get a line of their own
+MAX_WARNINGS = 5  # broken records that are reported individually
 
 
 @command(
@@ -43,61 +43,63 @@ def main(
         typer.Option(
             "--engine",
             metavar="NAME",
-            help="resiliparse, trafilatura, or plain (all visible text); ray: on a cluster; or both: plain,ray",
+            help="resiliparse, trafilatura, or plain (all visible text); ray for a cluster; or both: plain,ray",
         ),
     ] = "resiliparse",
     html_key: Annotated[
-        str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows that holds the page")
+        str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows that contains the page")
     ] = "html",
-    verify: Annotated[bool, typer.Option("--verify", help="Leave out records whose digest is wrong")] = False,
-    time_limit: Annotated[float, typer.Option("--time-limit", help="Seconds for one page, then it is given up")] = 10.0,
-    max_page_bytes: Annotated[int, count_option("--max-page-bytes", help="Longest page that is read")] = 16 << 20,
+    verify: Annotated[bool, typer.Option("--verify", help="Skip records with a wrong digest")] = False,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="Maximum seconds per page")] = 10.0,
+    max_page_bytes: Annotated[int, count_option("--max-page-bytes", help="Maximum size of a page in bytes")] = 16 << 20,
     rejects: Annotated[
         str | None,
-        typer.Option("--rejects", metavar="FILE", help="Write what gave no document here, with its `reason`"),
+        typer.Option("--rejects", metavar="FILE", help="Write pages without a document here, with the `reason`"),
     ] = None,
     resume: Resume = False,
 ) -> None:
-    """Extract text from WARC, WET and ARC files, HTML pages, PDFs, and JSON rows that hold HTML.
+    """Extract text from WARC, WET and ARC files, HTML pages, PDFs, and JSON rows with HTML.
 
-    What a file is, its first bytes say; directories are searched for names that end as such files do. A document has `id`, `text`, and where
-    they are known `url`, `date`, `content_type`, `title`, `language`, `licence` (cc-by-4.0, or a link) and `opt_out`, a list of the signals
-    by which a page declines to be used: robots directives (noai, noindex, ...) and tdm-reservation. Encodings are detected where none is
-    declared or the declared one is wrong. Of PDFs the text layer is taken; pages without one are counted.
+    The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions. A
+    document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence` (cc-by-4.0,
+    or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots directives (noai,
+    noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one is wrong. The text of
+    a PDF is its text layer; pages without one are counted.
 
-    Broken records are passed over, counted, and named with their offset. A page that takes longer than --time-limit, or more memory than 48
-    times --max-page-bytes and 1 GB, is given up. Memory: three batches of about 1 MB for each worker, and one page.
+    Broken records are skipped, counted, and reported with their offset. A page that takes longer than --time-limit, or
+    more memory than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each worker,
+    and one page.
     """
     from llmkit.corpus.extract.engines import ENGINES
 
-    engine, place = _parser_and_place(engine)
+    engine, backend = _parser_and_backend(engine)
     if engine not in ENGINES:
         raise unknown_name("--engine", engine, [*ENGINES, "ray"])
     run.options["engine"] = engine
     if not 0 < time_limit < 86_400:
-        raise UsageError(f"--time-limit {time_limit} is not between 0 and a day", "give seconds")
+        raise UsageError(f"--time-limit {time_limit} is not between 0 and a day", "use a number of seconds")
     if run.options["text_key"] != "text":
-        raise UsageError("--text-key is of no use here", "--html-key names the field that holds the page")
+        raise UsageError("--text-key has no effect here", "--html-key names the field that contains the page")
     _check_libraries(engine)
-    from llmkit.corpus.extract.extractor import Extractor, Reading
+    from llmkit.corpus.extract.extractor import Extractor, PageReader
 
     paths = run.inputs(inputs, suffixes=SUFFIXES)
-    if place == "ray" and STDIN in paths:
-        raise UsageError("stdin cannot be read on a cluster", "name files, or leave out ray")
+    if backend == "ray" and STDIN in paths:
+        raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)
-    reading = Reading(run.read_options(html_key), max_page_bytes, verify)
-    shown = 0
+    page_reader = PageReader(run.read_options(html_key), max_page_bytes, verify)
+    warned = 0
 
-    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> Made:
-        nonlocal shown
+    def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> JobResult:
+        nonlocal warned
         counts: Counter[str] = Counter(pages=0, documents=0, broken=0, characters=0)
         skipped: Counter[str] = Counter()
-        read: list[Input] = []
+        inputs_read: list[Input] = []
         with run.progress(None, "pages") as bar:
-            for outcome in _extracted(run, extractor, reading, job.inputs, read, place):
-                for broken in outcome.broken[: max(0, SHOWN - shown)]:
+            for outcome in _outcomes(run, extractor, page_reader, job.inputs, inputs_read, backend):
+                for broken in outcome.broken[: max(0, MAX_WARNINGS - warned)]:
                     run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
-                shown += len(outcome.broken)
+                warned += len(outcome.broken)
                 counts.update(pages=outcome.pages, documents=outcome.documents, characters=outcome.characters)
                 counts["broken"] += len(outcome.broken)
                 skipped += outcome.skipped
@@ -106,22 +108,24 @@ def main(
                 if rejected:
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
-        none = counts["pages"] + counts["broken"] - counts["documents"]
-        return dict(counts) | {"skipped": dict(sorted(skipped.items()))}, none, read
+        without_document = counts["pages"] + counts["broken"] - counts["documents"]
+        return dict(counts) | {"skipped": dict(sorted(skipped.items()))}, without_document, inputs_read
 
-    spread = ("--engine", engine) if place == "ray" else None
-    total = make_all(run, jobs(run, paths, rejects, resume), make, spread=spread)
+    cluster_arguments = ("--engine", engine) if backend == "ray" else None
+    total = run_jobs(run, plan_jobs(run, paths, rejects, resume), make, cluster_arguments=cluster_arguments)
     if total is None:
         return
-    most = sorted(total["skipped"].items(), key=lambda item: -item[1])
-    not_ = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in most)})" if most else ""
-    broken_ = f", {total['broken']:,} broken records" if total["broken"] else ""
-    where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(total, f"{total['documents']:,} documents of {total['pages']:,} pages{not_}{broken_}; {where}")
+    by_count = sorted(total["skipped"].items(), key=lambda item: -item[1])
+    skipped_text = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in by_count)})" if by_count else ""
+    broken_text = f", {total['broken']:,} broken records" if total["broken"] else ""
+    destination = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
+    run.finish(
+        total, f"{total['documents']:,} documents of {total['pages']:,} pages{skipped_text}{broken_text}; {destination}"
+    )
 
 
-def _parser_and_place(engine: str) -> tuple[str, str]:
-    """What reads the pages, and where: `ray` and `trafilatura,ray` are on a cluster."""
+def _parser_and_backend(engine: str) -> tuple[str, str]:
+    """The extraction engine, and where it runs: `ray` and `trafilatura,ray` run on a cluster."""
     names = engine.split(",")
     if "ray" not in names:
         return engine, "local"
@@ -129,32 +133,34 @@ def _parser_and_place(engine: str) -> tuple[str, str]:
     return ",".join(names) or "resiliparse", "ray"
 
 
-def _extracted(
-    run: Run, extractor: Extractor, reading: Reading, paths: list[str], read: list[Input], place: str
-) -> Iterator[Extracted]:
-    """What becomes of the pages of all files; `read` takes their lineage."""
+def _outcomes(
+    run: Run, extractor: Extractor, page_reader: PageReader, paths: list[str], inputs_read: list[Input], backend: str
+) -> Iterator[ExtractionResult]:
+    """The outcomes for the pages of all files; the lineage of the files is appended to `inputs_read`."""
     from llmkit.corpus.extract.extractor import extract_files, tasks
 
-    if place == "local":
+    if backend == "local":
 
         def reader_of(path: str) -> DocumentReader:
-            return run.reader_of([path], text_key=reading.rows.text_key)
+            return run.reader_of([path], text_key=page_reader.rows.text_key)
 
-        yield from extractor.run((page for path in paths for page in reading.pages(path, read, reader_of)), run.jobs)
+        yield from extractor.run(
+            (page for path in paths for page in page_reader.pages(path, inputs_read, reader_of)), run.jobs
+        )
         return
-    if reading.rows.quarantine:
-        raise UsageError("a cluster has no one file for bad lines", "--on-bad-line skip, or stop")
+    if page_reader.rows.quarantine:
+        raise UsageError("bad lines cannot be quarantined on a cluster", "use --on-bad-line skip or stop")
     from llmkit.engine.cluster import Cluster
 
-    for found in Cluster().streams(partial(extract_files, extractor, reading), tasks(paths)):
-        if isinstance(found, list):
-            read += found
+    for result in Cluster().flat_map(partial(extract_files, extractor, page_reader), tasks(paths)):
+        if isinstance(result, list):
+            inputs_read += result
         else:
-            yield found
+            yield result
 
 
 def _check_libraries(engine: str) -> None:
-    """LlmkitError where the libraries of the web extra are not installed."""
+    """Raise LlmkitError if libraries of the web extra are missing."""
     from importlib.util import find_spec
 
     needed = ["fastwarc", "resiliparse", "pypdfium2"] + (["trafilatura"] if engine == "trafilatura" else [])

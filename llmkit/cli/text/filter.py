@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.document_command import Rejects, Resume, announced, run_stage, summary_line
+from llmkit.cli.shared.document_command import Rejects, Resume, announce_compilation, run_stage, summary_line
 from llmkit.cli.shared.options import InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmkit.corpus.chain import Chain, Filtered, Statistics
+    from llmkit.corpus.chain import Chain, FilteredChunk, Statistics
     from llmkit.engine.local import Engine
     from llmkit.io.documents import DocumentReader
 
-SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the documents, for the distribution that --stats prints
-WHOLE = "Whole filters"
+SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # quantiles that --stats prints
+FILTER_PANEL = "Filter shorthands"
 
 
 def _filter(*names: str, metavar: str, help: str) -> Any:
-    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=WHOLE)
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=FILTER_PANEL)
 
 
 @command(
@@ -52,70 +52,76 @@ def main(
     ] = None,
     filter: Annotated[
         list[str] | None,
-        typer.Option("--filter", metavar="NAME", help="One filter alone, after the presets; may be repeated"),
+        typer.Option("--filter", metavar="NAME", help="Add one filter after the presets; may be repeated"),
     ] = None,
     rule: Annotated[
         list[str] | None,
         typer.Option(
             "--rule",
             metavar="FILTER.RULE=VALUE",
-            help='Set one threshold ("off": switch it off); FILE.py:FUNCTION adds a filter of your own',
+            help='Set a threshold ("off" disables its rule); FILE.py:FUNCTION adds a filter of your own',
         ),
     ] = None,
     words: Annotated[
         str, typer.Option("--words", metavar="KIND", help="What counts as a word: unicode, whitespace or spacy")
     ] = "unicode",
     compat: Annotated[
-        str | None, typer.Option("--compat", metavar="TOOL", help="Decide as this tool does: datatrove")
+        str | None, typer.Option("--compat", metavar="TOOL", help="Reproduce the decisions of this tool: datatrove")
     ] = None,
     languages: Annotated[
-        str | None, _filter("--languages", metavar="CODES", help="Keep these languages: en,de; identified by model")
+        str | None,
+        _filter("--languages", metavar="CODES", help="Keep these languages (en,de), as identified by a model"),
     ] = None,
     licence: Annotated[
-        str | None, _filter("--licence", metavar="NAMES", help="Keep documents under these licences: cc-by,cc0")
+        str | None, _filter("--licence", metavar="NAMES", help="Keep documents with these licences: cc-by,cc0")
     ] = None,
     respect_opt_out: Annotated[
         bool,
-        typer.Option("--respect-opt-out", help="Drop documents whose page declines to be used", rich_help_panel=WHOLE),
+        typer.Option(
+            "--respect-opt-out", help="Drop documents whose page opts out of being used", rich_help_panel=FILTER_PANEL
+        ),
     ] = False,
     quality: Annotated[
-        str | None, _filter("--quality", metavar="MODEL", help="Judge by a fastText classifier (llmkit filter train)")
+        str | None, _filter("--quality", metavar="MODEL", help="Filter by a fastText classifier (llmkit filter train)")
     ] = None,
     decontaminate: Annotated[
         list[str] | None,
         _filter(
-            "--decontaminate", metavar="FILE", help="Drop what holds items of this evaluation set; may be repeated"
+            "--decontaminate", metavar="FILE", help="Drop documents with items of this evaluation set; may be repeated"
         ),
     ] = None,
     pii: Annotated[
         str | None,
-        _filter("--pii", metavar="ACTION", help="Personal data and secrets: redact, drop the document, or annotate"),
+        _filter(
+            "--pii", metavar="ACTION", help="For personal data and secrets: redact, drop the document, or annotate"
+        ),
     ] = None,
     annotate: Annotated[
-        bool, typer.Option("--annotate", help="Drop and edit nothing; write every statistic into the field `filter`")
+        bool, typer.Option("--annotate", help="Drop and edit nothing; write all statistics to the field `filter`")
     ] = False,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Print how the statistics are distributed and what each rule would drop")
+        bool, typer.Option("--stats", help="Print the distribution of statistics and what each rule would drop")
     ] = False,
     rejects: Rejects = None,
     resume: Resume = False,
     engine: EngineName = "local",
-    print_preset: Annotated[bool, typer.Option("--print-preset", help="Print the rules as TOML and stop")] = False,
+    print_preset: Annotated[bool, typer.Option("--print-preset", help="Print the rules as TOML and exit")] = False,
 ) -> None:
-    """Keep the documents that pass quality rules; a document goes at its first failing rule.
+    """Keep the documents that pass quality rules; a document is dropped at the first rule that it breaks.
 
-    The presets hold published rule sets: gopher (repetition and quality), c4 (keeps the lines that read as sentences: it edits the text),
-    fineweb (both, then its own), refinedweb, dolma, txt360, and code. --preset and --filter may be combined; the filters run in the order given,
-    presets first, the whole filters for language, licence and opt-out before them, those for quality, contamination and personal data
-    behind. Kept documents that were not edited are passed on byte for byte. --rejects keeps what was dropped, as it came in, with `filter`,
-    `reason` and the measured `value` in the place of fields called so. The rules are made for English; another language sets other thresholds.
+    The presets are published rule sets: gopher (repetition and quality), c4 (keeps the lines that read as sentences, and so
+    edits the text), fineweb (both, then its own rules), refinedweb, dolma, txt360, and code. --preset and --filter can be
+    combined. The filters run in the order given, presets first; the options for language, licence and opt-out run before
+    them, those for quality, contamination and personal data after them. Kept documents that were not edited are passed on
+    byte for byte. --rejects stores the dropped documents as they were, with `filter`, `reason` and the measured `value`,
+    which replace existing fields of these names. The rules are made for English; other languages need other thresholds.
 
-    Memory for each worker: 250 MB and, for the longest line, 30 to 60 times its size at most. Kernels are compiled at the first use on a machine
-    and kept in a cache.
+    Memory for each worker: 250 MB plus at most 30 to 60 times the size of the longest line. Kernels are compiled on first
+    use and cached.
     """
-    from llmkit.corpus import rules
+    from llmkit.corpus import chain_loader
 
-    presets, singles, settings = preset or [], list(filter or []), list(rule or [])
+    presets, singles, overrides = preset or [], list(filter or []), list(rule or [])
     first: list[str] = []
     for name, key, value, early in (
         ("licence", "allowed", licence, True),
@@ -127,35 +133,37 @@ def main(
     ):
         if value is not None and value != []:
             (first if early else singles).append(name)
-            settings = [
+            overrides = [
                 f"{name}.{key}={item}" for item in ([value] if isinstance(value, str) else value) if key
-            ] + settings
-    if not presets and not singles and not first and not any(map(rules.is_function, settings)):
-        presets = run.options["preset"] = [rules.DEFAULT_PRESET]
-    chain = rules.load_chain(presets, singles, settings, words, compat or "", first)
+            ] + overrides
+    if not presets and not singles and not first and not any(map(chain_loader.is_function, overrides)):
+        presets = run.options["preset"] = [chain_loader.DEFAULT_PRESET]
+    chain = chain_loader.load_chain(presets, singles, overrides, words, compat or "", first)
     if print_preset:
-        plain = not (singles or first or settings or compat)
-        sys.stdout.write("\n".join(map(rules.preset_text, presets)) if plain else rules.describe_chain(chain))
+        plain = not (singles or first or overrides or compat)
+        sys.stdout.write(
+            "\n".join(map(chain_loader.preset_text, presets)) if plain else chain_loader.describe_chain(chain)
+        )
         return
     _record(run, chain, presets)
-    where = engine_of(run, engine)
+    backend = engine_of(run, engine)
     if stats:
         if annotate or rejects or run.output:
-            raise UsageError("--stats writes no documents", "leave out --annotate, --rejects and -o")
-        _print_statistics(run, chain, _measure(run, chain, inputs, where))
+            raise UsageError("--stats writes no documents", "omit --annotate, --rejects and -o")
+        _print_statistics(run, chain, _measure(run, chain, inputs, backend))
         return
     if annotate and rejects:
-        raise UsageError("--annotate drops nothing", "leave out --rejects")
+        raise UsageError("--annotate drops nothing", "omit --rejects")
 
     totals: Counter[str] = Counter()
     reasons: Counter[tuple[str, str]] = Counter()
 
-    def work(reader: DocumentReader) -> Iterator[Filtered]:
+    def work(reader: DocumentReader) -> Iterator[FilteredChunk]:
         from llmkit.corpus.chain import annotate_chunk, filter_chunk
 
         totals.clear()
         reasons.clear()
-        for result in _mapped(run, chain, annotate_chunk if annotate else filter_chunk, reader, where):
+        for result in _mapped(run, chain, annotate_chunk if annotate else filter_chunk, reader, backend):
             for name in ("documents", "edited", "characters", "characters_kept"):
                 totals[name] += getattr(result, name)
             reasons.update(result.dropped)
@@ -173,7 +181,7 @@ def main(
             "reasons": {f"{name}.{reason}": n for (name, reason), n in sorted(reasons.items())},
         }
 
-    counts = run_stage(run, inputs, rejects, work, count, resume, spread=() if engine == "ray" else None)
+    counts = run_stage(run, inputs, rejects, work, count, resume, cluster_arguments=() if engine == "ray" else None)
     if counts is None:
         return
     if counts["reasons"]:
@@ -187,11 +195,11 @@ def main(
 
 
 def _record(run: Run, chain: Chain, presets: list[str]) -> None:
-    """Let the lineage hold what decides: presets by name, anything read from files by digest."""
-    from llmkit.corpus import rules
+    """Record in the lineage what determines the output: presets by name, everything read from files by digest."""
+    from llmkit.corpus import chain_loader
 
-    files = rules.files_of(chain)
-    if files or any(map(rules.is_path, presets)):
+    files = chain_loader.files_read(chain)
+    if files or any(map(chain_loader.is_path, presets)):
         for option in (
             "preset",
             "compat",
@@ -203,16 +211,16 @@ def _record(run: Run, chain: Chain, presets: list[str]) -> None:
             "pii",
         ):
             run.options.pop(option, None)
-        run.options["filter"], run.options["rule"] = rules.spell_out(chain)
-    for place, path in files:
-        run.reads(f"rule {place}", path)
+        run.options["filter"], run.options["rule"] = chain_loader.as_rules(chain)
+    for rule, path in files:
+        run.reads(f"rule {rule}", path)
 
 
 def _mapped(
-    run: Run, chain: Chain, work: Callable[..., Filtered], reader: DocumentReader, engine: Engine
-) -> Iterator[Filtered]:
-    """`work` on every chunk, the chain made ready before workers fork."""
-    with announced(run):
+    run: Run, chain: Chain, work: Callable[..., FilteredChunk], reader: DocumentReader, engine: Engine
+) -> Iterator[FilteredChunk]:
+    """`work` on every chunk; the chain is warmed up before workers fork."""
+    with announce_compilation(run):
         chain.warm_up()
     yield from engine.map(partial(work, options=reader.options, chain=chain), reader)
 
@@ -230,27 +238,32 @@ def _measure(run: Run, chain: Chain, inputs: list[str] | None, engine: Engine) -
     return total
 
 
-def _print_statistics(run: Run, chain: Chain, found: Statistics) -> None:
-    """Two tables on stdout: what each rule drops, and how each statistic is distributed; both in the summary."""
+def _print_statistics(run: Run, chain: Chain, statistics: Statistics) -> None:
+    """Print two tables, what each rule drops and how each statistic is distributed; the summary contains both."""
     from llmkit.corpus.chain import quantiles
 
     names = [name for name, _ in chain.steps]
-    places = sorted(found.alone, key=lambda place: names.index(place[0]))
-    drops = {f"{n}.{r}": {"alone": found.alone[n, r], "in_order": found.first[n, r]} for n, r in places}
-    spread = {f"{n}.{s}": quantiles(values, SHARES) for (n, s), values in found.values.items()}
-    total = max(1, found.documents)
-    kept = found.documents - sum(found.first.values())
-    lines = [f"{found.documents:,} documents, {kept:,} would be kept ({100 * kept / total:.1f} %)", ""]
+    rules = sorted(statistics.drops_alone, key=lambda rule: names.index(rule[0]))
+    drops = {
+        f"{n}.{r}": {"alone": statistics.drops_alone[n, r], "in_order": statistics.drops_in_order[n, r]}
+        for n, r in rules
+    }
+    distributions = {f"{n}.{s}": quantiles(values, SHARES) for (n, s), values in statistics.values.items()}
+    total = max(1, statistics.documents)
+    kept = statistics.documents - sum(statistics.drops_in_order.values())
+    lines = [f"{statistics.documents:,} documents, {kept:,} would be kept ({100 * kept / total:.1f} %)", ""]
     lines += [f"{'rule':<48}{'drops alone':>14}{'share':>9}{'in order':>12}{'share':>9}"]
     for name, n in drops.items():
-        alone, first = n["alone"], n["in_order"]
-        lines.append(f"{name:<48}{alone:>14,}{alone / total:>9.2%}{first:>12,}{first / total:>9.2%}")
+        drops_alone, drops_in_order = n["alone"], n["in_order"]
+        lines.append(
+            f"{name:<48}{drops_alone:>14,}{drops_alone / total:>9.2%}{drops_in_order:>12,}{drops_in_order / total:>9.2%}"
+        )
     lines += [
         "",
         f"{'statistic, at these shares of the documents':<48}" + "".join(f"{share:>10.0%}" for share in SHARES),
     ]
-    lines += [f"{name:<48}" + "".join(f"{value:>10.4g}" for value in row) for name, row in spread.items()]
+    lines += [f"{name:<48}" + "".join(f"{value:>10.4g}" for value in row) for name, row in distributions.items()]
     print("\n".join(lines))
-    counts = {"documents": found.documents, "kept": kept, "rules": drops}
-    quantile = {name: dict(zip(map(str, SHARES), row, strict=True)) for name, row in spread.items()}
-    run.finish(counts | {"statistics": quantile}, f"measured {found.documents:,} documents")
+    counts = {"documents": statistics.documents, "kept": kept, "rules": drops}
+    quantile = {name: dict(zip(map(str, SHARES), row, strict=True)) for name, row in distributions.items()}
+    run.finish(counts | {"statistics": quantile}, f"measured {statistics.documents:,} documents")

@@ -14,12 +14,12 @@ from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from llmkit.lineage.record import Input
+    from llmkit.io.record import Input
     from llmkit.mixing.document_pool import Count
     from llmkit.mixing.order import Order
     from llmkit.mixing.plan import Plan
     from llmkit.mixing.stages import Stage
-    from llmkit.shards.writer import TokenStore
+    from llmkit.shards.reader import TokenStore
 
 STDIN = "-"
 HELD_OUT = "heldout"
@@ -193,7 +193,8 @@ def _mix_shards(
     from llmkit.mixing.holdout import held_out
     from llmkit.mixing.order import OrderedTokens, usable
     from llmkit.mixing.plan import Plan, PlannedSource
-    from llmkit.shards.writer import ShardWriter, TokenStore
+    from llmkit.shards.reader import TokenStore
+    from llmkit.shards.writer import ShardWriter
 
     stores = [TokenStore.open(path) for path in paths]
     digests = [store.inputs[0].digest for store in stores]
@@ -266,7 +267,8 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
     """The plan under the output's name: a TOML file, or a directory that holds plan.toml; stdout where there is none."""
     from dataclasses import replace
 
-    from llmkit.io.atomic import atomic_directory, atomic_file
+    from llmkit.io.atomic import atomic_file
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.mixing.plan import PLAN_NAME, digest_of, plan_text
 
     def text(directory: str) -> bytes:
@@ -284,7 +286,7 @@ def _write_plan(run: Run, made: Plan, stores: list[TokenStore], inputs: list[Inp
         with atomic_file(run.output, run.force) as sink:
             sink.write(text(os.path.dirname(run.output) or "."))
     else:
-        with atomic_directory(run.output, run.force) as directory:
+        with artefact_directory(run.output, run.force) as directory:
             (directory / PLAN_NAME).write_bytes(text(run.output))
             _write_held_out(run, directory, made, stores, inputs)
 
@@ -296,11 +298,12 @@ def _mix_documents(
 
     from llmkit.engine.local import ordered_map
     from llmkit.io.inputs import STDIN
-    from llmkit.lineage.record import Input, base_name, digest_path
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path
     from llmkit.mixing.document_pool import DocumentPool, by_tokenizer, estimate, measure
     from llmkit.mixing.order import copies_by, resolve
     from llmkit.mixing.plan import Plan, PlannedSource
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
 
     count: Count = estimate
     if tokenizer:

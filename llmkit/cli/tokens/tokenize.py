@@ -12,19 +12,20 @@ import typer
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
+from llmkit.shards.formats import FOREIGN_FORMATS
 
 if TYPE_CHECKING:
     from llmkit.engine.local import Engine
-    from llmkit.lineage.record import Input
-    from llmkit.shards.foreign import Block
+    from llmkit.io.record import Input
+    from llmkit.shards.token_block import TokenBlock
     from llmkit.shards.tokenizer_info import TokenizerInfo
 
     # Whose tokens, the documents, and the inputs for the lineage.
-    Found = tuple[TokenizerInfo, Iterable[Block], list[Input]]
+    Found = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
 
-READ = ("documents", "shards", "nanogpt", "megatron")
-WRITTEN = ("shards", "jsonl", "nanogpt", "megatron")
-UNRECORDED = ("nanogpt", "megatron")  # formats without a place for lineage
+READ = ("documents", "shards", *FOREIGN_FORMATS)
+WRITTEN = ("shards", "jsonl", *FOREIGN_FORMATS)
+FOREIGN_FILES = [f"{name} ({form.files})" for name, form in FOREIGN_FORMATS.items()]
 # Options that decide what becomes of stored tokens.
 STORED = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
@@ -74,11 +75,14 @@ def main(
             "--from",
             metavar="FORMAT",
             envvar="LLMKIT_TOKENIZE_FROM",
-            help="documents, shards, nanogpt or megatron; else what the names tell",
+            help=f"{', '.join(READ)}; default: by the names of the inputs",
         ),
     ] = None,
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="shards, jsonl (ids), nanogpt or megatron")
+        str,
+        typer.Option(
+            "--to", metavar="FORMAT", help=", ".join(["shards", "jsonl (id, source, tokens)", *FOREIGN_FILES])
+        ),
     ] = "shards",
     decode: Annotated[bool, typer.Option("--decode", help="Turn token ids back into documents")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes of each source")] = False,
@@ -105,9 +109,8 @@ def main(
     stream goes to stdout. Every document ends with the end-of-text token; documents without text are dropped and counted. The name of
     a special token inside a text is text like any other, unless --allow-special.
 
-    Inputs may hold tokens already: directories of shards and .arrow files are known by their names, --from tells of others. --to writes
-    other formats: jsonl (id, source, tokens), nanogpt (FILE.bin, ids alone), megatron (PREFIX.bin and PREFIX.idx). --decode turns tokens into JSON
-    lines with id, text and source.
+    Inputs may hold tokens already: directories of shards and .arrow files are known by their names, --from names other formats. --to
+    writes other formats. --decode turns tokens into JSON lines with id, text and source.
 
     --fim-rate cuts that share of the documents at two random places into prefix, middle and suffix, which are stored in the order prefix,
     suffix, middle (PSM) or suffix, prefix, middle (SPM), each behind its token of the tokenizer. Which and where, --seed and the id decide.
@@ -183,7 +186,7 @@ def _encoded(
     engine: Engine,
 ) -> Found | None:
     """Documents to be encoded; None where that was done before."""
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.encode import EncodeOptions, Encoder
     from llmkit.tokens.fill_in_the_middle import fill_in_the_middle
 
@@ -196,12 +199,12 @@ def _encoded(
     for name in ["from_"] if rate else ["from_", "seed", "fim_rate", "fim_spm_rate"]:
         run.options.pop(name, None)  # they decide nothing
     paths = run.inputs(inputs)
-    if form not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+    if form not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
     reader = run.reader_of(paths)
     work = Encoder(info, reader.options, options)
 
-    def blocks() -> Iterator[Block]:
+    def blocks() -> Iterator[TokenBlock]:
         for block in engine.map(work, reader):
             reader.accept(block.bad)
             yield block
@@ -214,8 +217,7 @@ def _stored(
 ) -> Found | None:
     """Tokens that are stored already; None where the output has them."""
     from llmkit.io.inputs import STDIN, read_list
-    from llmkit.shards.foreign import dataset_prefix
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens.convert import stored
 
     run.options = {name: value for name, value in run.options.items() if name in STORED} | {"from_": kind}
@@ -224,14 +226,14 @@ def _stored(
         paths = paths or [STDIN]
     elif not paths or STDIN in paths:
         raise UsageError(f"--from {kind} maps files, and stdin is none", "name the files")
-    elif kind == "nanogpt":
-        paths = run.inputs(paths, files_from=None, suffixes=(".bin",))
     else:
-        named = [path if os.path.exists(path) else f"{path}.idx" for path in paths]
-        prefixes = map(dataset_prefix, run.inputs(named, files_from=None, suffixes=(".idx",)))
-        paths = [prefix + end for prefix in dict.fromkeys(prefixes) for end in (".bin", ".idx")]
+        form_read = FOREIGN_FORMATS[kind]
+        *others, suffix = form_read.suffixes
+        named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
+        data_sets = form_read.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
+        paths = [path for data_set in data_sets for path in form_read.paths(data_set)]
     info = load_tokenizer_info(tokenizer) if tokenizer else None
-    if form not in UNRECORDED and not run.dry_run and run.up_to_date(paths):
+    if form not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
         return None
     return stored(kind, paths, info, source)
 
@@ -240,7 +242,7 @@ def _write(
     run: Run,
     form: str,
     info: TokenizerInfo,
-    blocks: Iterable[Block],
+    blocks: Iterable[TokenBlock],
     read: list[Input],
     max_tokens_per_shard: int,
     keep_duplicates: bool,
@@ -280,12 +282,11 @@ def _write(
 
 def _writer(
     run: Run, form: str, info: TokenizerInfo, max_tokens_per_shard: int, keep_duplicates: bool
-) -> tuple[Any, Callable[[Block], None]]:
+) -> tuple[Any, Callable[[TokenBlock], None]]:
     """What stores documents in that form, a context manager, and how it is given a block of them."""
     import numpy as np
 
-    from llmkit.shards.foreign import TokenFileWriter
-    from llmkit.shards.part import as_arrow, coded
+    from llmkit.shards.arrow import as_arrow, encode_sources
     from llmkit.shards.writer import ShardWriter
     from llmkit.tokens.convert import text_lines, token_lines
 
@@ -294,13 +295,15 @@ def _writer(
         documents = run.writer()
         return documents, lambda block: documents.write(lines(block))
     if form != "shards":
-        files = TokenFileWriter(run.output, info, form, force=run.force)
-        return files, lambda block: files.extend(block.tokens, block.lengths, block.ids, block.sources)
+        files = FOREIGN_FORMATS[form].load().Writer(run.output, info, force=run.force)
+        return files, files.write
     how: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
     shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **how)
 
-    def put(block: Block) -> None:
+    def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
-        shards.extend(block.tokens, block.lengths, as_arrow(block.ids), coded(block.sources), duplicates=duplicates)
+        shards.extend(
+            block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources), duplicates=duplicates
+        )
 
     return shards, put

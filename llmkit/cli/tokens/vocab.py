@@ -58,7 +58,8 @@ def main(
     Where the texts are too few for the size asked for, the vocabulary is smaller, and a warning says so.
     """
     from llmkit.engine.local import Local
-    from llmkit.io.atomic import atomic_directory, check_output
+    from llmkit.io.atomic import check_output
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.tokens import vocabulary
     from llmkit.tokens.pretokenize import pattern as find_pattern
@@ -115,7 +116,7 @@ def main(
         lineage.counts = counts
         lineage.digest = parse_tokenizer(made.files | {"tokenizer_config.json": "{}"}, run.output).digest
         files = made.files | {"tokenizer_config.json": vocabulary.tokenizer_config(lineage.to_dict())}
-        with atomic_directory(run.output, run.force) as directory:
+        with artefact_directory(run.output, run.force) as directory:
             for file, text in files.items():
                 (directory / file).write_bytes(text.encode())
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output}"

@@ -50,9 +50,10 @@ def main(
     --model, -o is a model directory, tokenizer included: a new token's rows are the mean of the rows of the old tokens that it stands for, all else is
     copied, so that the logits of the old tokens stay as they are until training goes on (llmkit anneal BIGGER DATA --lr X).
     """
-    from llmkit.io.atomic import atomic_directory, check_output
-    from llmkit.lineage.record import describe_input
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.io.atomic import check_output
+    from llmkit.lineage.formats import describe_input
+    from llmkit.lineage.outputs import artefact_directory
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens import extend
     from llmkit.tokens.pretokenize import gguf_warning
 
@@ -95,7 +96,7 @@ def main(
         lineage.inputs += [describe_input(tokenizer), *(reader.inputs if reader else [])]
         lineage.counts = counts
         files = extend.described(made, info, lineage)
-        with atomic_directory(run.output, run.force) as directory:
+        with artefact_directory(run.output, run.force) as directory:
             if model is not None:
                 from llmkit.model.resize import write_resized
 

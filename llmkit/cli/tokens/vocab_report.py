@@ -54,7 +54,7 @@ def main(
     """
     import orjson
 
-    from llmkit.shards.tokenizer_info import load_tokenizer_info
+    from llmkit.shards.reader import load_tokenizer_info
     from llmkit.tokens import fertility
     from llmkit.tokens.pretokenize import gguf_warning
 

@@ -96,8 +96,9 @@ def main(
             raise UsageError(f"--{name} is of --method {' or '.join(methods)}", f"add --method {methods[0]}")
     if run.output is None:
         raise UsageError("no output", "name the directory of the averaged model with -o")
-    from llmkit.io.atomic import atomic_directory
-    from llmkit.lineage.record import Input, base_name, digest_path, read_lineage
+    from llmkit.io.record import Input, base_name
+    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging import average
     from llmkit.model.pretrained.directory import load_info, resolve_model
 
@@ -159,7 +160,7 @@ def main(
         ]
         return lineage.to_json()
 
-    with atomic_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
+    with artefact_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
         average.write_average(infos, merge, partial, record, bar.advance, base_info)
     names = ", ".join(place.name for place in places) if last else f"{len(places)} models"
     kept = f"{len(infos)} of " if score is not None else ""

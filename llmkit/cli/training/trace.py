@@ -38,16 +38,16 @@ def main(
     from llmkit.training.trace import Trace, skipped_steps, steps_done
 
     trace, done, skipped = Trace(directory), steps_done(directory), skipped_steps(directory)
-    pieces = trace.step(step) if step is not None else trace.find(str(find), done)
+    spans = trace.step(step) if step is not None else trace.find(str(find), done)
     decode = _decoder(trace, Path(directory)) if text else None
     count = 0
-    for piece in pieces:
+    for span in spans:
         count += 1
-        record: dict[str, Any] = piece.to_json()
-        if piece.step in skipped:
-            record["skipped"] = skipped[piece.step] or True
+        record: dict[str, Any] = span.to_json()
+        if span.step in skipped:
+            record["skipped"] = skipped[span.step] or True
         if decode:
-            record["text"] = decode(piece.tokens.tolist())
+            record["text"] = decode(span.tokens.tolist())
         print(jsonlib.dumps(record, ensure_ascii=False) if run.as_json else _line(record))
     if step is not None and step in skipped:
         run.note(f"step {step:,} was passed over by the guard: {skipped[step] or 'see events.jsonl'}")
@@ -76,7 +76,7 @@ def _decoder(trace: Trace, run: Path) -> Any:
 
     files = [run / "latest" / "tokenizer.json", run / "final" / "tokenizer.json"]
     found = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
-    found = found or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
+    found = found or trace.shard(0, 0).tokenizer().files.get("tokenizer.json")
     if found is None:
         raise LlmkitError(f"{run}: no tokenizer in the run or beside its data", "leave out --text")
     try:

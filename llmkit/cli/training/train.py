@@ -117,7 +117,8 @@ def main(
 
     import torch
 
-    from llmkit.lineage.record import base_name, describe_input
+    from llmkit.io.record import base_name
+    from llmkit.lineage.formats import describe_input
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.checkpoint import load_info, load_model
     from llmkit.shards.tokenizer_info import parse_tokenizer

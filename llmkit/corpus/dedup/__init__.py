@@ -1,2 +1,5 @@
-"""Deduplication: which documents are the same (exact.py, minhash.py) and which of them stay (exact.Stream in one pass, groups.py in two); repeats cut out of
-texts (passages.py, substring.py)."""
+"""Deduplication.
+
+Which documents are duplicates: exact.py, minhash.py. Which of them survive: `exact.StreamingDedup` in one pass,
+`two_pass.TwoPassDedup` in two. Repeats cut out of texts: passages.py, substring.py.
+"""

@@ -1,10 +1,11 @@
-"""Exact duplicates: documents whose text, or another field, is the same after a named normalisation.
+"""Exact duplicates: documents whose text, or another field, is equal after a named normalisation.
 
-The key is the xxh3-128 of the characters: among 10⁹ documents the chance of one false match is about 10⁻²¹. Where a normalisation leaves
-nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field has no key and is kept.
+The key is the xxh3-128 of the characters: among 10⁹ documents the probability of one false match is about 10⁻²¹. If the
+normalisation leaves nothing of a text ("!!!" under `loose`), the text itself is compared. A document without the field
+has no key and is kept.
 
-`Stream` is one pass: the first of equal documents stays and is written at once. Memory: 130 to 200 bytes a kept document. Cost: parsing
-and compression decide, not hashing.
+`StreamingDedup` takes one pass: the first of equal documents is kept and written at once. Memory: 130 to 200 bytes per
+kept document. Cost: dominated by parsing and compression, not by hashing.
 """
 
 from __future__ import annotations
@@ -17,31 +18,37 @@ from typing import Any
 import orjson
 import xxhash
 
-from llmkit.corpus.dedup.method import METHODS, Decided, Tally, verdict, with_fields
 from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields, with_fields
 from llmkit.engine.local import Engine, Local
-from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, parsed
+from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, iter_documents
 
 
-def text_key(text: str, normalise: str = "none") -> bytes:
-    """16-byte key of a text under a normalisation, as an index keeps it."""
+def stored_key(text: str, normalise: str = "none") -> bytes:
+    """16-byte key of a normalised text, as stored in an index."""
     normalised = NORMALISERS.get(normalise)(text) or text
     return xxhash.xxh3_128_digest(normalised.encode("utf-8", "surrogatepass"))
 
 
-def passing_key(text: str, normalise: str = "none") -> bytes:
-    """Another such key, which no file holds: of UTF-32, which is what lies in memory, widened, where UTF-8 has to be made character by character."""
+def transient_key(text: str, normalise: str = "none") -> bytes:
+    """16-byte key of a normalised text that is never stored, and cheaper to compute.
+
+    It hashes UTF-32, which is the string's memory widened, whereas UTF-8 has to be encoded character by character.
+    """
     normalised = NORMALISERS.get(normalise)(text) or text
     if normalised.isascii():
         return xxhash.xxh3_128_digest(normalised.encode())
-    # Another seed, since the bytes of an ASCII text may be those of other characters.
+    # Another seed, because the bytes of an ASCII text may be the UTF-32 bytes of another one.
     return xxhash.xxh3_128_digest(normalised.encode("utf-32-le", "surrogatepass"), seed=1)
 
 
-@METHODS.register("exact")
 @dataclass(frozen=True)
 class Exact:
-    """`key`: field to compare instead of the text, `metadata.url` for one inside another; what is no string is compared as sorted JSON."""
+    """What equal documents agree in.
+
+    `key`: field to compare instead of the text, with dots for nested fields (`metadata.url`). A value that is not a
+    string is compared as sorted JSON. Raises UsageError for an unknown normalisation.
+    """
 
     key: str | None = None
     normalise: str = "none"
@@ -49,23 +56,23 @@ class Exact:
     def __post_init__(self) -> None:
         NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
 
-    def of(self, document: Document, key_of: Callable[[str, str], bytes] = text_key) -> bytes | None:
-        """The document's key of 16 bytes; None where the field is missing or null."""
+    def key_of(self, document: Document, hash_text: Callable[[str, str], bytes] = stored_key) -> bytes | None:
+        """The document's key of 16 bytes; None if the field is missing or null."""
         if self.key is None:
-            return key_of(document.text, self.normalise)
-        from llmkit.corpus.lists import dotted  # and with it numpy
+            return hash_text(document.text, self.normalise)
+        from llmkit.corpus.lists import dotted  # imports numpy
 
         value = dotted(document.fields, self.key)
         if value is None:
             return None
         if not isinstance(value, str):
             value = orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
-        return key_of(value, self.normalise)
+        return hash_text(value, self.normalise)
 
 
 @dataclass(slots=True)
-class _Keyed:
-    """A chunk's lines, keys, and ids if they are wanted."""
+class _KeyedChunk:
+    """The lines of a chunk, their keys, and their ids if requested."""
 
     lines: list[bytes]
     keys: list[bytes | None]
@@ -73,42 +80,45 @@ class _Keyed:
     bad: list[BadLine]
 
 
-def _keyed(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _Keyed:
-    """Worker side. Pure."""
-    found = _Keyed([], [], [], [])
-    for document in parsed(chunk, options, found.bad):
-        found.lines.append(document.encode())
-        found.keys.append(exact.of(document, passing_key))
+def _key_chunk(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _KeyedChunk:
+    """Compute the keys of a chunk. Pure: runs in a worker."""
+    result = _KeyedChunk([], [], [], [])
+    for document in iter_documents(chunk, options, result.bad):
+        result.lines.append(document.encode())
+        result.keys.append(exact.key_of(document, transient_key))
         if ids:
-            found.ids.append(document.id)
-    return found
+            result.ids.append(document.id)
+    return result
 
 
 @dataclass
-class Stream(Tally):
-    """The pass. With `rejects` it remembers the ids of kept documents (about 80 bytes more each)."""
+class StreamingDedup(DedupCounts):
+    """Exact deduplication in one pass. With `rejects`, ids of kept documents take about 80 bytes more each."""
 
     exact: Exact = field(default_factory=Exact)
     rejects: bool = False
     engine: Engine = field(default_factory=Local)
 
-    def run(self, reader: DocumentReader) -> Iterator[Decided]:
-        """Decide every document, a chunk at a time, in order."""
-        seen: dict[bytes, Any] = {}  # key: the kept document's id
-        work = partial(_keyed, self.exact, self.rejects, reader.options)
+    def warm_up(self) -> None:
+        """No kernels to compile."""
+
+    def run(self, reader: DocumentReader) -> Iterator[ChunkResult]:
+        """The results of the chunks of a reader, in order."""
+        seen: dict[bytes, Any] = {}  # key -> id of the kept document
+        work = partial(_key_chunk, self.exact, self.rejects, reader.options)
         for chunk in self.engine.map(work, reader):
-            keep: list[bytes] = []
+            kept: list[bytes] = []
             rejects: list[bytes] = []
             for i, (line, key) in enumerate(zip(chunk.lines, chunk.keys, strict=True)):
                 if key is None or key not in seen:
-                    keep.append(line)
+                    kept.append(line)
                     if key is not None:
                         seen[key] = chunk.ids[i] if self.rejects else None
                 elif self.rejects:
-                    rejects.append(with_fields(line, verdict("exact", seen[key], 1.0)))
+                    rejects.append(with_fields(line, duplicate_fields("exact", seen[key], 1.0)))
             self.documents += len(chunk.lines)
-            self.kept += len(keep)
+            self.kept += len(kept)
             self.lacking["--key"] += chunk.keys.count(None)
-            if len(keep) < len(chunk.lines):
-                self.dropped["exact"] += len(chunk.lines) - len(keep)
-            yield Decided(b"".join(keep), b"".join(rejects), chunk.bad, len(chunk.lines))
+            if len(kept) < len(chunk.lines):
+                self.dropped["exact"] += len(chunk.lines) - len(kept)
+            yield ChunkResult(b"".join(kept), b"".join(rejects), chunk.bad, len(chunk.lines))

@@ -1,12 +1,12 @@
-"""A growing set of hashes of 64 bits, with a count of each where one is wanted.
+"""A growing set of 64-bit hashes, with a value for each, such as a count, if requested.
 
-    seen = Seen(np.uint32)
-    seen.add(np.array([7, 8, 7], np.uint64))            # bool[3]: False, False, True
-    seen.frequent(np.array([7, 8], np.uint64), 2)       # bool[2]: True, False
+    hashes = HashSet(np.uint32)
+    hashes.add(np.array([7, 8, 7], np.uint64))            # bool[3]: False, False, True
+    hashes.frequent(np.array([7, 8], np.uint64), 2)       # bool[2]: True, False
 
-Open addressing (kernels/seen.py): an array of keys and one of values, copied into ones of twice the size when they are full. 0 is no hash: it is
-passed over. Memory: 11 to 23 bytes a hash, 17 to 34 with values of 32 bits; when the table doubles, both are there for a moment. Cost: compiled, one
-look-up a hash.
+Open addressing (kernels/hash_set.py): an array of keys and one of values, copied into arrays of twice the size when
+full. 0 is not a hash and is ignored. Memory: 11 to 23 bytes per hash, 17 to 34 with values of 32 bits; while the table
+doubles, the old and the new one exist for a moment. Cost: compiled, one look-up per hash.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from llmkit.corpus.dedup.edits import Hashes
+from llmkit.corpus.dedup.editing import Hashes
 from llmkit.corpus.dedup.kernels import hash_set as kernels
 
 
-class Seen:
-    """A growing set of hashes; with `values`, a number for each: of times that it was added, unless others put something else there."""
+class HashSet:
+    """A growing set of hashes. With `values` (a dtype), each hash has a value: by default the number of additions."""
 
     def __init__(self, values: DTypeLike | None = None) -> None:
         self.keys = np.zeros(1 << 12, np.uint64)
@@ -27,7 +27,7 @@ class Seen:
         self.used = 0
 
     def reserve(self, more: int) -> None:
-        """Make room for so many more."""
+        """Make room for `more` hashes."""
         size = len(self.keys)
         while self.used + more > kernels.FULL * size:
             size *= 2
@@ -37,23 +37,23 @@ class Seen:
             self.keys, self.values = keys, values
 
     def add(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """Add hashes in order, 0 apart; whether each was there."""
+        """Add hashes in order, except 0. Returns whether each was present before."""
         self.reserve(len(hashes))
-        seen = np.zeros(len(hashes), np.bool_)
-        self.used += kernels.add(self.keys, self.values, hashes, seen)
-        return seen
+        present = np.zeros(len(hashes), np.bool_)
+        self.used += kernels.add(self.keys, self.values, hashes, present)
+        return present
 
-    def where(self, kept: NDArray[np.bool_]) -> Seen:
-        """Another set, of what is in the slots that are `kept`."""
-        other = Seen(self.values.dtype if len(self.values) else None)
-        used = int((kept & (self.keys != 0)).sum())
+    def subset(self, slots: NDArray[np.bool_]) -> HashSet:
+        """A new set with the entries of the marked slots."""
+        other = HashSet(self.values.dtype if len(self.values) else None)
+        used = int((slots & (self.keys != 0)).sum())
         other.reserve(used)
         other.used = used
-        kernels.move(np.where(kept, self.keys, 0), self.values, other.keys, other.values)
+        kernels.move(np.where(slots, self.keys, 0), self.values, other.keys, other.values)
         return other
 
-    def frequent(self, hashes: Hashes, least: int) -> NDArray[np.bool_]:
-        """Which hashes, all of them added before, were so `least` times."""
-        found = np.zeros(len(hashes), np.bool_)
-        kernels.frequent(self.keys, self.values, hashes, least, found)
-        return found
+    def frequent(self, hashes: Hashes, minimum: int) -> NDArray[np.bool_]:
+        """Whether each of the hashes, all of which must be present, was added at least `minimum` times."""
+        result = np.zeros(len(hashes), np.bool_)
+        kernels.frequent(self.keys, self.values, hashes, minimum, result)
+        return result

@@ -1,19 +1,23 @@
-"""Documents seen in earlier runs, in one DuckDB file: a nightly run removes what any earlier night kept, and adds what it keeps itself.
+"""Index of documents kept by earlier runs, in one DuckDB file.
+
+A nightly run removes what any earlier night kept, and adds what it keeps itself.
 
     with Index("seen.duckdb", settings_of(near, exact, full=False)) as index:
-        run = index.run_of(key)                         # this call: rows of it and of later runs do not count as seen
+        run = index.run_of(key)                         # rows of this run and of later ones are not matched
         rows, similarities, reasons = index.find(run, columns, threshold)
         index.begin()
-        index.add(run, ids, columns)                    # as often as there are parts
+        index.add(run, ids, columns)                    # once per batch of documents
         index.commit(run, key, documents, kept)         # once the output is durable
 
-A row a kept document: its id, the hash of its words, 32 bits of each band key, and its signature, 8 bits a function (or 32: `full`). Candidates share
-a band key; they are verified by the share of equal functions, corrected for those equal by chance (Li and Koenig 2010, b-bit minwise hashing), since
-the texts are no longer there: with 112 functions the estimate has a standard error of √(0.75·0.25/112) = 0.04 at 0.75 (what that does to decisions:
-tests/bench/dedup_scale.md).
+One row per kept document: its id, the hash of its words, 32 bits of each band key, and its signature, 8 bits per hash
+function (32 with `full`). Documents that share a band key are candidates. Because the texts are no longer available,
+candidates are verified by the share of equal hash functions, corrected for those equal by chance (Li and Koenig 2010,
+b-bit minwise hashing). With 112 functions the estimate has a standard error of √(0.75·0.25/112) = 0.04 at 0.75; its
+effect on decisions is measured in tests/bench/dedup_scale.md.
 
-A run is known by the digests of its inputs and its options: repeated, it sees what it saw the first time and makes the same output. Where it was killed before
-`commit`, nothing of it is there. DuckDB locks the file: a second run at the same time is a LockedError.
+A run is identified by the digests of its inputs and by its options: a repeated run sees what it saw the first time and
+writes the same output. A run killed before `commit` leaves nothing in the index. DuckDB locks the file: a second run at
+the same time raises LockedError.
 """
 
 from __future__ import annotations
@@ -36,12 +40,12 @@ from llmkit.errors import LlmkitError, LockedError
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
-PER_KEY = 16  # indexed documents that share a band key and are compared, the earliest
+MATCHES_PER_KEY = 16  # earliest indexed documents with a band key that are compared
 Columns = dict[str, NDArray[Any]]
 
 
 def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[str, Any]:
-    """What two runs on one index have to agree in."""
+    """The settings that all runs on one index must share."""
     settings: dict[str, Any] = {"version": VERSION, "minhash": near is not None, "exact": exact is not None}
     if near:
         settings |= {name: getattr(near, name) for name in ("ngram", "bands", "rows", "bits", "seed")}
@@ -52,20 +56,23 @@ def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[s
 
 
 def run_key(digests: list[str], options: dict[str, Any]) -> str:
-    """What a run is known by: the digests of its inputs, in order, and the options that decide its output."""
+    """Identity of a run: a hash of the digests of its inputs, in order, and of the options that decide its output."""
     return xxhash.xxh3_128_hexdigest(json.dumps([digests, options], sort_keys=True).encode())
 
 
 class Index:
-    """The file, locked; made where there is none, if `settings` are given. A context manager."""
+    """The index file, locked; a context manager. With `settings`, a missing file is created.
+
+    Raises LlmkitError if the file cannot be read or was made with other settings, LockedError if it is in use.
+    """
 
     def __init__(self, path: str, settings: dict[str, Any] | None, temporary: str | None = None) -> None:
         self.path, self.name = path, os.path.basename(path)
-        self._empty = False  # made by this call, and nothing in it yet
+        self._empty = False  # created by this call, nothing committed yet
         if settings is None and not os.path.exists(path):
-            raise LlmkitError(f"{path} does not exist", "a run with --index makes it")
+            raise LlmkitError(f"{path} does not exist", "a run with --index creates it")
         if not Path(os.path.realpath(path)).parent.is_dir():
-            raise LlmkitError(f"{Path(path).parent} is not a directory", "make it first")
+            raise LlmkitError(f"{Path(path).parent} is not a directory", "create it first")
         config: dict[str, Any] = {"threads": "1", "preserve_insertion_order": "true"} | (
             {"temp_directory": temporary} if temporary else {}
         )
@@ -74,7 +81,7 @@ class Index:
         except duckdb.Error as error:
             self._refuse(error)
         try:
-            self.settings = self._opened(settings)
+            self.settings = self._open(settings)
         except duckdb.Error as error:
             self._sql.close()
             self._refuse(error)
@@ -83,32 +90,33 @@ class Index:
             raise
 
     def _refuse(self, error: duckdb.Error) -> None:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "could not set lock" in said.lower():
-            raise LockedError(f"{self.path} is used by another run", "wait for it to end") from None
+        """Raise a LlmkitError for an error on opening the file."""
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "could not set lock" in message.lower():
+            raise LockedError(f"{self.path} is in use by another run", "wait for it to finish") from None
         raise LlmkitError(
-            f"{self.path} cannot be read as an index ({said:.150})",
-            "restore a copy of it, or begin a new one under another name",
+            f"{self.path} cannot be read as an index ({message:.150})",
+            "restore a backup, or start a new index under another name",
         ) from None
 
-    def _opened(self, wanted: dict[str, Any] | None) -> dict[str, Any]:
-        """The settings in the file, the wanted ones where it is new. LlmkitError where they differ."""
+    def _open(self, expected: dict[str, Any] | None) -> dict[str, Any]:
+        """The settings in the file; the expected ones if it is new. LlmkitError if they differ."""
         tables = {name for (name,) in self._sql.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if not tables and wanted is not None:
-            self._empty = True  # known only now, under DuckDB's lock
-            self._create(wanted)
-            return wanted
+        if not tables and expected is not None:
+            self._empty = True  # certain only now, under DuckDB's lock
+            self._create(expected)
+            return expected
         if not {"llmkit", "runs", "seen"} <= tables:
-            raise LlmkitError(f"{self.path} is no index of llmkit dedup", "name another file")
+            raise LlmkitError(f"{self.path} is not an index of llmkit dedup", "name another file")
         (text,) = self._sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
-        found: dict[str, Any] = json.loads(text)
-        for name, value in (wanted or {"version": VERSION}).items():
-            if found.get(name) != value:
+        stored: dict[str, Any] = json.loads(text)
+        for name, value in (expected or {"version": VERSION}).items():
+            if stored.get(name) != value:
                 raise LlmkitError(
-                    f"{self.path} was made with {name} {found.get(name)}, this call has {value}",
-                    "give the same options, or begin a new index under another name",
+                    f"{self.path} was made with {name} {stored.get(name)}, this call has {value}",
+                    "use the same options, or start a new index under another name",
                 )
-        return found
+        return stored
 
     def _create(self, settings: dict[str, Any]) -> None:
         columns = ["run INTEGER", "id VARCHAR"]
@@ -133,62 +141,64 @@ class Index:
             Path(self.path).unlink(missing_ok=True)
             Path(self.path + ".wal").unlink(missing_ok=True)
         if isinstance(error, duckdb.Error):
-            said = str(error).splitlines()[0]
-            raise LlmkitError(f"{self.path}: {said:.200}", "nothing of this run is in the index") from error
+            message = str(error).splitlines()[0]
+            raise LlmkitError(f"{self.path}: {message:.200}", "nothing of this run is in the index") from error
 
     def run_of(self, key: str) -> int:
-        """Number of the run with these inputs; the next one for a new run."""
-        known = self._sql.execute("SELECT run FROM runs WHERE inputs = ?", [key]).fetchone()
-        if known:
-            return int(known[0])
+        """Number of the run with this key; the next number for a new run."""
+        row = self._sql.execute("SELECT run FROM runs WHERE inputs = ?", [key]).fetchone()
+        if row:
+            return int(row[0])
         (last,) = self._sql.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone() or (0,)
         return int(last) + 1
 
     def has(self, key: str) -> bool:
-        """Whether the run with these inputs is there."""
+        """Whether the run with this key is in the index."""
         return self._sql.execute("SELECT 1 FROM runs WHERE inputs = ?", [key]).fetchone() is not None
 
     def history(self, run: int) -> str:
-        """What the runs before this one were: equal histories are equal indexes, whatever the files' bytes."""
+        """A digest of the runs before this one: equal histories are equal indexes, whatever the bytes of the files."""
         keys = self._sql.execute("SELECT inputs FROM runs WHERE run < ? ORDER BY run", [run]).fetchall()
         return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([self.settings, keys], sort_keys=True).encode())
 
     def find(
         self, run: int, columns: Columns, threshold: float
     ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.uint8]]:
-        """For each document the row that it duplicates (-1: none), the similarity, and the reason (1: exact, 2: minhash).
+        """For each document the row that it duplicates (-1: none), the similarity, the reason (1: exact, 2: minhash).
 
-        `columns`: exact uint64 [n] and keyed bool [n]; same uint64 [n], shingled int64 [n], band0... uint64 [n],
+        `columns`: exact uint64 [n] and keyed bool [n]; same uint64 [n], shingle_counts int64 [n], band0... uint64 [n],
         signature [n, functions].
         """
         n = len(next(iter(columns.values())))
         rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
         numbers = _arrow(np.arange(n))
         if self.settings["minhash"]:
-            _, firsts, groups = np.unique(columns["same"], return_index=True, return_inverse=True)
-            chosen = firsts[columns["shingled"][firsts] > 0]  # of equal words one is asked for
+            _, firsts, inverse = np.unique(columns["same"], return_index=True, return_inverse=True)
+            queries = firsts[columns["shingle_counts"][firsts] > 0]  # one document for each set of equal words
             pairs = np.empty(0, np.uint64)
             for name in (f"band{band}" for band in range(self.settings["bands"])):
-                found = self._sharing(run, name, _arrow(chosen), _low(columns[name])[chosen], PER_KEY).astype(np.uint64)
-                pairs = np.unique(np.concatenate([pairs, found[:, 0] << S32 | found[:, 1]]))
+                matches = self._rows_with_keys(
+                    run, name, _arrow(queries), _low(columns[name])[queries], MATCHES_PER_KEY
+                ).astype(np.uint64)
+                pairs = np.unique(np.concatenate([pairs, matches[:, 0] << S32 | matches[:, 1]]))
             documents, candidates = (pairs >> S32).astype(np.int64), (pairs & LOW_32).astype(np.int64)
             estimates = self._estimates(columns["signature"], documents, candidates)
-            good = estimates >= threshold
-            documents, candidates, estimates = documents[good], candidates[good], estimates[good]
-            earliest = np.unique(documents, return_index=True)[1]
-            documents, candidates, estimates = documents[earliest], candidates[earliest], estimates[earliest]
+            similar = estimates >= threshold
+            documents, candidates, estimates = documents[similar], candidates[similar], estimates[similar]
+            first = np.unique(documents, return_index=True)[1]
+            documents, candidates, estimates = documents[first], candidates[first], estimates[first]
             rows[documents], similarities[documents], reasons[documents] = candidates, estimates, 2
-            spread = firsts[groups]
+            spread = firsts[inverse]
             rows, similarities, reasons = rows[spread], similarities[spread], reasons[spread]
-            self._equal(run, "same", numbers, columns["same"], rows, similarities, reasons, 2)
+            self._enter_equal(run, "same", numbers, columns["same"], rows, similarities, reasons, 2)
         if self.settings["exact"]:
-            chosen = columns["keyed"]
-            self._equal(
-                run, "exact", _arrow(np.flatnonzero(chosen)), columns["exact"][chosen], rows, similarities, reasons, 1
+            keyed = columns["keyed"]
+            self._enter_equal(
+                run, "exact", _arrow(np.flatnonzero(keyed)), columns["exact"][keyed], rows, similarities, reasons, 1
             )
         return rows, similarities, reasons
 
-    def _equal(
+    def _enter_equal(
         self,
         run: int,
         name: str,
@@ -199,50 +209,54 @@ class Index:
         reasons: Any,
         reason: int,
     ) -> None:
-        found = self._sharing(run, name, numbers, keys, 1)
-        rows[found[:, 0]], similarities[found[:, 0]], reasons[found[:, 0]] = found[:, 1], 1.0, reason
+        """Enter rows with equal keys into `rows`, `similarities` and `reasons`."""
+        matches = self._rows_with_keys(run, name, numbers, keys, 1)
+        rows[matches[:, 0]], similarities[matches[:, 0]], reasons[matches[:, 0]] = matches[:, 1], 1.0, reason
 
-    def _sharing(self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int) -> NDArray[np.int64]:
-        """(document, row) of equal keys, int64 [pairs, 2]: of each key the earliest rows."""
+    def _rows_with_keys(
+        self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int
+    ) -> NDArray[np.int64]:
+        """(document, row) pairs with equal keys, int64 [pairs, 2]: the `limit` earliest rows of each key."""
         new = pa.table({"n": numbers, "key": _arrow(keys)})  # noqa: F841 - DuckDB finds it by name
         condition = "AND s.keyed" if name == "exact" else ""
-        found = self._sql.execute(
+        pairs = self._sql.execute(
             f"""WITH few AS (
-                SELECT s.rowid AS number, s.{name} AS key FROM seen s WHERE s.run < ? {condition} AND s.{name} IN (SELECT key FROM new)
+                SELECT s.rowid AS number, s.{name} AS key FROM seen s
+                WHERE s.run < ? {condition} AND s.{name} IN (SELECT key FROM new)
                 QUALIFY row_number() OVER (PARTITION BY s.{name} ORDER BY s.rowid) <= {limit}
             ) SELECT n, number FROM new JOIN few USING (key)""",
             [run],
         ).fetchnumpy()
-        return np.stack([found["n"].astype(np.int64), found["number"].astype(np.int64)], axis=1)
+        return np.stack([pairs["n"].astype(np.int64), pairs["number"].astype(np.int64)], axis=1)
 
     def _estimates(
         self, signatures: NDArray[Any], documents: NDArray[np.int64], candidates: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Similarity of documents and rows by the share of equal functions."""
+        """Estimated similarity of pairs of documents and rows, by the share of equal hash functions."""
         bits = self.settings["signature bits"]
         wanted = pa.table({"number": _arrow(np.unique(candidates))})  # noqa: F841 - DuckDB finds it by name
-        found = self._sql.execute(
+        stored_rows = self._sql.execute(
             "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid"
         ).fetchall()
-        kind = np.uint8 if bits == 8 else np.uint32
-        stored = np.frombuffer(b"".join(signature for _, signature in found), kind).reshape(
-            len(found), signatures.shape[1]
+        dtype = np.uint8 if bits == 8 else np.uint32
+        stored = np.frombuffer(b"".join(signature for _, signature in stored_rows), dtype).reshape(
+            len(stored_rows), signatures.shape[1]
         )
-        places = np.searchsorted(np.array([number for number, _ in found], np.int64), candidates)
+        positions = np.searchsorted(np.array([number for number, _ in stored_rows], np.int64), candidates)
         equal = np.zeros(len(documents))
         for start in range(0, len(documents), 1 << 16):
-            part = slice(start, start + (1 << 16))
-            equal[part] = (signatures[documents[part]] == stored[places[part]]).mean(axis=1)
+            batch = slice(start, start + (1 << 16))
+            equal[batch] = (signatures[documents[batch]] == stored[positions[batch]]).mean(axis=1)
         chance = 2.0**-bits
         corrected: NDArray[np.float64] = (equal - chance) / (1 - chance)
         return corrected
 
     def begin(self) -> None:
-        """What is added from here on is there for others after `commit`, all of it or nothing."""
+        """Start a transaction: what is added from here on becomes visible at `commit`, all of it or nothing."""
         self._sql.execute("BEGIN")
 
     def add(self, run: int, ids: list[str], columns: Columns) -> None:
-        """Add kept documents of a run."""
+        """Add kept documents of a run; `columns` as for `find`."""
         table = {"run": _arrow(np.full(len(ids), run, np.int32)), "id": _strings(ids)}
         if self.settings["exact"]:
             table |= {"exact": _arrow(columns["exact"]), "keyed": _arrow(columns["keyed"])}
@@ -254,19 +268,19 @@ class Index:
         self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new")
 
     def commit(self, run: int, key: str, documents: int, kept: int) -> None:
-        """Make what was added durable, with the run."""
+        """Make the added documents and the run durable."""
         self._sql.execute("INSERT INTO runs VALUES (?, ?, ?, ?)", [run, key, documents, kept])
         self._sql.execute("COMMIT")
         self._empty = False
 
     def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
-        """Ids of rows."""
+        """Row number -> document id."""
         wanted = pa.table({"number": _arrow(np.unique(rows))})  # noqa: F841 - DuckDB finds it by name
-        found = self._sql.execute("SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number").fetchall()
-        return dict(found)
+        pairs = self._sql.execute("SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number").fetchall()
+        return dict(pairs)
 
     def stats(self) -> dict[str, Any]:
-        """Runs, documents and size."""
+        """Settings, runs, numbers of documents, and size in bytes."""
         runs = self._sql.execute("SELECT run, documents, kept FROM runs ORDER BY run").fetchall()
         kept = sum(row[2] for row in runs)
         size = os.path.getsize(self.path)
@@ -281,18 +295,18 @@ class Index:
 
 
 def _arrow(values: NDArray[Any]) -> pa.Array:
-    """Numbers, truth values or rows of bytes as Arrow holds them. Arrow's own way from numpy imports pandas where that is installed."""
+    """Numbers, booleans or rows of bytes as an Arrow array. Arrow's own conversion imports pandas if installed."""
     if values.ndim == 2:
-        kind, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
+        dtype, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
     else:
-        kind, rows = pa.from_numpy_dtype(values.dtype), len(values)
+        dtype, rows = pa.from_numpy_dtype(values.dtype), len(values)
     packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
-    return pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(packed)])
 
 
-def _strings(texts: list[str]) -> pa.Array:
-    """Texts, likewise."""
-    encoded = [text.encode() for text in texts]
+def _strings(strings: list[str]) -> pa.Array:
+    """Strings as an Arrow array."""
+    encoded = [string.encode() for string in strings]
     ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     return pa.Array.from_buffers(
         pa.large_string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
@@ -300,5 +314,5 @@ def _strings(texts: list[str]) -> pa.Array:
 
 
 def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:
-    """The lower 32 bits of band keys, which are hashes."""
+    """The lower 32 bits of band keys."""
     return (keys & LOW_32).astype(np.uint32)

@@ -1,10 +1,12 @@
-"""All measured documents of a deduplication, in temporary files, and the choice of survivors among them.
+"""All measured documents of a deduplication in temporary files, and the choice of survivors among them.
 
-    waiting = Waiting(settings, temporary)
-    for part in waiting.measured(Local(), measure, reader): ...   # bad lines, and numbers of documents
-    for outcome in waiting.written(waiting.decided()): ...        # the documents again, kept and rejected
+    store = LocalStore(near, clusters, memory, temporary)
+    for chunk in store.measure(Local(), measurer, reader): ...          # bad lines, numbers of documents
+    decisions = store.choose_survivors()
+    for result in store.render(Local(), OutputOptions(), decisions): ...  # the documents again, kept and rejected
 
-Documents are numbered as they come in, and ranked by preference: rank is number unless longer or better ones are preferred.
+Documents are numbered in input order and ranked by preference. The rank is the number unless longer or better documents
+are preferred.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.kernels import groups as kernels
-from llmkit.corpus.dedup.measure import Measure, Part
-from llmkit.corpus.dedup.method import Decided, verdict, with_fields
+from llmkit.corpus.dedup.kernels import clusters as kernels
+from llmkit.corpus.dedup.measure import ChunkMeasurer, MeasuredChunk
 from llmkit.corpus.dedup.minhash import MinHash
+from llmkit.corpus.dedup.results import ChunkResult, duplicate_fields, with_fields
 from llmkit.corpus.dedup.temp_columns import Blobs, Column, unpack
 from llmkit.engine.local import Engine
 from llmkit.io.documents import DocumentReader
@@ -29,30 +31,34 @@ if TYPE_CHECKING:
     from llmkit.corpus.dedup.index import Columns, Index
 
 REASONS = ("", "exact", "minhash")
-CHAIN = 16  # documents of a band that each is compared with: the first ones, and as many before it
-LEAST = 1 << 12  # bytes: less is no memory for a sort
-STEP = 1 << 19  # documents or pairs whose shingles may be in memory at once
-SORTED = 40  # bytes of memory that a band key takes while it is sorted
+NEIGHBOURS = 16  # a document is compared with the first 16 documents of its band and the 16 before it
+MIN_SORT_BYTES = 1 << 12  # too little memory for sorting below this
+BATCH = 1 << 19  # documents or pairs whose shingles may be in memory at once
+SORT_BYTES_PER_KEY = 40  # memory for a band key while it is sorted
 
-NOTHING = np.empty(0, np.int64)
-NOTHING.setflags(write=False)  # as what a file holds, so that kernels are compiled for one kind of array
+EMPTY = np.empty(0, np.int64)
+EMPTY.setflags(write=False)  # read-only as mapped files are, so that kernels are compiled for one kind of array
 
 
-class Choice(NamedTuple):
-    """For each document the one that it duplicates (-1: it stays; -2 - r: row r of the index), how similar they are (-1: not measured), and the number of the reason."""
+class Decisions(NamedTuple):
+    """What becomes of each document.
+
+    `matches`: the document that it duplicates (-1: none, it is kept; -2 - r: row r of the index). `similarities`: how
+    similar they are (-1: not measured). `reasons`: index into REASONS.
+    """
 
     matches: NDArray[np.int64]
     similarities: NDArray[np.float64]
     reasons: NDArray[np.uint8]
 
-    def of(self, chosen: Any) -> Choice:
-        """The choice for some documents."""
-        return Choice(self.matches[chosen], self.similarities[chosen], self.reasons[chosen])
+    def select(self, rows: Any) -> Decisions:
+        """The decisions for some documents."""
+        return Decisions(self.matches[rows], self.similarities[rows], self.reasons[rows])
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
-    """What is written of a choice: whether `rejects` are wanted or everything is kept and annotated, and whether survivors get `counts`."""
+class OutputOptions:
+    """What is written: `rejects` are returned, or everything is kept and annotated; survivors get their `counts`."""
 
     annotate: bool = False
     rejects: bool = False
@@ -64,50 +70,54 @@ class Telling:
         return self.annotate or self.rejects
 
 
-class Verdicts(NamedTuple):
-    """The choice for the documents of a chunk: `sizes` of their lines, `names` of their clusters, `numbers` of documents in them (0: it is alone), and the ids of those that they duplicate."""
+class ChunkDecisions(NamedTuple):
+    """The decisions for the documents of a chunk.
+
+    `sizes`: lengths of their lines. `clusters`: names of their clusters. `counts`: documents in the cluster
+    (0: the document is alone). `survivor_ids`: ids of the documents that the duplicates match, in order.
+    """
 
     sizes: NDArray[np.int64]
-    choice: Choice
-    names: NDArray[np.uint64]
-    numbers: NDArray[np.int64]
-    ids: list[str]
+    decisions: Decisions
+    clusters: NDArray[np.uint64]
+    counts: NDArray[np.int64]
+    survivor_ids: list[str]
 
 
-def tell(telling: Telling, packed: bytes, found: Verdicts) -> Decided:
+def render_chunk(output: OutputOptions, packed: bytes, chunk: ChunkDecisions) -> ChunkResult:
     """The lines of a chunk to keep and to reject. Pure: runs in a worker."""
-    lines, end, ids = unpack(packed), 0, iter(found.ids)
-    if (found.choice.matches == -1).all() and not (telling.counts and found.numbers.any()):
-        return Decided(lines, b"", [], 0)
+    lines, end, ids = unpack(packed), 0, iter(chunk.survivor_ids)
+    if (chunk.decisions.matches == -1).all() and not (output.counts and chunk.counts.any()):
+        return ChunkResult(lines, b"", [], 0)
     kept: list[bytes] = []
     rejects: list[bytes] = []
-    values = (found.sizes, *found.choice, found.names, found.numbers)
-    for size, match, similarity, reason, name, number in zip(*(column.tolist() for column in values), strict=True):
+    columns = (chunk.sizes, *chunk.decisions, chunk.clusters, chunk.counts)
+    for size, match, similarity, reason, cluster, count in zip(*(values.tolist() for values in columns), strict=True):
         start, end = end, end + size
-        line, stays = lines[start:end], match == -1
+        line, survives = lines[start:end], match == -1
         fields: dict[str, Any] = {}
-        if number and telling.counts and (stays or telling.annotate):
-            fields = {"cluster": f"{name:016x}"} | ({"duplicates": number} if stays else {})
-        if not stays and telling.ids:
-            fields |= verdict(REASONS[reason], next(ids), None if similarity < 0 else similarity)
-            if not telling.annotate:
+        if count and output.counts and (survives or output.annotate):
+            fields = {"cluster": f"{cluster:016x}"} | ({"duplicates": count} if survives else {})
+        if not survives and output.ids:
+            fields |= duplicate_fields(REASONS[reason], next(ids), None if similarity < 0 else similarity)
+            if not output.annotate:
                 rejects.append(with_fields(line, fields))
-        if stays or telling.annotate:
+        if survives or output.annotate:
             kept.append(with_fields(line, fields) if fields else line)
-    return Decided(b"".join(kept), b"".join(rejects), [], 0)
+    return ChunkResult(b"".join(kept), b"".join(rejects), [], 0)
 
 
-class Waiting:
-    """The documents. `memory` is for the sorting of a band, in bytes."""
+class LocalStore:
+    """The measured documents in temporary files. `memory`: bytes for sorting a band."""
 
-    lazy = True  # similarities are measured where they are needed, not all of them
+    lazy = True  # similarities are measured where they are needed, not for all candidate pairs
 
     def __init__(self, near: MinHash | None, clusters: str, memory: int, temporary: str | None = None) -> None:
         self.near, self.clusters, self.memory, self.temporary = near, clusters, memory, temporary
-        self.given = 0  # the first documents are seen elsewhere: they stay, and are not written
+        self.references = 0  # the first documents are for reference only: they are kept, and not written
         self.ids = Blobs(temporary)
-        self.chunks: list[int] = []  # documents of each chunk that is written
-        self._order: NDArray[np.int64] | None = None  # documents by rank, where that is not their number
+        self.chunks: list[int] = []  # number of documents of each chunk to write
+        self._order: NDArray[np.int64] | None = None  # document numbers by rank; None if they are equal
         self._packed = Blobs(temporary)
         self._columns: dict[str, Column] = {}
 
@@ -115,173 +125,180 @@ class Waiting:
         return len(self.ids)
 
     def close(self) -> None:
-        """Give the temporary files back."""
+        """Delete the temporary files."""
         for blobs in (self.ids, self._packed):
             blobs.close()
         for column in self._columns.values():
             column.close()
 
     # The first pass.
-    def measured(
-        self, engine: Engine, measure: Measure, reader: DocumentReader, written: bool = True
-    ) -> Iterator[Part]:
-        """Measure the documents of a reader, chunk by chunk; those that are not to be written come first."""
-        for part in engine.map(partial(measure, reader.options), reader):
-            self._take(part, written)
-            if written:
-                self._packed.append([part.lines])
-            yield part
+    def measure(
+        self, engine: Engine, measurer: ChunkMeasurer, reader: DocumentReader, write: bool = True
+    ) -> Iterator[MeasuredChunk]:
+        """Measure the documents of a reader, chunk by chunk. With write=False, for reference documents, comes first."""
+        for chunk in engine.map(partial(measurer, reader.options), reader):
+            self._append(chunk, write)
+            if write:
+                self._packed.append([chunk.lines])
+            yield chunk
 
-    def _take(self, part: Part, written: bool) -> None:
-        """Store what is known of the documents of a chunk."""
-        bands = part.columns.pop("bands", None)
-        more = {} if bands is None else {f"band{i}": column for i, column in enumerate(bands.T)}
-        for name, values in (part.columns | more).items():
+    def _append(self, chunk: MeasuredChunk, write: bool) -> None:
+        """Store the columns and ids of a chunk."""
+        bands = chunk.columns.pop("bands", None)
+        band_columns = {} if bands is None else {f"band{i}": column for i, column in enumerate(bands.T)}
+        for name, values in (chunk.columns | band_columns).items():
             if name not in self._columns:
                 self._columns[name] = Column(values.dtype, self.temporary)
             self._columns[name].append(values)
-        self.ids.append(part.ids)
-        if written:
-            self.chunks.append(len(part.ids))
+        self.ids.append(chunk.ids)
+        if write:
+            self.chunks.append(len(chunk.ids))
         else:
-            self.given += len(part.ids)
-
-    def plain(self, name: str) -> NDArray[Any]:
-        """One value a document, in input order; empty where that was not measured."""
-        return self._columns[name].array() if name in self._columns else NOTHING
+            self.references += len(chunk.ids)
 
     def column(self, name: str) -> NDArray[Any]:
-        """The same by rank."""
-        values = self.plain(name)
+        """A column in input order; empty if it was not measured."""
+        return self._columns[name].array() if name in self._columns else EMPTY
+
+    def ranked_column(self, name: str) -> NDArray[Any]:
+        """A column in order of rank."""
+        values = self.column(name)
         return values if self._order is None or not len(values) else values[self._order]
 
-    def indexed(self, chosen: Any) -> Columns:
-        """Columns as an index takes them, of some documents."""
-        wanted = ("exact", "keyed", "same", "shingled")
-        found = {n: self.plain(n)[chosen] for n in self._columns if n in wanted or n.startswith("band")}
+    def index_columns(self, rows: Any) -> Columns:
+        """Columns of some documents in the form that an index takes."""
+        names = ("exact", "keyed", "same", "shingle_counts")
+        columns = {n: self.column(n)[rows] for n in self._columns if n in names or n.startswith("band")}
         if "signature" in self._columns and self.near:
-            found["signature"] = self.plain("signature").reshape(-1, self.near.bands * self.near.rows)[chosen]
-        return found
+            columns["signature"] = self.column("signature").reshape(-1, self.near.bands * self.near.rows)[rows]
+        return columns
 
     # Between the passes.
-    def decided(self, seen: Choice | None = None) -> Choice:
-        """The survivors; `seen` names documents that go already, and why."""
+    def choose_survivors(self, indexed: Decisions | None = None) -> Decisions:
+        """Decide which documents survive; `indexed`: decisions already made, for duplicates of indexed documents."""
         total = len(self)
-        choice = seen or Choice(np.full(total, -1, np.int64), np.zeros(total), np.zeros(total, np.uint8))
+        decisions = indexed or Decisions(np.full(total, -1, np.int64), np.zeros(total), np.zeros(total, np.uint8))
         if not total:
-            return choice
-        if "worth" in self._columns:
+            return decisions
+        if "preference" in self._columns:
             self._order = np.argsort(
-                np.concatenate([np.full(self.given, -np.inf), -self.plain("worth")]), kind="stable"
+                np.concatenate([np.full(self.references, -np.inf), -self.column("preference")]), kind="stable"
             )
         if self._order is not None:
-            choice = choice.of(self._order)
-        exact = self._firsts("exact")
+            decisions = decisions.select(self._order)
+        exact = self._first_ranks("exact")
         if len(exact):
-            exact[~self.column("keyed")] = -1
-        same = self._firsts("same")
-        candidates = self._candidates(same)
+            exact[~self.ranked_column("keyed")] = -1
+        same = self._first_ranks("same")
+        candidates = self._candidate_pairs(same)
         threshold, lazy = self._threshold(), self.lazy and self.clusters == "stars"
-        known = np.empty(0) if lazy or threshold < 0 else self._similarities(candidates)
+        similarities = np.empty(0) if lazy or threshold < 0 else self._similarities(candidates)
         if self.clusters == "stars":
-            self._stars(exact, same, candidates, known, lazy, choice)
+            self._choose_stars(exact, same, candidates, similarities, lazy, decisions)
         else:
-            kernels.components(self.given, exact, same, candidates, known, threshold, *choice)
+            kernels.components(self.references, exact, same, candidates, similarities, threshold, *decisions)
         if self._order is None:
-            return choice
-        back = np.empty_like(self._order)
-        back[self._order] = np.arange(total)
-        matches = np.where(choice.matches >= 0, self._order[choice.matches], choice.matches)
-        return choice._replace(matches=matches).of(back)
+            return decisions
+        ranks = np.empty_like(self._order)
+        ranks[self._order] = np.arange(total)
+        matches = np.where(decisions.matches >= 0, self._order[decisions.matches], decisions.matches)
+        return decisions._replace(matches=matches).select(ranks)
 
-    def _firsts(self, name: str) -> NDArray[np.int64]:
-        """By rank, the lowest document with the same key."""
-        keys = self.column(name)
+    def _first_ranks(self, name: str) -> NDArray[np.int64]:
+        """By rank, the lowest rank with the same key in a column."""
+        keys = self.ranked_column(name)
         result = np.empty(len(keys), np.int64)
         if len(keys):
             kernels.firsts(keys, np.argsort(keys, kind="stable"), result)
         return result
 
-    def _joined(self, same: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Ranks of the documents that look for others like them: the first ones with their words."""
-        return np.flatnonzero((same == np.arange(len(same))) & (self.column("shingled") > 0))
+    def _representatives(self, same: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ranks of the documents that are compared by their bands: the first of each set of equal words."""
+        return np.flatnonzero((same == np.arange(len(same))) & (self.ranked_column("shingle_counts") > 0))
 
-    def _candidates(self, same: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Pairs that share a band, by rank."""
-        found = np.empty(0, np.uint64)
+    def _candidate_pairs(self, same: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Pairs of ranks that share a band."""
+        pairs = np.empty(0, np.uint64)
         if not self.near:
-            return found
-        joined = self._joined(same)
-        parts = -(-len(joined) * SORTED // max(self.memory, LEAST)) or 1
+            return pairs
+        ranks = self._representatives(same)
+        parts = -(-len(ranks) * SORT_BYTES_PER_KEY // max(self.memory, MIN_SORT_BYTES)) or 1
         for band in range(self.near.bands):
-            keys = self.column(f"band{band}")[joined]
+            keys = self.ranked_column(f"band{band}")[ranks]
             for part in range(parts):
-                chosen = np.flatnonzero(keys % np.uint64(parts) == part) if parts > 1 else slice(None)
-                found = np.union1d(found, sharing(keys[chosen], joined[chosen]))
-        return found
+                rows = np.flatnonzero(keys % np.uint64(parts) == part) if parts > 1 else slice(None)
+                pairs = np.union1d(pairs, pairs_with_equal_keys(keys[rows], ranks[rows]))
+        return pairs
 
     def _threshold(self) -> float:
-        """Of similarity; -1 where candidates are believed."""
+        """The similarity threshold; -1 if candidates are not verified."""
         return self.near.threshold if self.near and self.near.verify else -1.0
 
-    def _places(self) -> tuple[Any, ...]:
-        """Where the shingles of each rank are, as kernels/groups.py takes it."""
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.plain("shingled"))])
+    def _shingle_offsets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Document number of each rank, and start of the shingles of each document, as the kernels take them."""
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.column("shingle_counts"))])
         return np.arange(len(self)) if self._order is None else self._order, starts
 
-    def _stars(self, exact: Any, same: Any, candidates: Any, known: Any, lazy: bool, choice: Choice) -> None:
-        """Choose survivors; `lazy`: similarities are measured where they are needed."""
-        places, starts = self._places()
+    def _choose_stars(
+        self, exact: Any, same: Any, candidates: Any, similarities: Any, lazy: bool, decisions: Decisions
+    ) -> None:
+        """Choose survivors in order of rank; with `lazy`, similarities are measured where they are needed."""
+        documents, starts = self._shingle_offsets()
         state: list[Any] = [np.full(len(column), -1, np.int64) for column in (exact, same, same)]
         state += [np.zeros(len(same)), np.zeros(len(same), np.bool_)]
-        for first in range(0, len(self), STEP):
-            shingles = self.plain("shingles" if lazy else "")  # mapped anew, so that what was read is let go
-            ranks = first, min(first + STEP, len(self)), self.given
-            measured = known, places, shingles.view(np.uint32), starts, self._threshold()
-            kernels.stars(*ranks, exact, same, candidates, *measured, *choice, *state)
+        for first in range(0, len(self), BATCH):
+            shingles = self.column("shingles" if lazy else "")  # mapped anew, which releases the pages already read
+            ranks = first, min(first + BATCH, len(self)), self.references
+            measured = similarities, documents, shingles.view(np.uint32), starts, self._threshold()
+            kernels.stars(*ranks, exact, same, candidates, *measured, *decisions, *state)
 
     def _similarities(self, candidates: NDArray[np.uint64]) -> NDArray[np.float64]:
-        """How similar candidates are."""
-        places, starts = self._places()
-        found = [np.empty(0)]
-        for first in range(0, len(candidates), STEP):
-            later, earlier = (places[part.astype(np.int64)] for part in halves(candidates[first : first + STEP]))
-            found.append(kernels.similarities_of(later, earlier, self.plain("shingles"), starts, self._threshold()))
-        return np.concatenate(found)
+        """Similarities of candidate pairs."""
+        documents, starts = self._shingle_offsets()
+        results = [np.empty(0)]
+        for first in range(0, len(candidates), BATCH):
+            pairs = split_pairs(candidates[first : first + BATCH])
+            later, earlier = (documents[ranks.astype(np.int64)] for ranks in pairs)
+            results.append(kernels.similarities_of(later, earlier, self.column("shingles"), starts, self._threshold()))
+        return np.concatenate(results)
 
     # The second pass.
-    def written(
-        self, engine: Engine, telling: Telling, choice: Choice, index: Index | None = None
-    ) -> Iterator[Decided]:
-        """The documents that are written, chunk by chunk."""
+    def render(
+        self, engine: Engine, output: OutputOptions, decisions: Decisions, index: Index | None = None
+    ) -> Iterator[ChunkResult]:
+        """The results of the chunks to write, in order."""
         packed = self._packed.read()
-        for chunk, found in enumerate(self._verdicts(telling, choice, index)):
-            yield tell(telling, packed[chunk], found)
+        for number, chunk in enumerate(self._chunk_decisions(output, decisions, index)):
+            yield render_chunk(output, packed[number], chunk)
 
-    def _verdicts(self, telling: Telling, choice: Choice, index: Index | None) -> Iterable[Verdicts]:
-        """The choice, chunk by chunk."""
-        matches = choice.matches
+    def _chunk_decisions(
+        self, output: OutputOptions, decisions: Decisions, index: Index | None
+    ) -> Iterable[ChunkDecisions]:
+        """The decisions, chunk by chunk."""
+        matches = decisions.matches
         survivors = np.where(matches >= 0, matches, np.arange(len(matches)))
-        numbers = np.bincount(survivors, self.plain("weights"), len(matches)).astype(np.int64)
-        numbers[np.bincount(survivors, minlength=len(matches)) < 2] = 0
-        names, sizes, ids = self.plain("same" if self.near else "exact"), self.plain("sizes"), self.ids.read()
-        known = index.ids(-2 - matches[matches < -1]) if index and telling.ids else {}
-        start = self.given
-        for count in self.chunks:
-            mine = slice(start, start + count)
-            start += count
-            gone = matches[mine][matches[mine] != -1].tolist() if telling.ids else []
-            named = [ids[n].decode("utf-8", "surrogatepass") if n >= 0 else known[-2 - n] for n in gone]
-            yield Verdicts(sizes[mine], choice.of(mine), names[survivors[mine]], numbers[survivors[mine]], named)
+        counts = np.bincount(survivors, self.column("weights"), len(matches)).astype(np.int64)
+        counts[np.bincount(survivors, minlength=len(matches)) < 2] = 0
+        names, sizes, ids = self.column("same" if self.near else "exact"), self.column("sizes"), self.ids.read()
+        indexed_ids = index.ids(-2 - matches[matches < -1]) if index and output.ids else {}
+        start = self.references
+        for size in self.chunks:
+            rows = slice(start, start + size)
+            start += size
+            removed = matches[rows][matches[rows] != -1].tolist() if output.ids else []
+            survivor_ids = [ids[n].decode("utf-8", "surrogatepass") if n >= 0 else indexed_ids[-2 - n] for n in removed]
+            yield ChunkDecisions(
+                sizes[rows], decisions.select(rows), names[survivors[rows]], counts[survivors[rows]], survivor_ids
+            )
 
 
-def halves(pairs: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The later and the earlier documents of pairs."""
+def split_pairs(pairs: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The later and the earlier documents of packed pairs."""
     return pairs >> kernels.S32, pairs & kernels.LOW_32
 
 
-def sharing(keys: NDArray[np.uint64], documents: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Candidate pairs of documents, in order of rank, that share a key."""
+def pairs_with_equal_keys(keys: NDArray[np.uint64], ranks: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Packed candidate pairs of documents that share a key; `ranks` ascending."""
     order = np.argsort(keys, kind="stable")
-    found: NDArray[np.uint64] = kernels.pairs(keys[order], documents[order], CHAIN)
-    return found
+    pairs: NDArray[np.uint64] = kernels.pairs(keys[order], ranks[order], NEIGHBOURS)
+    return pairs

@@ -1,4 +1,4 @@
-"""What deduplication asks of each document, a chunk at a time, in worker processes."""
+"""What deduplication computes for each document, a chunk at a time, in worker processes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,38 @@ from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
 
 
 @dataclass(slots=True)
-class Part:
-    """A measured chunk of n documents: compressed lines, ids, and columns by name, [n] where nothing else is said.
+class MeasuredChunk:
+    """A measured chunk of n documents: compressed lines, ids, and columns by name, each of shape [n] unless noted.
 
-    `sizes` of the lines in bytes; `weights`, for how many documents each stands already; `worth`, how much it is preferred; `exact`, hash of the key, and
-    `keyed`, whether there is one; `same`, hash of the words; `shingled`, number of shingles; `shingles` of all [sum of shingled]; `bands`, keys
-    [n, bands]; `signature` [n * functions]. Hashes differ between groups.
+    | column | content |
+    |---|---|
+    | sizes | length of the line, bytes |
+    | weights | number of documents that the document stands for already |
+    | preference | how much the document is preferred as a survivor |
+    | exact | hash of the key |
+    | keyed | whether there is a key |
+    | same | hash of the words |
+    | shingle_counts | number of shingles |
+    | shingles | shingles of all documents [sum of shingle_counts] |
+    | bands | band keys [n, bands] |
+    | signature | [n * functions] |
+
+    With a group field, hashes of documents of different groups differ.
     """
 
     lines: bytes
     ids: list[bytes]
     columns: dict[str, NDArray[Any]]
     bad: list[BadLine]
-    lacking: Counter[str]  # documents without the field that an option names
+    lacking: Counter[str]  # option -> documents without its field
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """Which columns there are. `keep`: "first", "longest" or "best:FIELD"; `group`: a field; `bits` of each number of a signature, 0 for none."""
+class ChunkMeasurer:
+    """Computes the columns of a chunk.
+
+    `keep`: "first", "longest" or "best:FIELD". `group`: a field. `bits`: width of each number of a signature (0: none).
+    """
 
     exact: Exact | None = None
     near: MinHash | None = None
@@ -45,27 +59,29 @@ class Measure:
     group: str | None = None
     bits: int = 0
 
-    def __call__(self, options: ReadOptions, chunk: Chunk) -> Part:
+    def __call__(self, options: ReadOptions, chunk: Chunk) -> MeasuredChunk:
         """Measure the documents of a chunk. Pure."""
         documents, bad = parse(chunk, options)
         lines = [document.encode() for document in documents]
         columns: dict[str, NDArray[Any]] = {"sizes": np.fromiter(map(len, lines), np.int64, len(lines))}
-        divided, lacking = np.zeros(len(lines), np.uint64), Counter[str]()
+        group_hashes, lacking = np.zeros(len(lines), np.uint64), Counter[str]()
         if self.group is not None:
             values = [dotted(document.fields, self.group) for document in documents]
-            divided = np.fromiter(map(_division, values), np.uint64, len(lines))
+            group_hashes = np.fromiter(map(_group_hash, values), np.uint64, len(lines))
             lacking["--group"] = values.count(None)
         if self.keep != "first":
-            columns["worth"] = np.fromiter((_worth(document, self.keep) for document in documents), float, len(lines))
+            preferences = (_preference(document, self.keep) for document in documents)
+            columns["preference"] = np.fromiter(preferences, float, len(lines))
         if self.exact:
-            found = [self.exact.of(document) for document in documents]
-            lacking["--key"] = found.count(None)
-            columns["keyed"] = np.fromiter((key is not None for key in found), bool, len(found))
-            columns["exact"] = np.frombuffer(b"".join(key or bytes(16) for key in found), np.uint64)[::2] ^ divided
+            keys = [self.exact.key_of(document) for document in documents]
+            lacking["--key"] = keys.count(None)
+            columns["keyed"] = np.fromiter((key is not None for key in keys), bool, len(keys))
+            hashes = np.frombuffer(b"".join(key or bytes(16) for key in keys), np.uint64)[::2]
+            columns["exact"] = hashes ^ group_hashes
         if self.near:
             near = self.near.sketches(documents)
-            columns |= {"same": near.same ^ divided, "shingles": near.shingles, "shingled": near.sizes}
-            columns["bands"] = near.keys ^ divided[:, None]
+            columns |= {"same": near.same ^ group_hashes, "shingles": near.shingles, "shingle_counts": near.sizes}
+            columns["bands"] = near.keys ^ group_hashes[:, None]
             if self.bits:
                 columns["signature"] = near.signatures.astype(f"u{self.bits // 8}").ravel()
         weights = (document.fields.get("duplicates", 1) for document in documents)
@@ -73,20 +89,20 @@ class Measure:
             (n if type(n) is int and 0 < n < 2**31 else 1 for n in weights), np.int64, len(lines)
         )
         ids = [document.id.encode("utf-8", "surrogatepass") for document in documents]
-        return Part(pack(lines), ids, columns, bad, lacking)
+        return MeasuredChunk(pack(lines), ids, columns, bad, lacking)
 
 
-def _division(value: Any) -> int:
-    """A number for the value of a field: documents of different ones are never duplicates."""
+def _group_hash(value: Any) -> int:
+    """Hash of the value of a group field; combined with the other hashes, it separates the groups."""
     return xxhash.xxh3_64_intdigest(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
 
 
-def _worth(document: Document, keep: str) -> float:
-    """How much a document is preferred."""
+def _preference(document: Document, keep: str) -> float:
+    """How much a document is preferred. LlmkitError if the field of best:FIELD is not a number."""
     if keep == "longest":
         return len(document.text)
     value = dotted(document.fields, keep.removeprefix("best:"))
     if isinstance(value, bool) or not isinstance(value, int | float):
-        said = "no such field" if value is None else f"{str(value)[:40]!r} is no number"
-        raise LlmkitError(f"{document}: --keep {keep}: {said}", "every document needs a number there")
+        problem = "no such field" if value is None else f"{str(value)[:40]!r} is not a number"
+        raise LlmkitError(f"{document}: --keep {keep}: {problem}", "every document needs a number in this field")
     return float(value)

@@ -1,15 +1,17 @@
-"""Near duplicates: documents that share most of their word 5-grams, found by MinHash and locality-sensitive hashing, then verified.
+"""Near duplicates: documents that share most of their word 5-grams, by MinHash and locality-sensitive hashing.
 
-1. A text is normalised (`normalise.loose`), and each run of 5 words becomes a shingle of 32 bits. Shorter texts have no shingles; they are
-   duplicates only of texts with the very same words (in the same sense).
-2. Each of 112 random hash functions is taken over the shingles, and its minimum kept: functions of 32 bits, or with `bits=61` of 61, modulo the prime
-   2⁶¹-1 over wider shingles (kernels/minhash.py). Both follow the curve below (tests/bench/minhash_recall.md).
-3. The minima are cut in 14 bands of 8 rows. Documents equal in a band are candidates: with Jaccard similarity s that happens with
-   probability 1-(1-s⁸)¹⁴: 0.77 at 0.75, 0.92 at 0.8, 1 for equal sets.
-4. A candidate is a duplicate if the true Jaccard similarity of the shingle sets reaches `threshold` (0.75, what FineWeb aims at with these bands).
-   Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. Set `verify=False` to trust the bands.
+1. A text is normalised (`normalise.loose`), and each run of 5 words becomes a shingle of 32 bits. Shorter texts have no
+   shingles; they are duplicates only of texts with the same words (after the same normalisation).
+2. Each of 112 random hash functions is applied to the shingles and its minimum kept: functions of 32 bits, or with
+   `bits=61` of 61, modulo the prime 2⁶¹-1 over wider shingles (kernels/minhash.py). Both follow the curve below
+   (tests/bench/minhash_recall.md).
+3. The minima are divided into 14 bands of 8 rows. Documents equal in a band are candidates: with Jaccard similarity s,
+   this happens with probability 1-(1-s⁸)¹⁴: 0.77 at 0.75, 0.92 at 0.8, 1 for equal sets.
+4. A candidate is a duplicate if the true Jaccard similarity of the shingle sets reaches `threshold` (0.75, which
+   FineWeb targets with these bands). Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. With
+   `verify=False` every candidate is a duplicate.
 
-Cost: compiled; figures for both widths stand in tests/bench/minhash_recall.md.
+Cost: compiled; figures for both widths are in tests/bench/minhash_recall.md.
 """
 
 from __future__ import annotations
@@ -22,22 +24,28 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.kernels.minhash import functions, sketch
-from llmkit.corpus.dedup.method import METHODS
 from llmkit.errors import UsageError
 from llmkit.io.documents import Document
 
-FUNCTIONS = 112  # at most, where the shape is chosen by threshold
-FOUND = 0.77  # of the pairs right at the threshold
+MAX_FUNCTIONS = 112  # if the shape is chosen by the threshold
+RECALL = 0.77  # of pairs whose similarity is the threshold
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows): the most rows of at most 112 functions that find 77 % of the pairs right at the threshold; FineWeb's 14 x 8 for 0.75."""
-    shapes = ((FUNCTIONS // rows, rows) for rows in range(FUNCTIONS, 0, -1))
-    return next(shape for shape in shapes if 1 - (1 - threshold ** shape[1]) ** shape[0] >= FOUND or shape[1] == 1)
+    """(bands, rows) for a similarity threshold: FineWeb's 14 x 8 at 0.75.
+
+    The most rows with at most 112 functions that still find 77 % of the pairs right at the threshold.
+    """
+    shapes = ((MAX_FUNCTIONS // rows, rows) for rows in range(MAX_FUNCTIONS, 0, -1))
+    return next(shape for shape in shapes if 1 - (1 - threshold ** shape[1]) ** shape[0] >= RECALL or shape[1] == 1)
 
 
 class Sketches(NamedTuple):
-    """Of n documents: a hash of the words, uint64 [n]; band keys, uint64 [n, bands]; signatures, uint64 [n, functions]; and the shingles of all, uint32, with their number, int64 [n]."""
+    """The sketches of n documents.
+
+    `same`: hash of the words, uint64 [n]. `keys`: band keys, uint64 [n, bands]. `signatures`: uint64 [n, functions].
+    `shingles`: those of all documents, uint32. `sizes`: shingles per document, int64 [n].
+    """
 
     same: NDArray[np.uint64]
     keys: NDArray[np.uint64]
@@ -46,10 +54,9 @@ class Sketches(NamedTuple):
     sizes: NDArray[np.int64]
 
 
-@METHODS.register("minhash")
 @dataclass(frozen=True)
 class MinHash:
-    """Parameters; `bands` x `rows` hash functions, drawn by `seed`. Raises UsageError where they make no sense."""
+    """Parameters: `bands` x `rows` hash functions, drawn from `seed`. Raises UsageError for values out of range."""
 
     threshold: float = 0.75
     verify: bool = True
@@ -57,31 +64,31 @@ class MinHash:
     bands: int = 14
     rows: int = 8
     seed: int = 0
-    bits: int = 32  # of the hash functions: 32 or 61
+    bits: int = 32  # width of the hash functions: 32 or 61
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise UsageError(f"threshold {self.threshold} is not a similarity", "give a number above 0, at most 1")
+            raise UsageError(f"threshold {self.threshold} is not a similarity", "use a number above 0, at most 1")
         for name in ("ngram", "bands", "rows"):
             if not 1 <= getattr(self, name) <= 512:
-                raise UsageError(f"{name} {getattr(self, name)} is out of range", "give a number from 1 to 512")
+                raise UsageError(f"{name} {getattr(self, name)} is out of range", "use a number from 1 to 512")
         if self.bits not in (32, 61):
-            raise UsageError(f"bits {self.bits}: there are no such hash functions", "one of: 32, 61")
+            raise UsageError(f"bits {self.bits}: no such hash functions", "one of: 32, 61")
 
     def sketches(self, documents: list[Document]) -> Sketches:
-        """Measure documents."""
-        drawn = functions(self.seed, self.bands * self.rows, self.bits)
-        found = [sketch(document.text, self.ngram, drawn, self.bands, self.bits) for document in documents]
+        """Compute the sketches of documents."""
+        coefficients = functions(self.seed, self.bands * self.rows, self.bits)
+        sketched = [sketch(document.text, self.ngram, coefficients, self.bands, self.bits) for document in documents]
         same = [
-            xxhash.xxh3_64_intdigest(one.normalised.tobytes() or document.text.encode())
-            for one, document in zip(found, documents, strict=True)
+            xxhash.xxh3_64_intdigest(result.normalised.tobytes() or document.text.encode())
+            for result, document in zip(sketched, documents, strict=True)
         ]
-        keys = np.zeros((len(found), self.bands), np.uint64)
-        signatures = np.zeros((len(found), self.bands * self.rows), np.uint64)
-        for i, one in enumerate(found):
-            if len(one.keys):
-                keys[i], signatures[i] = one.keys, one.signature
-        shingles = [one.shingles for one in found]
+        keys = np.zeros((len(sketched), self.bands), np.uint64)
+        signatures = np.zeros((len(sketched), self.bands * self.rows), np.uint64)
+        for i, result in enumerate(sketched):
+            if len(result.keys):
+                keys[i], signatures[i] = result.keys, result.signature
+        shingles = [result.shingles for result in sketched]
         sizes = np.fromiter(map(len, shingles), np.int64, len(shingles))
         return Sketches(
             np.array(same, np.uint64), keys, signatures, np.concatenate([np.empty(0, np.uint32), *shingles]), sizes

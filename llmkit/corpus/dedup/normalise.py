@@ -1,14 +1,14 @@
-"""Texts that count as the same: named normalisations before texts are compared.
+"""Named normalisations of texts before they are compared.
 
-| name | what becomes equal |
+| name | makes equal |
 |---|---|
-| none | nothing: byte for byte |
-| whitespace | texts that differ in whitespace only |
-| loose | also in case, numbers, punctuation and diacritics: what datatrove's MinHash compares, and ours |
+| none | nothing: texts are compared byte for byte |
+| whitespace | texts that differ only in whitespace |
+| loose | also texts that differ in case, numbers, punctuation or diacritics, as in datatrove's MinHash; used by ours |
 
-`loose`, in this order: lower case; each number (a run of decimal digits of any script, with at most one decimal part) becomes `0`; each of the
-129 marks in `words.PUNCTUATION` a space; canonical decomposition without combining marks; runs of whitespace one space, none at the
-ends. Cost: linear.
+`loose` applies, in this order: lower case; each number (a run of decimal digits of any script, with at most one decimal
+part) becomes `0`; each of the 129 marks in `words.PUNCTUATION` becomes a space; canonical decomposition without
+combining marks; runs of whitespace become one space, none at the ends. Cost: linear.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(PUNCTUATION, " "))
 
 
 class _WithoutMarks(dict[int, int | None]):
-    """Table for `str.translate` that drops nonspacing marks, filled as characters are met."""
+    """Table for `str.translate` that drops nonspacing marks; entries are added when a character first occurs."""
 
     def __missing__(self, code: int) -> int | None:
         self[code] = None if unicodedata.category(chr(code)) == "Mn" else code
@@ -44,13 +44,13 @@ def unchanged(text: str) -> str:
 
 @NORMALISERS.register("whitespace")
 def single_spaces(text: str) -> str:
-    """Runs of whitespace as one space, none at the ends."""
+    """The text with runs of whitespace as one space, and none at the ends."""
     return " ".join(text.split())
 
 
 @NORMALISERS.register("loose")
 def loose(text: str) -> str:
-    """Words in lower case between single spaces: no case, numbers, punctuation, diacritics. "" for a text without words."""
+    """Lower-case words between single spaces, without punctuation, diacritics and digits other than 0; may be empty."""
     text = _NUMBER.sub("0", text.lower()).translate(_PUNCTUATION_TO_SPACE)
     if not text.isascii():
         text = unicodedata.normalize("NFD", text).translate(_WITHOUT_MARKS)

@@ -1,19 +1,20 @@
-"""Repeated lines and paragraphs over a corpus: menus, licences, signatures, cut out of the texts.
+"""Lines and paragraphs repeated across a corpus, such as menus, licences and signatures, cut out of the texts.
 
-    passages = Passages(by="lines")
-    for outcome in passages.run(reader): ...          # edited documents, in input order
+    dedup = PassageDedup(by="lines")
+    for result in dedup.run(reader): ...          # edited documents, in input order
 
-`lines` are split at "\\n", `paragraphs` at runs of two and more of it (what dolma calls paragraphs are our lines). They are compared after a named
-normalisation, by a hash of 64 bits: among 10⁹ distinct lines the chance that another one is cut for one of them is 5·10⁻¹¹ each. What a normalisation
-empties ("----" under `loose`) is compared with its whitespace collapsed alone. Blank ones, and those of fewer than `min_characters`, are never
-cut, and count for nothing.
+`lines` are separated by "\\n", `paragraphs` by runs of two or more (dolma's paragraphs are our lines). Passages are
+compared after a named normalisation, by a 64-bit hash: among 10⁹ distinct lines the probability that a given other line
+is cut by mistake is 5·10⁻¹¹. If the normalisation leaves nothing of a passage ("----" under `loose`), it is compared
+with only its whitespace collapsed. Blank passages and those of fewer than `min_characters` are never cut or counted.
 
-- by default the first of equal lines in input order stays and each later one is cut: one pass, and 11 to 23 bytes of memory a distinct line;
-- `repeated=N` cuts all occurrences of lines that stand in at least N documents, and no others: two passes, 17 to 34 bytes a distinct line, and documents
-  and hashes (8 bytes a line) wait in temporary files;
-- `boilerplate` names lists of lines that are cut wherever they stand, besides.
+- By default the first of equal lines in input order is kept and each later one cut: one pass, and 11 to 23 bytes of
+  memory per distinct line.
+- `repeated=N` cuts all occurrences of lines that occur in at least N documents, and no others: two passes, 17 to 34
+  bytes per distinct line, and documents and hashes (8 bytes per line) in temporary files.
+- `boilerplate` names lists of lines that are cut wherever they occur, in addition.
 
-When the table of hashes doubles, both are there for a moment. Cost: compiled, linear.
+While the table of hashes doubles, the old and the new one exist for a moment. Cost: compiled, linear.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.edits import Backlog, Edits, Ends, Hashes
-from llmkit.corpus.dedup.hash_set import Seen
+from llmkit.corpus.dedup.editing import EditingDedup, Ends, Hashes, SpilledChunks
+from llmkit.corpus.dedup.hash_set import HashSet
 from llmkit.corpus.dedup.kernels import passages as kernels
-from llmkit.corpus.dedup.method import METHODS, Decided
+from llmkit.corpus.dedup.kernels.normalise import tables
 from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.corpus.kernels.characters import classes
-from llmkit.corpus.kernels.normalise import tables
 from llmkit.corpus.lists import entries
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader
 from llmkit.kernels.utf8 import Bytes, hash_bytes
 
 KINDS = ("lines", "paragraphs")
-HOW = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}
-EMPTY = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)  # tables of no use
+KERNEL_MODES = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}
+UNUSED_TABLES = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)
 
 
 @dataclass
-class Passages(Edits):
-    """The stage. `boilerplate`: files of one line each."""
+class PassageDedup(EditingDedup):
+    """Cuts repeated passages. `boilerplate`: files with one line per entry."""
 
     by: str = "lines"
     normalise: str = "whitespace"
-    repeated: int = 0  # documents; 0: the first occurrence stays
+    repeated: int = 0  # documents; 0: the first occurrence is kept
     boilerplate: tuple[str, ...] = ()
     min_characters: int = 1
 
@@ -57,42 +58,44 @@ class Passages(Edits):
         NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
         if self.repeated < 0 or self.repeated == 1:
             raise UsageError(
-                f"--repeated {self.repeated}", "a number of documents, 2 or more; without it the first stays"
+                f"--repeated {self.repeated}", "a number of documents, 2 or more; without it the first copy is kept"
             )
         if self.by not in KINDS:
             raise UsageError(f"--method {self.by}", "one of: " + ", ".join(KINDS))
 
     @cached_property
-    def listed(self) -> Hashes:
-        """Hashes of the boilerplate."""
-        found = [self.hashes(entry) for _, entry in entries(self.boilerplate)]
-        return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
+    def boilerplate_hashes(self) -> Hashes:
+        """Hashes of the boilerplate, ascending."""
+        hashes = [self.hashes(entry) for _, entry in entries(self.boilerplate)]
+        return np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
 
     def split(self, data: Bytes) -> tuple[Ends, Ends]:
-        """Where passages begin and end, in bytes."""
+        """Start and end of each passage, in bytes."""
         starts, stops = kernels.spans(data, self.by == "paragraphs")
         return starts, stops
 
-    @np.errstate(over="ignore")  # unsigned arithmetic that wraps, where nothing is compiled
+    @np.errstate(over="ignore")  # uncompiled kernels rely on unsigned arithmetic that wraps
     def hashes(self, text: str) -> Hashes:
-        """One hash a passage; 0 for those that stay."""
-        data, how = np.frombuffer(text.encode(), np.uint8), HOW[self.normalise]
-        loosely = how == kernels.LOOSE
-        if not (loosely and "Σ" in text):  # whose lower case depends on what is beside it
-            found: Hashes
-            more = classes(), *(tables() if loosely else EMPTY)
-            found, done = kernels.hashes_of(data, self.by == "paragraphs", how, self.min_characters, *more)
+        """One hash per passage; 0 for passages that are never cut."""
+        data, mode = np.frombuffer(text.encode(), np.uint8), KERNEL_MODES[self.normalise]
+        loosely = mode == kernels.LOOSE
+        if not (loosely and "Σ" in text):  # its lower case depends on its neighbours
+            result: Hashes
+            character_tables = classes(), *(tables() if loosely else UNUSED_TABLES)
+            result, done = kernels.hashes_of(
+                data, self.by == "paragraphs", mode, self.min_characters, *character_tables
+            )
             if done:
-                return found
+                return result
         return np.array([self._hash(data[a:b].tobytes().decode()) for a, b in zip(*self.split(data), strict=True)])
 
     def measure(self, text: str) -> tuple[Hashes, Hashes]:
-        """Hashes of all passages; of the distinct ones, where documents are counted."""
-        found = self.hashes(text)
-        return found, np.unique(found) if self.repeated else found[:0]
+        """Hashes of all passages; and of the distinct ones if documents are counted."""
+        hashes = self.hashes(text)
+        return hashes, np.unique(hashes) if self.repeated else hashes[:0]
 
     def _hash(self, passage: str) -> np.uint64:
-        """The definition: the normalised passage, hashed."""
+        """The definition: a hash of the normalised passage."""
         collapsed = " ".join(passage.split())
         if len(collapsed) < max(1, self.min_characters):
             return np.uint64(0)
@@ -100,42 +103,38 @@ class Passages(Edits):
         return np.uint64(max(1, hash_bytes(data, 0, len(data))))
 
     def warm_up(self) -> None:
-        """Compile before workers fork, and read the lists."""
-        table, found = (
-            Seen(np.uint32 if self.repeated else None),
-            self.hashes("a line\n\nanother\n") | self.listed[:1].sum(),
+        """Compile the kernels and read the lists before workers fork."""
+        table, hashes = (
+            HashSet(np.uint32 if self.repeated else None),
+            self.hashes("a line\n\nanother\n") | self.boilerplate_hashes[:1].sum(),
         )
-        table.add(np.resize(found, 1 << 13))
+        table.add(np.resize(hashes, 1 << 13))
         if self.repeated:
-            table.frequent(found, self.repeated)
+            table.frequent(hashes, self.repeated)
 
-    def run(self, reader: DocumentReader) -> Iterator[Decided]:
-        """Outcomes of chunks in order; with `repeated` all documents are read before the first is written."""
-        table = Seen(np.uint32 if self.repeated else None)
-        decided = partial(self._decided, reader.options.text_key or "text")
-        measured = self.measured(reader, self.measure)
+    def run(self, reader: DocumentReader) -> Iterator[ChunkResult]:
+        """The results of the chunks, in order; with `repeated`, all documents are read before the first is written."""
+        table = HashSet(np.uint32 if self.repeated else None)
+        cut_passages = partial(self._cut_passages, reader.options.text_key or "text")
+        measured = self.measure_chunks(reader, self.measure)
         if not self.repeated:
-            for part in measured:
-                done = decided(part.lines, part.sizes, part.pieces, table.add(part.pieces))
-                yield Decided(*done, part.bad, len(part.lines))
+            for chunk in measured:
+                edited = cut_passages(chunk.lines, chunk.sizes, chunk.pieces, table.add(chunk.pieces))
+                yield ChunkResult(*edited, chunk.bad, len(chunk.lines))
             return
-        with closing(Backlog(np.uint64, self.temporary)) as waiting:
-            for part in measured:
-                table.add(part.more)
-                waiting.append(part)
-                yield Decided(b"", b"", part.bad, len(part.lines))
-            for lines, sizes, start, stop in waiting:
-                mine = waiting.pieces.array()[start:stop]
-                yield Decided(*decided(lines, sizes, mine, table.frequent(mine, self.repeated)), [], 0)
+        with closing(SpilledChunks(np.uint64, self.temporary)) as spilled:
+            for chunk in measured:
+                table.add(chunk.more)
+                spilled.append(chunk)
+                yield ChunkResult(b"", b"", chunk.bad, len(chunk.lines))
+            for lines, sizes, start, stop in spilled:
+                hashes = spilled.pieces.array()[start:stop]
+                yield ChunkResult(*cut_passages(lines, sizes, hashes, table.frequent(hashes, self.repeated)), [], 0)
 
-    def _decided(
+    def _cut_passages(
         self, key: str, lines: list[bytes], sizes: Ends, hashes: Hashes, cut: NDArray[np.bool_]
     ) -> tuple[bytes, bytes]:
-        """Documents of so many passages each, without those that are to be cut."""
-        if len(self.listed):
-            cut |= np.isin(hashes, self.listed) & (hashes != 0)
+        """Documents of `sizes` passages each, without those marked in `cut` or listed as boilerplate."""
+        if len(self.boilerplate_hashes):
+            cut |= np.isin(hashes, self.boilerplate_hashes) & (hashes != 0)
         return self.edit(lines, sizes, cut, self.split, key, self.by)
-
-
-for _kind in KINDS:
-    METHODS.register(_kind)(partial(Passages, by=_kind))

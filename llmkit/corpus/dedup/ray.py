@@ -1,11 +1,14 @@
-"""The same on a Ray cluster: lines, band keys and shingles stay where they were measured, and two shuffles bring together what has to meet.
+"""The document store on a Ray cluster: lines, band keys and shingles stay on the machines where they were measured.
 
-1. Band join: every block of chunks deals its (key, rank) pairs out by band and key; one task for each hand sorts it, and gives the pairs of documents that
-   share a key.
-2. Verification: for each slice of these pairs the blocks hand out the shingles of the documents in it; one task measures their similarity.
+Two shuffles bring together what has to meet:
 
-The driver keeps the columns that decide, about 60 bytes a document with its id in temporary files, some arrays of 8 bytes a document, and 16 bytes a
-candidate pair. What comes out is what `Waiting` gives.
+1. Band join: every block of chunks partitions its (key, rank) pairs by band and key. One task per partition sorts it
+   and returns the pairs of documents that share a key.
+2. Verification: for each slice of these pairs, the blocks return the shingles of the documents in it. One task measures
+   their similarity.
+
+The driver holds the columns that decide, about 60 bytes per document including its id in temporary files, a few arrays
+of 8 bytes per document, and 16 bytes per candidate pair. The results are those of `LocalStore`.
 """
 
 from __future__ import annotations
@@ -17,22 +20,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.corpus.dedup.kernels import groups as kernels
-from llmkit.corpus.dedup.local import LEAST, SORTED, Choice, Telling, Waiting, halves, sharing, tell
-from llmkit.corpus.dedup.measure import Measure, Part
-from llmkit.corpus.dedup.method import Decided
+from llmkit.corpus.dedup.kernels import clusters as kernels
+from llmkit.corpus.dedup.local import (
+    MIN_SORT_BYTES,
+    SORT_BYTES_PER_KEY,
+    Decisions,
+    LocalStore,
+    OutputOptions,
+    pairs_with_equal_keys,
+    render_chunk,
+    split_pairs,
+)
+from llmkit.corpus.dedup.measure import ChunkMeasurer, MeasuredChunk
+from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.engine.cluster import Cluster, Ref
 from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
 
 if TYPE_CHECKING:
     from llmkit.corpus.dedup.index import Index
 
-BLOCK = 64  # chunks whose values are dealt out together
-HAND = 1 << 30  # bytes that one task sorts or compares, at most; --memory where that is less
+BLOCK = 64  # chunks whose values are partitioned together
+TASK_BYTES = 1 << 30  # most that one task sorts or compares; --memory if that is less
 
 
-class Scattered(Waiting):
-    """Documents on the machines of `cluster`."""
+class RayStore(LocalStore):
+    """Measured documents on the machines of `cluster`."""
 
     lazy = False
 
@@ -42,18 +54,21 @@ class Scattered(Waiting):
         self._lines: list[Ref] = []
         self._bands: list[Ref] = []
         self._shingles: list[Ref] = []
-        self._counts: list[int] = []  # documents of each chunk, those that are not written included
+        self._counts: list[int] = []  # documents of each chunk, including reference documents
 
-    def measured(self, engine: Any, measure: Measure, reader: DocumentReader, written: bool = True) -> Iterator[Part]:
-        """As `Waiting.measured`, on the cluster."""
-        for part, (lines, bands, shingles) in self.cluster.scatter(partial(_apart, measure, reader.options), reader, 4):
-            self._take(part, written)
-            self._counts.append(len(part.ids))
+    def measure(
+        self, engine: Any, measurer: ChunkMeasurer, reader: DocumentReader, write: bool = True
+    ) -> Iterator[MeasuredChunk]:
+        """As `LocalStore.measure`, on the cluster."""
+        work = partial(_measure, measurer, reader.options)
+        for chunk, (lines, bands, shingles) in self.cluster.scatter(work, reader, 4):
+            self._append(chunk, write)
+            self._counts.append(len(chunk.ids))
             self._bands.append(bands)
             self._shingles.append(shingles)
-            if written:
+            if write:
                 self._lines.append(lines)
-            yield part
+            yield chunk
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         """(chunks, documents) of each block."""
@@ -62,99 +77,110 @@ class Scattered(Waiting):
             last = min(first + BLOCK, len(self._counts))
             yield slice(first, last), slice(int(ends[first]), int(ends[last]))
 
-    def _candidates(self, same: NDArray[np.int64]) -> NDArray[np.uint64]:
+    def _candidate_pairs(self, same: NDArray[np.int64]) -> NDArray[np.uint64]:
         if not self.near:
             return np.empty(0, np.uint64)
-        joined = self._joined(same)
-        ranks = np.full(len(self), -1, np.int64)  # by number
-        ranks[joined if self._order is None else self._order[joined]] = joined
-        room = max(min(self.memory, HAND), LEAST)
-        hands = self.near.bands * max(1, -(-len(joined) * SORTED // room))
-        dealt = [
-            _several(self.cluster.call(_deal, hands, self.near.bands, ranks[of], *self._bands[chunks], returns=hands))
-            for chunks, of in self._blocks()
+        representatives = self._representatives(same)
+        ranks = np.full(len(self), -1, np.int64)  # by document number
+        ranks[representatives if self._order is None else self._order[representatives]] = representatives
+        room = max(min(self.memory, TASK_BYTES), MIN_SORT_BYTES)
+        partitions = self.near.bands * max(1, -(-len(representatives) * SORT_BYTES_PER_KEY // room))
+        partitioned = [
+            _as_list(
+                self.cluster.call(
+                    _partition, partitions, self.near.bands, ranks[rows], *self._bands[chunks], returns=partitions
+                )
+            )
+            for chunks, rows in self._blocks()
         ]
-        self._bands = []  # the cluster need not hold them any longer
-        pairs = self.cluster.each(_join, (tuple(block[hand] for block in dealt) for hand in range(hands)))
-        found = [np.empty(0, np.uint64)]
-        for mine in pairs:
-            found.append(mine)
-            if len(found) > BLOCK:
-                found = [np.unique(np.concatenate(found))]
-        return np.unique(np.concatenate(found))
+        self._bands = []  # releases the band keys in the cluster
+        results = self.cluster.starmap(_join, (tuple(block[i] for block in partitioned) for i in range(partitions)))
+        pairs = [np.empty(0, np.uint64)]
+        for partition_pairs in results:
+            pairs.append(partition_pairs)
+            if len(pairs) > BLOCK:
+                pairs = [np.unique(np.concatenate(pairs))]
+        return np.unique(np.concatenate(pairs))
 
     def _similarities(self, candidates: NDArray[np.uint64]) -> NDArray[np.float64]:
-        measured = self.cluster.each(_compare, self._slices(candidates, self._threshold()))
-        known = np.concatenate([np.empty(0), *measured])
+        slices = self.cluster.starmap(_compare, self._slices(candidates, self._threshold()))
+        similarities = np.concatenate([np.empty(0), *slices])
         self._shingles = []
-        return known
+        return similarities
 
     def _slices(self, candidates: NDArray[np.uint64], threshold: float) -> Iterator[tuple[Any, ...]]:
-        """Arguments of `_compare` for each slice of the candidates."""
-        sizes, order = self.plain("shingled"), self._order
-        room = max(min(self.memory, HAND), LEAST)
+        """Arguments of `_compare` for each slice of the candidate pairs."""
+        sizes, order = self.column("shingle_counts"), self._order
+        room = max(min(self.memory, TASK_BYTES), MIN_SORT_BYTES)
         size = max(1, int(room / (8 * max(1.0, float(sizes.mean())))))
         size = min(size, max(1 << 12, -(-len(candidates) // self.cluster.cores)))
         for first in range(0, len(candidates), size):
-            pair = np.stack(halves(candidates[first : first + size])).astype(np.int64)
+            pair = np.stack(split_pairs(candidates[first : first + size])).astype(np.int64)
             pair = pair if order is None else order[pair]
-            documents, places = np.unique(pair, return_inverse=True)
-            handed = []
-            for chunks, of in self._blocks():
-                wanted = documents[np.searchsorted(documents, of.start) : np.searchsorted(documents, of.stop)]
-                if len(wanted):
-                    handed.append(self.cluster.call(_hand_out, wanted - of.start, sizes[of], *self._shingles[chunks]))
-            yield places.reshape(2, -1), sizes[documents], threshold, *handed
+            documents, positions = np.unique(pair, return_inverse=True)
+            shingles = []
+            for chunks, rows in self._blocks():
+                block = documents[np.searchsorted(documents, rows.start) : np.searchsorted(documents, rows.stop)]
+                if len(block):
+                    shingles.append(
+                        self.cluster.call(_gather, block - rows.start, sizes[rows], *self._shingles[chunks])
+                    )
+            yield positions.reshape(2, -1), sizes[documents], threshold, *shingles
 
-    def written(self, engine: Any, telling: Telling, choice: Choice, index: Index | None = None) -> Iterator[Decided]:
-        """As `Waiting.written`, on the cluster."""
-        self._lines.reverse()  # each ref is given up with its turn
-        arguments = ((self._lines.pop(), found) for found in self._verdicts(telling, choice, index))
-        return self.cluster.each(partial(tell, telling), arguments)
+    def render(
+        self, engine: Any, output: OutputOptions, decisions: Decisions, index: Index | None = None
+    ) -> Iterator[ChunkResult]:
+        """As `LocalStore.render`, on the cluster."""
+        self._lines.reverse()  # so that each ref is released as it is used
+        arguments = ((self._lines.pop(), chunk) for chunk in self._chunk_decisions(output, decisions, index))
+        return self.cluster.starmap(partial(render_chunk, output), arguments)
 
 
-def _several(refs: Any) -> list[Ref]:
+def _as_list(refs: Any) -> list[Ref]:
     return refs if isinstance(refs, list) else [refs]
 
 
-# What runs on the workers.
-def _apart(measure: Measure, options: ReadOptions, chunk: Chunk) -> tuple[Part, bytes, Any, Any]:
-    """What the driver gets of a chunk, and what stays: lines, band keys, shingles."""
-    part = measure(options, chunk)
-    lines, part.lines = part.lines, b""
-    bands = part.columns.get("bands") if measure.bits else part.columns.pop("bands", None)  # an index takes them, too
-    return part, lines, bands, part.columns.pop("shingles", None)
+# Functions that run on the workers.
+def _measure(measurer: ChunkMeasurer, options: ReadOptions, chunk: Chunk) -> tuple[MeasuredChunk, bytes, Any, Any]:
+    """Measure a chunk: the part for the driver, and lines, band keys and shingles, which stay on the worker."""
+    measured = measurer(options, chunk)
+    lines, measured.lines = measured.lines, b""
+    columns = measured.columns
+    bands = columns.get("bands") if measurer.bits else columns.pop("bands", None)  # an index needs them on the driver
+    return measured, lines, bands, columns.pop("shingles", None)
 
 
-def _deal(hands: int, bands: int, ranks: NDArray[np.int64], *keys: NDArray[np.uint64]) -> Any:
-    """The (keys, ranks) of each hand: all of one band, and of the documents that look for others."""
-    mine, parts = np.concatenate(keys)[ranks >= 0], hands // bands
+def _partition(partitions: int, bands: int, ranks: NDArray[np.int64], *keys: NDArray[np.uint64]) -> Any:
+    """The (keys, ranks) of each partition, each of one band; documents of rank -1 are left out."""
+    block_keys, parts = np.concatenate(keys)[ranks >= 0], partitions // bands
     ranks = ranks[ranks >= 0]
-    dealt = []
-    for band in mine.T:
+    result = []
+    for band in block_keys.T:
         part = band % np.uint64(parts)
-        dealt += [(band[part == number], ranks[part == number]) for number in range(parts)]
-    return tuple(dealt) if hands > 1 else dealt[0]
+        result += [(band[part == number], ranks[part == number]) for number in range(parts)]
+    return tuple(result) if partitions > 1 else result[0]
 
 
-def _join(*dealt: tuple[NDArray[np.uint64], NDArray[np.int64]]) -> NDArray[np.uint64]:
-    """Pairs of documents of one hand."""
-    keys, ranks = (np.concatenate(columns) for columns in zip(*dealt, strict=True))
+def _join(*blocks: tuple[NDArray[np.uint64], NDArray[np.int64]]) -> NDArray[np.uint64]:
+    """Pairs of documents of one partition that share a key."""
+    keys, ranks = (np.concatenate(columns) for columns in zip(*blocks, strict=True))
     order = np.argsort(ranks, kind="stable")
-    return np.unique(sharing(keys[order], ranks[order]))
+    return np.unique(pairs_with_equal_keys(keys[order], ranks[order]))
 
 
-def _hand_out(wanted: NDArray[np.int64], sizes: NDArray[np.int64], *shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The shingles of some documents of a block, one behind the other."""
-    everything, ends = np.concatenate(shingles), np.cumsum(sizes)
-    return np.concatenate([everything[ends[i] - sizes[i] : ends[i]] for i in wanted])
+def _gather(rows: NDArray[np.int64], sizes: NDArray[np.int64], *shingles: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The shingles of some documents of a block, concatenated."""
+    block_shingles, ends = np.concatenate(shingles), np.cumsum(sizes)
+    return np.concatenate([block_shingles[ends[i] - sizes[i] : ends[i]] for i in rows])
 
 
 def _compare(
     pairs: NDArray[np.int64], sizes: NDArray[np.int64], threshold: float, *shingles: NDArray[np.uint32]
 ) -> NDArray[np.float64]:
-    """Similarity of each pair of documents; `pairs` [2, n], by place among those that were handed out."""
+    """Similarity of each pair; `pairs` [2, n] are positions among the documents of `sizes` and `shingles`."""
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     later, earlier = pairs
-    found: NDArray[np.float64] = kernels.similarities_of(later, earlier, np.concatenate(shingles), starts, threshold)
-    return found
+    similarities: NDArray[np.float64] = kernels.similarities_of(
+        later, earlier, np.concatenate(shingles), starts, threshold
+    )
+    return similarities

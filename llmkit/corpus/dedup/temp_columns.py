@@ -1,10 +1,10 @@
-"""Columns of numbers and of bytes in unnamed temporary files: what is known of each document, while all of them are read.
+"""Columns of numbers and of byte strings in unnamed temporary files, for data about each document of a corpus.
 
     column = Column(np.uint64, temporary)
     column.append(np.arange(3, dtype=np.uint64))
-    column.array()                                # read-only, mapped: the kernel holds what is used
+    column.array()                                # read-only and mapped: the kernel caches the pages in use
 
-Memory: none that grows. The files need no room that is not there: a full disk is a LlmkitError of the `append` that meets it.
+Memory: constant. A full disk raises LlmkitError from the `append` that hits it.
 """
 
 from __future__ import annotations
@@ -20,42 +20,43 @@ from numpy.typing import DTypeLike, NDArray
 
 from llmkit.errors import LlmkitError
 
-LEVEL = -50  # of the lines that wait: nearly as they are
+LEVEL = -50  # zstd level of spilled lines: fast, with little compression
 
 
 def pack(lines: Iterable[bytes]) -> bytes:
-    """The lines of a chunk that is to wait."""
+    """Compress the lines of a chunk."""
     return zstandard.ZstdCompressor(level=LEVEL).compress(b"".join(lines))
 
 
 def unpack(packed: bytes) -> bytes:
-    """Those lines."""
+    """Decompress the lines of a chunk."""
     return zstandard.ZstdDecompressor().decompress(packed)
 
 
 @contextmanager
-def _spilling(directory: str | None) -> Iterator[None]:
-    """LlmkitError that names the directory where it has no room, or is not there."""
+def _disk_errors(directory: str | None) -> Iterator[None]:
+    """Turn an OSError, such as a full disk or a missing directory, into a LlmkitError that names the directory."""
     try:
         yield
     except OSError as error:
-        place = directory or tempfile.gettempdir()
-        raise LlmkitError(f"{place}: {error.strerror}", "name a directory with more room: --temp-dir DIR") from error
+        raise LlmkitError(
+            f"{directory or tempfile.gettempdir()}: {error.strerror}", "use a directory with more space: --temp-dir DIR"
+        ) from error
 
 
 class Column:
-    """Numbers of one type, by place."""
+    """A growing array of numbers of one type."""
 
     def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
         self.dtype = np.dtype(dtype)
         self._directory = directory
-        with _spilling(directory):
+        with _disk_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory)
         self._size = 0
 
     def append(self, values: NDArray[Any]) -> None:
-        """Add values at the end."""
-        with _spilling(self._directory):
+        """Append values."""
+        with _disk_errors(self._directory):
             self._file.write(np.ascontiguousarray(values, self.dtype).data)
         self._size += len(values)
 
@@ -64,30 +65,30 @@ class Column:
 
     def array(self) -> NDArray[Any]:
         """All values so far, read-only."""
-        with _spilling(self._directory):
+        with _disk_errors(self._directory):
             self._file.flush()
         if not self._size:
             return np.empty(0, self.dtype)
         return np.asarray(np.memmap(self._file, self.dtype, "r", shape=(self._size,)))
 
     def close(self) -> None:
-        with suppress(OSError):  # a disk that is full has been told of
+        with suppress(OSError):  # a full disk has already been reported
             self._file.close()
 
 
 class Blobs:
-    """Byte strings, by place; in order or at random."""
+    """A growing array of byte strings."""
 
     def __init__(self, directory: str | None = None) -> None:
         self._directory = directory
-        with _spilling(directory):
+        with _disk_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory)
         self._ends = Column(np.int64, directory)
         self._end = 0
 
     def append(self, blobs: Sequence[bytes]) -> None:
-        """Add byte strings at the end."""
-        with _spilling(self._directory):
+        """Append byte strings."""
+        with _disk_errors(self._directory):
             self._file.writelines(blobs)
         ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64) + self._end
         self._ends.append(ends)
@@ -96,11 +97,11 @@ class Blobs:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def read(self) -> _Reader:
-        """What gives each of them by its number; nothing may be added any more."""
-        with _spilling(self._directory):
+    def read(self) -> _BlobReader:
+        """A sequence of the byte strings, for any order of access. Nothing may be appended after this call."""
+        with _disk_errors(self._directory):
             self._file.flush()
-        return _Reader(self._file, self._ends.array())
+        return _BlobReader(self._file, self._ends.array())
 
     def close(self) -> None:
         with suppress(OSError):
@@ -108,7 +109,7 @@ class Blobs:
         self._ends.close()
 
 
-class _Reader:
+class _BlobReader:
     def __init__(self, file: Any, ends: NDArray[np.int64]) -> None:
         self._file, self._ends = file, ends
 

@@ -1,10 +1,10 @@
-"""Pages out of web archives and files: WARC and WET (FastWARC), ARC, single HTML, PDF and text files.
+"""Reading pages from web archives and files: WARC and WET (FastWARC), ARC, single HTML, PDF and text files.
 
-    for found in read_pages("crawl.warc.gz"):
-        ...                                   # a Page, or a Broken record
+    for record in read_pages("crawl.warc.gz"):
+        ...  # a PageRecord or a BrokenRecord
 
-What a file is, its first bytes say, not its name. A broken record is yielded with its offset, and reading goes on with the next one that can be found.
-Memory: one record at a time, no longer than `max_bytes`.
+The first bytes of a file determine its format, not its name. A broken record is yielded with its offset, and reading
+continues with the next record that can be found. Memory: one record at a time, of at most `max_bytes`.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.lineage.record import base_name
+from llmkit.io.record import base_name
 
 MAX_PAGE_BYTES = 16 << 20
-HEAD = 1 << 16  # bytes that tell what a file is
+HEAD = 1 << 16  # bytes from which the format of a file is determined
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ARC_LINE = re.compile(rb"^(\S.*) (\S+) (\d{14}) (\S+) (\d+)\r?\n$")
 
 
 @dataclass(slots=True)
-class Page:
-    """What one record or file holds. `headers` are those of the HTTP response, names in lower case."""
+class PageRecord:
+    """The contents of one record or file. `headers` are those of the HTTP response, with names in lower case."""
 
     id: str
     content: bytes
     url: str = ""
     date: str = ""  # RFC 3339
-    content_type: str = ""  # without parameters; empty where nobody says
+    content_type: str = ""  # without parameters; empty if unknown
     charset: str = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     language: str = ""
-    is_text: bool = False  # extracted before, as in WET files
-    fields: dict[str, Any] = field(default_factory=dict)  # what else a row holds
+    is_text: bool = False  # text extracted earlier, as in WET files
+    fields: dict[str, Any] = field(default_factory=dict)  # other fields of a JSON row
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
-    """A record that cannot be read, or is left out: where it begins (bytes, in the file as it is stored), and why."""
+class BrokenRecord:
+    """A record that cannot be read or is skipped: its offset (in bytes of the stored file) and the reason."""
 
     file: str
     offset: int
@@ -57,15 +57,15 @@ class Broken:
 
 def read_pages(
     path: str, *, max_bytes: int = MAX_PAGE_BYTES, verify: bool = False, digest: list[str] | None = None
-) -> Iterator[Page | Broken]:
-    """The pages of one file, URL or stdin (`-`). With `verify` a record whose digest is not that of its content is broken.
+) -> Iterator[PageRecord | BrokenRecord]:
+    """The pages of one file, URL or stdin (`-`). With `verify`, records with a wrong digest are broken.
 
-    `digest` takes the digest of what was read, which for a stream cannot be had later.
+    The digest of the data that were read is appended to `digest`, since for a stream it cannot be computed later.
     """
     with open_raw(path) as raw:
-        source = _Source(raw)
+        source = _HashedStream(raw)
         stream: io.BufferedReader[Any] = io.BufferedReader(source, HEAD)
-        head = _unpacked(stream.peek(HEAD)[:HEAD])
+        head = _decompressed_head(stream.peek(HEAD)[:HEAD])
         if head.startswith(b"WARC/"):
             yield from _warc(stream, path, max_bytes, verify)
         elif head.startswith(b"filedesc:"):
@@ -74,12 +74,12 @@ def read_pages(
             yield from _single(stream, path, max_bytes)
         if digest is not None:
             while stream.read(1 << 20):
-                pass  # what a reader left because it was too long or damaged
+                pass  # data that the reader skipped as too long or damaged
             digest.append("xxh3:" + source.digest.hexdigest())
 
 
-class _Source(io.RawIOBase):
-    """A stream that BufferedReader takes, whatever `open_raw` gave."""
+class _HashedStream(io.RawIOBase):
+    """A raw stream for BufferedReader over any stream that `open_raw` returns; it hashes what is read."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -102,14 +102,14 @@ class _Source(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._raw.read(len(buffer))
         buffer[: len(data)] = data
-        self.digest.update(data[max(0, self._hashed - self._position) :])  # each byte once, though some are read again
+        self.digest.update(data[max(0, self._hashed - self._position) :])  # each byte once, even if read again
         self._position += len(data)
         self._hashed = max(self._hashed, self._position)
         return len(data)
 
 
-def _unpacked(head: bytes) -> bytes:
-    """The beginning of what is compressed in `head`, or `head`."""
+def _decompressed_head(head: bytes) -> bytes:
+    """The beginning of the data compressed in `head`, or `head` itself if it is not compressed."""
     try:
         if head.startswith(b"\x1f\x8b"):
             return zlib.decompressobj(31).decompress(head, HEAD)
@@ -117,7 +117,7 @@ def _unpacked(head: bytes) -> bytes:
             import zstandard
 
             return zstandard.ZstdDecompressor().stream_reader(head).read(64)
-    except Exception:  # the reader of the whole says what is wrong with it
+    except Exception:  # the reader of the whole file will report the problem
         return head
     return head
 
@@ -125,41 +125,43 @@ def _unpacked(head: bytes) -> bytes:
 # ---- WARC
 
 
-def _warc(stream: io.BufferedReader[Any], path: str, max_bytes: int, verify: bool) -> Iterator[Page | Broken]:
-    """Records of a WARC or WET file; behind a broken one, those from the next place on that looks like a record."""
+def _warc(
+    stream: io.BufferedReader[Any], path: str, max_bytes: int, verify: bool
+) -> Iterator[PageRecord | BrokenRecord]:
+    """Records of a WARC or WET file. After a broken record, reading resumes where the next one seems to begin."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType, any_type
 
-    wanted = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+    page_types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
     damaged = WarcRecordType.unknown | WarcRecordType.no_type
     name, start = display_name(path), 0
     while True:
-        last = start
+        record_start = start
         try:
             for record in ArchiveIterator(stream, record_types=any_type, parse_http=False, fsspec_args=False):
-                last = start + record.stream_pos
+                record_start = start + record.stream_pos
                 if record.record_type & damaged:
-                    yield Broken(name, last, "its head is damaged")
-                elif record.record_type & wanted:
-                    yield _page(record, name, last, max_bytes, verify)
+                    yield BrokenRecord(name, record_start, "its head is damaged")
+                elif record.record_type & page_types:
+                    yield _page(record, name, record_start, max_bytes, verify)
             return
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise LlmkitError(f"{name}: {error.strerror}", "check the disk") from error
-            yield Broken(name, last, f"no readable record follows this one ({_first_line(error)})")
+            yield BrokenRecord(name, record_start, f"no readable record follows this one ({_first_line(error)})")
         if not stream.seekable():
             raise LlmkitError(
-                f"{name}: the stream is damaged behind offset {last:,}",
-                "give the file by its name: reading then goes on",
+                f"{name}: the stream is damaged after offset {record_start:,}",
+                "name the file instead: reading then continues after the damage",
             )
-        found = _next_record(stream, last + 1)
-        if found is None:
+        next_start = _next_record(stream, record_start + 1)
+        if next_start is None:
             return
-        start = found
+        start = next_start
         stream.seek(start)
 
 
 def _next_record(stream: io.BufferedReader[Any], offset: int) -> int | None:
-    """Where the next member of gzip or zstd, or the next plain record, that holds the beginning of one lies, from `offset` on."""
+    """Offset of the next gzip or zstd member, or plain text, that begins a WARC record, from `offset` on; or None."""
     stream.seek(offset)
     before, position = b"", offset
     while block := stream.read(1 << 20):
@@ -168,27 +170,27 @@ def _next_record(stream: io.BufferedReader[Any], offset: int) -> int | None:
             rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|WARC/1\.",
             data[: max(0, len(data) - HEAD)] if len(block) == 1 << 20 else data,
         ):
-            if _unpacked(data[match.start() : match.start() + HEAD]).startswith(b"WARC/"):
+            if _decompressed_head(data[match.start() : match.start() + HEAD]).startswith(b"WARC/"):
                 return base + match.start()
         before, position = data[-HEAD:], position + len(block)
     return None
 
 
-def _page(record: Any, name: str, offset: int, max_bytes: int, verify: bool) -> Page | Broken:
-    """The page in a record of FastWARC's."""
+def _page(record: Any, name: str, offset: int, max_bytes: int, verify: bool) -> PageRecord | BrokenRecord:
+    """The page in a FastWARC record."""
     from fastwarc.warc import has_block_digest
 
     if record.content_length > max_bytes:
-        return Broken(name, offset, f"longer than {max_bytes:,} bytes")
+        return BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes")
     try:
         content = record.reader.read()
         if len(content) != record.content_length:
-            return Broken(name, offset, f"truncated: {len(content):,} of {record.content_length:,} bytes")
+            return BrokenRecord(name, offset, f"truncated: {len(content):,} of {record.content_length:,} bytes")
         record.set_bytes_content(content)
         if verify and has_block_digest(record) and not record.verify_block_digest():
-            return Broken(name, offset, "its digest is not that of its content")
+            return BrokenRecord(name, offset, "its digest is not that of its content")
         url = _clean(record.headers.get("WARC-Target-URI", "")).strip("<> ")
-        page = Page(
+        page = PageRecord(
             id=record.record_id.removeprefix("<").removesuffix(">").removeprefix("urn:uuid:")
             or f"{base_name(name)}#{offset}",
             content=b"",
@@ -207,9 +209,9 @@ def _page(record: Any, name: str, offset: int, max_bytes: int, verify: bool) -> 
         page.content_type, page.charset = _media_type(kind)
         page.content = record.reader.read(max_bytes + 1)
     except (OSError, ValueError, UnicodeError) as error:
-        return Broken(name, offset, _first_line(error))
+        return BrokenRecord(name, offset, _first_line(error))
     if len(page.content) > max_bytes:
-        return Broken(name, offset, f"longer than {max_bytes:,} bytes once it is decompressed")
+        return BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes once it is decompressed")
     return page
 
 
@@ -226,7 +228,7 @@ def _media_type(value: str) -> tuple[str, str]:
 
 
 def _clean(text: str) -> str:
-    """Header text that JSON can hold."""
+    """Header text that can be written as JSON."""
     return text.encode("utf-8", "replace").decode("utf-8", "replace").replace("\x00", "").strip()
 
 
@@ -237,8 +239,11 @@ def _first_line(error: BaseException) -> str:
 # ---- ARC, the format before WARC
 
 
-def _arc(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[Page | Broken]:
-    """Records of an ARC file: a line `URL IP date type length`, then so many bytes; version 1 and 2 differ in the first record alone."""
+def _arc(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
+    """Records of an ARC file: a line `URL IP date type length`, then that many bytes.
+
+    Versions 1 and 2 differ in the first record only.
+    """
     name, offset = display_name(path), 0
     source: Any = gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
     try:
@@ -248,31 +253,31 @@ def _arc(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[
                 continue
             match = ARC_LINE.match(line)
             if match is None:
-                yield Broken(name, offset - len(line), "not the head of an ARC record")
+                yield BrokenRecord(name, offset - len(line), "not the head of an ARC record")
                 return
             length = int(match[5])
             content = source.read(min(length, max_bytes))
-            rest = length - len(content)
-            while rest > 0 and (skipped := source.read(min(rest, 1 << 20))):
-                rest -= len(skipped)
-            offset += length - rest
-            if rest:
-                yield Broken(name, offset, "truncated: the file ends in a record")
+            remaining = length - len(content)
+            while remaining > 0 and (skipped := source.read(min(remaining, 1 << 20))):
+                remaining -= len(skipped)
+            offset += length - remaining
+            if remaining:
+                yield BrokenRecord(name, offset, "truncated: the file ends in a record")
                 return
             if match[1].startswith(b"filedesc:"):
                 continue
             if length > max_bytes:
-                yield Broken(name, offset, f"longer than {max_bytes:,} bytes")
+                yield BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes")
             else:
                 yield _arc_page(match, content, f"{base_name(name)}#{offset - length}")
     except (OSError, EOFError, zlib.error) as error:
-        yield Broken(name, offset, f"truncated or damaged ({_first_line(error)})")
+        yield BrokenRecord(name, offset, f"truncated or damaged ({_first_line(error)})")
 
 
-def _arc_page(match: re.Match[bytes], content: bytes, name: str) -> Page:
+def _arc_page(match: re.Match[bytes], content: bytes, name: str) -> PageRecord:
     d = match[3].decode()
     date = f"{d[:4]}-{d[4:6]}-{d[6:8]}T{d[8:10]}:{d[10:12]}:{d[12:14]}Z"
-    page = Page(name, content, match[1].decode("utf-8", "replace"), date)
+    page = PageRecord(name, content, match[1].decode("utf-8", "replace"), date)
     page.content_type, page.charset = _media_type(match[4].decode("latin-1"))
     head, blank, body = content.partition(b"\r\n\r\n")
     if content.startswith(b"HTTP/") and blank:
@@ -290,8 +295,8 @@ def _arc_page(match: re.Match[bytes], content: bytes, name: str) -> Page:
 # ---- single files
 
 
-def _single(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[Page | Broken]:
-    """A file that is one page; its name is the id."""
+def _single(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
+    """A file that is a single page; the id is its name."""
     from llmkit.io.compression import Notes, decompress
 
     name, blocks, size = display_name(path), [], 0
@@ -299,6 +304,6 @@ def _single(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterat
         blocks.append(block)
         size += len(block)
         if size > max_bytes:
-            yield Broken(name, 0, f"longer than {max_bytes:,} bytes")
+            yield BrokenRecord(name, 0, f"longer than {max_bytes:,} bytes")
             return
-    yield Page("stdin" if path == STDIN else base_name(path), b"".join(blocks))
+    yield PageRecord("stdin" if path == STDIN else base_name(path), b"".join(blocks))

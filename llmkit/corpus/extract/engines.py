@@ -1,7 +1,8 @@
-"""The text of a page: engines by name, and a page as a document.
+"""Extracting the text of a page with one of several engines, and converting a page to a document.
 
-`resiliparse` takes the main content by rules over a fast parser's tree and judges its blocks (blocks.py), `trafilatura` by many more rules at a
-fraction of its speed, `plain` takes all that is visible. What they score on gold text stands in tests/bench/extraction.md.
+`resiliparse` selects the main content by rules over a fast parser's tree and classifies its blocks (blocks.py);
+`trafilatura` uses many more rules at a fraction of the speed; `plain` keeps all visible text. Their scores on
+gold text are in tests/bench/extraction.md.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import xxhash
 
-from llmkit.corpus.extract.archives import Page
+from llmkit.corpus.extract.archives import PageRecord
 from llmkit.corpus.extract.blocks import main_text
 from llmkit.corpus.extract.page_metadata import declared
 
@@ -19,52 +20,56 @@ HTML = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "")
 
 
 class Skip(Exception):
-    """A page that gives no document; its message is the reason, a word or two."""
+    """Raised for a page without a document; the message is the reason in a word or two."""
 
 
-def document_of(page: Page, engine: Callable[[Any, str], str]) -> dict[str, Any]:
-    """The document in a page: id, text, url, date, content_type and what the page declares. Skip where there is none."""
+def document_of(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str, Any]:
+    """The document in a page: id, text, url, date, content_type and what the page declares. Raises Skip if none."""
     if not 200 <= page.status < 300:
         raise Skip("http status")
     if page.is_text:
-        found: dict[str, Any] = {"text": _decode(page.content, "utf-8"), "language": page.language}
+        extracted: dict[str, Any] = {"text": _decode(page.content, "utf-8"), "language": page.language}
     elif page.content.startswith(b"%PDF-"):
-        found = {"content_type": "application/pdf"} | _pdf(page.content)
+        extracted = {"content_type": "application/pdf"} | _pdf(page.content)
     elif page.content_type == "text/plain":
-        found = {"content_type": "text/plain", "text": _decode(page.content, page.charset)}
+        extracted = {"content_type": "text/plain", "text": _decode(page.content, page.charset)}
     elif page.content_type in HTML and _is_text(page.content):
-        found = {"content_type": page.content_type or "text/html"} | _html(page, engine)
+        extracted = {"content_type": page.content_type or "text/html"} | _html(page, engine)
     else:
         raise Skip("content type")
-    text = found["text"].replace("\x00", "").strip()
+    text = extracted["text"].replace("\x00", "").strip()
     if not text:
         raise Skip("no text")
     row = {"id": page.id or xxhash.xxh3_128_hexdigest(text.encode()), "text": text, "url": page.url, "date": page.date}
-    row = {key: value for key, value in (row | found | {"text": text}).items() if value != ""}
+    row = {key: value for key, value in (row | extracted | {"text": text}).items() if value != ""}
     return row | {key: value for key, value in page.fields.items() if key != "text"}
 
 
 def _is_text(content: bytes) -> bool:
-    """Whether it may be a page at all: images and archives that call themselves text/html hold NUL bytes early on, UTF-16 apart."""
+    """Whether the content can be a page.
+
+    Images and archives that are labelled text/html contain NUL bytes near the start, and so does UTF-16, which
+    is allowed.
+    """
     head = content[:1024]
     return b"\x00" not in head or head.startswith((b"\xff\xfe", b"\xfe\xff"))
 
 
 def _decode(content: bytes, charset: str) -> str:
-    """The text of bytes whose encoding is `charset`, or what fits best where that is not so."""
+    """The text of `content` in the encoding `charset`, or in a detected one if it is missing or wrong."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
-    named = map_encoding_to_html5(charset, False) if charset else None
-    if named:
+    declared_encoding = map_encoding_to_html5(charset, False) if charset else None
+    if declared_encoding:
         try:
-            return content.decode(named)
+            return content.decode(declared_encoding)
         except (UnicodeDecodeError, LookupError):
-            pass  # declared wrongly
+            pass  # the declared encoding is wrong
     text: str = bytes_to_str(content, detect_encoding(content, from_html_meta=True) or "utf-8")
     return text
 
 
-def _html(page: Page, engine: Callable[[Any, str], str]) -> dict[str, Any]:
+def _html(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str, Any]:
     from resiliparse.parse.html import HTMLTree
 
     source = _decode(page.content, page.charset)
@@ -75,7 +80,7 @@ def _html(page: Page, engine: Callable[[Any, str], str]) -> dict[str, Any]:
 
 
 def _pdf(content: bytes) -> dict[str, Any]:
-    """Text layer of a PDF, a page after another; pages without one are counted."""
+    """Text layer of a PDF, page by page; pages without text are counted."""
     import pypdfium2
 
     try:
@@ -114,7 +119,7 @@ def _trafilatura(tree: Any, source: str) -> str:
     return trafilatura.extract(source, include_comments=False, favor_precision=True, deduplicate=False) or ""
 
 
-# name -> text of a page, given as the parsed tree and as its source
+# name -> function that returns the text of a page, given its parsed tree and its source
 ENGINES: dict[str, Callable[[Any, str], str]] = {
     "resiliparse": _resiliparse,
     "trafilatura": _trafilatura,

@@ -1,4 +1,7 @@
-"""Pages through an engine in guarded workers, in order, with counts of what became of them; of files here, or on a cluster."""
+"""Running an extraction engine over pages in guarded workers, in order and with counts of outcomes.
+
+Pages come from local files, or from files that the workers of a cluster read.
+"""
 
 from __future__ import annotations
 
@@ -10,123 +13,134 @@ from typing import Any
 
 import orjson
 
-from llmkit.corpus.extract.archives import Broken, Page, read_pages
+from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
-from llmkit.lineage.record import Input, base_name, digest_path
+from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import digest_path
 
-ROWS = DOCUMENT_SUFFIXES  # rows with HTML in a field, by name; everything else says itself what it is
-TASK_BYTES = 8 << 20  # of files that one task on a cluster reads, at least
-BATCH_PAGES, BATCH_BYTES = 64, 1 << 20  # a batch ends at whichever comes first
-MEMORY_A_BYTE, MEMORY_BASE = 48, 1 << 30  # a worker's memory: so much for each byte of the longest page, and this
+ROWS = DOCUMENT_SUFFIXES  # names of files with HTML in a field of JSON rows; other formats are recognised by content
+TASK_BYTES = 8 << 20  # minimum size of the files in one task for a cluster
+BATCH_PAGES, BATCH_BYTES = 64, 1 << 20  # a batch ends at whichever is reached first
+MEMORY_PER_BYTE, MEMORY_BASE = 48, 1 << 30  # memory limit of a worker: per byte of the longest page, plus a constant
 
 
 @dataclass(slots=True)
-class Extracted:
-    """What became of some pages: lines to keep, lines for --rejects, broken records, and why pages gave no document."""
+class ExtractionResult:
+    """The outcome for a batch of pages: lines to keep, lines for --rejects, broken records, counts of skip reasons."""
 
     kept: bytes = b""
     rejected: bytes = b""
     pages: int = 0
     documents: int = 0
     characters: int = 0
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[BrokenRecord] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
 class Extractor:
-    """Runs an engine over pages; `seconds` bounds the time of one page, `max_bytes` its size."""
+    """Runs an engine over pages; `seconds` limits the time per page, `max_bytes` its size."""
 
     engine: str
     seconds: float
     max_bytes: int
 
-    def run(self, pages: Iterable[Page | Broken], jobs: int = 1) -> Iterator[Extracted]:
-        """Documents and rejects of the pages, in their order."""
+    def run(self, pages: Iterable[PageRecord | BrokenRecord], jobs: int = 1) -> Iterator[ExtractionResult]:
+        """Documents and rejects of the pages, in order."""
         engine = ENGINES[self.engine]
 
-        def work(found: Page | Broken) -> dict[str, Any] | str:
-            if isinstance(found, Broken):
-                return found.reason
+        def work(record: PageRecord | BrokenRecord) -> dict[str, Any] | str:
+            if isinstance(record, BrokenRecord):
+                return record.reason
             try:
-                return document_of(found, engine)
+                return document_of(record, engine)
             except Skip as skip:
                 return str(skip)
             except MemoryError:
                 raise
-            except Exception as error:  # hostile pages find the faults of parsers: one page, counted, not the whole run
+            except Exception as error:  # hostile pages trigger bugs of parsers: count the page, do not end the run
                 return f"engine failed ({type(error).__name__})"
 
-        sent: list[list[Page | Broken]] = []  # batches whose results are not there yet; few, see guarded_map
+        pending: list[list[PageRecord | BrokenRecord]] = []  # batches without results yet; few, see guarded_map
 
-        def batches() -> Iterator[list[Page | Broken]]:
+        def batches() -> Iterator[list[PageRecord | BrokenRecord]]:
             for batch in _batches(pages):
-                sent.append(batch)
+                pending.append(batch)
                 yield batch
 
-        memory = MEMORY_BASE + MEMORY_A_BYTE * self.max_bytes
+        memory = MEMORY_BASE + MEMORY_PER_BYTE * self.max_bytes
         for results in guarded_map(work, batches(), jobs=jobs, seconds=self.seconds, memory=memory):
-            yield _outcome(sent.pop(0), results)
+            yield _outcome(pending.pop(0), results)
 
 
-def _outcome(batch: list[Page | Broken], results: list[dict[str, Any] | str | Failure]) -> Extracted:
-    out = Extracted()
+def _outcome(batch: list[PageRecord | BrokenRecord], results: list[dict[str, Any] | str | Failure]) -> ExtractionResult:
+    outcome = ExtractionResult()
     kept, rejected = [], []
-    for found, result in zip(batch, results, strict=True):
+    for record, result in zip(batch, results, strict=True):
         if isinstance(result, dict):
             kept.append(orjson.dumps(result))
-            out.characters += len(result["text"])
+            outcome.characters += len(result["text"])
             continue
         reason = result.reason if isinstance(result, Failure) else result
-        if isinstance(found, Broken):
-            out.broken.append(found)
-            row = {"file": found.file, "offset": found.offset, "reason": reason}
+        if isinstance(record, BrokenRecord):
+            outcome.broken.append(record)
+            row = {"file": record.file, "offset": record.offset, "reason": reason}
         else:
-            out.skipped[reason] += 1
-            row = {"id": found.id, "url": found.url, "content_type": found.content_type, "reason": reason}
+            outcome.skipped[reason] += 1
+            row = {"id": record.id, "url": record.url, "content_type": record.content_type, "reason": reason}
         rejected.append(orjson.dumps(row))
-    out.pages, out.documents = len(batch) - len(out.broken), len(kept)
-    out.kept = b"".join(line + b"\n" for line in kept)
-    out.rejected = b"".join(line + b"\n" for line in rejected)
-    return out
+    outcome.pages, outcome.documents = len(batch) - len(outcome.broken), len(kept)
+    outcome.kept = b"".join(line + b"\n" for line in kept)
+    outcome.rejected = b"".join(line + b"\n" for line in rejected)
+    return outcome
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How files become pages: `rows` says of JSON lines how they are read, pages of which field; `verify`: records with a wrong digest are broken."""
+class PageReader:
+    """Reads the pages of files.
+
+    `rows` are the options for JSON lines, including the field that holds the page; with `verify`, records with a wrong
+    digest are broken.
+    """
 
     rows: ReadOptions
     max_bytes: int
     verify: bool = False
 
     def pages(
-        self, path: str, read: list[Input], reader_of: Callable[[str], DocumentReader] | None = None
-    ) -> Iterator[Page | Broken]:
-        """The pages of one file; `read` takes its lineage when it is done with."""
+        self, path: str, inputs_read: list[Input], reader_of: Callable[[str], DocumentReader] | None = None
+    ) -> Iterator[PageRecord | BrokenRecord]:
+        """The pages of one file; its lineage is appended to `inputs_read` at the end."""
         if path.endswith(ROWS):
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             for document in reader.documents():
-                rest = {key: value for key, value in document.fields.items() if key not in (self.rows.text_key, "id")}
-                yield Page(document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=rest)
-            read += reader.inputs
+                other_fields = {
+                    key: value for key, value in document.fields.items() if key not in (self.rows.text_key, "id")
+                }
+                yield PageRecord(
+                    document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=other_fields
+                )
+            inputs_read += reader.inputs
             return
-        digest: list[str] | None = [] if path == STDIN else None  # a file's can be had later
+        digest: list[str] | None = [] if path == STDIN else None  # that of a file can be computed later
         yield from read_pages(path, max_bytes=self.max_bytes, verify=self.verify, digest=digest)
-        read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
+        inputs_read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
 
 
-def extract_files(extractor: Extractor, reading: Reading, paths: Sequence[str]) -> Iterator[Extracted | list[Input]]:
-    """What became of the pages of some files, then their lineage: what a worker of a cluster does."""
-    read: list[Input] = []
-    yield from extractor.run(page for path in paths for page in reading.pages(path, read))
-    yield read
+def extract_files(
+    extractor: Extractor, reader: PageReader, paths: Sequence[str]
+) -> Iterator[ExtractionResult | list[Input]]:
+    """The outcomes for the pages of some files, then the lineage of the files: the work of one task on a cluster."""
+    inputs_read: list[Input] = []
+    yield from extractor.run(page for path in paths for page in reader.pages(path, inputs_read))
+    yield inputs_read
 
 
 def tasks(paths: Iterable[str]) -> Iterator[list[str]]:
-    """Files in tasks for a cluster: large ones alone, small ones together."""
+    """Groups of files, one per task on a cluster: large files alone, small files together."""
     task: list[str] = []
     size = 0
     for path in paths:
@@ -139,12 +153,12 @@ def tasks(paths: Iterable[str]) -> Iterator[list[str]]:
         yield task
 
 
-def _batches(pages: Iterable[Page | Broken]) -> Iterator[list[Page | Broken]]:
-    batch: list[Page | Broken] = []
+def _batches(pages: Iterable[PageRecord | BrokenRecord]) -> Iterator[list[PageRecord | BrokenRecord]]:
+    batch: list[PageRecord | BrokenRecord] = []
     size = 0
     for page in pages:
         batch.append(page)
-        size += len(page.content) if isinstance(page, Page) else 0
+        size += len(page.content) if isinstance(page, PageRecord) else 0
         if len(batch) >= BATCH_PAGES or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -1,4 +1,4 @@
-"""What a page says about itself: its title, language, licence, and whether it wants to be used for training."""
+"""Metadata that a page declares: its title, language, licence, and opt-outs from being used for training."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 CREATIVE_COMMONS = re.compile(
     r"creativecommons\.org/(?:licenses/([a-z-]+)/([\d.]+)|publicdomain/(zero|mark)/([\d.]+))", re.IGNORECASE
 )
-# Directives of robots meta tags and of X-Robots-Tag that speak of training or of keeping a copy.
+# Directives of robots meta tags and of X-Robots-Tag that concern training or keeping a copy.
 OPT_OUTS = ("noai", "noimageai", "noindex", "noarchive", "none")
 ROBOTS = re.compile(r"robots|[a-z-]*bot|[a-z-]*crawler", re.IGNORECASE)
 
 
 def declared(tree: Any, headers: Mapping[str, str]) -> dict[str, Any]:
-    """`title`, `language`, `licence`, `opt_out` (a list) of a parsed page, each only where it is said.
+    """`title`, `language`, `licence`, `opt_out` (a list) of a parsed page; only those that are declared.
 
-    Licences: Creative Commons links as `cc-by-4.0`, `cc0-1.0`, `public-domain`; else what a rel=license link or a rights meta tag holds, cut at
-    200 characters. Opt-outs: robots meta tags and X-Robots-Tag (noai, noimageai, noindex, noarchive, none), and the TDM Reservation
-    Protocol's `tdm-reservation: 1` (W3C community group report, 2024) as a header or a meta tag.
+    Licences: Creative Commons links as `cc-by-4.0`, `cc0-1.0`, `public-domain`; otherwise the value of a
+    rel=license link or a rights meta tag, cut at 200 characters. Opt-outs: robots meta tags and X-Robots-Tag
+    (noai, noimageai, noindex, noarchive, none), and the TDM Reservation Protocol's `tdm-reservation: 1` (W3C
+    community group report, 2024) as a header or a meta tag.
     """
-    said: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     title = " ".join((tree.title or "").split())
     if title:
-        said["title"] = title[:1000]
+        metadata["title"] = title[:1000]
     metas = [
         (
             (meta.getattr("name") or meta.getattr("property") or "").lower(),
@@ -35,22 +36,24 @@ def declared(tree: Any, headers: Mapping[str, str]) -> dict[str, Any]:
     ]
     language = _language(tree, metas, headers)
     if language:
-        said["language"] = language
+        metadata["language"] = language
     licence = _licence(tree, metas)
     if licence:
-        said["licence"] = licence
+        metadata["licence"] = licence
     opt_out = _opt_outs(metas, headers)
     if opt_out:
-        said["opt_out"] = opt_out
-    return said
+        metadata["opt_out"] = opt_out
+    return metadata
 
 
 def _language(tree: Any, metas: list[tuple[str, str, str]], headers: Mapping[str, str]) -> str:
     root = tree.document.query_selector("html")
-    named = (root.getattr("lang") or root.getattr("xml:lang") or "") if root else ""
-    named = named or next((content for _, content, equivalent in metas if equivalent.lower() == "content-language"), "")
-    named = (named or headers.get("content-language", "")).split(",")[0].strip().replace("_", "-")
-    return named if re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", named) else ""
+    language = (root.getattr("lang") or root.getattr("xml:lang") or "") if root else ""
+    language = language or next(
+        (content for _, content, equivalent in metas if equivalent.lower() == "content-language"), ""
+    )
+    language = (language or headers.get("content-language", "")).split(",")[0].strip().replace("_", "-")
+    return language if re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", language) else ""
 
 
 def _licence(tree: Any, metas: list[tuple[str, str, str]]) -> str:
@@ -67,16 +70,18 @@ def _licence(tree: Any, metas: list[tuple[str, str, str]]) -> str:
             return f"cc-{match[1].lower()}-{match[2]}"
         if match:
             return f"cc0-{match[4]}" if match[3].lower() == "zero" else "public-domain"
-    named = [link.getattr("href") or "" for link in links[:50] if "license" in (link.getattr("rel") or "").lower()]
-    return next((text.strip()[:200] for text in named + rights if text.strip()), "")
+    license_links = [
+        link.getattr("href") or "" for link in links[:50] if "license" in (link.getattr("rel") or "").lower()
+    ]
+    return next((text.strip()[:200] for text in license_links + rights if text.strip()), "")
 
 
 def _opt_outs(metas: list[tuple[str, str, str]], headers: Mapping[str, str]) -> list[str]:
     directives = [content for name, content, _ in metas if ROBOTS.fullmatch(name)]
     directives.append(headers.get("x-robots-tag", ""))
     words = set(re.findall(r"[a-z]+", " ".join(directives).lower()))
-    found = [word for word in OPT_OUTS if word in words]
+    signals = [word for word in OPT_OUTS if word in words]
     reserved = [content for name, content, _ in metas if name == "tdm-reservation"] + [
         headers.get("tdm-reservation", "")
     ]
-    return found + (["tdm-reservation"] if any(value.strip() == "1" for value in reserved) else [])
+    return signals + (["tdm-reservation"] if any(value.strip() == "1" for value in reserved) else [])

@@ -1,9 +1,12 @@
-"""Filters: rules that keep a document or drop it for a named reason. One file a family.
+"""Filters: rules that keep a document or drop it for a named reason. One file per family of rules.
 
-A filter is a frozen dataclass whose fields are its thresholds and which is called with a `Page`. It yields one `Check` for each of its rules, in order;
-the first broken one drops the document and is the reason. It may rewrite the text with `page.edit` and set fields with `page.note`. A
-threshold of None switches its rule off. To add one, write a file here, register an entry point of group `llmkit.filters` in another package,
-or name a function of one's own file, `--filter ./my_rule.py:shouting`:
+A filter is a frozen dataclass. Its fields are its thresholds, and calling it with a `Page` yields one `Check`
+for each of its rules, in order. The first broken rule drops the document and is recorded as the reason. A
+filter may rewrite the text with `page.edit` and set fields with `page.note`. A threshold of None switches its
+rule off.
+
+There are three ways to add a filter: write a file in this folder, register an entry point of group `llmkit.filters` in
+another package, or name a function in any Python file, as in `--filter ./my_rule.py:shouting`:
 
     @FILTERS.register("shouting")
     @dataclass(frozen=True)
@@ -16,8 +19,8 @@ or name a function of one's own file, `--filter ./my_rule.py:shouting`:
             share = sum(map(str.isupper, page.text)) / max(1, len(page.text))
             yield Check("shouting", share, above(share, self.max_upper))
 
-Cheap checks come first; what a later one needs is computed between the two, so that a document that goes early costs little. A plain function may
-answer None or True (keep), False, or one Check instead.
+Yield cheap checks first and compute what a later check needs between the two yields, so that a document dropped early
+costs little. A plain function may instead return None or True (keep), False (drop), or a single Check.
 """
 
 from __future__ import annotations
@@ -35,9 +38,10 @@ from llmkit.registry import Registry
 
 
 class Check(NamedTuple):
-    """One rule's look at a document: the rule's name, the value that it measured, and whether the document has to go.
+    """The result of one rule for one document: the rule's name, the measured value, and whether the document is
+    dropped.
 
-    `statistic` is what the value is called where it is written out, if it is not the rule that names it.
+    `statistic` is the name under which the value is written out, where that differs from the rule's name.
     """
 
     reason: str
@@ -46,42 +50,42 @@ class Check(NamedTuple):
     statistic: str = ""
 
 
-class Rule(NamedTuple):
-    """A line of a filter's table: its reason, the field that holds its limit, whether that is the most that passes (or the least)."""
+class Threshold(NamedTuple):
+    """One row of a filter's table: the reason, and the name of the field with the limit, an upper or a lower one."""
 
     reason: str
     limit: str
-    most: bool = True
+    upper: bool = True
     statistic: str = ""
 
 
-class ByTable(ABC):
-    """A filter that measures a page once and holds the values against its table of rules, in order.
+class ThresholdFilter(ABC):
+    """A filter that measures a page once and compares the values with its table of thresholds, in order.
 
-    `measure` gives a value for each rule, or None for a document without any content, which goes as `empty`.
+    `measure` returns one value per threshold, or None for a document without any content, which is dropped as `empty`.
     """
 
-    RULES: ClassVar[tuple[Rule, ...]]
+    THRESHOLDS: ClassVar[tuple[Threshold, ...]]
 
     @abstractmethod
     def measure(self, page: Page) -> Sequence[float] | None: ...
 
     @cached_property
     def bounds(self) -> list[tuple[float, float]]:
-        """The least and the most that pass, rule by rule."""
-        limits = [(rule.most, getattr(self, rule.limit)) for rule in self.RULES]
-        return [(-inf, inf) if limit is None else (-inf, limit) if most else (limit, inf) for most, limit in limits]
+        """The smallest and the largest value that pass each rule."""
+        limits = [(threshold.upper, getattr(self, threshold.limit)) for threshold in self.THRESHOLDS]
+        return [(-inf, inf) if limit is None else (-inf, limit) if upper else (limit, inf) for upper, limit in limits]
 
-    def decide(self, page: Page) -> Check | None:
-        """The first broken rule, without the cost of a Check for every other."""
-        return self.broken(self.measure(page))
+    def first_failure(self, page: Page) -> Check | None:
+        """The first broken rule, without the cost of a Check for every other rule."""
+        return self.failure_of(self.measure(page))
 
-    def broken(self, values: Sequence[float] | None) -> Check | None:
-        """The first broken rule of those that measured these values."""
+    def failure_of(self, values: Sequence[float] | None) -> Check | None:
+        """The first rule that these values break."""
         if values is None:
             return Check("empty")
-        for value, (least, most) in zip(values, self.bounds, strict=True):
-            if not least <= value <= most:
+        for value, (lowest, highest) in zip(values, self.bounds, strict=True):
+            if not lowest <= value <= highest:
                 return next(check for check in self._checks(values) if check.broken)
         return None
 
@@ -90,12 +94,12 @@ class ByTable(ABC):
         return iter((Check("empty"),)) if values is None else self._checks(values)
 
     def _checks(self, values: Sequence[float]) -> Iterator[Check]:
-        for rule, value, (least, most) in zip(self.RULES, values, self.bounds, strict=True):
-            yield Check(rule.reason, value, not least <= value <= most, rule.statistic)
+        for threshold, value, (lowest, highest) in zip(self.THRESHOLDS, values, self.bounds, strict=True):
+            yield Check(threshold.reason, value, not lowest <= value <= highest, threshold.statistic)
 
 
 class Filter(Protocol):
-    """What a registered filter's instances do."""
+    """The call signature of a filter."""
 
     def __call__(self, page: Page) -> Iterator[Check] | Check | bool | None: ...
 
@@ -104,14 +108,14 @@ FILTERS = Registry("filter", entry_points="llmkit.filters")
 
 
 def above(value: float, limit: float | None) -> bool:
-    """Whether `value` breaks an upper limit; a limit of None is off."""
+    """Whether `value` exceeds an upper limit; None is no limit."""
     return limit is not None and value > limit
 
 
 def below(value: float, limit: float | None) -> bool:
-    """Whether `value` breaks a lower limit; a limit of None is off."""
+    """Whether `value` falls below a lower limit; None is no limit."""
     return limit is not None and value < limit
 
 
-for _module in pkgutil.iter_modules(__path__):  # every family registers itself
+for _module in pkgutil.iter_modules(__path__):  # importing a family registers its filters
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,12 +1,14 @@
-"""C4 rules: keep the lines that read as sentences, drop documents that are code, filler or too little. The family that edits the text.
+"""C4 rules: keep the lines that read as sentences; drop documents that are code, filler or too short. Edits the text.
 
-Raffel et al. 2020 (JMLR 21/140) and its published code, in the reading that FineWeb uses. A document with "{" or "lorem ipsum" goes (`curly_bracket`,
-`lorem_ipsum`). Each line is stripped; in order: a word over `max_word_length` drops the line; citation marks (`[12]`, `[edit]`, `[citation needed]`)
-are deleted; then end punctuation (' is an end mark there), number of words, "javascript", cookie and policy notices. Fewer than
-`min_num_sentences` in the kept lines drop the document: `too_few_sentences`.
+Raffel et al. 2020 (JMLR 21/140) and its published code, as FineWeb interprets it. A document with "{" or "lorem
+ipsum" is dropped (`curly_bracket`, `lorem_ipsum`). Each line is stripped and then checked, in this order: a
+word longer than `max_word_length` drops the line; citation marks (`[12]`, `[edit]`, `[citation needed]`) are
+deleted; then end punctuation (an apostrophe counts as an end mark), number of words, "javascript", cookie and
+policy notices. A document with fewer than `min_num_sentences` sentences in the kept lines is dropped:
+`too_few_sentences`.
 
-Datatrove looks for "{" and "lorem ipsum" only in lines that passed the rules before, so that a document with a line that is just "{" lives on;
-`whole_page = false` does so too.
+Datatrove looks for "{" and "lorem ipsum" only in lines that passed the earlier rules, so that a document with a
+line that is just "{" is kept; `whole_page = false` does the same.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.page import Page
 from llmkit.kernels.utf8 import Bytes
 
-NOTICES = {  # what a pattern means, and the sign without which it cannot be there
+NOTICES = {  # notice: (the rule that it breaks, the sign without which it cannot occur)
     "lorem ipsum": (LOREM, "lorem ipsum"),
     "javascript": (JAVASCRIPT, "javascript"),
     "terms of use": (POLICY, "terms of use"),
@@ -45,7 +47,7 @@ NOTICES = {  # what a pattern means, and the sign without which it cannot be the
 
 @cache
 def _patterns(rules: int, present: tuple[bool, ...]) -> Bytes:
-    """The notices of these rules, of those whose sign is in the text."""
+    """The notices of these rules whose sign occurs in the text."""
     signs = dict(zip(SIGNS, present, strict=True))
     return packed({notice: rule for notice, (rule, sign) in NOTICES.items() if rule & rules and signs[sign]})
 
@@ -53,9 +55,9 @@ def _patterns(rules: int, present: tuple[bool, ...]) -> Bytes:
 @FILTERS.register("c4")
 @dataclass(frozen=True, slots=True)
 class C4:
-    """Switches and limits for lines; `min_num_sentences` and the two content switches decide about the document."""
+    """Switches and limits for lines; `min_num_sentences`, "lorem ipsum" and "{" apply to the whole document."""
 
-    max_word_length: int | None = 1000  # characters; words here are always what whitespace separates
+    max_word_length: int | None = 1000  # characters; words are always separated by whitespace here
     remove_citations: bool = True
     require_end_mark: bool = True  # off in FineWeb
     min_words_per_line: int | None = 3
@@ -64,19 +66,19 @@ class C4:
     drop_curly_bracket: bool = True
     drop_policy_lines: bool = True
     min_num_sentences: int | None = 5
-    whole_page: bool = True  # "{" and "lorem ipsum" count wherever they stand
+    whole_page: bool = True  # "{" and "lorem ipsum" count anywhere in the document
 
     def __call__(self, page: Page) -> Iterator[Check]:
         signs = count_signs(page.data, SIGN_PATTERNS, SIGN_PLACES).tolist()
-        lorem = self.drop_lorem_ipsum and not self.whole_page
+        lorem_in_lines = self.drop_lorem_ipsum and not self.whole_page
         if self.whole_page:
-            for reason, found, on in (
+            for reason, count, enabled in (
                 ("lorem_ipsum", signs[0], self.drop_lorem_ipsum),
                 ("curly_bracket", page.encoded.count(b"{"), self.drop_curly_bracket),
             ):
-                yield Check(reason, found, on and found > 0)
-        rules = lorem * LOREM | self.drop_javascript_lines * JAVASCRIPT | self.drop_policy_lines * POLICY
-        kept, gone, line = edit(
+                yield Check(reason, count, enabled and count > 0)
+        rules = lorem_in_lines * LOREM | self.drop_javascript_lines * JAVASCRIPT | self.drop_policy_lines * POLICY
+        kept, drop_reason, line = edit(
             page.data,
             classes(),
             -1 if self.max_word_length is None else self.max_word_length,
@@ -87,15 +89,15 @@ class C4:
             _patterns(rules, tuple(map(bool, signs))),
             CITATIONS,
         )
-        if gone:
-            yield Check("curly_bracket" if gone == CURLY else "lorem_ipsum", line)
+        if drop_reason:
+            yield Check("curly_bracket" if drop_reason == CURLY else "lorem_ipsum", line)
             return
         if page.splitter.compiled:
             number = sentences(kept, classes(), SHORT_FORMS)
         else:
             number = sum(map(page.splitter.sentences, kept.tobytes().decode().split("\n")[:-1]))
         yield Check("too_few_sentences", number, below(number, self.min_num_sentences), "sentences")
-        written = kept.tobytes()[:-1]
-        text = page.text if written == page.encoded else written.decode()
+        encoded = kept.tobytes()[:-1]
+        text = page.text if encoded == page.encoded else encoded.decode()
         stripped = text.strip()
-        page.edit(stripped, written if len(stripped) == len(text) else None)
+        page.edit(stripped, encoded if len(stripped) == len(text) else None)

@@ -1,11 +1,12 @@
-"""Gopher repetition rules: documents that say the same thing again and again.
+"""Gopher repetition rules: drop documents that repeat themselves.
 
-Rae et al. 2021 (arXiv:2112.11446), table A1, as FineWeb measures it: the repeats count, not the first copy; the shares of characters are of the
-whole text, whitespace included; the most common n-gram counts even if it occurs once, so that very short texts fail; duplicate n-grams are
-looked for left to right without overlap. Reasons, in order: `empty`, then the names of the thresholds.
+Rae et al. 2021 (arXiv:2112.11446), table A1, as FineWeb measures it. Repeats count, but the first copy does
+not. Shares of characters are of the whole text, whitespace included. The most common n-gram counts even if it
+occurs only once, so that very short texts fail. Duplicate n-grams are counted from left to right without
+overlap. Reasons, in order: `empty`, then the names of the thresholds.
 
-Datatrove compares duplicate n-grams by their letters alone, so that "ab c" is "a bc"; `separate_words = false` does so too, in
-plain Python: a pass over the words for each n, every n-gram a string.
+Datatrove compares duplicate n-grams by their letters alone, so that "ab c" equals "a bc". `separate_words =
+false` does the same in plain Python: one pass over the words for each n, every n-gram a string.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llmkit.corpus.filters import FILTERS, ByTable, Rule
+from llmkit.corpus.filters import FILTERS, Threshold, ThresholdFilter
 from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.repetition import repetition
 from llmkit.corpus.page import Page
@@ -28,10 +29,10 @@ SHARES = (
 
 @FILTERS.register("gopher_repetition")
 @dataclass(frozen=True)
-class GopherRepetition(ByTable):
-    """Each threshold is the largest share that passes."""
+class GopherRepetition(ThresholdFilter):
+    """Each threshold is the largest share that is kept."""
 
-    RULES = tuple(Rule(name, name) for name in SHARES)
+    THRESHOLDS = tuple(Threshold(name, name) for name in SHARES)
 
     dup_para_frac: float | None = 0.30  # of paragraphs that repeat an earlier one
     dup_para_char_frac: float | None = 0.20  # of characters in such paragraphs
@@ -46,7 +47,7 @@ class GopherRepetition(ByTable):
     duplicated_8_n_grams: float | None = 0.12
     duplicated_9_n_grams: float | None = 0.11
     duplicated_10_n_grams: float | None = 0.10
-    separate_words: bool = True  # whether "ab c" is another 2-gram than "a bc"
+    separate_words: bool = True  # whether the 2-grams "ab c" and "a bc" are different
 
     def measure(self, page: Page) -> Sequence[float] | None:
         text = page.text
@@ -55,17 +56,20 @@ class GopherRepetition(ByTable):
         size = len(text)
         hashes, characters, flags, *_ = page.split_lines
         words = page.tokens
-        ends = (text[0] == "\n") + (text[-1] == "\n")  # an empty line before the first newline, and behind the last
-        found: list[float] = repetition(
+        ends = (text[0] == "\n") + (text[-1] == "\n")  # an empty line before the first newline and after the last
+        shares: list[float] = repetition(
             page.data, classes(), hashes, characters, flags, ends, words.hashes, words.lengths, size
         ).tolist()
         if not self.separate_words:
-            found[7:] = [joined_duplicates(page.words, n) / size for n in range(5, 11)]
-        return found
+            shares[7:] = [joined_duplicates(page.words, n) / size for n in range(5, 11)]
+        return shares
 
 
 def joined_duplicates(words: list[str], n: int) -> int:
-    """Characters in n-grams that occurred before, left to right, going on behind each one found, where an n-gram is its letters without separators."""
+    """Characters in n-grams that occurred before, compared as their letters without separators.
+
+    The words are scanned from left to right, and the scan continues after each repeated n-gram.
+    """
     joined = "".join(words)
     ends = [0, *accumulate(map(len, words))]
     seen: set[str] = set()

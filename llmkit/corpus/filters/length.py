@@ -1,9 +1,10 @@
-"""Length limits in characters, words and lines; all off until they are set.
+"""Length limits in characters, words and lines; all are off by default.
 
     llmkit filter docs.jsonl --filter length --rule length.min_words=50 --rule length.max_characters=1000000
 
-Words are those of --words, marks apart; lines those of `str.splitlines`. Reasons, in order: too_short, too_long (characters), too_few_words,
-too_many_words, too_few_lines, too_many_lines. Cost: that of the words and lines, which other filters share.
+Words are those of --words, not counting marks; lines are those of `str.splitlines`. Reasons, in order:
+too_short, too_long (characters), too_few_words, too_many_words, too_few_lines, too_many_lines. Cost: splitting
+words and lines, which is shared with other filters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llmkit.corpus.page import Page
 @FILTERS.register("length")
 @dataclass(frozen=True, slots=True)
 class Length:
-    """A document at a limit stays."""
+    """A document exactly at a limit is kept."""
 
     min_characters: int | None = None
     max_characters: int | None = None

@@ -1,13 +1,15 @@
-"""Regular expressions on any field: drop the documents that match, or keep only those.
+"""Regular expressions on any field: drop the documents that match, or keep only the documents that match.
 
-    llmkit filter docs.jsonl --filter regex@menus --rule 'regex@menus.pattern=(?i)add to (cart|basket)'
-    llmkit filter docs.jsonl --filter regex --rule regex.field=metadata.lang --rule 'regex.pattern=^(en|de)$' --rule regex.keep=true
+    llmkit filter docs.jsonl --filter regex@menus --rule 'regex@menus.pattern=(?i)add to (cart|basket)' llmkit
+    filter docs.jsonl --filter regex --rule regex.field=metadata.lang --rule 'regex.pattern=^(en|de)$' --rule
+    regex.keep=true
 
-Patterns are RE2's (https://github.com/google/re2/wiki/Syntax), which takes time linear in the text whatever the pattern is: there is no catastrophic
-backtracking, and no look-around or back-references either. A pattern matches anywhere unless it is anchored; ^ and $ are the ends of the text,
-with (?m) of a line. Fields that are no strings are matched as their JSON; a missing field matches nothing.
+Patterns use the syntax of RE2 (https://github.com/google/re2/wiki/Syntax), which takes time linear in the text
+for every pattern: there is no catastrophic backtracking, but also no look-around and no back-references. A
+pattern matches anywhere unless it is anchored; ^ and $ match at the ends of the text, or with (?m) at the ends
+of a line. Fields other than strings are matched as JSON; a missing field matches nothing.
 
-Cost: linear; long counted repetitions such as [ab][a-z ]{200}zz cost more than usual patterns.
+Cost: linear in the text; long counted repetitions such as [ab][a-z ]{200}zz cost more than usual patterns.
 """
 
 from __future__ import annotations
@@ -24,27 +26,27 @@ from llmkit.corpus.lists import dotted
 from llmkit.corpus.page import Page
 from llmkit.errors import LlmkitError, UsageError
 
-SHOWN = 80  # bytes of a match that are reported
+MAX_REPORTED = 80  # bytes of a match that are reported
 
 
 @FILTERS.register("regex")
 @dataclass(frozen=True, slots=True)
 class Regex:
-    """Reason `regex`; its value is what matched."""
+    """Reason `regex`; its value is the matched text."""
 
     pattern: str = ""
-    field: str = "text"  # a dot leads into nested fields: metadata.lang
-    keep: bool = False  # keep only what matches, instead of dropping it
+    field: str = "text"  # a dot selects a nested field: metadata.lang
+    keep: bool = False  # keep only documents that match, instead of dropping them
 
     def __call__(self, page: Page) -> Iterator[Check]:
         if not self.pattern:
             raise UsageError("regex.pattern is empty", "set it: --rule 'regex.pattern=...'")
-        found = search(compiled(self.pattern, "regex.pattern"), as_bytes(page, self.field))
-        yield Check("regex", found, (found is None) == self.keep)
+        match = search(compiled(self.pattern, "regex.pattern"), as_bytes(page, self.field))
+        yield Check("regex", match, (match is None) == self.keep)
 
 
 def as_bytes(page: Page, path: str) -> bytes | None:
-    """A field of the document in UTF-8, the text as earlier rules left it; None where it is missing or null."""
+    """A field of the document in UTF-8, for `text` as edited by earlier filters; None where it is missing or null."""
     value = page.text if path == "text" else dotted(page.fields, path)
     if value is None:
         return None
@@ -52,32 +54,36 @@ def as_bytes(page: Page, path: str) -> bytes | None:
 
 
 def search(pattern: Any, data: bytes | None) -> str | None:
-    """The beginning of the first match of a compiled pattern."""
+    """The first `MAX_REPORTED` bytes of a compiled pattern's first match, or None."""
     match = None if data is None else pattern.search(data)
-    return None if match is None else match.group()[:SHOWN].decode(errors="ignore")
+    return None if match is None else match.group()[:MAX_REPORTED].decode(errors="ignore")
 
 
 @cache
-def compiled(pattern: str, where: str) -> Any:
-    """A pattern compiled by RE2. UsageError naming `where` it stands if RE2 does not take it, LlmkitError without the package google-re2."""
-    re2 = engine(where)
+def compiled(pattern: str, option: str) -> Any:
+    """A pattern compiled by RE2.
+
+    Raises UsageError naming `option`, the place that the pattern comes from, if RE2 rejects it, and LlmkitError
+    without the package google-re2.
+    """
+    re2 = engine(option)
     options = re2.Options()
     options.log_errors = False
     try:
         return re2.compile(pattern, options)
     except (re2.error, UnicodeEncodeError) as error:
         message = error.args[0] if error.args else ""
-        said = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+        detail = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
         raise UsageError(
-            f"{where}: {pattern!r:.200} is no valid pattern ({said:.200})",
-            "patterns are RE2's: no look-around, no back-references",
+            f"{option}: {pattern!r:.200} is not a valid pattern ({detail:.200})",
+            "patterns use RE2's syntax: no look-around, no back-references",
         ) from error
 
 
-def engine(where: str) -> Any:
-    """The module re2."""
+def engine(option: str) -> Any:
+    """The module re2. Raises LlmkitError naming `option` where it is not installed."""
     try:
         import re2
     except ImportError as error:
-        raise LlmkitError(f"{where}: regular expressions need RE2", "pip install google-re2") from error
+        raise LlmkitError(f"{option}: regular expressions need RE2", "pip install google-re2") from error
     return re2

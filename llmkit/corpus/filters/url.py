@@ -1,17 +1,28 @@
-"""Block lists for the page's address. Every list is a file of the user's, plain or compressed, one entry a line; none is shipped.
+"""Block lists for URLs. Every list is a file of the user's, plain or compressed, with one entry per line; none
+is shipped.
 
     llmkit filter docs.jsonl --filter url --rule url.domains=blocked.txt.gz --rule url.patterns=patterns.txt
 
-Reasons, in order: `domain` (the host or a parent of it is listed: "example.com" covers www.example.com, "ru" all of .ru), `subdomain` (this very host),
-`url` (this very address, scheme, fragment and last slash apart), `hard_blacklisted` (a word of the address), `soft_blacklisted` (several different ones
-of softer words), `blacklisted_subword` (a part of its letters and digits written together), `pattern` (a regular expression, RE2's). These are
-the rules of RefinedWeb and FineWeb (Penedo et al. 2023, arXiv:2306.01116, section 3.1) as datatrove orders them. Datatrove compares words
-without folding their case, so that upper case passes its lists: here the address is lower-cased and percent escapes are decoded first, everywhere but in
-`patterns`. Hosts are compared in ASCII: an internationalised name and its xn-- form are one.
+Reasons, in order:
 
-A public-suffix list is not needed: each parent of the host is looked up. A document without an address stays unless `require_url` is set (`no_url`).
+- `domain`: the host or one of its parents is listed ("example.com" covers www.example.com, "ru" all of .ru);
+- `subdomain`: the exact host;
+- `url`: the exact URL, apart from scheme, fragment and trailing slash;
+- `hard_blacklisted`: a word of the URL;
+- `soft_blacklisted`: several different words of a softer list;
+- `blacklisted_subword`: a substring of the URL's letters and digits written together;
+- `pattern`: a regular expression (RE2).
 
-Cost: a look-up for each parent of the host and each word. Memory: 8 bytes a domain, which workers share; substrings some 200 bytes each.
+These are the rules of RefinedWeb and FineWeb (Penedo et al. 2023, arXiv:2306.01116, section 3.1) in datatrove's
+order. Datatrove compares words case-sensitively, so that upper case escapes its lists. Here the URL is
+lower-cased and percent-decoded first, except for `patterns`. Hosts are compared in ASCII, so that an
+internationalised name equals its xn-- form.
+
+A public-suffix list is not needed, since each parent of the host is looked up. A document without a URL is kept unless
+`require_url` is set (`no_url`).
+
+Cost: one look-up for each parent of the host and each word. Memory: 8 bytes per domain, shared by workers;
+about 200 bytes per substring.
 """
 
 from __future__ import annotations
@@ -26,24 +37,24 @@ from urllib.parse import unquote, urlsplit
 
 from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.filters.regex import compiled, search
-from llmkit.corpus.lists import Table, dotted, entries
+from llmkit.corpus.lists import StringSet, dotted, entries
 from llmkit.corpus.page import Page
 
-LONGEST = 1 << 16  # characters of an address that are looked at
+MAX_URL = 1 << 16  # characters of a URL that are examined
 WORD = re.compile(r"[^\W_]+")
 NAME = re.compile(r"[a-z0-9-]+(?:\.[a-z0-9-]+)+")
-KEY = 8  # characters by which substrings are looked up, at most
+KEY = 8  # length of the prefix by which substrings are looked up, at most
 
 
 def lists() -> Any:
-    """A setting that names files of entries."""
+    """A field whose value names list files."""
     return field(default=(), metadata={"file": True})
 
 
 @FILTERS.register("url")
 @dataclass(frozen=True, slots=True)
 class Url:
-    """Files of entries, each setting one or several; the value of a check is the entry that was found."""
+    """Each list setting names one or several files; the value of a check is the entry that matched."""
 
     domains: tuple[str, ...] = lists()
     hosts: tuple[str, ...] = lists()
@@ -52,52 +63,52 @@ class Url:
     soft_words: tuple[str, ...] = lists()
     substrings: tuple[str, ...] = lists()
     patterns: tuple[str, ...] = lists()
-    min_soft_words: int | None = 2  # so many different soft words drop the document
+    min_soft_words: int | None = 2  # this many different soft words drop the document
     require_url: bool = False
-    field: str = "url"  # a dot leads into nested fields: metadata.url
+    field: str = "url"  # a dot selects a nested field: metadata.url
 
     def __call__(self, page: Page) -> Iterator[Check]:
         value = dotted(page.fields, self.field)
-        url = value.strip()[:LONGEST] if isinstance(value, str) else ""
+        url = value.strip()[:MAX_URL] if isinstance(value, str) else ""
         yield Check("no_url", None, self.require_url and not url)
-        domains, hosts, urls = (_table(files, form) for files, form in _exact(self))
+        domains, hosts, urls = (_entries(files, kind) for files, kind in _exact_lists(self))
         host = host_of(url)
-        yield _found("domain", domains.first(parents(host)))
-        yield _found("subdomain", hosts.first([host]))
-        yield _found("url", urls.first([plain(url)]))
-        pieces = WORD.findall(unquote(url).lower()) if url else []
-        yield _found("hard_blacklisted", _table(self.words, "word").first(pieces))
-        soft = set(_table(self.soft_words, "word").all(pieces))
-        enough = self.min_soft_words is not None and bool(soft) and len(soft) >= self.min_soft_words
-        yield Check("soft_blacklisted", ",".join(sorted(soft)) or None, enough)
-        yield _found("blacklisted_subword", _Substrings.of(self.substrings).first("".join(pieces)))
-        yield _found("pattern", _first_match(_patterns(self.patterns), url))
+        yield _check("domain", domains.first_member(parents(host)))
+        yield _check("subdomain", hosts.first_member([host]))
+        yield _check("url", urls.first_member([normalized_url(url)]))
+        words = WORD.findall(unquote(url).lower()) if url else []
+        yield _check("hard_blacklisted", _entries(self.words, "word").first_member(words))
+        soft_words = set(_entries(self.soft_words, "word").members(words))
+        over_limit = self.min_soft_words is not None and bool(soft_words) and len(soft_words) >= self.min_soft_words
+        yield Check("soft_blacklisted", ",".join(sorted(soft_words)) or None, over_limit)
+        yield _check("blacklisted_subword", _Substrings.of(self.substrings).first("".join(words)))
+        yield _check("pattern", _first_match(_patterns(self.patterns), url))
 
 
-def _exact(url: Url) -> Iterator[tuple[tuple[str, ...], str]]:
+def _exact_lists(url: Url) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from ((url.domains, "host"), (url.hosts, "host"), (url.urls, "url"))
 
 
-def _found(reason: str, entry: str | None) -> Check:
+def _check(reason: str, entry: str | None) -> Check:
     return Check(reason, entry, entry is not None)
 
 
 def host_of(url: str) -> str:
-    """The host in lower case and ASCII, without port, user and last dot; empty where there is none. Never raises."""
+    """The host in lower case and ASCII, without port, user and trailing dot; empty if there is none. Never raises."""
     try:
         parts = urlsplit(url if "//" in url else "//" + url)
         host = parts.hostname or ""
-    except ValueError:  # such as a bracket that is never closed
+    except ValueError:  # for example an unclosed bracket
         host = re.split(r"[/?#]", url.partition("//")[2] or url)[0].rpartition("@")[2].partition(":")[0].lower()
     host = host.rstrip(".")
     if not host.isascii():
-        with contextlib.suppress(UnicodeError):  # no name that could be resolved; compared as it is
+        with contextlib.suppress(UnicodeError):  # not a resolvable name; compared unchanged
             host = host.encode("idna").decode()
     return host
 
 
 def parents(host: str) -> list[str]:
-    """The host and each domain above it: a.b.com, b.com, com. An IP address has none, nor what is too long for a name."""
+    """The host and each domain above it: a.b.com, b.com, com. IP addresses and overlong names have no parents."""
     labels = host.split(".") if len(host) <= 253 else []
     if not labels:
         return [host]
@@ -106,25 +117,26 @@ def parents(host: str) -> list[str]:
     return [".".join(labels[i:]) for i in range(len(labels))] if host else []
 
 
-def plain(url: str) -> str:
-    """An address as it is compared: lower case, percent escapes decoded, without scheme, fragment and last slash."""
+def normalized_url(url: str) -> str:
+    """A URL in the form that is compared: lower case, percent-decoded, without scheme, fragment and trailing slash."""
     return re.sub(r"^(?:[a-z][a-z0-9+.-]*:)?//", "", unquote(url.partition("#")[0]).lower()).rstrip("/")
 
 
 @cache
-def _table(files: tuple[str, ...], form: str) -> Table:
-    """The entries of some files, in the form in which they are looked up."""
-    normal = {"host": _listed_host, "url": plain, "word": str.lower}[form]
-    return Table(normal(entry) for _, entry in entries(files))
+def _entries(files: tuple[str, ...], kind: str) -> StringSet:
+    """The entries of some files, normalized as hosts, URLs or words."""
+    normalize = {"host": _listed_host, "url": normalized_url, "word": str.lower}[kind]
+    return StringSet(normalize(entry) for _, entry in entries(files))
 
 
 def _listed_host(entry: str) -> str:
-    """The host that an entry names: itself in most cases, but it may be an address, a pattern such as *.example.com, or need its ASCII form."""
+    """The host that an entry names: usually the entry itself, but also that of a URL, a pattern such as
+    *.example.com, or a name that needs its ASCII form."""
     return entry if NAME.fullmatch(entry) else host_of(entry.removeprefix("*."))
 
 
 class _Substrings:
-    """Strings to be found anywhere: those that begin with the same few characters lie together, so that each place is looked up once."""
+    """Strings to search for anywhere, grouped by their first few characters: each position needs one look-up."""
 
     def __init__(self, files: tuple[str, ...]) -> None:
         items = {"".join(WORD.findall(entry.lower())) for _, entry in entries(files)} - {""}
@@ -134,7 +146,7 @@ class _Substrings:
             self.starts.setdefault(item[: self.width], []).append(item)
 
     def first(self, text: str) -> str | None:
-        """The string that stands first in `text`."""
+        """The string with the earliest occurrence in `text`."""
         if self.starts:
             for i in range(len(text) - self.width + 1):
                 for item in self.starts.get(text[i : i + self.width], ()):
@@ -150,7 +162,7 @@ class _Substrings:
 
 @cache
 def _patterns(files: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
-    return tuple((entry, compiled(entry, where)) for where, entry in entries(files))
+    return tuple((entry, compiled(entry, location)) for location, entry in entries(files))
 
 
 def _first_match(patterns: tuple[tuple[str, Any], ...], url: str) -> str | None:

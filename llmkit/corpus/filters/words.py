@@ -1,13 +1,16 @@
-"""Bad words: drop documents that use words or phrases of the user's lists too often. No list is shipped.
+"""Bad words: drop documents that use words or phrases from the user's lists too often. No list is shipped.
 
     llmkit filter docs.jsonl --filter bad_words --rule bad_words.words=en.txt --rule bad_words.max_count=2
 
-One word or phrase a line, case ignored. They count as whole words ("ass" is not in "class"; it is in "ass's" and "ass-like"); punctuation counts as
-written, any whitespace between two words is one. Entries in scripts that write no spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) count wherever
-they stand. For other languages give another file. Words here are letters and digits in a row, whatever --words says.
+A list has one word or phrase per line; case is ignored. Entries match whole words only ("ass" is not in
+"class", but it is in "ass's" and "ass-like"); punctuation must match exactly, and any whitespace matches any
+other. Entries in scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan)
+match anywhere. For other languages supply another file. A word is a run of letters and digits, regardless of
+--words.
 
-C4 drops a document with one such word (`max_count = 0`, Raffel et al. 2020), which takes much of medicine and of minorities' own writing along (Dodge
-et al. 2021, arXiv:2104.08758): the count is a statistic, so that another limit can be chosen.
+C4 drops a document with a single such word (`max_count = 0`, Raffel et al. 2020), which also removes much
+medical text and writing by minorities (Dodge et al. 2021, arXiv:2104.08758). The count is therefore a
+statistic, from which another limit can be chosen.
 """
 
 from __future__ import annotations
@@ -29,21 +32,22 @@ from llmkit.corpus.page import Page
 from llmkit.errors import UsageError
 
 UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 
 
 @FILTERS.register("bad_words")
 @dataclass(frozen=True, slots=True)
 class BadWords:
-    """Reason `bad_words`; its value is how often entries of the lists occur."""
+    """Reason `bad_words`; its value is the number of occurrences of entries of the lists."""
 
     words: tuple[str, ...] = field(default=(), metadata={"file": True})
     max_count: int | None = 0
 
     def __call__(self, page: Page) -> Iterator[Check]:
         if not self.words:
-            raise UsageError("bad_words.words names no list", "give a file, one word or phrase a line")
+            raise UsageError("bad_words.words names no list", "name a file with one word or phrase per line")
         phrases, anywhere = _load(self.words)
         lowered = page.text.lower()
         count = 0
@@ -55,7 +59,8 @@ class BadWords:
 
 
 class Phrases(NamedTuple):
-    """Phrases as hashes of their words, sorted by the first: where each starts and ends in `flat`, and which low bits first words have."""
+    """Phrases as hashes of their words, sorted by the first word. Phrase i is flat[starts[i] : ends[i]];
+    `likely` marks the low bits of the first words."""
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -65,7 +70,7 @@ class Phrases(NamedTuple):
 
 @cache
 def _load(files: tuple[str, ...]) -> tuple[Phrases, re.Pattern[str] | None]:
-    """Entries of spaced scripts, and one pattern for the others."""
+    """The entries in scripts with spaces between words, and one pattern for all others."""
     items = sorted({entry.lower() for _, entry in entries(files)})
     unspaced = sorted((item for item in items if UNSPACED.search(item)), key=len, reverse=True)
     hashed = sorted((_hashes(item) for item in items if not UNSPACED.search(item)), key=lambda hashes: hashes.tolist())
@@ -78,5 +83,5 @@ def _load(files: tuple[str, ...]) -> tuple[Phrases, re.Pattern[str] | None]:
 
 
 def _hashes(text: str) -> NDArray[np.uint64]:
-    found: NDArray[np.uint64] = letter_runs(np.frombuffer(text.encode(), np.uint8), classes())
-    return found
+    hashes: NDArray[np.uint64] = letter_runs(np.frombuffer(text.encode(), np.uint8), classes())
+    return hashes

@@ -1,6 +1,8 @@
-"""Compiled kernels over documents: what rules and deduplication measure. See llmkit/kernels for how kernels are written and kept.
+"""Compiled kernels over documents, shared by filters and deduplication. llmkit/kernels explains how kernels are
+written.
 
-Most take a text as `uint8[bytes]` and the table of character classes (`characters.classes()`); lengths that they return are in characters.
+Most kernels take a text as `uint8[bytes]` and the table of character classes (`characters.classes()`). Lengths
+that they return are in characters.
 """
 
-import llmkit.kernels  # noqa: F401  before numba, since it says where compiled code is kept
+import llmkit.kernels  # noqa: F401  before numba, since it sets where compiled code is cached

@@ -1,6 +1,7 @@
-"""Classes of characters as one table, and what lies between spaces and newlines.
+"""Character classes as one table, and kernels that strip whitespace and find lines.
 
-`classes()` is `uint8[0x110000]`: bits by code point, read from Python's own Unicode tables, so that kernels decide as `str` methods and `re` do.
+`classes()` is `uint8[0x110000]`: class bits by code point, taken from Python's own Unicode tables, so that
+kernels agree with `str` methods and `re`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from llmkit.kernels.utf8 import HASH_START, Bytes, decode, finish, hash_eight, h
 ALNUM = 1  # str.isalnum
 ALPHA = 2  # str.isalpha
 SPACE = 4  # str.isspace
-COMBINING = 8  # accents and vowel signs, which belong to the letter before
-MARK = 16  # punctuation or sentence end: a word of these alone is a symbol
+COMBINING = 8  # accents and vowel signs, which belong to the preceding letter
+MARK = 16  # punctuation or sentence end: a word that consists of these is a symbol
 TERMINAL = 32  # ends a sentence
-RUN = 64  # marks of which a run is one word
+RUN = 64  # marks whose runs form one word
 UPPER = 128  # str.isupper
 
 RUN_MARKS = string.punctuation + "–—…•·"
@@ -29,7 +30,7 @@ RUN_MARKS = string.punctuation + "–—…•·"
 
 @cache
 def classes() -> Bytes:
-    """The table; built once a process."""
+    """The table; built once per process."""
     table = np.zeros(0x110000, np.uint8)
     for start, stop in ((0, 0xD800), (0xE000, 0x34000), (0xE0000, 0xE0200)):  # every plane with assigned characters
         text = "".join(map(chr, range(start, stop)))
@@ -46,7 +47,7 @@ def classes() -> Bytes:
 
 @kernel
 def stripped(data, first, last, table):  # type: ignore[no-untyped-def]
-    """Where data[first:last] begins and ends without the white space around it, as str.strip takes it away."""
+    """The bounds of data[first:last] without the whitespace around it, as removed by str.strip."""
     while first < last:
         code, width = decode(data, first)
         if not table[code] & SPACE:
@@ -63,15 +64,15 @@ def stripped(data, first, last, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def line_at(data, start):  # type: ignore[no-untyped-def]
-    """(end at the next newline or that of the text, characters, `hash_bytes`) of the line that begins at byte `start`."""
-    i, size, inner, h = start, len(data), 0, HASH_START
+    """(end, characters, `hash_bytes`) of the line from byte `start` to the next newline or the end of the text."""
+    i, size, continuation_bytes, h = start, len(data), 0, HASH_START
     while i < size:
         word = swar.load(data, i)
-        found = swar.equal(word, swar.NEWLINES)
-        step = min(swar.first(found), size - i)
+        newlines = swar.equal(word, swar.NEWLINES)
+        step = min(swar.first(newlines), size - i)
         if step < 8:
             word &= swar.below(step)
-        inner += swar.count(swar.continuations(word))
+        continuation_bytes += swar.count(swar.continuations(word))
         if step < 8:
             if step > 0:
                 h = hash_rest(h, word)
@@ -79,4 +80,4 @@ def line_at(data, start):  # type: ignore[no-untyped-def]
             break
         h = hash_eight(h, word)
         i += 8
-    return i, i - start - inner, finish(h + np.uint64(i - start))
+    return i, i - start - continuation_bytes, finish(h + np.uint64(i - start))

@@ -1,6 +1,7 @@
-"""Kernels of fastText's inference: a dictionary's entries and tables, a text's features, means of rows, the Huffman tree.
+"""Kernels for fastText inference: dictionary entries and tables, features of a text, means of rows, the Huffman tree.
 
-Data are UTF-8 bytes; tables are open addressing over powers of two, -1 where free. Hashes are FNV-1a of 32 bits over sign-extended bytes.
+Data are UTF-8 bytes. Tables use open addressing, with sizes that are powers of two and -1 in free slots. Hashes
+are 32-bit FNV-1a over sign-extended bytes.
 """
 
 from __future__ import annotations
@@ -30,35 +31,38 @@ PREFIX, END_BYTES = np.frombuffer(LABEL.encode(), np.uint8), np.frombuffer(END.e
 
 @kernel
 def step(h, byte):  # type: ignore[no-untyped-def]
-    """FNV-1a of 32 bits with the byte sign-extended, as the library has it; int64 in and out."""
+    """One step of 32-bit FNV-1a with the byte sign-extended, as in the library; int64 in and out."""
     byte = np.int64(byte)
     return (h ^ (byte + (byte >> 7) * 0xFFFFFF00)) * FNV_PRIME & LOW
 
 
 @njit(cache=True, nogil=True)
-def entries(data, at, size):  # type: ignore[no-untyped-def]
-    """The dictionary's entries from byte `at`: where each begins and ends, its count, its kind; and where they stop (-1: not within the data)."""
+def entries(data, position, size):  # type: ignore[no-untyped-def]
+    """The dictionary's `size` entries from byte `position`: (starts, ends, counts, kinds, end of the last entry).
+
+    The last value is -1 if the entries do not fit in the data.
+    """
     starts, ends, counts = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64)
     kinds = np.empty(size, np.uint8)
     for i in range(size):
-        starts[i] = at
-        while at < len(data) and data[at] != 0:
-            at += 1
-        ends[i] = at
-        if at + 10 > len(data):
+        starts[i] = position
+        while position < len(data) and data[position] != 0:
+            position += 1
+        ends[i] = position
+        if position + 10 > len(data):
             return starts, ends, counts, kinds, -1
-        count = np.int64(np.int8(data[at + 8]))
+        count = np.int64(np.int8(data[position + 8]))
         for k in range(7, 0, -1):
-            count = count << 8 | np.int64(data[at + k])
+            count = count << 8 | np.int64(data[position + k])
         counts[i] = count
-        kinds[i] = data[at + 9]
-        at += 10
-    return starts, ends, counts, kinds, at
+        kinds[i] = data[position + 9]
+        position += 10
+    return starts, ends, counts, kinds, position
 
 
 @kernel
 def find(data, h, blob, starts, ends, hashes, table):  # type: ignore[no-untyped-def]
-    """Entry whose bytes are `data`, of hash `h`; -1 where there is none."""
+    """The entry with the bytes `data`, whose hash is `h`; -1 if there is none."""
     mask = len(table) - 1
     slot = h & mask
     while table[slot] >= 0:
@@ -76,44 +80,44 @@ def find(data, h, blob, starts, ends, hashes, table):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def index(blob, starts, ends, room):  # type: ignore[no-untyped-def]
-    """(hashes, table) of entries; of two equal ones the last counts."""
-    hashes, table = np.empty(len(starts), np.uint32), np.full(room, -1, np.int32)
+def index(blob, starts, ends, slots):  # type: ignore[no-untyped-def]
+    """(hashes, table) of the entries; of equal entries the last one counts."""
+    hashes, table = np.empty(len(starts), np.uint32), np.full(slots, -1, np.int32)
     for i in range(len(starts)):
         h = FNV_START
         for k in range(starts[i], ends[i]):
             h = step(h, blob[k])
         hashes[i] = h
         same = find(blob[starts[i] : ends[i]], h, blob, starts, ends, hashes, table)
-        slot = h & (room - 1)
+        slot = h & (slots - 1)
         while table[slot] >= 0 and table[slot] != same:
-            slot = (slot + 1) & (room - 1)
+            slot = (slot + 1) & (slots - 1)
         table[slot] = i
     return hashes, table
 
 
 @njit(cache=True, nogil=True)
-def index_pairs(pairs, room):  # type: ignore[no-untyped-def]
+def index_pairs(pairs, slots):  # type: ignore[no-untyped-def]
     """(keys, values) tables of (n-gram, row) pairs."""
-    keys, values = np.full(room, -1, np.int32), np.full(room, -1, np.int32)
+    keys, values = np.full(slots, -1, np.int32), np.full(slots, -1, np.int32)
     for i in range(len(pairs)):
-        slot = pairs[i, 0] & (room - 1)
+        slot = pairs[i, 0] & (slots - 1)
         while keys[slot] >= 0 and keys[slot] != pairs[i, 0]:
-            slot = (slot + 1) & (room - 1)
+            slot = (slot + 1) & (slots - 1)
         keys[slot], values[slot] = pairs[i]
     return keys, values
 
 
 @kernel
-def row_of(place, words, left, keys, values):  # type: ignore[no-untyped-def]
-    """Row of an n-gram by its place in the buckets, -1 where pruning removed it."""
+def row_of(bucket_index, words, kept_bits, keys, values):  # type: ignore[no-untyped-def]
+    """Row of the n-gram with hash bucket `bucket_index`; -1 if pruning removed it."""
     if not len(keys):
-        return words + place
-    if not left[place >> 3] >> (place & 7) & 1:
+        return words + bucket_index
+    if not kept_bits[bucket_index >> 3] >> (bucket_index & 7) & 1:
         return -1
     mask = len(keys) - 1
-    slot = place & mask
-    while keys[slot] != place:
+    slot = bucket_index & mask
+    while keys[slot] != bucket_index:
         slot = (slot + 1) & mask
     return words + values[slot]
 
@@ -135,14 +139,14 @@ def starts_with(word, prefix):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def features(  # type: ignore[no-untyped-def]
-    data, blob, starts, ends, hashes, table, left, keys, values, words, end, min_n, max_n, word_ngrams, bucket
+    data, blob, starts, ends, hashes, table, kept_bits, keys, values, words, end, min_n, max_n, word_ngrams, bucket
 ):
-    """Rows for a text in UTF-8: for each word its own and those of its character n-grams; then n-grams of words, by where they start."""
+    """Rows for a text in UTF-8: for each word its own row and its character n-grams, then word n-grams by position."""
     size = len(data)
-    most = size // 2 + 2  # words, and the end
+    max_words = size // 2 + 2  # words, and the end-of-text entry
     grams = max(0, max_n - max(min_n, 1) + 1) if bucket else 0
-    rows = np.empty(most * (1 + max(0, word_ngrams)) + grams * (size + 2 * most), np.int32)
-    seen = np.empty(most, np.int64)  # hashes of the words, as int32
+    rows = np.empty(max_words * (1 + max(0, word_ngrams)) + grams * (size + 2 * max_words), np.int32)
+    seen = np.empty(max_words, np.int64)  # hashes of the words, as int32
     bracketed = np.empty(size + 2, np.uint8)
     bracketed[0] = 0x3C  # <
     share = 1 / max(1, bucket)
@@ -185,11 +189,10 @@ def features(  # type: ignore[no-untyped-def]
                         h = step(h, bracketed[b])
                         b += 1
                     if length >= min_n and not (length == 1 and (a == 0 or b == last)):
-                        place = (
-                            h - np.int64(h * share) * bucket
-                        )  # h % bucket without the division, which takes longer than all else
-                        place += bucket if place < 0 else -bucket if place >= bucket else 0
-                        row = row_of(place, words, left, keys, values)
+                        # h % bucket without the division, which would take longer than everything else
+                        bucket_index = h - np.int64(h * share) * bucket
+                        bucket_index += bucket if bucket_index < 0 else -bucket if bucket_index >= bucket else 0
+                        row = row_of(bucket_index, words, kept_bits, keys, values)
                         if row >= 0:
                             rows[n] = row
                             n += 1
@@ -202,7 +205,7 @@ def features(  # type: ignore[no-untyped-def]
             mixed = np.uint64(seen[a])
             for b in range(a + 1, min(count + 1, a + word_ngrams)):
                 mixed = mixed * WORD_PRIME + np.uint64(seen[b])
-                row = row_of(np.int64(mixed % np.uint64(bucket)), words, left, keys, values)
+                row = row_of(np.int64(mixed % np.uint64(bucket)), words, kept_bits, keys, values)
                 if row >= 0:
                     rows[n] = row
                     n += 1
@@ -214,7 +217,7 @@ def average_rows(rows, values):  # type: ignore[no-untyped-def]
     """Mean of values[rows], float32 [dim]."""
     total = np.zeros(values.shape[1], np.float32)
     for row in rows:
-        added = values[row]  # hoisted, the inner loop becomes vector instructions
+        added = values[row]  # hoisted so that the inner loop compiles to vector instructions
         for k in range(len(total)):
             total[k] += added[k]
     return total * np.float32(1 / len(rows))
@@ -222,7 +225,7 @@ def average_rows(rows, values):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def average_codes(rows, codes, centroids, norms, dim):  # type: ignore[no-untyped-def]
-    """Mean of the rows that product-quantised codes stand for, float32 [dim]."""
+    """Mean of product-quantised rows, float32 [dim]."""
     parts, _, part = centroids.shape
     total = np.zeros((parts, part), np.float32)
     for row in rows:
@@ -236,17 +239,17 @@ def average_codes(rows, codes, centroids, norms, dim):  # type: ignore[no-untype
 
 @njit(cache=True, nogil=True)
 def products(hidden, output, scale):  # type: ignore[no-untyped-def]
-    """(output @ hidden) * scale in float32, summed in order: the library's sigmoid has steps, so the last bit may count."""
-    found = np.zeros(len(output), np.float32)
+    """(output @ hidden) * scale in float32, summed in order: the last bit can matter in the library's sigmoid table."""
+    result = np.zeros(len(output), np.float32)
     for row in range(len(output)):
         for k in range(len(hidden)):
-            found[row] += output[row, k] * hidden[k]
-    return found * scale
+            result[row] += output[row, k] * hidden[k]
+    return result * scale
 
 
 @njit(cache=True, nogil=True)
 def tree_scores(hidden, output, scale, left, right):  # type: ignore[no-untyped-def]
-    """Logarithm of each label's probability: the sum over the decisions on its way from the root."""
+    """Log probability of each label: the sum over the decisions on the path from the root."""
     size = len(left) + 1
     scores = np.zeros(2 * size - 1, np.float32)
     for node in range(2 * size - 2, size - 1, -1):
@@ -254,7 +257,7 @@ def tree_scores(hidden, output, scale, left, right):  # type: ignore[no-untyped-
         dot, weights = np.float32(0), output[inner]
         for k in range(len(hidden)):
             dot += weights[k] * hidden[k]
-        right_one = np.float32(1 / (1 + np.exp(-dot * scale[inner])))
-        scores[left[inner]] = scores[node] + np.float32(np.log(np.float32(1 - right_one) + 1e-5))
-        scores[right[inner]] = scores[node] + np.float32(np.log(right_one + 1e-5))
+        p_right = np.float32(1 / (1 + np.exp(-dot * scale[inner])))
+        scores[left[inner]] = scores[node] + np.float32(np.log(np.float32(1 - p_right) + 1e-5))
+        scores[right[inner]] = scores[node] + np.float32(np.log(p_right + 1e-5))
     return scores[:size]

@@ -1,4 +1,4 @@
-"""What lines look like: how long, how many words, how many capitals. One pass."""
+"""The shapes of lines: length, number of words, share of capitals. One pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from llmkit.corpus.kernels.characters import ALNUM, ALPHA, SPACE, UPPER
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import decode
 
-BLANK, GONE, DIGITS, SHORT = 1, 2, 4, 8
+BLANK, REMOVED, DIGITS, SHORT = 1, 2, 4, 8
 
 
 @njit(cache=True, nogil=True)
 def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[no-untyped-def]
-    """For each line of text.split("\\n"): what it is, as bits, and how many words whitespace makes of it; then all bits together, and all words.
+    """(bits per line, whitespace-separated words per line, the union of all bits, the total of words) of
+    text.split("\\n").
 
-    GONE: over the share `max_uppercase` of its characters that are no space are capitals, or it has at most `max_single` words. DIGITS: it has a digit,
-    and no letter or at most three words. SHORT: it has at most `short` words. Negative limits are off.
+    REMOVED: the share of capitals in the line's non-space characters exceeds `max_uppercase`, or the line has
+    at most `max_single` words. DIGITS: it has a digit, and no letter or at most three words. SHORT: it has at
+    most `short` words. Negative limits are off.
     """
     lines = 1
     for byte in data:
@@ -25,7 +27,7 @@ def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[
     bits, counts = np.zeros(lines, np.uint8), np.zeros(lines, np.int32)
     union = all_words = line = i = 0
     characters = capitals = alpha = words = digits = 0
-    inside = False
+    in_word = False
     while i <= len(data):
         code, width = decode(data, i) if i < len(data) else (np.int64(0x0A), 1)
         i += width
@@ -35,16 +37,16 @@ def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[
             capitals += kind & UPPER != 0
             alpha += kind & ALPHA != 0
             digits += kind & (ALNUM | ALPHA) == ALNUM
-            words += not inside
-            inside = True
+            words += not in_word
+            in_word = True
             continue
-        inside = False
+        in_word = False
         if code == 0x0A:
             bit = BLANK
             if words:
                 bit = DIGITS * (digits > 0 and (alpha == 0 or words <= 3)) | SHORT * (words <= short)
                 if (max_uppercase >= 0 and capitals > max_uppercase * characters) or words <= max_single:
-                    bit = GONE
+                    bit = REMOVED
             bits[line], counts[line] = bit, words
             union |= bit
             all_words += words
@@ -55,7 +57,7 @@ def line_shapes(data, table, max_uppercase, max_single, short):  # type: ignore[
 
 @kernel
 def letters(data, table):  # type: ignore[no-untyped-def]
-    """(characters, letters, letters and digits) of a text."""
+    """Number of (characters, letters, letters and digits) in a text."""
     characters = alpha = alnum = i = 0
     while i < len(data):
         code, width = decode(data, i)

@@ -1,4 +1,4 @@
-"""Lines of a text as arrays: a hash, a length and flags for each. One pass."""
+"""Lines of a text as arrays: a hash, a length and flags for each line. One pass."""
 
 from __future__ import annotations
 
@@ -14,43 +14,50 @@ from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes, start_of
 
 BLANK = 2  # nothing but whitespace
-BULLET = 4  # starts with • or - behind whitespace
+BULLET = 4  # starts with • or -, possibly after whitespace
 ELLIPSIS = 8  # ends with … or ... before whitespace
 TERMINATED = 16  # its last character ends a sentence
 
 
 class Lines(NamedTuple):
-    """Lines in order: 64-bit hash, length in characters, flags; how many have BULLET and how many ELLIPSIS; and `strange`: whether
-    text.splitlines() and text.split("\\n") could differ by more than a last empty line and carriage returns at the ends of lines."""
+    """Lines in order: 64-bit hash, length in characters and flags, and the number of lines with BULLET and with
+    ELLIPSIS.
+
+    `rare_breaks`: whether text.splitlines() and text.split("\\n") could differ by more than a final empty line
+    and carriage returns at the ends of lines.
+    """
 
     hashes: NDArray[np.uint64]
     characters: NDArray[np.int64]
     flags: NDArray[np.uint8]
     bullets: int
     ellipses: int
-    strange: bool
+    rare_breaks: bool
 
 
 @kernel
 def breaks(code):  # type: ignore[no-untyped-def]
-    """Whether a character ends a line for str.splitlines."""
+    """Whether str.splitlines ends a line at this character."""
     return 0x0A <= code <= 0x0D or 0x1C <= code <= 0x1E or code == 0x85 or code == 0x2028 or code == 0x2029
 
 
 @kernel
 def rare_breaks(data):  # type: ignore[no-untyped-def]
-    """Whether there may be line breaks that are no newlines and do not stand before one."""
-    found = len(data) > 0 and 0x0B <= data[-1] < 0x20
-    for i in range(1, len(data)):  # no branches: many bytes at once
+    """Whether there may be line breaks other than newlines and carriage returns before a newline."""
+    result = len(data) > 0 and 0x0B <= data[-1] < 0x20
+    for i in range(1, len(data)):  # without branches, so that it vectorises
         a, b = data[i - 1], data[i]
-        found |= (a < 0x20) & (a != 0x09) & (a != 0x0A) & ((a != 0x0D) | (b != 0x0A))
-        found |= ((a == 0xC2) & (b == 0x85)) | ((a == 0x80) & ((b | 1) == 0xA9))
-    return found
+        result |= (a < 0x20) & (a != 0x09) & (a != 0x0A) & ((a != 0x0D) | (b != 0x0A))
+        result |= ((a == 0xC2) & (b == 0x85)) | ((a == 0x80) & ((b | 1) == 0xA9))
+    return result
 
 
 @kernel
 def end_of_line(data, start, stop, rare):  # type: ignore[no-untyped-def]
-    """(end of the line that begins at `start`, bytes of its break): at the next newline or, if there may be `rare` breaks, at any."""
+    """(end of the line that begins at `start`, bytes of its line break).
+
+    A line ends at the next newline or, if there may be `rare` line breaks, at any break that str.splitlines recognises.
+    """
     if not rare:
         return swar.find(data, start, stop, swar.NEWLINES), 1
     i = start
@@ -65,20 +72,24 @@ def end_of_line(data, start, stop, rare):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def lines(data, table, universal):  # type: ignore[no-untyped-def]
-    """The fields of `Lines`, for lines as text.splitlines() sees them (`universal`) or text.split("\\n")."""
+    """The fields of `Lines` for the lines of text.splitlines() (`universal`) or text.split("\\n")."""
     size = len(data)
-    room, strange = 1, rare_breaks(data)
+    capacity, rare = 1, rare_breaks(data)
     for byte in data:
-        room += byte == 0x0A
+        capacity += byte == 0x0A
     if universal:
         for byte in data:
-            room += (byte < 0x20) | (byte == 0x85) | (byte == 0xA8) | (byte == 0xA9)
-    hashes, characters, flags = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.uint8)
+            capacity += (byte < 0x20) | (byte == 0x85) | (byte == 0xA8) | (byte == 0xA9)
+    hashes, characters, flags = (
+        np.empty(capacity, np.uint64),
+        np.empty(capacity, np.int64),
+        np.empty(capacity, np.uint8),
+    )
     n = i = bullets = ellipses = 0
     while i < size or (not universal and i == size):
         start = i
-        if universal and strange:
-            i, width = end_of_line(data, start, size, strange)
+        if universal and rare:
+            i, width = end_of_line(data, start, size, rare)
             hashes[n], characters[n] = hash_bytes(data, start, i), swar.length(data, start, i)
         else:
             i, characters[n], hashes[n] = line_at(data, start)
@@ -109,16 +120,17 @@ def lines(data, table, universal):  # type: ignore[no-untyped-def]
         flags[n] = flag
         n += 1
         i += width
-    return hashes[:n], characters[:n], flags[:n], bullets, ellipses, strange
+    return hashes[:n], characters[:n], flags[:n], bullets, ellipses, rare
 
 
 @njit(cache=True, nogil=True)
 def fineweb(hashes, characters, flags, short):  # type: ignore[no-untyped-def]
-    """Of the lines that are not blank: (how many, ending in a terminal mark, of at most `short` characters, characters in those that occurred before)."""
-    terminated = shorter = 0
+    """Over the non-blank lines: (lines, those that end in a terminal mark, those of at most `short` characters,
+    characters in repeats of earlier lines)."""
+    terminated = short_lines = 0
     for i in range(len(flags)):
         if not flags[i] & BLANK:
             terminated += flags[i] & TERMINATED != 0
-            shorter += characters[i] <= short
-    written, _, repeated = line_repeats(hashes, characters, flags, BLANK)
-    return written, terminated, shorter, repeated
+            short_lines += characters[i] <= short
+    line_count, _, repeated = line_repeats(hashes, characters, flags, BLANK)
+    return line_count, terminated, short_lines, repeated

@@ -1,7 +1,8 @@
-"""How much of a text repeats: n-grams of words, lines, paragraphs.
+"""Repetition in a text: n-grams of words, lines, paragraphs.
 
-Equality is that of 64-bit hashes. An n-gram can repeat only where the (n-1)-grams at its place and the next do, so that after the 2-grams only
-few places are left to look at: exact, without a pass over all words for each n.
+Items are equal if their 64-bit hashes are. An n-gram can repeat only where the (n-1)-grams at its position and
+at the next do, so that after the 2-grams few positions are left to examine: exact, without a pass over all
+words for each n.
 """
 
 from __future__ import annotations
@@ -17,114 +18,122 @@ EMPTY = 1  # a line without any character (kernels/lines.py)
 
 @njit(cache=True, nogil=True)
 def group(keys, n):  # type: ignore[no-untyped-def]
-    """Equal keys get one number, in order of first occurrence: (number of each key, count and first place of each number, how many numbers)."""
+    """Number the groups of equal keys among the first `n`, in order of first occurrence.
+
+    Returns (group number of each key, size of each group, position of its first key, number of groups).
+    """
     size = 4
     while size < 2 * n:
         size *= 2
     mask = np.uint64(size - 1)
     table = np.zeros(size, np.int32)  # number + 1
-    firsts = np.empty(n, np.uint64)
+    group_keys = np.empty(n, np.uint64)
     numbers = np.empty(n, np.int32)
     counts = np.empty(n, np.int32)
-    places = np.empty(n, np.int32)
+    first_positions = np.empty(n, np.int32)
     groups = 0
     for i in range(n):
         slot = keys[i] & mask
         while True:
-            found = table[slot] - 1
-            if found < 0:
+            match = table[slot] - 1
+            if match < 0:
                 table[slot] = groups + 1
-                firsts[groups] = keys[i]
+                group_keys[groups] = keys[i]
                 counts[groups] = 1
-                places[groups] = i
+                first_positions[groups] = i
                 numbers[i] = groups
                 groups += 1
                 break
-            if firsts[found] == keys[i]:
-                counts[found] += 1
-                numbers[i] = found
+            if group_keys[match] == keys[i]:
+                counts[match] += 1
+                numbers[i] = match
                 break
             slot = (slot + np.uint64(1)) & mask
-    return numbers, counts, places, groups
+    return numbers, counts, first_positions, groups
 
 
 @njit(cache=True, nogil=True)
 def pairs(hashes, lengths):  # type: ignore[no-untyped-def]
-    """(characters before each word, and of all of them last; first word of each 2-gram; hash of each 2-gram)."""
+    """(characters before each word, with the total as last entry; first word of each 2-gram; hash of each 2-gram)."""
     words = len(hashes)
-    upto = np.zeros(words + 1, np.int64)
+    offsets = np.zeros(words + 1, np.int64)
     for i in range(words):
-        upto[i + 1] = upto[i] + lengths[i]
+        offsets[i + 1] = offsets[i] + lengths[i]
     keys = np.empty(max(0, words - 1), np.uint64)
     for i in range(len(keys)):
         keys[i] = extend(hashes[i], hashes[i + 1])
-    return upto, np.arange(len(keys)), keys
+    return offsets, np.arange(len(keys)), keys
 
 
 @njit(cache=True, nogil=True)
 def ngram_repeats(hashes, lengths):  # type: ignore[no-untyped-def]
-    """int64[9]: characters (words joined by a space) of all copies of the most common 2-, 3-, 4-gram; of equally common ones the first. Then
-    characters (without spaces) of 5- to 10-grams that occurred before, left to right, going on behind each one found."""
+    """int64[9] for n = 2 to 10, in characters.
+
+    For n up to 4: all copies of the most common n-gram, its words joined by a space; of equally common ones the
+    first. For larger n: n-grams that occurred before, without spaces, scanned from left to right and continuing
+    after each repeat.
+    """
     result = np.zeros(9, np.int64)
     words = len(hashes)
-    upto, places, keys = pairs(hashes, lengths)
-    left = len(keys)
+    offsets, positions, keys = pairs(hashes, lengths)
+    remaining = len(keys)
     for n in range(2, 11):
         if words < n:
             break
-        numbers, counts, firsts, groups = group(keys, left)
+        numbers, counts, first_positions, groups = group(keys, remaining)
         if n <= 4:
-            most, characters = 1, upto[n] + n - 1
+            highest_count, characters = 1, offsets[n] + n - 1
             for number in range(groups):
-                if counts[number] > most:
-                    most = counts[number]
-                    place = places[firsts[number]]
-                    characters = (upto[place + n] - upto[place] + n - 1) * most
+                if counts[number] > highest_count:
+                    highest_count = counts[number]
+                    position = positions[first_positions[number]]
+                    characters = (offsets[position + n] - offsets[position] + n - 1) * highest_count
             result[n - 2] = characters
         else:
-            met = np.zeros(groups, np.bool_)
-            free = 0
-            for j in range(left):
-                place = places[j]
-                if place < free:
+            seen = np.zeros(groups, np.bool_)
+            next_free = 0
+            for j in range(remaining):
+                position = positions[j]
+                if position < next_free:
                     continue
-                if met[numbers[j]]:
-                    result[n - 2] += upto[place + n] - upto[place]
-                    free = place + n
+                if seen[numbers[j]]:
+                    result[n - 2] += offsets[position + n] - offsets[position]
+                    next_free = position + n
                 else:
-                    met[numbers[j]] = True
-        # Places whose n-gram and whose neighbour's repeat; written always and kept or not, since such a branch cannot be predicted.
-        kept = 0
-        for j in range(left - 1):  # the last one has no neighbour
-            place = places[j]
-            keys[kept] = extend(keys[j], hashes[min(place + n, words - 1)])
-            places[kept] = place
-            kept += (
+                    seen[numbers[j]] = True
+        # Keep the positions at which the n-gram and that at the next position both repeat. Each entry is always
+        # written and `survivors` advanced conditionally, since a branch here could not be predicted.
+        survivors = 0
+        for j in range(remaining - 1):  # the last one has no neighbour
+            position = positions[j]
+            keys[survivors] = extend(keys[j], hashes[min(position + n, words - 1)])
+            positions[survivors] = position
+            survivors += (
                 (counts[numbers[j]] > 1)
                 & (counts[numbers[j + 1]] > 1)
-                & (places[j + 1] == place + 1)
-                & (place + n < words)
+                & (positions[j + 1] == position + 1)
+                & (position + n < words)
             )
-        left = kept
-        if left == 0 and n >= 4:
+        remaining = survivors
+        if remaining == 0 and n >= 4:
             break
     return result
 
 
 @njit(cache=True, nogil=True)
 def repeats(hashes, sizes, n):  # type: ignore[no-untyped-def]
-    """Of the first `n` items: (how many occurred before, their sizes together)."""
-    _, _, places, groups = group(hashes, n)
+    """Over the first `n` items: (repeats of earlier items, their total size)."""
+    _, _, first_positions, groups = group(hashes, n)
     size = sizes[:n].sum()
     for number in range(groups):
-        size -= sizes[places[number]]
+        size -= sizes[first_positions[number]]
     copies = n - groups
     return copies, size
 
 
 @njit(cache=True, nogil=True)
 def line_repeats(hashes, characters, flags, without):  # type: ignore[no-untyped-def]
-    """Of the lines that have none of the flags `without`: (how many, how many occurred before, characters in those)."""
+    """Over the lines that have none of the flags `without`: (lines, repeats of earlier lines, characters in those)."""
     n = 0
     keys, sizes = np.empty_like(hashes), np.empty_like(characters)
     for i in range(len(hashes)):
@@ -137,12 +146,15 @@ def line_repeats(hashes, characters, flags, without):  # type: ignore[no-untyped
 
 @njit(cache=True, nogil=True)
 def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
-    """Of the parts of the stripped text between runs of two or more newlines: (how many, how many occurred before, characters in those)."""
+    """(paragraphs, repeats of earlier paragraphs, characters in those) of the stripped text.
+
+    Paragraphs are separated by two or more newlines.
+    """
     i, stop = stripped(data, 0, len(data), table)
-    room = 1
+    capacity = 1
     for k in range(i, stop):
-        room += data[k] == 0x0A
-    keys, sizes = np.empty(room, np.uint64), np.empty(room, np.int64)
+        capacity += data[k] == 0x0A
+    keys, sizes = np.empty(capacity, np.uint64), np.empty(capacity, np.int64)
     n, text = 0, data[:stop]
     while i < stop:
         key, size, more = HASH_START, -1, True
@@ -161,8 +173,9 @@ def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def repetition(data, table, line_hashes, characters, flags, ends, hashes, lengths, size):  # type: ignore[no-untyped-def]
-    """float64[13]: shares of repeated paragraphs and of characters in them, the same of lines (parts between runs of newlines, of which `ends`
-    are empty), then the counts of `ngram_repeats`, all of characters as shares of the text's `size`."""
+    """float64[13]: share of repeated paragraphs and of characters in them; the same for lines (parts between
+    runs of newlines, plus `ends` empty ones at the ends of the text); then the counts of `ngram_repeats`.
+    Characters are counted as shares of the text's `size`."""
     result = np.empty(13, np.float64)
     n, copies, repeated = paragraph_repeats(data, table)
     result[0], result[1] = copies / max(1, n), repeated / size

@@ -1,4 +1,4 @@
-"""Words of a text as arrays: a hash, a length and flags for each. One pass."""
+"""Words of a text as arrays: a hash, a length and flags for each word. One pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llmkit.corpus.kernels.characters import ALNUM, ALPHA, COMBINING, MARK, RUN,
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import HASH_START, decode, finish, hash_bytes, hash_eight, hash_rest, start_of
 
-JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # those under 0x40 that `joins` knows
+JOINERS = np.uint64(sum(1 << ord(mark) for mark in ".,:/-&"))  # the marks below 0x40 that `joins` handles
 
 
 class Tokens(NamedTuple):
-    """Words in order: 64-bit hash, length in characters, and ALPHA (has a letter) and MARK (made of marks alone) as flags."""
+    """Words in order: 64-bit hash, length in characters, and the flags ALPHA (has a letter) and MARK (only marks)."""
 
     hashes: NDArray[np.uint64]
     lengths: NDArray[np.int32]
@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
 
 @kernel
 def joins(data, i, table):  # type: ignore[no-untyped-def]
-    """Whether the ASCII mark at byte `i`, behind a letter or digit, stands inside a word."""
+    """Whether the ASCII mark at byte `i`, which follows a letter or digit, is inside a word."""
     mark, before = data[i], data[i - 1]
     if mark >= 0x80 or i + 1 >= len(data):
         return False
@@ -44,7 +44,7 @@ def joins(data, i, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def initial(data, dot, table):  # type: ignore[no-untyped-def]
-    """Whether a single ASCII letter stands before the full stop at byte `dot`, and no other full stop behind it."""
+    """Whether the full stop at byte `dot` follows a single ASCII letter and precedes no other full stop."""
     if not 0x41 <= data[dot - 1] & 0xDF <= 0x5A or (dot + 1 < len(data) and data[dot + 1] == 0x2E):
         return False
     if dot == 1:
@@ -55,7 +55,7 @@ def initial(data, dot, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def end_of_url(data, i, table):  # type: ignore[no-untyped-def]
-    """Where the URL ends whose :// is at byte `i`: at the next space, marks that close a sentence or a bracket left out; 0 if there is none."""
+    """End of the URL whose :// is at byte `i`: before the next space, without closing marks and brackets; 0 if none."""
     if i + 3 >= len(data) or data[i + 1] != 0x2F or data[i + 2] != 0x2F:
         return 0
     start = end = i + 3
@@ -71,7 +71,7 @@ def end_of_url(data, i, table):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, inline="always")
 def word_at(data, start, table, whitespace):  # type: ignore[no-untyped-def]
-    """(end, characters, flags) of the word that begins at byte `start`; no characters: there is whitespace, up to the end."""
+    """(end, characters, flags) of the word that begins at byte `start`; for whitespace, (its end, 0, 0)."""
     size = len(data)
     i = start
     code, width = decode(data, i)
@@ -84,11 +84,11 @@ def word_at(data, start, table, whitespace):  # type: ignore[no-untyped-def]
         run = kind & ALNUM != 0
         if not run:
             same = kind & RUN != 0
-            if (code == 0x27 or code == 0x2019) and 0 < i < size - width:  # perhaps an ending such as 's
+            if (code == 0x27 or code == 0x2019) and 0 < i < size - width:  # possibly an ending such as 's
                 before, _ = decode(data, start_of(data, i - 1))
                 after, _ = decode(data, i + width)
                 run = table[before] & table[after] & ALNUM != 0
-    whole = 0  # a URL goes on to here
+    url_end = 0  # end of a URL that the word contains
     while True:
         characters += 1
         alpha |= kind & ALPHA
@@ -102,15 +102,15 @@ def word_at(data, start, table, whitespace):  # type: ignore[no-untyped-def]
             if kind & SPACE:
                 break
         elif run:
-            if not kind & (ALNUM | COMBINING) and i >= whole and not joins(data, i, table):
-                if whole > 0:
+            if not kind & (ALNUM | COMBINING) and i >= url_end and not joins(data, i, table):
+                if url_end > 0:
                     break
                 if code == 0x3A:
-                    whole = end_of_url(data, i, table)
-                    if whole == 0:
+                    url_end = end_of_url(data, i, table)
+                    if url_end == 0:
                         break
                 elif code == 0x2E and initial(data, i, table):
-                    run = False  # the full stop is the last
+                    run = False  # the full stop is the last character
                 else:
                     break
         elif not (same and code == first):
@@ -129,7 +129,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
         if byte < 0x80 and table[byte] & SPACE:
             i += 1
             continue
-        # Most words: ASCII characters up to one that ends them for certain, eight at a time.
+        # Fast path for most words: ASCII characters up to one that certainly ends the word, eight at a time.
         h, letters, digits, stop = HASH_START, np.uint64(0), np.uint64(0), i
         while True:
             word = swar.load(data, stop)
@@ -149,7 +149,7 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
                 h = hash_rest(h, word & swar.below(step))
             stop += step
             mark, after = data[stop], data[stop + 1]
-            if stop == i:  # a mark alone
+            if stop == i:  # a single mark
                 ends = 0x20 < byte < 0x7F and byte != 0x27 and after != byte
                 closed = True
             elif whitespace:
@@ -180,64 +180,67 @@ def scan(data, table, whitespace):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def has_words(data, wanted):  # type: ignore[no-untyped-def]
-    """Whether the text surely has `wanted` words, of either kind: as many parts begin with an ASCII character behind a space or newline."""
+def has_words(data, minimum):  # type: ignore[no-untyped-def]
+    """Whether the text certainly has at least `minimum` words of either kind.
+
+    Counts visible ASCII characters that follow a space or newline, each of which begins a word.
+    """
     count, start = 0, 1
-    while start < len(data) and count < wanted:
+    while start < len(data) and count < minimum:
         stop = min(start + 512, len(data))
-        for i in range(start, stop):  # no branches: many bytes at once
+        for i in range(start, stop):  # without branches, so that it vectorises
             a, b = data[i - 1], data[i]
             count += ((a == 0x20) | (a == 0x0A)) & (b > 0x20) & (b < 0x7F)
         start = stop
-    return count >= wanted
+    return count >= minimum
 
 
 @kernel
 def symbols(data):  # type: ignore[no-untyped-def]
-    """(number signs, ellipses) as str.count counts "#" and "..." or "…"."""
-    some = False
-    for i in range(1, len(data)):  # no branches: many bytes at once
+    """(number signs, ellipses), as counted by str.count for "#" and for "..." and "…"."""
+    any_symbol = False
+    for i in range(1, len(data)):  # without branches, so that it vectorises
         a, b = data[i - 1], data[i]
-        some |= (a == 0x23) | ((a == 0x2E) & (b == 0x2E)) | ((a == 0x80) & (b == 0xA6))
-    signs = ellipses = run = 0
-    for i in range(len(data) if some else 0):
+        any_symbol |= (a == 0x23) | ((a == 0x2E) & (b == 0x2E)) | ((a == 0x80) & (b == 0xA6))
+    number_signs = ellipses = run = 0
+    for i in range(len(data) if any_symbol else 0):
         byte = data[i]
-        signs += byte == 0x23
+        number_signs += byte == 0x23
         ellipses += byte == 0xA6 and i >= 2 and data[i - 1] == 0x80 and data[i - 2] == 0xE2
         run = run + 1 if byte == 0x2E else 0
         if run == 3:
             ellipses, run = ellipses + 1, 0
-    return signs + (not some and len(data) > 0 and data[-1] == 0x23), ellipses
+    return number_signs + (not any_symbol and len(data) > 0 and data[-1] == 0x23), ellipses
 
 
 @njit(cache=True, nogil=True)
-def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
-    """(words that are no symbols, characters in them, words with a letter, how many of the `wanted` hashes occur)."""
-    proper = characters = lettered = found = 0
+def summary(hashes, lengths, flags, targets):  # type: ignore[no-untyped-def]
+    """(words that are not symbols, characters in them, words with a letter, number of `targets` that occur)."""
+    proper = characters = words_with_letter = matches = 0
     for i in range(len(flags)):
         marks = int(flags[i] & MARK != 0)
         proper += 1 - marks
         characters += lengths[i] * (1 - marks)
-        lettered += flags[i] & ALPHA != 0
-    missing, perhaps = wanted.copy(), np.uint64(0)
-    for h in wanted:
-        perhaps |= swar.ONE << (h & np.uint64(63))
+        words_with_letter += flags[i] & ALPHA != 0
+    missing, possible = targets.copy(), np.uint64(0)
+    for h in targets:
+        possible |= swar.ONE << (h & np.uint64(63))
     for i in range(len(hashes)):
-        if not perhaps >> (hashes[i] & np.uint64(63)) & swar.ONE:
+        if not possible >> (hashes[i] & np.uint64(63)) & swar.ONE:
             continue
-        if found == len(missing):
+        if matches == len(missing):
             break
-        for k in range(len(missing) - found):
+        for k in range(len(missing) - matches):
             if missing[k] == hashes[i]:
-                found += 1
-                missing[k] = missing[len(missing) - found]
+                matches += 1
+                missing[k] = missing[len(missing) - matches]
                 break
-    return proper, characters, lettered, found
+    return proper, characters, words_with_letter, matches
 
 
 @njit(cache=True, nogil=True)
 def measure(data, ends, table):  # type: ignore[no-untyped-def]
-    """Words that lie end to end in `data`, word i ending before byte `ends[i]`."""
+    """(hashes, lengths, flags) of words stored end to end in `data`, word i ending before byte `ends[i]`."""
     n = len(ends)
     hashes, lengths, flags = np.empty(n, np.uint64), np.empty(n, np.int32), np.empty(n, np.uint8)
     i = 0
@@ -254,7 +257,7 @@ def measure(data, ends, table):  # type: ignore[no-untyped-def]
 
 
 def tokens_of(words: list[str]) -> Tokens:
-    """Tokens of given words."""
+    """`Tokens` of a list of words."""
     encoded = [word.encode() for word in words]
     data = np.frombuffer(b"".join(encoded), np.uint8)
     return Tokens(*measure(data, np.cumsum([len(word) for word in encoded], dtype=np.int64), classes()))

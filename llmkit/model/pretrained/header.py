@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.lineage.record import MAX_HEADER_BYTES
 
+MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 # Bytes of one element, by the format's name of its type.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # fmt: skip
 
@@ -64,6 +64,21 @@ def read_header(path: Path) -> dict[str, Stored]:
             f"{path}: not a readable safetensors file ({error})",
             "the file is damaged or incomplete; fetch or make it again",
         ) from error
+
+
+def read_record(path: str) -> str | None:
+    """The lineage record in `__metadata__`, from the header alone; LlmkitError where the header is malformed."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("its header is larger than the format allows")
+            metadata = json.loads(file.read(length)).get("__metadata__") or {}
+    except (OSError, ValueError, struct.error, AttributeError, RecursionError) as error:
+        raise LlmkitError(
+            f"{path}: not a readable safetensors file ({error})", "the file is damaged or incomplete"
+        ) from error
+    return metadata.get("llmkit") if isinstance(metadata, dict) else None
 
 
 def file_order(layout: Mapping[str, Stored]) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from llmkit.errors import LlmkitError
-from llmkit.io.compression import digest_text
+from llmkit.io.digest import digest_text
 from llmkit.model.pretrained.directory import LoadedModel, weight_files
 from llmkit.model.pretrained.header import SIZES, Stored, read_header
 

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_directory, atomic_file, check_output
+from llmkit.io.atomic import atomic_file, check_output
 from llmkit.io.locks import lock
-from llmkit.lineage.record import digest_path
+from llmkit.lineage.formats import digest_path
+from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.checkpoint import resolve_model
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.training.checkpoint.trainer_state import OPTIMIZER, TRAINER, TrainerState, load_trainer_state
@@ -82,7 +83,7 @@ class RunDirectory:
         A checkpoint before a current series of spikes stays too, since a rollback may need it.
         """
         target = self.checkpoints_path / f"step-{state.step:08d}"
-        with atomic_directory(target, force=True) as partial:
+        with artefact_directory(target, force=True) as partial:
             write_model(partial)
             (partial / "state").mkdir()
             write_safetensors(

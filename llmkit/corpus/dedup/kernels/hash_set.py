@@ -1,6 +1,7 @@
-"""A table of the hashes that were seen (dedup/seen.py), compiled: open addressing over a power of two of slots, at most `FULL` of them used.
+"""A hash table of 64-bit hashes (dedup/hash_set.py), compiled.
 
-Hashes are of 64 bits; 0 is none, and the key of a free slot. Cost: a look-up a hash.
+Open addressing over a power of two of slots, at most a share of `FULL` of them used. 0 is not a hash: it is the key
+of a free slot. Cost: one look-up per hash.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ FULL = 0.7
 
 @kernel
 def slot(keys, h):  # type: ignore[no-untyped-def]
-    """Where a hash stands in the table, or has to."""
+    """The slot that holds a hash, or the free slot where it belongs."""
     last = np.uint64(len(keys) - 1)
     i = h & last
     while keys[i] != 0 and keys[i] != h:
@@ -23,14 +24,17 @@ def slot(keys, h):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
-    """Enter hashes; `seen[j]`: hashes[j] was there before; `counts`, if there are any, go up by one. Returns how many were new."""
+def add(keys, counts, hashes, present):  # type: ignore[no-untyped-def]
+    """Add hashes, and set present[j] if hashes[j] was in the table before. Returns the number of new hashes.
+
+    `counts`, unless empty, are incremented for each hash.
+    """
     new = 0
     for j in range(len(hashes)):
         h = hashes[j]
         if h != 0:
             i = slot(keys, h)
-            seen[j] = keys[i] == h
+            present[j] = keys[i] == h
             new += keys[i] != h
             keys[i] = h
             if len(counts):
@@ -40,18 +44,18 @@ def add(keys, counts, hashes, seen):  # type: ignore[no-untyped-def]
 
 @kernel
 def move(keys, values, larger, larger_values):  # type: ignore[no-untyped-def]
-    """Enter all of a table into a larger one."""
+    """Copy all entries of a table into a larger one."""
     for i in range(len(keys)):
         if keys[i] != 0:
-            place = slot(larger, keys[i])
-            larger[place] = keys[i]
+            target = slot(larger, keys[i])
+            larger[target] = keys[i]
             if len(values):
-                larger_values[place] = values[i]
+                larger_values[target] = values[i]
 
 
 @kernel
-def frequent(keys, counts, hashes, least, found):  # type: ignore[no-untyped-def]
-    """found[j]: the count of hashes[j] is at least `least`."""
+def frequent(keys, counts, hashes, minimum, result):  # type: ignore[no-untyped-def]
+    """Set result[j] to whether the count of hashes[j] is at least `minimum`."""
     for j in range(len(hashes)):
         if hashes[j] != 0:
-            found[j] = counts[slot(keys, hashes[j])] >= least
+            result[j] = counts[slot(keys, hashes[j])] >= minimum

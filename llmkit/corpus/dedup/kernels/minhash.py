@@ -1,18 +1,22 @@
-"""MinHash, compiled: from a text to its shingles, its signature, and one key a band.
+"""MinHash, compiled: from a text to its shingles, its signature, and one key per band.
 
-    found = sketch(text, 5, functions(seed, 112, 32), 14, 32)
+    result = sketch(text, 5, functions(seed, 112, 32), 14, 32)
 
-A shingle is a run of `ngram` words of the normalised text. Its 64-bit hash is a polynomial in those of its words, which rolls on from one run to
-the next (all arithmetic modulo 2⁶⁴), so that its cost does not depend on `ngram`. Two widths of hash functions, each with its own minima:
+A shingle is a run of `ngram` words of the normalised text. Its 64-bit hash is a polynomial in those of its words,
+rolled from one run to the next (all arithmetic modulo 2⁶⁴), so the cost does not depend on `ngram`. There are two
+widths of hash functions, each with its own minima:
 
-- 32 bits: x -> a·x + b mod 2³², a odd, over the upper half of that hash. Each is a permutation, so no two shingles tie, and as x is a random
-  number already, each shingle of a set is the least with the same chance.
-- 61 bits: x -> (a·x + b) mod p, p = 2⁶¹ - 1, over its upper 61 bits (Carter and Wegman 1979); exact, by a product of 128 bits in halves.
+- 32 bits: x -> a·x + b mod 2³², a odd, over the upper half of that hash. Each function is a permutation, so no two
+  shingles tie; as x is already random, each shingle of a set is the minimum with the same probability.
+- 61 bits: x -> (a·x + b) mod p, p = 2⁶¹ - 1, over the upper 61 bits (Carter and Wegman 1979); exact, by a product of
+  128 bits in halves.
 
-The sets that verification compares are the upper 32 bits at either width: two texts of 1,000 shingles have 0.0002 of them in common by chance.
+The sets compared in verification are the upper 32 bits for either width: two texts of 1,000 shingles have 0.0002 of
+them in common by chance.
 
-Shapes: shingles uint32 [distinct], ascending; signature uint64 [bands · rows]; keys uint64 [bands]. Cost: linear; about 11 ns a byte
-of English text for 112 functions of 32 bits, 24 for 61 (tests/bench/minhash_recall.md), and twice to thrice the text in memory.
+Shapes: shingles uint32 [distinct], ascending; signature uint64 [bands · rows]; keys uint64 [bands]. Cost: linear; about
+11 ns per byte of English text for 112 functions of 32 bits, 24 for 61 bits (tests/bench/minhash_recall.md). Memory: two
+to three times the text.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.kernels.normalise import loose, tables, utf8
+from llmkit.corpus.dedup.kernels.normalise import loose, tables, utf8
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.seeds import derive
@@ -34,15 +38,15 @@ from llmkit.seeds import derive
 Hashes = NDArray[np.uint64]
 Shingles = NDArray[np.uint32]
 
-BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial: 5 modulo 8, so that its powers differ in their lower bits
+BASE = np.uint64(0x9E3779B97F4A7C15)  # of the polynomial; 5 modulo 8, so that its powers differ in their lower bits
 PRIME = np.uint64((1 << 61) - 1)
 LOW_32 = np.uint64(0xFFFFFFFF)
-S3, S29, S32, S61 = np.uint64(3), np.uint64(29), np.uint64(32), np.uint64(61)  # numba shifts unsigned by unsigned
-BLOCK = 4096  # shingles that every function passes over before the next: they stay in the processor's cache
+S3, S29, S32, S61 = np.uint64(3), np.uint64(29), np.uint64(32), np.uint64(61)  # numba shifts unsigned by unsigned only
+BLOCK = 4096  # shingles per block, to which all functions are applied while it is in the CPU cache
 
 
 class Sketch(NamedTuple):
-    """What is known of a text; the last three are empty where it has fewer words than a shingle."""
+    """The sketch of a text. The last three are empty if it has fewer words than a shingle."""
 
     normalised: Bytes
     shingles: Shingles
@@ -62,7 +66,10 @@ def functions(seed: int, count: int, bits: int) -> Hashes:
 
 @njit(cache=True, nogil=True)
 def shingle_hashes(data, ngram):  # type: ignore[no-untyped-def]
-    """Hash of every run of `ngram` words of a normalised text, in order: uint64 [words - ngram + 1]; empty if there are fewer words."""
+    """Hash of every run of `ngram` words of a normalised text, in order.
+
+    uint64 [words - ngram + 1]; empty if there are fewer words than `ngram`.
+    """
     words = 1 if len(data) else 0
     for byte in data:
         words += byte == 0x20
@@ -93,7 +100,7 @@ def shingle_hashes(data, ngram):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def distinct(values):  # type: ignore[no-untyped-def]
-    """The distinct ones of uint32 `values`, ascending; `values` is overwritten. By radix, a byte at a time: linear whatever they are."""
+    """The distinct values of a uint32 array, ascending; `values` is overwritten. Radix sort by bytes: always linear."""
     n = len(values)
     places = np.zeros((4, 256), np.int64)
     for value in values:
@@ -117,21 +124,21 @@ def distinct(values):  # type: ignore[no-untyped-def]
     for i in range(1, n):
         value = values[i]
         values[kept] = value
-        kept += value != last  # no branch: it could not be predicted
+        kept += value != last  # branchless: a branch would be mispredicted
         last = value
     return values[:kept]
 
 
 @njit(cache=True, nogil=True)
 def least_32(values, ab):  # type: ignore[no-untyped-def]
-    """Minimum of each function of 32 bits over uint32 `values`: uint64 [functions]. Eight values at a time."""
+    """Minimum of each 32-bit function over uint32 `values`: uint64 [functions]. Vectorised, eight values at a time."""
     a, b = ab[0].astype(np.uint32), ab[1].astype(np.uint32)
     least = np.full(len(a), 0xFFFFFFFF, np.uint32)
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
         for j in range(len(a)):
             multiplier, offset, low = a[j], b[j], least[j]
-            for i in range(len(block)):  # not `for x in block`, which is no vector loop
+            for i in range(len(block)):  # `for x in block` would not be vectorised
                 low = min(low, np.uint32(multiplier * block[i] + offset))
             least[j] = low
     return least.astype(np.uint64)
@@ -139,9 +146,10 @@ def least_32(values, ab):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def least_61(values, ab):  # type: ignore[no-untyped-def]
-    """Minimum of each function of 61 bits over uint64 `values` below 2⁶¹: uint64 [functions]. Four values at a time.
+    """Minimum of each 61-bit function over uint64 `values` below 2⁶¹: uint64 [functions]. Vectorised, four at a time.
 
-    a·x = a1·x1 · 2⁶⁴ + middle · 2³² + lower; 2⁶¹ is 1 modulo p, so that 2⁶⁴ is 8. Halves as uint32, so that products of 32 by 32 bits are seen as such.
+    a·x = a1·x1 · 2⁶⁴ + middle · 2³² + lower, and as 2⁶¹ is 1 modulo p, 2⁶⁴ is 8. The halves are uint32, so that the
+    compiler recognises products of 32 by 32 bits.
     """
     a0s, a1s, a8s = ab[0].astype(np.uint32), (ab[0] >> S32).astype(np.uint32), (ab[0] >> S32 << S3).astype(np.uint32)
     least = np.full(ab.shape[1], PRIME, np.uint64)
@@ -149,20 +157,20 @@ def least_61(values, ab):  # type: ignore[no-untyped-def]
         block = values[start : start + BLOCK]
         for j in range(len(least)):
             a0, a1, a8, offset, low = np.uint64(a0s[j]), np.uint64(a1s[j]), np.uint64(a8s[j]), ab[1, j], least[j]
-            for i in range(len(block)):  # not `for x in block`, which is no vector loop
+            for i in range(len(block)):  # `for x in block` would not be vectorised
                 x0, x1 = block[i] & LOW_32, block[i] >> S32
                 lower = a0 * x0
                 middle = a0 * x1 + a1 * x0 + (lower >> S32)
                 y = a8 * x1 + (middle >> S29) + (((middle << S32) | (lower & LOW_32)) & PRIME) + offset
                 y = (y & PRIME) + (y >> S61)
-                low = min(low, min(y, y - PRIME))  # below p the difference wraps and is the larger one
+                low = min(low, min(y, y - PRIME))  # if y < p, y - p wraps and is the larger
             least[j] = low
     return least
 
 
 @njit(cache=True, nogil=True)
 def band_keys(signature, bands):  # type: ignore[no-untyped-def]
-    """Hash of the rows of each band, and of its number: uint64 [bands]."""
+    """Hash of the rows of each band together with its number: uint64 [bands]."""
     rows = len(signature) // bands
     keys = np.empty(bands, np.uint64)
     for band in range(bands):
@@ -175,7 +183,7 @@ def band_keys(signature, bands):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def sketch_of(data, normalised, table, pool, ngram, ab, bands, bits):  # type: ignore[no-untyped-def]
-    """`Sketch` of a text that may be `normalised` already, and whether the kernel could do it."""
+    """The fields of `Sketch` for UTF-8 `data`, which may be `normalised` already, and whether the kernel can do it."""
     done = True
     if normalised:
         text = data.copy()
@@ -210,15 +218,15 @@ def jaccard(a, b):  # type: ignore[no-untyped-def]
     return shared / max(1, len(a) + len(b) - shared)
 
 
-# Unsigned arithmetic wraps, as it is meant to; uncompiled kernels would warn of it.
-_quiet = partial(np.errstate, over="ignore") if not hasattr(sketch_of, "py_func") else nullcontext
+# Unsigned arithmetic is meant to wrap; without compilation, NumPy would warn about it.
+_ignore_overflow = partial(np.errstate, over="ignore") if not hasattr(sketch_of, "py_func") else nullcontext
 
 
 def sketch(text: str, ngram: int, ab: Hashes, bands: int, bits: int) -> Sketch:
-    """Normalise and measure a text by the functions `ab` of that width."""
-    with _quiet():
-        *found, done = sketch_of(utf8(text), False, *tables(), ngram, ab, bands, bits)
+    """Normalise and sketch a text. `ab`: coefficients of hash functions of `bits` bits, as `functions` returns them."""
+    with _ignore_overflow():
+        *result, done = sketch_of(utf8(text), False, *tables(), ngram, ab, bands, bits)
         if not done:
             data = np.frombuffer(normalise.loose(text).encode(), np.uint8)
-            *found, _ = sketch_of(data, True, *tables(), ngram, ab, bands, bits)
-    return Sketch(*found)
+            *result, _ = sketch_of(data, True, *tables(), ngram, ab, bands, bits)
+    return Sketch(*result)

@@ -1,6 +1,6 @@
-"""Lines and paragraphs for deduplication: where they stand, and a hash of each, compiled.
+"""Lines and paragraphs for deduplication, compiled: their positions, and a hash of each.
 
-Hashes are of 64 bits; 0 is that of a passage which is never cut. Cost: linear.
+Hashes have 64 bits; 0 marks a passage that is never cut. Cost: linear.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from llmkit.corpus.dedup.kernels.normalise import loose
 from llmkit.corpus.kernels.characters import SPACE
-from llmkit.corpus.kernels.normalise import loose
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes
 
@@ -18,7 +18,10 @@ NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
 
 @njit(cache=True, nogil=True)
 def spans(data, paragraphs):  # type: ignore[no-untyped-def]
-    """(first byte, byte behind) of each line, or of each of the `paragraphs` between runs of two and more newlines: int64 [passages] twice."""
+    """(start, stop) of each line in bytes: int64 [passages] each.
+
+    With `paragraphs`, of each paragraph: these are separated by runs of two or more newlines.
+    """
     room = 1
     for byte in data:
         room += byte == 0x0A
@@ -39,19 +42,22 @@ def spans(data, paragraphs):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def collapse(data, start, stop, table, out):  # type: ignore[no-untyped-def]
-    """`" ".join(text.split())` of data[start:stop] into `out`, which has room for one byte more; its length in bytes."""
+def collapse(data, start, stop, classes, out):  # type: ignore[no-untyped-def]
+    """Write `" ".join(text.split())` of data[start:stop] to `out`, which has room for one byte more.
+
+    Returns its length in bytes.
+    """
     n, last, i = 0, np.uint8(0x20), start
     while i < stop:
         byte = data[i]
         if 0x20 <= byte < 0x80:
             out[n] = byte
-            n += (byte != 0x20) | (last != 0x20)  # no branch: it could not be predicted
+            n += (byte != 0x20) | (last != 0x20)  # branchless: a branch would be mispredicted
             last = byte
             i += 1
             continue
         code, width = decode(data, i)
-        if table[code] & SPACE:
+        if classes[code] & SPACE:
             out[n] = 0x20
             n += last != 0x20
             last = np.uint8(0x20)
@@ -64,20 +70,24 @@ def collapse(data, start, stop, table, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def hashes_of(data, paragraphs, how, shortest, table, becomes, pool):  # type: ignore[no-untyped-def]
-    """(hash of each passage, True), or False where the Python normalisation has to do the text. `shortest`: characters, whitespace collapsed."""
+def hashes_of(data, paragraphs, mode, min_characters, classes, table, pool):  # type: ignore[no-untyped-def]
+    """(hash of each passage, True), or False as the second value if the Python normalisation must process the text.
+
+    `min_characters` counts characters after whitespace is collapsed. `classes` are character classes; `table` and
+    `pool` are the tables of the loose normalisation.
+    """
     starts, stops = spans(data, paragraphs)
     hashes, out = np.zeros(len(starts), np.uint64), np.empty(len(data) + 1, np.uint8)
     for i in range(len(starts)):
-        n = collapse(data, starts[i], stops[i], table, out)
-        if n == 0 or (n < 4 * shortest and swar.length(out, 0, n) < shortest):
+        n = collapse(data, starts[i], stops[i], classes, out)
+        if n == 0 or (n < 4 * min_characters and swar.length(out, 0, n) < min_characters):
             continue
-        if how == NONE:
+        if mode == NONE:
             h = hash_bytes(data, starts[i], stops[i])
         else:
             h = hash_bytes(out, 0, n)
-            if how == LOOSE:
-                text, done = loose(out[:n], becomes, pool)
+            if mode == LOOSE:
+                text, done = loose(out[:n], table, pool)
                 if not done:
                     return hashes, False
                 if len(text):

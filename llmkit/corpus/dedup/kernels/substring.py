@@ -1,8 +1,9 @@
-"""Repeats inside texts, compiled: fingerprints of a sequence of units, and what of it stood before.
+"""Repeats inside texts, compiled: fingerprints of a sequence of units, and which of them occurred before.
 
-Units are words as 64-bit hashes (uint64), or bytes (uint8). All documents are one array, each with a unit behind it that no text has (`fence`).
-A window is `length` units in a row; its fingerprint is the least hash among the runs of k = `run_of(length)` units in it, so that equal windows have
-equal fingerprints, and neighbours mostly the same one: winnowing, of Schleimer, Wilkerson and Aiken (SIGMOD 2003).
+Units are words as 64-bit hashes (uint64), or bytes (uint8). All documents form one array, each followed by a unit that
+occurs in no text (`FENCE`). A window is `length` consecutive units. Its fingerprint is the minimum hash among its runs
+of k = `run_of(length)` units, so that equal windows have equal fingerprints, and neighbouring windows mostly the same
+one: winnowing, after Schleimer, Wilkerson and Aiken (SIGMOD 2003).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ FENCE = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 @kernel
 def run_of(length):  # type: ignore[no-untyped-def]
-    """Units in a run that is hashed: half a window."""
+    """Number of units of a hashed run: half a window."""
     return (length + 1) // 2
 
 
 @njit(cache=True, nogil=True)
 def words(data, table):  # type: ignore[no-untyped-def]
-    """(first byte, byte behind, hash) of each word between whitespace: int64 [words] twice, uint64 [words]."""
+    """(start, stop, hash) of each word between whitespace, in bytes: int64 [words] twice, uint64 [words]."""
     starts = np.empty(len(data) // 2 + 1, np.int64)
     stops, hashes = np.empty_like(starts), np.empty(len(starts), np.uint64)
     n, i, size = 0, 0, len(data)
     while i < size:
         start = i
-        while i < size:  # a word, maybe empty, and the character behind it
+        while i < size:  # a word, possibly empty, and the character after it
             stop, byte = i, data[i]
             i += 1
             if 0x20 < byte < 0x7F:
@@ -52,7 +53,10 @@ def words(data, table):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
-    """Hash of every run of so many units: uint64 [units - length + 1], empty where there are fewer; never 0. A polynomial that rolls on."""
+    """Hash of every run of `length` units, by a rolling polynomial; never 0.
+
+    uint64 [units - length + 1]; empty if there are fewer units than `length`.
+    """
     n = len(units) - length + 1
     hashes = np.empty(max(0, n), np.uint64)
     power, h = swar.ONE, np.uint64(0)
@@ -69,7 +73,10 @@ def hashes_of_runs(units, length):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def least_in_windows(hashes, width):  # type: ignore[no-untyped-def]
-    """Minimum of each `width` hashes in a row, in their place: a window is the end of one block of `width` and the beginning of the next."""
+    """Minimum of every `width` consecutive hashes, in place.
+
+    A window is the end of one block of `width` hashes and the beginning of the next.
+    """
     count = len(hashes) - width + 1
     ends = np.empty(width, np.uint64)
     for block in range(0, count, width):
@@ -93,46 +100,55 @@ def of_windows(units, length):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def fingerprints(units, length):  # type: ignore[no-untyped-def]
-    """The fingerprints of a document's windows, one for neighbours that agree: but two where more agree than can hold one and the same run."""
-    found, width = of_windows(units, length), length - run_of(length) + 1
+    """The fingerprints of the windows of a document, one for each sequence of equal ones.
+
+    A sequence of more windows than can contain the same run gives another fingerprint.
+    """
+    result, width = of_windows(units, length), length - run_of(length) + 1
     n = since = 0
     last = FENCE
-    for i in range(len(found)):
+    for i in range(len(result)):
         since += 1
-        if i == 0 or found[i] != last or since > width:
-            last, since = found[i], 1
-            found[n] = last
+        if i == 0 or result[i] != last or since > width:
+            last, since = result[i], 1
+            result[n] = last
             n += 1
-    return found[:n].copy()
+    return result[:n].copy()
 
 
 @kernel
-def repeats(units, start, stop, length, prints, hashes, i, until, common, keys, places, part, parts, marks):  # type: ignore[no-untyped-def]
-    """Mark, a bit a unit, what of units[start:stop], a document, stands in a window that stood before; of its windows from `i` to about `until`.
+def repeats(  # type: ignore[no-untyped-def]
+    units, start, stop, length, fingerprints, hashes, i, until, repeated, keys, positions, part, parts, marks
+):
+    """Mark repeats in a document, units[start:stop], considering its windows from `i` to about `until`.
 
-    `prints` and `hashes` are those of its windows, `common` a table of fingerprints of which there are several, `keys` and `places` one of the first
-    window of each kind, of the kinds that are of this `part`.
-    A repeat is followed as far as it goes, unit by unit; the windows in it need not be looked up. Returns (next window to do, new ones in the table).
+    A unit is marked, with one bit, if it lies in a window that occurred before. A repeat is followed unit by unit as
+    far as it extends; the windows in it need not be looked up. Returns (next window to consider, new windows in the
+    table).
+
+    `fingerprints` and `hashes` are those of the windows of the document. `repeated`: table of the fingerprints that
+    occur more than once. `keys`, `positions`: table of the first window of each kind, for the kinds in this `part` of
+    `parts`.
     """
-    new, last, several = 0, np.uint64(0), False
+    new, last, is_repeated = 0, np.uint64(0), False
     while i < until:
         h = hashes[i]
-        if prints[i] != last:
-            last = prints[i]
-            several = common[slot(common, last)] == last
-        if not several or (parts > 1 and (h >> np.uint64(40)) % np.uint64(parts) != part):
+        if fingerprints[i] != last:
+            last = fingerprints[i]
+            is_repeated = repeated[slot(repeated, last)] == last
+        if not is_repeated or (parts > 1 and (h >> np.uint64(40)) % np.uint64(parts) != part):
             i += 1
             continue
         k = slot(keys, h)
-        place, size = start + i, 0
+        position, size = start + i, 0
         if keys[k] != h:
-            keys[k], places[k] = h, place
+            keys[k], positions[k] = h, position
             new += 1
-        elif places[k] + length <= place:  # else it overlaps itself
-            while place + size < stop and units[places[k] + size] == units[place + size]:
+        elif positions[k] + length <= position:  # else it overlaps itself
+            while position + size < stop and units[positions[k] + size] == units[position + size]:
                 size += 1
         if size >= length:
-            for j in range(place, place + size):
+            for j in range(position, position + size):
                 marks[j >> 3] |= np.uint8(0x80 >> (j & 7))
             i += size - length
         i += 1

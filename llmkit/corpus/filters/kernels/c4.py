@@ -1,4 +1,4 @@
-"""The C4 rules for lines, compiled: which lines of a text stay, and how many sentences they hold. A few passes."""
+"""Compiled C4 rules for lines: which lines of a text are kept, and how many sentences they contain. A few passes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from llmkit.corpus.words import ABBREVIATIONS
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import Bytes, decode, start_of
 
-LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # what a pattern means
+LOREM, JAVASCRIPT, POLICY = 1, 2, 4  # the rule that a pattern belongs to
 CURLY = 8
 STOPS, EXCLAMATIONS, QUESTIONS, BRACKETS, BRACES = (np.uint64(byte * 0x0101010101010101) for byte in b".!?[{")
 
 
 def packed(patterns: Mapping[str, int]) -> Bytes:
-    """ASCII strings and what each means, as kernels look for them: meaning, length, bytes, one behind the other."""
+    """ASCII strings and their meanings in the format of the kernels: meaning, length, bytes, one after another."""
     return np.frombuffer(b"".join(bytes([meaning, len(s)]) + s.encode() for s, meaning in patterns.items()), np.uint8)
 
 
-# What cannot be there without its sign, and the place of the pair of letters in it that is looked for: one of the PAIRS, in lower case. The last pair
-# begins the Kelvin sign, which is a k for str.lower (of its bytes 84 is A4 in this "lower case").
+# Signs without which a notice cannot occur, each with the position of the pair of letters (one of PAIRS, in
+# lower case) by which it is searched for. The last pair begins the Kelvin sign, which str.lower turns into k
+# (its byte 84 becomes A4 in the "lower case" of the search).
 SIGNS = {"lorem ipsum": 6, "javascript": 0, "terms of use": 8, "privacy policy": 3, "cookie": 3}
 SIGN_PATTERNS = packed({sign: number for number, sign in enumerate(SIGNS, 1)})
 SIGN_PLACES = np.array(list(SIGNS.values()))
@@ -38,7 +39,10 @@ SHORT_FORMS = packed(dict.fromkeys(ABBREVIATIONS, 1))
 
 @kernel
 def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
-    """(meaning, bytes it takes) of the first of `patterns` at data[start:stop]; with `fold`, as if that were lower-cased. (0, 0): none."""
+    """(meaning, length in bytes) of the first of `patterns` that matches at data[start:stop]; (0, 0) for no match.
+
+    With `fold`, the data are compared as if they were lower-cased.
+    """
     p = 0
     while p < len(patterns):
         length = int(patterns[p + 1])
@@ -48,7 +52,7 @@ def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
             if fold and 0x41 <= byte <= 0x5A:
                 byte += 0x20
             elif fold and byte == 0xE2 and i + 2 < stop and data[i + 1] == 0x84 and data[i + 2] == 0xAA:
-                byte = 0x6B  # the Kelvin sign is a k for str.lower
+                byte = 0x6B  # str.lower turns the Kelvin sign into k
                 i += 2
             if byte != patterns[p + 2 + k]:
                 break
@@ -61,35 +65,35 @@ def match(data, start, stop, patterns, fold):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def count_signs(data, signs, places):  # type: ignore[no-untyped-def]
-    """int64[5]: how often each of SIGNS occurs, in any case."""
-    counts = np.zeros(len(places), np.int64)
+def count_signs(data, signs, offsets):  # type: ignore[no-untyped-def]
+    """int64[5]: number of occurrences of each of SIGNS, ignoring case."""
+    counts = np.zeros(len(offsets), np.int64)
     size = len(data)
     for i in range(0, size, 8):
         a, b = swar.load(data, i) | SPACES, swar.load(data, i + 1) | SPACES
-        found = np.uint64(0)
+        candidates = np.uint64(0)
         for k in range(6):
             differences = a ^ FIRSTS[k] | b ^ SECONDS[k]
-            found |= differences - swar.ONES & ~differences  # a byte of zeros, or perhaps one behind it
-        found &= swar.HIGH
-        while found:
-            place = i + swar.first(found)
-            found &= found - swar.ONE
-            for k in range(len(places)):
-                if place >= places[k] and match(data, place - places[k], size, signs, True)[0] == k + 1:
+            candidates |= differences - swar.ONES & ~differences  # a zero byte, or possibly the byte after one
+        candidates &= swar.HIGH
+        while candidates:
+            position = i + swar.first(candidates)
+            candidates &= candidates - swar.ONE
+            for k in range(len(offsets)):
+                if position >= offsets[k] and match(data, position - offsets[k], size, signs, True)[0] == k + 1:
                     counts[k] += 1
     return counts
 
 
 @kernel
 def abbreviated(data, dot, table, short_forms):  # type: ignore[no-untyped-def]
-    """Whether an initial or an abbreviation ends before `dot`."""
+    """Whether an initial or an abbreviation ends directly before `dot`."""
     first = dot
     while first > 0 and dot - first < 5 and 0x41 <= data[first - 1] & 0xDF <= 0x5A:
         first -= 1
     if first == dot or dot - first == 5:
         return False
-    if first > 0:  # a digit, underscore or other letter before makes it part of a word
+    if first > 0:  # a preceding digit, underscore or other letter makes it part of a word
         code, _ = decode(data, start_of(data, first - 1))
         if code == 0x5F or table[code] & ALNUM:
             return False
@@ -101,20 +105,20 @@ def abbreviated(data, dot, table, short_forms):  # type: ignore[no-untyped-def]
 
 @kernel
 def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
-    """Sentences of lines, each ended by a newline, as llmkit.corpus.words.count_sentences counts them."""
+    """Number of sentences in newline-terminated lines, counted as by llmkit.corpus.words.count_sentences."""
     count = i = 0
     size = len(data)
     while True:
         word = swar.load(data, i)
-        some = word & swar.HIGH | swar.equal(word, swar.NEWLINES) | swar.equal(word, STOPS)
-        some |= swar.equal(word, EXCLAMATIONS) | swar.equal(word, QUESTIONS)
-        if not some:
+        candidates = word & swar.HIGH | swar.equal(word, swar.NEWLINES) | swar.equal(word, STOPS)
+        candidates |= swar.equal(word, EXCLAMATIONS) | swar.equal(word, QUESTIONS)
+        if not candidates:
             i += 8
         else:
-            i += swar.first(some)
+            i += swar.first(candidates)
         if i >= size:
             return count
-        if not some:
+        if not candidates:
             continue
         code, width = decode(data, i)
         if not table[code] & TERMINAL:
@@ -139,7 +143,7 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
             else:
                 marks = j + step
             j += step
-        i = marks  # a mark further on in the same run comes to the same end
+        i = marks  # later marks of the same run have the same end
         if spaced and not table[after] & SPACE:
             continue
         k = j
@@ -153,13 +157,15 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, citation_marks):  # type: ignore[no-untyped-def]
-    """(text of the kept lines, each stripped and ended by a newline, why the document goes, at which line).
+    """(text of the kept lines, each stripped and newline-terminated; why the document is dropped, 0 if not; at
+    which line).
 
-    `longest` word and `fewest` words a line (-1: any); `citations`, `end_mark`, `curly`: whether that rule is on; `patterns`: those of the
-    notices whose rule is on and that the text may hold.
+    `longest`: characters of the longest word that passes, `fewest`: words of the shortest line that passes (-1:
+    any); `citations`, `end_mark`, `curly`: whether that rule is on; `patterns`: the notices whose rule is on
+    and that may occur.
     """
     size = len(data)
-    out = np.empty(size + 9, np.uint8)  # one for a last newline, eight for what `copy` writes over
+    out = np.empty(size + 9, np.uint8)  # one byte for a final newline, eight that `copy` may overwrite
     o = number = i = 0
     rare = rare_breaks(data)
     brackets = False
@@ -172,8 +178,8 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
         last, width = end_of_line(data, first, size, rare)
         i = last + width
         first, last = stripped(data, first, last, table)
-        # Words, as many as have to be counted.
-        words = length = most = 0
+        # Count words, but only as many as the rules need.
+        words = length = longest_seen = 0
         enough = fewest if longest < 0 or last - first <= longest else last - first
         j = first
         while j < last and words <= enough:
@@ -184,10 +190,10 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
                 continue
             words += length == 0
             length += 1
-            most = max(most, length)
-        if longest >= 0 and most > longest:
+            longest_seen = max(longest_seen, length)
+        if longest >= 0 and longest_seen > longest:
             continue
-        begin, start, stop = first, o, o  # written behind what is kept; kept itself if `o` moves on
+        begin, start, stop = first, o, o  # the line is written after the kept lines, and kept by advancing `o`
         if not brackets or swar.find(data, first, last, BRACKETS) == last:
             swar.copy(data, first, last, out, o)
             stop += last - first
@@ -215,17 +221,17 @@ def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, cit
                 continue
         if words < fewest:
             continue
-        found = 0
+        matched = 0
         if len(patterns):
             for j in range(start, stop):
-                found |= match(out, j, stop, patterns, True)[0]
-        if found & LOREM:
+                matched |= match(out, j, stop, patterns, True)[0]
+        if matched & LOREM:
             return out[:0], LOREM, number
-        if found & JAVASCRIPT:
+        if matched & JAVASCRIPT:
             continue
         if curly and swar.find(data, begin, last, BRACES) < last:
             return out[:0], CURLY, number
-        if found & POLICY:
+        if matched & POLICY:
             continue
         out[stop] = 0x0A
         o = stop + 1

@@ -1,6 +1,6 @@
-"""How much of a text repeats as dolma's taggers measure it: all copies count, the first one too, and n-grams overlap.
+"""Repetition in a text as measured by dolma's taggers: all copies count, including the first, and n-grams overlap.
 
-An n-gram can repeat only where the (n-1)-grams at its place and the next do, as in kernels/repetition.py.
+An n-gram can repeat only where the (n-1)-grams at its position and at the next do, as in corpus/kernels/repetition.py.
 """
 
 from __future__ import annotations
@@ -17,52 +17,53 @@ from llmkit.kernels.utf8 import extend
 def all_copies(hashes, lengths):  # type: ignore[no-untyped-def]
     """int64[2, 9] for n = 2 to 10, in characters of words without spaces.
 
-    Row 0: for n to 4 all copies of the most common n-gram (of equally common ones the first), then all copies of those that come more than once.
-    Row 1: what that is a share of, the whole text for n to 4, then all n-grams; 0 where there are too few words for one.
+    Row 0: for n up to 4 all copies of the most common n-gram (of equally common ones the first); for larger n
+    all copies of the n-grams that occur more than once. Row 1: the denominator, which is the whole text for n
+    up to 4 and all n-grams for larger n; 0 where the text has fewer than n words.
     """
     result = np.zeros((2, 9), np.int64)
     words = len(hashes)
-    upto, places, keys = pairs(hashes, lengths)
-    left = len(keys)
+    offsets, positions, keys = pairs(hashes, lengths)
+    remaining = len(keys)
     for n in range(2, 11):
         if words < n:
             break
-        numbers, counts, _, _ = group(keys, left)
+        numbers, counts, _, _ = group(keys, remaining)
         if n <= 4:
-            result[1, n - 2] = upto[words]
-            most, result[0, n - 2] = 1, upto[n]
-            seen = 0  # numbers grow in order of first occurrence
-            for j in range(left):
-                if numbers[j] == seen:
-                    seen += 1
-                    if counts[numbers[j]] > most:
-                        most = counts[numbers[j]]
-                        result[0, n - 2] = (upto[places[j] + n] - upto[places[j]]) * most
+            result[1, n - 2] = offsets[words]
+            highest_count, result[0, n - 2] = 1, offsets[n]
+            next_number = 0  # numbers are assigned in order of first occurrence
+            for j in range(remaining):
+                if numbers[j] == next_number:
+                    next_number += 1
+                    if counts[numbers[j]] > highest_count:
+                        highest_count = counts[numbers[j]]
+                        result[0, n - 2] = (offsets[positions[j] + n] - offsets[positions[j]]) * highest_count
         else:
             for i in range(words - n + 1):
-                result[1, n - 2] += upto[i + n] - upto[i]
-            for j in range(left):
+                result[1, n - 2] += offsets[i + n] - offsets[i]
+            for j in range(remaining):
                 if counts[numbers[j]] > 1:
-                    result[0, n - 2] += upto[places[j] + n] - upto[places[j]]
-        kept = 0
-        for j in range(left - 1):  # the last one has no neighbour
-            place = places[j]
+                    result[0, n - 2] += offsets[positions[j] + n] - offsets[positions[j]]
+        survivors = 0
+        for j in range(remaining - 1):  # the last one has no neighbour
+            position = positions[j]
             if (
                 counts[numbers[j]] > 1
-                and places[j + 1] == place + 1
+                and positions[j + 1] == position + 1
                 and counts[numbers[j + 1]] > 1
-                and place + n < words
+                and position + n < words
             ):
-                places[kept] = place
-                keys[kept] = extend(keys[j], hashes[place + n])
-                kept += 1
-        left = kept
+                positions[survivors] = position
+                keys[survivors] = extend(keys[j], hashes[position + n])
+                survivors += 1
+        remaining = survivors
     return result
 
 
 @njit(cache=True, nogil=True)
 def line_copies(hashes, characters, flags, empty):  # type: ignore[no-untyped-def]
-    """Of the lines (with `empty`: of all, else of those with a character): (how many, how many have an equal, characters in those)."""
+    """(lines, lines that occur more than once, characters in those), over non-empty lines or, with `empty`, all."""
     n = 0
     keys, sizes = np.empty_like(hashes), np.empty_like(characters)
     for i in range(len(hashes)):
@@ -79,26 +80,29 @@ def line_copies(hashes, characters, flags, empty):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def summary(hashes, lengths, flags, wanted):  # type: ignore[no-untyped-def]
-    """(characters in words, twice their median length or -1 if that is 255 or more, words with a letter, words among the `wanted`, each time counted)."""
-    characters = lettered = found = 0
-    of_length = np.zeros(256, np.int64)  # the last: all longer ones
+def summary(hashes, lengths, flags, targets):  # type: ignore[no-untyped-def]
+    """(characters in words, twice the median word length, words with a letter, occurrences of the words `targets`).
+
+    Twice the median is -1 where the median is 255 or more.
+    """
+    characters = words_with_letter = matches = 0
+    length_counts = np.zeros(256, np.int64)  # the last entry counts all longer words, too
     for i in range(len(hashes)):
         characters += lengths[i]
-        of_length[min(lengths[i], 255)] += 1
-        lettered += flags[i] & ALPHA != 0
-        for other in wanted:
+        length_counts[min(lengths[i], 255)] += 1
+        words_with_letter += flags[i] & ALPHA != 0
+        for other in targets:
             if hashes[i] == other:
-                found += 1
+                matches += 1
                 break
-    twice = 0
+    doubled_median = 0
     if len(hashes):
         for rank in ((len(hashes) - 1) // 2, len(hashes) // 2):
             length = below = 0
-            while length < 255 and below + of_length[length] <= rank:
-                below += of_length[length]
+            while length < 255 and below + length_counts[length] <= rank:
+                below += length_counts[length]
                 length += 1
             if length == 255:
-                return characters, -1, lettered, found
-            twice += length
-    return characters, twice, lettered, found
+                return characters, -1, words_with_letter, matches
+            doubled_median += length
+    return characters, doubled_median, words_with_letter, matches

@@ -1,4 +1,4 @@
-"""Counting words and phrases of a list in a text, both as hashes of the simplest words there are. One pass."""
+"""Counting the words and phrases of a list in a text, both as hashes of runs of letters and digits. One pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASK = np.uint64(0xFFFF)
 
 @njit(cache=True, nogil=True)
 def letter_runs(data, table):  # type: ignore[no-untyped-def]
-    """uint64 hashes of a text's runs of letters and digits, and of every other character that is no space."""
+    """uint64 hashes of a text's runs of letters and digits, and of every other non-space character."""
     size = len(data)
     hashes = np.empty(size, np.uint64)
     n = i = 0
@@ -42,14 +42,15 @@ def letter_runs(data, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def count_phrases(words, starts, ends, flat, likely):  # type: ignore[no-untyped-def]
-    """At how many places of `words` (uint64) one of the phrases begins.
+    """Number of positions in `words` (uint64) at which one of the phrases begins.
 
-    Phrase i is flat[starts[i]:ends[i]]; phrases are sorted by their first word. `likely` (bool[65536]) is true at the low bits of every first word.
+    Phrase i is flat[starts[i]:ends[i]]; phrases are sorted by their first word. `likely` (bool[65536]) is true
+    at the low bits of every first word.
     """
-    found = 0
+    count = 0
     size = len(words)
-    for place in range(size):
-        first = words[place]
+    for position in range(size):
+        first = words[position]
         if not likely[first & MASK]:
             continue
         low, high = 0, len(starts)
@@ -61,13 +62,13 @@ def count_phrases(words, starts, ends, flat, likely):  # type: ignore[no-untyped
                 high = middle
         while low < len(starts) and flat[starts[low]] == first:
             length = ends[low] - starts[low]
-            same = place + length <= size
+            same = position + length <= size
             k = 1
             while same and k < length:
-                same = words[place + k] == flat[starts[low] + k]
+                same = words[position + k] == flat[starts[low] + k]
                 k += 1
             if same:
-                found += 1
+                count += 1
                 break
             low += 1
-    return found
+    return count

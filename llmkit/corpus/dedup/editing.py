@@ -1,8 +1,9 @@
-"""Deduplication that edits texts: what stands twice is cut out, and a document goes only when nothing is left of it.
+"""Deduplication that edits texts: repeats are cut, and a document is dropped only if nothing of it remains.
 
-A text is a sequence of pieces (lines, paragraphs, words) with something between them. A piece that is cut goes with what follows it; where the last ones
-are cut, what stood before them goes instead: cut lines leave `"\\n".join(the others)`. A document of which nothing but whitespace is left is
-dropped, whole; one without a cut keeps its bytes.
+A text is a sequence of pieces (lines, paragraphs, words) with separators between them. A piece is cut together with
+the separator after it; if the last pieces are cut, the separator before them is cut as well. Cutting lines therefore
+leaves `"\\n".join(remaining_lines)`. A document of which only whitespace remains is dropped; one without a cut keeps
+its bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import DTypeLike, NDArray
 
-from llmkit.corpus.dedup.method import Tally, with_fields
+from llmkit.corpus.dedup.results import DedupCounts, with_fields
 from llmkit.corpus.dedup.temp_columns import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
@@ -24,12 +25,12 @@ from llmkit.kernels.utf8 import Bytes
 
 Ends = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
-Measure = Callable[[str], tuple[NDArray[Any], Hashes]]  # a text to a number for each of its pieces, and further hashes
-Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 to the first byte of each piece, and the byte behind it
+MeasureText = Callable[[str], tuple[NDArray[Any], Hashes]]  # text -> a number for each of its pieces, further hashes
+Split = Callable[[Bytes], tuple[Ends, Ends]]  # UTF-8 -> start of each piece, end of each piece (exclusive)
 
 
-class Measured(NamedTuple):
-    """A measured chunk: lines, numbers of all pieces, how many of them each document has, further hashes, characters."""
+class ChunkPieces(NamedTuple):
+    """A measured chunk: lines, numbers of all pieces, pieces per document, further hashes, characters, bad lines."""
 
     lines: list[bytes]
     pieces: NDArray[Any]
@@ -39,41 +40,48 @@ class Measured(NamedTuple):
     bad: list[BadLine]
 
 
-def measure_chunk(measure: Measure, options: ReadOptions, chunk: Chunk) -> Measured:
-    """Worker side. Pure."""
+def measure_chunk(measure: MeasureText, options: ReadOptions, chunk: Chunk) -> ChunkPieces:
+    """Measure the documents of a chunk. Pure: runs in a worker."""
     documents, bad = parse(chunk, options)
-    with np.errstate(over="ignore"):  # unsigned arithmetic that wraps, where nothing is compiled
-        found = [measure(document.text) for document in documents]
-        none = measure("")
-    pieces, more = (np.concatenate([one[i][:0], *(one[i] for one in found)]) for i, one in ((0, none), (1, none)))
+    with np.errstate(over="ignore"):  # uncompiled kernels rely on unsigned arithmetic that wraps
+        measured = [measure(document.text) for document in documents]
+        empty = measure("")
+    pieces, more = (
+        np.concatenate([values[i][:0], *(values[i] for values in measured)]) for i, values in ((0, empty), (1, empty))
+    )
     lines, characters = [document.encode() for document in documents], sum(len(document.text) for document in documents)
-    return Measured(
-        lines, pieces, np.fromiter((len(one) for one, _ in found), np.int64, len(found)), more, characters, bad
+    return ChunkPieces(
+        lines,
+        pieces,
+        np.fromiter((len(numbers) for numbers, _ in measured), np.int64, len(measured)),
+        more,
+        characters,
+        bad,
     )
 
 
-class Backlog:
-    """Measured chunks that wait in temporary files for the second pass, without their further hashes."""
+class SpilledChunks:
+    """Measured chunks in temporary files, without their further hashes, for the second pass."""
 
     def __init__(self, dtype: DTypeLike, directory: str | None = None) -> None:
         self.packed, self.sizes, self.pieces = Blobs(directory), Column(np.int64, directory), Column(dtype, directory)
-        self._chunks: list[int] = []
+        self._chunks: list[int] = []  # documents per chunk
 
-    def append(self, part: Measured) -> None:
+    def append(self, chunk: ChunkPieces) -> None:
         """Add a chunk."""
-        self.packed.append([pack(part.lines)])
-        self.sizes.append(part.sizes)
-        self.pieces.append(part.pieces)
-        self._chunks.append(len(part.lines))
+        self.packed.append([pack(chunk.lines)])
+        self.sizes.append(chunk.sizes)
+        self.pieces.append(chunk.pieces)
+        self._chunks.append(len(chunk.lines))
 
     def __iter__(self) -> Iterator[tuple[list[bytes], Ends, int, int]]:
-        """Lines and sizes of each chunk, with the numbers of its first piece and of the one behind its last."""
+        """For each chunk: its lines, pieces per document, and the range [start, stop) of its pieces."""
         packed, sizes, document, start = self.packed.read(), self.sizes.array(), 0, 0
         for chunk, count in enumerate(self._chunks):
             data = unpack(packed[chunk])
-            mine = sizes[document : document + count]
-            document, stop = document + count, start + int(mine.sum())
-            yield [line + b"\n" for line in data.split(b"\n")[:-1]], mine, start, stop
+            chunk_sizes = sizes[document : document + count]
+            document, stop = document + count, start + int(chunk_sizes.sum())
+            yield [line + b"\n" for line in data.split(b"\n")[:-1]], chunk_sizes, start, stop
             start = stop
 
     def close(self) -> None:
@@ -82,7 +90,7 @@ class Backlog:
 
 
 def without(data: bytes, starts: Ends, stops: Ends, cut: NDArray[np.bool_]) -> bytes:
-    """A text without the pieces that are `cut`."""
+    """A text without the pieces marked in `cut`."""
     edges = np.flatnonzero(np.diff(np.concatenate([[True], cut, [True]])))
     nexts = np.append(starts[1:], len(data))
     kept = [data[starts[a] : nexts[b - 1]] for a, b in edges.reshape(-1, 2)]
@@ -92,8 +100,11 @@ def without(data: bytes, starts: Ends, stops: Ends, cut: NDArray[np.bool_]) -> b
 
 
 @dataclass
-class Edits(Tally):
-    """Counts of documents and of characters. `rejects`: whether dropped documents are wanted; `temporary`: where documents wait."""
+class EditingDedup(DedupCounts):
+    """Base of the methods that edit texts; counts documents and characters.
+
+    `rejects`: whether the lines of dropped documents are returned. `temporary`: directory of temporary files.
+    """
 
     edited: int = 0
     characters: int = 0
@@ -102,11 +113,11 @@ class Edits(Tally):
     engine: Engine = field(default_factory=Local)
     temporary: str | None = None
 
-    def measured(self, reader: DocumentReader, measure: Measure) -> Iterator[Measured]:
-        """The documents of a reader, chunk by chunk."""
-        for part in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
-            self.characters += part.characters
-            yield part
+    def measure_chunks(self, reader: DocumentReader, measure: MeasureText) -> Iterator[ChunkPieces]:
+        """Measure the documents of a reader, chunk by chunk."""
+        for chunk in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
+            self.characters += chunk.characters
+            yield chunk
 
     def counts(self) -> dict[str, Any]:
         more = {"edited": self.edited, "characters": self.characters, "characters_cut": self.characters_cut}
@@ -122,7 +133,10 @@ class Edits(Tally):
         reason: str,
         fences: int = 0,
     ) -> tuple[bytes, bytes]:
-        """Lines to keep and to reject. `flags`: for each of the pieces, `sizes[i]` of document i, whether it is cut; the last `fences` are of none."""
+        """Cut the flagged pieces out of documents. Returns the lines to keep and to reject.
+
+        Document i has `sizes[i]` pieces, the last `fences` of which belong to no text; `flags` has one value per piece.
+        """
         kept: list[bytes] = []
         rejects: list[bytes] = []
         stop = 0
@@ -136,7 +150,7 @@ class Edits(Tally):
             fields = orjson.loads(line)
             before, data = fields[key], fields[key].encode()
             starts, stops = split(np.frombuffer(data, np.uint8))
-            if len(cut) > len(starts):  # flags of bytes, pieces that are characters: one goes if all of it is cut
+            if len(cut) > len(starts):  # one flag per byte, pieces are characters: cut only if all its bytes are
                 cut = np.logical_and.reduceat(cut, starts)
             text = without(data, starts, stops, cut).decode()
             if text and not text.isspace():

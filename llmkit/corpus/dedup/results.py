@@ -1,4 +1,4 @@
-"""What all ways of deduplication share: the names of the methods, what becomes of a chunk, and the counts."""
+"""Results that all deduplication methods share: the outcome of a chunk, and the counts of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 import orjson
 
 from llmkit.io.documents import BadLine
-from llmkit.registry import Registry
-
-METHODS = Registry("method")
 
 
 @dataclass(slots=True)
-class Decided:
-    """A chunk's outcome: lines to keep, lines to reject, bad lines for the reader, number of documents read."""
+class ChunkResult:
+    """The outcome of a chunk: lines to keep, lines to reject, bad lines for the reader, number of documents read."""
 
     kept: bytes
     rejects: bytes
@@ -25,8 +22,8 @@ class Decided:
 
 
 @dataclass
-class Tally:
-    """Documents decided so far; `dropped` by reason, `lacking` a field that an option names."""
+class DedupCounts:
+    """Documents processed so far. `dropped` counts by reason, `lacking` by option the documents without its field."""
 
     documents: int = 0
     kept: int = 0
@@ -34,7 +31,7 @@ class Tally:
     lacking: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, Any]:
-        """For summary and lineage."""
+        """The counts as written to the summary and the lineage."""
         reasons = dict(sorted(self.dropped.items()))
         return {
             "documents": self.documents,
@@ -44,11 +41,11 @@ class Tally:
         }
 
 
-def verdict(reason: str, kept_id: str, similarity: float | None) -> dict[str, Any]:
-    """The fields that say why a document is a duplicate: of which kept one, and how similar it is, if that was measured."""
+def duplicate_fields(reason: str, kept_id: str, similarity: float | None) -> dict[str, Any]:
+    """The fields written on a duplicate: the reason, the id of its kept document, their similarity if measured."""
     return {"reason": reason, "duplicate_of": kept_id, "similarity": similarity}
 
 
 def with_fields(line: bytes, fields: dict[str, Any]) -> bytes:
-    """A document's line with fields set."""
+    """The line of a document with fields set."""
     return orjson.dumps(orjson.loads(line) | fields) + b"\n"

@@ -1,7 +1,7 @@
-"""Which documents are duplicates of which: candidates from equal band keys, and the choice of survivors, compiled.
+"""Candidate pairs from equal band keys, and the choice of survivors among duplicates, compiled.
 
-Documents are numbered by rank, the order in which they are preferred as survivors. Candidate pairs are `uint64`: the later document in the upper 32
-bits, the earlier one in the lower.
+Documents are numbered by rank, the order in which they are preferred as survivors. Candidate pairs are packed in
+`uint64`: the later document in the upper 32 bits, the earlier one in the lower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 @kernel
 def firsts(keys, order, result):  # type: ignore[no-untyped-def]
-    """result[i] = the lowest of the documents with the key of i; `order` sorts the `keys`, equal ones by rank."""
+    """Set result[i] to the lowest document with the key of document i; `order` sorts `keys`, equal ones by rank."""
     for i in range(len(order)):
         same = i > 0 and keys[order[i]] == keys[order[i - 1]]
         result[order[i]] = result[order[i - 1]] if same else order[i]
@@ -26,9 +26,10 @@ def firsts(keys, order, result):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def pairs(keys, documents, limit):  # type: ignore[no-untyped-def]
-    """Candidate pairs of `documents` with equal keys, sorted by key, then rank: each with the `limit` first ones of its group and the `limit` before it.
+    """Candidate pairs of `documents` with equal keys; both arrays are sorted by key, then rank.
 
-    So the cost is linear, however many documents share a key.
+    Each document is paired with the first `limit` documents of its key and with the `limit` before it, so that the cost
+    is linear however many documents share a key.
     """
     total = 0
     result = np.empty(0, np.uint64)
@@ -55,7 +56,10 @@ def pairs(keys, documents, limit):  # type: ignore[no-untyped-def]
 
 @kernel
 def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped-def]
-    """Jaccard similarity of two documents' shingles, shingles[starts[i]:starts[i + 1]]; 0 where their numbers alone keep it under the threshold."""
+    """Jaccard similarity of the shingles of two documents, shingles[starts[i]:starts[i + 1]].
+
+    0 if the sizes of the two sets alone put it below the threshold.
+    """
     a, b = shingles[starts[i] : starts[i + 1]], shingles[starts[j] : starts[j + 1]]
     if min(len(a), len(b)) < threshold * max(len(a), len(b)) - 1e-9:
         return 0.0
@@ -64,7 +68,7 @@ def similarity_of(i, j, shingles, starts, threshold):  # type: ignore[no-untyped
 
 @njit(cache=True, nogil=True)
 def similarities_of(later, earlier, shingles, starts, threshold):  # type: ignore[no-untyped-def]
-    """`similarity_of` each pair."""
+    """`similarity_of` for each pair."""
     result = np.empty(len(later))
     for p in range(len(later)):
         result[p] = similarity_of(later[p], earlier[p], shingles, starts, threshold)
@@ -75,12 +79,12 @@ def similarities_of(later, earlier, shingles, starts, threshold):  # type: ignor
 def stars(  # type: ignore[no-untyped-def]
     first_rank,
     end,
-    given,
+    references,
     exact,
     same,
     candidates,
     known,
-    places,
+    documents,
     shingles,
     starts,
     threshold,
@@ -90,19 +94,27 @@ def stars(  # type: ignore[no-untyped-def]
     kept_exact,
     kept_same,
     near,
-    alike,
+    near_similarity,
     searched,
 ):
-    """Choose survivors by rank, of the ranks from `first_rank` to `end`: a document goes if a kept one matches it, the first such. Fills `matches` (NONE: kept), `similarities`, `reasons`
-    (1: equal key, 2: equal or near text); what `matches` holds already stays (documents that are seen elsewhere, their reasons given).
+    """Choose survivors among the ranks from `first_rank` to `end`: a document is removed if it matches a survivor.
 
-    The first `given` documents stay in any case. `exact`, `same`: lowest document with the same key and with the same words (empty: that is not asked).
-    `known` holds the similarity of each candidate, or nothing: then they are measured as they are needed, from the `shingles` of document i at
-    `places[i]`. With threshold < 0, candidates are believed (similarity -1). From one call to the next go: the kept document with a key, with some words,
-    and like some words (NONE: none yet), how much alike, and whether that was asked.
+    Writes for each document the first survivor that it matches (`matches`, NONE: it survives), their similarity
+    (`similarities`) and the reason (`reasons`, 1: equal key, 2: equal or similar text). Entries of `matches` that are
+    already set stay, with their reasons: duplicates of indexed documents. The first `references` documents always
+    survive.
+
+    `exact`, `same`: lowest document with the same key, with the same words (empty: not compared).
+    `known`: similarity of each candidate; if empty, similarities are measured as needed, from the `shingles` of the
+    document at rank i, which has the number documents[i] in `starts`. With threshold < 0, candidates are accepted
+    unverified (similarity -1).
+
+    State carried from one call to the next, indexed by the lowest document with a key or with the same words:
+    `kept_exact`: the survivor with this key; `kept_same`: the survivor with these words; `near`: the survivor similar
+    to these words (each NONE: none yet); `near_similarity`: its similarity; `searched`: whether `near` was searched.
     """
     for i in range(first_rank, end):
-        if i >= given and matches[i] == NONE:
+        if i >= references and matches[i] == NONE:
             if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] >= 0:
                 matches[i], similarities[i], reasons[i] = kept_exact[exact[i]], 1, 1
             elif len(same):
@@ -120,15 +132,17 @@ def stars(  # type: ignore[no-untyped-def]
                             if len(known):
                                 similarity = known[p - 1]
                             else:
-                                similarity = similarity_of(places[first], places[earlier], shingles, starts, threshold)
+                                similarity = similarity_of(
+                                    documents[first], documents[earlier], shingles, starts, threshold
+                                )
                             if similarity < threshold:
                                 continue
-                        near[first], alike[first] = kept_same[earlier], similarity
+                        near[first], near_similarity[first] = kept_same[earlier], similarity
                         break
                 if kept_same[first] >= 0:
                     matches[i], similarities[i], reasons[i] = kept_same[first], 1, 2
                 elif near[first] >= 0:
-                    matches[i], similarities[i], reasons[i] = near[first], alike[first], 2
+                    matches[i], similarities[i], reasons[i] = near[first], near_similarity[first], 2
         if matches[i] == NONE:
             if len(exact) and exact[i] >= 0 and kept_exact[exact[i]] < 0:
                 kept_exact[exact[i]] = i
@@ -138,7 +152,7 @@ def stars(  # type: ignore[no-untyped-def]
 
 @kernel
 def find_root(parents, i):  # type: ignore[no-untyped-def]
-    """Lowest document of i's component."""
+    """The lowest document in the component of i."""
     while parents[i] != i:
         parents[i] = parents[parents[i]]
         i = parents[i]
@@ -147,9 +161,12 @@ def find_root(parents, i):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def components(  # type: ignore[no-untyped-def]
-    given, exact, same, candidates, known, threshold, matches, similarities, reasons
+    references, exact, same, candidates, known, threshold, matches, similarities, reasons
 ):
-    """As `stars`, but whatever is connected by verified pairs is one group, of which the first document stays: the field's usual union-find."""
+    """Choose survivors by union-find: the first document of each connected component of verified pairs survives.
+
+    Arguments and results as for `stars`.
+    """
     n = len(matches)
     parents = np.arange(n)
     for i in range(n):
@@ -163,11 +180,11 @@ def components(  # type: ignore[no-untyped-def]
             continue
         a, b = find_root(parents, later), find_root(parents, earlier)
         parents[max(a, b)] = min(a, b)
-    for i in range(given, n):
+    for i in range(references, n):
         root = find_root(parents, i)
         if root == i or matches[i] != NONE:
             continue
-        matches[i], reasons[i], similarities[i] = root, 2, -1  # it may be like another member only
+        matches[i], reasons[i], similarities[i] = root, 2, -1  # it may be similar only to another member
         if len(exact) and exact[i] >= 0 and exact[i] == exact[root]:
             reasons[i], similarities[i] = 1, 1
         elif len(same) and same[i] == same[root]:

@@ -1,12 +1,15 @@
 """The `loose` normalisation (dedup/normalise.py) over UTF-8, compiled: the same bytes for every text.
 
-`loose(data, *tables())` is the normalised text and whether that is all of it. What a character becomes is read off the Python function, one
-character at a time, so that the definition stays there. Three things depend on more than one character:
-- numbers: a run of digits of any script with at most one decimal part is one `0`; done here.
-- the capital sigma, whose lower case is another at the end of a word: `utf8` gives a text that has one in Python's lower case, which is right,
-  since lower case changes nothing when taken twice.
-- characters other than marks that canonical decomposition puts in order (38, signs of Javanese and Balinese, of musical notation, of old Korean
-  among them): the kernel stops, and the Python function has to do the text.
+`loose(data, *tables())` returns the normalised text and whether it is complete. The result for a single
+character is taken from the Python function, so that the definition stays there. Three things depend on more
+than one character:
+
+- numbers: a run of digits of any script with at most one decimal part becomes one `0`, which is done here;
+- the capital sigma, whose lower case differs at the end of a word: `utf8` lower-cases a text that contains one
+  in Python, which is correct because lower-casing twice changes nothing;
+- characters other than marks that canonical decomposition reorders (38, among them signs of Javanese and
+  Balinese, of musical notation, and of old Korean): the kernel stops, and the Python function has to normalise
+  the text.
 
 Cost: linear (tests/bench/minhash_recall.md). Tables: 4.4 MB at most.
 """
@@ -24,43 +27,46 @@ from llmkit.corpus.dedup import normalise
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode
 
-# What becomes of a character; above 0: bytes elsewhere.
-SAME, DROPPED, BLANK, DIGIT, POINT, REORDERED = 0, -1, -2, -3, -4, -5
-GROWTH = 3  # most bytes out for one in: Hangul syllables
+# What a character becomes; values above 0 refer to bytes in a pool.
+SAME, DROPPED, BLANK, DIGIT, POINT, NEEDS_REORDERING = 0, -1, -2, -3, -4, -5
+GROWTH = 3  # maximum bytes written per byte read, for Hangul syllables
 POINTS = ".,\u060c\u066b\u2396\u2397\u2398"  # decimal separators
-# Every other character stays what it is: ideographs, private use, unassigned.
+# All other characters stay unchanged: ideographs, private use, unassigned.
 RANGES = ((0, 0x3400), (0xA000, 0xD800), (0xF900, 0x17000), (0x1B000, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE0200))
-BETWEEN = "\ue000"  # stays what it is, and keeps characters apart
+BETWEEN = "\ue000"  # a separator that normalisation leaves unchanged
 
 
 @cache
 def tables() -> tuple[NDArray[np.int32], Bytes]:
-    """(int32[0x110000]: what becomes of each character, or 16 · offset + length of its bytes in the other; uint8: those bytes)."""
+    """(table, pool): int32[0x110000], what each character becomes, and uint8[...], the bytes of replacements.
+
+    A value above 0 is 16 · offset + length of the replacement in the pool.
+    """
     table = np.zeros(0x110000, np.int32)
-    made = {"": DROPPED, " ": BLANK}
+    entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
     for start, stop in RANGES:
         characters = list(map(chr, range(start, stop)))
-        becomes = normalise.loose(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
-        for code, (old, new) in enumerate(zip(characters, becomes, strict=True), start):
+        replacements = normalise.loose(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
+        for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
             if old == new != "0" and not unicodedata.combining(old):
-                continue  # most of them
+                continue  # most characters
             if any(map(unicodedata.combining, new)):
-                table[code] = REORDERED
+                table[code] = NEEDS_REORDERING
             elif new == "0":
                 table[code] = DIGIT
             else:
-                if new not in made:
-                    made[new] = 16 * len(pool) + len(new.encode())
+                if new not in entry_of:
+                    entry_of[new] = 16 * len(pool) + len(new.encode())
                     pool += new.encode()
-                table[code] = made[new]
+                table[code] = entry_of[new]
     table[[ord(point) for point in POINTS]] = POINT
     table.setflags(write=False)
     return table, np.frombuffer(bytes(pool), np.uint8)
 
 
 def _fast() -> Bytes:
-    """What a byte becomes that is one whatever is beside it; 0 for digits and what is not ASCII."""
+    """The byte that each byte becomes regardless of its neighbours; 0 for digits and non-ASCII bytes."""
     return np.array(
         [0 if chr(code).isdecimal() else ord(normalise.loose(f"a{chr(code)}b")[1]) for code in range(128)] + [0] * 128,
         np.uint8,
@@ -71,13 +77,13 @@ FAST = _fast()
 
 
 def utf8(text: str) -> Bytes:
-    """The bytes of a text for the kernel."""
+    """The bytes of a text for the kernel, lower-cased if it contains a capital sigma."""
     return np.frombuffer((text.lower() if "Σ" in text else text).encode(), np.uint8)
 
 
 @kernel
 def after_digits(data, i, table):  # type: ignore[no-untyped-def]
-    """Where the run of digits that starts at byte `i` ends: `i` if there is none."""
+    """End of the run of digits that starts at byte `i`; `i` if there is none."""
     while i < len(data):
         code, width = decode(data, i)
         if table[code] != DIGIT:
@@ -88,7 +94,7 @@ def after_digits(data, i, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def after_number(data, i, table):  # type: ignore[no-untyped-def]
-    """Where the number ends whose first digit is at byte `i`."""
+    """End of the number whose first digit is at byte `i`."""
     end = after_digits(data, i, table)
     if end < len(data):
         code, width = decode(data, end)
@@ -101,20 +107,20 @@ def after_number(data, i, table):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def loose(data, table, pool):  # type: ignore[no-untyped-def]
-    """(normalised bytes, True), or (what was done so far, False) at a character that the Python function has to do."""
+    """(normalised bytes, True), or (the bytes so far, False) at a character that needs the Python function."""
     size = len(data)
-    room = size + 2
+    capacity = size + 2
     for byte in data:
-        room += (GROWTH - 1) * (byte >= 0x80)
-    out = np.empty(room, np.uint8)
-    out[0] = last = np.uint8(0x20)  # so that spaces at the start are spaces behind one
+        capacity += (GROWTH - 1) * (byte >= 0x80)
+    out = np.empty(capacity, np.uint8)
+    out[0] = previous = np.uint8(0x20)  # so that leading spaces follow a space and are dropped
     n, i = 1, 0
     while i < size:
         new = FAST[data[i]]
         if new:
             out[n] = new
-            n += (new != 0x20) | (last != 0x20)  # no branch: it could not be predicted
-            last = new
+            n += (new != 0x20) | (previous != 0x20)  # without a branch, which could not be predicted
+            previous = new
             i += 1
             continue
         code, width = decode(data, i)
@@ -137,11 +143,11 @@ def loose(data, table, pool):  # type: ignore[no-untyped-def]
             n += width
         elif action == BLANK:
             out[n] = 0x20
-            n += last != 0x20
-        elif action == REORDERED:
+            n += previous != 0x20
+        elif action == NEEDS_REORDERING:
             return out[1:n], False
         i += width
-        last = out[n - 1]
+        previous = out[n - 1]
     if n > 1 and out[n - 1] == 0x20:
         n -= 1
     return out[1:n], True

@@ -1,0 +1,63 @@
+"""The digest of token shards.
+
+That of one shard is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored
+(little-endian), document lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of
+nothing where there is no such column), and of a sixth where there are duplicates (int64). That of several
+shards is xxh3-128 of theirs. Cutting documents into batches does not change it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from llmkit.shards.arrow import SourceCodes, Tokens, zero_terminated
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class ColumnDigest:
+    """Digest of documents, independent of how they are cut into batches."""
+
+    def __init__(self) -> None:
+        self._states = [xxhash.xxh3_128() for _ in range(5)]
+
+    def add(
+        self,
+        tokens: Tokens,
+        lengths: NDArray[np.int64],
+        ids: pa.StringArray,
+        sources: SourceCodes,
+        epochs: Any,
+        duplicates: Any,
+    ) -> None:
+        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None."""
+        codes, names = sources
+        terminated = [name.encode() + b"\0" for name in names]
+        columns: tuple[Any, ...] = (
+            np.ascontiguousarray(tokens).data,
+            lengths.astype("<i8").data,
+            zero_terminated(ids).data,
+            b"".join([terminated[code] for code in codes.tolist()]),
+        )
+        for state, column in zip(self._states, columns, strict=False):
+            state.update(column)
+        if epochs is not None:
+            self._states[4].update(np.ascontiguousarray(epochs, "<i4").data)
+        if duplicates is not None:
+            if len(self._states) == 5:
+                self._states.append(xxhash.xxh3_128())
+            self._states[5].update(np.ascontiguousarray(duplicates, "<i8").data)
+
+    def result(self) -> str:
+        """`xxh3:` and 32 hex digits."""
+        return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
+
+
+def combined_digest(digests: list[str]) -> str:
+    """The digest of several shards from theirs."""
+    return digests[0] if len(digests) == 1 else "xxh3:" + xxhash.xxh3_128_hexdigest("".join(digests).encode())
