@@ -180,7 +180,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert "either --step or --find" in failed(capsys, run, "--step", "1", "--find", "a")
     assert "not a run" in failed(capsys, str(tmp_path), "--step", "1")
     (tmp_path / "checkpoints").mkdir()
-    assert "holds no trace" in failed(capsys, str(tmp_path), "--step", "1")
+    assert "no trace" in failed(capsys, str(tmp_path), "--step", "1")
 
 
 def test_moved_and_changed_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
