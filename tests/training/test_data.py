@@ -151,7 +151,7 @@ def test_held_out_counts_every_token_once(sizes: list[int], length: int) -> None
 def test_token_over_the_vocabulary_is_refused() -> None:
     """Behaviour: ids beyond the model's vocabulary stop the run with a clear message."""
     source = StreamSource(Numbered([30]), 8, 1, 30, vocabulary=10)
-    with pytest.raises(LlmkitError, match="over the model's vocabulary"):
+    with pytest.raises(LlmkitError, match="exceeds the model's vocabulary"):
         source.batch(1, 0, 1)
 
 
