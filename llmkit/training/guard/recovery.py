@@ -174,8 +174,9 @@ class Recovery:
             return
         checkpoint = self._snapshot.last_checkpoint
         hint = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        limit = self._context.checkpoints.max_rollbacks
         raise LlmkitError(
-            f"more than {self._context.checkpoints.max_rollbacks} rollbacks within {WINDOW} steps, the last at step {number:,}",
+            f"more than {limit} rollbacks within {WINDOW} steps, the last at step {number:,}",
             f"lower the learning rate, or inspect the documents named in events.jsonl; {hint}",
         )
 
