@@ -171,7 +171,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         stop_ids=_stop_ids(info, files),
         fresh=initial,
         objective=preference_objective(options.loss.beta),
-        figures=FIGURES,
+        metric_names=FIGURES,
         late_source=with_reference,
         resolved={"lr": rate},
         positional=("model", "rows"),

@@ -96,7 +96,7 @@ class Prepared:
     stop_ids: list[int]
     fresh: Callable[[], Decoder]
     objective: Objective = next_token
-    figures: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
     heldout: Source | None = None
     optimizer_from: Path | None = None
     rope_theta: Callable[[int], float] | None = None
@@ -151,7 +151,7 @@ def run_training(
             p.objective,
             source,
             p.schedule,
-            figures=p.figures,
+            metric_names=p.metric_names,
             tokenizer_files=p.tokenizer_files,
             stop_ids=p.stop_ids,
             heldout=p.heldout,

@@ -188,7 +188,7 @@ class Session:
         source: Source,
         schedule: Schedule,
         *,
-        figures: tuple[str, ...] = (),
+        metric_names: tuple[str, ...] = (),
         tokenizer_files: Mapping[str, str],
         stop_ids: list[int] | None = None,
         heldout: Source | None = None,
@@ -205,7 +205,7 @@ class Session:
         self.state.environment["model"] = model_digest(config.to_hf())
         if optimization.z_loss:
             plain: Callable[..., ObjectiveResult] = objective
-            objective, figures = partial(plain, z_loss=optimization.z_loss), (*figures, "z_loss")
+            objective, metric_names = partial(plain, z_loss=optimization.z_loss), (*metric_names, "z_loss")
         before = self.checkpoint or optimizer_from
         kind = optimization.optimizer or (
             optimizer_of_state(read_layout(before / STATE / OPTIMIZER)) if before else "adamw"
@@ -237,7 +237,7 @@ class Session:
                 model=model,
                 optimizer=optimizer,
                 objective=objective,
-                metric_names=figures,
+                metric_names=metric_names,
                 source=source,
                 schedule=schedule,
                 processes=self.processes,
