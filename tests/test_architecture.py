@@ -40,6 +40,7 @@ WITHOUT_TORCH = (
 )
 MOST_LINES = 450
 MOST_FILES = 14
+MOST_COLUMNS = 120
 ONE_FILE_PER_RULE = PACKAGE / "corpus" / "filters"
 
 
@@ -138,6 +139,13 @@ def test_file_sizes(capsys: pytest.CaptureFixture[str]) -> None:
             + ", ".join(f"{n} {s}" for n, s in largest)
         )
     assert not {name: size for name, size in sizes.items() if size > MOST_LINES}
+
+
+def test_line_widths() -> None:
+    """Property: lines of llmkit/ have at most 120 columns, those that the formatter leaves alone included."""
+    lines = ((path, i, line) for path in modules() for i, line in enumerate(path.read_text().splitlines(), 1))
+    wide = [f"{path.relative_to(ROOT)}:{i}" for path, i, line in lines if len(line) > MOST_COLUMNS]
+    assert not wide, f"{len(wide)} lines: {wide[:20]}"
 
 
 def test_folder_sizes() -> None:

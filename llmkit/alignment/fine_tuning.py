@@ -31,8 +31,8 @@ from llmkit.training.optim.schedule import (
     FINE_TUNING,
     PREFERENCE,
     Schedule,
+    build_schedule,
     default_rate,
-    named,
     warmup_tokens,
 )
 from llmkit.training.options import ScheduleOptions
@@ -186,7 +186,7 @@ def _from_stdin(rows: list[str] | None) -> bool:
 def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
     """The learning rate over `total` tokens; the options of a command have defaults for all that is used here."""
     warmup = warmup_tokens(options.warmup or 0.0, total)
-    return named(
+    return build_schedule(
         options.schedule or "linear",
         rate,
         total,

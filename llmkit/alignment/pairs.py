@@ -24,9 +24,15 @@ from llmkit.alignment.preference import LOSSES, PairLogProbabilities
 from llmkit.chat.masks import EncodedRow
 from llmkit.io.atomic import atomic_file
 from llmkit.seeds import derive
-from llmkit.training.data import Batch, pack
+from llmkit.training.data import Batch, collate
 from llmkit.training.distributed.processes import Processes
-from llmkit.training.objectives import Objective, Result, counted, head_weight, token_log_probabilities
+from llmkit.training.objectives import (
+    Objective,
+    ObjectiveResult,
+    counted_hidden_states,
+    head_weight,
+    token_log_probabilities,
+)
 
 FIGURES = ("reward_chosen", "reward_rejected", "margin", "accuracy", "log_p_chosen", "log_p_rejected")
 
@@ -37,21 +43,21 @@ def preference_objective(beta: float, loss: str = "sigmoid") -> Objective:
     """
     pair_loss = LOSSES.get(loss).function
 
-    def objective(model: Any, batch: Batch, scale: float) -> Result:
+    def objective(model: Any, batch: Batch, scale: float) -> ObjectiveResult:
         pairs = PairLogProbabilities(sequence_log_probabilities(model, batch).view(2, -1), batch.extra["reference"].T)
         total = pair_loss(pairs, beta).sum() * scale
         with torch.no_grad():
             rewards, margins = beta * pairs.ratios, beta * pairs.delta
             values = (*rewards, margins, (margins > 0).float(), *pairs.policy)
             figures = {name: value.sum() * scale for name, value in zip(FIGURES, values, strict=True)}
-        return Result(total, figures)
+        return ObjectiveResult(total, figures)
 
     return objective
 
 
 def sequence_log_probabilities(model: Any, batch: Batch) -> Tensor:
     """Σ log p over the positions of each row whose weight is not 0: float32 [R], with gradients."""
-    hidden, index = counted(model, batch)
+    hidden, index = counted_hidden_states(model, batch)
     log_p = token_log_probabilities(hidden, head_weight(model), batch.targets.flatten()[index])
     # Scattering, then summing along rows, adds in a fixed order; index_add on a GPU does not.
     flat = log_p.new_zeros(batch.targets.numel()).index_put((index,), log_p)
@@ -85,7 +91,7 @@ class PairSource:
     def tokens(self, step: int) -> int:
         return int(self._tokens[step])
 
-    def shortened(self, step: int) -> int:
+    def length_ratio(self, step: int) -> int:
         return 1
 
     def weight(self, step: int) -> float:
@@ -106,7 +112,7 @@ def pair_batch(rows: Sequence[EncodedRow], pairs: np.ndarray, reference: Tensor)
     """
     selected = [rows[2 * i + side] for side in (0, 1) for i in pairs]
     length = max(len(row.tokens) for row in selected) - 1
-    batch = pack([[(row.tokens, row.weights)] for row in selected], length)
+    batch = collate([[(row.tokens, row.weights)] for row in selected], length)
     batch.extra["reference"] = reference
     return batch
 
@@ -136,13 +142,13 @@ def reference_log_probabilities(
     reference = torch.zeros(pairs, 2)
     model = initial().eval()
     with torch.no_grad():
-        for start, stop in processes.share(pairs, micro_batch):
+        for start, stop in processes.local_row_ranges(pairs, micro_batch):
             index = torch.from_numpy(by_length[start:stop])
             batch = pair_batch(rows, index.numpy(), reference[index]).to(processes.device)
             with processes.accelerator.autocast():
                 log_p = sequence_log_probabilities(model, batch)
             reference[index] = log_p.view(2, -1).T.float().cpu()
-    processes.add_tensor(reference)
+    processes.all_reduce_tensor(reference)
     processes.barrier()  # until every process has looked for the cache
     if processes.is_main:
         with atomic_file(cache, force=True) as sink:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from llmkit import __version__
-from llmkit.cli.shared.table import COMMANDS, subcommands, module_of, overview, split
+from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcommands
 
 
 def main(argv: list[str] | None = None) -> NoReturn:

@@ -1,13 +1,16 @@
 """Which sequences each step takes: batch size and sequence length as functions of the tokens seen.
 
-Sequences partition the stream in order, whatever their length. A run is a few phases of equal steps; a phase begins at the first step that starts at or
-after the token where its sizes are due. So rows, length and first token of a step are found by bisection, O(log phases), with no state:
+Sequences partition the stream in order, whatever their length. A run is a few phases of equal steps; a phase
+begins at the first step that starts at or after the token from which its sizes apply. So rows, length and
+first token of a step are found by bisection, O(log phases), without state:
 
-    steps = BatchSchedule([(0, 16, 512), (1_000_000, 32, 1024)], total=10_000_000)   # (from token, sequences a step, tokens a sequence)
+    # (from token, sequences per step, tokens per sequence)
+    steps = BatchSchedule([(0, 16, 512), (1_000_000, 32, 1024)], total=10_000_000)
     steps.tokens(3), steps.rows(3), steps.length(3), steps.step_at(1_000_000)
 
-`changes` makes such a list. It keeps the tokens of a step as they are where the length changes: half the length, twice the sequences. So only a batch
-warm-up changes how noisy a gradient is (arXiv:2108.06084 warms up the length for stability; 1812.06162 says why small batches are enough early).
+`size_changes` makes such a list. It keeps the tokens per step constant where the length changes: half the
+length, twice the sequences. So only a batch warm-up changes how noisy a gradient is (arXiv:2108.06084 warms
+up the length for stability; 1812.06162 explains why small batches suffice early).
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import typer
 from llmkit.errors import UsageError
 from llmkit.options import parse_count
 
-Change = tuple[int, int, int]  # from this token on: sequences a step, tokens a sequence
-Sizes = Sequence[tuple[int, int]]  # a size, and the token until which it holds
+SizeChange = tuple[int, int, int]  # from this token on: sequences per step, tokens per sequence
+Sizes = Sequence[tuple[int, int]]  # a size, and the token until which it applies
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """From step `step` on, which begins at token `token`: `rows` sequences of `length` tokens each."""
+    """From step `step` on, which starts at token `token`: `rows` sequences of `length` tokens each."""
 
     step: int
     token: int
@@ -36,19 +39,22 @@ class Phase:
 
 
 class BatchSchedule:
-    """The steps of a run of `total` tokens, rounded up to whole sequences. `changes` rise in tokens, and the first is at 0."""
+    """The steps of a run of `total` tokens, rounded up to whole sequences.
 
-    def __init__(self, changes: Sequence[Change], total: int) -> None:
+    `changes` are in order of tokens, the first at 0.
+    """
+
+    def __init__(self, changes: Sequence[SizeChange], total: int) -> None:
         self.phases: list[Phase] = []
         step = token = 0
         ends = [min(start, total) for start, _, _ in changes[1:]] + [total]
         for (_, rows, length), end in zip(changes, ends, strict=True):
-            if end <= token:  # the phase before ran beyond it
+            if end <= token:  # the previous phase ran beyond it
                 continue
             self.phases.append(Phase(step, token, rows, length))
             step_tokens = rows * length
             steps = -(-(end - token) // step_tokens)
-            if token + steps * step_tokens >= total:  # the last one: whole sequences, but no whole step
+            if token + steps * step_tokens >= total:  # the last phase: whole sequences, but not a whole last step
                 sequences = -(-(total - token) // length)
                 step, token = step + -(-sequences // rows), token + sequences * length
                 break
@@ -64,7 +70,7 @@ class BatchSchedule:
         return min(phase.token + (step - phase.step) * phase.rows * phase.length, self.total)
 
     def rows(self, step: int) -> int:
-        """Sequences of `step`; fewer in the last."""
+        """Sequences of `step`; the last may have fewer."""
         return (self.tokens(step + 1) - self.tokens(step)) // self.length(step) if step < self.steps else 0
 
     def length(self, step: int) -> int:
@@ -72,41 +78,44 @@ class BatchSchedule:
         return self._phase(step).length
 
     def step_at(self, tokens: int) -> int:
-        """The step that covers token `tokens`; `steps` from the end of the run on."""
+        """The step that covers token `tokens`; `steps` at and after the end of the run."""
         if tokens >= self.total:
             return self.steps
         phase = self.phases[bisect_right(self.phases, tokens, key=lambda phase: phase.token) - 1]
         return phase.step + (tokens - phase.token) // (phase.rows * phase.length)
 
 
-def changes(
+def size_changes(
     rows: int, length: int, total: int, *, batches: Sizes = (), lengths: Sizes = (), stages: Sizes = ()
-) -> list[Change]:
-    """What `BatchSchedule` takes for a batch of `rows` sequences of `length` tokens.
+) -> list[SizeChange]:
+    """The changes for a BatchSchedule with batches of `rows` sequences of `length` tokens.
 
-    `batches` and `lengths` are warm-ups: smaller sizes with the token until which each holds. `stages` are lengths with the token until which each
-    holds. UsageError where a warm-up is longer than the run, or does not rise.
+    `batches` and `lengths` are warm-ups: smaller sizes with the token until which each applies. `stages` are
+    lengths with the token until which each applies. Raises UsageError if a warm-up is longer than the run, or
+    does not increase.
     """
     for option, sizes, most in (("--batch-warmup", batches, rows), ("--length-warmup", lengths, length)):
         rising = [(0, 0), *sizes, (most, max(total, 1))]
         for (size, until), (larger, later) in zip(rising, rising[1:], strict=False):
             if until >= later and (size, until) != (0, 0):
-                raise UsageError(f"{option}: {until:,} tokens is not before {later:,}", "sizes and tokens have to rise")
+                raise UsageError(
+                    f"{option}: {until:,} tokens is not before {later:,}", "sizes and tokens must increase"
+                )
             if size >= larger:
-                raise UsageError(f"{option}: {size} is not below {larger}", "sizes and tokens have to rise")
+                raise UsageError(f"{option}: {size} is not below {larger}", "sizes and tokens must increase")
     points = sorted({0, *(until for sizes in (batches, lengths, stages) for _, until in sizes)})
-    found = []
+    result = []
     for token in points:
         if token < total:
-            long = next((size for size, until in stages if token < until), length)
-            long = min(long, next((size for size, until in lengths if token < until), long))
-            wide = next((size for size, until in batches if token < until), rows)
-            found.append((token, max(1, wide * length // long), long))
-    return found
+            stage_length = next((size for size, until in stages if token < until), length)
+            new_length = min(stage_length, next((size for size, until in lengths if token < until), stage_length))
+            new_rows = next((size for size, until in batches if token < until), rows)
+            result.append((token, max(1, new_rows * length // new_length), new_length))
+    return result
 
 
 def parse_sizes(text: str | None, option: str) -> list[tuple[int, int]]:
-    """`8:1M,16:4M` as sizes with the token until which each holds; UsageError where it has another form."""
+    """`8:1M,16:4M` as sizes with the token until which each holds; raises UsageError if it has another form."""
     sizes = []
     for part in text.split(",") if text else []:
         size, _, until = part.strip().partition(":")

@@ -1,12 +1,16 @@
-"""What step s trains on: a pure function of the data and s, so that resuming costs nothing and holds for any number of processes.
+"""The batch of step s as a pure function of the data and s, so that resuming costs nothing and works for any
+number of processes.
 
-Pre-training reads the flat stream of tokens: sequence i is tokens [i·L, i·L + L + 1), of which the first L are inputs and the last L targets, and
-step s takes the sequences [s·B, (s+1)·B); where B and L change with the tokens seen (steps.py), sequences still follow each other. The stream starts
-again where it ends. Fine-tuning packs rows into sequences of L positions (best fit, so that little is padding) in an order drawn anew for each epoch.
+Pre-training reads the flat stream of tokens: sequence i is tokens [i·L, i·L + L + 1), of which the first L
+are inputs and the last L targets, and step s takes the sequences [s·B, (s+1)·B). Where B and L change with
+the tokens seen (batch_schedule.py), sequences still follow each other. At its end the stream starts over.
+Fine-tuning packs rows into sequences of L positions (best fit, so that there is little padding) in a new
+random order for each epoch.
 
-Every batch carries loss weights, and `weight(step)` is their sum over the whole step, known before any forward pass: losses are divided by
-it, which makes the result independent of micro-batches and processes. With a document mask the step from the last token of a document to
-the first of the next one has weight 0: the next document is chosen by the mix, not by the text, so there is nothing in it to learn.
+Every batch has loss weights, and `weight(step)` is their sum over the whole step, known before any forward
+pass: losses are divided by it, which makes the result independent of micro-batches and processes. With a
+document mask, the position from the last token of a document to the first of the next one has weight 0: the
+next document is chosen by the mix, not by the text, so there is nothing to learn from it.
 
 Cost: linear in tokens; memory is that of the batch, the tokens stay memory-mapped.
 """
@@ -23,15 +27,19 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.mixing.packing import best_fit
 from llmkit.seeds import derive
-from llmkit.training.batch_schedule import BatchSchedule, Change
-from llmkit.training.source_groups import NOTHING, SourceGroups
+from llmkit.training.batch_schedule import BatchSchedule, SizeChange
+from llmkit.training.source_groups import PADDING_CODE, SourceGroups
 
-PADDING = -1  # document id of positions that hold nothing
+PADDING_ID = -1  # document id of padding
 
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of one step: `input_ids`, `targets` int64 [R, L]; `weights` float32 [R, L]; `document_ids` int32 [R, L] or None; `extra` by objective."""
+    """Rows of one step.
+
+    `input_ids`, `targets` int64 [R, L]; `weights` float32 [R, L]; `document_ids` int32 [R, L] or None; `extra`
+    tensors depend on the objective.
+    """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
@@ -40,7 +48,7 @@ class Batch:
     extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
+        """The batch on `device`."""
         if device.type == "cpu":
             return self
         return Batch(
@@ -53,7 +61,7 @@ class Batch:
 
 
 class Source(Protocol):
-    """Batches by step. All methods are pure; `tokens` and `weight` cost next to nothing."""
+    """Batches by step. All methods are pure; `tokens` and `weight` are cheap."""
 
     steps: int
 
@@ -63,8 +71,8 @@ class Source(Protocol):
     def tokens(self, step: int) -> int:
         """Tokens before `step`; `tokens(steps)` is the total."""
 
-    def shortened(self, step: int) -> int:
-        """How many rows of the step are as long as one of the longest of the run; 1 where all may be as long."""
+    def length_ratio(self, step: int) -> int:
+        """Length of the longest rows of the run over that of the step's rows; 1 if they may be as long."""
 
     def weight(self, step: int) -> float:
         """Sum of the loss weights of the whole step."""
@@ -73,11 +81,11 @@ class Source(Protocol):
         """Rows [start, stop) of the step."""
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
-        """Name and tokens [n] of the document that the token at `position` of a row of the step is of."""
+        """Name and tokens [n] of the document that contains the token at `position` of a row of the step."""
 
 
 class TokenStream(Protocol):
-    """What pre-training reads: io.order.OrderedTokens, or io.shards.TokenStore."""
+    """The data of pre-training: mixing.order.OrderedTokens, or shards.reader.TokenStore."""
 
     @property
     def tokens(self) -> int:
@@ -85,11 +93,14 @@ class TokenStream(Protocol):
 
     @property
     def offsets(self) -> np.ndarray:
-        """Where each document starts, and the end of the last: int64 [documents + 1]."""
+        """Start of each document, and the end of the last: int64 [documents + 1]."""
 
     @property
     def padding(self) -> np.ndarray | None:
-        """Which documents only fill up a sequence, bool [documents]: their tokens are neither read nor predicted. None: none."""
+        """Which documents are padding, bool [documents]: their tokens are neither attended to nor predicted.
+
+        None: no padding.
+        """
 
     def span(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the flat stream."""
@@ -98,11 +109,14 @@ class TokenStream(Protocol):
         """Id of document `i`."""
 
     def document(self, i: int) -> np.ndarray:
-        """Its tokens."""
+        """Tokens of document `i`."""
 
 
 class StreamSource:
-    """Sequences of `length` tokens in stream order, `batch_size` a step, until `total` tokens are seen; other sizes where `changes` says so."""
+    """Sequences of `length` tokens in stream order, `batch_size` per step, until `total` tokens are seen.
+
+    `changes` gives other sizes by token.
+    """
 
     def __init__(
         self,
@@ -111,13 +125,13 @@ class StreamSource:
         batch_size: int,
         total: int,
         *,
-        changes: Sequence[Change] = (),
+        changes: Sequence[SizeChange] = (),
         document_mask: bool = True,
         vocabulary: int = 1 << 32,
         groups: SourceGroups | None = None,
     ) -> None:
         if stream.tokens < 2:
-            raise LlmkitError("no tokens to train on", "check what was tokenized")
+            raise LlmkitError("no tokens to train on", "check the tokenized data")
         self._vocabulary = vocabulary
         self._stream, self._mask = stream, document_mask
         self._steps = BatchSchedule(changes or [(0, batch_size, length)], total)
@@ -127,18 +141,18 @@ class StreamSource:
         self.phases = self._steps.phases
         self._longest = max(phase.length for phase in self.phases)
         sizes = np.diff(stream.offsets)
-        filled = sizes > 0  # documents without tokens start nothing
-        self._rows = None if filled.all() else np.flatnonzero(filled)
-        self._starts = np.asarray(stream.offsets)[:-1][filled]
-        self._padding = np.zeros(len(sizes), np.bool_)[filled] if stream.padding is None else stream.padding[filled]
-        # Each token of padding counts as a document of its own: so it has weight 0, and nothing attends to it.
-        counts = np.where(self._padding, sizes[filled], 1)
-        self._before = np.concatenate(([0], np.cumsum(counts)))
+        nonempty = sizes > 0
+        self._numbers = None if nonempty.all() else np.flatnonzero(nonempty)
+        self._starts = np.asarray(stream.offsets)[:-1][nonempty]
+        self._padding = np.zeros(len(sizes), np.bool_)[nonempty] if stream.padding is None else stream.padding[nonempty]
+        # Each token of padding counts as a document of its own, so that it has weight 0 and nothing attends to it.
+        counts = np.where(self._padding, sizes[nonempty], 1)
+        self._documents_before = np.concatenate(([0], np.cumsum(counts)))
         self.data_tokens, self.group_names = stream.tokens, groups.names if groups else ("",)
         codes = np.zeros(len(sizes), np.int16) if groups is None else groups.codes
-        self._codes = np.where(self._padding, NOTHING, codes[filled]).astype(np.int16)
+        self._codes = np.where(self._padding, PADDING_CODE, codes[nonempty]).astype(np.int16)
 
-    def shortened(self, step: int) -> int:
+    def length_ratio(self, step: int) -> int:
         return self._longest // self.length(step)
 
     def weight(self, step: int) -> float:
@@ -146,8 +160,8 @@ class StreamSource:
         if not self._mask:
             return float(rows * length)
         first = np.arange(rows, dtype=np.int64) * length + self.tokens(step)
-        borders = self._documents(first + length) - self._documents(first)
-        return float(rows * length - borders.sum())
+        boundaries = self._document_numbers(first + length) - self._document_numbers(first)
+        return float(rows * length - boundaries.sum())
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         length = self.length(step)
@@ -155,56 +169,59 @@ class StreamSource:
         tokens = np.stack([self._read(int(position), length + 1) for position in first])
         if tokens.max(initial=0) >= self._vocabulary:
             raise LlmkitError(
-                f"token id {tokens.max()} at step {step + 1} is over the model's vocabulary of {self._vocabulary}",
-                "the shards are damaged, or not of this model's tokenizer",
+                f"token id {tokens.max()} at step {step + 1} exceeds the model's vocabulary of {self._vocabulary}",
+                "the shards are damaged, or made with another tokenizer than the model's",
             )
-        groups = np.stack([self._groups(int(position), length) for position in first])
+        groups = np.stack([self._group_codes(int(position), length) for position in first])
         ones = np.ones((len(first), length), dtype=np.float32)
         if not self._mask:
             return _batch(tokens, ones, None, groups)
-        documents = self._documents(first[:, None] + np.arange(length + 1))
-        if (documents[:, 0] == documents[:, -1]).all():  # no border inside: plain causal attention is faster
+        documents = self._document_numbers(first[:, None] + np.arange(length + 1))
+        if (documents[:, 0] == documents[:, -1]).all():  # no boundary inside: plain causal attention is faster
             return _batch(tokens, ones, None, groups)
         weights = (documents[:, 1:] == documents[:, :-1]).astype(np.float32)
         return _batch(tokens, weights, documents[:, :-1] - documents[:, :1], groups)
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
-        inside = (self.tokens(step) + row * self.length(step) + position) % self._stream.tokens
-        number = int(np.searchsorted(self._starts, inside, side="right") - 1)
-        number = number if self._rows is None else int(self._rows[number])
+        offset = (self.tokens(step) + row * self.length(step) + position) % self._stream.tokens
+        number = int(np.searchsorted(self._starts, offset, side="right") - 1)
+        number = number if self._numbers is None else int(self._numbers[number])
         return self._stream.id(number), self._stream.document(number)
 
-    def _read(self, start: int, missing: int) -> np.ndarray:
-        """`missing` tokens from position `start` of the endless stream."""
-        pieces = []
-        while missing:
+    def _read(self, start: int, remaining: int) -> np.ndarray:
+        """`remaining` tokens from position `start` of the endless stream."""
+        spans = []
+        while remaining:
             start %= self._stream.tokens
-            piece = self._stream.span(start, min(start + missing, self._stream.tokens))
-            pieces.append(np.asarray(piece).astype(np.int64))
-            start, missing = start + len(piece), missing - len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            span = self._stream.span(start, min(start + remaining, self._stream.tokens))
+            spans.append(np.asarray(span).astype(np.int64))
+            start, remaining = start + len(span), remaining - len(span)
+        return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
-    def _groups(self, start: int, length: int) -> np.ndarray:
-        """Code (groups.py) of `length` positions from `start` on; in a second round through the stream all were seen before."""
-        pieces, missing = [], length
-        while missing:
-            rounds, start = divmod(start, self._stream.tokens)
-            stop = min(start + missing, self._stream.tokens)
+    def _group_codes(self, start: int, length: int) -> np.ndarray:
+        """Codes (source_groups.py) of `length` positions from `start` on.
+
+        From the second epoch on, every document was seen before.
+        """
+        spans, remaining = [], length
+        while remaining:
+            epoch, start = divmod(start, self._stream.tokens)
+            stop = min(start + remaining, self._stream.tokens)
             first = int(np.searchsorted(self._starts, start, side="right")) - 1
-            behind = int(np.searchsorted(self._starts, stop, side="left"))
-            cuts = np.concatenate(([start], self._starts[first + 1 : behind], [stop]))
-            codes = self._codes[first:behind]
-            pieces.append(np.repeat(np.where(codes < 0, codes, codes | (rounds > 0)), np.diff(cuts)))
-            missing -= stop - start
-            start = rounds * self._stream.tokens + stop
-        return np.concatenate(pieces)
+            last = int(np.searchsorted(self._starts, stop, side="left"))
+            cuts = np.concatenate(([start], self._starts[first + 1 : last], [stop]))
+            codes = self._codes[first:last]
+            spans.append(np.repeat(np.where(codes < 0, codes, codes | (epoch > 0)), np.diff(cuts)))
+            remaining -= stop - start
+            start = epoch * self._stream.tokens + stop
+        return np.concatenate(spans)
 
-    def _documents(self, positions: np.ndarray) -> np.ndarray:
-        """Number of the document that each position of the endless stream is of."""
-        rounds, inside = np.divmod(positions, self._stream.tokens)
-        row = np.searchsorted(self._starts, inside, side="right") - 1
-        within = np.where(self._padding[row], inside - self._starts[row], 0)
-        return rounds * self._before[-1] + self._before[row] + within
+    def _document_numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Number of the document at each position of the endless stream."""
+        epochs, offsets = np.divmod(positions, self._stream.tokens)
+        row = np.searchsorted(self._starts, offsets, side="right") - 1
+        within_padding = np.where(self._padding[row], offsets - self._starts[row], 0)
+        return epochs * self._documents_before[-1] + self._documents_before[row] + within_padding
 
 
 class HeldOutSource:
@@ -232,17 +249,17 @@ class HeldOutSource:
             groups=groups,
         )
         self.group_names = self._inner.group_names
-        # What lies beyond the end of the stream would be read from its start: positions that do not count.
-        self._beyond = sequences * length - (stream.tokens - 1)
-        self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._beyond].sum())
+        # Positions beyond the end of the stream, which would be read from its start, do not count.
+        self._excess = sequences * length - (stream.tokens - 1)
+        self._weight = self._inner.weight(0) - float(self._last_weights()[-1, ::-1][: self._excess].sum())
 
     def rows(self, step: int) -> int:
         return self._inner.rows(0)
 
     def tokens(self, step: int) -> int:
-        return self._inner.tokens(step) - (self._beyond if step else 0)
+        return self._inner.tokens(step) - (self._excess if step else 0)
 
-    def shortened(self, step: int) -> int:
+    def length_ratio(self, step: int) -> int:
         return 1
 
     def weight(self, step: int) -> float:
@@ -250,8 +267,8 @@ class HeldOutSource:
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         batch = self._inner.batch(0, start, stop)
-        if stop == self.rows(0) and self._beyond:
-            batch.weights[-1, -self._beyond :] = 0.0
+        if stop == self.rows(0) and self._excess:
+            batch.weights[-1, -self._excess :] = 0.0
         return batch
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
@@ -263,10 +280,12 @@ class HeldOutSource:
 
 
 class PackedSource:
-    """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs` rounds.
+    """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs`
+    epochs.
 
-    A row of n tokens takes n - 1 positions, since its last token is only a target; none may be longer than `length` + 1. With `shuffle=False`
-    the rows keep their order of length and all go into one step, for a held-out loss.
+    A row of n tokens takes n - 1 positions, since its last token is only a target; no row may be longer than
+    `length` + 1. With `shuffle=False` the rows are ordered by length and all form one step, for a held-out
+    loss.
     """
 
     def __init__(
@@ -284,13 +303,13 @@ class PackedSource:
         weights = np.array([float(w[1:].sum()) for _, w in rows])
         self._bins: list[list[int]] = []
         for epoch in range(epochs):
-            draw = np.random.default_rng(derive(seed, "pack", epoch))
-            order = draw.permutation(len(rows)) if shuffle else np.arange(len(rows))
-            placed, bins_of = best_fit(sizes[order], length)
-            placed = placed[np.argsort(bins_of[placed], kind="stable")]
-            ends = np.flatnonzero(np.diff(bins_of[placed])) + 1
-            bins: list[list[int]] = [order[piece].tolist() for piece in np.split(placed, ends)] if len(rows) else []
-            self._bins += [bins[i] for i in draw.permutation(len(bins))] if shuffle else bins
+            generator = np.random.default_rng(derive(seed, "pack", epoch))
+            order = generator.permutation(len(rows)) if shuffle else np.arange(len(rows))
+            packed, bin_numbers = best_fit(sizes[order], length)
+            packed = packed[np.argsort(bin_numbers[packed], kind="stable")]
+            ends = np.flatnonzero(np.diff(bin_numbers[packed])) + 1
+            bins: list[list[int]] = [order[members].tolist() for members in np.split(packed, ends)] if len(rows) else []
+            self._bins += [bins[i] for i in generator.permutation(len(bins))] if shuffle else bins
         self._batch_size = batch_size if shuffle else max(1, len(self._bins))
         self.steps = -(-len(self._bins) // self._batch_size)
         cuts = [min(i * self._batch_size, len(self._bins)) for i in range(self.steps + 1)]
@@ -307,7 +326,7 @@ class PackedSource:
     def tokens(self, step: int) -> int:
         return self._tokens[step]
 
-    def shortened(self, step: int) -> int:
+    def length_ratio(self, step: int) -> int:
         return 1
 
     def weight(self, step: int) -> float:
@@ -316,28 +335,32 @@ class PackedSource:
     def batch(self, step: int, start: int, stop: int) -> Batch:
         first = step * self._batch_size
         sequences = [[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]]
-        # As long as the longest of them: a model may claim a context of millions, and a few short rows need none of it.
-        return pack(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
+        # Only as long as the longest sequence: a model may have a context of millions, which a few short rows
+        # do not need.
+        return collate(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
-        chosen = self._bins[step * self._batch_size + row]
-        ends = np.cumsum([len(self._rows[i][0]) - 1 for i in chosen])
-        number = chosen[min(int(np.searchsorted(ends, position, side="right")), len(chosen) - 1)]
+        members = self._bins[step * self._batch_size + row]
+        ends = np.cumsum([len(self._rows[i][0]) - 1 for i in members])
+        number = members[min(int(np.searchsorted(ends, position, side="right")), len(members) - 1)]
         return f"row {number + 1}", self._rows[number][0]
 
 
-def pack(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:
-    """One batch row for each list of rows, laid end to end with document ids 0, 1, ...; the rest is padding (document -1, weight 0)."""
+def collate(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:
+    """One batch row for each list of rows, which are concatenated with document ids 0, 1, ...
+
+    The rest is padding (document -1, weight 0).
+    """
     shape = (len(sequences), length)
     inputs, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    weights, documents = np.zeros(shape, dtype=np.float32), np.full(shape, PADDING, dtype=np.int64)
+    weights, documents = np.zeros(shape, dtype=np.float32), np.full(shape, PADDING_ID, dtype=np.int64)
     for r, rows in enumerate(sequences):
-        at = 0
+        start = 0
         for number, (tokens, row_weights) in enumerate(rows):
-            here = slice(at, at + len(tokens) - 1)
-            inputs[r, here], targets[r, here] = tokens[:-1], tokens[1:]
-            weights[r, here], documents[r, here] = row_weights[1:], number
-            at = here.stop
+            span = slice(start, start + len(tokens) - 1)
+            inputs[r, span], targets[r, span] = tokens[:-1], tokens[1:]
+            weights[r, span], documents[r, span] = row_weights[1:], number
+            start = span.stop
     return Batch(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),

@@ -1,18 +1,22 @@
-"""Losses: functions of (model, batch, scale) that return what a step minimises, figures for the log, and what each token lost.
+"""Losses: functions of (model, batch, scale) that return the minimised loss of a step, metrics for the log, and
+the loss of each token.
 
-    found = next_token(model, batch, 1 / source.weight(step), z_loss=1e-4)
-    found.loss.backward()
+    result = next_token(model, batch, 1 / source.weight(step), z_loss=1e-4)
+    result.loss.backward()
 
-Loss and figures are sums over the batch times `scale`; the sum over all micro-batches and processes is then the figure of the step.
+Loss and metrics are sums over the batch times `scale`; summed over all micro-batches and processes they are
+those of the step.
 
-Linear cross-entropy. The logits of a batch (tokens × vocabulary) are by far its largest tensor, so the head and the loss are computed
-together, a chunk of rows at a time, and no more than one chunk of logits exists. `linear_cross_entropy` knows the factor of each token's loss
-beforehand and computes the gradients in the same pass, while the chunk is in cache: three matrix products in all, as without chunks.
-`token_log_probabilities` returns a log-probability per token for losses that need more (DPO) and computes the logits again on the way back.
-Positions of weight 0 take no part: in fine-tuning most of the work on the head falls away.
+Linear cross-entropy. The logits of a batch (tokens × vocabulary) are by far its largest tensor, so the head
+and the loss are computed together, one chunk of rows at a time, and no more than one chunk of logits exists.
+`linear_cross_entropy` knows the factor of each token's loss beforehand and computes the gradients in the same
+pass, while the chunk is in cache: three matrix products in all, as without chunks. `token_log_probabilities`
+returns a log-probability per token for losses that need more (DPO) and recomputes the logits in the backward
+pass. Positions of weight 0 are left out, which in fine-tuning saves most of the work on the head.
 
-The z-loss (PaLM, arXiv:2204.02311) adds coefficient · log² Z to the loss of each token, Z being what the softmax divides by: it keeps logits from
-drifting, at no cost beside the log Z that is known anyway. What is logged as `loss` stays the plain −log p.
+The z-loss (PaLM, arXiv:2204.02311) adds coefficient · log² Z to the loss of each token, Z being the softmax
+denominator: it keeps logits from drifting, at no cost, since log Z is known anyway. The `loss` in the log
+stays the plain −log p.
 """
 
 from __future__ import annotations
@@ -27,50 +31,55 @@ from torch.autograd import Function
 from llmkit.model.runtime import cpu_kernels
 from llmkit.training.data import Batch
 
-# Logits held at once: 8 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
+# Logits in memory at once: 8 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
-Figures = dict[str, Tensor]
+Metrics = dict[str, Tensor]
 
 
-class Result(NamedTuple):
-    """What an objective makes of a batch. `loss` is minimised and has a gradient; `figures` have none, and a `loss` among them is what the log
-    shows in its place. `token_losses` float32 [N] are −log p at `positions` int64 [N] of the flattened batch, where these are known."""
+class ObjectiveResult(NamedTuple):
+    """Result of an objective for a batch.
+
+    `loss` is minimised and has a gradient; `metrics` have none, and a `loss` among them replaces the
+    minimised one in the log. `token_losses` float32 [N] are −log p at `positions` int64 [N] of the flattened
+    batch; None if unknown.
+    """
 
     loss: Tensor
-    figures: Figures
+    metrics: Metrics
     token_losses: Tensor | None = None
     positions: Tensor | None = None
 
 
 class Objective(Protocol):
-    """A loss; everything that is a sum is times `scale`."""
+    """A loss function; all sums are multiplied by `scale`."""
 
-    def __call__(self, model: Any, batch: Batch, scale: float) -> Result: ...
+    def __call__(self, model: Any, batch: Batch, scale: float) -> ObjectiveResult: ...
 
 
-def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> Result:
+def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> ObjectiveResult:
     """Weighted cross-entropy of the next token: Σ weight · (−log p(target) + z_loss · log² Z) · scale."""
-    hidden, index = counted(model, batch)
+    hidden, index = counted_hidden_states(model, batch)
     factors = batch.weights.flatten()[index] * scale
     targets = batch.targets.flatten()[index]
     loss, token_losses = linear_cross_entropy(hidden, head_weight(model), targets, factors, z_loss)
-    figures = {}
+    metrics = {}
     if z_loss:
-        figures["loss"] = (token_losses.double() * factors).sum()
-        figures["z_loss"] = loss.detach() - figures["loss"]
-    return Result(loss, figures, token_losses, index)
+        metrics["loss"] = (token_losses.double() * factors).sum()
+        metrics["z_loss"] = loss.detach() - metrics["loss"]
+    return ObjectiveResult(loss, metrics, token_losses, index)
 
 
-def counted(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, D] of the positions of `batch` whose weight is not 0, and their index int64 [N] in the flattened batch."""
+def counted_hidden_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, D] of the positions of `batch` with nonzero weight, and their index int64 [N] in the
+    flattened batch."""
     hidden = model.hidden(batch.input_ids, document_ids=batch.document_ids).flatten(0, 1)
     index = batch.weights.flatten().nonzero().squeeze(1)
     return (hidden if len(index) == len(hidden) else hidden.index_select(0, index)), index
 
 
 def head_weight(model: Any) -> Tensor:
-    """The matrix [V, D] that turns hidden states into logits."""
+    """The matrix [V, D] that maps hidden states to logits."""
     weight: Tensor = (model.lm_head or model.model.embed_tokens).weight
     return weight
 
@@ -80,14 +89,13 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Σ_i factors_i · (−log p_i + z_loss · log² Z_i), a scalar, and all −log p_i, float32 [N] without gradient.
 
-    p_i = softmax(head · hidden_i)[targets_i], and Z_i is what that softmax divides by. `hidden` [N, D], `head` [V, D], `targets` int64 [N],
-    `factors` float32 [N] without gradient.
+    p_i = softmax(head · hidden_i)[targets_i], and Z_i is the denominator of that softmax. `hidden` [N, D],
+    `head` [V, D], `targets` int64 [N], `factors` float32 [N] without gradient.
     """
     dtype = _compute_dtype(hidden)
-    needs = torch.is_grad_enabled() and (
-        hidden.requires_grad or head.requires_grad
-    )  # which a Function cannot ask itself
-    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, dtype, needs)
+    # A Function cannot find this out itself.
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
+    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, dtype, needs_gradient)
     return loss, token_losses
 
 
@@ -98,13 +106,13 @@ def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Te
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Matrix products run in the type of autocast where it is on; logits and losses are float32 always."""
+    """The type of matrix products: that of autocast if it is on. Logits and losses are always float32."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32, unless it is wider."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -125,16 +133,16 @@ def _add_product(total: Tensor, gradient: Tensor, rows: Tensor) -> None:
 def _cross_entropy(
     logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """As model.fused.cross_entropy."""
+    """See model.fused.cross_entropy."""
     log_z = torch.logsumexp(logits, dim=1)
-    lost = log_z - logits.gather(1, targets[:, None])[:, 0]
+    token_losses = log_z - logits.gather(1, targets[:, None])[:, 0]
     if gradient:
-        # By logits: (1 + 2 · z_loss · log Z) · softmax − one-hot, times the factor of its row.
+        # With respect to logits: (1 + 2 · z_loss · log Z) · softmax − one-hot, times the factor of its row.
         logits.sub_(log_z[:, None]).exp_()
         if z_loss:
             logits.mul_(1 + 2 * z_loss * log_z[:, None])
         logits.scatter_add_(1, targets[:, None], logits.new_full((len(logits), 1), -1.0)).mul_(factors[:, None])
-    return lost, log_z
+    return token_losses, log_z
 
 
 class _LinearCrossEntropy(Function):
@@ -147,37 +155,38 @@ class _LinearCrossEntropy(Function):
         factors: Tensor,
         z_loss: float,
         dtype: torch.dtype,
-        needs: bool,
+        needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
-            # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied on the way back, together with the loss scale.
+            # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied in the backward
+            # pass, with the loss scale.
             largest = factors.abs().amax().clamp(min=1e-30) if len(factors) else factors.new_ones(())
             relative = factors / largest
-            grad_rows = torch.empty_like(rows) if needs else None
-            grad_weight = torch.zeros_like(head, dtype=_wide(head[:0]).dtype) if needs else None
+            grad_rows = torch.empty_like(rows) if needs_gradient else None
+            grad_weight = torch.zeros_like(head, dtype=_at_least_float32(head[:0]).dtype) if needs_gradient else None
             loss = factors.new_zeros((), dtype=torch.float64)
-            for part in _chunks(rows, len(weight)):
-                logits = _wide(rows[part] @ weight.T)
+            for chunk in _chunks(rows, len(weight)):
+                logits = _at_least_float32(rows[chunk] @ weight.T)
                 kernels = cpu_kernels(logits)
-                one_pass = kernels.cross_entropy if kernels else _cross_entropy
-                lost, log_z = one_pass(logits, targets[part], relative[part], z_loss, needs)
-                token_losses[part] = lost
+                cross_entropy = kernels.cross_entropy if kernels else _cross_entropy
+                losses, log_z = cross_entropy(logits, targets[chunk], relative[chunk], z_loss, needs_gradient)
+                token_losses[chunk] = losses
                 if z_loss:
-                    lost = lost + z_loss * log_z.square()
-                loss += (lost.double() * factors[part].double()).sum()
+                    losses = losses + z_loss * log_z.square()
+                loss += (losses.double() * factors[chunk].double()).sum()
                 if grad_rows is None or grad_weight is None:
                     continue
                 gradient = logits.to(dtype)
-                torch.mm(gradient, weight, out=grad_rows[part])
-                _add_product(grad_weight, gradient, rows[part])
-        if needs:
+                torch.mm(gradient, weight, out=grad_rows[chunk])
+                _add_product(grad_weight, gradient, rows[chunk])
+        if needs_gradient:
             ctx.save_for_backward(grad_rows, grad_weight, largest)
             ctx.types = (hidden.dtype, head.dtype)
         ctx.mark_non_differentiable(token_losses)
         ctx.set_materialize_grads(False)
-        return loss.to(_wide(hidden[:0]).dtype), token_losses
+        return loss.to(_at_least_float32(hidden[:0]).dtype), token_losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -193,9 +202,9 @@ class _TokenLogProbabilities(Function):
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
-            for part in _chunks(rows, len(weight)):
-                logits = (rows[part] @ weight.T).float()
-                result[part] = torch.log_softmax(logits, dim=1).gather(1, targets[part, None])[:, 0]
+            for chunk in _chunks(rows, len(weight)):
+                logits = (rows[chunk] @ weight.T).float()
+                result[chunk] = torch.log_softmax(logits, dim=1).gather(1, targets[chunk, None])[:, 0]
         ctx.save_for_backward(hidden, head, targets)
         ctx.dtype = dtype
         return result
@@ -206,10 +215,10 @@ class _TokenLogProbabilities(Function):
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
             grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(head, dtype=torch.float32)
-            for part in _chunks(rows, len(weight)):
-                gradient = torch.softmax((rows[part] @ weight.T).float(), dim=1)
-                gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(gradient), 1), -1.0))
-                gradient = gradient.mul_(-grad[part, None]).to(ctx.dtype)
-                torch.mm(gradient, weight, out=grad_rows[part])
-                _add_product(grad_weight, gradient, rows[part])
+            for chunk in _chunks(rows, len(weight)):
+                gradient = torch.softmax((rows[chunk] @ weight.T).float(), dim=1)
+                gradient.scatter_add_(1, targets[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
+                gradient = gradient.mul_(-grad[chunk, None]).to(ctx.dtype)
+                torch.mm(gradient, weight, out=grad_rows[chunk])
+                _add_product(grad_weight, gradient, rows[chunk])
         return grad_rows.to(hidden.dtype), grad_weight.to(head.dtype), None, None

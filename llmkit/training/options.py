@@ -18,8 +18,7 @@ import typer
 from llmkit.errors import UsageError
 from llmkit.io.run_layout import checkpoint_name
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
-from llmkit.training.optim.schedule import NAMES as SCHEDULES
-from llmkit.training.optim.schedule import RAMPS as DECAY_SHAPES
+from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
     "Data and steps",

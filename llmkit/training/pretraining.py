@@ -29,7 +29,7 @@ from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.options import check_positive, from_values
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
-from llmkit.training.batch_schedule import changes, parse_sizes
+from llmkit.training.batch_schedule import parse_sizes, size_changes
 from llmkit.training.checkpoint.run_directory import TrainerState, starting_point
 from llmkit.training.data import StreamSource
 from llmkit.training.inputs import (
@@ -42,8 +42,8 @@ from llmkit.training.inputs import (
     refuse_short_stream,
     source_groups,
 )
-from llmkit.training.optim.recipe import Recipe, Thetas, is_path, read_recipe
-from llmkit.training.optim.schedule import RAMPS, Schedule, default_rate, named, warmup_tokens
+from llmkit.training.optim.recipe import Recipe, RopeThetas, is_path, read_recipe
+from llmkit.training.optim.schedule import DECAY_SHAPES, Schedule, build_schedule, default_rate, warmup_tokens
 from llmkit.training.options import AnnealOptions, PretrainOptions
 from llmkit.training.runner import AtCheckpoint, Prepared, Record, Request, open_session, run_training
 from llmkit.training.session import Session
@@ -119,7 +119,7 @@ class Plan:
     """A pre-training run as a function of its tokens, and the options that were resolved for it."""
 
     prepared: Prepared
-    thetas: Thetas | None
+    thetas: RopeThetas | None
     resolved: dict[str, Any]
 
     def theta(self, step: int) -> float:
@@ -137,7 +137,7 @@ class _Course:
     source: StreamSource
     schedule: Schedule
     config: ModelConfig
-    thetas: Thetas | None
+    thetas: RopeThetas | None
 
 
 def resolve_pretraining(request: Request) -> Resolved:
@@ -211,7 +211,7 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
         config, files, stop_ids = _config(model, stream.tokenizer, wanted or usual), stream.tokenizer.files, None
         length = config.max_position_embeddings
     if options.batch.batch_size is None:
-        scaled = recipe.scaled_batch(total) if recipe else None
+        scaled = recipe.scaled_batch_size(total) if recipe else None
         resolved["batch_size"] = scaled or (before.batch_size if before else resolved["batch_size"])
     request.record.options["batch_size"] = resolved["batch_size"]
     course = _plan_course(options, recipe, resolved, stream, data, config, length, total, before, bool(info))
@@ -298,9 +298,9 @@ def _plan_course(
     rate = lr or (default_rate(config.parameters()) if start.rewarm or last is None else last)
     if not rate:
         raise UsageError(f"{start.from_}: its last step had a learning rate of 0", "raise it again: --rewarm, or --lr")
-    borders = recipe.borders(total, stream.stages) if recipe else [total]
-    stages = recipe.lengths(borders, length) if recipe else []
-    thetas = recipe.thetas(borders, config.rope_theta) if recipe else None
+    ends = recipe.stage_ends(total, stream.stages) if recipe else [total]
+    stages = recipe.sequence_lengths(ends, length) if recipe else []
+    thetas = recipe.rope_thetas(ends, config.rope_theta) if recipe else None
     shorter = parse_sizes(start.length_warmup, "--length-warmup")
     longest = max([length, *(size for size, _ in stages)])
     refuse_short_stream(data, stream.tokens, longest)
@@ -317,15 +317,15 @@ def _plan_course(
         longest,
         batch_size,
         total,
-        changes=changes(batch_size, length, total, batches=batches, lengths=shorter, stages=stages),
+        changes=size_changes(batch_size, length, total, batches=batches, lengths=shorter, stages=stages),
         document_mask=options.stream.document_mask,
         vocabulary=config.vocab_size,
         groups=source_groups(stream),
     )
-    schedule = recipe.schedule(borders, lr) if recipe else None
+    schedule = recipe.schedule(ends, lr) if recipe else None
     if schedule is None:
         planned = source.tokens(source.steps)
-        schedule = named(
+        schedule = build_schedule(
             resolved["schedule"],
             rate,
             planned,
@@ -369,7 +369,7 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
     return Prepared(
         config=info.config,
         source=source,
-        schedule=named(options.ramp.ramp, rate, planned, floor=options.ramp.final_lr_fraction),
+        schedule=build_schedule(options.ramp.ramp, rate, planned, floor=options.ramp.final_lr_fraction),
         batch_size=batch_size,
         length=length,
         inputs=lambda: [model_input(start, directory), *stream.inputs],
@@ -387,8 +387,8 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
 def check_annealing(options: AnnealOptions) -> None:
     """UsageError for options that are out of range."""
     check_positive(lr=options.ramp.lr, tokens=options.stream.tokens)
-    if options.ramp.ramp not in RAMPS:
-        raise unknown_name("ramp", options.ramp.ramp, RAMPS)
+    if options.ramp.ramp not in DECAY_SHAPES:
+        raise unknown_name("ramp", options.ramp.ramp, DECAY_SHAPES)
     if options.ramp.final_lr_fraction > 1:
         raise UsageError(
             f"--final-lr-fraction {options.ramp.final_lr_fraction} is above 1",

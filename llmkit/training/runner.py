@@ -167,10 +167,10 @@ def _samples(request: Request, session: Session, prepared: Prepared) -> list[AtC
     prompts = getattr(getattr(request.options, "samples", None), "prompts", None)
     if not prompts or not session.shows_checkpoints:
         return []
-    from llmkit.training.metrics.samples import gallery, read_prompts
+    from llmkit.training.metrics.samples import PromptGallery, read_prompts
 
     path = session.directory.path / "samples.jsonl" if session.processes.is_main else None
-    return [gallery(path, read_prompts(prompts), dict(prepared.tokenizer_files), prepared.stop_ids, request.seed)]
+    return [PromptGallery(path, read_prompts(prompts), dict(prepared.tokenizer_files), prepared.stop_ids, request.seed)]
 
 
 def _announce(request: Request, session: Session, prepared: Prepared) -> None:

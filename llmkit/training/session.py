@@ -35,26 +35,22 @@ from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.shards.tokenizer_info import token_bytes
 from llmkit.training.checkpoint.environment import accepted_names, environment, model_digest, refuse_drift
-from llmkit.training.checkpoint.run_directory import (
+from llmkit.training.checkpoint.run_directory import RunDirectory, check_run, find_damage, open_run, write_config
+from llmkit.training.checkpoint.trainer_state import (
     OPTIMIZER,
-    RunDirectory,
     TrainerState,
-    check_run,
-    damage,
     load_optimizer_tensors,
     load_trainer_state,
-    open_run,
     refuse_changes,
-    write_config,
 )
 from llmkit.training.data import Source
 from llmkit.training.distributed.elastic import restarted
 from llmkit.training.distributed.layout import load_tensors
-from llmkit.training.distributed.processes import Processes, lost, start
+from llmkit.training.distributed.processes import Processes, as_lost_error, start
 from llmkit.training.loop import fit
 from llmkit.training.metrics.tracker import check_tracker
-from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optim.optimizer import build, kind_of, restore_optimizer
+from llmkit.training.objectives import Objective, ObjectiveResult, next_token
+from llmkit.training.optim.optimizer import build_optimizer, optimizer_of_state, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
 from llmkit.training.options import (
     BatchOptions,
@@ -126,7 +122,7 @@ class Session:
             self.changed = refuse_drift(old.environment, now, accepted_names(self.options.machine.accept_change))
         if self.processes.is_main and not self.checkpoint:
             if self.options.force:  # not earlier: a call that comes to nothing leaves the old run as it is
-                self.directory.start_anew(*self.kept)
+                self.directory.reset(*self.kept)
             write_config(self.directory, config_text)
         self.processes.barrier()
         return True
@@ -141,12 +137,12 @@ class Session:
         passed: list[Path] = []
         if self.processes.is_main:
             left = list(checkpoints)
-            while left and (wrong := damage(left[-1])):
+            while left and (wrong := find_damage(left[-1])):
                 passed.append(left.pop())
                 self.say(f"{passed[-1]}: {wrong}; going back to the checkpoint before")
                 self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
             if left and passed:
-                self.directory.point_at(left[-1])
+                self.directory.link_latest(left[-1])
         count = int(self.processes.all_reduce([float(len(passed))])[0])
         if count == len(checkpoints):
             raise LlmkitError(
@@ -165,7 +161,7 @@ class Session:
             with torch.device("meta"):
                 model = Decoder(info.config)
             self._prepare(model)
-            processes.layout.place(model, processes.device, processes.precision)
+            processes.layout.parallelize(model, processes.device, processes.precision)
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
@@ -174,7 +170,7 @@ class Session:
             if not torch.isfinite(weight).all():
                 raise LlmkitError(f"tensor {name} of the model to start from holds what is no number", "take another")
         self._prepare(model)
-        processes.layout.place(model, processes.device, processes.precision)
+        processes.layout.parallelize(model, processes.device, processes.precision)
         return model
 
     def _prepare(self, model: Decoder) -> None:
@@ -205,14 +201,18 @@ class Session:
         """
         assert self.state is not None
         options, config, of_tokens = self.options, model.config, objective is next_token
-        optimization, checkpoints = options.optimizer, options.checkpoints
+        optimization = options.optimizer
         self.state.environment["model"] = model_digest(config.to_hf())
         if optimization.z_loss:
-            plain: Callable[..., Result] = objective
+            plain: Callable[..., ObjectiveResult] = objective
             objective, figures = partial(plain, z_loss=optimization.z_loss), (*figures, "z_loss")
         before = self.checkpoint or optimizer_from
-        kind = optimization.optimizer or (kind_of(read_layout(before / STATE / OPTIMIZER)) if before else "adamw")
-        optimizer = build(model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS))
+        kind = optimization.optimizer or (
+            optimizer_of_state(read_layout(before / STATE / OPTIMIZER)) if before else "adamw"
+        )
+        optimizer = build_optimizer(
+            model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS)
+        )
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
@@ -237,7 +237,7 @@ class Session:
                 model=model,
                 optimizer=optimizer,
                 objective=objective,
-                figures=figures,
+                metric_names=figures,
                 source=source,
                 schedule=schedule,
                 processes=self.processes,
@@ -245,22 +245,18 @@ class Session:
                 state=self.state,
                 write_model=write_model,
                 initial=initial,
+                optimization=optimization,
+                checkpoints=options.checkpoints,
+                evaluation=options.heldout,
+                logging=options.log,
                 start=self.checkpoint,
                 micro_batch=self.micro_batch(),
-                clip=optimization.clip or 0.0,
-                save_every=checkpoints.save_every,
-                keep=checkpoints.keep,
-                keep_every=checkpoints.keep_every,
-                max_hours=checkpoints.max_hours or math.inf,
-                max_rollbacks=checkpoints.max_rollbacks,
-                chance=math.log(config.vocab_size) if of_tokens else math.inf,
+                uniform_loss=math.log(config.vocab_size) if of_tokens else math.inf,
                 decode=_decoder(tokenizer_files),
-                say=self.say if self.processes.is_main else lambda text: None,
+                notify=self.say if self.processes.is_main else lambda text: None,
                 heldout=heldout,
-                eval_every=options.heldout.eval_every,
                 flops_per_token=config.flops_per_token(self.state.length),
                 before_step=before_step,
-                log_every=options.log.log_every,
                 at_checkpoint=self.at_checkpoint,
                 token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
                 report=report,
@@ -310,12 +306,12 @@ def session(
         return
     try:
         with open_run(output, resume=resume, force=force, main=processes.is_main) as directory:
-            processes.watch(machine.hang_timeout, directory.event)
+            processes.start_watchdog(machine.hang_timeout, directory.event)
             processes.barrier()  # the main process has made it
             yield Session(options, processes, directory, say=say)
     except BaseException as error:
         processes.leave(failed=True)
-        lost_error = lost(error) if processes.world_size > 1 else None
+        lost_error = as_lost_error(error) if processes.world_size > 1 else None
         if lost_error:
             raise lost_error from error
         raise

@@ -1,7 +1,8 @@
-"""Signals that a run notes instead of obeying them: SIGTERM and SIGINT end it with a checkpoint, SIGUSR1 asks for one.
+"""Signals that a run handles at its own pace: SIGTERM and SIGINT end it with a checkpoint, SIGUSR1 requests a
+checkpoint.
 
 with watch_signals() as signals:
-    with signals.breaking(alone=True):     # forward and backward passes, compilation, evaluation: nothing in it lasts
+    with signals.interruptible(alone=True):     # passes, compilation, evaluation: no lasting effects
         ...
     if signals.number: ...
 """
@@ -18,58 +19,64 @@ from llmkit.errors import Terminated
 
 
 class Interrupted(BaseException):
-    """A signal came in the middle of what may be dropped."""
+    """A signal arrived during work that may be abandoned."""
 
 
 @dataclass(slots=True)
 class Signals:
-    """The first SIGTERM or SIGINT that arrived (0: none), and whether SIGUSR1 asks for a checkpoint."""
+    """The first SIGTERM or SIGINT that arrived (0: none), and whether SIGUSR1 requested a checkpoint."""
 
     number: int = 0
     save: bool = False
-    breakable: bool = False
-    own: bool = False  # this process got a SIGTERM or SIGINT itself
+    may_interrupt: bool = False
+    received_here: bool = False  # this process itself received a SIGTERM or SIGINT
 
-    def raise_it(self) -> None:
-        """Let the signal take its course."""
+    def raise_received(self) -> None:
+        """Let the received signal take effect."""
         raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated
 
     @contextmanager
-    def breaking(self, alone: bool) -> Iterator[None]:
-        """What runs in this block changes nothing that lasts: a signal ends it at once, where no other process waits for it."""
-        self.breakable = alone
+    def interruptible(self, alone: bool) -> Iterator[None]:
+        """A block without lasting effects: a signal ends it at once with Interrupted, provided that no other
+        process waits for this one."""
+        self.may_interrupt = alone
         try:
             if alone and self.number:
                 raise Interrupted
             yield
         finally:
-            self.breakable = False
+            self.may_interrupt = False
 
 
 @contextmanager
 def watch_signals() -> Iterator[Signals]:
-    """Note SIGTERM, SIGINT and SIGUSR1 instead of obeying them; a second SIGTERM or SIGINT is obeyed. Only the main thread can do this."""
+    """Record SIGTERM, SIGINT and SIGUSR1 instead of obeying them; a second SIGTERM or SIGINT is obeyed.
+
+    Does nothing outside the main thread.
+    """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
 
-    def note(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         if number == signal.SIGUSR1:
             signals.save = True
             return
-        if signals.own:  # `number` may have come from another process, which got the same signal a moment before
-            signals.raise_it()
-        signals.number, signals.own = number, True
-        if signals.breakable:
-            signals.breakable = False
+        if (
+            signals.received_here
+        ):  # `number` may have come from another process, which got the same signal a moment before
+            signals.raise_received()
+        signals.number, signals.received_here = number, True
+        if signals.may_interrupt:
+            signals.may_interrupt = False
             raise Interrupted
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # blocked until there is a handler
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # it was blocked until there was a handler
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing is left to save: no reason to die of it
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing is left to save, and no reason to die of it

@@ -1,9 +1,11 @@
-"""One step of training, and what it is made of: gradients over all micro-batches and processes, the update, an evaluation, the documents in it.
+"""One training step in parts: gradients over all micro-batches and processes, the update, an evaluation, the
+documents of a step.
 
-    measured = accumulate(training, step)     # gradients are there, clipped; nothing has changed yet
-    update(training, rate)                    # or drop(training)
+    result = accumulate(context, step, step_metrics)     # gradients are reduced and clipped; nothing has changed yet
+    update(context, lr, step_metrics)                    # or discard_gradients(context)
 
-Losses of micro-batches are divided by the weight of the whole step, so that the gradients only have to be added up; see training.data.
+The loss of each micro-batch is divided by the weight of the whole step, so that gradients only have to be
+summed; see training/data.py.
 """
 
 from __future__ import annotations
@@ -17,30 +19,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkit.training.checkpoint.run_directory import RunDirectory, TrainerState
+from llmkit.training.checkpoint.run_directory import RunDirectory
+from llmkit.training.checkpoint.trainer_state import TrainerState
 from llmkit.training.data import Batch, Source
 from llmkit.training.distributed.processes import Processes
-from llmkit.training.guard.diagnosis import Piece
-from llmkit.training.metrics.gradient_noise import Part, measured
+from llmkit.training.guard.diagnosis import StepDocument
+from llmkit.training.metrics.gradient_noise import SmallBatchGradient, is_measured
 from llmkit.training.metrics.loss_by_source import LossTally
 from llmkit.training.metrics.step_metrics import StepMetrics
-from llmkit.training.objectives import Objective, Result, next_token
-from llmkit.training.optim.optimizer import clip_gradients, set_rate
+from llmkit.training.objectives import Objective, ObjectiveResult, next_token
+from llmkit.training.optim.optimizer import clip_gradients, set_learning_rate
 from llmkit.training.optim.schedule import Schedule
+from llmkit.training.options import CheckpointOptions, HeldOutOptions, LogOptions, OptimizerOptions
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(slots=True)
 class TrainContext:
-    """All that a run consists of. `state` is that of step 0 and gives what does not change; `start` is the checkpoint to go on from, already loaded
-    into `model`. `write_model(directory, weights, step, tokens)` fills a model directory; `initial()` gives weights and moments of step 0 once more.
-    `before_step(step)` sets what of the model is a function of the step. `report` is called with every record of the log, `say` with what a user should know."""
+    """Everything that a run consists of.
+
+    `state` is the trainer state of step 0; its fields other than the progress hold for the whole run. `start`
+    is the checkpoint to resume from, already loaded into `model`. `write_model(directory, weights, step,
+    tokens)` writes a model directory; `initial()` returns the weights and moments of step 0 once more.
+    `before_step(step)` applies the parts of the model's configuration that depend on the step. `report`
+    receives every record of the log, `notify` messages for the user.
+    """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     objective: Objective
-    figures: tuple[str, ...]  # names of what the objective reports beside the loss
+    metric_names: tuple[str, ...]  # metrics that the objective reports besides the loss
     source: Source
     schedule: Schedule
     processes: Processes
@@ -48,188 +57,204 @@ class TrainContext:
     state: TrainerState
     write_model: Callable[[Path, Tensors, int, int], None]
     initial: Callable[[], tuple[Tensors, Tensors]]
+    optimization: OptimizerOptions = field(default_factory=OptimizerOptions)
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: HeldOutOptions = field(default_factory=HeldOutOptions)
+    logging: LogOptions = field(default_factory=LogOptions)
     start: Path | None = None
     micro_batch: int = 8
-    clip: float = 1.0
-    save_every: int = 0
-    keep: int = 0
-    keep_every: int = 0
     heldout: Source | None = None
-    eval_every: int = 0
-    max_hours: float = math.inf
-    max_rollbacks: int = 8  # within a window of the guard; 0: no guard
-    chance: float = math.inf  # loss of a guess among all tokens, where the loss is one of tokens
+    uniform_loss: float = math.inf  # of a uniform guess over the vocabulary, where the loss is one of tokens
     decode: Callable[[list[int]], str] | None = None
     flops_per_token: float = 0.0
-    log_every: int = 10
-    token_bytes: torch.Tensor | None = None  # int64 [V]: the text that each token stands for, where that is known
-    at_checkpoint: Sequence[Callable[[Any, int], dict[str, float]]] = ()  # of (model, step); what they return is logged
-    changed: list[str] = field(default_factory=list)  # what --accept-change let pass
+    token_bytes: torch.Tensor | None = None  # int64 [V]: bytes of text that each token stands for, if known
+    at_checkpoint: Sequence[Callable[[Any, int], dict[str, float]]] = ()  # of (model, step); their results are logged
+    changed: list[str] = field(default_factory=list)  # changes let through by --accept-change
     before_step: Callable[[int], None] = field(default=lambda step: None)
     report: Callable[[dict[str, Any]], None] = field(default=lambda record: None)
-    say: Callable[[str], None] = field(default=lambda text: None)
+    notify: Callable[[str], None] = field(default=lambda text: None)
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What the forward and backward passes of a step gave: its figures (`loss` among them), gradient norm, mean loss of its worst row, and where the
-    noise is measured squared norm and weight of the gradient of a `part` (else 0)."""
+    """Result of a step's forward and backward passes: metrics (`loss` among them), gradient norm, and mean loss
+    of the worst row (NaN: unknown).
 
-    figures: dict[str, float]
-    norm: float
-    worst: float
-    part: tuple[float, float] = (0.0, 0.0)
-    seen: list[float] = field(default_factory=list)  # StepMetrics.sums() of all processes
+    `small_batch` is the squared norm and the weight of the gradient of a part of the batch in steps that
+    measure the gradient noise scale, else zeros. `metric_sums` is StepMetrics.local_sums() summed over all
+    processes.
+    """
 
-    def for_guard(self) -> tuple[float, float, float]:
-        return self.figures["loss"], self.norm, self.worst
+    metrics: dict[str, float]
+    grad_norm: float
+    worst_row_loss: float
+    small_batch: tuple[float, float] = (0.0, 0.0)
+    metric_sums: list[float] = field(default_factory=list)
+
+    def guard_metrics(self) -> tuple[float, float, float]:
+        """guard.METRICS of the step."""
+        return self.metrics["loss"], self.grad_norm, self.worst_row_loss
 
 
-def accumulate(t: TrainContext, step: int, watch: StepMetrics) -> StepResult:
-    """Forward and backward passes of a step: the gradients of all processes, clipped, lie at the parameters. Weights and moments are as before."""
-    source, processes, scaler = t.source, t.processes, t.processes.accelerator.scaler
+def accumulate(context: TrainContext, step: int, step_metrics: StepMetrics) -> StepResult:
+    """Forward and backward passes of a step: leaves the gradients of all processes, clipped, in the parameters.
+
+    Weights and moments stay as they are.
+    """
+    source, processes, scaler = context.source, context.processes, context.processes.accelerator.scaler
     scale = 1.0 / max(source.weight(step), 1e-9)
-    parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in context.optimizer.param_groups for p in group["params"]]
     sums: Tensors = {}
-    worst = -math.inf
+    worst_row_loss = -math.inf
     rows, lockstep = source.rows(step), processes.layout.lockstep
-    micro_batch = t.micro_batch * source.shortened(step)
-    part = Part(lockstep)
-    if measured(step) and (processes.world_size == 1 or lockstep):
+    micro_batch = context.micro_batch * source.length_ratio(step)
+    small_batch = SmallBatchGradient(lockstep)
+    if is_measured(step) and (processes.world_size == 1 or lockstep):
         micro_batch = max(1, min(micro_batch, rows // (2 * processes.world_size)))
-    t.model.train()
-    watch.begin(step)
-    for start, stop, factor in processes.micro_batches(t.model, rows, micro_batch, add_first=measured(step)):
-        batch = watch.take(step, start, stop, counts=factor > 0)
+    context.model.train()
+    step_metrics.begin_step(step)
+    passes = processes.micro_batches(context.model, rows, micro_batch, sync_first=is_measured(step))
+    for start, stop, factor in passes:
+        batch = step_metrics.load_batch(step, start, stop, counted=factor > 0)
         with processes.accelerator.autocast():
-            found = t.objective(t.model, batch, scale * factor)
-        (scaler.scale(found.loss) if scaler else found.loss).backward()
-        for name, value in ({"loss": found.loss.detach()} | found.figures).items():
+            result = context.objective(context.model, batch, scale * factor)
+        (scaler.scale(result.loss) if scaler else result.loss).backward()
+        for name, value in ({"loss": result.loss.detach()} | result.metrics).items():
             sums[name] = sums.get(name, 0) + value
-        worst = max(worst, _worst_row(batch, found))
+        worst_row_loss = max(worst_row_loss, _worst_row_loss(batch, result))
         if factor:
-            watch.losses(batch, found)
-        if measured(step):
-            part.look(parameters, factor * float(batch.weights.sum()), scale * (scaler.get_scale() if scaler else 1.0))
-    processes.add_gradients(parameters)
+            step_metrics.add_losses(batch, result)
+        if is_measured(step):
+            weight, loss_scale = factor * float(batch.weights.sum()), scaler.get_scale() if scaler else 1.0
+            small_batch.observe(parameters, weight, scale * loss_scale)
+    processes.all_reduce_gradients(parameters)
     if scaler:
-        scaler.unscale_(t.optimizer)
-    figures, worst, seen = _gather(t, sums, worst, watch.sums())
-    watch.before()
-    small = part.together(processes.all_reduce(part.values)) if measured(step) else (0.0, 0.0)
-    return StepResult(figures, float(clip_gradients(parameters, t.clip)), worst, small, seen)
+        scaler.unscale_(context.optimizer)
+    metrics, worst_row_loss, metric_sums = _reduce_metrics(context, sums, worst_row_loss, step_metrics.local_sums())
+    step_metrics.before_update()
+    small = small_batch.combine(processes.all_reduce(small_batch.values)) if is_measured(step) else (0.0, 0.0)
+    return StepResult(
+        metrics, float(clip_gradients(parameters, context.optimization.clip or 0.0)), worst_row_loss, small, metric_sums
+    )
 
 
-def update(t: TrainContext, rate: float, watch: StepMetrics) -> None:
-    """Take the step whose gradients `accumulate` has left, with this learning rate."""
-    scaler = t.processes.accelerator.scaler
-    set_rate(t.optimizer, rate)
+def update(context: TrainContext, lr: float, step_metrics: StepMetrics) -> None:
+    """Apply the gradients left by `accumulate`, with this learning rate."""
+    scaler = context.processes.accelerator.scaler
+    set_learning_rate(context.optimizer, lr)
     if scaler:
-        scaler.step(t.optimizer)
+        scaler.step(context.optimizer)
         scaler.update()
     else:
-        t.optimizer.step()
-    watch.after()
-    t.optimizer.zero_grad(set_to_none=True)
+        context.optimizer.step()
+    step_metrics.after_update()
+    context.optimizer.zero_grad(set_to_none=True)
 
 
-def drop(t: TrainContext) -> None:
-    """Forget the gradients that `accumulate` has left."""
-    t.optimizer.zero_grad(set_to_none=True)
-    if t.processes.accelerator.scaler:  # which knows of no step that is not taken
-        t.processes.accelerator.scaler._per_optimizer_states.clear()
+def discard_gradients(context: TrainContext) -> None:
+    """Discard the gradients left by `accumulate`."""
+    context.optimizer.zero_grad(set_to_none=True)
+    if context.processes.accelerator.scaler:  # it has no public way to leave a step out
+        context.processes.accelerator.scaler._per_optimizer_states.clear()
 
 
-def _gather(
-    t: TrainContext, sums: Tensors, worst: float, more: list[float]
+def _reduce_metrics(
+    context: TrainContext, sums: Tensors, worst_row_loss: float, metric_sums: list[float]
 ) -> tuple[dict[str, float], float, list[float]]:
-    """The figures of the whole step by name, the loss of its worst row (nan: unknown), and the sums of `more`. A process that had no row in it adds
-    zeros."""
-    names = ("loss", *t.figures)
+    """Metrics of the whole step by name, the loss of its worst row (NaN: unknown), and `metric_sums` over all
+    processes. A process that had no rows in the step adds zeros."""
+    names = ("loss", *context.metric_names)
     values = torch.stack([torch.as_tensor(sums.get(name, 0.0)).double() for name in names]).tolist()
-    each = [0.0] * t.processes.world_size  # one place for every process: their sum then holds the value of each
-    each[t.processes.rank] = worst if math.isfinite(worst) else 0.0
-    found = t.processes.all_reduce([*values, *each, *more])
-    figures = dict(zip(names, found, strict=False))
-    found = found[len(names) :]
-    largest = max(found[: len(each)])
-    return figures, largest if largest > 0 else math.nan, found[len(each) :]
+    by_rank = [0.0] * context.processes.world_size  # one slot per process, so that the sum holds the value of each
+    by_rank[context.processes.rank] = worst_row_loss if math.isfinite(worst_row_loss) else 0.0
+    reduced = context.processes.all_reduce([*values, *by_rank, *metric_sums])
+    metrics = dict(zip(names, reduced, strict=False))
+    reduced = reduced[len(names) :]
+    largest = max(reduced[: len(by_rank)])
+    return metrics, largest if largest > 0 else math.nan, reduced[len(by_rank) :]
 
 
-def _worst_row(batch: Batch, found: Result) -> float:
-    """The highest mean loss of a row; -inf where losses of tokens are not known."""
-    if found.token_losses is None or found.positions is None or not len(found.positions):
+def _worst_row_loss(batch: Batch, result: ObjectiveResult) -> float:
+    """The highest mean loss of a row; -inf if the losses of tokens are unknown."""
+    if result.token_losses is None or result.positions is None or not len(result.positions):
         return -math.inf
     shape = batch.targets.shape
-    losses = found.token_losses.new_zeros(shape.numel()).index_put((found.positions,), found.token_losses).view(shape)
+    losses = result.token_losses.new_zeros(shape.numel()).index_put((result.positions,), result.token_losses)
     counted = (batch.weights > 0).sum(dim=1)
-    return float((losses.sum(dim=1) / counted.clamp(min=1)).max())
+    return float((losses.view(shape).sum(dim=1) / counted.clamp(min=1)).max())
 
 
 def evaluate(
-    t: TrainContext,
+    context: TrainContext,
     source: Source,
     step: int = 0,
-    stopped: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     tally: LossTally | None = None,
 ) -> float | None:
-    """Mean loss over the weights of a step of `source`, all processes together; None where any was `stopped` before the end. `tally` gets the losses
-    of this process's tokens."""
-    processes = t.processes
+    """Weighted mean loss of a step of `source` over all processes; None if `should_stop` interrupted any of them.
+
+    `tally` collects the token losses of this process.
+    """
+    processes = context.processes
     scale = 1.0 / max(source.weight(step), 1e-9)
-    total, stops = 0.0, False
-    t.model.eval()
+    total, stopped = 0.0, False
+    context.model.eval()
     with torch.no_grad():
-        for start, stop, factor in processes.micro_batches(t.model, source.rows(step), t.micro_batch):
-            stops = processes.agree(stopped())
-            if stops:
+        for start, stop, factor in processes.micro_batches(context.model, source.rows(step), context.micro_batch):
+            stopped = processes.agree(should_stop())
+            if stopped:
                 break
             batch = source.batch(step, start, stop).to(processes.device)
             with processes.accelerator.autocast():
-                found = t.objective(t.model, batch, scale * factor)
-            total += float(found.figures.get("loss", found.loss))
+                result = context.objective(context.model, batch, scale * factor)
+            total += float(result.metrics.get("loss", result.loss))
             if tally and factor:
-                tally.add(batch, found)
-    total, left = processes.all_reduce([total, float(stops)])
-    return None if left else total
+                tally.add(batch, result)
+    total, interrupted = processes.all_reduce([total, float(stopped)])
+    return None if interrupted else total
 
 
-def held_out(t: TrainContext, stopped: Callable[[], bool]) -> dict[str, float] | None:
-    """What the log says of the held-out data: loss, losses and bits a byte by domain; None where a signal came before the end."""
-    assert t.heldout is not None
-    tally = LossTally(t.heldout, t.token_bytes, t.processes.device)
-    loss = evaluate(t, t.heldout, stopped=stopped, tally=tally)
+def evaluate_held_out(context: TrainContext, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+    """Logged metrics of the held-out data: loss, losses and bits per byte by domain.
+
+    None if `should_stop` interrupted it.
+    """
+    assert context.heldout is not None
+    tally = LossTally(context.heldout, context.token_bytes, context.processes.device)
+    loss = evaluate(context, context.heldout, should_stop=should_stop, tally=tally)
     if loss is None:
         return None
-    numbers = t.processes.all_reduce(tally.numbers())
-    return {"heldout_loss": loss} | tally.figures(numbers, "heldout", "heldout_bpb", "heldout_bpb")
+    sums = context.processes.all_reduce(tally.sums())
+    return {"heldout_loss": loss} | tally.means(sums, "heldout", "heldout_bpb", "heldout_bpb")
 
 
-def pieces_of(t: TrainContext, step: int, *, losses: bool = True) -> list[Piece]:
-    """The documents of a step in order, with the loss of their tokens in it under the weights as they are. Every process computes all of it."""
+def step_documents(context: TrainContext, step: int, *, compute_losses: bool = True) -> list[StepDocument]:
+    """The documents of a step in order, with the losses of their tokens under the current weights.
+
+    Every process computes all of them.
+    """
     tokens: dict[str, np.ndarray] = {}
-    lost: dict[str, list[np.ndarray]] = {}
-    t.model.eval()
-    rows = t.source.rows(step)
-    for start in range(0, rows, t.micro_batch):
-        batch = t.source.batch(step, start, min(start + t.micro_batch, rows))
-        found = np.full(batch.targets.shape, np.nan, np.float32)
-        if losses:
-            with torch.no_grad(), t.processes.accelerator.autocast():
-                result = next_token(t.model, batch.to(t.processes.device), 1.0)
+    losses: dict[str, list[np.ndarray]] = {}
+    context.model.eval()
+    rows = context.source.rows(step)
+    for start in range(0, rows, context.micro_batch):
+        stop = min(start + context.micro_batch, rows)
+        batch = context.source.batch(step, start, stop)
+        token_losses = np.full(batch.targets.shape, np.nan, np.float32)
+        if compute_losses:
+            with torch.no_grad(), context.processes.accelerator.autocast():
+                result = next_token(context.model, batch.to(context.processes.device), 1.0)
             if result.positions is not None and result.token_losses is not None:
-                found.reshape(-1)[result.positions.cpu().numpy()] = result.token_losses.cpu().numpy()
+                token_losses.reshape(-1)[result.positions.cpu().numpy()] = result.token_losses.cpu().numpy()
         count, length = batch.targets.shape
         owners = np.zeros((count, length), np.int64) if batch.document_ids is None else batch.document_ids.numpy()
         for row in range(count):
             cuts = [0, *(np.flatnonzero(np.diff(owners[row])) + 1).tolist(), length]
             for first, last in zip(cuts, cuts[1:], strict=False):
                 if owners[row, first] >= 0:
-                    # A batch of pairs has two rows for each.
-                    name, whole = t.source.document(
-                        step, start + row % (min(start + t.micro_batch, rows) - start), first
-                    )
-                    tokens[name] = whole
-                    lost.setdefault(name, []).append(found[row, first:last])
-    t.processes.layout.reshard(t.model)
-    return [Piece(name, np.asarray(tokens[name]), np.concatenate(lost[name])) for name in tokens if name]
+                    # A batch of pairs has two rows for each pair.
+                    name, document = context.source.document(step, start + row % (stop - start), first)
+                    tokens[name] = document
+                    losses.setdefault(name, []).append(token_losses[row, first:last])
+    context.processes.layout.reshard(context.model)
+    return [StepDocument(name, np.asarray(tokens[name]), np.concatenate(losses[name])) for name in tokens if name]

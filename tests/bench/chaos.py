@@ -38,9 +38,9 @@ PLACES = {
     "checkpoint, model": ("llmkit.model.pretrained.checkpoint:write_safetensors", 6),
     "checkpoint, link": ("llmkit.training.checkpoint.run_directory:RunDirectory._link", 6),
     "copy to the host": ("llmkit.training.checkpoint.snapshot:HostSnapshot.copy", 8),
-    "evaluation": ("llmkit.training.loop:held_out", 6),
-    "diagnosis": ("llmkit.training.loop:suspects", 2),
-    "rollback": ("llmkit.training.guard.rollback:_place_weights", 1),
+    "evaluation": ("llmkit.training.loop:evaluate_held_out", 6),
+    "diagnosis": ("llmkit.training.guard.recovery:find_broken_documents", 2),
+    "rollback": ("llmkit.training.guard.rollback:_load_weights", 1),
     "log": ("llmkit.training.metrics.log:MetricsLog.write", 60),
     "any time": ("", 0),
 }

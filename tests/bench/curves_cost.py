@@ -32,7 +32,7 @@ from llmkit.training.data import StreamSource
 from llmkit.training.metrics import step_metrics
 from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.optim.schedule import build_schedule
 from llmkit.training.source_groups import document_groups
 
 VOCABULARY = 8192
@@ -69,9 +69,9 @@ def main() -> None:
 
         setattr(owner, name, call)
 
-    for name in ("_tell", "losses", "sums", "before", "after", "end"):
+    for name in ("_count_contents", "add_losses", "local_sums", "before_update", "after_update", "finish_step"):
         timed(step_metrics.StepMetrics, name, name)
-    timed(step_metrics, "probe", "probe (in end)")
+    timed(step_metrics, "activation_statistics", "activation_statistics (in finish_step)")
     timed(loop, "accumulate", "step")
     timed(loop, "update", "step")
     stream = ListStream([300] * 4000, VOCABULARY)
@@ -90,17 +90,19 @@ def main() -> None:
                 opened.model(lambda: model),
                 next_token,
                 source,
-                named("constant", 1e-3, source.tokens(source.steps)),
+                build_schedule("constant", 1e-3, source.tokens(source.steps)),
                 tokenizer_files={},
             )
         records = list(read_metrics(run / "metrics.jsonl"))
-    spent["step"] += spent["end"]
+    spent["step"] += spent["finish_step"]
     print(
         f"{config.parameters() / 1e6:.1f}M parameters, {asked.steps} steps of {8 * 512:,} tokens, {spent['step']:.1f} s of CPU in steps"
     )
     for label, seconds in spent.items():
         print(f"  {label:<16} {seconds:8.4f} s  {seconds / spent['step']:8.3%}")
-    total = sum(seconds for label, seconds in spent.items() if label not in ("step", "probe (in end)"))
+    total = sum(
+        seconds for label, seconds in spent.items() if label not in ("step", "activation_statistics (in finish_step)")
+    )
     due = sum("entropy" in record for record in records)
     print(
         f"all curves together: {total / spent['step']:.2%} of a step ({due} of {len(records)} steps measured all of them)"

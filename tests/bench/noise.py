@@ -23,7 +23,7 @@ import zstandard
 from peers import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llmkit.training.guard.diagnosis import FEWEST, ORDERED, has_order
+from llmkit.training.guard.diagnosis import MIN_SYMBOLS, ORDERED, has_order
 
 SIZES = (128, 192, 256, 512)
 PIECES = 200  # of each kind of noise and size
@@ -49,7 +49,7 @@ def main() -> None:
     print(
         f"# Noise or text\n\n{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, numpy {np.__version__}. `python tests/bench/noise.py`"
     )
-    print(f"\nThreshold {ORDERED} standard deviations, from {FEWEST} tokens on. {len(texts)} texts in as many languages and scripts, two pieces of each.\n")  # fmt: skip
+    print(f"\nThreshold {ORDERED} standard deviations, from {MIN_SYMBOLS} tokens on. {len(texts)} texts in as many languages and scripts, two pieces of each.\n")  # fmt: skip
     print("| tokens a piece | text taken for noise | " + " | ".join(f"{name} taken for text" for name in noise) + " |")
     print("|---" * (2 + len(noise)) + "|")
     encoded = [tokenizer.encode(text[:8000]).ids for text in texts]

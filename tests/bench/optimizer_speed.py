@@ -19,7 +19,7 @@ from peers import in_turn, ratios, spread
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.training.optim.muon import Muon
-from llmkit.training.optim.optimizer import BETAS, EPSILON, build, set_rate
+from llmkit.training.optim.optimizer import BETAS, EPSILON, build_optimizer, set_learning_rate
 
 
 def timed(step: Callable[[], object]) -> Callable[[], float]:
@@ -49,8 +49,8 @@ def main() -> None:
     for parameter in everything:
         parameter.grad = torch.randn_like(parameter)
     group = {"params": matrices, "optimizer": "muon", "weight_decay": 0.1, "rate": 1.0, "lr": 1e-3}
-    fused = build(model)
-    set_rate(fused, 1e-3)
+    fused = build_optimizer(model)
+    set_learning_rate(fused, 1e-3)
     adamw = {"lr": 1e-3, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.1}
     pairs: list[tuple[str, list[torch.nn.Parameter], torch.optim.Optimizer, str, torch.optim.Optimizer]] = [
         ("Muon", matrices, Muon([group]), "torch.optim.Muon", torch.optim.Muon(matrices, lr=1e-3, adjust_lr_fn="match_rms_adamw")),

@@ -64,7 +64,7 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     from llmkit.training.distributed.processes import start
     from llmkit.training.metrics.step_metrics import StepMetrics
     from llmkit.training.objectives import next_token
-    from llmkit.training.optim.optimizer import build
+    from llmkit.training.optim.optimizer import build_optimizer
     from llmkit.training.train_step import TrainContext, accumulate, update
 
     class Stream:
@@ -83,11 +83,11 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     model.initialize(0)
     runtime = Runtime("compiled" in words, "checkpointed" in words, "fp8" in words, emulate=given.tiny)
     prepare(model, processes.device, runtime, print)
-    processes.layout.place(model, processes.device, processes.precision)
+    processes.layout.parallelize(model, processes.device, processes.precision)
     documents = "documents" in words
     none: Any = None
     training = TrainContext(
-        model=model, optimizer=build(model), objective=next_token, figures=(),
+        model=model, optimizer=build_optimizer(model), objective=next_token, metric_names=(),
         source=StreamSource(Stream(), given.length, given.sequences, 1 << 40, document_mask=documents),
         schedule=none, processes=processes, directory=none, state=none, write_model=none, initial=none, micro_batch=given.rows,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def ours(given: argparse.Namespace, words: set[str]) -> tuple[list[float], float
     seconds, loss = [], 0.0
     for _ in range(given.warmup + given.steps):
         began = time.perf_counter()
-        loss = accumulate(training, 0, watch).figures["loss"]  # a number: the GPU is done
+        loss = accumulate(training, 0, watch).metrics["loss"]  # a number: the GPU is done
         update(training, 3e-4, watch)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -67,7 +67,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     from llmkit.training.distributed.processes import start
     from llmkit.training.metrics.step_metrics import StepMetrics
     from llmkit.training.objectives import next_token
-    from llmkit.training.optim.optimizer import build
+    from llmkit.training.optim.optimizer import build_optimizer
     from llmkit.training.train_step import TrainContext, accumulate, update
 
     class Stream:
@@ -93,7 +93,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         limit = sessions.MICRO_BATCH_TOKENS["cpu"] // LENGTH
         none: Any = None
         training = TrainContext(
-            model=model, optimizer=build(model), objective=next_token, figures=(), source=source, schedule=none,
+            model=model, optimizer=build_optimizer(model), objective=next_token, metric_names=(), source=source, schedule=none,
             processes=processes, directory=none, state=none, write_model=none, initial=none,
             micro_batch=int(os.environ.get("MICRO_BATCH", max(1, min(SEQUENCES, limit)))),
         )  # fmt: skip
@@ -103,7 +103,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
         def step() -> float:
             measured = accumulate(training, 0, watch)
             update(training, 1e-3, watch)
-            return measured.figures["loss"]
+            return measured.metrics["loss"]
 
         return step
 

@@ -16,7 +16,7 @@ from llmkit.cli.shared.schema import schema
 from llmkit.cli.shared.table import COMMANDS
 from llmkit.errors import ExitCode, UsageError
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, from_values, option_fields, values_of
-from llmkit.training.optim.schedule import NAMES as SCHEDULES
+from llmkit.training.optim.schedule import SCHEDULES
 from llmkit.training.options import PretrainOptions
 
 

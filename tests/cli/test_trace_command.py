@@ -196,7 +196,7 @@ def test_mistakes_are_one_line(directory: Path, tmp_path: Path, capsys: pytest.C
     assert "either --step or --find" in failed(capsys, run, "--step", "1", "--find", "a")
     assert "not a run" in failed(capsys, str(tmp_path), "--step", "1")
     (tmp_path / "checkpoints").mkdir()
-    assert "holds no trace" in failed(capsys, str(tmp_path), "--step", "1")
+    assert "no trace" in failed(capsys, str(tmp_path), "--step", "1")
 
 
 def test_moved_and_changed_data(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

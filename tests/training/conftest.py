@@ -17,7 +17,7 @@ from llmkit.shards.writer import ShardWriter
 from llmkit.training import session as sessions
 from llmkit.training.data import HeldOutSource, StreamSource
 from llmkit.training.objectives import next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.optim.schedule import build_schedule
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
         at_checkpoint = changes.pop("at_checkpoint", [])
         settings = loop_settings(str(path), **({"micro_batch_size": 2, "save_every": 3} | changes))
         source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
-        plan = named("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
+        plan = build_schedule("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
         with sessions.session(settings, say=say) as opened:
             opened.at_checkpoint += at_checkpoint
             inputs = [Input("input", "data", "xxh3:0")]
@@ -81,7 +81,8 @@ def tokenizer_files() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tokenizer_files: dict[str, str]) -> Path:
-    """A directory with token shards `shards/` (3,000 tokens), `heldout.arrow` and the model configuration `config.json`."""
+    """A directory with token shards `shards/` (3,000 tokens), `heldout.arrow` and a model configuration
+    `config.json`."""
     from tokenizers import Tokenizer
 
     place = tmp_path_factory.mktemp("training")

@@ -1,4 +1,4 @@
-"""The curves of metrics.jsonl: each is moved by its cause, and none moves the weights."""
+"""The curves of metrics.jsonl: each responds to its cause, and measuring them does not change the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llmkit.training.data import HeldOutSource, PackedSource, StreamSource
 from llmkit.training.metrics import curves, machine
 from llmkit.training.metrics.log import read_metrics
 from llmkit.training.objectives import next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.optim.schedule import build_schedule
 from llmkit.training.source_groups import OTHER, document_groups
 
 SIZES = [40] * 32
@@ -29,7 +29,7 @@ GPU = {name for name in (c.name for c in curves.CURVES) if name.startswith("gpu_
 
 
 class TwoSources(ListStream):
-    """Documents of `order` and `noise` in turn; the tokens of noise are random."""
+    """Documents of the sources `order` and `noise` in turn; the tokens of `noise` are random."""
 
     def __init__(self, sizes: list[int] = SIZES) -> None:
         super().__init__(sizes)
@@ -74,7 +74,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
                 opened.model(lambda: model),
                 objective,
                 source,
-                named("constant", rate, source.tokens(source.steps)),
+                build_schedule("constant", rate, source.tokens(source.steps)),
                 tokenizer_files={},
                 heldout=heldout,
             )
@@ -84,7 +84,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
 
 
 Run = Callable[..., dict[str, Any]]
-MOVED: set[str] = set()  # by the tests below; the last one looks whether a curve was forgotten
+MOVED: set[str] = set()  # by the tests below; the last one checks that no curve was forgotten
 
 
 def moved(*names: str) -> None:
@@ -92,7 +92,8 @@ def moved(*names: str) -> None:
 
 
 def test_losses(run: Run) -> None:
-    """Behaviour: they fall by training; that of a source by what is in it; on repeated documents below that on first ones, by bytes by their number."""
+    """Behaviour: losses fall with training, a source's loss reflects its content, repeated documents have a
+    lower loss than new ones, and bits per byte follow the bytes."""
     first, trained = run(), run(16, 3e-3)
     for name in ("loss", "loss_smooth"):
         assert trained[name] < first[name] - 0.1
@@ -114,7 +115,7 @@ def test_counts(run: Run) -> None:
     for name in ("tokens", "sequences"):
         assert two[name] == 2 * one[name]
     assert (one["step"], run(3)["step"]) == (1, 3)
-    assert one["documents"] == 4 + 3  # in four sequences three documents begin anew
+    assert one["documents"] == 4 + 3  # in four sequences three documents start inside
     assert one["tokens_counted"] == 4 * 32 - 3
     assert run(stream=TwoSources([8] * 160))["documents"] == 16
     rows = [(np.arange(9, dtype=np.int32), np.ones(9, np.float32))] * 3
@@ -123,9 +124,9 @@ def test_counts(run: Run) -> None:
     uneven = [(np.arange(n, dtype=np.int32), np.ones(n, np.float32)) for n in (33, 21)]
     longer = PackedSource(uneven * 4, 32, 4)  # its second step goes through the model at once
     batch = longer.batch(1, 0, 4)
-    found = run(source=longer)
-    assert found["padding"] == pytest.approx(float((batch.document_ids == -1).float().mean()), rel=1e-5)
-    assert found["padding"] > 0
+    result = run(source=longer)
+    assert result["padding"] == pytest.approx(float((batch.document_ids == -1).float().mean()), rel=1e-5)
+    assert result["padding"] > 0
     filled = TwoSources([32] * 4)
     filled.padding = np.array([False, False, False, True])
     assert run(stream=filled)["padding"] == 0.25
@@ -133,7 +134,7 @@ def test_counts(run: Run) -> None:
 
 
 def test_gradient_and_update(run: Run) -> None:
-    """Behaviour: norms by group follow the weights, the update the rate, what is clipped the limit."""
+    """Behaviour: norms by group follow the weights, updates the learning rate, and the clipped share the limit."""
     base = run(clip=0.0)
     groups = {"embedding": "embed_tokens", "attention": "self_attn.v_proj", "mlp": "mlp.up_proj", "norms": "layernorm"}
     for group, part in groups.items():
@@ -143,11 +144,11 @@ def test_gradient_and_update(run: Run) -> None:
                 if part in name:
                     parameter.mul_(2)
 
-        found = run(alter=double, clip=0.0)
-        assert found[f"param_norm/{group}"] > 1.2 * base[f"param_norm/{group}"]
+        result = run(alter=double, clip=0.0)
+        assert result[f"param_norm/{group}"] > 1.2 * base[f"param_norm/{group}"]
         others = [other for other in groups if other != group]
-        assert all(found[f"param_norm/{other}"] == base[f"param_norm/{other}"] for other in others)
-        assert found[f"grad_norm/{group}"] != base[f"grad_norm/{group}"]
+        assert all(result[f"param_norm/{other}"] == base[f"param_norm/{other}"] for other in others)
+        assert result[f"grad_norm/{group}"] != base[f"grad_norm/{group}"]
         assert run(rate=2e-3, clip=0.0)[f"update_ratio/{group}"] == pytest.approx(
             2 * base[f"update_ratio/{group}"], rel=1e-2
         )
@@ -160,16 +161,16 @@ def test_gradient_and_update(run: Run) -> None:
 
 
 def test_inside_of_the_model(run: Run) -> None:
-    """Behaviour: the maxima name the layer that was blown up; entropy and accuracy follow training."""
+    """Behaviour: the maxima name the layer whose weights were scaled up; entropy and accuracy follow training."""
     base = run(rate=1e-9)
 
     def scaled(part: str, by: float) -> Callable[[torch.nn.Module], None]:
         return lambda model: model.get_parameter(part).mul_(by)
 
     for layer in (0, 1):
-        found = run(rate=1e-9, alter=scaled(f"model.layers.{layer}.self_attn.q_norm.weight", 10))
-        assert found["attention_logit_max"] > 5 * base["attention_logit_max"]
-        assert found["attention_logit_max_layer"] == layer
+        result = run(rate=1e-9, alter=scaled(f"model.layers.{layer}.self_attn.q_norm.weight", 10))
+        assert result["attention_logit_max"] > 5 * base["attention_logit_max"]
+        assert result["attention_logit_max_layer"] == layer
     grown = run(rate=1e-9, alter=scaled("model.layers.1.mlp.down_proj.weight", 1e5))
     assert grown["activation_max"] > 2 * base["activation_max"]
     assert grown["activation_max_layer"] == 1
@@ -183,11 +184,11 @@ def test_inside_of_the_model(run: Run) -> None:
 
 
 def test_attention_logits_are_those_of_the_model() -> None:
-    """Parity: the maximum is that of q and k as they reach torch's attention, within documents."""
+    """Parity with the q and k passed to torch's attention, within documents."""
     import torch.nn.functional as F
 
     from llmkit.training.distributed.processes import start
-    from llmkit.training.metrics.activations import probe
+    from llmkit.training.metrics.activations import activation_statistics
 
     model, stream = tiny_model(), TwoSources()
     source = StreamSource(stream, 32, 4, 128)
@@ -203,14 +204,14 @@ def test_attention_logits_are_those_of_the_model() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(F, "scaled_dot_product_attention", watched)
     try:
-        found = probe(model, source, 0, start("fp32"))
+        result = activation_statistics(model, source, 0, start("fp32"))
     finally:
         patch.undo()
-    assert found["attention_logit_max"] == pytest.approx(max(seen), rel=1e-5)
+    assert result["attention_logit_max"] == pytest.approx(max(seen), rel=1e-5)
 
 
 def test_time(run: Run, tmp_path: Path) -> None:
-    """Behaviour: a slow source shows as waiting, and in the speed; MFU follows the FLOPs counted."""
+    """Behaviour: a slow source shows in data_seconds and in the speed; MFU follows the speed."""
 
     class Slow(StreamSource):
         def batch(self, step: int, start: int, stop: int) -> Any:
@@ -229,13 +230,13 @@ def test_time(run: Run, tmp_path: Path) -> None:
 
 
 def test_noise_scale() -> None:
-    """Behaviour: the more the gradient of a part differs from that of the whole, the larger."""
+    """Behaviour: the scale grows with the difference between the gradients of a small and the full batch."""
     from llmkit.training.metrics.gradient_noise import NoiseScale
 
     little, much = NoiseScale(), NoiseScale()
     for _ in range(20):
-        little.measure(1.5, 100, 1.0, 1000)
-        much.measure(3.0, 100, 1.0, 1000)
+        little.update(1.5, 100, 1.0, 1000)
+        much.update(3.0, 100, 1.0, 1000)
     assert little.tokens is not None
     assert much.tokens is not None
     assert much.tokens > 3 * little.tokens
@@ -243,34 +244,40 @@ def test_noise_scale() -> None:
 
 
 def test_pace_of_processes() -> None:
-    """Behaviour: the process that takes longer is named."""
+    """Behaviour: the slowest process is named."""
     from llmkit.training.distributed.stragglers import StragglerDetector
 
     pace = StragglerDetector()
-    found = [pace.step(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
-    named = [figures for figures in found if figures]
+    result = [pace.update(step, [1.0, 1.0, 2.0])[0] for step in range(1, 61)]
+    named = [figures for figures in result if figures]
     assert named
     assert all(figures == {"slowest_rank": 2, "rank_spread": 2.0} for figures in named)
     moved("slowest_rank", "rank_spread")
 
 
 def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Behaviour: memory follows what is held, the peak stays; disk and GPU figures are those of the system."""
-    before = machine.machine_figures(torch.device("cpu"), tmp_path)
-    held = mmap.mmap(-1, 40 << 20)  # not what an allocator may hold already
-    held.write(b"x" * len(held))
-    during = machine.machine_figures(torch.device("cpu"), tmp_path)
+    """Behaviour: memory follows allocations, the peak stays; disk and GPU metrics are those of the system."""
+    before = machine.machine_metrics(torch.device("cpu"), tmp_path)
+    allocation = mmap.mmap(-1, 40 << 20)  # not what an allocator may already have reserved
+    allocation.write(b"x" * len(allocation))
+    during = machine.machine_metrics(torch.device("cpu"), tmp_path)
     assert during["memory"] > before["memory"] + (30 << 20)
-    held.close()
-    assert machine.machine_figures(torch.device("cpu"), tmp_path)["memory_peak"] >= during["memory"] * 0.95
+    allocation.close()
+    assert machine.machine_metrics(torch.device("cpu"), tmp_path)["memory_peak"] >= during["memory"] * 0.95
     free = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    told = {"memory_allocated": 1, "max_memory_allocated": 2, "utilization": 3, "temperature": 4, "power_draw": 5000}
-    for name, value in told.items():
+    cuda_values = {
+        "memory_allocated": 1,
+        "max_memory_allocated": 2,
+        "utilization": 3,
+        "temperature": 4,
+        "power_draw": 5000,
+    }
+    for name, value in cuda_values.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    found = machine.machine_figures(torch.device("cuda"), tmp_path)
-    assert found["disk_free"] == 12345
-    assert {name: found[name] for name in GPU} == {
+    result = machine.machine_metrics(torch.device("cuda"), tmp_path)
+    assert result["disk_free"] == 12345
+    assert {name: result[name] for name in GPU} == {
         "gpu_memory": 1,
         "gpu_memory_peak": 2,
         "gpu_utilisation": 3,
@@ -281,26 +288,26 @@ def test_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_heldout_by_domain(run: Run) -> None:
-    """Behaviour: each domain has its loss and bits a byte, whose mean by tokens is the whole."""
+    """Behaviour: each domain has its loss and bits per byte, whose mean weighted by tokens is the total."""
     stream = TwoSources([40] * 8)
-    held = HeldOutSource(stream, 32, groups=stream.groups())
-    found = run(30, 5e-3, heldout=held, eval_every=1, log_every=0)
-    assert found["heldout/order"] < found["heldout/noise"] - 0.5
-    assert found["heldout_loss"] == pytest.approx((found["heldout/order"] + found["heldout/noise"]) / 2, rel=0.02)
-    assert found["heldout_bpb/order"] == pytest.approx(found["heldout/order"] / np.log(2) / 2, rel=1e-5)
-    assert found["heldout_bpb"] == pytest.approx(found["heldout_loss"] / np.log(2) / 2, rel=1e-5)
+    heldout = HeldOutSource(stream, 32, groups=stream.groups())
+    result = run(30, 5e-3, heldout=heldout, eval_every=1, log_every=0)
+    assert result["heldout/order"] < result["heldout/noise"] - 0.5
+    assert result["heldout_loss"] == pytest.approx((result["heldout/order"] + result["heldout/noise"]) / 2, rel=0.02)
+    assert result["heldout_bpb/order"] == pytest.approx(result["heldout/order"] / np.log(2) / 2, rel=1e-5)
+    assert result["heldout_bpb"] == pytest.approx(result["heldout_loss"] / np.log(2) / 2, rel=1e-5)
     moved("heldout_loss", "heldout/*", "heldout_bpb", "heldout_bpb/*")
 
 
 def test_skipped_step_is_marked(run: Run, tmp_path: Path) -> None:
-    """Behaviour: a step that the guard passes over is on its line, and leaves the smoothed loss as it was."""
+    """Behaviour: a step skipped by the guard is marked in its line, and leaves the smoothed loss unchanged."""
     calls = 0
 
     def objective(model: Any, batch: Any, scale: float) -> Any:
         nonlocal calls
         calls += 1
-        found = next_token(model, batch, scale)
-        return found._replace(loss=found.loss * (float("nan") if calls == 4 else 1.0))
+        result = next_token(model, batch, scale)
+        return result._replace(loss=result.loss * (float("nan") if calls == 4 else 1.0))
 
     run(6, objective=objective)
     records = list(read_metrics(tmp_path / "1" / "metrics.jsonl"))
@@ -311,7 +318,7 @@ def test_skipped_step_is_marked(run: Run, tmp_path: Path) -> None:
 
 
 def test_watching_changes_no_weight(run: Run, tmp_path: Path) -> None:
-    """Property: the same bytes with all curves in every step, with none that cost anything, and the same random state."""
+    """Property: weights and random state are the same with every curve in every step and without the costly ones."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     run(6, 3e-3, log_every=1)
@@ -323,7 +330,7 @@ def test_watching_changes_no_weight(run: Run, tmp_path: Path) -> None:
 
 
 def test_costly_figures_come_every_few_steps(run: Run, tmp_path: Path) -> None:
-    """Behaviour: the first step and every third; cheap ones in each."""
+    """Behaviour: with --log-every 3 costly metrics are in the first step and every third; cheap ones in every step."""
     run(7, log_every=3)
     records = list(read_metrics(tmp_path / "1" / "metrics.jsonl"))
     assert [r["step"] for r in records if "entropy" in r] == [1, 3, 6]
@@ -331,20 +338,21 @@ def test_costly_figures_come_every_few_steps(run: Run, tmp_path: Path) -> None:
 
 
 def test_smoothed_is_a_function_of_the_log() -> None:
-    """Property: a mean at first, then exponential; what it was is all that it needs."""
+    """Property: first a mean, then an exponential mean; it depends only on its last value."""
     losses = np.random.default_rng(0).random(200).tolist()
     record: dict[str, Any] = {}
     for step, loss in enumerate(losses, 1):
-        record = {"loss_smooth": curves.smoothed(record, {"step": step, "loss": loss})}
+        record = {"loss_smooth": curves.smoothed_loss(record, {"step": step, "loss": loss})}
         if step == 40:
             assert record["loss_smooth"] == pytest.approx(np.mean(losses[:40]))
     assert record["loss_smooth"] == pytest.approx(0.5, abs=0.1)
     for more in ({}, {"loss": None}, {"loss": 99.0, "skipped": True}, {"loss": float("nan")}):
-        assert curves.smoothed(record, {"step": 9, **more}) == record["loss_smooth"]
+        assert curves.smoothed_loss(record, {"step": 9, **more}) == record["loss_smooth"]
 
 
 def test_resumed_run_has_the_same_curves(train: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Property: killed between checkpoints and resumed, every curve of model and data is that of the undisturbed run; the log says how MFU counts."""
+    """Property: killed between checkpoints and resumed, every curve of model and data equals that of the
+    undisturbed run; the log states the MFU convention."""
 
     class Crash(Exception):
         pass
@@ -366,7 +374,7 @@ def test_resumed_run_has_the_same_curves(train: Callable[..., dict[str, Any]], t
 
 
 def test_many_sources_share_a_curve() -> None:
-    """Behaviour: the largest sources keep their names, the rest are `other`; padding is none of them."""
+    """Behaviour: the largest sources keep their names, the others share `other`; padding belongs to none."""
     sizes = np.array([*range(1, 21), 50])
     codes = np.arange(21, dtype=np.int32)
     groups = document_groups(sizes, codes, [*map(str, range(20)), "<padding>"], np.array([1] + [0] * 20, np.int32))
@@ -375,7 +383,7 @@ def test_many_sources_share_a_curve() -> None:
 
 
 def test_bytes_of_tokens(tokenizer_files: dict[str, str]) -> None:
-    """Property: the lengths of a text's tokens are its bytes; other tokenizers say nothing."""
+    """Property: the lengths of a text's tokens add up to its bytes; None for other kinds of tokenizers."""
     from tokenizers import Tokenizer
 
     lengths = token_bytes(tokenizer_files)
@@ -388,10 +396,11 @@ def test_bytes_of_tokens(tokenizer_files: dict[str, str]) -> None:
 
 
 def test_table_is_complete(run: Run) -> None:
-    """Property: every name in a log stands in the table, and the tests of this file (which run in one process) moved every one of them."""
+    """Property: every logged name is in the table, and the tests of this file (run in one process) covered
+    every curve."""
     stream = TwoSources()
-    found = run(2, heldout=HeldOutSource(stream, 32, groups=stream.groups()), z_loss=0.1)
-    assert not [name for name in found if not curves.known(name)]
+    result = run(2, heldout=HeldOutSource(stream, 32, groups=stream.groups()), z_loss=0.1)
+    assert not [name for name in result if not curves.is_known(name)]
     assert len(curves.CURVES) >= 40
     if len(MOVED) > 30:  # the whole file was run
         assert {curve.name for curve in curves.CURVES} - MOVED == {"eval/*"}  # tests/training/test_samples.py

@@ -11,13 +11,13 @@ from tiny import CONFIG, ListStream
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.model.decoder import Decoder
-from llmkit.training.batch_schedule import BatchSchedule, changes
-from llmkit.training.data import PADDING, HeldOutSource, PackedSource, StreamSource, pack
+from llmkit.training.batch_schedule import BatchSchedule, size_changes
+from llmkit.training.data import PADDING_ID, HeldOutSource, PackedSource, StreamSource, collate
 from llmkit.training.source_groups import document_groups
 
 
 class Numbered:
-    """A stream whose token at position p is p; `padding` names documents that only fill up."""
+    """A stream whose token at position p is p; `padding` lists the documents that are padding."""
 
     def __init__(self, lengths: list[int], padding: list[int] | None = None) -> None:
         self.padding = None if padding is None else np.isin(np.arange(len(lengths)), padding)
@@ -35,7 +35,10 @@ lengths = st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(lambda x:
 @settings(deadline=None)
 @given(lengths, st.integers(1, 16), st.integers(1, 5), st.integers(1, 300))
 def test_stream_order_and_weights(sizes: list[int], length: int, batch: int, total: int) -> None:
-    """Property: inputs are the stream from its start, round and round; a position counts if its target is of the same document."""
+    """Property: inputs are the stream from its start, repeated.
+
+    A position counts if its target belongs to the same document.
+    """
     stream = Numbered(sizes)
     source = StreamSource(stream, length, batch, total)
     owner = np.repeat(np.arange(len(sizes)), sizes)
@@ -64,7 +67,10 @@ sizes_of = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 9), st.integer
 
 @given(sizes_of, st.integers(1, 9), st.integers(1, 50), st.integers(1, 1000))
 def test_steps_partition_the_tokens(later: list[tuple[int, int, int]], rows: int, length: int, total: int) -> None:
-    """Property: whatever the sizes, steps follow each other without gap; a phase begins at the first step at or after its token; step_at inverts."""
+    """Property: for any sizes, steps follow each other without gaps.
+
+    A phase begins at the first step at or after its token; step_at inverts `tokens`.
+    """
     changes = [(0, rows, length), *sorted(later)]
     steps = BatchSchedule(changes, total)
     at = 0
@@ -80,14 +86,18 @@ def test_steps_partition_the_tokens(later: list[tuple[int, int, int]], rows: int
 
 
 def test_warm_ups_of_batch_and_length() -> None:
-    """Behaviour: small batches first; short sequences first and as many tokens a step; the stream stays in order; micro-batches keep their tokens."""
-    sizes = changes(8, 16, 2000, batches=[(2, 64), (4, 200)], lengths=[(4, 100), (8, 300)])
+    """Behaviour: smaller batches first.
+
+    Shorter sequences first with as many tokens per step; the stream stays in order; micro-batches keep their
+    tokens.
+    """
+    sizes = size_changes(8, 16, 2000, batches=[(2, 64), (4, 200)], lengths=[(4, 100), (8, 300)])
     assert sizes == [(0, 8, 4), (64, 16, 4), (100, 8, 8), (200, 16, 8), (300, 8, 16)]
     stream = Numbered([3000])
     source = StreamSource(stream, 16, 8, 2000, changes=sizes)
     seen = [source.batch(s, 0, source.rows(s)).input_ids.flatten() for s in range(source.steps)]
     assert torch.equal(torch.cat(seen), torch.arange(2000))
-    assert [source.length(s) for s in range(6)] == [4, 4, 4, 8, 8, 8] and source.shortened(0) == 4
+    assert [source.length(s) for s in range(6)] == [4, 4, 4, 8, 8, 8] and source.length_ratio(0) == 4
     assert [len(tokens) for tokens in seen[:7]] == [32, 32, 64, 64, 64, 128, 128]
     assert all(source.weight(s) == len(tokens) for s, tokens in enumerate(seen))
 
@@ -103,13 +113,13 @@ def test_warm_ups_of_batch_and_length() -> None:
     ],
 )
 def test_warm_ups_that_do_not_rise_are_refused(more: dict[str, list[tuple[int, int]]], message: str) -> None:
-    """Behaviour: larger than what they warm up to, falling, or as long as the run."""
+    """Behaviour: refused are sizes above the final one, decreasing sizes, and warm-ups as long as the run."""
     with pytest.raises(UsageError, match=message):
-        changes(8, 16, 100, **more)
+        size_changes(8, 16, 100, **more)
 
 
 def test_rows_do_not_depend_on_the_cut() -> None:
-    """Property: rows of a step taken in parts are the rows of the whole."""
+    """Property: the rows of a step are the same when read in parts."""
     source = StreamSource(Numbered([10, 3, 30, 7]), 8, 6, 1000)
     whole = source.batch(2, 0, 6)
     parts = [source.batch(2, a, b) for a, b in ((0, 1), (1, 4), (4, 6))]
@@ -128,7 +138,7 @@ def test_without_document_mask_everything_counts() -> None:
 @given(lengths, st.integers(1, 16))
 @settings(deadline=None)
 def test_held_out_counts_every_token_once(sizes: list[int], length: int) -> None:
-    """Property: each predictable position counts once, those behind the end do not."""
+    """Property: each predictable position counts once; positions beyond the end do not count."""
     stream = Numbered(sizes)
     source = HeldOutSource(stream, length)
     batch = source.batch(0, 0, source.rows(0))
@@ -139,14 +149,15 @@ def test_held_out_counts_every_token_once(sizes: list[int], length: int) -> None
 
 
 def test_token_over_the_vocabulary_is_refused() -> None:
-    """Behaviour: ids that the model does not have stop the run with a clear message."""
+    """Behaviour: ids beyond the model's vocabulary stop the run with a clear message."""
     source = StreamSource(Numbered([30]), 8, 1, 30, vocabulary=10)
-    with pytest.raises(LlmkitError, match="over the model's vocabulary"):
+    with pytest.raises(LlmkitError, match="exceeds the model's vocabulary"):
         source.batch(1, 0, 1)
 
 
 def test_padding_counts_for_nothing() -> None:
-    """Property: no token of padding is predicted or predicts, none attends to another, and the weight of the step is that of its rows."""
+    """Property: padding tokens are neither predicted nor predict, none attends to another, and the weight of
+    the step is that of its rows."""
     source = StreamSource(Numbered([5, 3, 6, 2, 1, 1], [1, 3, 5]), 9, 2, 36)
     for step in range(source.steps):
         rows = source.batch(step, 0, 2)
@@ -165,7 +176,7 @@ def rows_of(counts: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def test_packed_source_sees_every_row_once_an_epoch() -> None:
-    """Property: tokens, weights and rows add up; epochs differ in order; the same seed gives the same batches."""
+    """Property: tokens, weights and rows add up; epochs differ in order; equal seeds give equal batches."""
     rows = rows_of([5, 9, 17, 3, 8, 12, 2, 16])
     source = PackedSource(rows, 16, 2, epochs=2, seed=3)
     assert source.tokens(source.steps) == 2 * sum(len(tokens) - 1 for tokens, _ in rows)
@@ -183,8 +194,8 @@ def test_packed_rows_do_not_see_each_other() -> None:
     model = Decoder(CONFIG)
     model.initialize(0)
     rows = rows_of([7, 12, 9])
-    batch = pack([rows], 32)
-    assert (batch.document_ids == PADDING).sum() == 32 - (6 + 11 + 8)
+    batch = collate([rows], 32)
+    assert (batch.document_ids == PADDING_ID).sum() == 32 - (6 + 11 + 8)
     with torch.no_grad():
         together = model(batch.input_ids, document_ids=batch.document_ids)[0]
         at = 0
@@ -193,11 +204,14 @@ def test_packed_rows_do_not_see_each_other() -> None:
             assert torch.allclose(together[at : at + len(alone)], alone, atol=1e-5)
             at += len(alone)
         leaking = model(batch.input_ids)[0]
-    assert not torch.allclose(leaking[6:17], together[6:17], atol=1e-3)  # without the mask it would be otherwise
+    assert not torch.allclose(leaking[6:17], together[6:17], atol=1e-3)  # without the mask they differ
 
 
 def test_groups_are_those_of_the_documents() -> None:
-    """Property: the code of every position is that of its document, found one by one; in a second round all were seen before; padding is none."""
+    """Property: the code of every position is that of its document.
+
+    In a second epoch all documents were seen before; padding has its own code.
+    """
     draw = np.random.default_rng(3)
     stream = ListStream(draw.integers(0, 9, 60).tolist())
     sizes, sources = np.diff(stream.offsets), draw.integers(0, 4, 60).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Several processes: layouts, restarts, the watch-dog, pace."""
+"""Several processes: layouts, restarts, the watchdog, stragglers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from waiting import wait_until
 
 from llmkit.errors import ExitCode, LlmkitError, UsageError
 from llmkit.io.run_layout import find_checkpoints
-from llmkit.training.checkpoint.run_directory import RunDirectory, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.distributed import elastic, stragglers, watchdog
 from llmkit.training.distributed import processes as distributed
-from llmkit.training.distributed.layout import layout_named, local_part
+from llmkit.training.distributed.layout import create_layout, local_shard
 from llmkit.training.metrics.log import read_metrics
 
 
@@ -39,7 +40,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def only_until(run: Path, step: int) -> None:
-    """Take a finished run back to its checkpoint `step`."""
+    """Reset a finished run to its checkpoint `step`."""
     for link in ("final", "latest"):
         (run / link).unlink()
     for checkpoint in find_checkpoints(run):
@@ -48,7 +49,8 @@ def only_until(run: Path, step: int) -> None:
 
 
 def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
-    """Parity: DDP and FSDP2 of 2 processes with one process, 20 steps of unequal shares, within 1e-5, FSDP2 with Muon too, also where weights become NaN; checkpoints of 2 resume on 1, and of 1 on 2."""
+    """Parity: DDP and FSDP2 on 2 processes agree with one process within 1e-5 over 20 steps of unequal
+    shares, also with Muon and after NaN weights. Checkpoints of 2 processes resume on 1, and of 1 on 2."""
     from llmkit.model.pretrained.checkpoint import load_model
 
     alone = distributed.start()
@@ -86,7 +88,7 @@ def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
 
 
 class Mesh:
-    """A mesh of one dimension as `local_part` sees it."""
+    """A one-dimensional mesh for `local_shard`."""
 
     def __init__(self, size: int, mine: int) -> None:
         self.size, self.get_local_rank = (lambda dimension: size), (lambda dimension: mine)
@@ -94,7 +96,7 @@ class Mesh:
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8])
 def test_parts_cover_the_whole_once(rows: int) -> None:
-    """Property: the parts of 3 processes, the last of which may be empty, are the tensor."""
+    """Property: the shards of 3 processes, the last of which may be empty, make up the tensor."""
     from torch.distributed.tensor import Shard
 
     class Parameter:
@@ -103,23 +105,26 @@ def test_parts_cover_the_whole_once(rows: int) -> None:
     whole, parts = torch.arange(rows * 2.0).view(rows, 2), []
     for rank in range(3):
         Parameter.device_mesh = Mesh(3, rank)  # type: ignore[attr-defined]
-        parts.append(local_part(whole, Parameter))  # type: ignore[arg-type]
+        parts.append(local_shard(whole, Parameter))  # type: ignore[arg-type]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_layouts_are_named() -> None:
-    """Behaviour: a wrong layout gets a suggestion; fp16 does not go with shards."""
+    """Behaviour: an unknown layout gets a suggestion; fsdp refuses fp16."""
     with pytest.raises(UsageError, match="unknown --parallel 'fdsp'") as error:
-        layout_named("fdsp", 2)
+        create_layout("fdsp", 2)
     assert "fsdp" in error.value.hint
     with pytest.raises(UsageError, match="fp16"):
-        layout_named("fsdp", 2).place(untied(), torch.device("cpu"), "fp16")
-    assert layout_named("auto", 4).name == layout_named("fsdp", 1).name == "ddp"
+        create_layout("fsdp", 2).parallelize(untied(), torch.device("cpu"), "fp16")
+    assert create_layout("auto", 4).name == create_layout("fsdp", 1).name == "ddp"
 
 
 @pytest.mark.parametrize(("rows", "micro_batch"), [(1, 1), (3, 1), (5, 2), (8, 3), (7, 8)])
 def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: in lockstep all processes make the same number of passes, and every row counts once; else none is made in vain."""
+    """Property: in lockstep all processes make the same number of passes, and every row counts once.
+
+    Otherwise there are no extra passes.
+    """
 
     class Model:
         last: list[bool]
@@ -130,7 +135,7 @@ def test_lockstep_makes_equal_passes(rows: int, micro_batch: int, monkeypatch: p
     processes = distributed.start()
     monkeypatch.setattr(distributed.Processes, "world_size", 3)
     for name in ("fsdp", "ddp"):
-        processes.layout, counts, seen = layout_named(name, 3), set(), []
+        processes.layout, counts, seen = create_layout(name, 3), set(), []
         for rank in range(3):
             monkeypatch.setattr(distributed.Processes, "rank", rank)
             model = Model()
@@ -162,7 +167,8 @@ def child(group: subprocess.Popen[bytes], rank: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the processes in /proc")
 def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: rank 1 killed, then stopped: the run goes on by itself, names it, and ends in the bytes of the undisturbed one; FSDP, 2 processes."""
+    """Property: with rank 1 killed, then stopped, the run restarts by itself, reports the rank, and ends in
+    the bytes of the undisturbed run (FSDP, 2 processes)."""
     monkeypatch.chdir(workplace)
     call = ("train", "shards", "-m", "config.json", "--tokens", "100k", "--save-every", "10", "--processes", "2")
     call = (*call, "--parallel", "fsdp", "-q")
@@ -183,7 +189,7 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     wait_until(trained(15, 1), group)
 
     def saved_between() -> bool:
-        """Whether there is a checkpoint beside those of every 10 steps, which is asked for."""
+        """Request a checkpoint; whether there is one besides those of every 10 steps."""
         os.kill(group.pid, signal.SIGUSR1)
         return any(int(place.name[-1]) for place in find_checkpoints(run))
 
@@ -191,23 +197,24 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     os.kill(child(group, 1), signal.SIGKILL)
     wait_until(trained(25, 2), group)
     os.kill(child(group, 1), signal.SIGSTOP)
-    said = group.communicate(timeout=120)[1].decode()
-    assert group.returncode == 0, said
-    found = events(run)
-    names = [event["event"] for event in found if event["event"] not in ("straggler", "spike", "change")]
+    stderr = group.communicate(timeout=120)[1].decode()
+    assert group.returncode == 0, stderr
+    log = events(run)
+    names = [event["event"] for event in log if event["event"] not in ("straggler", "spike", "change")]
     assert names == ["start", "restart", "resume", "hang", "restart", "resume", "end"]
-    restarts = [event for event in found if event["event"] == "restart"]
+    restarts = [event for event in log if event["event"] == "restart"]
     assert [r["reason"] for r in restarts] == [
         "rank 1 was killed by signal 9 (SIGKILL)",
         "rank 1 made no progress for 10 s",
     ]
-    assert "lost the other processes" in said and "File " in said  # the stack of the rank that was stopped
+    assert "lost the other processes" in stderr and "File " in stderr  # the stack of the rank that was stopped
     assert losses(run) == losses(whole)
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
 
 class Group:
-    """Stands for torch's agent: fails as the script says, (exit codes by rank, what the group does before it dies)."""
+    """Replaces torch's agent: fails according to a script of (exit codes by rank, what the group does before
+    it dies)."""
 
     def __init__(self, script: list[tuple[dict[int, int], Callable[[], None]]]) -> None:
         self.script, self.calls = list(script), []  # type: ignore[var-annotated]
@@ -229,14 +236,17 @@ class Group:
 
 
 def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: what is started again, with how many processes and whether as a resumption; what is not; when it is given up."""
+    """Behaviour: what is restarted, with how many processes and whether as a resumption.
+
+    What is not; and when restarts end.
+    """
     monkeypatch.setenv("LLMKIT_RESTARTED", "")
     monkeypatch.delenv("LLMKIT_RESTARTED")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = RunDirectory(tmp_path)
 
     def begin() -> None:
-        time.sleep(0.01)  # so that the file's time is another one
+        time.sleep(0.01)  # so that the file's modification time differs
         (tmp_path / "config.toml").touch()
         run.event("start")
 
@@ -247,7 +257,8 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return elastic.launch(3, [], str(tmp_path), restarts), group.calls
 
     nothing = lambda: None  # noqa: E731
-    # Died before the run had begun: the same call again. Then as a resumption; a group that does not come to train is made smaller.
+    # Died before the run had begun: the same call again. Then a resumption; a group that trains no step is
+    # made smaller.
     code, calls = launch(
         4, ({1: -9}, nothing), ({0: 69, 2: -9}, begin), ({2: -6}, nothing), ({0: 143, 1: 69}, begin), ({}, begin)
     )
@@ -257,8 +268,8 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "rank 2 was killed by signal 6",
         "rank 1 lost the others or its device",
     ]
-    assert "starting again with 2 processes" in capsys.readouterr().err
-    # Errors that would come again, and a run that was told to stop, are not repeated.
+    assert "restarting with 2 processes" in capsys.readouterr().err
+    # Errors that would recur, and a run that was stopped, are not restarted.
     assert launch(3, ({0: 69, 1: 1}, begin)) == (1, [(3, False)])
     assert launch(3, ({0: 143, 1: 143}, begin)) == (143, [(3, False)])
     assert launch(1, ({0: 69}, begin), ({0: 69}, begin))[0] == ExitCode.LOST
@@ -268,7 +279,7 @@ def test_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 class Clock:
-    """The watchdog's clock, which moves only when it is told to: how busy the machine is does not matter."""
+    """The watchdog's clock, advanced only by the test, so that the load of the machine does not matter."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._now = time.monotonic()
@@ -278,14 +289,17 @@ class Clock:
         self._now += seconds
 
     def wait_for_look(self, dog: watchdog.Watchdog) -> None:
-        """Until the watchdog's thread has looked at this time."""
-        signs = dog._signs
-        wait_until(lambda: dog._signs >= signs + 2)
+        """Wait until the watchdog's thread has looked at the time."""
+        messages = dog._messages
+        wait_until(lambda: dog._messages >= messages + 2)
 
 
 def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST; one that beats is left alone."""
-    ended, codes, found = threading.Event(), [], []  # type: ignore[var-annotated]
+    """Behaviour: a step that sleeps is reported with its stack and ends the process with LOST.
+
+    One with heartbeats is left alone.
+    """
+    ended, codes, reported = threading.Event(), [], []  # type: ignore[var-annotated]
 
     def leave(code: int) -> None:
         codes.append(code)
@@ -294,100 +308,107 @@ def test_hung_process_names_itself(monkeypatch: pytest.MonkeyPatch, capfd: pytes
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     clock = Clock(monkeypatch)
-    dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: found.append((name, details)))
+    dog = watchdog.Watchdog(0, 1, 0.4, lambda name, **details: reported.append((name, details)))
     dog.start()
     for _ in range(8):
         clock.pass_seconds(0.3)
         clock.wait_for_look(dog)
-        dog.beat()
+        dog.heartbeat()
     assert not codes
     clock.pass_seconds(0.5)
     assert ended.wait(60)
     assert codes == [ExitCode.LOST]
-    assert found[0][0] == "hang"
-    assert found[0][1]["ranks"] == [0]
-    assert any("test_hung_process_names_itself" in line for line in found[0][1]["stack"])
-    said = capfd.readouterr().err
-    assert "rank 0 made no progress for 0.4 s" in said
-    assert "test_hung_process_names_itself" in said
+    assert reported[0][0] == "hang"
+    assert reported[0][1]["ranks"] == [0]
+    assert any("test_hung_process_names_itself" in line for line in reported[0][1]["stack"])
+    stderr = capfd.readouterr().err
+    assert "rank 0 made no progress for 0.4 s" in stderr
+    assert "test_hung_process_names_itself" in stderr
 
 
 class Store:
     """A store in memory."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, str] = {}
+        self.values: dict[str, str] = {}
 
     def set(self, key: str, value: str) -> None:
-        self.kept[key] = value
+        self.values[key] = value
 
     def check(self, keys: list[str]) -> bool:
-        return keys[0] in self.kept
+        return keys[0] in self.values
 
     def get(self, key: str) -> bytes:
-        return self.kept[key].encode()
+        return self.values[key].encode()
 
 
 def test_who_is_behind_is_hung(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: of three processes the one that has entered fewer collectives is meant, unless it still makes passes, or another's thread is silent."""
+    """Behaviour: of three processes the one that has entered fewer collectives is hung, unless it still makes
+    passes or another's thread is silent."""
     clock = Clock(monkeypatch)
     dogs, store = [watchdog.Watchdog(rank, 3, 0.2, lambda name, **details: None) for rank in range(3)], Store()
     for dog in dogs:
         dog._store = store
-        dog.meet()
-    dogs[0].meet()
-    dogs[2].meet()
+        dog.enter_collective()
+    dogs[0].enter_collective()
+    dogs[2].enter_collective()
 
     def look(*awake: int) -> list[int]:
         for _ in range(15):
             for rank in awake:
                 dogs[rank]._publish()
             for dog in dogs:
-                dog._look()
+                dog._read_peers()
             clock.pass_seconds(0.01)
-        return dogs[0]._hung()
+        return dogs[0]._hung_ranks()
 
     assert look(0, 1, 2) == [1]
-    dogs[1].beat()
+    dogs[1].heartbeat()
     dogs[1]._publish()
-    dogs[0]._look()
-    assert dogs[0]._hung() == []
+    dogs[0]._read_peers()
+    assert dogs[0]._hung_ranks() == []
     assert look(0, 1, 2) == [1]
     assert look(0, 1) == [2]
 
 
 def test_lost_errors_are_recognised() -> None:
-    """Behaviour: what gloo, NCCL and a dead device raise becomes one line; our own errors and full memory do not."""
+    """Behaviour: errors of gloo, NCCL and a dead device become one line; our own errors and out-of-memory do not."""
     text = "[/a/pair.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically caused by ..."
-    error = distributed.lost(RuntimeError(text))
+    error = distributed.as_lost_error(RuntimeError(text))
     assert error is not None
     assert error.message == "lost the other processes (Read error [127.0.0.1]:8942: Connection reset by peer)"
     assert error.code == ExitCode.LOST
-    assert distributed.lost(torch.distributed.DistBackendError("NCCL error")) is not None
+    assert distributed.as_lost_error(torch.distributed.DistBackendError("NCCL error")) is not None
     for other in (RuntimeError("shapes do not fit"), ValueError("gloo"), torch.OutOfMemoryError("CUDA error")):
-        assert distributed.lost(other) is None
+        assert distributed.as_lost_error(other) is None
 
 
 def test_pace() -> None:
-    """Behaviour: figures every window; a rank over 1.3 times the median is named once, until it has recovered; ranks without rows do not count."""
+    """Behaviour: metrics every window.
+
+    A rank over 1.3 times the median is reported once until it has recovered; ranks without rows do not count.
+    """
     compare = stragglers.StragglerDetector()
     slow, even = [1.0, 0.0, 1.5, 1.1], [1.0, 0.0, 1.2, 1.1]
-    reports = [compare.step(step, slow if step <= 40 else even) for step in range(1, 61)]
+    reports = [compare.update(step, slow if step <= 40 else even) for step in range(1, 61)]
     assert [i + 1 for i, (figures, _) in enumerate(reports) if figures] == [20, 40, 60]
     assert reports[19] == ({"slowest_rank": 2, "rank_spread": pytest.approx(1.5 / 1.1, abs=1e-3)}, 2)
     assert reports[39][1] is None
     assert reports[59][1] is None
-    assert stragglers.StragglerDetector().step(20, [1.0]) == ({}, None)
+    assert stragglers.StragglerDetector().update(20, [1.0]) == ({}, None)
 
 
 def test_garbage_is_collected_at_chosen_steps() -> None:
-    """Behaviour: a cycle lives until the next step that is a multiple of 50, and Python's own collector is as it was afterwards."""
+    """Behaviour: a reference cycle lives until the next step that is a multiple of 50.
+
+    Afterwards Python's own collector is as it was.
+    """
     import weakref
 
     class Node:
         me: Any
 
-    with stragglers.collected() as collect:
+    with stragglers.scheduled_garbage_collection() as collect:
         assert not gc.isenabled()
         node = Node()
         node.me, gone = node, weakref.ref(node)

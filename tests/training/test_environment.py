@@ -1,4 +1,4 @@
-"""What must not change in the middle of a run."""
+"""The environment must not change unnoticed within a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.training.checkpoint import environment, run_directory
-from llmkit.training.checkpoint.run_directory import load_trainer_state
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
 
 Train = Callable[..., dict[str, Any]]
 
 
 def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
-    """A run that ends after 7 of 16 steps, with a checkpoint at 6, or after another step."""
+    """A run stopped after 7 of 16 steps (or another step), with a checkpoint at 6."""
 
     def report(record: dict[str, Any]) -> None:
         if record["step"] == at:
@@ -30,8 +30,8 @@ def stopped(train: Train, run: Path, at: int = 7, **changes: Any) -> None:
 
 
 def sealed(checkpoint: Path) -> None:
-    """Make the digests those of the files as they are now."""
-    (checkpoint / "state" / run_directory.DIGESTS).write_text(json.dumps(run_directory._digests(checkpoint)))
+    """Update the digests to those of the current files."""
+    (checkpoint / "state" / run_directory.DIGESTS).write_text(json.dumps(run_directory._file_digests(checkpoint)))
 
 
 def events(run: Path) -> list[dict[str, Any]]:
@@ -39,22 +39,28 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def test_record(train: Train, tmp_path: Path) -> None:
-    """Behaviour: the start and every checkpoint say what the run is made with; threads and processor stand in the event only."""
+    """Behaviour: the start event and every checkpoint record the environment.
+
+    Threads and processor are in the event only.
+    """
     stopped(train, tmp_path / "run")
-    kept = load_trainer_state(tmp_path / "run" / "latest").environment
-    assert kept.keys() == set(environment.NAMES)
-    assert (kept["device"], kept["precision"], kept["deterministic"]) == ("cpu", "fp32", False)
-    assert torch.__version__.startswith(kept["torch"])
-    said = events(tmp_path / "run")[0]["environment"]
-    assert kept.items() <= said.items()
-    assert said["threads"] == torch.get_num_threads()
-    assert said["processes"] == 1
+    stored = load_trainer_state(tmp_path / "run" / "latest").environment
+    assert stored.keys() == set(environment.NAMES)
+    assert (stored["device"], stored["precision"], stored["deterministic"]) == ("cpu", "fp32", False)
+    assert torch.__version__.startswith(stored["torch"])
+    recorded = events(tmp_path / "run")[0]["environment"]
+    assert stored.items() <= recorded.items()
+    assert recorded["threads"] == torch.get_num_threads()
+    assert recorded["processes"] == 1
 
 
 def test_another_torch_is_refused_until_it_is_accepted(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behaviour: the line names what changed, from what to what; accepted it goes on, says so, and the new one counts from there."""
+    """Behaviour: the error names the change and both values.
+
+    Once accepted, the run continues, records it, and compares with the new value.
+    """
     run = tmp_path / "run"
     stopped(train, run)
     before = load_trainer_state(run / "latest").environment["torch"]
@@ -62,7 +68,7 @@ def test_another_torch_is_refused_until_it_is_accepted(
     with pytest.raises(LlmkitError) as error:
         train(run, resume=True)
     assert error.value.message == f"torch was {before} when the run was started and is 2.99.1 now"
-    assert error.value.hint == "--accept-change torch goes on; bits may differ"
+    assert error.value.hint == "accept it with --accept-change torch; results may not be bit-identical"
     with pytest.raises(LlmkitError, match="torch was"):
         train(run, resume=True, accept_change="llmkit,precision")
     stopped(train, run, at=10, resume=True, accept_change="torch")
@@ -73,7 +79,7 @@ def test_another_torch_is_refused_until_it_is_accepted(
 
 
 def test_other_threads_and_records_without_a_name_are_no_change(train: Train, tmp_path: Path) -> None:
-    """Behaviour: threads may change, and a checkpoint of a version that recorded nothing resumes."""
+    """Behaviour: threads may change, and a checkpoint without a recorded environment resumes."""
     run = tmp_path / "run"
     stopped(train, run)
     path = run / "latest" / "state" / "trainer.json"
@@ -87,7 +93,7 @@ def test_other_threads_and_records_without_a_name_are_no_change(train: Train, tm
 
 
 def test_several_changes(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: the first is told in full, all stand in the hint; an edited config.json is a change too."""
+    """Behaviour: the first change is described, the hint names all; an edited config.json is a change too."""
     run = tmp_path / "run"
     stopped(train, run)
     config = run / "latest" / "config.json"
@@ -98,12 +104,12 @@ def test_several_changes(train: Train, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(environment, "__version__", "9.0")
     with pytest.raises(LlmkitError, match=r"llmkit was .* and is 9\.0 now \(and model\)") as error:
         train(run, resume=True, accept_change="torch")
-    assert error.value.hint == "--accept-change llmkit,model,torch goes on; bits may differ"
+    assert error.value.hint == "accept it with --accept-change llmkit,model,torch; results may not be bit-identical"
 
 
 @pytest.mark.parametrize(("text", "hint"), [("torhc", "'torch'"), ("torch,prec", "precision"), ("threads", "known")])
 def test_names_are_known(train: Train, tmp_path: Path, text: str, hint: str) -> None:
-    """Behaviour: a name that is none is a wrong call, with the nearest that is one."""
+    """Behaviour: an unknown name is a usage error with the nearest known name."""
     with pytest.raises(UsageError, match="unknown --accept-change") as error:
         train(tmp_path / "run", accept_change=text)
     assert hint in error.value.hint
@@ -111,7 +117,7 @@ def test_names_are_known(train: Train, tmp_path: Path, text: str, hint: str) -> 
 
 
 def test_values_are_shown_as_words() -> None:
-    """Behaviour: on and off, not True and False."""
+    """Behaviour: messages say on and off, not True and False."""
     with pytest.raises(LlmkitError, match="deterministic mode was off when the run was started and is on now"):
         environment.refuse_drift({"deterministic": False}, {"deterministic": True}, ())
     with pytest.raises(LlmkitError, match="precision was fp32 when the run was started and is bf16 now"):

@@ -1,4 +1,4 @@
-"""The guard: what is skipped, what is undone, what stays; and that a run which is killed around it ends in the same bytes."""
+"""The guard: skipped, rolled back and accepted steps; runs killed around its decisions end in the same bytes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llmkit.training import session as sessions
 from llmkit.training.data import StreamSource
 from llmkit.training.guard.guard import ENOUGH, PATIENCE, RECENT, Guard, StepVerdict
 from llmkit.training.metrics.log import read_metrics
-from llmkit.training.objectives import Result, next_token
-from llmkit.training.optim.schedule import named
+from llmkit.training.objectives import ObjectiveResult, next_token
+from llmkit.training.optim.schedule import build_schedule
 
 STEPS = 70
 PLACES = {"noise": (61, 92), "repetition": (123,)}  # documents, far enough apart
@@ -29,8 +29,11 @@ RARE = (76, 106)
 
 
 def documents(poisoned: bool) -> ListStream:
-    """160 documents of 128 tokens: walks over the lower half of the ids. Two hold random ids and one a single id; two are walks over the upper half,
-    of which no other document has any: a rare domain."""
+    """160 documents of 128 tokens, random walks over the lower half of the ids.
+
+    If `poisoned`, two hold random ids and one a single id. Two are walks over the upper half, which no other
+    document uses: a rare domain.
+    """
     stream = ListStream([128] * 160, vocabulary=32)
     draw = np.random.default_rng(5)
     for i in RARE:
@@ -42,7 +45,9 @@ def documents(poisoned: bool) -> ListStream:
     return stream
 
 
-def train(path: Path, stream: ListStream | None = None, objective: Any = next_token, rate: float = 5e-3, **changes: Any) -> dict[str, Any]:  # fmt: skip
+def train(
+    path: Path, stream: ListStream | None = None, objective: Any = next_token, rate: float = 5e-3, **changes: Any
+) -> dict[str, Any]:
     """70 steps of 2 documents each."""
     source = StreamSource(stream or documents(True), 64, 4, STEPS * 256)
     report, steps = changes.pop("report", lambda record: None), changes.pop("steps", STEPS)
@@ -51,13 +56,18 @@ def train(path: Path, stream: ListStream | None = None, objective: Any = next_to
     with sessions.session(settings) as opened:
         opened.begin(Lineage("train", {}), [Input("input", "data", "xxh3:0")], 4, 64, "")
         return opened.train(
-            opened.model(tiny_model), objective, source, named("constant", rate, STEPS * 256, warmup=1000), tokenizer_files={}, report=report
-        )  # fmt: skip
+            opened.model(tiny_model),
+            objective,
+            source,
+            build_schedule("constant", rate, STEPS * 256, warmup=1000),
+            tokenizer_files={},
+            report=report,
+        )
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [event for event in found if event["event"] == name]
+    log = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in log if event["event"] == name]
 
 
 def weights(run: Path) -> bytes:
@@ -70,23 +80,26 @@ def log(run: Path) -> list[tuple[int, Any, Any]]:
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over poisoned data that nothing else disturbed; tests only read it."""
+    """An otherwise undisturbed run over poisoned data; tests only read it."""
     run = tmp_path_factory.mktemp("guard") / "run"
     train(run)
     return run
 
 
-def test_poison_is_skipped_and_named_and_the_rare_stays(poisoned: Path, tmp_path: Path) -> None:
-    """Behaviour: exactly the injected documents are named and their batches skipped; the rare domain is trained on; the loss is that of clean data."""
-    found = events(poisoned, "rollback")
-    assert sorted((d["id"], d["reason"]) for e in found for d in e["documents"]) == sorted(
+def test_broken_documents_are_skipped_and_rare_ones_kept(poisoned: Path, tmp_path: Path) -> None:
+    """Behaviour: exactly the injected documents are reported and their batches skipped.
+
+    The rare domain is trained on; the loss is that of clean data.
+    """
+    rollbacks = events(poisoned, "rollback")
+    assert sorted((d["id"], d["reason"]) for e in rollbacks for d in e["documents"]) == sorted(
         (f"d{i}", reason) for reason, places in PLACES.items() for i in places
     )
     batches = sorted(i // 2 + 1 for places in PLACES.values() for i in places)
-    assert [e["skipped"] for e in found] == [[n] for n in batches]
+    assert [e["skipped"] for e in rollbacks] == [[n] for n in batches]
     assert [r["step"] for r in read_metrics(poisoned / "metrics.jsonl") if r.get("skipped")] == batches
-    kept = {e["step"] for e in events(poisoned, "spike")}
-    assert {i // 2 + 1 for i in RARE} <= kept
+    spikes = {e["step"] for e in events(poisoned, "spike")}
+    assert {i // 2 + 1 for i in RARE} <= spikes
     train(tmp_path / "clean", documents(False))
     last = [list(read_metrics(run / "metrics.jsonl"))[-1]["loss"] for run in (poisoned, tmp_path / "clean")]
     assert last[0] == pytest.approx(last[1], rel=0.02)
@@ -102,7 +115,8 @@ def kill_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 @pytest.mark.parametrize("moment", [31, 46, 63])
 def test_killed_after_a_rollback_and_before_the_next_checkpoint(poisoned: Path, tmp_path: Path, moment: int) -> None:
-    """Property: with SIGKILL right after steps were skipped, the resumed run comes to the same decisions and the same bytes."""
+    """Property: after SIGKILL right after steps were skipped, the resumed run makes the same decisions and
+    ends in the same bytes."""
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:
@@ -116,12 +130,13 @@ def test_killed_after_a_rollback_and_before_the_next_checkpoint(poisoned: Path, 
     assert log(run) == log(poisoned)
 
 
-def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
-    """Property: a NaN in an embedding row, put there once, costs nothing but time: the run goes back to its last good state and ends as if it had not been."""
+def test_nonfinite_weights_are_rolled_back(tmp_path: Path) -> None:
+    """Property: a NaN written once into an embedding row costs only time: the run rolls back to its last good
+    state and ends like an undisturbed one."""
     train(tmp_path / "clean", documents(False))
     broken = False
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal broken
         if not broken and model.training and len(log(tmp_path / "run")) == 33:
             broken = True
@@ -130,21 +145,24 @@ def test_weights_that_are_no_numbers(tmp_path: Path) -> None:
         return next_token(model, batch, scale)
 
     train(tmp_path / "run", documents(False), objective)
-    (found,) = events(tmp_path / "run", "rollback")
-    assert (found["step"], found["skipped"], found["cause"]) == (34, [], "weights that are no numbers")
+    (rollback,) = events(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["skipped"], rollback["cause"]) == (34, [], "weights that are no numbers")
     assert weights(tmp_path / "run") == weights(tmp_path / "clean")
     assert log(tmp_path / "run") == log(tmp_path / "clean")
 
 
-def test_a_model_that_was_harmed_is_taken_back(tmp_path: Path) -> None:
-    """Property: a loss that goes up and stays up with what was learnt lost is undone: back to before, those batches skipped; resumed, the same bytes."""
+def test_degraded_model_is_rolled_back(tmp_path: Path) -> None:
+    """Property: a persistent rise in loss with a degraded model is rolled back and its batches skipped.
+
+    A resumed run ends in the same bytes.
+    """
 
     def harmful(place: Path) -> Any:
-        def objective(model: Any, batch: Any, scale: float) -> Result:
-            if model.training and len(log(place)) == 40:  # step 41, unless it is passed over
+        def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
+            if model.training and len(log(place)) == 40:  # step 41, unless it is skipped
                 with torch.no_grad():
                     embeddings = model.model.embed_tokens.weight
-                    embeddings.copy_(embeddings.sort(0).values)  # the same in the second half of a step
+                    embeddings.copy_(embeddings.sort(0).values)  # a repetition in the same step changes nothing
             return next_token(model, batch, scale)
 
         return objective
@@ -166,7 +184,8 @@ def test_a_model_that_was_harmed_is_taken_back(tmp_path: Path) -> None:
 
 
 def test_a_new_kind_of_data_becomes_normal(tmp_path: Path) -> None:
-    """Behaviour: a loss that goes up because the data changed for good is trained on: nothing is skipped, and the change is noted."""
+    """Behaviour: a loss that rises because the data changed is trained on: nothing is skipped, and the change
+    is logged."""
     stream = documents(False)
     stream.data[80 * 128 :] = stream.data[80 * 128 :] % 32 + 32
     train(tmp_path / "run", stream)
@@ -177,7 +196,7 @@ def test_a_new_kind_of_data_becomes_normal(tmp_path: Path) -> None:
 
 
 def test_diverging_rate_ends_with_a_clear_error(tmp_path: Path) -> None:
-    """Behaviour: a learning rate far too high ends in an error that says what to do."""
+    """Behaviour: a learning rate far too high ends in an error with advice."""
     with pytest.raises(LlmkitError, match="more than 8 rollbacks within 128 steps") as caught:
         train(tmp_path / "run", documents(False), rate=300.0)
     assert "lower the learning rate" in caught.value.hint
@@ -191,7 +210,7 @@ def test_without_a_guard_all_is_taken(tmp_path: Path) -> None:
 
 
 def steady(count: int) -> Guard:
-    guard, draw = Guard(chance=9.0), np.random.default_rng(0)
+    guard, draw = Guard(uniform_loss=9.0), np.random.default_rng(0)
     for step in range(1, count + 1):
         figures = (4 + 0.05 * draw.standard_normal(), float(np.exp(0.2 * draw.standard_normal())), 4.3)
         assert guard.judge(step, figures) is StepVerdict.GOOD
@@ -200,41 +219,44 @@ def steady(count: int) -> Guard:
 
 
 def test_verdicts() -> None:
-    """Behaviour: a loss far above or below, a large norm, a bad row are odd; not a ripple; odd for long is lasting; no number is broken."""
+    """Behaviour: a loss far above or below, a large norm or a bad row is a spike, a ripple is not.
+
+    Many spikes in a row are persistent; NaN and infinity are non-finite.
+    """
     guard = steady(60)
     for figures, verdict in (
         ((4.1, 1.2, 4.4), StepVerdict.GOOD),
-        ((5.0, 1.0, 4.3), StepVerdict.ODD),
-        ((2.0, 1.0, 4.3), StepVerdict.ODD),
-        ((4.0, 20.0, 4.3), StepVerdict.ODD),
-        ((4.0, 1.0, 9.0), StepVerdict.ODD),
+        ((5.0, 1.0, 4.3), StepVerdict.SPIKE),
+        ((2.0, 1.0, 4.3), StepVerdict.SPIKE),
+        ((4.0, 20.0, 4.3), StepVerdict.SPIKE),
+        ((4.0, 1.0, 9.0), StepVerdict.SPIKE),
         ((4.0, 0.01, 1.0), StepVerdict.GOOD),
-        ((float("nan"), 1.0, 4.3), StepVerdict.BROKEN),
-        ((4.0, float("inf"), 4.3), StepVerdict.BROKEN),
+        ((float("nan"), 1.0, 4.3), StepVerdict.NON_FINITE),
+        ((4.0, float("inf"), 4.3), StepVerdict.NON_FINITE),
         ((4.0, 1.0, float("nan")), StepVerdict.GOOD),
     ):
         assert guard.judge(61, figures) is verdict, figures
     for step in range(61, 60 + PATIENCE):
-        assert guard.judge(step, (6.0, 1.0, 6.0)) is StepVerdict.ODD
-        guard.doubt(step)
-    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is StepVerdict.LASTING
-    assert guard.harmed(4.2, (6.0, 1.0, 6.0)) and not guard.harmed(5.8, (6.0, 1.0, 6.0))
-    assert not guard.harmed(7.0, (6.0, 1.0, 6.0)) and not guard.harmed(2.0, (3.0, 99.0, 3.0))
+        assert guard.judge(step, (6.0, 1.0, 6.0)) is StepVerdict.SPIKE
+        guard.record_spike(step)
+    assert guard.judge(60 + PATIENCE, (6.0, 1.0, 6.0)) is StepVerdict.PERSISTENT
+    assert guard.model_degraded(4.2, (6.0, 1.0, 6.0)) and not guard.model_degraded(5.8, (6.0, 1.0, 6.0))
+    assert not guard.model_degraded(7.0, (6.0, 1.0, 6.0)) and not guard.model_degraded(2.0, (3.0, 99.0, 3.0))
 
 
 def test_early_steps() -> None:
-    """Behaviour: before much is known only a loss worse than a guess is odd."""
+    """Behaviour: without enough history only a loss worse than a uniform guess is a spike."""
     guard = steady(ENOUGH + RECENT - 1)
     assert guard.judge(ENOUGH, (8.0, 50.0, 9.0)) is StepVerdict.GOOD
-    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is StepVerdict.ODD
+    assert guard.judge(ENOUGH, (10.5, 1.0, 11.0)) is StepVerdict.SPIKE
 
 
-def test_state_goes_through_json() -> None:
-    """Property: a guard restored from its state judges and remembers as the one it came from; damaged states are refused."""
+def test_state_survives_json() -> None:
+    """Property: a guard restored from its state equals the original; damaged states are refused."""
     guard = steady(40)
     guard.skip(41, 43, 43)
-    guard.doubt(44)
-    other = Guard(chance=9.0)
+    guard.record_spike(44)
+    other = Guard(uniform_loss=9.0)
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state()
     assert other.deviation((5.0, 1.0, 4.0)) == guard.deviation((5.0, 1.0, 4.0))

@@ -1,4 +1,4 @@
-"""The loop: accumulation, checkpoints, resumption to the bit, signals."""
+"""The loop: accumulation, checkpoints, bit-exact resumption, signals."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from llmkit.io.locks import lock
 from llmkit.io.run_layout import find_checkpoints
 from llmkit.training import loop, session, train_step
 from llmkit.training.checkpoint import run_directory
-from llmkit.training.checkpoint.run_directory import RunDirectory, load_trainer_state
+from llmkit.training.checkpoint.run_directory import RunDirectory
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics import log as metrics
 from llmkit.training.metrics.log import MetricsLog, read_metrics
-from llmkit.training.objectives import Result, next_token
+from llmkit.training.objectives import ObjectiveResult, next_token
 
 Train = Callable[..., dict[str, Any]]
 
@@ -34,7 +35,7 @@ class Crash(Exception):
 
 
 def at_step(number: int, act: Callable[[], None]) -> Callable[[dict[str, Any]], None]:
-    """A report function that acts once, when `number` steps are done."""
+    """A report function that calls `act` after `number` steps."""
 
     def report(record: dict[str, Any]) -> None:
         if record["step"] == number:
@@ -65,14 +66,14 @@ def losses(run: Path) -> list[tuple[float, float | None]]:
 
 @pytest.fixture(scope="module")
 def whole(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed; tests only read it."""
+    """An undisturbed run; tests only read it."""
     run = tmp_path_factory.mktemp("loop") / "whole"
     train(run, heldout=True, eval_every=4)
     return run
 
 
-def test_run_learns_and_leaves_what_it_promises(whole: Path) -> None:
-    """Behaviour: loss falls; checkpoints, links, log and configuration are there; checkpoints load as models."""
+def test_run_learns_and_writes_its_files(whole: Path) -> None:
+    """Behaviour: the loss falls; checkpoints, links, log and configuration exist; checkpoints load as models."""
     from llmkit.model.pretrained.checkpoint import load_model
 
     records = list(read_metrics(whole / "metrics.jsonl"))
@@ -120,7 +121,8 @@ def test_micro_batches_do_not_change_the_step(train: Train, tmp_path: Path) -> N
 def test_resumed_run_ends_in_the_same_bytes(
     train: Train, whole: Path, tmp_path: Path, steps_before: tuple[int, ...]
 ) -> None:
-    """Property: crashed after some step, twice or before the first checkpoint, the run ends as if it had not; no step missing or double."""
+    """Property: a run that crashed after some step, twice or before the first checkpoint, ends like an
+    undisturbed one; no step is missing or repeated in the log."""
     run = tmp_path / "run"
     for number in steps_before:
         with pytest.raises(Crash):
@@ -152,14 +154,14 @@ def kill_in(target: Any, name: str, call: int) -> Callable[[], None]:
         pytest.param(kill_in(train_step, "clip_gradients", 6), id="in a step"),
         pytest.param(kill_in(run_directory, "write_safetensors", 2), id="in a checkpoint"),
         pytest.param(kill_in(RunDirectory, "_link", 2), id="between checkpoint and link"),
-        pytest.param(kill_in(loop, "held_out", 2), id="in an evaluation"),
-        pytest.param(kill_in(RunDirectory, "finish", 1), id="before the end"),
+        pytest.param(kill_in(loop, "evaluate_held_out", 2), id="in an evaluation"),
+        pytest.param(kill_in(RunDirectory, "link_final", 1), id="before the end"),
     ],
 )
 def test_killed_run_ends_in_the_same_bytes(
     train: Train, whole: Path, tmp_path: Path, moment: Callable[[], None]
 ) -> None:
-    """Property: SIGKILL at a nasty moment, then --resume: model and log equal those of the undisturbed run."""
+    """Property: after SIGKILL at a critical moment and --resume, model and log equal those of the undisturbed run."""
     run = tmp_path / "run"
     child = os.fork()
     if child == 0:
@@ -167,7 +169,7 @@ def test_killed_run_ends_in_the_same_bytes(
             moment()
             train(run, heldout=True, eval_every=4)
         finally:
-            os._exit(1)  # only if the kill did not come
+            os._exit(1)  # only if the process was not killed
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     train(run, resume=True, heldout=True, eval_every=4)
     assert weights(run) == weights(whole)
@@ -179,7 +181,8 @@ def test_killed_run_ends_in_the_same_bytes(
 def test_signal_saves_and_ends(
     train: Train, whole: Path, tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:
-    """Behaviour: the step is finished and saved, the signal takes its course, and the resumed run ends in the same bytes."""
+    """Behaviour: the step is finished and saved, the signal takes effect, and the resumed run ends in the
+    same bytes."""
     run = tmp_path / "run"
     with pytest.raises(error):
         train(run, heldout=True, eval_every=4, report=at_step(5, lambda: os.kill(os.getpid(), number)))
@@ -191,7 +194,7 @@ def test_signal_saves_and_ends(
 
 
 def test_signal_in_an_evaluation(train: Train, whole: Path, tmp_path: Path) -> None:
-    """Behaviour: an evaluation is left at once, its step is saved, and the resumed run makes up for the evaluation."""
+    """Behaviour: an evaluation is abandoned at once, its step is saved, and the resumed run repeats the evaluation."""
     calls = 0
 
     def objective(model: Any, batch: Any, scale: float) -> Any:
@@ -232,14 +235,17 @@ def test_finished_run_is_left_alone(train: Train, whole: Path) -> None:
 
 
 def test_resume_refuses_another_run(train: Train, whole: Path) -> None:
-    """Behaviour: changed options are named, and nothing is touched."""
+    """Behaviour: the error names the changed option, and nothing is modified."""
     with pytest.raises(LlmkitError, match="--seed was 0 when the run was started and is 1 now"):
         train(whole, resume=True, options={"seed": 1})
     assert steps(whole) == list(range(1, 17))
 
 
 def test_existing_output(train: Train, whole: Path, tmp_path: Path) -> None:
-    """Behaviour: an existing run is refused without --resume or -f; -f never deletes what is no run; a running one is locked."""
+    """Behaviour: an existing run is refused without --resume or -f.
+
+    -f never deletes anything but a run; an active run is locked.
+    """
     run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
     with pytest.raises(LlmkitError, match="exists"):
         train(run)
@@ -270,14 +276,17 @@ def test_keep_removes_old_checkpoints(train: Train, tmp_path: Path) -> None:
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-00000015", "step-00000016"]
 
 
-def test_run_whose_every_loss_is_no_number_gives_up(train: Train, tmp_path: Path) -> None:
-    """Behaviour: batches that give no number are skipped and named, up to a limit; the error names the last good checkpoint."""
+def test_run_with_only_nonfinite_losses_gives_up(train: Train, tmp_path: Path) -> None:
+    """Behaviour: batches with a non-finite loss are skipped and reported, up to a limit.
+
+    The error names the last good checkpoint.
+    """
     run = tmp_path / "run"
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
-        found = next_token(model, batch, scale)
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
+        result = next_token(model, batch, scale)
         bad = find_checkpoints(run) and model.training
-        return found._replace(loss=found.loss * float("nan")) if bad else found
+        return result._replace(loss=result.loss * float("nan")) if bad else result
 
     with pytest.raises(LlmkitError, match="more than 8 rollbacks within 128 steps, the last at step 1[2-5]") as caught:
         train(run, objective=objective, save_every=3)
@@ -287,11 +296,18 @@ def test_run_whose_every_loss_is_no_number_gives_up(train: Train, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("file", "how"),
-    [("state/optimizer.safetensors", "cut"), ("model.safetensors", "flip"), ("model.safetensors", "remove"), ("config.json", "remove"), ("state/digests.json", "remove")],
-)  # fmt: skip
-def test_damaged_checkpoint_is_passed_over(train: Train, whole: Path, tmp_path: Path, file: str, how: str) -> None:
-    """Property: with a file cut, a bit flipped or a file missing the run goes on from the checkpoint before, says so, and ends in the same bytes."""
-    run, said = tmp_path / "run", []
+    [
+        ("state/optimizer.safetensors", "cut"),
+        ("model.safetensors", "flip"),
+        ("model.safetensors", "remove"),
+        ("config.json", "remove"),
+        ("state/digests.json", "remove"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped(train: Train, whole: Path, tmp_path: Path, file: str, how: str) -> None:
+    """Property: with a truncated file, a flipped bit or a missing file the run reports it, resumes from the
+    previous checkpoint, and ends in the same bytes."""
+    run, messages = tmp_path / "run", []
     with pytest.raises(Crash):
         train(run, heldout=True, eval_every=4, report=at_step(7, crash))
     damaged = run / "checkpoints" / "step-00000006" / file
@@ -300,14 +316,14 @@ def test_damaged_checkpoint_is_passed_over(train: Train, whole: Path, tmp_path: 
         damaged.unlink()
     else:
         damaged.write_bytes(content[:1000] if how == "cut" else content[:-5] + bytes([content[-5] ^ 4]) + content[-4:])
-    train(run, resume=True, heldout=True, eval_every=4, say=said.append)
-    assert "step-00000006" in said[0] and file in said[0]
+    train(run, resume=True, heldout=True, eval_every=4, say=messages.append)
+    assert "step-00000006" in messages[0] and file in messages[0]
     assert weights(run) == weights(whole)
     assert [e["checkpoint"] for e in events(run) if e["event"] == "damaged checkpoint"] == ["step-00000006"]
 
 
-def test_nothing_but_damaged_checkpoints(train: Train, tmp_path: Path) -> None:
-    """Behaviour: where no checkpoint is whole, the error says so, and nothing is trained."""
+def test_all_checkpoints_damaged(train: Train, tmp_path: Path) -> None:
+    """Behaviour: if all checkpoints are damaged, the error says so, and nothing is trained."""
     with pytest.raises(Crash):
         train(tmp_path / "run", report=at_step(4, crash))
     file = tmp_path / "run" / "checkpoints" / "step-00000003" / "state" / "optimizer.safetensors"
@@ -317,8 +333,11 @@ def test_nothing_but_damaged_checkpoints(train: Train, tmp_path: Path) -> None:
 
 
 def test_full_disk(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: a checkpoint that the disk does not take is reported and tried again after the next step; the one before stays, the weights are the same."""
-    run, said, calls = tmp_path / "run", [], 0
+    """Behaviour: a checkpoint that does not fit on the disk is reported and tried again after the next step.
+
+    The previous one stays, the weights are the same.
+    """
+    run, messages, calls = tmp_path / "run", [], 0
 
     def full(*arguments: Any) -> None:
         nonlocal calls
@@ -329,24 +348,27 @@ def test_full_disk(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytes
 
     write_safetensors = run_directory.write_safetensors
     monkeypatch.setattr(run_directory, "write_safetensors", full)
-    train(run, heldout=True, eval_every=4, say=said.append, keep=1)
+    train(run, heldout=True, eval_every=4, say=messages.append, keep=1)
     assert weights(run) == weights(whole)
-    assert "No space left on device" in said[0] and "step-00000003" in said[0] and not said[1:]
+    assert "No space left on device" in messages[0] and "step-00000003" in messages[0] and not messages[1:]
     failed = [e["step"] for e in events(run) if e["event"] == "save failed"]
     assert failed and 6 <= failed[0] <= 8 and not list((run / "checkpoints").glob(".*"))
 
 
-def test_run_that_ends_worse_than_a_guess(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: it is said, with what to do."""
-    said: list[str] = []
+def test_run_that_ends_worse_than_a_uniform_guess(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: the run ends with a warning and advice."""
+    messages: list[str] = []
     fit = session.fit
-    monkeypatch.setattr(session, "fit", lambda training: fit(replace(training, chance=1.0)))
-    train(tmp_path / "run", max_rollbacks=0, say=said.append)
-    assert "lower the learning rate" in said[-1]
+    monkeypatch.setattr(session, "fit", lambda context: fit(replace(context, uniform_loss=1.0)))
+    train(tmp_path / "run", max_rollbacks=0, say=messages.append)
+    assert "lower the learning rate" in messages[-1]
 
 
-def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: where the last checkpoint finds no room the run ends with an error that names the last good one, and can be resumed."""
+def test_disk_full_at_the_last_checkpoint(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: if the last checkpoint does not fit on the disk, the run ends with an error that names the
+    last good one, and can be resumed."""
     run = tmp_path / "run"
     original = run_directory.write_safetensors
 
@@ -364,8 +386,8 @@ def test_disk_full_to_the_end(train: Train, tmp_path: Path, monkeypatch: pytest.
     assert steps(run) == list(range(1, 17))
 
 
-def test_log_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: lines that a full disk does not take, in part or at all, come later, in order, none twice."""
+def test_log_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: lines that did not fit on a full disk, in part or at all, are written later, in order and once."""
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write({"step": 1})
 
@@ -391,19 +413,27 @@ def test_log_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     log.write({"step": 4})
     log.sync()
     log.close()
-    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": 1}, {"step": 2}, {"step": 3, "heldout_loss": 1.0}, {"step": 4}]  # fmt: skip
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "heldout_loss": 1.0},
+        {"step": 4},
+    ]
 
 
 def test_signal_in_a_step_drops_it(train: Train, whole: Path, tmp_path: Path) -> None:
-    """Property: SIGTERM in the middle of a forward pass (where compilation happens) ends it at once; the steps before are saved, and nothing is lost."""
+    """Property: SIGTERM during a forward pass (where compilation happens) ends it at once.
+
+    The steps before it are saved, and nothing is lost.
+    """
     run, calls = tmp_path / "run", 0
 
-    def objective(model: Any, batch: Any, scale: float) -> Result:
+    def objective(model: Any, batch: Any, scale: float) -> ObjectiveResult:
         nonlocal calls
         calls += model.training
         if calls == 9:  # step 5
             os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("the step went on")
+            pytest.fail("the step continued")
         return next_token(model, batch, scale)
 
     with pytest.raises(Terminated):
@@ -414,8 +444,8 @@ def test_signal_in_a_step_drops_it(train: Train, whole: Path, tmp_path: Path) ->
     assert losses(run) == losses(whole)
 
 
-def test_sigusr1_saves_and_goes_on(train: Train, whole: Path, tmp_path: Path) -> None:
-    """Behaviour: SIGUSR1 makes a checkpoint of the step, and the run goes on to the same bytes."""
+def test_sigusr1_saves_and_training_continues(train: Train, whole: Path, tmp_path: Path) -> None:
+    """Behaviour: SIGUSR1 saves a checkpoint of the step, and the run continues to the same bytes."""
     run = tmp_path / "run"
     train(run, heldout=True, eval_every=4, report=at_step(5, lambda: os.kill(os.getpid(), signal.SIGUSR1)))
     assert "step-00000005" in [p.name for p in find_checkpoints(run)]
@@ -423,13 +453,13 @@ def test_sigusr1_saves_and_goes_on(train: Train, whole: Path, tmp_path: Path) ->
 
 
 def test_max_hours(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behaviour: when the time is over the run is saved and ends with exit code 75; --resume goes on."""
+    """Behaviour: at the time limit the run is saved and ends with exit code 75; --resume continues it."""
     run, clock = tmp_path / "run", time.monotonic
 
     def an_hour_later() -> None:
         monkeypatch.setattr(time, "monotonic", lambda: clock() + 3600)
 
-    with pytest.raises(LlmkitError, match="hours are over at step 5") as caught:
+    with pytest.raises(LlmkitError, match="hours reached at step 5") as caught:
         train(run, heldout=True, eval_every=4, max_hours=1, report=at_step(5, an_hour_later))
     assert caught.value.code == 75
     assert find_checkpoints(run)[-1].name == "step-00000005"
@@ -438,7 +468,7 @@ def test_max_hours(train: Train, whole: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_hostile_trainer_state_is_an_error(train: Train, tmp_path: Path) -> None:
-    """Behaviour: a trainer.json with fields of the wrong kind is refused by name."""
+    """Behaviour: a trainer.json with fields of the wrong type is refused."""
     train(tmp_path / "run")
     checkpoint = find_checkpoints(tmp_path / "run")[-1]
     file = checkpoint / "state" / "trainer.json"
@@ -449,8 +479,8 @@ def test_hostile_trainer_state_is_an_error(train: Train, tmp_path: Path) -> None
             load_trainer_state(checkpoint)
 
 
-def test_log_holds_json_alone(tmp_path: Path) -> None:
-    """Behaviour: a figure that is no number, such as the gradient norm of a step that fp16 skips, is null."""
+def test_nonfinite_values_are_null(tmp_path: Path) -> None:
+    """Behaviour: a non-finite value, such as the gradient norm of a step that fp16 skips, is null."""
     log = MetricsLog(tmp_path / "metrics.jsonl", 0)
     log.write({"step": 1, "grad_norm": float("inf"), "loss": 2.0})
     log.close()
@@ -458,7 +488,7 @@ def test_log_holds_json_alone(tmp_path: Path) -> None:
 
 
 def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
-    """Property: lines behind the checkpoint, and one that was cut off by a crash, are gone after a resumption."""
+    """Property: lines after the checkpoint, and one truncated by a crash, are removed on a resumption."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(json.dumps({"step": n, "loss": n / 3}).encode() + b"\n" for n in range(1, 6)) + b'{"st')
     log = MetricsLog(path, 3)
@@ -472,7 +502,7 @@ def test_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [1, 30_000])
 def test_log_of_a_long_run_is_read_from_its_end(tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property: what is kept does not depend on how long lines are; little of a long log is read."""
+    """Property: the result does not depend on the length of lines; only the end of a long log is read."""
     path = tmp_path / "metrics.jsonl"
     count = 3000 if width == 1 else 20
     path.write_bytes(b"".join(json.dumps({"step": n, "x": "y" * width}).encode() + b"\n" for n in range(1, count + 1)))

@@ -9,7 +9,13 @@ from tiny import ListStream, tiny_model
 
 from llmkit.training import objectives
 from llmkit.training.data import StreamSource
-from llmkit.training.optim.optimizer import build, clip_gradients, named_state, restore_optimizer, set_rate
+from llmkit.training.optim.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    named_state,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 
 @pytest.fixture
@@ -26,14 +32,14 @@ def problem() -> tuple[torch.Tensor, ...]:
 def test_linear_cross_entropy_is_torch_cross_entropy(
     problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parity: value and gradients of torch's cross-entropy on whole logits, for any chunk."""
+    """Parity with value and gradients of torch's cross-entropy on full logits, for any chunk size."""
     monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", chunk)
     hidden, head, targets, factors = problem
     expected = (F.cross_entropy(hidden @ head.T, targets, reduction="none") * factors).sum()
     wanted = torch.autograd.grad(expected * 3, (hidden, head))
-    found, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors)
-    gradients = torch.autograd.grad(found * 3, (hidden, head))
-    assert torch.allclose(found, expected, atol=1e-6)
+    result, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors)
+    gradients = torch.autograd.grad(result * 3, (hidden, head))
+    assert torch.allclose(result, expected, atol=1e-6)
     assert torch.allclose(token_losses, F.cross_entropy(hidden @ head.T, targets, reduction="none"), atol=1e-5)
     assert not token_losses.requires_grad
     for a, b in zip(gradients, wanted, strict=True):
@@ -44,47 +50,48 @@ def test_linear_cross_entropy_is_torch_cross_entropy(
 def test_z_loss_is_what_autograd_makes_of_it(
     problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parity: value and gradients in float64 of autograd through logsumexp; the token losses do not hold it."""
+    """Parity with value and gradients of autograd through logsumexp in float64; token losses exclude the z-loss."""
     monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", chunk)
     hidden, head = (part.detach().double().requires_grad_() for part in problem[:2])
     targets, factors = problem[2], problem[3].double()
     logits = hidden @ head.T
     plain = F.cross_entropy(logits, targets, reduction="none")
     expected = ((plain + 0.3 * logits.logsumexp(1) ** 2) * factors).sum()
-    found, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors, 0.3)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    result, token_losses = objectives.linear_cross_entropy(hidden, head, targets, factors, 0.3)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-12)
     assert torch.allclose(token_losses, plain.float())
     wanted = torch.autograd.grad(expected * 3, (hidden, head))
-    for a, b in zip(torch.autograd.grad(found * 3, (hidden, head)), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad(result * 3, (hidden, head)), wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_log_shows_the_plain_loss_beside_the_z_loss() -> None:
-    """Behaviour: with a z-loss the figures hold both parts of what is minimised, and `loss` is that of a run without one."""
+    """Behaviour: with a z-loss the metrics hold both parts of the minimised loss, and `loss` is that of a run
+    without one."""
     source = StreamSource(ListStream([40, 30, 50]), 16, 4, 64)
     model, batch = tiny_model(), source.batch(0, 0, 4)
     plain = objectives.next_token(model, batch, 0.1)
-    found = objectives.next_token(model, batch, 0.1, z_loss=0.01)
-    assert found.figures["loss"].item() == pytest.approx(plain.loss.item(), rel=1e-6)
-    assert (found.figures["loss"] + found.figures["z_loss"]).item() == pytest.approx(found.loss.item(), rel=1e-6)
-    assert found.figures["z_loss"].item() > 0.1
+    result = objectives.next_token(model, batch, 0.1, z_loss=0.01)
+    assert result.metrics["loss"].item() == pytest.approx(plain.loss.item(), rel=1e-6)
+    assert (result.metrics["loss"] + result.metrics["z_loss"]).item() == pytest.approx(result.loss.item(), rel=1e-6)
+    assert result.metrics["z_loss"].item() > 0.1
 
 
 def test_token_log_probabilities(problem: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parity: value and gradients of torch's log-softmax, also for a loss that is not linear in them."""
+    """Parity with value and gradients of torch's log-softmax, also for a loss that is not linear in them."""
     monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 33 * 20)
     hidden, head, targets, _ = problem
     expected = torch.log_softmax(hidden @ head.T, 1).gather(1, targets[:, None])[:, 0]
-    found = objectives.token_log_probabilities(hidden, head, targets)
-    assert torch.allclose(found, expected, atol=1e-5)
+    result = objectives.token_log_probabilities(hidden, head, targets)
+    assert torch.allclose(result, expected, atol=1e-5)
     wanted = torch.autograd.grad((expected**2).sum(), (hidden, head))
-    gradients = torch.autograd.grad((found**2).sum(), (hidden, head))
+    gradients = torch.autograd.grad((result**2).sum(), (hidden, head))
     for a, b in zip(gradients, wanted, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_no_rows_no_loss(problem: tuple[torch.Tensor, ...]) -> None:
-    """Behaviour: a batch in which nothing counts has loss 0 and gradient 0."""
+    """Behaviour: a batch without counted positions has loss 0 and gradient 0."""
     hidden, head, targets, factors = problem
     loss, _ = objectives.linear_cross_entropy(hidden[:0], head, targets[:0], factors[:0])
     (gradient,) = torch.autograd.grad(loss, head)
@@ -93,7 +100,8 @@ def test_no_rows_no_loss(problem: tuple[torch.Tensor, ...]) -> None:
 
 
 def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) -> None:
-    """Property: with autocast to bfloat16 and factors of 1e-6 the gradients are those of float32 within its precision."""
+    """Property: with autocast to bfloat16 and factors of 1e-6 the gradients agree with float32 within the
+    precision of bfloat16."""
     hidden, head, targets, factors = problem
     exact = torch.autograd.grad(objectives.linear_cross_entropy(hidden, head, targets, factors * 1e-4)[0], head)[0]
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,9 +112,9 @@ def test_tiny_factors_survive_half_precision(problem: tuple[torch.Tensor, ...]) 
 
 
 def test_decay_groups_and_state() -> None:
-    """Behaviour: matrices decay, embeddings and norms do not; the state survives a round through tensors."""
+    """Behaviour: matrices decay, embeddings and norms do not; the state survives a round trip through tensors."""
     model = tiny_model()
-    optimizer = build(model)
+    optimizer = build_optimizer(model)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert all(name.endswith("proj.weight") for name in decayed)
@@ -117,10 +125,10 @@ def test_decay_groups_and_state() -> None:
     assert norm == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-5)
     after = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # type: ignore[union-attr]
     assert after == pytest.approx(1.0, rel=1e-4)
-    set_rate(optimizer, 1e-3)
+    set_learning_rate(optimizer, 1e-3)
     optimizer.step()
     tensors = dict(named_state(model, optimizer))
-    other = build(model)
+    other = build_optimizer(model)
     restore_optimizer(model, other, tensors, "state")
     assert all(torch.equal(tensors[key], value) for key, value in named_state(model, other))
     del tensors["exp_avg.model.norm.weight"]

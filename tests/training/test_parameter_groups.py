@@ -1,4 +1,4 @@
-"""The table of rules: what it says is what is done; memory and FLOPs of a plan."""
+"""The table of tensor rules, memory and FLOPs agree with the actual model and optimizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from llmkit.errors import UsageError
 from llmkit.model.config import load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.family import expected_tensors
-from llmkit.training.memory_estimate import activations, flops, memory
-from llmkit.training.optim.optimizer import build, named_state
-from llmkit.training.optim.parameter_groups import kinds, table
+from llmkit.training.memory_estimate import activation_bytes, estimate_memory, training_flops
+from llmkit.training.optim.optimizer import build_optimizer, named_state
+from llmkit.training.optim.parameter_groups import merge_layers, tensor_table
 
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False, attention_bias=True)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_tensor_has_its_rule(optimizer: str) -> None:
-    """Behaviour: matrices and the head decay; Muon has the layers' matrices alone, biases and norms are vectors wherever they are."""
-    rows = {row.name: row for row in table(expected_tensors(UNTIED), UNTIED, optimizer, 0.1, "bf16")}
+    """Behaviour: matrices and the head decay.
+
+    Muon only gets the layers' matrices; biases and norms count as vectors everywhere.
+    """
+    rows = {row.name: row for row in tensor_table(expected_tensors(UNTIED), UNTIED, optimizer, 0.1, "bf16")}
     assert list(rows) == list(expected_tensors(UNTIED))
     matrices = {name for name in rows if name.endswith("proj.weight")}
     assert {name for name, row in rows.items() if row.decay} == matrices | {"lm_head.weight"}
@@ -40,21 +43,21 @@ def test_every_tensor_has_its_rule(optimizer: str) -> None:
 
 
 def test_kinds_join_the_layers() -> None:
-    """Property: every tensor is in one kind; layers that differ in nothing are one line."""
-    rows = table(expected_tensors(UNTIED), UNTIED, "muon", 0.1)
-    joined = {row.name: count for row, count in kinds(rows)}
+    """Property: every tensor is in one row; layers that do not differ share a row."""
+    rows = tensor_table(expected_tensors(UNTIED), UNTIED, "muon", 0.1)
+    joined = {row.name: count for row, count in merge_layers(rows)}
     assert sum(joined.values()) == len(rows)
     assert joined["model.layers.*.self_attn.q_proj.weight"] == UNTIED.num_hidden_layers
     assert joined["model.norm.weight"] == joined["lm_head.weight"] == 1
 
 
 def test_start_is_what_is_drawn() -> None:
-    """Property: a new model's tensors have the standard deviation, or the value, of the table."""
+    """Property: a new model's tensors have the standard deviation or the value in the table."""
     config = dataclasses.replace(load_config("tiny", 512), attention_bias=True)
     model = Decoder(config)
     model.initialize(3)
     tensors = model.state_dict()
-    for row in table(expected_tensors(config), config, "adamw", 0.1):
+    for row in tensor_table(expected_tensors(config), config, "adamw", 0.1):
         kind, _, number = row.initial.rpartition(" ")
         if kind == "normal":
             assert float(tensors[row.name].std()) == pytest.approx(float(number), rel=0.05)
@@ -67,19 +70,19 @@ def test_start_is_what_is_drawn() -> None:
 def test_unknown_optimizer_is_an_error() -> None:
     """Behaviour: with a suggestion."""
     with pytest.raises(UsageError, match="unknown optimizer 'moun'") as caught:
-        build(tiny_model(), "moun")
+        build_optimizer(tiny_model(), "moun")
     assert "muon" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
-    """Parity with the bytes of the tensors that a model and its optimiser hold after a step."""
+    """Parity with the bytes of the tensors of a model and its optimizer after a step."""
     model = tiny_model()
-    made = build(model, optimizer)
+    made = build_optimizer(model, optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.step()
-    needs = memory(table(expected_tensors(CONFIG), CONFIG, optimizer, 0.1), CONFIG, 1, "fp32", "cpu")
+    needs = estimate_memory(tensor_table(expected_tensors(CONFIG), CONFIG, optimizer, 0.1), CONFIG, 1, "fp32", "cpu")
     weights = sum(p.nbytes for p in model.parameters())
     moments = sum(t.nbytes for name, t in named_state(model, made) if name != "step")
     assert needs["weights"] == needs["gradients"] == weights
@@ -91,17 +94,17 @@ def test_memory_of_weights_and_moments_is_exact(optimizer: str) -> None:
     ("name", "half"), [("15m", False), ("15m", True), ("llama-tiny", False), ("olmo2-tiny", False), ("olmo2-15m", True)]
 )
 def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
-    """Parity within a tenth with the storages that autograd keeps for the way back through the layers."""
+    """Parity within a tenth with the storages that autograd keeps for the backward pass through the layers."""
     config = load_config(name, 100)
     model = Decoder(config)
     model.initialize(0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address comes twice
+    storages: dict[int, torch.UntypedStorage] = {}  # storages alive, so that no address is reused
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
+            storages[storage.data_ptr()] = storage
         return tensor
 
     ids = torch.zeros(2, 256, dtype=torch.long)
@@ -111,20 +114,20 @@ def test_activations_are_about_what_is_saved(name: str, half: bool) -> None:
     ):
         model.hidden(ids)
     copies = sum(2 * p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
-    saved = sum(storage.nbytes() for storage in kept.values()) - (copies if half else 0)
-    assert activations(config, half) * ids.numel() == pytest.approx(saved, rel=0.1)
+    saved = sum(storage.nbytes() for storage in storages.values()) - (copies if half else 0)
+    assert activation_bytes(config, half) * ids.numel() == pytest.approx(saved, rel=0.1)
 
 
 def test_flops_by_hand() -> None:
-    """Parity with 6·(weights that multiply) + 12·L·H·d_head·T, and 6·L·H·d_head·T where attention is counted causal."""
-    full, half = flops(CONFIG, 32)
+    """Parity with 6·(weights in products) + 12·L·H·d_head·T, and 6·L·H·d_head·T with causal attention."""
+    full, half = training_flops(CONFIG, 32)
     attention = 2 * 4 * 8 * 32
     assert full == 6 * CONFIG.parameters() + 12 * attention
     assert half == 6 * CONFIG.parameters() + 6 * attention
 
 
 def test_dry_run_prints_the_table(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: one line a kind of tensor, memory by its use, FLOPs by both conventions; the same figures with --json."""
+    """Behaviour: one line per kind of tensor, memory by use, FLOPs by both conventions; the same values with --json."""
     call = [
         str(workplace / "shards"),
         "-m",

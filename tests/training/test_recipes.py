@@ -1,4 +1,4 @@
-"""Recipes: published curves at published tokens, scaling, and what is refused."""
+"""Recipes: published schedules at published tokens, scaling, and refused files."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.training.optim.recipe import Recipe, Stage, builtin_recipes, read_recipe
+from llmkit.training.optim.recipe import Recipe, RecipeStage, builtin_recipes, read_recipe
 from llmkit.training.optim.schedule import Schedule
 
 
 def published(name: str) -> tuple[Recipe, list[int], Schedule]:
-    """A recipe of the package at its own size."""
+    """A recipe of the package at its own token count."""
     recipe = read_recipe(name)
     total = sum(stage.tokens or 0 for stage in recipe.stages)
-    borders = recipe.borders(total, [total])
+    borders = recipe.stage_ends(total, [total])
     schedule = recipe.schedule(borders, None)
     assert schedule is not None
     return recipe, borders, schedule
 
 
 def test_amber() -> None:
-    """Parity with amber-train's constants: 3e-4 after 2,000 steps of 2,240 × 2,048 tokens, half a cosine, 3e-5 after 1.26T tokens."""
+    """Parity with amber-train's constants: 3e-4 after 2,000 steps of 2,240 × 2,048 tokens, half a cosine,
+    3e-5 after 1.26T tokens."""
     recipe, borders, schedule = published("amber")
     batch = recipe.defaults["batch_size"] * recipe.defaults["sequence_length"]
     assert batch == 4_587_520 and borders[-1] == pytest.approx(1.26e12, rel=2e-3)
@@ -36,7 +37,8 @@ def test_amber() -> None:
 
 
 def test_crystal() -> None:
-    """Parity with the three params.yaml of crystalcoder-train: peaks, warm-ups of 86, 86 and 276 steps, and the ends of the phases."""
+    """Parity with the three params.yaml of crystalcoder-train: peaks, warm-ups of 86, 86 and 276 steps, and
+    the ends of the phases."""
     recipe, borders, schedule = published("crystal")
     batch = recipe.defaults["batch_size"] * recipe.defaults["sequence_length"]
     steps = [0, 79_721, 79_721 + 214_387, 79_721 + 214_387 + 27_728]
@@ -44,7 +46,7 @@ def test_crystal() -> None:
     for first, warmup, peak in zip(steps, (86, 86, 276), (12e-3, 8.7825e-3, 2e-3), strict=False):
         assert schedule.rate((first + warmup / 2) * batch) == pytest.approx(peak / 2)
         assert schedule.rate((first + warmup) * batch) == pytest.approx(peak)
-    # The first line was drawn over 294,337 steps and left after 79,635 of them, where the second takes it up.
+    # The first decay was planned over 294,337 steps and left after 79,635 of them, where the second continues it.
     line = schedule.segments[1]
     assert (line.end - line.start) / batch == pytest.approx(294_337) and line.last == 1.2408e-4
     left = 12e-3 + (1.2408e-4 - 12e-3) * 79_635 / 294_337
@@ -54,7 +56,8 @@ def test_crystal() -> None:
 
 
 def test_olmo() -> None:
-    """Behaviour: 3e-4 after the 10,485,760,000 tokens of its configuration, a cosine to 5e-5, and over the last 50B a line to 0."""
+    """Behaviour: 3e-4 after the 10,485,760,000 tokens of its configuration, a cosine to 5e-5, and a linear
+    decay to 0 over the last 50B."""
     _, borders, schedule = published("olmo")
     assert borders == [2_700_000_000_000, 2_750_000_000_000]
     assert schedule.rate(10_485_760_000) == schedule.peak == 3e-4
@@ -65,44 +68,48 @@ def test_olmo() -> None:
 
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_scaled_to_any_length(name: str) -> None:
-    """Property: at the same share of its tokens a scaled run has the rate of the published one; `lr` stretches all of it."""
+    """Property: at the same share of its tokens a scaled run has the learning rate of the published one.
+
+    `lr` scales all of it.
+    """
     recipe, borders, schedule = published(name)
-    small = recipe.borders(10_000_000, [10_000_000])
+    small = recipe.stage_ends(10_000_000, [10_000_000])
     scaled, stretched = recipe.schedule(small, None), recipe.schedule(small, 1e-3)
     assert scaled and stretched and stretched.peak == pytest.approx(1e-3)
     for share in (0.002, 0.1, 0.2, 0.6, 0.9, 0.99):
         rate = schedule.rate(share * borders[-1])
         assert scaled.rate(share * 10_000_000) == pytest.approx(rate, rel=1e-3)
         assert stretched.rate(share * 10_000_000) == pytest.approx(rate * 1e-3 / schedule.peak, rel=1e-3)
-    batch = recipe.scaled_batch(borders[-1])
-    assert batch == recipe.defaults["batch_size"] == recipe.scaled_batch(2 * borders[-1])
-    shrunk = recipe.scaled_batch(10_000_000)
+    batch = recipe.scaled_batch_size(borders[-1])
+    assert batch == recipe.defaults["batch_size"] == recipe.scaled_batch_size(2 * borders[-1])
+    shrunk = recipe.scaled_batch_size(10_000_000)
     assert shrunk and 10_000_000 / (shrunk * recipe.defaults["sequence_length"]) > 50  # steps
 
 
-def test_stages_of_the_data_say_where_each_ends() -> None:
-    """Behaviour: borders of a mix, values that hold until another is named, a rate that stays where a stage names none."""
+def test_stages_of_the_data_set_the_ends() -> None:
+    """Behaviour: stage ends of a mix, values that apply until a stage sets another, a learning rate that
+    stays if a stage sets none."""
     recipe = Recipe(
         "r",
         (
-            Stage("a", lr=1.0, schedule="linear", final_lr=0.5),
-            Stage("b", sequence_length=64),
-            Stage("c", rope_theta=9.0),
+            RecipeStage("a", lr=1.0, schedule="linear", final_lr=0.5),
+            RecipeStage("b", sequence_length=64),
+            RecipeStage("c", rope_theta=9.0),
         ),
     )
-    assert recipe.borders(60, [10, 30, 60]) == [10, 30, 60]
+    assert recipe.stage_ends(60, [10, 30, 60]) == [10, 30, 60]
     schedule = recipe.schedule([10, 30, 60], None)
     assert schedule and [schedule.rate(t) for t in (5, 10, 29, 60)] == [0.75, 0.5, 0.5, 0.5]
-    assert recipe.lengths([10, 30, 60], 32) == [(32, 10), (64, 30), (64, 60)]
-    thetas = recipe.thetas([10, 30, 60], 4.0)
+    assert recipe.sequence_lengths([10, 30, 60], 32) == [(32, 10), (64, 30), (64, 60)]
+    thetas = recipe.rope_thetas([10, 30, 60], 4.0)
     assert thetas and [thetas.at(t) for t in (0, 29, 30, 99)] == [4.0, 4.0, 9.0, 9.0]
-    with pytest.raises(UsageError, match="stages of the data come to 60"):
-        recipe.borders(50, [10, 30, 60])
+    with pytest.raises(UsageError, match="stages of the data total 60"):
+        recipe.stage_ends(50, [10, 30, 60])
     with pytest.raises(UsageError, match="has 3 stages, the data 2"):
-        recipe.borders(60, [10, 60])
+        recipe.stage_ends(60, [10, 60])
     with pytest.raises(UsageError, match="a has no tokens"):
-        recipe.borders(60, [60])
-    assert Recipe("r", (Stage("a", sequence_length=64),)).schedule([10], None) is None
+        recipe.stage_ends(60, [60])
+    assert Recipe("r", (RecipeStage("a", sequence_length=64),)).schedule([10], None) is None
 
 
 @pytest.mark.parametrize(
@@ -112,21 +119,21 @@ def test_stages_of_the_data_say_where_each_ends() -> None:
         ("batchsize = 3\n[[stage]]\nlr = 1e-3", "unknown key 'batchsize'", "'batch_size'"),
         ("[[stage]]\nlr = 1e-3\nschedule = 'cosin'", "unknown schedule 'cosin'", "'cosine'"),
         ("[[stage]]\nlr = 1e-3\nschedule = ['cosine']", "unknown schedule", ""),
-        ("[[stage]]\nlr = 100.0", "lr 100.0 is no number from 1e-12 to 10", ""),
+        ("[[stage]]\nlr = 100.0", "lr 100.0 is not a number from 1e-12 to 10", ""),
         ("[[stage]]\nlr = -1", "lr -1", ""),
         ("[[stage]]\nlr = nan", "lr nan", ""),
         ("[[stage]]\nlr = true", "lr True", ""),
         ("[[stage]]\nlr = '1e-3'", "lr '1e-3'", ""),
-        ("[[stage]]\nlr = 1e-3\ntokens = '2X'", "tokens '2X' is no count", ""),
-        ("[[stage]]\nlr = 1e-3\ntokens = '0.5'", "tokens '0.5' is no count", ""),
+        ("[[stage]]\nlr = 1e-3\ntokens = '2X'", "tokens '2X' is not an integer", ""),
+        ("[[stage]]\nlr = 1e-3\ntokens = '0.5'", "tokens '0.5' is not an integer", ""),
         ("[[stage]]\nlr = 1e-3\nfinal_lr = 2e-3", "final_lr 0.002 is above lr 0.001", ""),
         ("[[stage]]\nlr = 1e-3\ntokens = 10\nhorizon = 5", "horizon is not beyond", ""),
-        ("[[stage]]\nwarmup = 10", "a curve without lr", ""),
+        ("[[stage]]\nwarmup = 10", "a schedule without lr", ""),
         ("[[stage]]\n[[stage]]\nlr = 1e-3", "stage 1 has no lr", ""),
         ("[[stage]]\nsequence_length = 4", "sequence_length 4", ""),
         ("[[stage]]\nsequence_length = 64.5", "sequence_length 64.5", ""),
         ("[[stage]]\nrope_theta = 0", "rope_theta 0", ""),
-        ("[[stage]]\nname = 3", "stage 1: a name is a text", ""),
+        ("[[stage]]\nname = 3", "stage 1: name must be a string", ""),
         ("betas = [0.9, 1.0]\n[[stage]]", "betas [0.9, 1.0]", ""),
         ("betas = 0.9\n[[stage]]", "betas 0.9", ""),
         (f"[[stage]]\nlr = 0x{'f' * 5000}", "lr so large a number", ""),
@@ -137,7 +144,7 @@ def test_stages_of_the_data_say_where_each_ends() -> None:
     ],
 )
 def test_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:
-    """Behaviour: what is wrong with a recipe is said by file, stage and key, with what may be meant."""
+    """Behaviour: errors name file, stage and key, with a suggestion."""
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -146,12 +153,12 @@ def test_refused(tmp_path: Path, text: str, message: str, hint: str) -> None:
 
 
 def test_unknown_recipes() -> None:
-    """Behaviour: did you mean; a file that is not there; a warm-up that does not fit."""
+    """Behaviour: a suggestion for an unknown name; a missing file; a warm-up that does not fit."""
     with pytest.raises(UsageError) as caught:
         read_recipe("ambr")
     assert "'amber'" in caught.value.hint
     with pytest.raises(LlmkitError, match="No such file"):
         read_recipe("none/such.toml")
     with pytest.raises(UsageError, match="a warm-up of 20 tokens does not fit into 10"):
-        Recipe("r", (Stage("a", lr=1.0, warmup=20),)).schedule([10], None)
+        Recipe("r", (RecipeStage("a", lr=1.0, warmup=20),)).schedule([10], None)
     assert math.isclose(read_recipe("olmo").stages[0].lr or 0, 3e-4)

@@ -1,4 +1,4 @@
-"""What happens at checkpoints: samples of the model, scores on tasks; neither changes a weight or a random state."""
+"""Samples and task scores at checkpoints, which change neither weights nor random state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.training.metrics.log import read_metrics
-from llmkit.training.metrics.samples import MAX_PROMPTS, MAX_TOKENS, gallery, read_prompts, undisturbed
+from llmkit.training.metrics.samples import MAX_PROMPTS, MAX_TOKENS, PromptGallery, preserved_state, read_prompts
 
 
 @pytest.fixture
@@ -44,8 +44,11 @@ def rows(run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(run, "samples.jsonl").read_text().splitlines()]
 
 
-def test_checkpoints_show_what_they_say(place: Path) -> None:
-    """Behaviour: every prompt at every checkpoint, greedy and seeded; scores in the log; weights as without them; a resumed run says nothing twice."""
+def test_samples_and_scores_at_checkpoints(place: Path) -> None:
+    """Behaviour: every prompt at every checkpoint, greedy and seeded.
+
+    Scores in the log; the same weights as without them; repeated steps replace their samples.
+    """
     tasks = ("--eval-tasks", "fox", "--include-path", "tasks")
     assert train("-o", "plain") == 0
     assert train("-o", "run", "--samples", "prompts.txt", *tasks) == 0
@@ -55,26 +58,28 @@ def test_checkpoints_show_what_they_say(place: Path) -> None:
     scored = [record["step"] for record in records if "eval/fox/acc" in record]
     assert scored == [3, 6, 8]
     assert {record["eval/fox/acc"] for record in records if record["step"] in scored} <= {0.0, 1.0}
-    found = rows("run")
-    assert [(r["step"], r["prompt"]) for r in found] == [
+    samples = rows("run")
+    assert [(r["step"], r["prompt"]) for r in samples] == [
         (step, prompt) for step in (3, 6, 8) for _ in range(2) for prompt in ("the quick ", "lazy")
     ]
-    assert {r["how"] for r in found} == {"greedy", "temperature 0.8, seed 0"}
-    assert all(isinstance(r["completion"], str) for r in found)
-    Path("run/samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found) + json.dumps({"step": 9}) + "\n")
+    assert {r["how"] for r in samples} == {"greedy", "temperature 0.8, seed 0"}
+    assert all(isinstance(r["completion"], str) for r in samples)
+    Path("run/samples.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in samples) + json.dumps({"step": 9}) + "\n"
+    )
     prompts = read_prompts("prompts.txt")
     from llmkit.model.pretrained.checkpoint import load_model
 
     model, info = load_model("run")
-    gallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)
-    assert rows("run") == found  # the same of the same weights, in the place of what stood there
+    PromptGallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)
+    assert rows("run") == samples  # the same completions for the same weights, replacing the earlier ones
 
 
-def test_nothing_is_disturbed(place: Path) -> None:
-    """Property: random states and mode are as before, whatever the work in between drew."""
+def test_state_is_preserved(place: Path) -> None:
+    """Property: random states and mode are restored, whatever the block does."""
     model = torch.nn.Linear(2, 2).train()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    with undisturbed(model):
+    with preserved_state(model):
         assert not model.training
         random.random(), np.random.rand(), torch.rand(3)
     assert model.training
@@ -83,15 +88,15 @@ def test_nothing_is_disturbed(place: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_a_diverged_model_is_no_reason_to_stop(place: Path, tokenizer_files: dict[str, str]) -> None:
-    """Behaviour: logits that are no numbers are noted; a prompt longer than the context is cut at its front."""
+def test_diverged_model_does_not_end_the_run(place: Path, tokenizer_files: dict[str, str]) -> None:
+    """Behaviour: non-finite logits are recorded as an error; a prompt longer than the context is cut at its front."""
     from tiny import CONFIG
 
     from llmkit.model.decoder import Decoder
 
     model = Decoder(CONFIG.with_vocabulary(280))
     model.initialize(0)
-    act = gallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
+    act = PromptGallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
     act(model, 1)
     first = [json.loads(line) for line in (place / "s.jsonl").read_text().splitlines()]
     assert [len(r["completion"]) > 0 for r in first] == [True, True]
@@ -105,7 +110,7 @@ def test_a_diverged_model_is_no_reason_to_stop(place: Path, tokenizer_files: dic
 
 
 def test_prompts(tmp_path: Path) -> None:
-    """Behaviour: text and JSON lines; what is no prompt, too much, or missing is named."""
+    """Behaviour: text and JSON lines; invalid, too many or missing prompts are reported."""
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a\\nb"}\n{"text": "c"}\n')
     assert read_prompts(file) == ["a\nb", "c"]

@@ -10,17 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.errors import UsageError
-from llmkit.training.optim.schedule import NAMES, RAMPS, Schedule, Segment, default_rate, named, warmup_tokens
+from llmkit.training.optim.schedule import (
+    DECAY_SHAPES,
+    SCHEDULES,
+    Schedule,
+    Segment,
+    build_schedule,
+    default_rate,
+    schedule_help,
+    warmup_tokens,
+)
 
 settings = st.fixed_dictionaries(
     {
-        "name": st.sampled_from(NAMES),
+        "name": st.sampled_from(tuple(SCHEDULES)),
         "peak": st.floats(1e-6, 1.0),
         "total": st.integers(1001, 10**12),  # more than the warm-up, whose end would be the floor
         "warmup": st.integers(0, 1000),
         "floor": st.floats(0, 1),
         "decay": st.floats(0, 1),
-        "shape": st.sampled_from(RAMPS),
+        "shape": st.sampled_from(DECAY_SHAPES),
     }
 )
 
@@ -29,7 +38,7 @@ settings = st.fixed_dictionaries(
 def test_rate_lies_between_zero_and_peak(asked: dict[str, Any], share: float) -> None:
     """Property: 0 <= rate <= peak everywhere, and at least floor * peak after the warm-up."""
     tokens = share * asked["total"]
-    rate = named(**asked).rate(tokens)
+    rate = build_schedule(**asked).rate(tokens)
     assert 0 <= rate <= asked["peak"] * (1 + 1e-9)
     if tokens >= asked["warmup"]:
         assert rate >= asked["peak"] * asked["floor"] * (1 - 1e-9)
@@ -37,8 +46,8 @@ def test_rate_lies_between_zero_and_peak(asked: dict[str, Any], share: float) ->
 
 @given(settings, st.floats(0, 1), st.floats(0, 1))
 def test_rises_then_never_rises(asked: dict[str, Any], a: float, b: float) -> None:
-    """Property: the rate grows during the warm-up and does not grow after it."""
-    schedule, warmup, rest = named(**asked), asked["warmup"], asked["total"] - asked["warmup"]
+    """Property: the rate increases during the warm-up and does not increase after it."""
+    schedule, warmup, rest = build_schedule(**asked), asked["warmup"], asked["total"] - asked["warmup"]
     low, high = sorted((a, b))
     assert schedule.rate(low * warmup) <= schedule.rate(high * warmup) * (1 + 1e-9)
     assert schedule.rate(warmup + high * rest) <= schedule.rate(warmup + low * rest) * (1 + 1e-9)
@@ -46,8 +55,8 @@ def test_rises_then_never_rises(asked: dict[str, Any], a: float, b: float) -> No
 
 @given(settings)
 def test_ends_at_the_floor(asked: dict[str, Any]) -> None:
-    """Property: every decaying schedule ends at floor * peak, and stays there."""
-    schedule = named(**asked)
+    """Property: every decaying schedule ends at floor * peak and stays there."""
+    schedule = build_schedule(**asked)
     if asked["name"] == "constant" or (asked["name"] == "wsd" and schedule.segments[-1].shape == "constant"):
         return
     end = schedule.rate(asked["total"])
@@ -56,27 +65,27 @@ def test_ends_at_the_floor(asked: dict[str, Any]) -> None:
 
 
 def test_values() -> None:
-    """Behaviour: figures worked out by hand."""
-    cosine = named("cosine", 1.0, 1100, warmup=100, floor=0.1)
+    """Behaviour: values calculated by hand."""
+    cosine = build_schedule("cosine", 1.0, 1100, warmup=100, floor=0.1)
     assert cosine.rate(50) == 0.5
     assert cosine.rate(100) == 1.0
     assert math.isclose(cosine.rate(600), 0.55)
-    wsd = named("wsd", 2.0, 1000, warmup=100, decay=0.2)
+    wsd = build_schedule("wsd", 2.0, 1000, warmup=100, decay=0.2)
     assert wsd.rate(799) == 2.0
     assert math.isclose(wsd.rate(900), 1.0)
-    long = named("wsd", 1.0, 1000, warmup=400, decay=0.9)  # the decay would begin before the warm-up ends
+    long = build_schedule("wsd", 1.0, 1000, warmup=400, decay=0.9)  # the decay would begin before the warm-up ends
     assert long.rate(400) == 1.0 and math.isclose(long.rate(700), 0.5)
-    assert named("linear", 1.0, 100).for_step(0, 10) == 0.95
-    assert named("linear", 1.0, 100).for_step(90, 100) == pytest.approx(0.05)
-    assert named("sqrt", 1.0, 100).rate(25) == 0.5
-    root = named("wsd", 1.0, 1000, decay=0.4, shape="sqrt")
+    assert build_schedule("linear", 1.0, 100).for_step(0, 10) == 0.95
+    assert build_schedule("linear", 1.0, 100).for_step(90, 100) == pytest.approx(0.05)
+    assert build_schedule("sqrt", 1.0, 100).rate(25) == 0.5
+    root = build_schedule("wsd", 1.0, 1000, decay=0.4, shape="sqrt")
     assert root.rate(600) == 1.0 and root.rate(700) == 0.5 and root.rate(1000) == 0.0
-    again = named("cosine", 1.0, 1000, warmup=100, floor=0.1, first=0.2)  # a re-warm-up from a rate that was
+    again = build_schedule("cosine", 1.0, 1000, warmup=100, floor=0.1, first=0.2)  # a warm-up from an earlier rate
     assert again.rate(0) == 0.2 and again.rate(50) == pytest.approx(0.6) and again.rate(100) == again.peak == 1.0
 
 
 def test_a_segment_may_be_cut_by_the_next() -> None:
-    """Behaviour: what follows takes over at its start, before the line has come to its end."""
+    """Behaviour: the next segment takes over at its start, before the previous one has ended."""
     schedule = Schedule((Segment(0, 100, 1.0, 0.0), Segment(40, 60, 5.0, 1.0)))
     assert schedule.rate(39) == pytest.approx(0.61)
     assert [schedule.rate(at) for at in (40, 50, 60, 99)] == [5.0, 3.0, 1.0, 1.0]
@@ -90,7 +99,7 @@ def test_default_rate_passes_through_common_practice() -> None:
 
 
 def test_warmup_is_a_share_or_a_count() -> None:
-    """Behaviour: below 1 a share, else tokens."""
+    """Behaviour: below 1 a share of the tokens, else a number of tokens."""
     assert warmup_tokens(0.05, 2000) == 100
     assert warmup_tokens(500, 2000) == 500
 
@@ -100,13 +109,19 @@ def test_warmup_is_a_share_or_a_count() -> None:
     [{"name": "cosin"}, {"peak": 0.0}, {"floor": 1.5}, {"decay": -0.1}, {"warmup": 2000}, {"shape": "constant"}],
 )
 def test_refused(changes: dict[str, Any]) -> None:
-    """Behaviour: values that make no schedule are usage errors."""
+    """Behaviour: values out of range are usage errors."""
     with pytest.raises(UsageError):
-        named(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))
+        build_schedule(**({"name": "cosine", "peak": 1.0, "total": 1000} | changes))
+
+
+def test_help_lists_every_schedule() -> None:
+    """Behaviour: every schedule has a help text, and is named in the help of options."""
+    assert schedule_help() == "cosine, linear, sqrt, wsd (warm-up, stable, decay) or constant"
+    assert all(name in schedule_help() and kind.help for name, kind in SCHEDULES.items())
 
 
 def test_unknown_name_suggests() -> None:
-    """Behaviour: did you mean."""
+    """Behaviour: an unknown name gets a suggestion."""
     with pytest.raises(UsageError) as caught:
-        named("cosin", 1.0, 10)
+        build_schedule("cosin", 1.0, 10)
     assert "cosine" in caught.value.hint

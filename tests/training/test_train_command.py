@@ -18,7 +18,8 @@ from waiting import wait_until
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import read_lineage
-from llmkit.training.checkpoint.run_directory import load_trainer_state, open_run
+from llmkit.training.checkpoint.run_directory import open_run
+from llmkit.training.checkpoint.trainer_state import load_trainer_state
 from llmkit.training.metrics.log import read_metrics
 
 
@@ -53,7 +54,10 @@ SMALL = ("shards", "-m", "config.json", "--tokens", "4k", "-q")
 
 
 def test_train_and_train_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a run with held-out loss and lineage; the same call and its config.toml give the same bytes; finished is finished."""
+    """Behaviour: a run has a held-out loss and lineage.
+
+    The same call and its config.toml give the same bytes; a finished run is left alone.
+    """
     assert train(*SMALL, "-o", "run", "--heldout", "heldout.arrow", "--json") == 0
     summary = json.loads(capsys.readouterr().err)
     assert summary["steps"] == 8
@@ -71,7 +75,7 @@ def test_train_and_train_again(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert weights("again") == weights("run")
     assert train(*SMALL, "-o", "run", "--resume") == 0
     assert train(*SMALL, "-o", "run") == 1
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "--resume continues it" in capsys.readouterr().err
     for name in (
         "config.json",
         "generation_config.json",
@@ -83,7 +87,7 @@ def test_train_and_train_again(place: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_model_loads_in_transformers(place: Path) -> None:
-    """Parity: transformers opens a checkpoint of the middle of a run with logits within 1e-5 of ours."""
+    """Parity: transformers opens an intermediate checkpoint, with logits within 1e-5 of ours."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +102,7 @@ def test_model_loads_in_transformers(place: Path) -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_stream_on_stdin_is_kept_for_a_resumption(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_on_stdin_is_kept_for_resumption(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: `train -` reads stdin once; a resumed run does not need it again; the lineage calls it a pipe."""
     with open("heldout.arrow", "rb") as source:
         monkeypatch.setattr("sys.stdin", open(source.fileno(), closefd=False))
@@ -113,7 +117,10 @@ def test_stream_on_stdin_is_kept_for_a_resumption(place: Path, monkeypatch: pyte
 
 
 def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: starts at the checkpoint's rate, with its moments, and ends near zero; --from chooses; a bare model needs --lr."""
+    """Behaviour: an anneal starts at the checkpoint's learning rate, with its moments, and ends near zero.
+
+    --from chooses a checkpoint; a bare model needs --lr.
+    """
     assert train(*SMALL, "-o", "run", "--save-every", "4", "--schedule", "constant") == 0
     data = ("shards", "--tokens", "2k", "-q")
     assert train("run", *data, "-o", "annealed", command="anneal") == 0
@@ -132,19 +139,19 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("bare", *data, "-o", "x", command="anneal") == 2
     assert "--lr" in capsys.readouterr().err
     assert train("bare", *data, "--lr", "1e-3", "-o", "y", command="anneal") == 0
-    # The moments matter: without them the first update is another one.
+    # The moments matter: without them the first update differs.
     assert train("run", *data, "--lr", "1e-3", "-o", "z", command="anneal") == 0
     assert losses("y")[0] == losses("z")[0]
     assert losses("y")[2] != losses("z")[2]
     assert train("run", *data, "--from", "step-00000005", "-o", "w", command="anneal") == 1
     assert "it has 4, 8" in capsys.readouterr().err
-    # The script keeps the checkpoint that was the start, however it was named.
+    # The script names the checkpoint that the run started from, however it was given.
     assert train("run/checkpoints/step-00000004", *data, "-o", "named4", command="anneal") == 0
     for made, start in (("from4", "run "), ("named4", "run/checkpoints/step-00000004 ")):
         assert run_command("lineage", [made, "--script"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[-2].endswith('--save-every 4 -o "$OUT"/run') and f'llmkit anneal "$OUT"/{start}' in lines[-1]
-    # A damaged start, and one with what is no number.
+    # A damaged start, and one with a NaN.
     file = Path("run/checkpoints/step-00000004/state/optimizer.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     assert train("run", *data, "--from", "4", "-o", "w", command="anneal") == 1
@@ -156,7 +163,7 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ramps_and_ends(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: an anneal falls by the ramp it is told, to the share it is told; other names are refused."""
+    """Behaviour: the learning rate of an anneal falls by --ramp to the share --to; unknown names are refused."""
     assert train(*SMALL, "-o", "run", "--schedule", "constant") == 0
     data = ("run", "shards", "--tokens", "2k", "-q", "--lr", "1e-3")
     rates = {}
@@ -171,7 +178,7 @@ def test_ramps_and_ends(place: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def stop_at(run: str, step: int) -> None:
-    """Leave of a finished run what was there when its checkpoint of `step` was the last."""
+    """Reset a finished run to the time when its checkpoint of `step` was the last."""
     (Path(run) / "final").unlink()
     for checkpoint in Path(run, "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > step:
@@ -179,7 +186,10 @@ def stop_at(run: str, step: int) -> None:
 
 
 def test_recipe_and_warm_ups(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: rates and defaults of a recipe, scaled; --lr stretches; sizes warm up; config.toml and a resumption give the same bytes."""
+    """Behaviour: learning rates and defaults of a recipe, scaled.
+
+    --lr scales the rates; sizes warm up; config.toml and a resumption give the same bytes.
+    """
     call = (
         "shards",
         "-m",
@@ -244,7 +254,11 @@ rope_theta = 50000.0
 
 
 def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: one file mixes and trains; each stage has its rates, length and rope_theta; a plan, shards and a resumption give the same bytes."""
+    """Behaviour: one file mixes and trains.
+
+    Each stage has its learning rates, length and rope_theta; a plan, shards and a resumption give the same
+    bytes.
+    """
     Path("stages.toml").write_text(STAGES)
     for output, more in (("plan", ["--plan"]), ("mixed", [])):
         assert run_command("mix", ["--stages", "stages.toml", *more, "-q", "-o", output]) == 0
@@ -262,7 +276,7 @@ def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     stop_at("run", border)
     assert train("plan", *call, "-o", "run", "--resume") == 0 and weights("run") == before
     assert train("mixed", *call, "--tokens", "2k", "-o", "x") == 2
-    assert "stages of the data come to" in capsys.readouterr().err
+    assert "stages of the data total" in capsys.readouterr().err
     # From a model the file's length holds too, and a stage with a rope_theta may go beyond the context.
     short = json.loads(Path("config.json").read_text()) | {"max_position_embeddings": 32}
     Path("short.json").write_text(json.dumps(short))
@@ -277,8 +291,11 @@ def test_stages_of_a_mix(place: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.count("did you mean 'rope_theta'?") == 2
 
 
-def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: --from keeps moments and the last rate; --rewarm raises it from there; a bare model has neither; the lineage holds the start."""
+def test_training_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: --from keeps the moments and the last learning rate.
+
+    --rewarm raises it from there; a bare model has neither; the lineage records the start.
+    """
     assert train(*SMALL, "-o", "run", "--save-every", "4") == 0
     last = load_trainer_state(Path("run/final")).rate
     data = ("shards", "--tokens", "4k", "-q")
@@ -296,9 +313,8 @@ def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) 
     stop_at("up", 4)
     done = load_trainer_state(sorted(Path("up/checkpoints").iterdir())[-1]).step
     assert 0 < done <= 4
-    kept = rates
     assert train("shards", "-c", "up/config.toml", "-q", "-o", "up", "--resume") == 0
-    assert [record["lr"] for record in read_metrics("up/metrics.jsonl")] == kept
+    assert [record["lr"] for record in read_metrics("up/metrics.jsonl")] == rates
     assert train("shards", "-c", "up/config.toml", "-q", "-o", "up2") == 0 and weights("up2") == weights("up")
     for wrong, message in (
         (("--from", "run", "-m", "tiny"), "--model together with --from"),
@@ -316,8 +332,11 @@ def test_going_on_from_a_model(place: Path, capsys: pytest.CaptureFixture[str]) 
     assert train("--from", "ended", *data, "-o", "x") == 2 and "--rewarm" in capsys.readouterr().err
 
 
-def test_going_on_with_an_extended_vocabulary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: a model with new rows trains on shards of its own tokenizer; those of the old one are refused."""
+def test_training_with_an_extended_vocabulary(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a model with an extended vocabulary trains on shards of its own tokenizer.
+
+    Those of the old one are refused.
+    """
     assert train(*SMALL, "-o", "run") == 0
     Path("new.jsonl").write_text(
         "".join(f'{{"text": "zebras graze gently on {i % 7} prairies"}}\n' for i in range(200))
@@ -369,7 +388,7 @@ def test_bad_calls(
     code: int,
     message: str,
 ) -> None:
-    """Behaviour: what is wrong is said in a line, and nothing is left behind."""
+    """Behaviour: a wrong call gives one line of error and leaves nothing behind."""
     from llmkit.io.record import Lineage
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.shards.writer import ShardWriter
@@ -384,7 +403,10 @@ def test_bad_calls(
 
 
 def test_failed_start_leaves_nothing(tmp_path: Path) -> None:
-    """Behaviour: an error before the first step takes the directory away again, not so a signal, nor where something was to be resumed."""
+    """Behaviour: an error before the first step removes the directory.
+
+    A signal does not, nor an error of a resumed run.
+    """
     config = tmp_path / "run" / "config.toml"
     cases = ((LlmkitError("", ""), False, False), (KeyboardInterrupt(), False, True), (LlmkitError("", ""), True, True))
     for error, resume, stays in cases:
@@ -408,22 +430,22 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def wait_for_steps(process: subprocess.Popen[bytes], run: Path, count: int) -> None:
-    """Until the run has logged `count` steps."""
+    """Wait until the run has logged `count` steps."""
     log = run / "metrics.jsonl"
     wait_until(lambda: log.exists() and len(list(read_metrics(log))) >= count, process)
 
 
 def test_held_out_data_by_domain(place: Path) -> None:
-    """Behaviour: domains are those named, else the documents' sources; a path that holds an equals sign is a path."""
+    """Behaviour: domains are the given names, otherwise the documents' sources; a path may contain an equals sign."""
     from llmkit.shards.reader import TokenStore
     from llmkit.training.inputs import held_out_source
 
     digest = TokenStore.open("shards").tokenizer.digest
 
     def domains(*named: str) -> tuple[str, ...]:
-        found = held_out_source(list(named), digest, 32, True)
-        assert found is not None
-        return found.group_names
+        source = held_out_source(list(named), digest, 32, True)
+        assert source is not None
+        return source.group_names
 
     assert domains("heldout.arrow") == ("test",)
     assert domains("web=heldout.arrow", "shards") == ("web", "test")
@@ -436,7 +458,8 @@ def test_held_out_data_by_domain(place: Path) -> None:
 
 
 def test_two_processes_and_one(place: Path) -> None:
-    """Property: losses of two gloo processes equal those of one within 1e-5, as do the other curves of the model and the data; SIGTERM saves in both (143); one process goes on from there."""
+    """Property: losses of two gloo processes equal those of one within 1e-5, as do the other curves of the
+    model and the data. SIGTERM saves (143), and one process resumes from there."""
     call = ("shards", "-m", "config.json", "--tokens", "40k", "-q")
     assert train(*call, "-o", "one", "--threads", "1") == 0
     group = start("train", *call, "-o", "two", "--processes", "2")
@@ -448,14 +471,14 @@ def test_two_processes_and_one(place: Path) -> None:
     assert losses("two") == pytest.approx(losses("one")[:done], abs=1e-5)
     of_machine = r"memory|disk|gpu|seconds|per_second|mfu|rank|clipped"
     for one, two in zip(*(read_metrics(f"{run}/metrics.jsonl") for run in ("one", "two")), strict=False):
-        kept = {name: value for name, value in one.items() if not re.search(of_machine, name)}
-        assert {name: two[name] for name in kept} == pytest.approx(kept, rel=2e-3)
+        expected = {name: value for name, value in one.items() if not re.search(of_machine, name)}
+        assert {name: two[name] for name in expected} == pytest.approx(expected, rel=2e-3)
     assert train(*call, "-o", "two", "--resume") == 0
     assert losses("two") == pytest.approx(losses("one"), abs=1e-5)
 
 
 def test_kill_and_resume_from_the_shell(place: Path) -> None:
-    """Property: kill -9 of the real command, --resume in another, and the bytes are those of the undisturbed run."""
+    """Property: after kill -9 of the real command, --resume in a new process gives the bytes of the undisturbed run."""
     call = ("shards", "-m", "config.json", "--tokens", "20k", "-q", "--save-every", "7", "--threads", "1")
     assert train(*call, "-o", "whole") == 0
     process = start("train", *call, "-o", "run")
@@ -469,7 +492,7 @@ def test_kill_and_resume_from_the_shell(place: Path) -> None:
 
 
 def test_accelerate_launch(place: Path) -> None:
-    """Behaviour: `accelerate launch -m llmkit train` trains the same losses."""
+    """Behaviour: `accelerate launch -m llmkit train` gives the same losses."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "llmkit"]
     subprocess.run([*launcher, "train", *SMALL, "-o", "launched"], check=True, capture_output=True)
     assert train(*SMALL, "-o", "one") == 0
@@ -477,7 +500,7 @@ def test_accelerate_launch(place: Path) -> None:
 
 
 def test_warmup_is_a_share_or_a_count(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: --warmup 1k is 1,000 tokens, 0.25 a share; a negative one or a word is a usage error."""
+    """Behaviour: --warmup 1k is 1,000 tokens, 0.25 a share; a negative number or a word is a usage error."""
     for name, warmup in (("a", "1k"), ("b", "1000"), ("c", "0.25")):
         assert train(*SMALL, "--warmup", warmup, "-o", name) == 0
     rates = [[record["lr"] for record in read_metrics(f"{name}/metrics.jsonl")] for name in "abc"]

@@ -36,7 +36,7 @@ def main(
     The log-probabilities of the reference model are computed once, before the first step, and stored in the run. The
     log shows the rewards of chosen and rejected answers, their margin, and how often the chosen answer wins.
     """
-    from llmkit.cli.shared.training_command import launch_processes, training_request, train_or_plan
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
     if launch_processes(run, options, [model, *(rows or [])]):
         return

@@ -37,7 +37,7 @@ def main(
     each other. A message may have a `weight`, or `train: false`. The resulting model stops at the end of its turn
     (generation_config.json).
     """
-    from llmkit.cli.shared.training_command import launch_processes, training_request, train_or_plan
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
     if launch_processes(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
         return

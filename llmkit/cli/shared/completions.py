@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.cli.shared.options import click_command
-from llmkit.cli.shared.table import COMMANDS, subcommands, module_of
+from llmkit.cli.shared.table import COMMANDS, module_of, subcommands
 
 
 class Flag(NamedTuple):

@@ -352,7 +352,9 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
     show_all_own = len(own) <= FEW_OPTIONS
     groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
     hidden = 0
-    for parameter in sorted(command.get_params(context), key=lambda p: not getattr(p, "common", True)):
+    for parameter in sorted(
+        command.get_params(context), key=lambda p: (p.name == "help", not getattr(p, "common", True))
+    ):
         record = parameter.get_help_record(context)
         if record is None:
             continue

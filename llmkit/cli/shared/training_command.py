@@ -123,7 +123,7 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from llmkit.evaluation.harness import DecoderLM, evaluate, task_manager
     from llmkit.model.pretrained.checkpoint import LoadedModel
-    from llmkit.training.metrics.samples import undisturbed
+    from llmkit.training.metrics.samples import preserved_state
 
     names = [name for name in samples.eval_tasks.split(",") if name]
     manager = task_manager(names, samples.include_path or [])
@@ -132,7 +132,7 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
     def score(model: Any, step: int) -> dict[str, float]:
         lm = DecoderLM(model, LoadedModel(Path(str(run.output)), model.config, files, stop_ids), seed=run.seed)
         try:
-            with undisturbed(model):
+            with preserved_state(model):
                 scores = evaluate(lm, names, manager, limit=samples.eval_limit, seed=run.seed)
         except LlmkitError as error:  # must not end the run
             run.warn(f"--eval-tasks at step {step:,}: {error.message}")
@@ -150,13 +150,13 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
 def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
     """Print the plan of --dry-run: sizes, steps, FLOPs, memory, and the optimizer settings of each kind of tensor."""
     from llmkit.model.family import expected_tensors
-    from llmkit.training.memory_estimate import flops, memory
-    from llmkit.training.optim.parameter_groups import kinds, table
+    from llmkit.training.memory_estimate import estimate_memory, training_flops
+    from llmkit.training.optim.parameter_groups import merge_layers, tensor_table
 
     options, processes = session.options, session.processes
     config, source, length = prepared.config, prepared.source, prepared.length
     parameters, tokens = config.parameters(), prepared.planned_tokens
-    tensors = table(
+    tensors = tensor_table(
         expected_tensors(config),
         config,
         options.optimizer.optimizer or "adamw",
@@ -164,8 +164,8 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
         processes.precision,
     )
     tokens_per_forward = session.rows_at_once(source.rows(0), length) * length * options.sequences_per_row
-    memory_needs = memory(tensors, config, tokens_per_forward, processes.precision, processes.device.type)
-    full_flops, causal_flops = (count * tokens for count in flops(config, length))
+    memory_needs = estimate_memory(tensors, config, tokens_per_forward, processes.precision, processes.device.type)
+    full_flops, causal_flops = (count * tokens for count in training_flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
@@ -191,7 +191,7 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
             row.stored,
             row.computed,
         ]
-        for row, count in kinds(tensors)
+        for row, count in merge_layers(tensors)
     ]
     run.table("tensors", columns, cells)
     counts = {

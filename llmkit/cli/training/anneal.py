@@ -32,7 +32,7 @@ def main(
     data and from different steps; `llmkit average` merges the branches. A model directory without optimizer state
     starts with zero moments and needs --lr.
     """
-    from llmkit.cli.shared.training_command import launch_processes, training_request, train_or_plan
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
     if launch_processes(run, options, [start, data, *held_out_paths(options.heldout.heldout)]):
         return

@@ -56,7 +56,7 @@ def main(
     ] = None,
     t: Annotated[
         float | None,
-        typer.Option("--t", help=_help("t", "position between the first model (0) and the second (1)", "0.5")),
+        typer.Option("--t", help=_help("t", "position on the arc, from 0 (the first model) to 1 (the second)", "0.5")),
     ] = None,
     base: Annotated[
         str | None,

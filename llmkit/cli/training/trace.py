@@ -81,7 +81,7 @@ def _decoder(trace: Trace, run: Path) -> Any:
 
     files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
-    content = content or trace.part(0, 0).tokenizer().files.get("tokenizer.json")
+    content = content or trace.shard(0, 0).tokenizer().files.get("tokenizer.json")
     if content is None:
         raise LlmkitError(f"{run}: no tokenizer in the run or with its data", "omit --text")
     try:

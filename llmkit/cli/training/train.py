@@ -40,7 +40,7 @@ def main(
     rates, sequence length and rope_theta; in a recipe, final_lr is an absolute learning rate. If the data is a mix of
     as many --stages, these decide where each stage ends. --lr scales a recipe to another peak learning rate.
     """
-    from llmkit.cli.shared.training_command import launch_processes, training_request, show_schedules, train_or_plan
+    from llmkit.cli.shared.training_command import launch_processes, show_schedules, train_or_plan, training_request
 
     start = options.start.from_
     inputs = [data, *([start] if start else []), *held_out_paths(options.heldout.heldout)]

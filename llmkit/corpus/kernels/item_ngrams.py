@@ -158,7 +158,9 @@ def has_enough_hits(data, fold, n, slots, numbers, floor, reach):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def windows(parts, words, offsets, weights, totals, lengths, floor, min_share, first, last, share):  # type: ignore[no-untyped-def]
+def windows(  # type: ignore[no-untyped-def]
+    parts, words, offsets, weights, totals, lengths, floor, min_share, first, last, share
+):
     """Slide a window of twice a part's length over its hits, and sum the weights of the distinct n-grams in it.
 
     Hits are sorted by part, then word; an n-gram is identified by its offset in the part (`offsets`). Each run of

@@ -172,7 +172,9 @@ def paragraph_repeats(data, table):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def repetition(data, table, line_hashes, characters, flags, ends, hashes, lengths, size):  # type: ignore[no-untyped-def]
+def repetition(  # type: ignore[no-untyped-def]
+    data, table, line_hashes, characters, flags, ends, hashes, lengths, size
+):
     """float64[13]: share of repeated paragraphs and of characters in them; the same for lines (parts between
     runs of newlines, plus `ends` empty ones at the ends of the text); then the counts of `ngram_repeats`.
     Characters are counted as shares of the text's `size`."""

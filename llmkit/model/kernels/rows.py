@@ -181,7 +181,9 @@ def softmax(first, last, scores, rows, first_query, begins, scale, logsum):  # t
 
 
 @rows_kernel
-def softmax_back(first, last, scores, rows, first_query, begins, scale, logsum, grad, delta):  # type: ignore[no-untyped-def]
+def softmax_back(  # type: ignore[no-untyped-def]
+    first, last, scores, rows, first_query, begins, scale, logsum, grad, delta
+):
     """Recompute probabilities in place of raw scores, and replace the gradient of the probabilities with that
     of the raw scores."""
     offset = begins[first_query]
@@ -200,7 +202,9 @@ def softmax_back(first, last, scores, rows, first_query, begins, scale, logsum, 
 
 
 @rows_kernel
-def cross_entropy(first, last, logits, targets, factors, z_loss, losses, log_z, gradient):  # type: ignore[no-untyped-def]
+def cross_entropy(  # type: ignore[no-untyped-def]
+    first, last, logits, targets, factors, z_loss, losses, log_z, gradient
+):
     """-log softmax(logits)[target] and log Z of each row; with `gradient`, logits are overwritten with that of
     (loss + z_loss · log² Z) · factor."""
     width = logits.shape[1]

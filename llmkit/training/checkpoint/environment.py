@@ -1,9 +1,11 @@
-"""What a run was made with beside its options, so that nothing of it changes unnoticed in the middle.
+"""The environment of a run besides its options, recorded so that nothing of it changes unnoticed on a
+resumption.
 
-A resumed run is the run that was started to the bit, if the machinery is the same: numeric type, kind of device, versions of torch and llmkit,
-deterministic mode or not, compiled or not, and the configuration of the model. These are recorded at each start, in the event and in every checkpoint's
-state/trainer.json, and a change is refused unless `--accept-change NAME` names it. Recorded and free to change: processes, threads, layout and the
-processor, which move sums in their last bits at most.
+A resumed run matches the original bit for bit if the environment is the same: numeric type, kind of device,
+versions of torch and llmkit, deterministic mode, compilation, and the model's configuration. These are
+recorded at each start, in the event and in every checkpoint's state/trainer.json, and a change is refused
+unless `--accept-change NAME` names it. Recorded but free to change: processes, threads, layout and the
+processor, which affect at most the last bits of sums.
 
     refuse_drift(old["environment"], environment(precision, device), accepted=("torch",))
 """
@@ -21,37 +23,39 @@ import torch
 from llmkit import __version__
 from llmkit.errors import LlmkitError, unknown_name
 
-SPOKEN = {"deterministic": "deterministic mode", "model": "the model's configuration"}
+LABELS = {"deterministic": "deterministic mode", "model": "the model's configuration"}
 NAMES = ("deterministic", "device", "kernels", "llmkit", "model", "precision", "torch")
 
 
 def environment(precision: str, device: torch.device) -> dict[str, Any]:
-    """What must not change by itself, by the names that --accept-change takes; `kernels` (model.runtime) and `model` (`model_digest`) are added when
-    they are known."""
+    """What must not change unnoticed, by the names that --accept-change takes.
+
+    `kernels` (model/runtime.py) and `model` (`model_digest`) are added once known.
+    """
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "device": device.type,
         "llmkit": __version__,
         "precision": precision,
-        # The local part names the build (cpu, cu130), which `device` tells.
+        # Without the local part, which names the build (cpu, cu130): that is covered by `device`.
         "torch": torch.__version__.partition("+")[0],
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What is worth knowing and may change."""
+def hardware_info(device: torch.device) -> dict[str, Any]:
+    """What is worth recording and may change."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {"hardware": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
 
 
 def model_digest(config_json: Mapping[str, Any]) -> str:
-    """A short digest of a model's configuration, but for what a stage may change."""
-    lasting = {key: value for key, value in config_json.items() if key != "rope_theta"}
-    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:16]
+    """A short digest of a model's configuration, except for what a stage may change."""
+    fixed = {key: value for key, value in config_json.items() if key != "rope_theta"}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def accepted_names(text: str) -> tuple[str, ...]:
-    """The names in --accept-change NAME,NAME; UsageError for one that is none."""
+    """The names in --accept-change NAME,NAME; raises UsageError for an unknown one."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in NAMES:
@@ -60,20 +64,23 @@ def accepted_names(text: str) -> tuple[str, ...]:
 
 
 def refuse_drift(old: Mapping[str, Any], new: Mapping[str, Any], accepted: Sequence[str]) -> list[str]:
-    """Names of what has changed, all accepted; LlmkitError where one is not. What only one of both records is not compared."""
+    """Names of accepted changes; raises LlmkitError for a change that is not accepted.
+
+    Names missing from either record are not compared.
+    """
     changed = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
     refused = [name for name in changed if name not in accepted]
     if refused:
         name = refused[0]
-        what = SPOKEN.get(name, name)
+        label = LABELS.get(name, name)
         others = f" (and {', '.join(refused[1:])})" if refused[1:] else ""
         names = ",".join(sorted({*accepted, *refused}))
         raise LlmkitError(
-            f"{what} was {_shown(old[name])} when the run was started and is {_shown(new[name])} now{others}",
-            f"--accept-change {names} goes on; bits may differ",
+            f"{label} was {_display(old[name])} when the run was started and is {_display(new[name])} now{others}",
+            f"accept it with --accept-change {names}; results may not be bit-identical",
         )
     return changed
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

@@ -1,10 +1,12 @@
-"""The last good state of a run on the host, and its way to disk while training goes on.
+"""The last good state of a run in host memory, written to disk in the background while training continues.
 
-There is one copy: weights and moments as they were after some step (4 bytes each: 12 bytes a parameter with AdamW in float32). A rollback is taken
-from it; a checkpoint is written from it by a thread, which syncs every file, digests it and renames the directory (training.state). It is renewed
-when that is done.
+There is one copy: weights and moments after some step, 4 bytes each (12 bytes per parameter with AdamW in
+float32). A rollback is restored from it. A checkpoint is written from it by a thread that syncs every file,
+computes its digest and renames the directory (checkpoint/run_directory.py); the copy is not replaced before
+that is done.
 
-A disk that is full does not end a run: the checkpoint before stays, the failure is reported, and the next step that may tries again.
+A full disk does not end a run: the previous checkpoint stays, and the failure is reported
+(checkpoint/checkpointer.py).
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmkit.training.checkpoint.run_directory import RunDirectory, TrainerState
+from llmkit.training.checkpoint.run_directory import RunDirectory
+from llmkit.training.checkpoint.trainer_state import TrainerState
 
 Tensors = dict[str, Tensor]
 
 
 class HostSnapshot:
-    """`write_model(directory, weights, step, tokens)` fills a model directory; `keep` and `keep_every` are RunDirectory.save's."""
+    """`write_model(directory, weights, step, tokens)` writes a model directory.
+
+    `keep` and `keep_every` are those of RunDirectory.save.
+    """
 
     def __init__(
         self,
@@ -30,52 +36,58 @@ class HostSnapshot:
         keep: int = 0,
         keep_every: int = 0,
     ) -> None:
-        self.state: TrainerState | None = None  # what is held, None before the first copy
+        self.state: TrainerState | None = None  # None before the first copy
         self.weights: Tensors = {}
         self.moments: Tensors = {}
-        self.saved: Path | None = None  # the last checkpoint that is whole
+        self.last_checkpoint: Path | None = None  # the last complete one
         self._directory, self._write_model, self._keep, self._keep_every = directory, write_model, keep, keep_every
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-        self._fault: BaseException | None = None
+        self._disk_error: OSError | None = None
+        self._exception: BaseException | None = None
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is under way."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def copy(
         self, state: TrainerState, weights: Iterable[tuple[str, Tensor]], moments: Iterable[tuple[str, Tensor]]
     ) -> None:
-        """Hold this state instead of the one before, each tensor copied as it comes; waits for a checkpoint that is under way."""
+        """Replace the snapshot by this state, copying one tensor at a time.
+
+        First waits for a checkpoint that is being written.
+        """
         self.wait()
-        self.weights = _copied(self.weights, weights)
-        self.moments = _copied(self.moments, moments)
+        self.weights = _copy_to_host(self.weights, weights)
+        self.moments = _copy_to_host(self.moments, moments)
         self.state = state
 
     def save(self) -> None:
-        """Start to write what is held."""
+        """Start writing the snapshot as a checkpoint."""
         self.wait()
         self._thread = threading.Thread(target=self._write, name="checkpoint")
         self._thread.start()
 
     def failure(self, *, wait: bool = False) -> OSError | None:
-        """What kept the last checkpoint from being written, reported once; with `wait` after it has come to its end."""
+        """The error that kept the last checkpoint from being written, returned once.
+
+        With `wait` finish writing first.
+        """
         if wait:
             self.wait()
         elif self.writing:
             return None
-        if self._fault is not None:
-            raise self._fault
-        error, self._error = self._error, None
+        if self._exception is not None:
+            raise self._exception
+        error, self._disk_error = self._disk_error, None
         return error
 
-    def forget(self, after: int) -> None:
-        """Remove the checkpoints of later steps: the run went back before them, and takes another way."""
-        self.saved = self._directory.forget(after)
+    def remove_checkpoints_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a rollback has undone."""
+        self.last_checkpoint = self._directory.remove_checkpoints_after(step)
 
     def wait(self) -> None:
-        """Until no checkpoint is under way."""
+        """Wait until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -84,7 +96,7 @@ class HostSnapshot:
         state = self.state
         assert state is not None
         try:
-            self.saved = self._directory.save(
+            self.last_checkpoint = self._directory.save(
                 state,
                 self.moments,
                 lambda directory: self._write_model(directory, self.weights, state.step, state.tokens),
@@ -92,18 +104,18 @@ class HostSnapshot:
                 self._keep_every,
             )
         except OSError as error:
-            self._error = error
-        except BaseException as error:  # raised where it is asked for, in the main thread
-            self._fault = error
+            self._disk_error = error
+        except BaseException as error:  # raised by `failure`, in the main thread
+            self._exception = error
 
 
-def _copied(old: Tensors, new: Iterable[tuple[str, Tensor]]) -> Tensors:
-    """Copies of `new` on the host, in the memory of `old` where it fits."""
-    result = {}
+def _copy_to_host(old: Tensors, new: Iterable[tuple[str, Tensor]]) -> Tensors:
+    """Copies of `new` in host memory, reusing the memory of `old` where it fits."""
+    copies = {}
     for name, tensor in new:
-        place = old.get(name)
-        if place is not None and place.shape == tensor.shape and place.dtype == tensor.dtype:
-            result[name] = place.copy_(tensor.detach())
+        buffer = old.get(name)
+        if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
+            copies[name] = buffer.copy_(tensor.detach())
         else:
-            result[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return result
+            copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return copies

@@ -1,18 +1,21 @@
-"""How the model lies over the processes: one plan a layout, chosen by --parallel.
+"""How the model is distributed over the processes: one class per layout, chosen by --parallel.
 
-`ddp`: every process holds the whole model and its moments; the gradients are summed in buckets once a step. `fsdp`: torch's FSDP2
-(`fully_shard`, arXiv:2304.11277): each layer is a group of its own, of which every process holds the n-th part of weights, gradients and moments
-(16 bytes a parameter over n) and gathers the rest while it computes; embeddings, last norm and head are the outermost group, which stays whole
-from the forward pass to the end of the backward pass, since the loss reads the head directly. Weights, gradients and moments are float32; where
-precision is bf16, layers are gathered in bf16. Losses are divided by the weight of the whole step, so gradients are added, never averaged.
+`ddp`: every process holds the whole model and its moments; the gradients are summed in buckets once per step.
+`fsdp`: torch's FSDP2 (`fully_shard`, arXiv:2304.11277): each layer is a group of its own, of which each of
+the n processes holds 1/n of weights, gradients and moments (16 bytes per parameter over n) and gathers the
+rest while it computes. Embeddings, last norm and head are the outermost group, which stays gathered from the
+forward pass to the end of the backward pass, since the loss reads the head directly. Weights, gradients and
+moments are float32; with precision bf16, layers are gathered in bf16. Losses are divided by the weight of the
+whole step, so gradients are summed, never averaged.
 
-    layout = layout_named("fsdp", processes=2)
-    layout.place(model, device, precision)                       # parameters are DTensors now
-    for name, tensor in full_tensors(model.state_dict().items(), main): ...    # whole, on the main process, one at a time
-    load_tensors(model, weights)                                     # each process takes its part of what is mapped from disk
+    layout = create_layout("fsdp", processes=2)
+    layout.parallelize(model, device, precision)       # parameters are DTensors now
+    for name, tensor in full_tensors(model.state_dict().items(), main): ...    # whole, on the main process
+    load_tensors(model, weights)                       # each process reads its shards of the mapped files
 
-A checkpoint is the same whatever the layout: whole tensors by name, which any number of processes in either layout goes on from. Gathering costs
-one whole tensor of device memory. Further layouts (tensor, context, expert parallelism) are further plans of this form.
+A checkpoint is the same for every layout: whole tensors by name, from which any number of processes in either
+layout resumes. Gathering needs device memory for one whole tensor. Further layouts (tensor, context, expert
+parallelism) would be further classes of this form.
 """
 
 from __future__ import annotations
@@ -26,37 +29,40 @@ from torch import Tensor, nn
 
 from llmkit.errors import UsageError, unknown_name
 
-BUCKET_ELEMENTS = 1 << 24  # gradients are summed in pieces of 64 MiB
-SHARE_FOR_GRADIENTS = (
-    8  # whole gradients are kept over the micro-batches of a step where they take at most this part of a GPU
-)
+BUCKET_ELEMENTS = 1 << 24  # gradients are summed in buckets of 64 MiB
+# Whole gradients are kept over the micro-batches of a step if they take at most one part in so many of a GPU's memory.
+GRADIENT_MEMORY_RATIO = 8
 
 
 class Layout(Protocol):
-    """A plan. `lockstep`: all processes must make the same number of passes through the model, in training and evaluation."""
+    """A way to distribute the model.
+
+    `lockstep`: all processes must make the same number of passes, in training and evaluation.
+    """
 
     name: str
     lockstep: bool
 
-    def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        """Lay the model's parameters over the processes; in place. They may be on the meta device."""
+    def parallelize(self, model: nn.Module, device: torch.device, precision: str) -> None:
+        """Distribute the model's parameters over the processes, in place. They may be on the meta device."""
 
     def reshard(self, model: nn.Module) -> None:
-        """Make the model's parameters what they are between steps: after a pass without a backward pass some are still gathered."""
+        """Return the parameters to their state between steps: after a forward pass without a backward pass
+        some are still gathered."""
 
     def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
-        """Before each pass of a step: whether it is the last, after which gradients are added up."""
+        """Called before each pass of a step; gradients are summed over the processes after the `last` one."""
 
-    def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """After the last pass: make the gradients those of the whole step, in place."""
+    def all_reduce_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Called after the last pass: make the gradients those of the whole step, in place."""
 
 
 class Replicated:
-    """Data-parallel: the whole model everywhere."""
+    """Data parallelism: the whole model on every process."""
 
     name, lockstep = "ddp", False
 
-    def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
+    def parallelize(self, model: nn.Module, device: torch.device, precision: str) -> None:
         model.to(device)
 
     def reshard(self, model: nn.Module) -> None:
@@ -65,17 +71,17 @@ class Replicated:
     def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
         pass
 
-    def add_gradients(self, gradients: Sequence[Tensor]) -> None:
+    def all_reduce_gradients(self, gradients: Sequence[Tensor]) -> None:
         bucket: list[Tensor] = []
         for i, gradient in enumerate(gradients):
             bucket.append(gradient)
             if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS or i + 1 == len(gradients):
                 flat = torch.cat([g.flatten() for g in bucket])
                 dist.all_reduce(flat)
-                at = 0
+                offset = 0
                 for g in bucket:
-                    g.copy_(flat[at : at + g.numel()].view_as(g))
-                    at += g.numel()
+                    g.copy_(flat[offset : offset + g.numel()].view_as(g))
+                    offset += g.numel()
                 bucket = []
 
 
@@ -87,17 +93,18 @@ class Sharded:
     def __init__(self, processes: int) -> None:
         self._processes, self._keep_gradients = processes, True
 
-    def place(self, model: nn.Module, device: torch.device, precision: str) -> None:
+    def parallelize(self, model: nn.Module, device: torch.device, precision: str) -> None:
         # Accelerate's own FSDP2 would silently become DDP on a CPU; its mesh and torch's function work everywhere.
         from accelerate import ParallelismConfig
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         if precision == "fp16":
-            raise UsageError("fp16 does not go with --parallel fsdp", "use bf16, or --parallel ddp")
+            raise UsageError("--parallel fsdp does not support fp16", "use bf16, or --parallel ddp")
         mesh = ParallelismConfig(dp_shard_size=self._processes).build_device_mesh(device.type)["dp_shard"]
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for layer in model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, mesh=mesh, mp_policy=half if precision in ("bf16", "fp8") else MixedPrecisionPolicy())  # type: ignore[arg-type]
+            policy = half if precision in ("bf16", "fp8") else MixedPrecisionPolicy()
+            fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         register_fsdp_forward_method(model, "hidden")
         for module in model.modules():
@@ -105,8 +112,8 @@ class Sharded:
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         if device.type == "cuda":
-            whole = 4 * sum(p.numel() for p in model.parameters())
-            self._keep_gradients = whole * SHARE_FOR_GRADIENTS <= torch.cuda.get_device_properties(device).total_memory
+            size = 4 * sum(p.numel() for p in model.parameters())
+            self._keep_gradients = size * GRADIENT_MEMORY_RATIO <= torch.cuda.get_device_properties(device).total_memory
 
     def reshard(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import FSDPModule
@@ -118,66 +125,76 @@ class Sharded:
     def set_gradient_sync(self, model: nn.Module, last: bool) -> None:
         model.set_requires_gradient_sync(last or not self._keep_gradients)  # type: ignore[operator]
 
-    def add_gradients(self, gradients: Sequence[Tensor]) -> None:
-        pass  # the backward pass has done it
+    def all_reduce_gradients(self, gradients: Sequence[Tensor]) -> None:
+        pass  # done by the backward pass
 
 
 LAYOUTS = ("auto", "ddp", "fsdp")
 
 
-def layout_named(name: str, processes: int) -> Layout:
-    """The plan for `--parallel NAME`; with one process there is nothing to lay out."""
+def create_layout(name: str, processes: int) -> Layout:
+    """The layout for `--parallel NAME`; a single process has nothing to distribute."""
     if name not in LAYOUTS:
         raise unknown_name("--parallel", name, LAYOUTS)
     return Sharded(processes) if name == "fsdp" and processes > 1 else Replicated()
 
 
 def full_tensors(named: Iterable[tuple[str, Tensor]], main: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) of tensors that may be laid over the processes: a model's state_dict, an optimiser's `named_state`.
+    """(name, whole tensor on the CPU) of tensors that may be sharded: a model's state_dict, an optimizer's
+    `named_state`.
 
-    Every process iterates to the end; only on `main` does anything come out. What comes out may share memory with what went in: copy what is to
-    outlive the next step.
+    Every process must iterate to the end; only the `main` one receives anything. A yielded tensor may share
+    memory with the original: copy it to keep it beyond the next step.
     """
     for name, tensor in named:
-        whole = tensor.detach()
-        if hasattr(whole, "full_tensor"):
-            whole = whole.full_tensor()
+        full = tensor.detach()
+        if hasattr(full, "full_tensor"):
+            full = full.full_tensor()
         if main:
-            yield name, whole.cpu()
+            yield name, full.cpu()
 
 
-def local_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The part of `whole` that this process holds of `parameter`, a view: all of it where the parameter is no DTensor."""
+def local_shard(full: Tensor, parameter: Tensor) -> Tensor:
+    """The part of the whole tensor `full` that this process holds of `parameter`, a view.
+
+    All of it unless the parameter is a DTensor.
+    """
     if not hasattr(parameter, "placements"):
-        return whole
+        return full
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
     for dimension, placement in enumerate(parameter.placements):
         if placement.is_shard():
-            parts = whole.chunk(mesh.size(dimension), placement.dim)
-            mine = mesh.get_local_rank(dimension)
-            whole = parts[mine] if mine < len(parts) else whole.narrow(placement.dim, 0, 0)
-    return whole
+            chunks = full.chunk(mesh.size(dimension), placement.dim)
+            rank = mesh.get_local_rank(dimension)
+            full = chunks[rank] if rank < len(chunks) else full.narrow(placement.dim, 0, 0)
+    return full
 
 
-def placed_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of `whole` in the type, on the device and in the layout of `parameter`, for which only the own part is read."""
-    placed = torch.empty_like(parameter, requires_grad=False)
-    copy_whole(placed, whole)
-    return placed
+def distributed_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of the whole tensor `full` in the type, on the device and in the layout of `parameter`.
+
+    Reads only this process's shard.
+    """
+    copy = torch.empty_like(parameter, requires_grad=False)
+    copy_full(copy, full)
+    return copy
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in its memory."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's shard of a tensor, or all of an ordinary tensor; shares its memory."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
 
 
-def copy_whole(target: Tensor, whole: Tensor) -> None:
-    """Set `target`, which may be laid over processes, to `whole`."""
-    local(target).detach().copy_(local_part(whole, target))
+def copy_full(target: Tensor, full: Tensor) -> None:
+    """Copy the whole tensor `full` into `target`, which may be sharded."""
+    local_tensor(target).detach().copy_(local_shard(full, target))
 
 
 def load_tensors(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Set the model's parameters, placed before, to whole tensors by name: mapped from disk, each process reads its own part."""
+    """Load whole tensors by name into the distributed parameters of `model`.
+
+    Each process reads only its shards of what is mapped from disk.
+    """
     for name, parameter in model.state_dict().items():
-        copy_whole(parameter, weights[name])
+        copy_full(parameter, weights[name])

@@ -1,12 +1,13 @@
-"""Processes: how many, on which device, and the few things they say to each other.
+"""The processes of a training group: how many, on which device, and the collectives between them.
 
-Accelerate finds out where we are: alone, started by `accelerate launch`, torchrun or Slurm, or by `elastic.launch`; on CPU (gloo) or GPUs (NCCL).
-Each process computes the rows of the step that fall to it, and the gradients are added up once a step (how, is a matter of `parallel`); losses are
-already divided by the weight of the whole step, so the sum is the gradient, whatever the number of processes and micro-batches.
+Accelerate finds out where this process runs: alone, or started by `accelerate launch`, torchrun, Slurm or
+`elastic.launch`; on CPU (gloo) or GPUs (NCCL). Each process computes its share of a step's rows, and the
+gradients are summed once per step (in the way of the layout, layout.py). Losses are already divided by the
+weight of the whole step, so the sum is the gradient for any number of processes and micro-batches.
 
     processes = start("auto", threads=None)
-    for first, last, factor in processes.micro_batches(model, rows=8, micro_batch=2): ...
-    processes.add_gradients(parameters)
+    for start, stop, factor in processes.micro_batches(model, rows=8, micro_batch=2): ...
+    processes.all_reduce_gradients(parameters)
 """
 
 from __future__ import annotations
@@ -27,25 +28,30 @@ import torch.distributed as dist
 from llmkit.errors import LostError, UsageError
 from llmkit.model.pretrained.safetensors import layout_of
 from llmkit.model.runtime import check_fp8
-from llmkit.training.distributed.layout import Layout, layout_named
+from llmkit.training.distributed.layout import Layout, create_layout
 from llmkit.training.distributed.stragglers import Stopwatch
 from llmkit.training.distributed.watchdog import Watchdog
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "fp8")
-LOST_WORDS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "cuda error")
+# In the messages of errors that mean that another process or the device is gone.
+LOST_MARKERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "cuda error")
 
 
 @dataclass(slots=True)
 class Processes:
-    """This process among `count`; `accelerator` holds device, autocast and the loss scaler, `layout` how the model lies over the group."""
+    """This process and its group.
+
+    `accelerator` holds the device, autocast and the loss scaler; `layout` distributes the model over the
+    group.
+    """
 
     accelerator: Any
     precision: str
     layout: Layout
-    seconds: list[float] = field(default_factory=list)  # each process's own seconds a row in the last step, by rank
-    _watch: Stopwatch | None = None
-    _measured: bool = False
-    _dog: Watchdog | None = None
+    seconds_per_row: list[float] = field(default_factory=list)  # by rank, in the last step
+    _stopwatch: Stopwatch | None = None
+    _timing_pending: bool = False  # measured, but not yet exchanged
+    _watchdog: Watchdog | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,132 +67,137 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and messages."""
         return self.rank == 0
 
-    def share(self, rows: int, micro_batch: int) -> Iterator[tuple[int, int]]:
-        """Row ranges [start, stop) of a step that this process computes, at most `micro_batch` rows each."""
+    def local_row_ranges(self, rows: int, micro_batch: int) -> Iterator[tuple[int, int]]:
+        """Row ranges [start, stop) of a step for this process, at most `micro_batch` rows each."""
         first, last = rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
         for start in range(first, last, micro_batch):
-            self.beat()
+            self.heartbeat()
             yield start, min(start + micro_batch, last)
 
     def micro_batches(
-        self, model: torch.nn.Module, rows: int, micro_batch: int, *, add_first: bool = False
+        self, model: torch.nn.Module, rows: int, micro_batch: int, *, sync_first: bool = False
     ) -> Iterator[tuple[int, int, float]]:
-        """(start, stop, factor) of each pass that this process makes through `model`: its row ranges with factor 1.
+        """(start, stop, factor) of each pass of this process through `model`: its row ranges with factor 1.
 
-        Where a layout goes in lockstep, a process with fewer ranges makes passes of factor 0 more, over a row whose loss does not count.
-        With `add_first` it adds up the gradients after the first pass too, not only after the last.
+        In a lockstep layout, a process with fewer ranges makes extra passes of factor 0, over a row whose
+        loss does not count. With `sync_first` gradients are summed over the processes after the first pass
+        too, not only after the last.
         """
-        turns = [(start, stop, 1.0) for start, stop in self.share(rows, micro_batch)]
-        if self._watch is None:
-            self._watch = Stopwatch(self.device)
-        self._watch.start(sum(stop - start for start, stop, _ in turns))
+        passes = [(start, stop, 1.0) for start, stop in self.local_row_ranges(rows, micro_batch)]
+        if self._stopwatch is None:
+            self._stopwatch = Stopwatch(self.device)
+        self._stopwatch.start(sum(stop - start for start, stop, _ in passes))
         if self.layout.lockstep:
             largest = -(-rows // self.world_size)
             most = -(-largest // micro_batch)
-            turns += [(0, 1, 0.0)] * (most - len(turns))
-        for number, turn in enumerate(turns, 1):
-            self.beat()
-            self.layout.set_gradient_sync(model, number == len(turns) or (add_first and number == 1))
-            yield turn
+            passes += [(0, 1, 0.0)] * (most - len(passes))
+        for number, row_range in enumerate(passes, 1):
+            self.heartbeat()
+            self.layout.set_gradient_sync(model, number == len(passes) or (sync_first and number == 1))
+            yield row_range
 
-    def beat(self) -> None:
-        """Tell the watch-dog that this process gets on; for whatever takes long."""
-        if self._dog:
-            self._dog.beat()
+    def heartbeat(self) -> None:
+        """Tell the watchdog that this process makes progress; to be called during long work."""
+        if self._watchdog:
+            self._watchdog.heartbeat()
 
     @contextmanager
-    def at_length(self) -> Iterator[None]:
-        """What may take as long as it likes, such as scores on tasks: to the watch-dog it is progress."""
-        if self._dog:
-            self._dog.patient = True
+    def without_timeout(self) -> Iterator[None]:
+        """A block that may take arbitrarily long, such as scoring tasks: the watchdog counts it as progress."""
+        if self._watchdog:
+            self._watchdog.suspended = True
         try:
             yield
         finally:
-            if self._dog:
-                self._dog.patient = False
+            if self._watchdog:
+                self._watchdog.suspended = False
 
-    def _meet(self) -> None:
-        if self._dog:
-            self._dog.meet()
+    def _enter_collective(self) -> None:
+        if self._watchdog:
+            self._watchdog.enter_collective()
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all processes. The first time in a step it carries `seconds` too."""
+        """Each value summed over all processes. The first call after a step also exchanges `seconds_per_row`."""
         if self.world_size == 1:
             return list(values)
-        self._meet()
-        mine = [0.0] * self.world_size if self._measured else []
-        if self._measured and self._watch:
-            mine[self.rank] = self._watch.seconds()
-        tensor = torch.tensor([*values, *mine], dtype=torch.float64, device=self.device)
+        self._enter_collective()
+        timings = [0.0] * self.world_size if self._timing_pending else []
+        if self._timing_pending and self._stopwatch:
+            timings[self.rank] = self._stopwatch.seconds_per_row()
+        tensor = torch.tensor([*values, *timings], dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        found: list[float] = tensor.tolist()
-        if self._measured:
-            self.seconds, self._measured = found[len(values) :], False
-        self.beat()
-        return found[: len(values)]
+        sums: list[float] = tensor.tolist()
+        if self._timing_pending:
+            self.seconds_per_row, self._timing_pending = sums[len(values) :], False
+        self.heartbeat()
+        return sums[: len(values)]
 
     def agree(self, flag: bool) -> bool:
-        """`flag`, or whether any process has it set where the layout wants all to go the same way."""
+        """Whether any process has set `flag`, in a lockstep layout; otherwise this process's own `flag`."""
         return bool(self.all_reduce([float(flag)])[0]) if self.layout.lockstep else flag
 
-    def add_tensor(self, tensor: torch.Tensor) -> None:
+    def all_reduce_tensor(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place."""
         if self.world_size > 1:
-            self._meet()
+            self._enter_collective()
             on_device = tensor.to(self.device)
             dist.all_reduce(on_device)
             tensor.copy_(on_device)
 
-    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Make the gradients those of the whole step; a parameter without one counts as zero."""
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum the gradients over all processes, in place; a missing gradient counts as zero."""
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.world_size == 1:
             return
-        if self._watch:
-            self._watch.stop()
-            self._measured = True
-        self._meet()
-        self.layout.add_gradients([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        if self._stopwatch:
+            self._stopwatch.stop()
+            self._timing_pending = True
+        self._enter_collective()
+        self.layout.all_reduce_gradients([parameter.grad for parameter in parameters])  # type: ignore[misc]
 
     def broadcast(self, value: Any) -> Any:
         """The main process's `value`, on every process."""
         if self.world_size == 1:
             return value
-        self._meet()
-        place = [value]
-        dist.broadcast_object_list(place, device=self.device)
-        return place[0]
+        self._enter_collective()
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def from_main(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The main process's tensors by name, for every process; all must ask for the same ones in the same order. They come one at a time."""
-        return tensors if self.world_size == 1 else FromMain(self, tensors)
+        """The main process's tensors by name, on every process, broadcast one at a time: all must read the
+        same ones in the same order."""
+        return tensors if self.world_size == 1 else BroadcastTensors(self, tensors)
 
     def barrier(self) -> None:
-        """Until every process is here."""
-        self._meet()
+        """Wait until every process has reached this call."""
+        self._enter_collective()
         self.accelerator.wait_for_everyone()
-        self.beat()
+        self.heartbeat()
 
-    def watch(self, timeout: float, event: Callable[..., None]) -> None:
-        """Start the watch-dog, which ends this process where one of the group makes no progress for `timeout` seconds; 0: none."""
+    def start_watchdog(self, timeout: float, event: Callable[..., None]) -> None:
+        """Start the watchdog, which ends this process if any of the group makes no progress for `timeout` seconds.
+
+        0: no watchdog.
+        """
         if timeout:
-            self._dog = Watchdog(self.rank, self.world_size, timeout, event)
-            self._dog.start()
+            self._watchdog = Watchdog(self.rank, self.world_size, timeout, event)
+            self._watchdog.start()
 
     def leave(self, *, failed: bool = False) -> None:
-        """Leave the group; last. A process that has failed waits for nobody."""
-        if self._dog:
-            self._dog.stop()
+        """Leave the group; the last call. A process that has failed does not wait for the others."""
+        if self._watchdog:
+            self._watchdog.stop()
         if self.world_size > 1 and not failed:
             dist.destroy_process_group()
 
 
-class FromMain(Mapping[str, torch.Tensor]):
+class BroadcastTensors(Mapping[str, torch.Tensor]):
     """See `Processes.from_main`."""
 
     def __init__(self, processes: Processes, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -196,9 +207,9 @@ class FromMain(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         dtype, shape = self._layout[name]
         device = self._processes.device
-        here = self._processes.is_main
-        tensor = self._tensors[name].to(device) if here else torch.empty(shape, dtype=dtype, device=device)
-        self._processes.beat()
+        is_main = self._processes.is_main
+        tensor = self._tensors[name].to(device) if is_main else torch.empty(shape, dtype=dtype, device=device)
+        self._processes.heartbeat()
         dist.broadcast(tensor, 0)
         return tensor
 
@@ -212,12 +223,12 @@ class FromMain(Mapping[str, torch.Tensor]):
 def start(
     precision: str = "auto", threads: int | None = None, parallel: str = "auto", hang_timeout: float = 0.0
 ) -> Processes:
-    """Join the group that this process belongs to (alone where there is none), choose device, precision and layout."""
+    """Join the group of this process (or run alone), and choose device, precision and layout."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}", "one of: " + ", ".join(PRECISIONS))
-    layout_named(parallel, 1)  # a wrong name is said before anybody waits for anybody
+    create_layout(parallel, 1)  # refuse a wrong name before any process waits for another
     cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
@@ -227,31 +238,33 @@ def start(
         check_fp8()
     if threads:
         torch.set_num_threads(threads)
-    _keep_memory()
-    # The group's own timeout is the second line of defence: the watch-dog knows more.
+    _keep_freed_memory()
+    # The group's own timeout is a second line of defence: the watchdog knows more.
     patience = [InitProcessGroupKwargs(timeout=timedelta(seconds=2 * hang_timeout + 60))] if hang_timeout else []
     mixed = {"fp32": "no", "fp8": "bf16"}.get(precision, precision)
     try:
         accelerator = Accelerator(cpu=not cuda, mixed_precision=mixed, kwargs_handlers=patience)
     except RuntimeError as error:  # the others may be gone already
-        raise lost(error) or error from error
-    return Processes(accelerator, precision, layout_named(parallel, accelerator.num_processes))
+        raise as_lost_error(error) or error from error
+    return Processes(accelerator, precision, create_layout(parallel, accelerator.num_processes))
 
 
-def lost(error: BaseException) -> LostError | None:
-    """What to say of an error that means that another process or the device is gone; None for any other."""
+def as_lost_error(error: BaseException) -> LostError | None:
+    """A LostError for an error which means that another process or the device is gone; None for any other."""
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return None
     text = str(error)
-    if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST_WORDS):
+    if not isinstance(error, dist.DistError) and not any(word in text.lower() for word in LOST_MARKERS):
         return None
     # "[/path/of/a/source.cc:537] Read error [127.0.0.1]:8942: Connection reset by peer. This is typically ..."
     reason = re.sub(r"^\[[^\]]*\] ", "", (text.splitlines() or [type(error).__name__])[0]).partition(". ")[0]
-    return LostError(f"lost the other processes ({reason})", "go on with --resume; --max-restarts does so by itself")
+    return LostError(
+        f"lost the other processes ({reason})", "continue with --resume, or automatically with --max-restarts"
+    )
 
 
-def _keep_memory() -> None:
-    """Keep glibc from giving the memory of each step's tensors back to the system only to ask for it again."""
+def _keep_freed_memory() -> None:
+    """Keep glibc from returning the memory of each step's tensors to the system only to request it again."""
     if not sys.platform.startswith("linux"):
         return
     try:

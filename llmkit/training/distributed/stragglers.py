@@ -1,12 +1,15 @@
-"""Processes that keep pace: which one is slow, and garbage collected by all at the same step.
+"""Keeping processes in step: detecting a slow one, and collecting garbage at the same step everywhere.
 
-A step takes as long as its slowest process, and the others' waiting hides in the sum of the gradients. So each process measures its own passes up
-to that point (on a GPU with events, which are read when the step is over), divided by its rows; the seconds travel in an all-reduce that is made
-anyway. Under FSDP the processes wait for each other inside of the passes too, and the spread comes out smaller than it is. Python's garbage
-collector stops one process at a time for up to a second whenever it likes, and all the others with it; here it runs every `GARBAGE` steps.
+A step takes as long as its slowest process, and the others' waiting time is hidden in the sum of the
+gradients. So each process measures its own passes up to that point (on a GPU with events that are read after
+the step), divided by its rows; the timings travel in an all-reduce that is made anyway. Under FSDP the
+processes also wait for each other during the passes, so the measured spread is smaller than the true one.
+Python's garbage collector stops a process for up to a second at arbitrary times, and all the others with it;
+here it runs every `COLLECT_EVERY` steps.
 
-    with collected(): ...
-    figures, late = pace.step(step, seconds)    # {"slowest_rank": 3, "rank_spread": 1.4}, rank 3 or None
+    with scheduled_garbage_collection() as collect: ...
+    metrics, straggler = detector.update(step, seconds_per_row)
+    # {"slowest_rank": 3, "rank_spread": 1.4}, rank 3 or None
 """
 
 from __future__ import annotations
@@ -20,16 +23,19 @@ from statistics import median_low
 
 import torch
 
-GARBAGE = 50  # steps between collections
+COLLECT_EVERY = 50  # steps between garbage collections
 WINDOW = 20  # steps over which processes are compared
-LATE = 1.3  # times the median from which a process counts as late
+STRAGGLER_RATIO = 1.3  # time over the median above which a process counts as slow
 
 
 class Stopwatch:
-    """Seconds that a device takes between `start` and `stop`, a row; read without making the host wait before it has to."""
+    """Seconds per row that a device takes between `start` and `stop`.
+
+    The host waits for the device only when they are read.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
         self._times, self._rows = [0.0, 0.0], 0
 
     def start(self, rows: int) -> None:
@@ -39,56 +45,62 @@ class Stopwatch:
     def stop(self) -> None:
         self._mark(1)
 
-    def _mark(self, which: int) -> None:
-        self._times[which] = time.perf_counter()
-        if self._marks:
-            self._marks[which].record()
+    def _mark(self, index: int) -> None:
+        self._times[index] = time.perf_counter()
+        if self._events:
+            self._events[index].record()
 
-    def seconds(self) -> float:
-        """Seconds a row between the last `start` and `stop`; 0 without rows."""
+    def seconds_per_row(self) -> float:
+        """Seconds per row between the last `start` and `stop`; 0 without rows."""
         if not self._rows:
             return 0.0
-        if self._marks:
-            self._marks[1].synchronize()
-            return float(self._marks[0].elapsed_time(self._marks[1])) / 1000 / self._rows
+        if self._events:
+            self._events[1].synchronize()
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000 / self._rows
         return (self._times[1] - self._times[0]) / self._rows
 
 
 class StragglerDetector:
-    """Compares the processes over the last steps."""
+    """Compares the speed of the processes over the last steps."""
 
     def __init__(self) -> None:
         self._steps: deque[Sequence[float]] = deque(maxlen=WINDOW)
-        self._late: int | None = None
+        self._straggler: int | None = None
 
-    def step(self, step: int, seconds: Sequence[float]) -> tuple[dict[str, float], int | None]:
-        """Take in one step's seconds a row by rank; every WINDOW steps the figures for the log, and a rank that has become late."""
-        self._steps.append(seconds)
-        if step % WINDOW or len(self._steps) < WINDOW or len(seconds) < 2:
+    def update(self, step: int, seconds_per_row: Sequence[float]) -> tuple[dict[str, float], int | None]:
+        """Add one step's timings by rank.
+
+        Every WINDOW steps returns metrics for the log, and the rank of a process that has become slow.
+        """
+        self._steps.append(seconds_per_row)
+        if step % WINDOW or len(self._steps) < WINDOW or len(seconds_per_row) < 2:
             return {}, None
         mean = [sum(column) / max(1, sum(s > 0 for s in column)) for column in zip(*self._steps, strict=True)]
-        busy = [value for value in mean if value > 0]  # a process may have had no row at all
+        busy = [value for value in mean if value > 0]  # a process may have had no rows at all
         slowest = max(range(len(mean)), key=mean.__getitem__)
         spread = mean[slowest] / median_low(busy) if busy else 1.0
-        before, self._late = self._late, slowest if spread > LATE else None
-        news = self._late if self._late != before else None
-        return {"slowest_rank": slowest, "rank_spread": round(spread, 3)}, news
+        previous, self._straggler = self._straggler, slowest if spread > STRAGGLER_RATIO else None
+        new_straggler = self._straggler if self._straggler != previous else None
+        return {"slowest_rank": slowest, "rank_spread": round(spread, 3)}, new_straggler
 
 
 @contextmanager
-def collected() -> Iterator[Callable[[int], None]]:
-    """Python's own garbage collection is off inside; the function that is given collects at every GARBAGE-th step."""
+def scheduled_garbage_collection() -> Iterator[Callable[[int], None]]:
+    """Turn Python's automatic garbage collection off.
+
+    Yields a function of the step that collects at every COLLECT_EVERY-th one.
+    """
 
     def collect(step: int) -> None:
-        if step % GARBAGE == 0:
+        if step % COLLECT_EVERY == 0:
             gc.collect()
 
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
-    gc.freeze()  # modules and the model are never garbage: looking through them each time would take longer than the rest
+    gc.freeze()  # modules and the model are never garbage: traversing them each time would take longer than the rest
     try:
         yield collect
     finally:
         gc.unfreeze()
-        if was:
+        if was_enabled:
             gc.enable()

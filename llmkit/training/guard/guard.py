@@ -1,18 +1,20 @@
-"""The guard: which steps a run should not have taken, decided from the figures that the step gives anyway.
+"""The guard: detects steps that a run should not take, from metrics that every step computes anyway.
 
-Every step hands over its loss, gradient norm and the loss of its worst sequence. What is expected is the median of the last few good steps, and how
-far steps usually lie from that is known from the last 128 (by medians, which a few wild values do not move, nor a loss that falls). Against
-that a step is
+Each step supplies its loss, gradient norm and the loss of its worst sequence. The expected value is the
+median of the last few good steps; the usual deviation from it is estimated over the last 128 good steps (with
+medians, which neither a few outliers nor a falling loss disturb). Relative to that a step is
 
-    good     as the others
-    odd      far from them: are its documents broken (training.diagnosis)? Then it is skipped; else it is taken, and doubt begins
-    lasting  odd, and so were those before it: did the model as it was before them know better? Then back to there, and past those steps
-    broken   not a number: a batch that gives no number is skipped, weights that are none are taken from the last good state
+    good         close to the expected values
+    spike        far from them: are its documents broken (guard/diagnosis.py)? If so it is skipped, else it is taken
+    persistent   one more spike in a row: was the model better before them? If so, roll back and skip those steps
+    non-finite   NaN or infinite: such a batch is skipped; non-finite weights are replaced by the last good state
 
-A hard or rare batch is odd once and then forgotten; a new kind of data is odd for long without harm to what was learnt, and becomes the new normal.
+A hard or rare batch spikes once and is then forgotten. A new kind of data spikes for many steps without
+harming what was learnt, and becomes the new normal.
 
-All of it is a function of the figures, the same on every process; `state()` goes into checkpoints and snapshots, so a run that was
-killed between a rollback and a checkpoint comes to the same decisions again.
+Every decision is a function of the metrics, which are the same on all processes. `state()` is stored in
+checkpoints and snapshots, so a run killed between a rollback and a checkpoint makes the same decisions again.
+guard/recovery.py acts on the verdicts.
 """
 
 from __future__ import annotations
@@ -28,144 +30,160 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-WINDOW = 128  # good steps that a step is held against
-RECENT = 8  # of them say what is expected
-ENOUGH = 12  # more are needed to say how far steps lie from that; before, only what is worse than a guess is odd
+WINDOW = 128  # good steps a new step is compared with
+RECENT = 8  # the last of them give the expected value
+ENOUGH = (
+    12  # further steps needed to estimate the deviation; until then only a loss worse than a uniform guess is a spike
+)
 THRESHOLD = 8.0  # robust standard deviations
-PATIENCE = 5  # odd steps in a row that are waited for
-SPREAD = 1.4826  # of a normal distribution's standard deviation over its median absolute deviation
-LEAST = 0.005  # spread that is assumed at least, relative to what is expected: a loss that hardly moves makes no spike of a ripple
-FIGURES = ("loss", "grad_norm", "worst")
+PATIENCE = 5  # consecutive spikes before they count as persistent
+SPREAD = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+MIN_SPREAD = 0.005  # relative to the expected value: ripples of a loss that hardly moves are not spikes
+METRICS = ("loss", "grad_norm", "worst")
 
 
 class StepVerdict(Enum):
     GOOD = "good"
-    ODD = "odd"
-    LASTING = "lasting"
-    BROKEN = "broken"
+    SPIKE = "spike"
+    PERSISTENT = "persistent"
+    NON_FINITE = "non-finite"
 
 
 @dataclass(slots=True)
 class Guard:
-    """`chance` is the loss of a guess among all tokens, in nats (infinity: there is no such bound); `limit` rollbacks within a window are one too many."""
+    """Judges steps by their METRICS and remembers the decisions.
 
-    chance: float = math.inf
-    limit: int = 8
-    skipped: list[int] = field(default_factory=list)  # steps that are not taken, by number
-    rollbacks: list[int] = field(default_factory=list)  # the step that each was decided at
-    since: int = 0  # the first of the odd steps in a row; 0: none
-    odd: int = 0  # how many there are
-    retried: int = 0  # the step that was last repeated because weights were no numbers
+    `uniform_loss` is the loss of a uniform guess over the vocabulary, in nats (infinity: no such bound). More
+    than `max_rollbacks` rollbacks within a window are too many.
+    """
+
+    uniform_loss: float = math.inf
+    max_rollbacks: int = 8
+    skipped: list[int] = field(default_factory=list)  # numbers of the steps that are not taken
+    rollbacks: list[int] = field(default_factory=list)  # the step at which each was decided
+    spike_start: int = 0  # first of the current consecutive spikes; 0: none
+    spike_count: int = 0
+    retried: int = 0  # the step last repeated because of non-finite weights
     history: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    reference: tuple[int, float] = (0, math.inf)  # number and loss of the last good step
-    started_badly: bool = False  # the model that the run began with is worse than a guess
+    last_good: tuple[int, float] = (0, math.inf)  # number and loss
+    poor_start: bool = False  # the initial model was worse than a uniform guess
 
-    def judge(self, step: int, figures: Sequence[float]) -> StepVerdict:
-        """What to think of step `step` with its FIGURES (nan for one that is not known); nothing is remembered yet."""
-        if not all(map(math.isfinite, figures[:2])):
-            return StepVerdict.BROKEN
-        worse_than_a_guess = figures[0] > self.chance + 1 and not self.started_badly
-        if self.deviation(figures) <= THRESHOLD and not worse_than_a_guess:
+    def judge(self, step: int, metrics: Sequence[float]) -> StepVerdict:
+        """The verdict on step `step` with these METRICS (NaN: unknown). Changes nothing."""
+        if not all(map(math.isfinite, metrics[:2])):
+            return StepVerdict.NON_FINITE
+        worse_than_uniform = metrics[0] > self.uniform_loss + 1 and not self.poor_start
+        if self.deviation(metrics) <= THRESHOLD and not worse_than_uniform:
             return StepVerdict.GOOD
-        return StepVerdict.LASTING if self.odd + 1 >= PATIENCE else StepVerdict.ODD
+        return StepVerdict.PERSISTENT if self.spike_count + 1 >= PATIENCE else StepVerdict.SPIKE
 
-    def deviation(self, figures: Sequence[float]) -> float:
-        """How many robust standard deviations the oddest figure lies away: the loss to either side, the others above; 0 where little is known."""
+    def deviation(self, metrics: Sequence[float]) -> float:
+        """Largest deviation of any metric in robust standard deviations: the loss on either side, the others above.
+
+        0 without enough history.
+        """
         if len(self.history) < RECENT + ENOUGH:
             return 0.0
-        seen = _scaled(np.array(self.history))
-        middles = np.median(sliding_window_view(seen, RECENT, axis=0), axis=-1)
-        residuals = seen[RECENT:] - middles[:-1]
-        usual = np.median(residuals, axis=0)
-        spread = SPREAD * np.median(np.abs(residuals - usual), axis=0)
-        away = _scaled(np.array(figures)) - middles[-1] - usual
-        away /= np.maximum(spread, LEAST * np.maximum(np.abs(middles[-1]), (1e-12, 1.0, 1e-12)))
-        away[0] = abs(away[0])
-        return float(np.nanmax(away, initial=0.0))
+        history = _log_norms(np.array(self.history))
+        medians = np.median(sliding_window_view(history, RECENT, axis=0), axis=-1)
+        residuals = history[RECENT:] - medians[:-1]
+        typical = np.median(residuals, axis=0)
+        spread = SPREAD * np.median(np.abs(residuals - typical), axis=0)
+        deviations = _log_norms(np.array(metrics)) - medians[-1] - typical
+        deviations /= np.maximum(spread, MIN_SPREAD * np.maximum(np.abs(medians[-1]), (1e-12, 1.0, 1e-12)))
+        deviations[0] = abs(deviations[0])
+        return float(np.nanmax(deviations, initial=0.0))
 
-    def accept(self, step: int, figures: Sequence[float]) -> None:
-        """Remember a good step; doubts are over."""
-        self.history.append((figures[0], figures[1], figures[2]))
-        self.reference = (step, figures[0])
-        self.since = self.odd = 0
-        self.started_badly &= figures[0] > self.chance
+    def accept(self, step: int, metrics: Sequence[float]) -> None:
+        """Record a good step, which ends any series of spikes."""
+        self.history.append((metrics[0], metrics[1], metrics[2]))
+        self.last_good = (step, metrics[0])
+        self.spike_start = self.spike_count = 0
+        self.poor_start &= metrics[0] > self.uniform_loss
 
-    def doubt(self, step: int) -> None:
-        """Remember that an odd step was taken."""
-        self.since = self.since or step
-        self.odd += 1
+    def record_spike(self, step: int) -> None:
+        """Record that a spike was taken."""
+        self.spike_start = self.spike_start or step
+        self.spike_count += 1
 
-    def settle(self) -> None:
-        """What was odd is the new normal: measure anew."""
+    def reset_baseline(self) -> None:
+        """Accept the spikes as the new normal: estimate the expected values afresh."""
         self.history.clear()
-        self.since = self.odd = 0
-        self.started_badly = not self.reference[0]
+        self.spike_start = self.spike_count = 0
+        self.poor_start = not self.last_good[0]
 
-    def harmed(self, before: float, figures: Sequence[float]) -> bool:
-        """Whether the model got worse since the doubts began: `before` is what the step's batch would have cost it then. A batch that is hard for both is
-        merely new."""
-        rise = figures[0] - min(self.reference[1], self.chance)
-        return figures[0] - before > 0.5 * max(rise, 0.0) > 0
+    def model_degraded(self, loss_before: float, metrics: Sequence[float]) -> bool:
+        """Whether the model got worse since the spikes began.
 
-    def skip(self, first: int, last: int, at: int) -> bool:
-        """Leave out the steps `first` to `last`; False where there were too many such decisions lately."""
+        `loss_before` is the loss that the model before them has on this step's batch; a batch that is hard
+        for both models is merely new.
+        """
+        rise = metrics[0] - min(self.last_good[1], self.uniform_loss)
+        return metrics[0] - loss_before > 0.5 * max(rise, 0.0) > 0
+
+    def skip(self, first: int, last: int, decided_at: int) -> bool:
+        """Skip the steps `first` to `last`; False after too many such decisions within the window."""
         self.skipped = sorted({*self.skipped, *range(first, last + 1)})
-        return self.rolled_back(at)
+        return self.record_rollback(decided_at)
 
-    def rolled_back(self, at: int) -> bool:
-        """Remember a decision made at step `at`; False where there were too many lately."""
-        self.rollbacks.append(at)
-        return sum(at - step < WINDOW for step in self.rollbacks) <= self.limit
+    def record_rollback(self, decided_at: int) -> bool:
+        """Record a decision made at step `decided_at`; False after too many within the window."""
+        self.rollbacks.append(decided_at)
+        return sum(decided_at - step < WINDOW for step in self.rollbacks) <= self.max_rollbacks
 
-    def again(self, first: int) -> bool:
-        """Whether doubts from step `first` on come right after a place that was already rolled back: its cause lies further back."""
+    def recently_rolled_back(self, first: int) -> bool:
+        """Whether spikes from step `first` on directly follow an earlier rollback, whose cause must then lie
+        further back."""
         return any(0 <= first - step <= 2 * PATIENCE for step in self.rollbacks)
 
     def state(self) -> dict[str, Any]:
-        """All of it as JSON holds it; floats keep every bit."""
+        """Everything as JSON values; floats keep every bit."""
         return {
             "skipped": list(self.skipped),
             "rollbacks": list(self.rollbacks),
-            "since": self.since,
-            "odd": self.odd,
+            "since": self.spike_start,
+            "odd": self.spike_count,
             "retried": self.retried,
-            "history": [[_stored(x) for x in row] for row in self.history],
-            "reference": [self.reference[0], _stored(self.reference[1])],
-            "started_badly": self.started_badly,
+            "history": [[_to_json(x) for x in row] for row in self.history],
+            "reference": [self.last_good[0], _to_json(self.last_good[1])],
+            "started_badly": self.poor_start,
         }
 
     def restore(self, state: dict[str, Any], *, rollback: bool = False) -> None:
-        """Inverse of `state`; after a `rollback` what was decided since stays decided. ValueError or TypeError where it is no such state."""
+        """Inverse of `state`; on a `rollback` later decisions stay in force.
+
+        Raises ValueError or TypeError for an invalid state.
+        """
         if not rollback:
-            self.skipped = sorted(map(_whole, state.get("skipped", [])))
-            self.rollbacks = list(map(_whole, state.get("rollbacks", [])))
-            self.retried = _whole(state.get("retried", 0))
-        self.since, self.odd = _whole(state.get("since", 0)), _whole(state.get("odd", 0))
-        rows = [tuple(map(_known, row)) for row in state.get("history", [])]
-        if any(len(row) != len(FIGURES) for row in rows):
-            raise ValueError("a history of other figures")
+            self.skipped = sorted(map(_step_number, state.get("skipped", [])))
+            self.rollbacks = list(map(_step_number, state.get("rollbacks", [])))
+            self.retried = _step_number(state.get("retried", 0))
+        self.spike_start, self.spike_count = _step_number(state.get("since", 0)), _step_number(state.get("odd", 0))
+        rows = [tuple(map(_from_json, row)) for row in state.get("history", [])]
+        if any(len(row) != len(METRICS) for row in rows):
+            raise ValueError("a history of other metrics")
         self.history = deque(rows, maxlen=WINDOW)  # type: ignore[arg-type]
-        self.started_badly = bool(state.get("started_badly", False))
+        self.poor_start = bool(state.get("started_badly", False))
         number, loss = state.get("reference", [0, None])
-        self.reference = (_whole(number), _known(loss, math.inf))
+        self.last_good = (_step_number(number), _from_json(loss, math.inf))
 
 
-def _scaled(figures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Gradient norms as logarithms, since they vary by factors."""
-    scaled = figures.copy()
+def _log_norms(metrics: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Replace gradient norms by their logarithms, since they vary by factors."""
+    scaled = metrics.copy()
     scaled[..., 1] = np.log(np.maximum(scaled[..., 1], 1e-30))
     return scaled
 
 
-def _stored(value: float) -> float | None:
+def _to_json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _known(value: Any, otherwise: float = math.nan) -> float:
-    return otherwise if value is None else float(value)
+def _from_json(value: Any, default: float = math.nan) -> float:
+    return default if value is None else float(value)
 
 
-def _whole(value: Any) -> int:
+def _step_number(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no step")
+        raise ValueError(f"{value!r} is not a step number")
     return value

@@ -1,8 +1,8 @@
-"""Token losses summed by source and by whether their document was seen before: mean losses and bits per byte of each.
+"""Token losses by source and by whether their document was seen before: mean losses and bits per byte of each.
 
 tally = LossTally(source, token_bytes, device)
 tally.add(batch, result)                                             # after each micro-batch
-tally.figures(processes.all_reduce(tally.numbers()), "heldout", "heldout_bpb", "heldout_bpb")
+tally.means(processes.all_reduce(tally.sums()), "heldout", "heldout_bpb", "heldout_bpb")
 """
 
 from __future__ import annotations
@@ -15,56 +15,60 @@ import torch
 from torch import Tensor
 
 from llmkit.training.data import Batch
-from llmkit.training.objectives import Result
+from llmkit.training.objectives import ObjectiveResult
 
 
 class LossTally:
-    """Σ weight · loss, Σ weight and Σ weight · bytes of text by group, float64 [3, 2 · sources], of the batches that it was shown.
+    """Σ weight · loss, Σ weight and Σ weight · bytes of text by group, float64 [3, 2 · sources], over the
+    batches added.
 
-    `token_bytes` int64 [V] is the text that each token stands for, None where that is not known.
+    `token_bytes` int64 [V] are the bytes of text that each token stands for; None if unknown.
     """
 
     def __init__(self, source: Any, token_bytes: Tensor | None, device: torch.device) -> None:
-        self.names: tuple[str, ...] = getattr(source, "group_names", ("",))
-        self._told_apart = hasattr(source, "group_names")
+        self.group_names: tuple[str, ...] = getattr(source, "group_names", ("",))
+        self._has_groups = hasattr(source, "group_names")
         self._bytes = None if token_bytes is None else token_bytes.to(device)
-        self._sums = torch.zeros(3, 2 * len(self.names), dtype=torch.float64, device=device)
+        self._sums = torch.zeros(3, 2 * len(self.group_names), dtype=torch.float64, device=device)
 
-    def add(self, batch: Batch, found: Result) -> None:
-        """Add the token losses of a batch, where the objective knows them."""
-        if found.token_losses is None or found.positions is None:
+    def add(self, batch: Batch, result: ObjectiveResult) -> None:
+        """Add the token losses of a batch, if the objective provides them."""
+        if result.token_losses is None or result.positions is None:
             return
-        at = found.positions
-        weights = batch.weights.flatten()[at].double()
-        codes = batch.extra["groups"].flatten()[at].long() if "groups" in batch.extra else torch.zeros_like(at)
+        positions = result.positions
+        weights = batch.weights.flatten()[positions].double()
+        in_groups = "groups" in batch.extra
+        codes = batch.extra["groups"].flatten()[positions].long() if in_groups else torch.zeros_like(positions)
         weights = torch.where(codes < 0, 0.0, weights)
-        sizes = weights.new_zeros(()) if self._bytes is None else self._bytes[batch.targets.flatten()[at]]
-        values = torch.stack((weights * found.token_losses, weights, weights * sizes))
+        sizes = weights.new_zeros(()) if self._bytes is None else self._bytes[batch.targets.flatten()[positions]]
+        values = torch.stack((weights * result.token_losses, weights, weights * sizes))
         self._sums.index_add_(1, codes.clamp(min=0), values)
 
-    def numbers(self) -> list[float]:
-        """What has to be added up over all processes; always as many numbers."""
+    def sums(self) -> list[float]:
+        """The sums of this process, to be all-reduced; always the same number of values."""
         return self._sums.flatten().tolist()  # type: ignore[no-any-return]
 
-    def figures(self, numbers: list[float], loss: str, bits: str, whole: str) -> dict[str, float]:
-        """Mean losses as `loss`/SOURCE, bits a byte as `whole` and `bits`/SOURCE, from the `numbers` of all processes.
+    def means(self, sums: list[float], loss: str, bits: str, total: str) -> dict[str, float]:
+        """Metrics from the `sums` of all processes: mean losses `loss`/SOURCE, bits per byte `bits`/SOURCE, and
+        bits per byte of all as `total`.
 
-        With `bits` empty, as of a training step, losses on documents first seen and seen again stand in the place of the sources' bits, and a
-        single source is not told apart.
+        With an empty `bits`, as in a training step, the losses on documents seen for the first time and seen
+        again replace the bits per byte of the sources, and a single source gets no curve of its own.
         """
-        sums, weights, sizes = np.array(numbers).reshape(3, -1)
-        found: dict[str, float] = {}
+        losses, weights, sizes = np.array(sums).reshape(3, -1)
+        metrics: dict[str, float] = {}
 
-        def mean(name: str, which: slice, by: Any, unit: float = 1.0) -> None:
-            if (total := by[which].sum()) > 0:
-                found[name] = float(sums[which].sum() / unit / total)
+        def add_mean(name: str, groups: slice, denominators: Any, unit: float = 1.0) -> None:
+            if (denominator := denominators[groups].sum()) > 0:
+                metrics[name] = float(losses[groups].sum() / unit / denominator)
 
-        for i, source in enumerate(self.names if len(self.names) > 1 or (bits and self.names[0]) else ()):
-            mean(f"{loss}/{source}", slice(2 * i, 2 * i + 2), weights)
+        separate = len(self.group_names) > 1 or (bits and self.group_names[0])
+        for i, source in enumerate(self.group_names if separate else ()):
+            add_mean(f"{loss}/{source}", slice(2 * i, 2 * i + 2), weights)
             if bits:
-                mean(f"{bits}/{source}", slice(2 * i, 2 * i + 2), sizes, math.log(2))
-        if not bits and self._told_apart:
-            mean("loss_first", slice(0, None, 2), weights)
-            mean("loss_repeated", slice(1, None, 2), weights)
-        mean(whole, slice(None), sizes, math.log(2))
-        return found
+                add_mean(f"{bits}/{source}", slice(2 * i, 2 * i + 2), sizes, math.log(2))
+        if not bits and self._has_groups:
+            add_mean("loss_first", slice(0, None, 2), weights)
+            add_mean("loss_repeated", slice(1, None, 2), weights)
+        add_mean(total, slice(None), sizes, math.log(2))
+        return metrics

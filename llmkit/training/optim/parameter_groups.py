@@ -1,12 +1,14 @@
-"""What is done with each tensor of a model: how it starts, how fast it learns, whether it decays, by which optimiser, in which type.
+"""How each tensor of a model is trained: initial values, learning-rate factor, weight decay, optimizer, numeric
+types.
 
-    rows = table(shapes, config, "muon", 0.1, "bf16")      # what `optimizer.build` makes its groups of
-    for name, row, count in kinds(rows): ...               # what --dry-run prints, one line for all layers
+    rows = tensor_table(shapes, config, "muon", 0.1, "bf16")   # build_optimizer makes its groups from this
+    for row, count in merge_layers(rows): ...                  # as printed by --dry-run, one line for all layers
 
-A tensor follows the rule of its kind (model/family.py). Vectors (norm gains, biases) and embeddings do not decay: a gain would be pulled
-away from 1, and a rare token's row would shrink without ever being used. Muon is for the matrices of the layers; a head's rows are tokens, as
-those of an embedding are. How a tensor starts is model.initial's; both are functions of the configuration, so rates and standard deviations
-by width (muP) belong into them.
+A tensor follows the rule of its kind (model/family.py). Vectors (norm gains, biases) and
+embeddings do not decay: a gain would be pulled away from 1, and the row of a rare token would shrink without
+being used. Muon is for the matrices of the layers; the rows of a head are tokens, as those of an embedding
+are. Initial values come from model/initial.py. Both are functions of the configuration, so learning rates and
+standard deviations that depend on the width (muP) would belong there.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class TensorRule:
     """For tensors of one kind."""
 
     decays: bool
-    muon: bool = False  # where Muon is asked for
-    rate: float = 1.0  # times the learning rate of the step
+    muon: bool = False  # if the run uses Muon
+    rate: float = 1.0  # factor of the learning rate of the step
 
 
 RULES = {
@@ -42,9 +44,10 @@ RULES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor: `initial` for people, `rate` a factor, `decay` a step and learning rate, `stored` and `computed` the types of the weight
-    and of the products with it."""
+class TensorRow:
+    """One tensor: `initial` describes its initial values, `rate` is a factor of the learning rate, `decay` is
+    per step and learning rate; `stored` and `computed` are the types of the weight and of the products with
+    it."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,18 +60,18 @@ class Row:
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimiser keeps for each weight."""
+        """Numbers that the optimizer keeps for each weight."""
         return 1 if self.optimizer == "muon" else 2
 
 
-def table(
+def tensor_table(
     shapes: Mapping[str, Iterable[int]],
     config: ModelConfig,
     optimizer: str,
     weight_decay: float,
     precision: str = "fp32",
-) -> list[Row]:
-    """A row for each tensor, in the order of `shapes`; UsageError where there is no such optimiser."""
+) -> list[TensorRow]:
+    """A row for each tensor, in the order of `shapes`; raises UsageError for an unknown optimizer."""
     if optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     rows = []
@@ -76,25 +79,28 @@ def table(
         shape = tuple(sizes)
         parameter = find_parameter(config, name)
         assert parameter is not None, name
-        found = RULES[parameter.kind]
+        rule = RULES[parameter.kind]
         rows.append(
-            Row(
+            TensorRow(
                 name,
                 shape,
                 str(initial(config, name, len(shape))),
-                found.rate,
-                weight_decay if found.decays else 0.0,
-                "muon" if found.muon and optimizer == "muon" else "adamw",
+                rule.rate,
+                weight_decay if rule.decays else 0.0,
+                "muon" if rule.muon and optimizer == "muon" else "adamw",
                 computed=precision.replace("fp", "f") if len(shape) > 1 else "f32",
             )
         )
     return rows
 
 
-def kinds(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    """One row, named with `*` for the number of the layer, for those that differ in nothing else, and how many they are."""
-    counts: dict[Row, int] = {}
+def merge_layers(rows: Iterable[TensorRow]) -> list[tuple[TensorRow, int]]:
+    """Merge the rows that differ only in the number of the layer, written as `*`.
+
+    Returns each merged row with their count.
+    """
+    counts: dict[TensorRow, int] = {}
     for row in rows:
-        kind = replace(row, name=re.sub(r"\.\d+\.", ".*.", row.name))
-        counts[kind] = counts.get(kind, 0) + 1
+        merged = replace(row, name=re.sub(r"\.\d+\.", ".*.", row.name))
+        counts[merged] = counts.get(merged, 0) + 1
     return list(counts.items())

@@ -1,22 +1,25 @@
-"""Recipes: how a model was trained, as TOML, scaled to a run of any length. Those of the package lie in recipes/; a path names one's own.
+"""Recipes: published training runs as TOML, scaled to a run of any length.
 
-    batch_size = 2240          # sequences a step           } for what the command line leaves open
+The package's own are in recipes/; a path names a user's.
+
+    batch_size = 2240          # sequences per step         } defaults for what the command line leaves open
     sequence_length = 2048     # also betas, weight_decay, clip
 
     [[stage]]
     name = "main"              # optional
-    tokens = "1.2T"            # of the stage; not needed where the data is a mix with as many stages, which then says it
-    lr = 3e-4                  # highest rate; without it the rate stays what it was
-    warmup = "9B"              # tokens over which it rises from 0; below 1 a share of the stage
-    schedule = "cosine"        # linear, wsd (with decay = 0.2 and decay_shape = "sqrt"), or constant, the default
-    final_lr = 3e-5            # 0 without it
-    horizon = "1.5T"           # tokens after the stage's start at which final_lr would be reached, where that is beyond its end
+    tokens = "1.2T"            # of the stage; not needed if the data is a mix with as many stages, whose tokens count
+    lr = 3e-4                  # peak learning rate; without it the rate stays what it was
+    warmup = "9B"              # tokens of the warm-up from 0; below 1 a share of the stage
+    schedule = "cosine"        # a name in optim/schedule.py, wsd with decay and decay_shape; default constant
+    final_lr = 3e-5            # default 0
+    horizon = "1.5T"           # tokens from the stage's start at which final_lr would be reached, if after its end
     sequence_length = 8192     # from this stage on
     rope_theta = 500000.0      # from this stage on
 
-Every count of tokens is scaled with its stage, so the curve has its shape over `--tokens` of any number. Rates are as they were published, for a
-model of that size: `lr` of `schedule` stretches the whole curve to another peak. The batch shrinks with the run (`scaled_batch`): a batch of millions
-of tokens would leave a run of ten million three steps. `llmkit mix --stages` reads the same file for what each stage is made of.
+All token counts are scaled with their stage, so the schedule keeps its shape for any `--tokens`. Learning
+rates are as published, for a model of that size; the argument `lr` of `schedule` scales them to another peak.
+The batch shrinks with the run (`scaled_batch_size`): batches of millions of tokens would leave a run of ten
+million tokens three steps. `llmkit mix --stages` reads the sources of each stage from the same file.
 """
 
 from __future__ import annotations
@@ -34,24 +37,32 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion, unknown_name
 from llmkit.mixing.plan import RECIPE_KEYS, STAGE_KEYS
-from llmkit.training.optim.schedule import NAMES, RAMPS, Schedule, Segment, segments, warmup_tokens
+from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES, Schedule, Segment, schedule_segments, warmup_tokens
 
-HINT = "see llmkit/training/optim/recipes/crystal.toml for the form"
-MOST = 10**18
-BATCH_POWER = 0.383  # of the tokens, by which the best batch grows (nanochat's fit)
+HINT = "see llmkit/training/optim/recipes/crystal.toml for an example"
+MAX_TOKENS = 10**18
+BATCH_POWER = 0.383  # the best batch size grows with this power of the tokens (nanochat's fit)
 COUNT = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)([kKMBGT]?)", re.ASCII)
 SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
-# Numbers of a recipe: lowest and highest value, and whether they are whole.
+# Lowest and highest value of each number, and whether it is an integer.
 RANGES: dict[str, tuple[float, float, bool]] = {
-    "batch_size": (1, 1 << 31, True), "sequence_length": (8, 1 << 24, True), "weight_decay": (0, 10, False), "clip": (0, 1e6, False),
-    "tokens": (1, MOST, True), "horizon": (1, MOST, True), "lr": (1e-12, 10, False), "final_lr": (0, 10, False), "warmup": (0, MOST, False),
-    "decay": (0, 1, False), "rope_theta": (1, 1e12, False),
-}  # fmt: skip
+    "batch_size": (1, 1 << 31, True),
+    "sequence_length": (8, 1 << 24, True),
+    "weight_decay": (0, 10, False),
+    "clip": (0, 1e6, False),
+    "tokens": (1, MAX_TOKENS, True),
+    "horizon": (1, MAX_TOKENS, True),
+    "lr": (1e-12, 10, False),
+    "final_lr": (0, 10, False),
+    "warmup": (0, MAX_TOKENS, False),
+    "decay": (0, 1, False),
+    "rope_theta": (1, 1e12, False),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """One stage, in tokens of the recipe; None is what holds before it."""
+class RecipeStage:
+    """One stage, in tokens of the recipe; None keeps the value of the stage before."""
 
     name: str
     tokens: int | None = None
@@ -68,93 +79,113 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a recipe says; `defaults` holds batch_size, sequence_length, betas, weight_decay and clip, as far as it names them."""
+    """A recipe; `defaults` holds batch_size, sequence_length, betas, weight_decay and clip, as far as it sets them."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[RecipeStage, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
 
-    def borders(self, total: int, ends: Sequence[int]) -> list[int]:
-        """Token after which each stage ends in a run of `total` tokens, whose data has stages that end at `ends`."""
+    def stage_ends(self, total: int, data_ends: Sequence[int]) -> list[int]:
+        """Tokens after which the stages end in a run of `total` tokens, whose data has stages that end at
+        `data_ends`."""
         if len(self.stages) == 1:
             return [total]
-        if len(ends) == len(self.stages):
-            if total != ends[-1]:
-                raise UsageError(f"--tokens {total:,}, but the stages of the data come to {ends[-1]:,}", "leave it out")
-            return list(ends)
-        if len(ends) > 1:
-            raise UsageError(f"{self.name} has {len(self.stages)} stages, the data {len(ends)}", "give both as many")
-        own = [stage.tokens for stage in self.stages]
-        if None in own:
+        if len(data_ends) == len(self.stages):
+            if total != data_ends[-1]:
+                raise UsageError(
+                    f"--tokens {total:,}, but the stages of the data total {data_ends[-1]:,}", "leave out --tokens"
+                )
+            return list(data_ends)
+        if len(data_ends) > 1:
             raise UsageError(
-                f"{self.name}: {self.stages[own.index(None)].name} has no tokens, and the data has no stages",
-                'tokens = "2B", or mix the data with --stages',
+                f"{self.name} has {len(self.stages)} stages, the data {len(data_ends)}", "use the same number for both"
             )
-        sums = list(accumulate(tokens or 0 for tokens in own))
-        return [round(total * done / sums[-1]) for done in sums]
+        stage_tokens = [stage.tokens for stage in self.stages]
+        if None in stage_tokens:
+            raise UsageError(
+                f"{self.name}: {self.stages[stage_tokens.index(None)].name} has no tokens, and the data has no stages",
+                'set tokens = "2B", or mix the data with --stages',
+            )
+        sums = list(accumulate(tokens or 0 for tokens in stage_tokens))
+        return [round(total * tokens / sums[-1]) for tokens in sums]
 
-    def schedule(self, borders: Sequence[int], lr: float | None) -> Schedule | None:
-        """The rates over the stages that end at `borders`, stretched to the peak `lr` if it is given; None where the recipe says no rates."""
+    def schedule(self, ends: Sequence[int], lr: float | None) -> Schedule | None:
+        """The schedule over stages that end at `ends`, scaled to the peak `lr` if given.
+
+        None if the recipe sets no learning rates.
+        """
         peaks = [stage.lr for stage in self.stages if stage.lr is not None]
         if not peaks:
             return None
-        stretch = lr / max(peaks) if lr else 1.0
-        found: list[Segment] = []
+        rate_scale = lr / max(peaks) if lr else 1.0
+        segments: list[Segment] = []
         start, rate = 0, 0.0
-        for stage, end in zip(self.stages, borders, strict=True):
+        for stage, end in zip(self.stages, ends, strict=True):
             scale = (end - start) / stage.tokens if stage.tokens else 1.0
-            until = start + round(stage.horizon * scale) if stage.horizon else end
+            horizon = start + round(stage.horizon * scale) if stage.horizon else end
             warmup = warmup_tokens(stage.warmup, end - start) if stage.warmup < 1 else round(stage.warmup * scale)
             if warmup > end - start:
                 raise UsageError(
                     f"{self.name}: {stage.name}: a warm-up of {warmup:,} tokens does not fit into {end - start:,}",
-                    "give a smaller warmup",
+                    "use a smaller warmup",
                 )
-            peak, final = (rate, 0.0) if stage.lr is None else (stage.lr * stretch, stage.final_lr * stretch)
-            found += segments(stage.schedule, peak, final, start, until, warmup, stage.decay, stage.decay_shape)
-            start, rate = end, found[-1].rate(end)
-        return Schedule(tuple(found))
+            peak, final = (rate, 0.0) if stage.lr is None else (stage.lr * rate_scale, stage.final_lr * rate_scale)
+            segments += schedule_segments(
+                stage.schedule, peak, final, start, horizon, warmup, stage.decay, stage.decay_shape
+            )
+            start, rate = end, segments[-1].rate(end)
+        return Schedule(tuple(segments))
 
-    def lengths(self, borders: Sequence[int], length: int) -> list[tuple[int, int]]:
-        """Tokens in a sequence of each stage, `length` where none is named so far, and the token until which it holds."""
-        return list(zip(_held([stage.sequence_length for stage in self.stages], length), borders, strict=True))
+    def sequence_lengths(self, ends: Sequence[int], length: int) -> list[tuple[int, int]]:
+        """Tokens per sequence in each stage, and the token until which it applies.
 
-    def thetas(self, borders: Sequence[int], theta: float) -> Thetas | None:
-        """Base of the rotary embedding by token, `theta` where none is named so far; None where it stays that."""
-        values = _held([stage.rope_theta for stage in self.stages], theta)
-        return None if set(values) == {theta} else Thetas(tuple(values), tuple(borders))
+        `length` before the first stage that sets it.
+        """
+        return list(zip(_fill_forward([stage.sequence_length for stage in self.stages], length), ends, strict=True))
 
-    def scaled_batch(self, total: int) -> int | None:
-        """Its batch for a run of `total` tokens: smaller with the power 0.383 of the tokens; None where the recipe says no batch or no tokens."""
-        batch, own = self.defaults.get("batch_size"), [stage.tokens for stage in self.stages]
-        if not batch or None in own:
-            return batch
-        return max(1, round(batch * min(1.0, total / sum(tokens or 0 for tokens in own)) ** BATCH_POWER))
+    def rope_thetas(self, ends: Sequence[int], theta: float) -> RopeThetas | None:
+        """Base of the rotary embedding by token, `theta` before the first stage that sets it.
+
+        None if it is `theta` throughout.
+        """
+        values = _fill_forward([stage.rope_theta for stage in self.stages], theta)
+        return None if set(values) == {theta} else RopeThetas(tuple(values), tuple(ends))
+
+    def scaled_batch_size(self, total: int) -> int | None:
+        """The recipe's batch size for a run of `total` tokens, scaled down with the power 0.383 of the tokens.
+
+        None if it sets no batch size. Not scaled if a stage has no tokens.
+        """
+        batch_size, stage_tokens = self.defaults.get("batch_size"), [stage.tokens for stage in self.stages]
+        if not batch_size or None in stage_tokens:
+            return batch_size
+        share = min(1.0, total / sum(tokens or 0 for tokens in stage_tokens))
+        return max(1, round(batch_size * share**BATCH_POWER))
 
 
 @dataclass(frozen=True, slots=True)
-class Thetas:
-    """Values and the token until which each holds, the last for ever."""
+class RopeThetas:
+    """Values and the token until which each applies; the last has no end."""
 
     values: tuple[float, ...]
-    borders: tuple[int, ...]
+    ends: tuple[int, ...]
 
     def at(self, tokens: int) -> float:
-        return self.values[min(bisect_right(self.borders, tokens), len(self.values) - 1)]
+        return self.values[min(bisect_right(self.ends, tokens), len(self.values) - 1)]
 
 
-def _held(values: Sequence[Any], first: Any) -> list[Any]:
-    """Each value, or the one before it where there is none."""
-    return list(accumulate(values, lambda held, value: held if value is None else value, initial=first))[1:]
+def _fill_forward(values: Sequence[Any], initial: Any) -> list[Any]:
+    """Replace each None by the value before it."""
+    return list(accumulate(values, lambda previous, value: previous if value is None else value, initial=initial))[1:]
 
 
 def is_path(recipe: str) -> bool:
-    """Whether a recipe is given by path: it ends in .toml or has a directory part."""
+    """Whether a recipe is given by path, which ends in .toml or has a directory part."""
     return recipe.endswith(".toml") or "/" in recipe
 
 
 def builtin_recipes() -> list[str]:
-    """Names of the recipes in the package."""
+    """Names of the package's recipes."""
     return sorted(item.name[: -len(".toml")] for item in _directory().iterdir() if item.name.endswith(".toml"))
 
 
@@ -163,81 +194,89 @@ def _directory() -> Any:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe of the package, or that of a file. UsageError where a key is unknown or a value out of range, LlmkitError where it cannot be read."""
+    """A recipe of the package, or from a file.
+
+    Raises UsageError for an unknown key or a value out of range, LlmkitError for an unreadable file.
+    """
     if not is_path(name) and name not in builtin_recipes():
         raise unknown_name("recipe", name, builtin_recipes())
     try:
-        place = Path(name) if is_path(name) else _directory().joinpath(f"{name}.toml")
-        content = tomllib.loads(place.read_text(encoding="utf-8"))
+        path = Path(name) if is_path(name) else _directory().joinpath(f"{name}.toml")
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LlmkitError(f"{name}: {error.strerror}", "of the package: " + ", ".join(builtin_recipes())) from error
+        raise LlmkitError(
+            f"{name}: {error.strerror}", "recipes of the package: " + ", ".join(builtin_recipes())
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name}: invalid TOML ({error})", HINT) from error
-    _known(content, ("stage", "sources", *RECIPE_KEYS), name)
+    _check_keys(content, ("stage", "sources", *RECIPE_KEYS), name)
     tables = content.get("stage")
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UsageError(f"{name}: no [[stage]]", HINT)
     defaults = {key: _value(content, key, name) for key in RECIPE_KEYS if key in content}
     stages = tuple(_stage(table, i, name) for i, table in enumerate(tables))
     if stages[0].lr is None and any(stage.lr is not None for stage in stages):
-        raise UsageError(f"{name}: {stages[0].name} has no lr", "the first stage needs one where any other has one")
+        raise UsageError(f"{name}: {stages[0].name} has no lr", "the first stage needs one if any other has one")
     return Recipe(name, stages, defaults)
 
 
-def _stage(table: dict[str, Any], number: int, name: str) -> Stage:
+def _stage(table: dict[str, Any], number: int, name: str) -> RecipeStage:
     title = table.get("name", f"stage {number + 1}")
     if not isinstance(title, str):
-        raise UsageError(f"{name}: stage {number + 1}: a name is a text", HINT)
-    what = f"{name}: {title}"
-    _known(table, ("name", "tokens", "mix", *STAGE_KEYS), what)
-    stage = Stage(title, **{key: _value(table, key, what) for key in ("tokens", *STAGE_KEYS) if key in table})
+        raise UsageError(f"{name}: stage {number + 1}: name must be a string", HINT)
+    label = f"{name}: {title}"
+    _check_keys(table, ("name", "tokens", "mix", *STAGE_KEYS), label)
+    stage = RecipeStage(title, **{key: _value(table, key, label) for key in ("tokens", *STAGE_KEYS) if key in table})
     if stage.lr is None and any(key in table for key in ("schedule", "final_lr", "warmup", "horizon")):
-        raise UsageError(f"{what}: a curve without lr", "lr is its highest rate")
+        raise UsageError(f"{label}: a schedule without lr", "lr is its peak learning rate")
     if stage.lr is not None and stage.final_lr > stage.lr:
-        raise UsageError(f"{what}: final_lr {stage.final_lr} is above lr {stage.lr}", "rates rise in the warm-up alone")
+        raise UsageError(
+            f"{label}: final_lr {stage.final_lr} is above lr {stage.lr}", "learning rates rise only in the warm-up"
+        )
     if stage.horizon is not None and (stage.tokens is None or stage.horizon < stage.tokens):
-        raise UsageError(f"{what}: horizon is not beyond the tokens of the stage", "leave it out where it is their end")
+        raise UsageError(f"{label}: horizon is not beyond the tokens of the stage", "leave out the horizon")
     return stage
 
 
-def _value(table: dict[str, Any], key: str, what: str) -> Any:
-    """The value of `key` as the program has it; UsageError where it is of another kind or out of range."""
+def _value(table: dict[str, Any], key: str, label: str) -> Any:
+    """The value of `key`, converted; raises UsageError if it has the wrong type or is out of range."""
     value = table[key]
-    choices = {"schedule": NAMES, "decay_shape": RAMPS}.get(key)
+    choices = {"schedule": tuple(SCHEDULES), "decay_shape": DECAY_SHAPES}.get(key)
     if choices:
         if value not in choices:
-            raise UsageError(f"{what}: unknown {key} {_shown(value)}", suggestion(_shown(value), choices))
+            raise UsageError(f"{label}: unknown {key} {_display(value)}", suggestion(_display(value), choices))
         return value
     if key == "betas":
         if (
             not isinstance(value, list)
             or len(value) != 2
-            or not all(_number(beta, 0, 1) and beta < 1 for beta in value)
+            or not all(_in_range(beta, 0, 1) and beta < 1 for beta in value)
         ):
-            raise UsageError(f"{what}: betas {_shown(value)} are not two numbers from 0 up to 1", "betas = [0.9, 0.95]")
+            raise UsageError(
+                f"{label}: betas {_display(value)} are not two numbers from 0 up to 1", "betas = [0.9, 0.95]"
+            )
         return tuple(map(float, value))
-    low, high, whole = RANGES[key]
+    low, high, is_integer = RANGES[key]
     match = COUNT.fullmatch(value) if isinstance(value, str) and key in ("tokens", "horizon", "warmup") else None
     number = Decimal(match[1]) * SUFFIXES[match[2]] if match else value
-    if not _number(number, low, high) or (whole and number != int(number)):
-        raise UsageError(
-            f"{what}: {key} {_shown(value)} is no {'count' if whole else 'number'} from {low:g} to {high:g}", HINT
-        )
-    return int(number) if whole else float(number)
+    if not _in_range(number, low, high) or (is_integer and number != int(number)):
+        kind = "an integer" if is_integer else "a number"
+        raise UsageError(f"{label}: {key} {_display(value)} is not {kind} from {low:g} to {high:g}", HINT)
+    return int(number) if is_integer else float(number)
 
 
-def _shown(value: Any) -> str:
+def _display(value: Any) -> str:
     try:
         return repr(value)[:80]
     except ValueError:  # hexadecimal has more digits than Python writes in decimal
         return "so large a number"
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float, Decimal) and low <= value <= high  # which infinity and NaN are not
+def _in_range(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float, Decimal) and low <= value <= high  # false for infinity and NaN
 
 
-def _known(table: dict[str, Any], names: Collection[str], what: str) -> None:
+def _check_keys(table: dict[str, Any], names: Collection[str], label: str) -> None:
     for key in table:
         if key not in names:
-            raise UsageError(f"{what}: unknown key {key!r}", suggestion(key, names))
+            raise UsageError(f"{label}: unknown key {key!r}", suggestion(key, names))

@@ -1,21 +1,17 @@
 """Learning rate as a pure function of the tokens seen, so that a resumed run needs no scheduler state.
 
-A schedule is a list of segments, each with the token where it starts, the one where it ends, its first and last rate and a shape between them:
+A schedule is a list of segments, each with its first and last token, its first and last rate, and a shape
+between them:
 
-    linear, cosine, sqrt (1 - sqrt: most of the way at once), constant
+    linear, cosine, sqrt (1 - √x: most of the decay comes early), constant
     Schedule((Segment(0, 500_000, 0.0, 3e-3), Segment(500_000, 10_000_000, 3e-3, 3e-4, "cosine"))).rate(500_000)  # 3e-3
 
-`named` makes the usual ones; recipes (recipe.py) put several behind each other:
+`build_schedule` makes those in SCHEDULES; recipes (recipe.py) concatenate several. To add one, add a row to
+SCHEDULES: a help text and a function that returns the segments after the warm-up, which is linear for all.
+`schedule_help()` lists them for the help of an option. No torch here.
 
-| name | after the warm-up, which rises in a straight line |
-|---|---|
-| cosine | half a cosine from the peak to `floor` × peak at the end |
-| linear | a straight line from the peak to `floor` × peak at the end |
-| sqrt | along 1 - √(share that is done) from the peak to `floor` × peak at the end |
-| wsd | constant, then over the last `decay` of all tokens to `floor` × peak by `shape` (warm-up, stable, decay; arXiv:2404.06395, 2405.18392) |
-| constant | constant |
-
-A step that covers the tokens [a, b) is given the rate at (a + b) / 2: neither the first step of a warm-up nor the last of a decay to zero is then lost.
+A step that covers the tokens [a, b) gets the rate at (a + b) / 2, so that neither the first step of a warm-up
+nor the last of a decay to zero has rate 0.
 """
 
 from __future__ import annotations
@@ -27,25 +23,28 @@ from dataclasses import dataclass
 
 from llmkit.errors import UsageError, unknown_name
 
-LARGEST_RATE = 3e-3
-# Learning rates of fine-tuning and of preference optimisation relative to pre-training: 1.2e-5 and 6e-7 at 7B, as commonly used.
+MAX_DEFAULT_RATE = 3e-3
+# Learning rates of fine-tuning and of preference optimisation relative to pre-training: 1.2e-5 and 6e-7 at
+# 7B, as commonly used.
 FINE_TUNING = 0.1
 PREFERENCE = 0.005
 
-# Each maps the share of the segment that is done, in [0, 1], to the share of the way from its first rate to its last.
+# Each maps the completed share of the segment, in [0, 1], to the share of the way from its first rate to its last.
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 0.0,
     "linear": lambda done: done,
     "cosine": lambda done: 0.5 * (1 - math.cos(math.pi * done)),
     "sqrt": math.sqrt,
 }
-RAMPS = ("linear", "sqrt", "cosine")
-NAMES = ("cosine", "linear", "sqrt", "wsd", "constant")
+DECAY_SHAPES = ("linear", "sqrt", "cosine")
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rates from token `start` on, `last` from token `end` on. What follows in a schedule may begin before `end`: the rest is then not run."""
+    """The rate goes from `first` at token `start` to `last` at token `end`.
+
+    The next segment of a schedule may start before `end` and cut this one short.
+    """
 
     start: int
     end: int
@@ -54,7 +53,7 @@ class Segment:
     shape: str = "linear"
 
     def rate(self, tokens: float) -> float:
-        """Learning rate after `tokens` tokens, which are at or after the start."""
+        """Learning rate after `tokens` tokens, which must not be before the start."""
         span = self.end - self.start
         done = SHAPES[self.shape](min((tokens - self.start) / span, 1.0) if span > 0 else 1.0)
         return self.first * (1 - done) + self.last * done
@@ -62,7 +61,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Segments in the order of their starts, the first of which is at 0."""
+    """Segments in order of their starts, the first of which is 0."""
 
     segments: tuple[Segment, ...]
 
@@ -80,7 +79,78 @@ class Schedule:
         return max(max(segment.first, segment.last) for segment in self.segments)
 
 
-def named(
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The part of a schedule after the warm-up: from rate `peak` at token `start` to `last` at token `end`.
+
+    `total` are the tokens including the warm-up, of which the share `decay` is a decay of shape `decay_shape`
+    where a schedule has one.
+    """
+
+    start: int
+    end: int
+    peak: float
+    last: float
+    total: int
+    decay: float
+    decay_shape: str
+
+
+def _cosine(span: Span) -> list[Segment]:
+    return [Segment(span.start, span.end, span.peak, span.last, "cosine")]
+
+
+def _linear(span: Span) -> list[Segment]:
+    return [Segment(span.start, span.end, span.peak, span.last, "linear")]
+
+
+def _sqrt(span: Span) -> list[Segment]:
+    return [Segment(span.start, span.end, span.peak, span.last, "sqrt")]
+
+
+def _wsd(span: Span) -> list[Segment]:
+    # A decay longer than what the warm-up leaves takes all of that.
+    decay_start = max(span.start, span.end - round(span.decay * span.total))
+    return [
+        Segment(span.start, decay_start, span.peak, span.peak, "constant"),
+        Segment(decay_start, span.end, span.peak, span.last, span.decay_shape),
+    ]
+
+
+def _constant(span: Span) -> list[Segment]:
+    return [Segment(span.start, span.end, span.peak, span.peak, "constant")]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleKind:
+    """`segments` returns the segments after the warm-up; `note` explains a name that does not explain itself."""
+
+    segments: Callable[[Span], list[Segment]]
+    help: str
+    note: str = ""
+
+
+SCHEDULES: dict[str, ScheduleKind] = {
+    "cosine": ScheduleKind(_cosine, "half a cosine from the peak to the final rate"),
+    "linear": ScheduleKind(_linear, "a straight line from the peak to the final rate"),
+    "sqrt": ScheduleKind(_sqrt, "from the peak to the final rate along 1 - √(share of the tokens)"),
+    "wsd": ScheduleKind(
+        _wsd,
+        "constant, then a decay to the final rate over the last share of all tokens (arXiv:2404.06395, 2405.18392)",
+        "warm-up, stable, decay",
+    ),
+    "constant": ScheduleKind(_constant, "constant at the peak"),
+}
+
+
+def schedule_help() -> str:
+    """The names of SCHEDULES as a list for the help of an option: `cosine, linear, sqrt, wsd (warm-up,
+    stable, decay) or constant`."""
+    names = [f"{name} ({kind.note})" if kind.note else name for name, kind in SCHEDULES.items()]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def build_schedule(
     name: str,
     peak: float,
     total: int,
@@ -91,26 +161,28 @@ def named(
     *,
     first: float = 0.0,
 ) -> Schedule:
-    """The schedule `name` over `total` tokens: from rate `first` up to `peak` within `warmup` tokens, then as the table above says.
+    """The schedule `name` of SCHEDULES over `total` tokens, after a linear warm-up of `warmup` tokens from rate
+    `first` to `peak`.
 
-    `floor` is relative to the peak, `decay` a share of all tokens.
+    The final rate is `floor` × `peak`; `decay` is a share of all tokens. Raises UsageError for values out of
+    range.
     """
-    if name not in NAMES:
-        raise unknown_name("schedule", name, NAMES)
-    if shape not in RAMPS:
-        raise unknown_name("shape of the decay", shape, RAMPS)
+    if name not in SCHEDULES:
+        raise unknown_name("schedule", name, tuple(SCHEDULES))
+    if shape not in DECAY_SHAPES:
+        raise unknown_name("shape of the decay", shape, DECAY_SHAPES)
     if not (math.isfinite(peak) and peak > 0):
-        raise UsageError(f"learning rate {peak} is no number above 0", "usual values lie between 1e-5 and 1e-2")
+        raise UsageError(f"learning rate {peak} is not a number above 0", "usual values are between 1e-5 and 1e-2")
     if not 0 <= floor <= 1:
-        raise UsageError(f"--min-lr {floor} is not between 0 and 1", "it is the last learning rate over the peak")
+        raise UsageError(f"--min-lr {floor} is not between 0 and 1", "it is the final learning rate over the peak")
     if not 0 <= decay <= 1:
         raise UsageError(f"--decay {decay} is not between 0 and 1", "it is a share of all tokens")
     if not 0 <= warmup <= total:
-        raise UsageError(f"a warm-up of {warmup:,} tokens does not fit into {total:,}", "give a smaller --warmup")
-    return Schedule(tuple(segments(name, peak, peak * floor, 0, total, warmup, decay, shape, first=first)))
+        raise UsageError(f"a warm-up of {warmup:,} tokens does not fit into {total:,}", "use a smaller --warmup")
+    return Schedule(tuple(schedule_segments(name, peak, peak * floor, 0, total, warmup, decay, shape, first=first)))
 
 
-def segments(
+def schedule_segments(
     name: str,
     peak: float,
     last: float,
@@ -122,27 +194,23 @@ def segments(
     *,
     first: float = 0.0,
 ) -> list[Segment]:
-    """Segments of the schedule `name` from token `start` to `end`: `warmup` tokens from rate `first` up to `peak`, then down to `last`."""
-    found = [Segment(start, start + warmup, first, peak)] if warmup else []
-    falls = start + warmup
-    if name == "wsd":
-        # A decay longer than what the warm-up leaves takes all of that.
-        falls = max(falls, end - round(decay * (end - start)))
-        found += [Segment(start + warmup, falls, peak, peak, "constant")] if falls > start + warmup else []
-        name = shape if falls < end else "constant"
-    if name == "constant":
-        last = peak
-    return [*found, Segment(falls, end, peak, last, name)] if falls < end or not found else found
+    """Segments of the schedule `name` from token `start` to `end`: `warmup` tokens from rate `first` up to
+    `peak`, then to `last`."""
+    rise = [Segment(start, start + warmup, first, peak)] if warmup else []
+    rest = SCHEDULES[name].segments(Span(start + warmup, end, peak, last, end - start, decay, shape))
+    return [*rise, *(segment for segment in rest if segment.start < segment.end)] or rest[:1]
 
 
 def warmup_tokens(value: float, total: int) -> int:
-    """`--warmup`: below 1 a share of all tokens, else a number of tokens."""
+    """`--warmup` in tokens: below 1 it is a share of all tokens."""
     return round(value * total) if value < 1 else round(value)
 
 
 def default_rate(parameters: int) -> float:
-    """Learning rate for pre-training a model of so many parameters: 6e-4 at 124M, with the power -0.4 of the size, at most 3e-3.
+    """Default learning rate for pre-training a model of this many parameters: 6e-4 at 124M, with the power -0.4
+    of the size, at most 3e-3.
 
-    The line passes through common practice (about 3e-4 at 1B); small models are kept below 3e-3, where a 2M model still trains without spikes.
+    The curve passes through common practice (about 3e-4 at 1B); small models are kept at 3e-3, where a 2M
+    model still trains without spikes.
     """
-    return min(LARGEST_RATE, round(6e-4 * (parameters / 124e6) ** -0.4, 6))
+    return min(MAX_DEFAULT_RATE, round(6e-4 * (parameters / 124e6) ** -0.4, 6))

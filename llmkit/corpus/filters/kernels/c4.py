@@ -156,7 +156,9 @@ def sentences(data, table, short_forms):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def edit(data, table, longest, citations, end_mark, fewest, curly, patterns, citation_marks):  # type: ignore[no-untyped-def]
+def edit(  # type: ignore[no-untyped-def]
+    data, table, longest, citations, end_mark, fewest, curly, patterns, citation_marks
+):
     """(text of the kept lines, each stripped and newline-terminated; why the document is dropped, 0 if not; at
     which line).
 
