@@ -58,7 +58,7 @@ def _print(text: str) -> None:
 
 
 def _exit_on_broken_pipe() -> NoReturn:
-    """Exit quietly when the reader of stdout is gone. Redirects stdout, so that the interpreter's final flush succeeds."""
+    """Exit quietly after the reader of stdout has gone; stdout is redirected for the interpreter's final flush."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(141)
 
@@ -149,7 +149,7 @@ def _os_hint(error: OSError) -> str:
 
 
 def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
-    """Print the error and the hint on a line each, or as one JSON line; return `code`. Control characters are escaped."""
+    """Print the error and the hint on a line each, or as one JSON line; return `code`. Escapes control characters."""
     if as_json:
         lines = [_as_json(program, message, hint, code, words)]
     else:

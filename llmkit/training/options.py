@@ -1,4 +1,4 @@
-"""Training options, by group: the flags of the command line, the fields of a run's record, the keywords of the Python API.
+"""Training options, by group: the flags of the command line and the keywords of the Python API.
 
     options = from_values(PretrainOptions, {"tokens": 20_000, "lr": 3e-4})       # llmkit.options
 

@@ -1,8 +1,8 @@
 """The table of subcommands, in the order of the pipeline: name, group, one-line summary.
 
-Help, completions and the dispatcher all read it; `llmkit --help` prints it within a few milliseconds, hence the standard
-library alone. A name may have two words: `filter train` beside `filter`. The second word takes precedence over an input
-file of that name (written ./train), and the words may be joined by a hyphen.
+Help, completions and the dispatcher all read it. It uses the standard library alone, so that `llmkit --help` prints it
+within a few milliseconds. A name may have two words: `filter train` beside `filter`. The second word takes precedence
+over an input file of that name (written ./train), and the words may be joined by a hyphen.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def train_or_plan(
 
 
 def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
-    """A function that scores --eval-tasks at every checkpoint, if any; handed in, as training does not import evaluation."""
+    """Functions that score --eval-tasks at every checkpoint; handed in, since training does not import evaluation."""
     samples = getattr(request.options, "samples", None)
     if samples is None or not samples.eval_tasks or not session.shows_checkpoints:
         return []
