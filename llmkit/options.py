@@ -1,4 +1,4 @@
-"""Options as dataclasses: a field carries its Typer annotation, and marks that say what else is known about it.
+"""Options as dataclasses: each field carries its Typer annotation and further marks.
 
     @dataclass(frozen=True)
     class CheckpointOptions:
@@ -8,8 +8,8 @@
     class PretrainOptions:                                # the options of one command: groups of fields
         checkpoints: CheckpointOptions = CheckpointOptions()
 
-`cli.shared.options` makes the flags of a command from such a class, and the same class configures the same work from
-Python: `from_values(PretrainOptions, {"keep": 3})`. A group that a command takes only in part says so:
+`cli.shared.options` derives the flags of a command from such a class, and the same class configures the same work from
+Python: `from_values(PretrainOptions, {"keep": 3})`. A command that takes only part of a group excludes fields:
 `Annotated[OptimizerOptions, Without("betas")]`.
 """
 
@@ -32,12 +32,12 @@ Options = TypeVar("Options")
 
 
 class Mark(Enum):
-    """What holds for an option besides its type."""
+    """Properties of an option besides its type."""
 
     NEUTRAL = (
-        "does not decide the content of the output: stays out of its lineage, and may change when a run is resumed"
+        "does not affect the content of the output: not recorded in its lineage, and may change when a run is resumed"
     )
-    COMMON = "shown by --help, which leaves the rest to --help-all"
+    COMMON = "shown by --help; the others are shown by --help-all only"
 
 
 NEUTRAL, COMMON = Mark.NEUTRAL, Mark.COMMON
@@ -45,26 +45,26 @@ NEUTRAL, COMMON = Mark.NEUTRAL, Mark.COMMON
 
 @dataclass(frozen=True, slots=True)
 class Formerly:
-    """The spelling that an option had before, accepted with a note: `Formerly("--min-lr")`."""
+    """A former flag of an option, still accepted, with a note: `Formerly("--min-lr")`."""
 
     flag: str
 
     @property
     def name(self) -> str:
-        """The name of its parameter, which records have: `from_` for --from, since `from` is a word of Python's."""
+        """The parameter name, as in lineage records: `from_` for --from, since `from` is a Python keyword."""
         name = self.flag.removeprefix("--").replace("-", "_")
         return f"{name}_" if iskeyword(name) else name
 
 
 class Without:
-    """Fields of a group that a command does not take."""
+    """Excludes fields of a group: `Without("betas")`."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
 
 
 class Help:
-    """Help texts of a command for fields of a group: `Help(batch_size="Preference pairs per step")`."""
+    """Replaces the help of fields of a group for one command: `Help(batch_size="Preference pairs per step")`."""
 
     def __init__(self, **texts: str) -> None:
         self.texts = texts
@@ -72,9 +72,7 @@ class Help:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One option of a class of options: its name, annotation and default, and the help text that replaces its own (""
-    = none).
-    """
+    """One option: its name, annotation and default, and a help text that replaces the annotation's (or "")."""
 
     name: str
     annotation: Any
@@ -87,13 +85,13 @@ class Field:
 
 
 def marks_of(annotation: Any) -> tuple[Any, ...]:
-    """What an `Annotated` type carries; nothing for any other."""
+    """The metadata of an `Annotated` type; empty for any other type."""
     return get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
 
 
 @cache
 def option_fields(kind: type) -> tuple[Field, ...]:
-    """Every option of a class of options, those of its groups included, in order. Names are unique."""
+    """All options of a class, including those of its groups, in order. Names must be unique."""
     result = []
     for name, annotation, default in _own_fields(kind):
         group = _group(annotation)
@@ -101,31 +99,31 @@ def option_fields(kind: type) -> tuple[Field, ...]:
             result.append(Field(name, annotation, default))
             continue
         marks = marks_of(annotation)
-        left_out = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
+        excluded = {name for mark in marks if isinstance(mark, Without) for name in mark.names}
         texts = {name: text for mark in marks if isinstance(mark, Help) for name, text in mark.texts.items()}
         for field in option_fields(group):
-            if field.name not in left_out:
+            if field.name not in excluded:
                 result.append(
                     replace(field, default=getattr(default, field.name), help=texts.get(field.name, field.help))
                 )
-    assert len({field.name for field in result}) == len(result), f"{kind.__name__} has two options of one name"
+    assert len({field.name for field in result}) == len(result), f"{kind.__name__} has two options of the same name"
     return tuple(result)
 
 
 def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """An instance of a class of options with these values by option name; the rest keeps its default.
+    """An instance of a class of options with these values by option name; the others keep their defaults.
 
-    Raises UsageError for a name that is not an option, with the nearest ones.
+    Raises UsageError for an unknown name, with the nearest ones as a hint.
     """
-    known = {field.name for field in option_fields(cast(Any, kind))}
+    known_names = {field.name for field in option_fields(cast(Any, kind))}
     for name in values:
-        if name not in known:
-            raise UsageError(f"unknown option {name!r}", suggestion(name, known))
-    return _filled(kind, None, values)
+        if name not in known_names:
+            raise UsageError(f"unknown option {name!r}", suggestion(name, known_names))
+    return _build(kind, None, values)
 
 
 def values_of(options: Any) -> dict[str, Any]:
-    """The value of every option by name."""
+    """Option name -> value, for all options."""
     result: dict[str, Any] = {}
     for name, annotation, _ in _own_fields(type(options)):
         value = getattr(options, name)
@@ -137,12 +135,12 @@ def values_of(options: Any) -> dict[str, Any]:
 
 
 def neutral_names(kind: type) -> set[str]:
-    """Names of the options that do not decide the content of the output."""
+    """Names of the options that do not affect the content of the output."""
     return {field.name for field in option_fields(kind) if NEUTRAL in field.marks()}
 
 
 def former_names(kind: type) -> dict[str, str]:
-    """Former name -> present name of the options that were renamed."""
+    """Former name -> current name of the renamed options."""
     return {
         mark.name: field.name for field in option_fields(kind) for mark in field.marks() if isinstance(mark, Formerly)
     }
@@ -157,38 +155,39 @@ def _own_fields(kind: type) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _group(annotation: Any) -> type | None:
-    """The dataclass that a field holds, None for a plain option."""
+    """The dataclass of a group field; None for a plain option."""
     kind = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
     return kind if isinstance(kind, type) and is_dataclass(kind) else None
 
 
-def _filled(kind: Any, start: Any, values: Mapping[str, Any]) -> Any:
-    changes: dict[str, Any] = {}
+def _build(kind: Any, base: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of `kind` with these values; the others are those of `base`, or the defaults if it is None."""
+    arguments: dict[str, Any] = {}
     for name, annotation, default in _own_fields(kind):
-        group, present = _group(annotation), default if start is None else getattr(start, name)
+        group, current = _group(annotation), default if base is None else getattr(base, name)
         if group is not None:
-            changes[name] = _filled(group, present, values)
+            arguments[name] = _build(group, current, values)
         elif name in values:
-            changes[name] = values[name]
+            arguments[name] = values[name]
         else:
-            changes[name] = present
-    return kind(**changes)
+            arguments[name] = current
+    return kind(**arguments)
 
 
 SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def parse_count(text: Any) -> int:
-    """A count with an optional suffix k, M, B or T: `10M` is 10,000,000, `1.5k` is 1,500; of bytes also kB, MB, GB,
-    TB.
-    """
+    """Parse a count with an optional suffix k, M, B or T (or kB, MB, GB, TB): `10M` is 10,000,000, `1.5k` is 1,500."""
     if isinstance(text, int):
         return text
     if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):
         text = text[:-1]
     number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
     try:
-        value = Decimal(number.replace("_", "")) * SUFFIXES[suffix]  # 2.3k is no whole number in binary
+        value = (
+            Decimal(number.replace("_", "")) * SUFFIXES[suffix]
+        )  # exact: 2.3 * 1000 is not an integer in binary floating point
         if value < 0 or value != int(value):
             raise ValueError
     except (ValueError, OverflowError, InvalidOperation):
@@ -197,7 +196,7 @@ def parse_count(text: Any) -> int:
 
 
 def parse_share(text: Any) -> float:
-    """A fraction below 1, or a number of tokens such as 5000 or 50k."""
+    """Parse a fraction below 1, or a number of tokens such as 5000 or 50k."""
     try:
         value = float(text)
     except ValueError:
@@ -207,13 +206,13 @@ def parse_share(text: Any) -> float:
     return value
 
 
-def count_option(*names: str, help: str, **more: Any) -> Any:
-    """A `typer.Option` whose value is a count with suffix (`parse_count`)."""
-    return typer.Option(*names, help=help, parser=parse_count, metavar="COUNT", **more)
+def count_option(*names: str, help: str, **settings: Any) -> Any:
+    """A `typer.Option` whose value is a count with an optional suffix (`parse_count`)."""
+    return typer.Option(*names, help=help, parser=parse_count, metavar="COUNT", **settings)
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean or list of them as TOML writes it."""
+    """A string, number, boolean or list of these in TOML syntax."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
@@ -226,7 +225,7 @@ def toml_value(value: Any) -> str:
 
 
 def check_positive(**values: float | None) -> None:
-    """UsageError for an option that has to be above 0 and is not."""
+    """Raise UsageError for any value that is not above 0; None is allowed."""
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")

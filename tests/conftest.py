@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares."""
+"""Fixtures shared by the whole suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)  # a test that passes, passes again
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 settings.load_profile("repeatable")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A suite that a script starts in the background inherits an ignored SIGINT, and so would every process it starts.
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Directory of real test data beside the checkout; tests that need it are skipped where it is absent."""
+    """Directory of real test data beside the checkout; tests that need it are skipped if it is absent."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("the shared test data is not beside this checkout")
@@ -38,19 +38,19 @@ REAL = [sys.executable, "-m", "llmkit"]
 
 @pytest.fixture(scope="session")
 def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """How to call llmkit without the seconds that imports take, see preloaded.py."""
-    place, script = tmp_path_factory.mktemp("preloaded") / "socket", str(ROOT / "tests" / "preloaded.py")
+    """The command for calling llmkit without the seconds that imports take; see preloaded.py."""
+    socket_path, script = tmp_path_factory.mktemp("preloaded") / "socket", str(ROOT / "tests" / "preloaded.py")
     with subprocess.Popen(
-        [sys.executable, "-P", script, "serve", place], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", script, "serve", socket_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as server:
         assert server.stdout and server.stdout.readline() == b"ready\n"
-        yield [sys.executable, "-IS", script, str(place)]
+        yield [sys.executable, "-IS", script, str(socket_path)]
         server.terminate()
 
 
 @pytest.fixture(scope="session")
 def preloaded_bin(preloaded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for the PATH, with such an `llmkit`, and `python`."""
+    """A directory for the PATH, with a preloaded `llmkit`, and `python`."""
     directory = tmp_path_factory.mktemp("preloaded-bin")
     for name, command in (("llmkit", preloaded), ("python", [sys.executable])):
         (directory / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
@@ -59,7 +59,7 @@ def preloaded_bin(preloaded: list[str], tmp_path_factory: pytest.TempPathFactory
 
 
 def caller(command: list[str]) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """A function that runs a command with further arguments, with stdout and stderr captured."""
+    """A function that runs a command with more arguments and captures stdout and stderr."""
 
     def call(
         *arguments: str, stdin: bytes = b"", cwd: Path | None = None, env: dict[str, str] | None = None
@@ -74,13 +74,13 @@ def caller(command: list[str]) -> Callable[..., subprocess.CompletedProcess[byte
 
 @pytest.fixture(scope="session")
 def llmkit(preloaded: list[str]) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """The command line as a function: `llmkit("filter", "docs.jsonl", cwd=tmp_path)`, a process of its own."""
+    """The command line as a function: `llmkit("filter", "docs.jsonl", cwd=tmp_path)`, in its own process."""
     return caller(preloaded)
 
 
 @pytest.fixture(scope="session")
 def llmkit_anew() -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """As `llmkit`, but `python -m llmkit`, where the start itself matters."""
+    """Like `llmkit`, but through `python -m llmkit`, for tests of the start itself."""
     return caller(REAL)
 
 
@@ -88,7 +88,7 @@ def llmkit_anew() -> Callable[..., subprocess.CompletedProcess[bytes]]:
 def llmkit_here(
     capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., subprocess.CompletedProcess[bytes]]:
-    """As `llmkit`, but inside the test's process: without the seconds that importing torch takes, for tests of many calls."""
+    """Like `llmkit`, but inside the test's process, which avoids importing torch for each of many calls."""
     import io
     import signal
 
@@ -142,7 +142,7 @@ def small_tokenizer() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
-    """Write a random model of 60 thousand parameters: `make_model(path, seed=1, architecture="llama", dtype=torch.bfloat16)`."""
+    """Writes a random model of 60,000 parameters: `make_model(path, seed=1, architecture="llama", dtype=torch.bfloat16)`."""
 
     def make(path: Path, seed: int = 0, dtype: Any = None, tokenizer: bool = True, **changes: Any) -> Path:
         import torch
@@ -157,7 +157,7 @@ def make_model(small_tokenizer: dict[str, str]) -> Callable[..., Path]:
         }  # fmt: skip
         model = Decoder(ModelConfig(**(sizes | changes)))
         model.initialize(seed)
-        with torch.no_grad():  # norms and biases that would show if they were left out
+        with torch.no_grad():  # nonzero norms and biases, so that omitting one changes the output
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))

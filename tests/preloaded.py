@@ -1,11 +1,11 @@
-"""`llmkit` as a process of its own that starts at once: forked from one that has imported torch, numba and the rest, which takes longer than most calls.
+"""`llmkit` in its own process without start-up time: forked from a server that has already imported torch, numba, etc.
 
-    python tests/preloaded.py serve SOCKET           # says "ready"; ends when its stdin does
-    python tests/preloaded.py SOCKET filter -h       # as `python -m llmkit filter -h`
+    python tests/preloaded.py serve SOCKET           # prints "ready"; ends when its stdin closes
+    python tests/preloaded.py SOCKET filter -h       # like `python -m llmkit filter -h`
 
-A call has the caller's arguments, directory, environment, stdin, stdout and stderr; its exit code is the caller's, and it is killed when the caller is.
-What is read at import is the server's, though: hash seed, numba's and other libraries' settings. Tests of such things, of the start itself, of
-signals and limits use `python -m llmkit`.
+A call has the caller's arguments, directory, environment, stdin, stdout and stderr; its exit code becomes the caller's,
+and it is killed with the caller. Settings read at import are those of the server, though: the hash seed, the settings of
+numba and other libraries. Tests of these, of the start itself, and of signals and limits use `python -m llmkit`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import socket
 import sys
 
 
-def call(place: str, arguments: list[str]) -> int:
-    """The exit code of one call."""
+def call(socket_path: str, arguments: list[str]) -> int:
+    """Send one call to the server; returns its exit code."""
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(place)
+        server.connect(socket_path)
         socket.send_fds(server, [b"."], [0, 1, 2])
         server.sendall(json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode())
         server.shutdown(socket.SHUT_WR)
@@ -32,7 +32,7 @@ def call(place: str, arguments: list[str]) -> int:
 
 
 def preload() -> None:
-    """Import what commands import."""
+    """Import everything that commands import."""
     import pkgutil
     from importlib import import_module
 
@@ -40,7 +40,7 @@ def preload() -> None:
     from llmkit.cli.shared.options import build
     from llmkit.cli.shared.table import COMMANDS, module_of
 
-    for name in ("accelerate", "lm_eval.evaluator", "tokenizers", "torch._dynamo"):  # which functions import
+    for name in ("accelerate", "lm_eval.evaluator", "tokenizers", "torch._dynamo"):  # imported lazily
         import_module(name)
     for module in pkgutil.walk_packages(llmkit.__path__, "llmkit."):
         if module.name != "llmkit.__main__":
@@ -49,17 +49,17 @@ def preload() -> None:
         build(import_module(module_of(name)).main, name)
 
 
-def serve(place: str) -> list[str]:
-    """Take calls until stdin ends. Returns in the process of each call, with its arguments."""
+def serve(socket_path: str) -> list[str]:
+    """Accept calls until stdin closes. Returns in the forked process of each call, with its arguments."""
     server = socket.socket(socket.AF_UNIX)
-    server.bind(place)
+    server.bind(socket_path)
     server.listen(64)
     print("ready", flush=True)
     while 0 not in select.select([0, server], [], [])[0]:
         connection, _ = server.accept()
         if os.fork() == 0:
             server.close()
-            return attend(connection)
+            return handle(connection)
         connection.close()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -67,11 +67,11 @@ def serve(place: str) -> list[str]:
     os._exit(0)
 
 
-def attend(connection: socket.socket) -> list[str]:
-    """Fork the process of one call, in which this returns, and see to its end."""
+def handle(connection: socket.socket) -> list[str]:
+    """Fork the process of one call, in which this returns; the parent reports its exit code and exits."""
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
-    with connection.makefile("rb") as sent:
-        arguments, directory, environment = json.load(sent)
+    with connection.makefile("rb") as message:
+        arguments, directory, environment = json.load(message)
     process = os.fork()
     if process == 0:
         connection.close()
@@ -85,11 +85,11 @@ def attend(connection: socket.socket) -> list[str]:
         return list(arguments)
     for number in (0, 1, 2, *files):
         os.close(number)
-    watched = os.pidfd_open(process)
+    process_fd = os.pidfd_open(process)
     poll = select.poll()
-    poll.register(watched, select.POLLIN)
+    poll.register(process_fd, select.POLLIN)
     poll.register(connection, select.POLLHUP)
-    if watched not in dict(poll.poll()):
+    if process_fd not in dict(poll.poll()):
         os.kill(process, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     try:
@@ -103,12 +103,12 @@ if __name__ == "__main__":
         preload()
         from llmkit.cli.main import main
 
-        gc.freeze()  # so that the collector of a call does not touch, and so copy, what all share
+        gc.freeze()  # so that garbage collection in a call does not touch, and thus copy, shared pages
         arguments = sys.argv[1:] = serve(sys.argv[2])
         try:
             main(arguments)
         except SystemExit as exit:
             atexit._run_exitfuncs()
             sys.stdout.flush()
-            os._exit(exit.code)  # without taking apart what was imported, which takes long
+            os._exit(exit.code)  # skips the slow teardown of imported modules
     sys.exit(call(sys.argv[1], sys.argv[2:]))

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Makes the test environment (.venv, or $LLMKIT_VENV) and runs every check: style, types, tests.
-#   bash tests/run.sh             everything
-#   bash tests/run.sh tests/io    the tests of one part (any pytest arguments)
+# Creates the test environment (.venv, or $LLMKIT_VENV) and runs all checks: style, types, tests.
+#   bash tests/run.sh             all checks
+#   bash tests/run.sh tests/io    only some tests (any pytest arguments)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${LLMKIT_VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     python3 -m venv "$VENV"
 fi
-# Install when pyproject.toml is newer than the last installation.
+# Install if pyproject.toml is newer than the last installation.
 if [ ! -e "$VENV/.llmkit-installed" ] || [ pyproject.toml -nt "$VENV/.llmkit-installed" ]; then
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test,web,ray]'
     touch "$VENV/.llmkit-installed"
@@ -22,5 +22,5 @@ if [ $# -eq 0 ]; then
     mypy
     set -- tests
 fi
-# Two processes, each file in one of them, in order: the long ones are not the last. (-n 0: all in one process.)
+# Two processes; each file runs in one of them, in order, so that long ones do not come last. (-n 0: a single process.)
 exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -1,4 +1,4 @@
-"""The structure that the package rests on: who imports whom, what a command loads, how large files and folders are."""
+"""The structure of the package: import order, modules loaded by each command, sizes of files and folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from startup import HEAVY
 from llmkit.cli.shared.table import COMMANDS
 
 PACKAGE = ROOT / "llmkit"
-# A room (a folder or file of llmkit/) may import the rooms of the rows above its own.
+# A room (a folder or file of llmkit/) may import only rooms in the rows above its own.
 IMPORT_ORDER = (
     "errors",
     "registry seeds options",
@@ -53,7 +53,7 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Every module or name that a file imports anywhere: lazily and for type checking too."""
+    """Every module or name that a file imports, including lazily and for type checking."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -75,20 +75,20 @@ def import_graph() -> dict[str, set[str]]:
 
 
 def test_imports_follow_the_order_of_rooms() -> None:
-    """Property: no file imports a room of its own row or below, lazy imports included."""
+    """Property: no file imports another room of its own row or a row below, lazily or not."""
     level = {room: i for i, rooms in enumerate(IMPORT_ORDER) for room in rooms.split()}
-    against = []
+    violations = []
     for name, targets in import_graph().items():
         room = name.split(".")[1] if "." in name else "__main__"
         for target in targets:
             other = target.split(".")[1]
             if room not in ("__main__", other) and level[other] >= level[room]:
-                against.append(f"{name} imports {target}")
-    assert not against, against
+                violations.append(f"{name} imports {target}")
+    assert not violations, violations
 
 
 def test_no_import_cycles() -> None:
-    """Property: files import each other in one direction, lazy imports and those for type checking included."""
+    """Property: no cycle of imports between files, including lazy imports and those for type checking."""
     try:
         graphlib.TopologicalSorter(import_graph()).prepare()
     except graphlib.CycleError as error:
@@ -96,7 +96,7 @@ def test_no_import_cycles() -> None:
 
 
 def test_text_rooms_never_import_torch() -> None:
-    """Property: text and token stages run where torch is slow to load or absent; transformers is for tests alone."""
+    """Property: text and token stages never load torch, which may be slow or absent; only tests use transformers."""
     for path in modules():
         names = {name.split(".")[0] for name in imported(path)}
         if path.relative_to(PACKAGE).parts[0].removesuffix(".py") in WITHOUT_TORCH:
@@ -106,7 +106,7 @@ def test_text_rooms_never_import_torch() -> None:
 
 @pytest.mark.parametrize("command", ["--help", "--version", *COMMANDS])
 def test_help_loads_no_heavy_module(command: str) -> None:
-    """Behaviour: the help of every command imports none of the heavy libraries."""
+    """Behaviour: the help of every command loads none of the heavy libraries."""
     arguments = [command] if command.startswith("-") else [command, "--help"]
     code = f"""
 import sys
@@ -117,20 +117,20 @@ except SystemExit as end:
     assert not end.code, end.code
 print("loaded:", sorted(set(sys.modules) & set({HEAVY!r})))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "loaded: []"
-    assert "llmkit" in done.stdout
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+    assert "llmkit" in result.stdout
 
 
-def test_overview_needs_the_standard_library_only() -> None:
+def test_overview_needs_only_the_standard_library() -> None:
     """Behaviour: `llmkit --help` does not even load typer."""
     code = "import sys\nfrom llmkit.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\nprint('typer' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
 
 
 def test_file_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Property: a file over 450 lines holds more than one subject; the report shows the largest and the total."""
+    """Property: no file over 450 lines, which would hold more than one subject; prints the largest files and the total."""
     sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
     with capsys.disabled():
@@ -149,14 +149,14 @@ def test_line_widths() -> None:
 
 
 def test_folder_sizes() -> None:
-    """Property: a folder of more than 14 files holds more than one subject."""
+    """Property: no folder of more than 14 files, which would hold more than one subject."""
     folders = {path.parent for path in modules()} - {ONE_FILE_PER_RULE}
     sizes = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) - 1 for folder in folders}  # __init__.py
     assert not {name: size for name, size in sizes.items() if size > MOST_FILES}
 
 
 def test_top_level_holds_nothing_else() -> None:
-    """Property: the checkout's top level is what the README's file tree shows."""
+    """Property: the top level of the checkout matches the README's file tree."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
         pytest.skip("not a git checkout")
@@ -166,7 +166,7 @@ def test_top_level_holds_nothing_else() -> None:
 
 
 def test_exact_keys_need_no_compiled_kernels(tmp_path: Path) -> None:
-    """Behaviour: the one pass of `dedup --method exact` loads nothing that is slow to load."""
+    """Behaviour: single-pass `dedup --method exact` loads none of the heavy libraries."""
     (tmp_path / "docs.jsonl").write_bytes(b'{"text":"a"}\n{"text":"a"}\n')
     code = f"""
 import sys
@@ -174,5 +174,5 @@ from llmkit.cli.main import run_command
 assert run_command("dedup", ["docs.jsonl", "-o", "out.jsonl", "--method", "exact", "--no-counts", "-q"]) == 0
 print(sorted(set(sys.modules) & set({HEAVY!r})))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == "[]\n" and (tmp_path / "out.jsonl").read_bytes() == b'{"text":"a"}\n'
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout == "[]\n" and (tmp_path / "out.jsonl").read_bytes() == b'{"text":"a"}\n'

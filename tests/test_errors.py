@@ -12,7 +12,7 @@ from llmkit.registry import Registry
 
 
 def test_suggestions() -> None:
-    """Behaviour: near names first; all names where none is near; never a wall of them."""
+    """Behaviour: near names first; if none is near, all names; never a very long list."""
     assert suggestion("gofer", ["gopher", "c4"]) == "did you mean 'gopher'?"
     assert suggestion("zzz", ["gopher", "c4"]) == "known: c4, gopher"
     many = suggestion("zzz", [f"task{i}" for i in range(10_000)])
@@ -21,7 +21,7 @@ def test_suggestions() -> None:
 
 
 def test_registry_names_and_unknown_ones() -> None:
-    """Behaviour: what is registered is found; an unknown name is a usage error with a hint."""
+    """Behaviour: registered entries are found; an unknown name is a usage error with a hint."""
     registry = Registry("thing")
     registry.register("one")(1)
     assert registry.get("one") == 1 and registry.names() == ["one"]
@@ -30,7 +30,7 @@ def test_registry_names_and_unknown_ones() -> None:
     assert "one" in caught.value.hint
 
 
-def test_third_party_entry_is_loaded_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_third_party_entry_is_loaded_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: an entry point's name is listed without importing it; a broken one is reported by name."""
     from importlib.metadata import EntryPoint
 
@@ -44,7 +44,7 @@ def test_third_party_entry_is_loaded_only_when_asked_for(monkeypatch: pytest.Mon
 
 
 def test_modules_of_a_package_are_entries() -> None:
-    """Behaviour: a module of the package is listed without importing it, and registers itself when its name is asked for."""
+    """Behaviour: a module of the package is listed without importing it, and registers itself when requested."""
     code = (
         "import sys; from llmkit.model.families import ARCHITECTURES\n"
         "assert {'llama', 'olmo2', 'qwen3'} <= set(ARCHITECTURES.names())\n"

@@ -1,4 +1,5 @@
-"""The whole pipeline on real text at tiny size: one pipe, its lineage run again, equal bytes for any -j, what the README and the help show."""
+"""The whole pipeline on real text at tiny size: one pipe, its reproduction from lineage, equal bytes for any -j, and all
+commands in the README and the help."""
 
 from __future__ import annotations
 
@@ -27,16 +28,16 @@ TINY_MODEL = {
 
 
 def real_documents() -> list[dict[str, str]]:
-    """Text that every machine has: the topics of Python's own documentation."""
+    """Text available on every machine: the topics of Python's own documentation."""
     from pydoc_data.topics import topics
 
     return [{"id": name, "text": text, "source": "topics"} for name, text in sorted(topics.items())]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, preloaded: list[str]) -> Path:
-    """A directory with the inputs that the README names, and an `llmkit` for the PATH in bin/; that in anew/bin/ does its imports itself."""
-    directory = tmp_path_factory.mktemp("workplace")
+def workspace(tmp_path_factory, preloaded: list[str]) -> Path:
+    """A directory with the inputs named in the README. bin/ has a preloaded `llmkit` for the PATH, anew/bin/ a normal one."""
+    directory = tmp_path_factory.mktemp("workspace")
     rows = real_documents()
     (directory / "docs.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     (directory / "heldout.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows[::20]))
@@ -66,10 +67,10 @@ def workplace(tmp_path_factory, preloaded: list[str]) -> Path:
         (directory / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in chosen))
     (directory / "prompts.jsonl").write_bytes(b'{"prompt":"The "}\n{"prompt":"A "}\n')
     (directory / "tiny.json").write_text(json.dumps(TINY_MODEL))
-    for place, command in ((directory, preloaded), (directory / "anew", [sys.executable, "-m", "llmkit"])):
-        (place / "bin").mkdir(parents=True)
-        (place / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-        (place / "bin" / "llmkit").chmod(0o755)
+    for parent, command in ((directory, preloaded), (directory / "anew", [sys.executable, "-m", "llmkit"])):
+        (parent / "bin").mkdir(parents=True)
+        (parent / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        (parent / "bin" / "llmkit").chmod(0o755)
     (directory / "docs.jsonl.zst").write_bytes(zstandard.compress((directory / "docs.jsonl").read_bytes()))
     (directory / "page.html").write_text(f"<title>A page</title><p>{rows[0]['text']}")
     (directory / "crawl").mkdir()
@@ -82,7 +83,7 @@ def workplace(tmp_path_factory, preloaded: list[str]) -> Path:
 
 
 def shell(script: str, directory: Path, anew: bool = False) -> str:
-    """Run a bash script with our `llmkit` first on the PATH; its stdout."""
+    """Run a bash script with the `llmkit` under test first on the PATH; returns its stdout."""
     bin_directory = next(p / "bin" for p in (directory, *directory.parents) if (p / "bin" / "llmkit").exists())
     bin_directory = bin_directory.parent / "anew" / "bin" if anew else bin_directory
     environment = os.environ | {
@@ -91,7 +92,7 @@ def shell(script: str, directory: Path, anew: bool = False) -> str:
         "HF_HUB_OFFLINE": "1",
         "RAY_ADDRESS": "local",
     }
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=directory,
         env=environment,
@@ -100,12 +101,12 @@ def shell(script: str, directory: Path, anew: bool = False) -> str:
         errors="replace",
         timeout=600,
     )
-    assert done.returncode == 0, f"{script}\n{done.stderr}"
-    return done.stdout
+    assert result.returncode == 0, f"{script}\n{result.stderr}"
+    return result.stdout
 
 
 def shrunk(line: str) -> str:
-    """A documented command at tiny size: the same call, smaller numbers."""
+    """A documented command with smaller sizes."""
     line = re.sub(r"--tokens \S+", "--tokens 3k", line)
     line = re.sub(r"--size \S+", "--size 512", line)
     line = re.sub(r"-m (tiny|\d+m|\S+config\.json)", "-m tiny.json", line)
@@ -113,36 +114,34 @@ def shrunk(line: str) -> str:
     return line + (" --max-tokens 4" if " generate " in line and "--max-tokens" not in line else "")
 
 
-def test_one_pipe_and_its_lineage_run_again(workplace: Path) -> None:
-    """Behaviour: documents to model in one pipe; `lineage --script` prints it back, and that script gives the same bytes."""
+def test_one_pipe_and_its_lineage_run_again(workspace: Path) -> None:
+    """Behaviour: documents to model in one pipe; the script from `lineage --script` reproduces the same bytes."""
     pipe = (
         "llmkit filter < docs.jsonl.zst | llmkit dedup | llmkit tokenize -t tok/ | llmkit mix - --tokens 20k"
         " | llmkit train - -m tiny.json --tokens 20k -o piped/"
     )
-    shell(pipe, workplace, anew=True)
-    script = shell("llmkit lineage piped/ --script | tee again.sh", workplace)
+    shell(pipe, workspace, anew=True)
+    script = shell("llmkit lineage piped/ --script | tee again.sh", workspace)
     assert script.count(" |\n") == 4
-    assert (
-        'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script
-    )  # the tokenizer was made of the same documents, by name
-    shell("bash again.sh . rebuilt < /dev/null", workplace, anew=True)
-    assert (workplace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
-        workplace / "piped/final/model.safetensors"
+    assert 'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script  # the tokenizer's input is named
+    shell("bash again.sh . rebuilt < /dev/null", workspace, anew=True)
+    assert (workspace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
+        workspace / "piped/final/model.safetensors"
     ).read_bytes()
-    tree = shell("llmkit lineage piped/", workplace)
+    tree = shell("llmkit lineage piped/", workspace)
     assert [stage for stage in ("train", "mix", "tokenize", "dedup", "filter", "vocab") if f"<- {stage}" in tree] == [
         "train", "mix", "tokenize", "dedup", "filter", "vocab",
     ]  # fmt: skip
-    assert shell("llmkit lineage piped/ --check", workplace).startswith("unchecked piped\nok        tok\n")
+    assert shell("llmkit lineage piped/ --check", workspace).startswith("unchecked piped\nok        tok\n")
 
 
-def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> None:
+def test_same_bytes_for_any_number_of_jobs(workspace: Path, tmp_path: Path) -> None:
     """Property: filter, dedup, tokenize and mix give the same bytes with -j 1 and -j 2."""
     rows = [row | {"id": f"{row['id']}-{n}"} for n in range(12) for row in real_documents()]  # several chunks
     (tmp_path / "many.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     for name in ("bin", "anew"):
-        (tmp_path / name).symlink_to(workplace / name)
-    (tmp_path / "tok").symlink_to(workplace / "tok")
+        (tmp_path / name).symlink_to(workspace / name)
+    (tmp_path / "tok").symlink_to(workspace / "tok")
     for jobs in (1, 2):
         out = f"out{jobs}"
         shell(
@@ -160,36 +159,36 @@ def test_same_bytes_for_any_number_of_jobs(workplace: Path, tmp_path: Path) -> N
 
 
 def readme_commands() -> list[str]:
-    """The llmkit lines of the README's bash blocks, comments cut off."""
+    """The llmkit lines of the README's bash blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    joined = [re.sub(r"\|\n\s+", "| ", block) for block in blocks]  # a pipe may go on in the next line
+    joined = [re.sub(r"\|\n\s+", "| ", block) for block in blocks]  # a pipe may continue on the next line
     lines = [re.split(r"\s+#", line)[0].strip() for block in joined for line in block.splitlines()]
     return [line for line in lines if line.startswith("llmkit ")]
 
 
 def test_readme_shows_every_command() -> None:
-    """Property: each subcommand stands in the README, and each name in its file tree exists."""
+    """Property: the README shows each subcommand, and each name in its file tree exists."""
     shown = {" ".join(line.split()[1:end]) for line in readme_commands() for end in (2, 3)}
     assert shown >= set(COMMANDS)
     tree = re.search(r"## Files\s+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert tree
     stack: list[str] = []
     for line in tree.group(1).splitlines():
-        found = re.match(r"( *)(\S+)", line)
-        if found:
-            stack = [*stack[: len(found.group(1)) // 2], found.group(2)]
+        entry = re.match(r"( *)(\S+)", line)
+        if entry:
+            stack = [*stack[: len(entry.group(1)) // 2], entry.group(2)]
             assert (ROOT / "".join(stack)).exists(), line
 
 
 @pytest.fixture(scope="module")
-def after_readme(workplace: Path, tmp_path_factory) -> Path:
-    """A directory in which every llmkit line of the README has run, in its order, at tiny size."""
+def after_readme(workspace: Path, tmp_path_factory) -> Path:
+    """A directory in which every llmkit line of the README has run, in order, at tiny size."""
     directory = tmp_path_factory.mktemp("readme") / "run"
-    shutil.copytree(workplace, directory, ignore=shutil.ignore_patterns("piped", "rebuilt", "out*", "tok", "again.sh"))
+    shutil.copytree(workspace, directory, ignore=shutil.ignore_patterns("piped", "rebuilt", "out*", "tok", "again.sh"))
     commands = readme_commands()
-    needs_tokenizer = [line for line in commands if "piped/" in line]  # the one pipe stands first, but uses tok/
+    needs_tokenizer = [line for line in commands if "piped/" in line]  # the single pipe comes first, but uses tok/
     for line in [line for line in commands if line not in needs_tokenizer] + needs_tokenizer:
-        if " mix " in line and "code/" in line:  # the second source that the example mixes in
+        if " mix " in line and "code/" in line:  # the second source of the example
             shell("llmkit tokenize docs.jsonl -t tok/ -o code/ -q", directory)
         shell(shrunk(line), directory)
     shell("llmkit tokenize heldout.jsonl -t tok/ -o heldout/ -q", directory)
@@ -205,20 +204,20 @@ def after_readme(workplace: Path, tmp_path_factory) -> Path:
 
 
 def test_readme_commands_run(after_readme: Path) -> None:
-    """Behaviour: every llmkit line of the README runs (in the fixture) and leaves what it names."""
+    """Behaviour: every llmkit line of the README runs (in the fixture) and writes its output."""
     for line in readme_commands():
-        if found := re.search(r" -o (\S+)", line):
-            assert (after_readme / found.group(1)).exists(), line
+        if output := re.search(r" -o (\S+)", line):
+            assert (after_readme / output.group(1)).exists(), line
 
 
 def test_readme_python_runs(after_readme: Path) -> None:
-    """Behaviour: the Python block of the README runs where its commands have run, at tiny size, and prints scores."""
+    """Behaviour: the Python block of the README runs after its commands, at tiny size, and prints scores."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) == 1
     code = re.sub(r"=\d+_000", "=3_000", blocks[0]).replace('"tiny"', '"tiny.json"')
-    done = subprocess.run([sys.executable, "-c", code], cwd=after_readme, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "'bits_per_byte'" in done.stdout
+    result = subprocess.run([sys.executable, "-c", code], cwd=after_readme, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "'bits_per_byte'" in result.stdout
 
 
 def examples() -> list[str]:
@@ -227,7 +226,7 @@ def examples() -> list[str]:
 
 @pytest.mark.parametrize("line", examples())
 def test_help_examples_run(after_readme: Path, line: str) -> None:
-    """Behaviour: the examples in every command's help run where the README's artefacts are."""
+    """Behaviour: the examples in every command's help run after the README's commands."""
     line = shrunk(line)
     if " -o " in line and "--resume" not in line:
         line += " -f"

@@ -3,7 +3,7 @@
     outcome = fine_tune("run/", ["chat.jsonl"], "sft/", epochs=2, lr=1e-4)
     outcome = align("sft/", ["pairs.jsonl"], "chat/", beta=0.1)
 
-Options are those of `llmkit sft` and `llmkit dpo`, by the same names, and make the same record.
+The keyword options are those of `llmkit sft` and `llmkit dpo`, and give the same lineage record.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ def fine_tune(
     report: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> Record | None:
-    """Fine-tune a model directory or run on files of conversations as `llmkit sft` does; `report` is called with every
-    record of metrics.jsonl.
+    """Fine-tune a model directory or run on files of conversations, like `llmkit sft`.
 
-    Returns steps, tokens, losses and counts of rows; None where the run is finished already. Raises LlmkitError and
-    UsageError as the command.
+    `report` is called with every record of metrics.jsonl. Returns steps, tokens, losses and counts of rows, or None if
+    the run had already finished. Raises the LlmkitError and UsageError of the command.
     """
     request = Request.of("sft", from_values(SftOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
@@ -74,7 +73,7 @@ def align(
     report: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> Record | None:
-    """Optimize a model for preferences on files of pairs as `llmkit dpo` does; the rest as for `fine_tune`."""
+    """Optimize a model on files of preference pairs, like `llmkit dpo`; otherwise as `fine_tune`."""
     request = Request.of("dpo", from_values(DpoOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
         prepared = prepare_alignment(request, session, model, rows)
@@ -84,7 +83,7 @@ def align(
 def prepare_fine_tuning(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
     """Rows, model and schedule of a fine-tuning run.
 
-    Raises UsageError for options that do not fit the model, LlmkitError for rows or a model that cannot be read.
+    Raises UsageError for options that do not fit the model, and LlmkitError for unreadable rows or models.
     """
     options: SftOptions = request.options
     check_positive(lr=options.schedule.lr)
@@ -118,7 +117,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         inputs=lambda: [model_input(model), *inputs],
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
-        fresh=lambda: load_model(model, torch.float32)[0],
+        create_model=lambda: load_model(model, torch.float32)[0],
         heldout=held_out,
         resolved={"lr": rate},
         positional=("model", "rows"),
@@ -127,7 +126,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
 
 
 def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
-    """Pairs, model and schedule of a preference run; errors as for `prepare_fine_tuning`."""
+    """Pairs, model and schedule of a preference run; raises the errors of `prepare_fine_tuning`."""
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
@@ -143,13 +142,13 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         return PairSource(encoded.rows, reference, batch_size, epochs=options.rows.epochs, seed=request.seed)
 
     @cache
-    def initial() -> Decoder:
+    def initial_model() -> Decoder:
         return load_model(model, torch.float32)[0].to(session.processes.device)
 
-    def with_reference() -> PairSource:
+    def source_with_reference() -> PairSource:
         return source_with(
             reference_log_probabilities(
-                initial,
+                initial_model,
                 encoded.rows,
                 session.processes,
                 session.micro_batch(),
@@ -169,10 +168,10 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         inputs=lambda: [source_model(), *inputs],
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
-        fresh=initial,
+        create_model=initial_model,
         objective=preference_objective(options.loss.beta),
         metric_names=FIGURES,
-        late_source=with_reference,
+        deferred_source=source_with_reference,
         resolved={"lr": rate},
         positional=("model", "rows"),
         counts=encoded.counts,
@@ -184,7 +183,7 @@ def _from_stdin(rows: list[str] | None) -> bool:
 
 
 def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
-    """The learning rate over `total` tokens; the options of a command have defaults for all that is used here."""
+    """The learning rate over `total` tokens, with the defaults of sft and dpo."""
     warmup = warmup_tokens(options.warmup or 0.0, total)
     return build_schedule(
         options.schedule or "linear",
@@ -200,7 +199,7 @@ def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
 def _chat_model(
     request: Request, model: str, template: Path | None, sequence_length: int | None
 ) -> tuple[LoadedModel, dict[str, str], int]:
-    """What the model directory holds, its tokenizer files with a chat template, and the tokens per sequence."""
+    """The model, its tokenizer files with a chat template, and the tokens per sequence."""
     info = load_info(model)
     files = info.tokenizer_files
     if "tokenizer.json" not in files:
@@ -210,23 +209,23 @@ def _chat_model(
     elif templates.chat_template(files) is None:
         name, text = templates.default_template(files)
         files = templates.with_template(files, text)
-        request.note(f"the model has no chat template: using {name}'s, and storing it with the model")
+        request.note(f"the model has no chat template: using that of {name}, and storing it with the model")
     return info, files, context_length(info, sequence_length)
 
 
 def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_long: str) -> None:
-    """How many rows there are, and what happened to those that are too long."""
+    """Report the number of rows, and what happens to those that are too long."""
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
     if counts["too_long"]:
-        done = "dropped" if too_long == "drop" else "truncated at the end"
-        other = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop leaves them out"
+        action = "dropped" if too_long == "drop" else "truncated at the end"
+        alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"
         dropped = ""
         if too_long != "drop" and counts["dropped"]:
-            dropped = f", {counts['dropped']:,} of them dropped because nothing to train on was left"
-        request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {done}{dropped}; {other}")
+            dropped = f", {counts['dropped']:,} of them dropped because no trained tokens were left"
+        request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {action}{dropped}; {alternative}")
 
 
 def _stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
-    """Every id that ends a generation of the fine-tuned model, end of turn first."""
+    """The stop ids of the fine-tuned model, end of turn first."""
     return list(dict.fromkeys([*masks.stop_token_ids(files), *info.stop_ids]))

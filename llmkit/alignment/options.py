@@ -1,4 +1,4 @@
-"""The options of fine-tuning and preference optimization, on top of those of training. Loads no large library."""
+"""Options of fine-tuning and preference optimization, built on the training options. Imports no large library."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ SCHEDULE_HELP = f"One of {SCHEDULE_NAMES}"
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows of a file become sequences."""
+    """How rows become sequences."""
 
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Number of epochs", rich_help_panel=DATA), COMMON] = 1
+    epochs: Annotated[
+        int, typer.Option("--epochs", min=1, help="Number of passes over the rows", rich_help_panel=DATA), COMMON
+    ] = 1
     chat_template: Annotated[
         Path | None,
         typer.Option("--chat-template", metavar="FILE", help="Jinja template to use instead of the model's own"),
@@ -39,7 +41,7 @@ class RowOptions:
         typer.Option(
             "--too-long",
             metavar="HOW",
-            help="Rows longer than the sequence: drop, or truncate at the end",
+            help="What to do with rows longer than the sequence: drop, or truncate (at the end)",
             rich_help_panel=DATA,
         ),
         COMMON,
@@ -52,7 +54,9 @@ class TemplateOptions:
 
     template: Annotated[
         bool,
-        typer.Option("--template/--no-template", help="Treat prompt and completion strings as turns, or as plain text"),
+        typer.Option(
+            "--template/--no-template", help="Treat prompt and completion strings as chat turns, not as plain text"
+        ),
         COMMON,
     ] = True
 
@@ -80,7 +84,10 @@ class BetaOptions:
 
     beta: Annotated[
         float,
-        typer.Option("--beta", help="Strength of the pull towards the reference model; a small one lets it move far"),
+        typer.Option(
+            "--beta",
+            help="Strength of the pull towards the reference model; smaller values let the policy move further",
+        ),
         COMMON,
     ] = 0.1
 
@@ -95,7 +102,7 @@ class DpoOptions:
         BatchOptions,
         Help(
             batch_size="Preference pairs per step, over all processes",
-            micro_batch_size="Pairs per forward pass; by default as many as fit well",
+            micro_batch_size="Pairs per forward pass (default: about 2k tokens on CPU, 64k on GPU)",
         ),
     ] = BatchOptions(batch_size=16)
     schedule: Annotated[ScheduleOptions, Help(schedule=SCHEDULE_HELP)] = ScheduleOptions(

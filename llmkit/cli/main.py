@@ -1,7 +1,8 @@
-"""Entry point: `--help` and `--version` from the standard library alone, any other call by importing just its command.
+"""Entry point of the command line.
 
-Every way to fail ends here as one line on stderr, a hint, and an exit code of `ExitCode`; a traceback is shown only
-with --debug.
+`--help` and `--version` use the standard library alone; any other call imports only the module of its command. Every
+failure is reported here as one line on stderr, a hint, and an exit code of `ExitCode`; a traceback is shown only with
+--debug.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from llmkit import __version__
-from llmkit.cli.shared.table import COMMANDS, followers, module_of, overview, split
+from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcommands
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 
 def _help(arguments: list[str]) -> int:
-    """`llmkit help [COMMAND] [--json]`: the overview, the help of a command, or all of it for programs."""
+    """`llmkit help [COMMAND] [--json]`: the overview, the help of a command, or the schema of commands as JSON."""
     words = [word for word in arguments if word != "--json"]
     if "--json" in arguments:
         import json
@@ -53,11 +54,11 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _leave_broken_pipe()
+        _exit_on_broken_pipe()
 
 
-def _leave_broken_pipe() -> NoReturn:
-    """The reader of our stdout is gone: end quietly, and keep the interpreter from flushing into it once more."""
+def _exit_on_broken_pipe() -> NoReturn:
+    """Exit quietly after the reader of stdout has gone; stdout is redirected for the interpreter's final flush."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(141)
 
@@ -69,8 +70,8 @@ def _dispatch(name: str, arguments: list[str]) -> int:
         kind = "option" if name.startswith("-") else "command"
         as_json = "--json" in arguments
         return _fail("llmkit", f"unknown {kind} {name!r}", suggestion(name, COMMANDS), ExitCode.USAGE, as_json)
-    if arguments and followers(name) and arguments[0].isalpha() and not os.path.exists(arguments[0]):
-        hint = suggestion(arguments[0], followers(name))
+    if arguments and subcommands(name) and arguments[0].isalpha() and not os.path.exists(arguments[0]):
+        hint = suggestion(arguments[0], subcommands(name))
         if hint.startswith("did"):
             return _fail("llmkit", f"unknown command '{name} {arguments[0]}', and no such file", hint, ExitCode.USAGE)
     return run_command(name, arguments)
@@ -94,9 +95,9 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     terminated = False
 
-    def terminate(number: int, frame: object) -> None:
+    def terminate(signal_number: int, frame: object) -> None:
         nonlocal terminated
-        terminated = True  # a library may make a plain KeyboardInterrupt of it
+        terminated = True  # a library may turn it into a plain KeyboardInterrupt
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -109,7 +110,7 @@ def run_command(name: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         if debug:
             raise
-        _leave_broken_pipe()
+        _exit_on_broken_pipe()
     except KeyboardInterrupt as error:
         if terminated or isinstance(error, Terminated):
             return ExitCode.TERMINATED
@@ -132,7 +133,7 @@ def run_command(name: str, arguments: list[str]) -> int:
         text = str(error).splitlines()[0] if str(error) else "no message"
         return fail(
             f"internal error: {type(error).__name__}: {text}",
-            "run it again with --debug for the traceback",
+            "run again with --debug for the traceback",
             ExitCode.ERROR,
         )
 
@@ -141,16 +142,14 @@ def _os_hint(error: OSError) -> str:
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or write to another disk with -o; nothing was left half-written"
+        return "free some space, or write to another disk with -o; no partial output was left behind"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check the permissions"
     return ""
 
 
 def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
-    """One line for the error and one for the hint, or with --json one JSON line. Control characters of untrusted names
-    are shown, not obeyed.
-    """
+    """Print the error and the hint on a line each, or as one JSON line; return `code`. Escapes control characters."""
     if as_json:
         lines = [_as_json(program, message, hint, code, words)]
     else:
@@ -163,7 +162,7 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
             break
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk: what is held back must not end the interpreter with a code of its own
+    except OSError:  # a full disk: the interpreter's final flush must not change the exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
@@ -173,15 +172,18 @@ def _printable(text: str) -> str:
 
 
 def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[str]) -> str:
-    """The error as an object: command, code, message, hint, and file and line where the message begins with them."""
+    """The error as a JSON object: command, code, message, hint, and the file and line that the message begins with.
+
+    `words` are the arguments of the call, among which the file is looked for.
+    """
     import json
     import re
 
     command = program.removeprefix("llmkit").strip()
     record: dict[str, object] = {"command": command, "code": int(code), "message": message, "hint": hint or None}
     file = line = None
-    if place := re.match(r"([^:\n]+):(?:([0-9]+):)? ", message):
-        file, line = place[1], int(place[2]) if place[2] else None
+    if location := re.match(r"([^:\n]+):(?:([0-9]+):)? ", message):
+        file, line = location[1], int(location[2]) if location[2] else None
         if line is None and not any(word == file or word.endswith(f"={file}") for word in words):
-            file = file if os.path.lexists(file) else None  # "seed: ..." names no file
+            file = file if os.path.lexists(file) else None  # "seed: ..." does not begin with a file
     return json.dumps({"error": record | {"file": file, "line": line}})

@@ -1,4 +1,4 @@
-"""Scores of a model on tasks and documents: what `llmkit eval` reports for each model, as a function.
+"""Scores a model on tasks and documents: `llmkit eval` as functions.
 
 score_model("run/", documents=["heldout.jsonl"])["perplexity"]["heldout.jsonl"]["bits_per_byte"]
 score_model("chat/", tasks=["my_task"], include_path=["tasks/"], chat=True)["tasks"]["my_task"]["acc,none"]
@@ -35,11 +35,10 @@ def score_model(
     device: str = "",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Scores of the model directory or run at `path`, as `llmkit eval` has them: "perplexity" by file of documents,
-    "tasks" by task.
+    """Score the model directory or run at `path`, like `llmkit eval`: "perplexity" by file, "tasks" by task.
 
-    `include_path` are directories of task YAML files. Raises LlmkitError for a model, documents or a task that cannot
-    be read, UsageError for an unknown task.
+    `include_path` are directories of task YAML files. Raises LlmkitError for an unreadable model, document or task, and
+    UsageError for an unknown task.
     """
     manager = task_manager(list(tasks), list(include_path)) if tasks else None
     loaded = load_for_inference(path, dtype, device)
@@ -61,9 +60,7 @@ def score_documents(
     limit: int | None = None,
     advance: Advance = lambda count: None,
 ) -> dict[str, Any]:
-    """Nats per token, bits per byte and perplexity of the first `limit` texts, in windows that move by `stride`
-    tokens.
-    """
+    """Nats per token, bits per byte and perplexity of the first `limit` texts, in windows moving by `stride` tokens."""
     model, info = loaded
     codec = load_tokenizer(info.tokenizer_files, info.path)
     codec.encode_special_tokens = True  # a literal "<|endoftext|>" in a document is plain text
@@ -89,7 +86,7 @@ def score_tasks(
     seed: int = 0,
     advance: Advance = lambda count: None,
 ) -> dict[str, dict[str, float]]:
-    """Metrics of lm-eval tasks, with their standard errors; `manager` finds the tasks (`harness.task_manager`)."""
+    """Metrics of lm-eval tasks, with their standard errors; `manager` is a `harness.task_manager`."""
     model, info = loaded
     lm = DecoderLM(
         model,

@@ -1,6 +1,4 @@
-"""What a run reads: its token stream, rows and held-out data, the model it starts from, and the length of sequences
-that all of them allow.
-"""
+"""Inputs of a run: token stream, rows, held-out data and initial model, and the sequence length they allow."""
 
 from __future__ import annotations
 
@@ -30,89 +28,90 @@ if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader
     from llmkit.training.runner import Request
 
-ROWS = "stdin.jsonl"  # the name of a kept stream of rows
+ROWS = "stdin.jsonl"  # name of the stored copy of rows from stdin
 
 
 def open_stream(data: str, session: Session, dry_run: bool = False) -> OrderedTokens | TokenStore:
-    """The training data in its order; a stream on stdin is kept in the run directory first, so that a resumed run
-    finds it.
-    """
+    """The training data in order. A stream on stdin is first copied to the run directory, for a resumed run."""
     if data != STDIN or dry_run:
         return OrderedTokens.open(data)
-    stream = OrderedTokens.open(str(_keep_stdin(session, "stdin.arrow")))
+    stream = OrderedTokens.open(str(_store_stdin(session, "stdin.arrow")))
     for item in stream.inputs:
         item.name = STDIN
     return stream
 
 
 def source_groups(stream: OrderedTokens | TokenStore) -> SourceGroups:
-    """The groups by which losses on a stream are reported."""
+    """The groups by which the loss on a stream is reported."""
     return document_groups(np.diff(stream.offsets), *stream.origins())
 
 
 def open_rows(request: Request, session: Session, rows: list[str] | None, stdin: bool) -> DocumentReader:
-    """Reader of rows; with `stdin` they come from there, and are kept in the run directory for every process and a
-    resumed run.
+    """A reader of rows. With `stdin` they are first copied from there to the run directory, for every process and for
+    a resumed run.
     """
     if stdin and not request.dry_run:
-        kept = str(_keep_stdin(session, ROWS))
-        rows = [kept if path == STDIN else path for path in rows or [STDIN]]
+        copy = str(_store_stdin(session, ROWS))
+        rows = [copy if path == STDIN else path for path in rows or [STDIN]]
     return request.reader(rows)
 
 
 def row_inputs(reader: DocumentReader) -> list[Input]:
-    """What was read, for the lineage; kept stdin by its own name."""
+    """The inputs that were read, for the lineage; a stored copy of stdin is recorded as stdin."""
     for item in reader.inputs:
         if item.name == ROWS:
             item.name = STDIN
     return reader.inputs
 
 
-def _keep_stdin(session: Session, name: str) -> Path:
-    """A file of the run that holds what came on stdin; read once, by the main process."""
-    kept = session.directory.path / "data" / name
-    if session.processes.is_main and not (kept.exists() and session.options.checkpoints.resume):
+def _store_stdin(session: Session, name: str) -> Path:
+    """Copy stdin to a file of the run, once, on the main process; returns its path."""
+    path = session.directory.path / "data" / name
+    if session.processes.is_main and not (path.exists() and session.options.checkpoints.resume):
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
-        kept.parent.mkdir(exist_ok=True)
-        with atomic_file(kept, force=True) as sink:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path, force=True) as sink:
             shutil.copyfileobj(open_raw(STDIN), sink, 1 << 20)
             if not sink.tell():
-                raise LlmkitError("standard input is empty", "name the data, or pipe it in")
-    session.kept = (kept.parent.name,)
+                raise LlmkitError("stdin is empty", "name the data, or pipe it in")
+    session.stored = (path.parent.name,)
     session.processes.barrier()
-    return kept
+    return path
 
 
-def packed_length(data: str, packed: int | None, wanted: int | None, document_mask: bool) -> int | None:
-    """Tokens per sequence: what the data was packed for, if it was, else what is wanted. UsageError where these
-    differ.
+def packed_length(data: str, packed: int | None, requested: int | None, document_mask: bool) -> int | None:
+    """Tokens per sequence: the length that the data was packed for, if any, or else the requested one.
+
+    Raises UsageError if these differ.
     """
-    if packed and wanted not in (None, packed):
+    if packed and requested not in (None, packed):
         raise UsageError(
-            f"--sequence-length {wanted:,}, but {data} is packed for sequences of {packed:,}",
-            f"leave the option out, or mix again with --sequence-length {wanted}",
+            f"--sequence-length {requested:,}, but {data} is packed for sequences of {packed:,} tokens",
+            f"omit the option, or mix again with --sequence-length {requested}",
         )
     if packed and not document_mask:
         raise UsageError(
-            f"{data} is packed: --no-document-mask would let documents see the padding", "mix with --pack concat"
+            f"{data} is packed: --no-document-mask would let documents attend to the padding", "mix with --pack concat"
         )
-    return packed or wanted
+    return packed or requested
 
 
 def context_length(info: LoadedModel, sequence_length: int | None) -> int:
-    """Tokens per sequence: as wanted, at most the model's context length, which is the default."""
+    """Tokens per sequence: `sequence_length`, or by default the model's context length, which is the maximum."""
     largest = info.config.max_position_embeddings
     if sequence_length is not None and sequence_length > largest:
         raise UsageError(
-            f"--sequence-length {sequence_length:,} is beyond the model's context of {largest:,}", f"at most {largest}"
+            f"--sequence-length {sequence_length:,} exceeds the model's context of {largest:,} tokens",
+            f"the maximum is {largest}",
         )
     return sequence_length or largest
 
 
 def held_out_source(heldout: list[str] | None, digest: str, length: int, document_mask: bool) -> HeldOutSource | None:
-    """Source of the held-out loss over token shards, None where none are named. Domains are those named, else the
-    documents' sources.
+    """The source of the held-out loss over token shards; None if no shards are named.
+
+    The loss is reported by the named domains, or else by the documents' sources.
     """
     paths = held_out_paths(heldout)
     if not paths:
@@ -120,7 +119,7 @@ def held_out_source(heldout: list[str] | None, digest: str, length: int, documen
     codes, names = [], {PADDING_SOURCE: 0}
     for path, name in paths.items():
         store = TokenStore.open(path)
-        refuse_other_tokenizer(path, store.tokenizer.digest, digest)
+        check_tokenizer(path, store.tokenizer.digest, digest)
         packed_length(path, store.sequence_length, None, document_mask)
         own_codes, sources, _ = store.origins()
         table = [
@@ -134,25 +133,23 @@ def held_out_source(heldout: list[str] | None, digest: str, length: int, documen
     )
 
 
-def refuse_other_tokenizer(path: str, digest: str, expected: str) -> None:
-    """LlmkitError where the shards at `path` were not made with the model's tokenizer."""
+def check_tokenizer(path: str, digest: str, expected: str) -> None:
+    """Raise LlmkitError unless the shards at `path` were made with the model's tokenizer."""
     if digest != expected:
         raise LlmkitError(
-            f"{path}: made with another tokenizer than the model's", "tokenize the documents again with the model's own"
+            f"{path}: not made with the model's tokenizer", "tokenize the documents again, with the model's tokenizer"
         )
 
 
-def refuse_short_stream(data: str, tokens: int, length: int) -> None:
-    """UsageError where the data does not fill one sequence."""
+def check_stream_length(data: str, tokens: int, length: int) -> None:
+    """Raise UsageError if the data does not fill a sequence."""
     if length > tokens:
         raise UsageError(
-            f"sequences of {length:,} tokens, but {data} holds {tokens:,}", "give a shorter --sequence-length"
+            f"sequences of {length:,} tokens, but {data} has only {tokens:,}", "give a shorter --sequence-length"
         )
 
 
 def model_input(path: str, directory: Path | None = None) -> Input:
-    """The model that a run starts from, by the name it was given; `directory` where that name stands for a checkpoint
-    in it.
-    """
-    place = directory or resolve_model(path)
-    return Input("input", base_name(path), digest_path(place), read_lineage(place))
+    """The lineage input of the initial model, under the name it was given; `directory` is the checkpoint, if known."""
+    checkpoint = directory or resolve_model(path)
+    return Input("input", base_name(path), digest_path(checkpoint), read_lineage(checkpoint))

@@ -1,8 +1,8 @@
-"""The options of training, by group: what the command line offers, what a run records, and what Python code sets.
+"""Training options, by group: the flags of the command line and the keywords of the Python API.
 
     options = from_values(PretrainOptions, {"tokens": 20_000, "lr": 3e-4})       # llmkit.options
 
-Loads neither torch nor any other large library.
+Imports neither torch nor any other large library.
 """
 
 from __future__ import annotations
@@ -33,54 +33,57 @@ _machine = partial(typer.Option, rich_help_panel=MACHINE)
 _checkpoints = partial(typer.Option, rich_help_panel=CHECKPOINTS)
 _evaluation = partial(typer.Option, rich_help_panel=EVALUATION)
 SCHEDULE_NAMES = ", ".join(SCHEDULES)
-LOADED_OPTIMIZER = ""  # OptimizerOptions.optimizer: that of the state that the run starts from
+LOADED_OPTIMIZER = ""  # OptimizerOptions.optimizer: the optimizer whose state the run starts from
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How much one step trains on."""
+    """The size of a training step."""
 
     batch_size: Annotated[
         int | None, _data("--batch-size", "-b", min=1, help="Sequences per step, over all processes"), COMMON
     ] = None
     micro_batch_size: Annotated[
         int | None,
-        _data("--micro-batch-size", min=1, help="Sequences per forward pass; by default as many as fit well"),
+        _data(
+            "--micro-batch-size", min=1, help="Sequences per forward pass (default: about 2k tokens on CPU, 64k on GPU)"
+        ),
     ] = None
     sequence_length: Annotated[
         int | None,
-        _data("--sequence-length", min=8, help="Tokens per sequence; by default the model's context length"),
+        _data("--sequence-length", min=8, help="Tokens per sequence (default: the model's context length)"),
         COMMON,
     ] = None
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What of a token stream is trained on."""
+    """Which part of a token stream is trained on."""
 
     tokens: Annotated[
         int | None,
-        count_option("--tokens", help="Tokens to train on; by default one pass over the data", rich_help_panel=DATA),
+        count_option("--tokens", help="Tokens to train on (default: one pass over the data)", rich_help_panel=DATA),
         COMMON,
     ] = None
     document_mask: Annotated[
         bool,
         _data(
             "--document-mask/--no-document-mask",
-            help="Attend within documents only, and predict no document from the one before it",
+            help="Attend only within documents, and never predict a document from the previous one",
         ),
     ] = True
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """The learning rate as a function of the tokens seen. In pre-training None leaves a value to the recipe, else to
-    the default that its help names.
+    """The learning rate as a function of the tokens seen.
+
+    In pre-training, None means the value of the recipe, or else the default given in the help.
     """
 
     lr: Annotated[
         float | None,
-        _optimizer("--lr", help="Peak learning rate; by default one that suits the size of the model"),
+        _optimizer("--lr", help="Peak learning rate (default: chosen by model size)"),
         COMMON,
     ] = None
     schedule: Annotated[
@@ -92,7 +95,7 @@ class ScheduleOptions:
             "--warmup",
             parser=parse_share,
             metavar="TOKENS",
-            help="Tokens of linear warm-up; below 1 a fraction of all tokens",
+            help="Tokens of linear warm-up, or a fraction of all tokens if below 1",
         ),
     ] = None
     final_lr_fraction: Annotated[
@@ -106,19 +109,19 @@ class ScheduleOptions:
         _optimizer(
             "--decay-shape",
             metavar="NAME",
-            help=f"Shape of the decay of wsd: {', '.join(DECAY_SHAPES)}; linear by default",
+            help=f"Shape of the decay of wsd: {', '.join(DECAY_SHAPES)} (default: linear)",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """How gradients become updates."""
+    """The optimizer and its hyperparameters."""
 
     optimizer: Annotated[
         str,
         _optimizer(
-            "--optimizer", metavar="NAME", help="adamw, or muon for the matrices of the layers with adamw for the rest"
+            "--optimizer", metavar="NAME", help="adamw; or muon for the layers' matrices, with adamw for the rest"
         ),
     ] = "adamw"
     weight_decay: Annotated[
@@ -129,27 +132,27 @@ class OptimizerOptions:
     betas: Annotated[str | None, _optimizer("--betas", metavar="A,B", help="Adam betas")] = "0.9,0.95"
     z_loss: Annotated[
         float,
-        _optimizer("--z-loss", min=0, help="Weight of the log² Z term that keeps logits from drifting; 1e-4 is usual"),
+        _optimizer("--z-loss", min=0, help="Weight of the log² Z term that keeps logits from drifting (commonly 1e-4)"),
     ] = 0.0
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """On what a run is computed, and how it survives the loss of a process."""
+    """Hardware, numerical precision, parallelism and fault tolerance."""
 
     precision: Annotated[
         str,
         _machine(
             "--precision",
             metavar="TYPE",
-            help="fp32, bf16, fp16 or fp8 (torchao); auto is bf16 on GPUs that have it, else fp32",
+            help="fp32, bf16, fp16 or fp8 (torchao); auto is bf16 on GPUs that support it, else fp32",
         ),
         COMMON,
     ] = "auto"
     threads: Annotated[int | None, _machine("--threads", min=1, help="CPU threads per process"), NEUTRAL] = None
     processes: Annotated[
         int,
-        _machine("--processes", min=1, help="Processes on this machine (one per GPU, or gloo on CPU)"),
+        _machine("--processes", min=1, help="Number of processes on this machine: one per GPU, or gloo on CPU"),
         NEUTRAL,
         COMMON,
     ] = 1
@@ -158,12 +161,14 @@ class MachineOptions:
         _machine(
             "--parallel",
             metavar="LAYOUT",
-            help="ddp: the whole model in each process; fsdp: sharded over them; auto is ddp",
+            help="ddp (a full replica in each process) or fsdp (sharded over the processes); auto is ddp",
         ),
         NEUTRAL,
     ] = "auto"
     max_restarts: Annotated[
-        int, _machine("--max-restarts", min=0, help="Number of times to replace lost or hanging processes"), NEUTRAL
+        int,
+        _machine("--max-restarts", min=0, help="Maximum number of times to replace lost or hung processes"),
+        NEUTRAL,
     ] = 0
     hang_timeout: Annotated[
         float,
@@ -180,7 +185,7 @@ class MachineOptions:
         _machine(
             "--accept-change",
             metavar="NAMES",
-            help="Resume although these differ from the start: torch, llmkit, device, precision, ...",
+            help="Resume even if these have changed: torch, llmkit, device, precision, ...",
         ),
         NEUTRAL,
     ] = ""
@@ -188,7 +193,7 @@ class MachineOptions:
         bool | None,
         _machine(
             "--compile/--no-compile",
-            help="Compile each layer; by default only on GPUs, since the CPU kernels are as fast",
+            help="Compile each layer (default: only on GPUs; the CPU kernels are as fast without)",
             show_default=False,
         ),
         NEUTRAL,
@@ -197,20 +202,20 @@ class MachineOptions:
         bool,
         _machine(
             "--checkpoint-activations",
-            help="Recompute activations in the backward pass: less memory for a third more work",
+            help="Recompute activations in the backward pass: less memory, a third more compute",
         ),
         NEUTRAL,
     ] = False
     deterministic: Annotated[
         bool,
-        _machine("--deterministic", help="Use only algorithms that always give the same bits; slower on GPUs"),
+        _machine("--deterministic", help="Use only bitwise reproducible algorithms; slower on GPUs"),
         NEUTRAL,
     ] = False
 
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """When a run is saved, resumed, stopped and set back."""
+    """When a run is saved, resumed, stopped and rolled back."""
 
     resume: Annotated[
         bool, _checkpoints("--resume", help="Resume the run; start it if there is none yet"), NEUTRAL, COMMON
@@ -223,11 +228,13 @@ class CheckpointOptions:
     ] = 0
     keep: Annotated[int, _checkpoints("--keep", min=0, help="Keep the last N checkpoints (0 = all)"), NEUTRAL] = 0
     keep_every: Annotated[
-        int, _checkpoints("--keep-every", min=0, help="Also keep the checkpoints at multiples of N steps"), NEUTRAL
+        int,
+        _checkpoints("--keep-every", min=0, help="Also keep every checkpoint whose step is a multiple of N (0 = none)"),
+        NEUTRAL,
     ] = 0
     max_hours: Annotated[
         float,
-        _checkpoints("--max-hours", min=0, help="Save and stop after so many hours, with exit code 75 (0 = never)"),
+        _checkpoints("--max-hours", min=0, help="Save and stop after this many hours, with exit code 75 (0 = never)"),
         NEUTRAL,
     ] = 0.0
     max_rollbacks: Annotated[
@@ -235,7 +242,7 @@ class CheckpointOptions:
         _checkpoints(
             "--max-rollbacks",
             min=0,
-            help="Skipped batches and rollbacks within 128 steps before giving up (0 = no guard)",
+            help="Maximum number of skipped batches and rollbacks within 128 steps (0 = no guard)",
         ),
     ] = 8
 
@@ -249,7 +256,7 @@ class HeldOutOptions:
         _evaluation(
             "--heldout",
             metavar="[NAME=]PATH",
-            help="Held-out data, by domain where one is named or the documents have sources",
+            help="Held-out data; its loss is reported by NAME, or else by the documents' sources",
         ),
         NEUTRAL,
         COMMON,
@@ -261,12 +268,12 @@ class HeldOutOptions:
 
 @dataclass(frozen=True)
 class LogOptions:
-    """What is logged, and where."""
+    """Logging."""
 
     log_every: Annotated[
         int,
         _evaluation(
-            "--log-every", min=0, help="Steps between metrics that cost a little, such as norms and maxima (0 = never)"
+            "--log-every", min=0, help="Steps between the costlier metrics, such as norms and maxima (0 = never)"
         ),
         NEUTRAL,
     ] = 10
@@ -278,26 +285,24 @@ class LogOptions:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What is tried with the model at every checkpoint."""
+    """Samples and scores at every checkpoint."""
 
     prompts: Annotated[
         Path | None,
         _evaluation(
             "--prompts",
             metavar="FILE",
-            help="Prompts, one per line, to complete at every checkpoint into samples.jsonl",
+            help="File of prompts, one per line, completed at every checkpoint into samples.jsonl",
         ),
         Formerly("--samples"),
         NEUTRAL,
     ] = None
     eval_tasks: Annotated[
         str | None,
-        _evaluation(
-            "--eval-tasks", metavar="NAMES", help="lm-eval tasks to score at every checkpoint, separated by commas"
-        ),
+        _evaluation("--eval-tasks", metavar="LIST", help="lm-eval tasks to score at every checkpoint, comma-separated"),
         NEUTRAL,
     ] = None
-    eval_limit: Annotated[int, _evaluation("--eval-limit", min=1, help="Items per task"), NEUTRAL] = 100
+    eval_limit: Annotated[int, _evaluation("--eval-limit", min=1, help="Maximum items per task"), NEUTRAL] = 100
     include_path: Annotated[
         list[str] | None, _evaluation("--include-path", metavar="DIR", help="Directory of task YAML files"), NEUTRAL
     ] = None
@@ -305,11 +310,16 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Which model is pre-trained, and from where."""
+    """The model to pre-train, and where it starts."""
 
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Preset (tiny, the default, 5m, ... 1b; llama-tiny) or config.json"),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Preset (tiny, 5m, ..., 1b, llama-tiny, ...) or config.json file (default: tiny)",
+        ),
         COMMON,
     ] = None
     from_: Annotated[
@@ -317,19 +327,19 @@ class StartOptions:
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Initialise from a model directory, run or checkpoint, optimizer state included",
+            help="Initialise from a model directory, run or checkpoint, including optimizer state",
         ),
         COMMON,
     ] = None
     rewarm: Annotated[
-        bool, _optimizer("--rewarm", help="With --from: raise the learning rate again, then decay it")
+        bool, _optimizer("--rewarm", help="With --from: warm the learning rate up again, then decay it")
     ] = False
     recipe: Annotated[
         str | None,
         _optimizer(
             "--recipe",
             metavar="NAME",
-            help="amber, crystal, olmo, or a TOML of stages: learning rates, sizes and defaults",
+            help="Learning rates, sizes and defaults of amber, crystal, olmo, or a TOML file of stages",
         ),
     ] = None
     batch_warmup: Annotated[
@@ -337,7 +347,7 @@ class StartOptions:
         _data(
             "--batch-warmup",
             metavar="SIZES",
-            help="Smaller batches first: 8:1M,16:4M is 8 until 1M tokens, 16 until 4M",
+            help="Smaller batches first: 8:1M,16:4M means 8 sequences until 1M tokens, 16 until 4M",
         ),
     ] = None
     length_warmup: Annotated[
@@ -345,35 +355,35 @@ class StartOptions:
         _data(
             "--length-warmup",
             metavar="SIZES",
-            help="Shorter sequences first, with as many tokens per step: 512:1M,1024:4M",
+            help="Shorter sequences first, at the same tokens per step: 512:1M,1024:4M",
         ),
     ] = None
 
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """Options of `llmkit train`. Where a value is None, a recipe decides, else the default that the help names."""
+    """Options of `llmkit train`. None means the value of the recipe, or else the default given in the help."""
 
     start: StartOptions = StartOptions()
     stream: StreamOptions = StreamOptions()
     batch: Annotated[
-        BatchOptions, Help(batch_size="Sequences per step, over all processes; by default 8, or as the recipe has it")
+        BatchOptions, Help(batch_size="Sequences per step, over all processes (default: 8, or set by the recipe)")
     ] = BatchOptions()
     schedule: Annotated[
         ScheduleOptions,
         Help(
-            schedule=f"One of {SCHEDULE_NAMES}; cosine by default",
-            warmup="Tokens of linear warm-up, below 1 a fraction of all tokens; 0.05 by default",
-            final_lr_fraction="Final learning rate as a fraction of the peak; 0.1 by default",
-            decay="Fraction of all tokens over which wsd decays; 0.2 by default",
+            schedule=f"One of {SCHEDULE_NAMES} (default: cosine)",
+            warmup="Tokens of linear warm-up, or a fraction of all tokens if below 1 (default: 0.05)",
+            final_lr_fraction="Final learning rate as a fraction of the peak (default: 0.1)",
+            decay="Fraction of all tokens over which wsd decays (default: 0.2)",
         ),
     ] = ScheduleOptions()
     optimizer: Annotated[
         OptimizerOptions,
         Help(
-            weight_decay="Weight decay of matrices; embeddings, norms and biases have none; 0.1 by default",
-            clip="Clip gradients to this norm (0 = never); 1 by default",
-            betas="Adam betas; 0.9,0.95 by default",
+            weight_decay="Weight decay of matrices; embeddings, norms and biases have none (default: 0.1)",
+            clip="Clip gradients to this norm (0 = never; default: 1)",
+            betas="Adam betas (default: 0.9,0.95)",
         ),
     ] = OptimizerOptions(weight_decay=None, clip=None, betas=None)
     machine: MachineOptions = MachineOptions()
@@ -385,20 +395,20 @@ class PretrainOptions:
 
 @dataclass(frozen=True)
 class RampOptions:
-    """How the learning rate of an annealing falls."""
+    """The start and the learning-rate decay of an annealing."""
 
     step: Annotated[
         str | None,
         _data(
             "--step",
             metavar="STEP",
-            help=f"Checkpoint of the run to start from, such as {checkpoint_name(500)} or 500; by default its last",
+            help=f"Checkpoint of the run to start from, such as {checkpoint_name(500)} or 500 (default: the last)",
         ),
         Formerly("--from"),
         COMMON,
     ] = None
     lr: Annotated[
-        float | None, _optimizer("--lr", help="Initial learning rate; by default that of the checkpoint"), COMMON
+        float | None, _optimizer("--lr", help="Initial learning rate (default: that of the checkpoint)"), COMMON
     ] = None
     ramp: Annotated[
         str, _optimizer("--ramp", metavar="NAME", help=f"Shape of the decay: {', '.join(DECAY_SHAPES)}"), COMMON
@@ -418,7 +428,7 @@ class AnnealOptions:
 
     stream: StreamOptions = StreamOptions()
     ramp: RampOptions = RampOptions()
-    batch: Annotated[BatchOptions, Help(batch_size="Sequences per step; by default that of the run")] = BatchOptions()
+    batch: Annotated[BatchOptions, Help(batch_size="Sequences per step (default: that of the run)")] = BatchOptions()
     optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas")] = OptimizerOptions(LOADED_OPTIMIZER)
     machine: MachineOptions = MachineOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
@@ -428,7 +438,7 @@ class AnnealOptions:
 
 
 def parse_betas(text: str) -> tuple[float, float]:
-    """`0.9,0.95` as two numbers; UsageError where they are not."""
+    """Parse `0.9,0.95`. Raises UsageError unless it is two numbers in [0, 1)."""
     try:
         first, second = map(float, text.split(","))
     except ValueError:
@@ -439,7 +449,7 @@ def parse_betas(text: str) -> tuple[float, float]:
 
 
 def held_out_paths(heldout: list[str] | None) -> dict[str, str]:
-    """Path -> domain ("" where none is named) of each --heldout."""
+    """Path -> domain of each --heldout value; the domain is "" where none is named."""
     result: dict[str, str] = {}
     for text in heldout or []:
         name, equals, path = text.partition("=")

@@ -1,10 +1,9 @@
-"""Pre-training and annealing: from a stream of tokens and options to a run.
+"""Pre-training and annealing: from a token stream and options to a run.
 
     outcome = pretrain("mix/", "run/", model="tiny", tokens=20_000, lr=3e-4)
     outcome = anneal("run/", "mix/", "annealed/", tokens=5_000)
 
-Options are those of `llmkit train` and `llmkit anneal`, by the same names, and make the same record: what comes out is
-equal to the byte.
+The keyword options are those of `llmkit train` and `llmkit anneal`, and give byte-identical output.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from llmkit.training.checkpoint.run_directory import starting_point
 from llmkit.training.checkpoint.trainer_state import TrainerState
 from llmkit.training.data import StreamSource
 from llmkit.training.inputs import (
+    check_stream_length,
+    check_tokenizer,
     context_length,
     held_out_source,
     model_input,
     open_stream,
     packed_length,
-    refuse_other_tokenizer,
-    refuse_short_stream,
     source_groups,
 )
 from llmkit.training.optim.recipe import Recipe, RopeThetas, is_path, read_recipe
@@ -49,7 +48,7 @@ from llmkit.training.options import AnnealOptions, PretrainOptions
 from llmkit.training.runner import AtCheckpoint, Prepared, Record, Request, open_session, run_training
 from llmkit.training.session import Session
 
-# What holds where neither an option nor a recipe has a value.
+# Values used where neither an option nor a recipe has one.
 DEFAULTS: dict[str, Any] = {"batch_size": 8, "weight_decay": 0.1, "clip": 1.0, "betas": "0.9,0.95"}
 CURVE: dict[str, Any] = {
     "schedule": "cosine",
@@ -58,7 +57,7 @@ CURVE: dict[str, Any] = {
     "decay": 0.2,
     "decay_shape": "linear",
 }
-# Continuing at the learning rate of a checkpoint: constant unless something else is asked for.
+# Continuing from a checkpoint: its learning rate stays constant unless another schedule is given.
 CONTINUED = CURVE | {"schedule": "constant", "warmup": 0.0}
 
 
@@ -72,10 +71,10 @@ def pretrain(
     report: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> Record | None:
-    """Train a decoder on token shards as `llmkit train` does; `report` is called with every record of metrics.jsonl.
+    """Train a decoder on token shards, like `llmkit train`; `report` is called with every record of metrics.jsonl.
 
-    Returns steps, tokens, losses and tokens per second; None where the run is finished already. Raises LlmkitError and
-    UsageError as the command.
+    Returns steps, tokens, losses and tokens per second, or None if the run had already finished. Raises the LlmkitError
+    and UsageError of the command.
     """
     request = Request.of("train", from_values(PretrainOptions, options), output, seed=seed, force=force)
     resolved = resolve_pretraining(request)
@@ -97,7 +96,7 @@ def anneal(
     report: Callable[[Record], None] = lambda record: None,
     **options: Any,
 ) -> Record | None:
-    """Continue a run while its learning rate decays, as `llmkit anneal` does; the rest as for `pretrain`."""
+    """Continue a run while its learning rate decays, like `llmkit anneal`; otherwise as `pretrain`."""
     request = Request.of("anneal", from_values(AnnealOptions, options), output, seed=seed, force=force)
     check_annealing(request.options)
     with open_session(request) as session:
@@ -109,7 +108,7 @@ def anneal(
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A recipe, and the values of the options in DEFAULTS and CURVE."""
+    """A recipe, if any, and the values of the options in DEFAULTS and CURVE."""
 
     recipe: Recipe | None
     values: dict[str, Any]
@@ -117,23 +116,21 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A pre-training run as a function of its tokens, and the options that were resolved for it."""
+    """A prepared pre-training run, its rope_theta over time, and its resolved options."""
 
     prepared: Prepared
     thetas: RopeThetas | None
     resolved: dict[str, Any]
 
     def theta(self, step: int) -> float:
-        """Base of the rotary embedding in `step`."""
+        """The base of the rotary embedding in `step`."""
         tokens = self.prepared.source.tokens(step)
         return self.thetas.at(tokens) if self.thetas else self.prepared.config.rope_theta
 
 
 @dataclass(frozen=True, slots=True)
-class _Course:
-    """Batches, learning rates, the model's configuration with its longest context, and the base of its rotary
-    embedding.
-    """
+class _Schedules:
+    """Batches, learning rates, the model configuration with its longest context, and rope_theta over time."""
 
     source: StreamSource
     schedule: Schedule
@@ -142,20 +139,20 @@ class _Course:
 
 
 def resolve_pretraining(request: Request) -> Resolved:
-    """Values as given, else the recipe's, else the default; noted in the record and handed to the loop.
+    """Resolve each option to the given value, or else the recipe's, or else the default.
 
-    Options of the curve that a recipe defines are left out, and may not be given: UsageError for those, and for any
-    that exclude each other.
+    The values are added to the record and passed on to the loop. Options of a curve that the recipe defines are left
+    out and must not be given. Raises UsageError for these, and for options that are mutually exclusive.
     """
     options: PretrainOptions = request.options
     start = options.start
     check_positive(lr=options.schedule.lr, tokens=options.stream.tokens)
     if start.from_ and start.model:
-        raise UsageError("--model together with --from", "the model to start from has a configuration of its own")
+        raise UsageError("--model and --from are mutually exclusive", "--from uses the configuration of its model")
     if start.rewarm and not start.from_:
-        raise UsageError("--rewarm without --from", "a new model is warmed up anyway")
+        raise UsageError("--rewarm requires --from", "a new model is warmed up anyway")
     recipe = read_recipe(start.recipe) if start.recipe else None
-    given = dataclasses.asdict(options.schedule) | {
+    explicit = dataclasses.asdict(options.schedule) | {
         "batch_size": options.batch.batch_size,
         "weight_decay": options.optimizer.weight_decay,
         "clip": options.optimizer.clip,
@@ -164,17 +161,17 @@ def resolve_pretraining(request: Request) -> Resolved:
     }
     curve = CONTINUED if start.from_ and not start.rewarm else CURVE
     has_curve = recipe is not None and any(stage.lr is not None for stage in recipe.stages)
-    named_options = [key for key in (*CURVE, "rewarm") if given.get(key) is not None and given[key] is not False]
+    named_options = [key for key in (*CURVE, "rewarm") if explicit.get(key) is not None and explicit[key] is not False]
     if has_curve and named_options:
         raise UsageError(
-            f"--{named_options[0].replace('_', '-')} together with --recipe",
-            "the recipe defines the curve; --lr scales it",
+            f"--{named_options[0].replace('_', '-')} cannot be combined with this --recipe",
+            "the recipe defines the learning-rate curve; --lr scales it",
         )
     from_recipe = dict(recipe.defaults) if recipe else {}
     if "betas" in from_recipe:
         from_recipe["betas"] = ",".join(map(str, from_recipe["betas"]))
     resolved = (DEFAULTS if has_curve else DEFAULTS | curve) | from_recipe
-    resolved |= {key: value for key, value in given.items() if key in resolved and value is not None}
+    resolved |= {key: value for key, value in explicit.items() if key in resolved and value is not None}
     request.record.options |= {
         key: value for key, value in resolved.items() if key not in ("batch_size", "sequence_length")
     }
@@ -188,77 +185,82 @@ def resolve_pretraining(request: Request) -> Resolved:
 def prepare_pretraining(request: Request, session: Session, data: str, values: Resolved) -> Plan:
     """Data, model, schedule and record of a pre-training run.
 
-    Raises UsageError for options that do not fit each other or the data, LlmkitError for data or a model that cannot
-    be read.
+    Raises UsageError for options that do not fit each other or the data, and LlmkitError for unreadable data or models.
     """
     options: PretrainOptions = request.options
     recipe, resolved = values.recipe, dict(values.values)
     from_ = options.start.from_
-    start, before = starting_point(from_, None) if from_ else (None, None)
+    start, previous = starting_point(from_, None) if from_ else (None, None)
     info = load_info(start) if start else None
     stream = open_stream(data, session, request.dry_run)
     mask = options.stream.document_mask
-    wanted = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
-    usual = resolved.get("sequence_length")
+    requested = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
+    recipe_length = resolved.get("sequence_length")
     total = options.stream.tokens or stream.tokens
     model = options.start.model
     if info:
         digest = parse_tokenizer(info.tokenizer_files, from_ or "").digest
-        refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+        check_tokenizer(data, stream.tokenizer.digest, digest)
         config, files, stop_ids = info.config, info.tokenizer_files, info.stop_ids
-        length = context_length(info, wanted or (min(usual, config.max_position_embeddings) if usual else None))
+        length = context_length(
+            info, requested or (min(recipe_length, config.max_position_embeddings) if recipe_length else None)
+        )
     else:
         request.record.options["model"] = model = model or "tiny"
-        config, files, stop_ids = _config(model, stream.tokenizer, wanted or usual), stream.tokenizer.files, None
+        config, files, stop_ids = (
+            _config(model, stream.tokenizer, requested or recipe_length),
+            stream.tokenizer.files,
+            None,
+        )
         length = config.max_position_embeddings
     if options.batch.batch_size is None:
         scaled = recipe.scaled_batch_size(total) if recipe else None
-        resolved["batch_size"] = scaled or (before.batch_size if before else resolved["batch_size"])
+        resolved["batch_size"] = scaled or (previous.batch_size if previous else resolved["batch_size"])
     request.record.options["batch_size"] = resolved["batch_size"]
-    course = _plan_course(options, recipe, resolved, stream, data, config, length, total, before, bool(info))
-    source, config = course.source, course.config
+    schedules = _plan_schedules(options, recipe, resolved, stream, data, config, length, total, previous, bool(info))
+    source, config = schedules.source, schedules.config
     length = max(phase.length for phase in source.phases)
     held_out = held_out_source(options.heldout.heldout, stream.tokenizer.digest, length, mask)
-    files_of_options = {"model": model, "recipe": options.start.recipe}
-    files_of_options = {
+    option_files = {"model": model, "recipe": options.start.recipe}
+    option_files = {
         option: path
-        for option, path in files_of_options.items()
+        for option, path in option_files.items()
         if path and os.path.isfile(path) and (option == "model" or is_path(path))
     }
-    request.record.options |= {option: base_name(path) for option, path in files_of_options.items() if path}
+    request.record.options |= {option: base_name(path) for option, path in option_files.items() if path}
     if start:
         request.record.options["from_"] = base_name(from_ or "")
 
     def inputs() -> list[Input]:
-        own = [describe_input(path or "", option) for option, path in files_of_options.items()]
-        started = [dataclasses.replace(model_input(from_ or "", start), role="from_")] if start else []
-        return [*stream.inputs, *own, *started]
+        option_inputs = [describe_input(path or "", option) for option, path in option_files.items()]
+        initial_model = [dataclasses.replace(model_input(from_ or "", start), role="from_")] if start else []
+        return [*stream.inputs, *option_inputs, *initial_model]
 
-    def fresh() -> Decoder:
+    def create_model() -> Decoder:
         if start:
-            started = load_model(start, torch.float32)[0]
-            started.config = config
-            return started
-        new = Decoder(config)
-        new.initialize(request.seed)
-        return new
+            model = load_model(start, torch.float32)[0]
+            model.config = config
+            return model
+        model = Decoder(config)
+        model.initialize(request.seed)
+        return model
 
-    thetas = course.thetas
+    thetas = schedules.thetas
     prepared = Prepared(
         config=config,
         source=source,
-        schedule=course.schedule,
+        schedule=schedules.schedule,
         batch_size=resolved["batch_size"],
         length=length,
         inputs=inputs,
         tokenizer_files=files,
         stop_ids=stop_ids or [stream.tokenizer.eos_id],
-        fresh=fresh,
+        create_model=create_model,
         heldout=held_out,
-        optimizer_from=start if before else None,
+        optimizer_from=start if previous else None,
         rope_theta=(lambda step: thetas.at(source.tokens(step))) if thetas else None,
         stream=stream,
-        resolved=resolved | {"lr": course.schedule.peak, "tokens": total},
+        resolved=resolved | {"lr": schedules.schedule.peak, "tokens": total},
         positional=("data",),
         counts={"parameters": config.parameters()},
     )
@@ -266,7 +268,7 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
 
 
 def _config(model: str, tokenizer: TokenizerInfo, sequence_length: int | None) -> ModelConfig:
-    """The preset or file, for this tokenizer; the model's context length is what it is trained with."""
+    """The configuration of a preset or file, for this tokenizer and sequence length."""
     config = load_config(model, tokenizer.vocab_size)
     return dataclasses.replace(
         config,
@@ -277,7 +279,7 @@ def _config(model: str, tokenizer: TokenizerInfo, sequence_length: int | None) -
     )
 
 
-def _plan_course(
+def _plan_schedules(
     options: PretrainOptions,
     recipe: Recipe | None,
     resolved: dict[str, Any],
@@ -286,31 +288,34 @@ def _plan_course(
     config: ModelConfig,
     length: int,
     total: int,
-    before: TrainerState | None,
+    previous: TrainerState | None,
     loaded: bool,
-) -> _Course:
-    """Batches and learning rates over `total` tokens. A `loaded` model has a context that only a stage with a
-    rope_theta may go beyond.
+) -> _Schedules:
+    """Batches and learning rates over `total` tokens.
 
-    UsageError where something does not fit.
+    Only a stage with a rope_theta may exceed the context length of a `loaded` model. Raises UsageError for options that
+    do not fit each other or the data.
     """
     start, lr = options.start, options.schedule.lr
-    last = before.rate if before else None
-    rate = lr or (default_rate(config.parameters()) if start.rewarm or last is None else last)
+    last_lr = previous.rate if previous else None
+    rate = lr or (default_rate(config.parameters()) if start.rewarm or last_lr is None else last_lr)
     if not rate:
-        raise UsageError(f"{start.from_}: its last step had a learning rate of 0", "raise it again: --rewarm, or --lr")
+        raise UsageError(f"{start.from_}: its last step had a learning rate of 0", "raise it with --rewarm or --lr")
     ends = recipe.stage_ends(total, stream.stages) if recipe else [total]
     stages = recipe.sequence_lengths(ends, length) if recipe else []
     thetas = recipe.rope_thetas(ends, config.rope_theta) if recipe else None
     shorter = parse_sizes(start.length_warmup, "--length-warmup")
     longest = max([length, *(size for size, _ in stages)])
-    refuse_short_stream(data, stream.tokens, longest)
+    check_stream_length(data, stream.tokens, longest)
     if stream.sequence_length and (shorter or any(size != length for size, _ in stages)):
-        raise UsageError(f"{data} is packed for sequences of {length:,}, which would change", "mix with --pack concat")
+        raise UsageError(
+            f"{data} is packed for sequences of {length:,} tokens, but some would have another length",
+            "mix with --pack concat",
+        )
     if loaded and longest > config.max_position_embeddings and not thetas:
         raise UsageError(
-            f"sequences of {longest:,} tokens are beyond the model's context of {config.max_position_embeddings:,}",
-            "a stage with another rope_theta may be longer",
+            f"sequences of {longest:,} tokens exceed the model's context of {config.max_position_embeddings:,} tokens",
+            "only a stage with its own rope_theta may be longer",
         )
     batches, batch_size = parse_sizes(start.batch_warmup, "--batch-warmup"), resolved["batch_size"]
     source = StreamSource(
@@ -334,27 +339,27 @@ def _plan_course(
             resolved["final_lr_fraction"],
             resolved["decay"],
             resolved["decay_shape"],
-            first=last or 0.0,
+            first=last_lr or 0.0,
         )
     context = max(longest, config.max_position_embeddings) if loaded else longest
-    return _Course(source, schedule, dataclasses.replace(config, max_position_embeddings=context), thetas)
+    return _Schedules(source, schedule, dataclasses.replace(config, max_position_embeddings=context), thetas)
 
 
 def prepare_annealing(request: Request, session: Session, start: str, data: str) -> Prepared:
-    """Data, model and schedule of an annealing; errors as for `prepare_pretraining`."""
+    """Data, model and schedule of an annealing run; raises the errors of `prepare_pretraining`."""
     options: AnnealOptions = request.options
-    directory, before = starting_point(start, parse_step(options.ramp.step) if options.ramp.step else None)
+    directory, previous = starting_point(start, parse_step(options.ramp.step) if options.ramp.step else None)
     info = load_info(directory)
-    rate = options.ramp.lr or (before.rate if before else None)
+    rate = options.ramp.lr or (previous.rate if previous else None)
     if not rate:
-        why = "its last step had a learning rate of 0" if before else "it has no optimizer state"
-        raise UsageError(f"{start}: {why}", "name the learning rate to start from with --lr")
-    batch_size = options.batch.batch_size or (before.batch_size if before else 8)
+        reason = "its last step had a learning rate of 0" if previous else "it has no optimizer state"
+        raise UsageError(f"{start}: {reason}", "give the initial learning rate with --lr")
+    batch_size = options.batch.batch_size or (previous.batch_size if previous else 8)
     stream, mask = open_stream(data, session, request.dry_run), options.stream.document_mask
-    wanted = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
-    length = context_length(info, wanted)
+    requested = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
+    length = context_length(info, requested)
     digest = parse_tokenizer(info.tokenizer_files, start).digest
-    refuse_other_tokenizer(data, stream.tokenizer.digest, digest)
+    check_tokenizer(data, stream.tokenizer.digest, digest)
     total = options.stream.tokens or stream.tokens
     source = StreamSource(
         stream,
@@ -365,7 +370,7 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
         vocabulary=info.config.vocab_size,
         groups=source_groups(stream),
     )
-    refuse_short_stream(data, stream.tokens, length)
+    check_stream_length(data, stream.tokens, length)
     planned = source.tokens(source.steps)
     return Prepared(
         config=info.config,
@@ -376,9 +381,9 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
         inputs=lambda: [model_input(start, directory), *stream.inputs],
         tokenizer_files=info.tokenizer_files,
         stop_ids=info.stop_ids,
-        fresh=lambda: load_model(directory, torch.float32)[0],
+        create_model=lambda: load_model(directory, torch.float32)[0],
         heldout=held_out_source(options.heldout.heldout, digest, length, mask),
-        optimizer_from=directory if before else None,
+        optimizer_from=directory if previous else None,
         stream=stream,
         resolved={"lr": rate, "batch_size": batch_size, "tokens": total},
         positional=("start", "data"),
@@ -386,16 +391,16 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
 
 
 def check_annealing(options: AnnealOptions) -> None:
-    """UsageError for options that are out of range."""
+    """Raise UsageError for options that are out of range."""
     check_positive(lr=options.ramp.lr, tokens=options.stream.tokens)
     if options.ramp.ramp not in DECAY_SHAPES:
         raise unknown_name("ramp", options.ramp.ramp, DECAY_SHAPES)
     if options.ramp.final_lr_fraction > 1:
         raise UsageError(
             f"--final-lr-fraction {options.ramp.final_lr_fraction} is above 1",
-            "it is the final learning rate over the initial one",
+            "it is the ratio of the final to the initial learning rate",
         )
     if options.ramp.step and parse_step(options.ramp.step) is None:
         raise UsageError(
-            f"--step {options.ramp.step}: not the name of a checkpoint", f"such as {checkpoint_name(500)}, or 500"
+            f"--step {options.ramp.step} is not the name of a checkpoint", f"such as {checkpoint_name(500)}, or 500"
         )

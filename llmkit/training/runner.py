@@ -1,12 +1,11 @@
-"""A training command from its options to its outcome, whoever calls it: the command line, or Python.
+"""Runs a training command from its options to its outcome, for the command line and for Python callers.
 
-    request = Request.of("train", options, "run/", seed=0)          # or what the command line makes of its flags
+    request = Request.of("train", options, "run/", seed=0)
     with open_session(request) as session:
-        prepared = prepare_pretraining(request, session, "mix/")    # data, model and schedule; nothing is written yet
-        outcome = run_training(request, session, prepared)          # None: the run was finished before
+        plan = prepare_pretraining(request, session, "mix/", resolve_pretraining(request))  # nothing is written yet
+        outcome = run_training(request, session, plan.prepared)                             # None: already finished
 
-`pretrain`, `anneal` (training.pretraining), `fine_tune` (alignment.fine_tuning) and `align`
-(alignment.preference_tuning) do all three.
+`pretrain` and `anneal` (training.pretraining), `fine_tune` and `align` (alignment.fine_tuning) do all of this.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Record = dict[str, Any]
 Reader = Callable[[list[str] | None], DocumentReader]
 AtCheckpoint = Callable[[Any, int], dict[str, float]]
 PATHS = ("from_", "model", "recipe")  # options that may name a file
-PER_CALL = ("resume", "accept_change")  # not options of the run, but of one call
+PER_CALL = ("resume", "accept_change")  # options of a call, not of the run
 
 
 def _ignore(text: str) -> None:
@@ -43,13 +42,13 @@ def _ignore(text: str) -> None:
 
 @dataclass
 class Request:
-    """One call: the command, its options, where the run goes, and the record of what it makes."""
+    """One call: the command, its options, the output, and the lineage record of its models."""
 
     command: str
     options: Any  # PretrainOptions, AnnealOptions, ...
     loop: LoopOptions
     record: Lineage
-    values: dict[str, Any]  # every option that belongs into config.toml, by name
+    values: dict[str, Any]  # every option of config.toml, by name
     seed: int = 0
     dry_run: bool = False
     note: Callable[[str], None] = _ignore
@@ -58,23 +57,27 @@ class Request:
     reader: Reader = field(default=lambda paths: _plain_reader(paths))
 
     @classmethod
-    def of(cls, command: str, options: Any, output: str, *, seed: int = 0, force: bool = False, **more: Any) -> Request:
-        """The request that `llmkit COMMAND` makes of these options."""
+    def of(
+        cls, command: str, options: Any, output: str, *, seed: int = 0, force: bool = False, **callbacks: Any
+    ) -> Request:
+        """The request that `llmkit COMMAND` makes from these options; `callbacks` are note, warn, detail and reader."""
         values = values_of(options)
         if values["processes"] > 1 or values["max_restarts"]:
             raise UsageError(
-                "several processes are started by the command line only", "use llmkit, torchrun or accelerate launch"
+                "only the command line starts several processes", "use llmkit, torchrun or accelerate launch"
             )
         neutral = neutral_names(type(options))
         decisive = {name: value for name, value in values.items() if name not in neutral and value is not None}
         inputs = [describe_input(value, name) for name, value in decisive.items() if isinstance(value, Path)]
         recorded = {name: base_name(v) if isinstance(v, Path) else v for name, v in decisive.items()} | {"seed": seed}
         loop = loop_options(options, output, force)
-        return cls(command, options, loop, Lineage(command, recorded, inputs), values | {"seed": seed}, seed, **more)
+        return cls(
+            command, options, loop, Lineage(command, recorded, inputs), values | {"seed": seed}, seed, **callbacks
+        )
 
 
 def loop_options(options: Any, output: str, force: bool = False, sequences_per_row: int = 1) -> LoopOptions:
-    """The groups of a command's options that the loop takes; those that the command lacks have their defaults."""
+    """The option groups that the loop takes; groups that the command lacks have their defaults."""
     names = ("batch", "optimizer", "machine", "checkpoints", "heldout", "log")
     groups = {name: getattr(options, name) for name in names if hasattr(options, name)}
     return LoopOptions(
@@ -84,26 +87,26 @@ def loop_options(options: Any, output: str, force: bool = False, sequences_per_r
 
 @dataclass
 class Prepared:
-    """What a run will do, before anything is written."""
+    """Model, data and schedule of a run, before anything is written."""
 
     config: ModelConfig
     source: Source
     schedule: Schedule
     batch_size: int
-    length: int  # tokens per sequence, the longest
-    inputs: Callable[[], list[Input]]  # with their digests, which take a while
+    length: int  # tokens of the longest sequence
+    inputs: Callable[[], list[Input]]  # computes their digests, which takes a while
     tokenizer_files: Mapping[str, str]
     stop_ids: list[int]
-    fresh: Callable[[], Decoder]
+    create_model: Callable[[], Decoder]
     objective: Objective = next_token
     metric_names: tuple[str, ...] = ()
     heldout: Source | None = None
     optimizer_from: Path | None = None
     rope_theta: Callable[[int], float] | None = None
-    stream: TokenStream | None = None  # whose documents the run's trace names
-    late_source: Callable[[], Source] | None = None  # instead of `source`, once the run directory is there
-    resolved: dict[str, Any] = field(default_factory=dict)  # values that options left open
-    positional: tuple[str, ...] = ()  # arguments, which config.toml leaves out
+    stream: TokenStream | None = None  # the documents of the run's trace
+    deferred_source: Callable[[], Source] | None = None  # replaces `source` once the run directory exists
+    resolved: dict[str, Any] = field(default_factory=dict)  # values chosen for options that were not given
+    positional: tuple[str, ...] = ()  # positional arguments, which config.toml leaves out
     counts: dict[str, Any] = field(default_factory=dict)  # added to the summary
 
     @property
@@ -113,9 +116,9 @@ class Prepared:
 
 @contextmanager
 def open_session(request: Request) -> Iterator[Session]:
-    """The session of a request, joined by every process of its group."""
-    with session(request.loop, request.dry_run, request.warn) as opened:
-        yield opened
+    """The session of a request; every process of the group joins it."""
+    with session(request.loop, request.dry_run, request.warn) as current:
+        yield current
 
 
 def run_training(
@@ -126,28 +129,28 @@ def run_training(
     at_checkpoint: list[AtCheckpoint] | None = None,
     observe: Callable[[], AbstractContextManager[Callable[[Record], None]]] = lambda: nullcontext(lambda record: None),
 ) -> Record | None:
-    """Train what was prepared; None where the run is finished already.
+    """Train a prepared run. Returns its summary, or None if it had already finished.
 
-    `at_checkpoint` are called with (model, step) at every checkpoint, and what they return is logged. `observe()`
-    gives a function that is shown every record of the log. Raises LlmkitError where a run that is to be resumed was
-    another one, where the guard gives up, or the disk is full.
+    Each of `at_checkpoint` is called with (model, step) at every checkpoint, and its result is logged. `observe()`
+    yields a function that is called with every record of the log. Raises LlmkitError if the run to resume has other
+    options or inputs, if the guard gives up, or if the disk is full.
     """
     from llmkit.training.trace import write_trace
 
     p, loop = prepared, request.loop
-    begun = session.begin(request.record, p.inputs(), p.batch_size, p.length, config_text(request, p))
-    if p.stream is not None and session.processes.is_main:  # also of a finished run: the data may have moved
+    started = session.begin(request.record, p.inputs(), p.batch_size, p.length, config_text(request, p))
+    if p.stream is not None and session.processes.is_main:  # for a finished run too: the data may have moved
         assert isinstance(p.source, StreamSource)
         phases = [(phase.step, phase.token, phase.rows, phase.length) for phase in p.source.phases]
         write_trace(session.directory.path, p.stream, phases, p.planned_tokens)
-    if not begun:
+    if not started:
         return None
     _announce(request, session, p)
     session.at_checkpoint += [*_samples(request, session, p), *(at_checkpoint or [])]
     with observe() as show, _tracked(request, session) as track:
-        source = p.late_source() if p.late_source else p.source
+        source = p.deferred_source() if p.deferred_source else p.source
         outcome = session.train(
-            session.model(p.fresh),
+            session.model(p.create_model),
             p.objective,
             source,
             p.schedule,
@@ -163,7 +166,7 @@ def run_training(
 
 
 def _samples(request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
-    """What completes --prompts at every checkpoint, on each process that has to take part in it."""
+    """The gallery that completes --prompts at every checkpoint, on each process that takes part in generation."""
     prompts = getattr(getattr(request.options, "samples", None), "prompts", None)
     if not prompts or not session.shows_checkpoints:
         return []
@@ -177,7 +180,9 @@ def _announce(request: Request, session: Session, prepared: Prepared) -> None:
     available = prepared.stream.tokens if prepared.stream is not None else None
     planned = prepared.planned_tokens
     if available and planned > 1.01 * available:
-        request.note(f"{planned:,} tokens are {planned / available:.2f} passes over {available:,}")
+        request.note(
+            f"{planned:,} tokens are {planned / available:.2f} passes over the {available:,} tokens of the data"
+        )
     if session.checkpoint:
         request.note(f"resuming from {session.checkpoint.name}")
     processes = session.processes
@@ -187,7 +192,7 @@ def _announce(request: Request, session: Session, prepared: Prepared) -> None:
 
 @contextmanager
 def _tracked(request: Request, session: Session) -> Iterator[Callable[[Record], None]]:
-    """A function that sends records to the tracker of the run, on the main process."""
+    """Yields a function that sends records to the tracker of the run, on the main process."""
     name = request.loop.log.tracker
     if not name or not session.processes.is_main:
         yield lambda record: None
@@ -203,13 +208,13 @@ def _tracked(request: Request, session: Session) -> Iterator[Callable[[Record], 
 
 
 def report_to(shows: list[Callable[[Record], None]], warn: Callable[[str], None]) -> Callable[[Record], None]:
-    """A function that shows a record everywhere; where that fails it is not tried again, and the run continues."""
+    """A function that passes a record to each of `shows`; one that fails is dropped, and the run continues."""
 
     def report(record: Record) -> None:
         for show in [*shows]:
             try:
                 show(record)
-            except Exception as error:  # a tracker's disk is full, its server unreachable, the terminal closed
+            except Exception as error:  # a full disk or unreachable server of a tracker, a closed terminal
                 shows.remove(show)
                 with suppress(OSError):
                     warn(f"step {record['step']:,}: metrics are no longer shown here ({error})")
@@ -218,9 +223,9 @@ def report_to(shows: list[Callable[[Record], None]], warn: Callable[[str], None]
 
 
 def config_text(request: Request, prepared: Prepared) -> str:
-    """config.toml of a run: every option with its value, so that `-c config.toml` trains the same again.
+    """The config.toml of a run: every option with its value, so that `-c config.toml` repeats the run.
 
-    An option that was not given is a comment with the value that it got, since naming it would make another record.
+    The chosen value of an option that was not given is a comment, since setting it would change the record.
     """
     lines = [f"# llmkit {request.command} ... -c config.toml -o RUN trains the same again"]
     for key, value in request.values.items():

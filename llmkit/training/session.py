@@ -1,13 +1,12 @@
-"""A run that is open: its processes, run directory, resumption and model files, around the loop of every training
-command.
+"""An open run: the processes, run directory, resumption and model files around the training loop.
 
     with session(options) as run:
         if not run.begin(record, inputs, batch_size, length, config_text):
-            return                                     # finished before
-        model = run.model(lambda: fresh_model)         # or the weights of the last checkpoint
+            return                                     # already finished
+        model = run.model(create_model)                # of the last checkpoint, or else newly created
         outcome = run.train(model, next_token, source, schedule, ...)
 
-`training.runner` prepares all of this from the options of a command.
+`training.runner` does this for every training command.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ MICRO_BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 16}
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What every training command hands to the loop."""
+    """The options of the loop, common to all training commands."""
 
     output: str
     force: bool = False
@@ -79,84 +78,88 @@ class LoopOptions:
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     heldout: HeldOutOptions = field(default_factory=HeldOutOptions)
     log: LogOptions = field(default_factory=LogOptions)
-    sequences_per_row: int = 1  # a preference pair is two
+    sequences_per_row: int = 1  # 2 for preference pairs
 
 
 @dataclass(slots=True)
 class Session:
-    """A run that is open: this process among others, the directory, and the checkpoint to go on from (None at the
-    start).
-    """
+    """An open run: its processes, its directory, and the checkpoint to resume from (None for a new run)."""
 
     options: LoopOptions
     processes: Processes
     directory: RunDirectory
     checkpoint: Path | None = None
     state: TrainerState | None = None
-    kept: tuple[str, ...] = ()  # what this call has put into the directory already
+    stored: tuple[str, ...] = ()  # entries of the directory that this call has already written
     lineage: Lineage = field(default_factory=lambda: Lineage(""))
-    say: Callable[[str], None] = lambda text: None
+    warn: Callable[[str], None] = lambda text: None
     changed: list[str] = field(default_factory=list)  # accepted changes of the environment
     at_checkpoint: list[Callable[[Any, int], dict[str, float]]] = field(default_factory=list)  # see TrainContext
-    _fresh: Callable[[], Decoder] | None = None
+    _create_model: Callable[[], Decoder] | None = None
 
     def begin(self, lineage: Lineage, inputs: list[Input], batch_size: int, length: int, config_text: str) -> bool:
-        """Settle what the run is; False where it is finished already.
+        """Start or resume the run; returns False if it had already finished.
 
-        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError where a run that is
-        to be resumed was another one.
+        `lineage` is the record of its models without `inputs`, which are added. Raises LlmkitError if the run to resume
+        has other options or inputs.
         """
         self.lineage = lineage
         self.lineage.inputs += inputs
         digests = [item.digest for item in self.lineage.inputs]
-        now = environment(self.processes.precision, self.processes.device)
-        now["kernels"] = kernels(self.processes.device, self._runtime())
-        self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, now, {})
+        current = environment(self.processes.precision, self.processes.device)
+        current["kernels"] = kernels(self.processes.device, self._runtime())
+        self.state = TrainerState(lineage.command, lineage.options, digests, 0, 0, 0.0, batch_size, length, current, {})
         self.checkpoint = self._last_intact() if self.options.checkpoints.resume else None
         if self.checkpoint:
-            old = load_trainer_state(self.checkpoint)
-            refuse_changes(old, self.state)
+            previous = load_trainer_state(self.checkpoint)
+            refuse_changes(previous, self.state)
             if self.directory.finished:
                 return False
-            now["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
-            self.changed = refuse_drift(old.environment, now, accepted_names(self.options.machine.accept_change))
+            current["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
+            self.changed = refuse_drift(
+                previous.environment, current, accepted_names(self.options.machine.accept_change)
+            )
         if self.processes.is_main and not self.checkpoint:
-            if self.options.force:  # not earlier: a call that comes to nothing leaves the old run as it is
-                self.directory.reset(*self.kept)
+            if self.options.force:  # not earlier: a call that fails before this leaves the old run intact
+                self.directory.reset(*self.stored)
             write_config(self.directory, config_text)
         self.processes.barrier()
         return True
 
     def _last_intact(self) -> Path | None:
-        """The last checkpoint whose files are as they were written; those behind it are told of. LlmkitError where
-        there are some, all damaged.
+        """The last undamaged checkpoint, if any; the damaged ones after it are reported and set aside.
+
+        Raises LlmkitError if all checkpoints are damaged.
         """
         checkpoints = self.directory.checkpoints()
-        if self.directory.finished or not checkpoints:  # there is nothing to go on from
+        if self.directory.finished or not checkpoints:  # nothing to resume
             return checkpoints[-1] if checkpoints else None
-        passed: list[Path] = []
+        damaged: list[Path] = []
         if self.processes.is_main:
-            left = list(checkpoints)
-            while left and (wrong := find_damage(left[-1])):
-                passed.append(left.pop())
-                self.say(f"{passed[-1]}: {wrong}; going back to the checkpoint before")
-                self.directory.event("damaged checkpoint", checkpoint=passed[-1].name, problem=wrong)
-            if left and passed:
-                self.directory.link_latest(left[-1])
-        count = int(self.processes.all_reduce([float(len(passed))])[0])
+            remaining = list(checkpoints)
+            while remaining and (problem := find_damage(remaining[-1])):
+                damaged.append(remaining.pop())
+                self.warn(f"{damaged[-1]}: {problem}; falling back to the previous checkpoint")
+                self.directory.event("damaged checkpoint", checkpoint=damaged[-1].name, problem=problem)
+            if remaining and damaged:
+                self.directory.link_latest(remaining[-1])
+        count = int(self.processes.all_reduce([float(len(damaged))])[0])
         if count == len(checkpoints):
             raise LlmkitError(
                 f"{self.directory.path}: all {count} checkpoints are damaged",
-                "start anew with -f, or from another copy",
+                "start over with -f, or restore a copy",
             )
-        for place in passed:  # all processes have looked
-            self.directory.set_aside(place)
+        for path in damaged:  # after all processes have listed the checkpoints
+            self.directory.set_aside(path)
         return checkpoints[-1 - count]
 
-    def model(self, fresh: Callable[[], Decoder]) -> Decoder:
-        """The model in float32, laid over the processes: that of the last checkpoint, else `fresh()`."""
-        self._fresh, processes = fresh, self.processes
-        if self.checkpoint and processes.layout.lockstep:  # no process ever holds all of it
+    def model(self, create_model: Callable[[], Decoder]) -> Decoder:
+        """The model in float32, distributed over the processes: that of the last checkpoint, or else `create_model()`.
+
+        Raises LlmkitError if a created model has non-finite weights.
+        """
+        self._create_model, processes = create_model, self.processes
+        if self.checkpoint and processes.layout.lockstep:  # no process ever holds the full model
             info = load_info(self.checkpoint)
             with torch.device("meta"):
                 model = Decoder(info.config)
@@ -165,17 +168,19 @@ class Session:
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
-        model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else fresh()
+        model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else create_model()
         for name, weight in () if self.checkpoint else model.named_parameters():
             if not torch.isfinite(weight).all():
-                raise LlmkitError(f"tensor {name} of the model to start from holds what is no number", "take another")
+                raise LlmkitError(
+                    f"tensor {name} of the initial model has non-finite weights", "start from another model"
+                )
         self._prepare(model)
         processes.layout.parallelize(model, processes.device, processes.precision)
         return model
 
     def _prepare(self, model: Decoder) -> None:
-        say = self.say if self.processes.is_main else lambda line: None
-        prepare(model, self.processes.device, self._runtime(), say)
+        warn = self.warn if self.processes.is_main else lambda line: None
+        prepare(model, self.processes.device, self._runtime(), warn)
 
     def _runtime(self) -> Runtime:
         machine = self.options.machine
@@ -196,19 +201,23 @@ class Session:
         rope_theta: Callable[[int], float] | None = None,
         report: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> dict[str, Any]:
-        """Run the loop. `optimizer_from` is a checkpoint of another run whose moments the first step starts from.
-        `rope_theta(step)` is the base of the rotary embedding in that step, where it changes.
+        """Run the loop and return its summary.
+
+        `metric_names` are the metrics of the objective. `optimizer_from` is a checkpoint of another run, from whose
+        optimizer state the first step starts. `rope_theta(step)` is the base of the rotary embedding in that step, if
+        it changes.
         """
         assert self.state is not None
-        options, config, of_tokens = self.options, model.config, objective is next_token
+        options, config, predicts_tokens = self.options, model.config, objective is next_token
         optimization = options.optimizer
         self.state.environment["model"] = model_digest(config.to_hf())
         if optimization.z_loss:
-            plain: Callable[..., ObjectiveResult] = objective
-            objective, metric_names = partial(plain, z_loss=optimization.z_loss), (*metric_names, "z_loss")
-        before = self.checkpoint or optimizer_from
+            base_objective: Callable[..., ObjectiveResult] = objective
+            objective = partial(base_objective, z_loss=optimization.z_loss)
+            metric_names = (*metric_names, "z_loss")
+        state_from = self.checkpoint or optimizer_from
         kind = optimization.optimizer or (
-            optimizer_of_state(read_layout(before / STATE / OPTIMIZER)) if before else "adamw"
+            optimizer_of_state(read_layout(state_from / STATE / OPTIMIZER)) if state_from else "adamw"
         )
         optimizer = build_optimizer(
             model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS)
@@ -216,21 +225,21 @@ class Session:
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 
-        def configured(step: int) -> ModelConfig:
+        def config_at(step: int) -> ModelConfig:
             return replace(config, rope_theta=rope_theta(step)) if rope_theta else config
 
         def before_step(step: int) -> None:
-            model.config = configured(step)
+            model.config = config_at(step)
 
         def write_model(directory: Path, weights: Tensors, step: int, tokens: int) -> None:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
-            of_step = configured(max(0, step - 1))
-            save_model(directory, weights, of_step, tokenizer_files, record.to_json(), torch.float32, stop_ids)
+            trained_config = config_at(max(0, step - 1))
+            save_model(directory, weights, trained_config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
 
         def initial() -> tuple[Tensors, Tensors]:
-            assert self._fresh is not None
-            return self._fresh().state_dict(), load_optimizer_tensors(optimizer_from) if optimizer_from else {}
+            assert self._create_model is not None
+            return self._create_model().state_dict(), load_optimizer_tensors(optimizer_from) if optimizer_from else {}
 
         return fit(
             TrainContext(
@@ -251,9 +260,9 @@ class Session:
                 logging=options.log,
                 start=self.checkpoint,
                 micro_batch=self.micro_batch(),
-                uniform_loss=math.log(config.vocab_size) if of_tokens else math.inf,
+                uniform_loss=math.log(config.vocab_size) if predicts_tokens else math.inf,
                 decode=_decoder(tokenizer_files),
-                notify=self.say if self.processes.is_main else lambda text: None,
+                notify=self.warn if self.processes.is_main else lambda text: None,
                 heldout=heldout,
                 flops_per_token=config.flops_per_token(self.state.length),
                 before_step=before_step,
@@ -265,17 +274,17 @@ class Session:
         )
 
     def micro_batch(self) -> int:
-        """Rows that go through the model at once."""
+        """Rows per forward pass."""
         assert self.state is not None
         return self.rows_at_once(self.state.batch_size, self.state.length)
 
     @property
     def shows_checkpoints(self) -> bool:
-        """Whether this process takes part in what is tried with the model at checkpoints."""
+        """Whether this process takes part in samples and scores at checkpoints."""
         return self.processes.is_main or self.processes.layout.lockstep
 
     def rows_at_once(self, batch_size: int, length: int) -> int:
-        """The same of a run that is not begun."""
+        """Rows per forward pass at this batch size and sequence length, also before `begin`."""
         if self.options.batch.micro_batch_size:
             return self.options.batch.micro_batch_size
         limit = MICRO_BATCH_TOKENS.get(self.processes.device.type, 1 << 16)
@@ -284,31 +293,32 @@ class Session:
 
 @contextmanager
 def session(
-    options: LoopOptions, dry_run: bool = False, say: Callable[[str], None] = lambda text: None
+    options: LoopOptions, dry_run: bool = False, warn: Callable[[str], None] = lambda text: None
 ) -> Iterator[Session]:
-    """Join the processes and open the run directory; every process of the group calls this. With `dry_run` nothing is
-    written. `say` warns the user.
+    """Join the processes and open the run directory; every process of the group calls this.
+
+    With `dry_run` nothing is written. `warn` shows a warning to the user.
     """
     machine = options.machine
     if options.log.tracker:
         check_tracker(options.log.tracker)
-    accepted_names(machine.accept_change)  # a wrong one is reported first
+    accepted_names(machine.accept_change)  # report unknown names first
     if restarted():
         options = replace(options, force=False, checkpoints=replace(options.checkpoints, resume=True))
     if machine.deterministic:
         be_deterministic()
     output, resume, force = options.output, options.checkpoints.resume, options.force
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # it is taken when there is something to save
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # handled once there is something to save
     processes = start(machine.precision, machine.threads, machine.parallel, machine.hang_timeout)
     if dry_run:
         check_run(output, resume=resume, force=force)
-        yield Session(options, processes, RunDirectory(output), say=say)
+        yield Session(options, processes, RunDirectory(output), warn=warn)
         return
     try:
         with open_run(output, resume=resume, force=force, main=processes.is_main) as directory:
             processes.start_watchdog(machine.hang_timeout, directory.event)
-            processes.barrier()  # the main process has made it
-            yield Session(options, processes, directory, say=say)
+            processes.barrier()  # until the main process has created the directory
+            yield Session(options, processes, directory, warn=warn)
     except BaseException as error:
         processes.leave(failed=True)
         lost_error = as_lost_error(error) if processes.world_size > 1 else None
@@ -319,17 +329,17 @@ def session(
 
 
 def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:
-    """The text that each id of a model stands for, in bytes, int64 [vocabulary]."""
-    known = token_bytes(files)
+    """Length in bytes of the text of each token id, int64 [vocabulary]; None without a tokenizer."""
+    lengths = token_bytes(files)
     return (
         None
-        if known is None
-        else torch.from_numpy(np.resize(np.append(known, np.zeros(vocabulary, np.int64)), vocabulary))
+        if lengths is None
+        else torch.from_numpy(np.resize(np.append(lengths, np.zeros(vocabulary, np.int64)), vocabulary))
     )
 
 
 def _decoder(tokenizer_files: Mapping[str, str]) -> Callable[[list[int]], str] | None:
-    """A function that turns ids into text; None where there is no tokenizer."""
+    """A function from token ids to text; None without a tokenizer."""
     if "tokenizer.json" not in tokenizer_files:
         return None
 

@@ -61,7 +61,7 @@ def test_sft_learns_the_answers_and_to_stop(
     arguments = ("base", "chat.jsonl", "--lr", "1e-2", "--epochs", "12", "--batch-size", "2", "-o", "sft")
     assert run_command("sft", [*arguments, "--heldout", "chat.jsonl"]) == 0
     said = capsys.readouterr().err
-    assert "using ChatML's" in said
+    assert "using that of ChatML" in said
     assert "60 rows" in said
     log = records("sft")
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]
@@ -119,7 +119,7 @@ def test_dpo_prefers_the_chosen(directory: Path, monkeypatch: pytest.MonkeyPatch
         ("sft", [], (), "no rows were read"),
         ("sft", [{"prompt": "a", "completion": "b"}], ("--chat-template", "bad.jinja"), "no stop token"),
         ("sft", [{"prompt": "a", "completion": "b"}], ("--too-long", "cut"), "--too-long 'cut'"),
-        ("sft", [{"prompt": "a", "completion": "b"}], ("--sequence-length", "500"), "beyond the model's context of 96"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ("--sequence-length", "500"), "exceeds the model's context of 96"),
         ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], (), "rows.jsonl:1: 'chosen' and 'rejected' are equal"),
         ("dpo", [{"prompt": "a", "chosen": "b"}], (), "no field 'rejected'"),
         ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ("--beta", "0"), "--beta"),

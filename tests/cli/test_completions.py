@@ -1,4 +1,4 @@
-"""Completion scripts: generated, up to date, and working in the shells that are here."""
+"""Completion scripts: up to date, and working in the installed shells."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def generated() -> dict[str, str]:
 
 
 def test_no_drift(generated: dict[str, str]) -> None:
-    """Property: the stored scripts are what `python -m llmkit.cli.shared.completions` writes now."""
+    """Property: the stored scripts equal the output of `python -m llmkit.cli.shared.completions`."""
     stale = [name for name, text in generated.items() if (DIRECTORY / name).read_text() != text]
     assert not stale, f"run: python -m llmkit.cli.shared.completions completions  ({stale})"
 
@@ -44,13 +44,13 @@ COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}
 _llmkit
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
-    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == expected
+    result = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == expected
 
 
 @pytest.mark.parametrize(("shell", "name"), [("zsh", "_llmkit"), ("fish", "llmkit.fish")])
 def test_other_shells_parse_their_script(shell: str, name: str) -> None:
-    """Behaviour: zsh and fish find no syntax error; where a shell is not installed the balance of quotes is checked."""
+    """Behaviour: zsh and fish find no syntax error; if a shell is not installed, only the quotes are checked."""
     text = (DIRECTORY / name).read_text()
     if shutil.which(shell):
         subprocess.run(

@@ -26,7 +26,7 @@ STAGE = ("dedup", "--method", "exact", "--no-counts")
 
 @pytest.fixture
 def llmkit(llmkit_anew):
-    """A fresh process per call: its start is tested here too."""
+    """A fresh process per call, since the start is tested here too."""
     return llmkit_anew
 
 
@@ -40,31 +40,31 @@ def start(*arguments: str, cwd: Path, **options: object) -> subprocess.Popen[byt
     return subprocess.Popen([sys.executable, "-m", "llmkit", *arguments], cwd=cwd, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def error_of(done: subprocess.CompletedProcess[bytes]) -> str:
-    """stderr of a failed call, which must be one error line, perhaps a hint, and no traceback."""
-    text = done.stderr.decode()
+def error_of(result: subprocess.CompletedProcess[bytes]) -> str:
+    """stderr of a failed call; checks that it has exactly one error line and no traceback."""
+    text = result.stderr.decode()
     lines = [line for line in text.splitlines() if ": error: " in line]
     assert len(lines) == 1 and "Traceback" not in text, text
     return text
 
 
 def test_unknown_names_get_a_suggestion(llmkit, docs: Path) -> None:
-    """Behaviour: exit 2 and the nearest name for commands, options, presets and methods."""
-    for arguments, near in [
+    """Behaviour: exit code 2, and a hint with the nearest command, option, preset or method."""
+    for arguments, nearest in [
         (["fliter"], "filter"),
         (["filter", "trian"], "train"),
         (["filter", "--presett", "gopher", "docs.jsonl"], "--preset"),
         (["filter", "--preset", "gofer", "docs.jsonl"], "gopher"),
         (["dedup", "--method", "minhsh", "docs.jsonl"], "minhash"),
     ]:
-        done = llmkit(*arguments, cwd=docs)
-        assert done.returncode == 2
-        assert near in error_of(done)
+        result = llmkit(*arguments, cwd=docs)
+        assert result.returncode == 2
+        assert nearest in error_of(result)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_the_shared_options_and_examples(llmkit, command: str) -> None:
-    """Property: one name, one meaning, everywhere; two or three examples."""
+    """Property: every command has the shared options and at least two examples."""
     text = llmkit(command, "--help-all").stdout.decode()
     for flag in ("-o,", "-f,", "-n,", "-q,", "-v,", "-j,", "-c,", "--seed", "--json", "--summary", "-h,", "-V,"):
         assert flag in text, flag
@@ -78,18 +78,18 @@ def test_version(llmkit) -> None:
 
 
 def test_stdin_terminal_without_input_is_a_usage_error(tmp_path: Path) -> None:
-    """Behaviour: exit 2 at once instead of waiting for the user to type documents."""
+    """Behaviour: exit code 2 at once, instead of waiting for typed documents."""
     import pty
 
     master, slave = pty.openpty()
-    done = subprocess.run([sys.executable, "-m", "llmkit", *STAGE], stdin=slave, capture_output=True, timeout=60)
+    result = subprocess.run([sys.executable, "-m", "llmkit", *STAGE], stdin=slave, capture_output=True, timeout=60)
     os.close(master)
     os.close(slave)
-    assert done.returncode == 2 and "terminal" in error_of(done)
+    assert result.returncode == 2 and "terminal" in error_of(result)
 
 
 def test_stdout_is_zstd_in_a_pipe_and_plain_on_request(llmkit, docs: Path) -> None:
-    """Behaviour: a pipe carries one zstd stream, --plain carries lines, messages go to stderr alone."""
+    """Behaviour: a pipe carries one zstd stream, --plain carries lines, messages go to stderr only."""
     piped = llmkit(*STAGE, "docs.jsonl", cwd=docs)
     assert zstandard.ZstdDecompressor().stream_reader(piped.stdout, read_across_frames=True).read() == LINES
     assert llmkit(*STAGE, "docs.jsonl", "--plain", cwd=docs).stdout == LINES
@@ -99,23 +99,23 @@ def test_stdout_is_zstd_in_a_pipe_and_plain_on_request(llmkit, docs: Path) -> No
 def test_quiet_and_json(llmkit, docs: Path) -> None:
     """Behaviour: -q is silent on success; --json prints one JSON line on stderr in place of the summary; --summary writes it."""
     assert llmkit(*STAGE, "docs.jsonl", "-q", "-o", "a.jsonl", cwd=docs).stderr == b""
-    done = llmkit(*STAGE, "docs.jsonl", "-q", "--json", "-o", "b.jsonl", "--summary", "s.json", cwd=docs)
-    assert json.loads(done.stderr)["documents"] == json.loads((docs / "s.json").read_bytes())["documents"] == 300
-    done = llmkit(*STAGE, "docs.jsonl", "--json", "-o", "c.jsonl", cwd=docs)
-    assert json.loads(done.stderr)["documents"] == 300
+    result = llmkit(*STAGE, "docs.jsonl", "-q", "--json", "-o", "b.jsonl", "--summary", "s.json", cwd=docs)
+    assert json.loads(result.stderr)["documents"] == json.loads((docs / "s.json").read_bytes())["documents"] == 300
+    result = llmkit(*STAGE, "docs.jsonl", "--json", "-o", "c.jsonl", cwd=docs)
+    assert json.loads(result.stderr)["documents"] == 300
 
 
 def test_no_clobber_and_force(llmkit, docs: Path) -> None:
     """Behaviour: an existing output is kept, and the message names it; -f replaces it."""
     (docs / "out.jsonl.zst").write_text("precious")
-    done = llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
-    assert done.returncode == 1 and "out.jsonl.zst exists" in error_of(done)
+    result = llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
+    assert result.returncode == 1 and "out.jsonl.zst exists" in error_of(result)
     assert (docs / "out.jsonl.zst").read_text() == "precious"
     assert llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", "-f", cwd=docs).returncode == 0
 
 
 def test_finished_run_repeated_does_nothing(llmkit, docs: Path) -> None:
-    """Behaviour: an output is up to date by the inputs and options in its record, not by its existence."""
+    """Behaviour: the inputs and options in its record decide whether an output is up to date, not its existence."""
     command = (*STAGE, "docs.jsonl", "-o", "out.jsonl.zst")
     assert llmkit(*command, cwd=docs).returncode == 0
     before = (docs / "out.jsonl.zst").stat().st_mtime_ns
@@ -133,12 +133,12 @@ def test_dry_run_writes_nothing(llmkit, docs: Path) -> None:
 
 
 def test_printed_configuration_is_read_back(llmkit, docs: Path) -> None:
-    """Behaviour: the output of --print-config is a valid configuration, also for a command with an option of its own name."""
+    """Behaviour: the output of --print-config is a valid configuration, even for a command with an option of the same name."""
     for command in ("filter", "dedup"):
         printed = llmkit(command, "docs.jsonl", "--print-config", cwd=docs)
         (docs / "p.toml").write_bytes(printed.stdout)
-        done = llmkit(command, "docs.jsonl", "-c", "p.toml", "-o", f"{command}.jsonl", cwd=docs)
-        assert done.returncode == 0, done.stderr.decode()
+        result = llmkit(command, "docs.jsonl", "-c", "p.toml", "-o", f"{command}.jsonl", cwd=docs)
+        assert result.returncode == 0, result.stderr.decode()
 
 
 def test_precedence_flag_environment_config_default(llmkit, docs: Path) -> None:
@@ -158,14 +158,14 @@ def test_precedence_flag_environment_config_default(llmkit, docs: Path) -> None:
 
 
 def test_config_with_an_unknown_option_is_refused(llmkit, docs: Path) -> None:
-    """Behaviour: exit 2, file and key named."""
+    """Behaviour: exit code 2; the message names the file and the nearest key."""
     (docs / "c.toml").write_text("sed = 3\n")
-    done = llmkit(*STAGE, "-c", "c.toml", "docs.jsonl", cwd=docs)
-    assert done.returncode == 2 and "c.toml" in error_of(done) and "seed" in error_of(done)
+    result = llmkit(*STAGE, "-c", "c.toml", "docs.jsonl", cwd=docs)
+    assert result.returncode == 2 and "c.toml" in error_of(result) and "seed" in error_of(result)
 
 
 def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
-    """Behaviour: one message that names the file (and line), exit 1, no file under the final name."""
+    """Behaviour: exit code 1, one message that names the file (and line), and no output under the final name."""
     packed = zstandard.compress(LINES)
     files = {
         "cut.jsonl.zst": (packed[: len(packed) // 2], "truncated"),
@@ -175,8 +175,8 @@ def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
     }
     for name, (data, message) in files.items():
         (docs / name).write_bytes(data)
-        done = llmkit(*STAGE, name, "-o", "out.jsonl.zst", cwd=docs)
-        assert done.returncode == 1 and message in error_of(done)
+        result = llmkit(*STAGE, name, "-o", "out.jsonl.zst", cwd=docs)
+        assert result.returncode == 1 and message in error_of(result)
         assert not (docs / "out.jsonl.zst").exists()
     (docs / "empty").mkdir()
     for name, message in (
@@ -184,28 +184,28 @@ def test_bad_inputs_are_named(llmkit, docs: Path) -> None:
         ("nowhere.jsonl", "no such file"),
         ("*.nothing", "nothing matches"),
     ):
-        done = llmkit(*STAGE, name, cwd=docs)
-        assert done.returncode == 1 and message in error_of(done)
+        result = llmkit(*STAGE, name, cwd=docs)
+        assert result.returncode == 1 and message in error_of(result)
     (docs / "zero.jsonl").write_bytes(b"")
-    done = llmkit(*STAGE, "zero.jsonl", "--plain", cwd=docs)
-    assert done.returncode == 0 and done.stdout == b"" and b"no documents" in done.stderr
-    done = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # as after a failed command in a pipe
-    assert done.returncode == 1 and b"stdin is empty" in done.stderr and not (docs / "out.jsonl").exists()
+    result = llmkit(*STAGE, "zero.jsonl", "--plain", cwd=docs)
+    assert result.returncode == 0 and result.stdout == b"" and b"no documents" in result.stderr
+    result = llmkit(*STAGE, "-o", "out.jsonl", stdin=b"", cwd=docs)  # as after a failed command in a pipe
+    assert result.returncode == 1 and b"stdin is empty" in result.stderr and not (docs / "out.jsonl").exists()
 
 
 def test_broken_pipe_is_quiet(docs: Path) -> None:
-    """Behaviour: `llmkit ... | head -1` ends with 141 and without a message."""
+    """Behaviour: `llmkit ... | head -1` exits with code 141 and without a message."""
     (docs / "many.jsonl").write_bytes(b"".join(orjson.dumps({"text": f"{i} {PROSE}"}) + b"\n" for i in range(30_000)))
     script = f"{sys.executable} -m llmkit dedup --method exact -q many.jsonl --plain | head -1 > first; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], cwd=docs, capture_output=True, text=True)
-    assert done.stdout.strip() == "141" and done.stderr == ""
+    result = subprocess.run(["bash", "-c", script], cwd=docs, capture_output=True, text=True)
+    assert result.stdout.strip() == "141" and result.stderr == ""
     assert orjson.loads((docs / "first").read_bytes())["text"].startswith("0 ")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_signals_leave_nothing_half_written(docs: Path, number: int, code: int, jobs: str) -> None:
-    """Behaviour: Ctrl-C and SIGTERM during the work give their exit codes, and leave no output under any name."""
+    """Behaviour: Ctrl-C and SIGTERM during a run give their exit codes, and leave no output under any name."""
     process = start(*STAGE, "-j", jobs, "-o", "out.jsonl.zst", cwd=docs, stdin=subprocess.PIPE)
     assert process.stdin and process.stderr
     process.stdin.write(LINES * 20)
@@ -218,32 +218,32 @@ def test_signals_leave_nothing_half_written(docs: Path, number: int, code: int, 
 
 
 def test_second_run_on_one_output_is_locked_out(docs: Path, llmkit) -> None:
-    """Behaviour: exit 75 while another run writes the same output."""
+    """Behaviour: exit code 75 while another run writes the same output."""
     process = start(*STAGE, "-o", "out.jsonl.zst", cwd=docs, stdin=subprocess.PIPE)
     wait_until((docs / ".out.jsonl.zst.partial").exists, process)
-    done = llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
-    assert done.returncode == 75 and "another run" in error_of(done)
+    result = llmkit(*STAGE, "docs.jsonl", "-o", "out.jsonl.zst", cwd=docs)
+    assert result.returncode == 75 and "another run" in error_of(result)
     process.communicate(LINES)
     assert process.returncode == 0 and (docs / "out.jsonl.zst").exists()
 
 
 def test_full_disk(llmkit, docs: Path) -> None:
-    """Behaviour: ENOSPC is one line with a hint and exit 1 (/dev/full stands in for the disk)."""
+    """Behaviour: ENOSPC gives one line with a hint and exit code 1 (/dev/full stands in for a full disk)."""
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "llmkit", *STAGE, "docs.jsonl"], cwd=docs, stdout=full, stderr=subprocess.PIPE
         )
-    assert done.returncode == 1 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+    assert result.returncode == 1 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
 
 
 def test_names_cannot_drive_the_terminal(llmkit, docs: Path) -> None:
     """Behaviour: control characters in a file name are escaped, not sent to the terminal."""
-    done = llmkit(*STAGE, "no\x1b[31msuch", cwd=docs)
-    assert b"\x1b" not in done.stderr and b"\\x1b" in done.stderr
+    result = llmkit(*STAGE, "no\x1b[31msuch", cwd=docs)
+    assert b"\x1b" not in result.stderr and b"\\x1b" in result.stderr
 
 
 def test_lineage_of_a_pipe(docs: Path, llmkit) -> None:
-    """Behaviour: the tree names every stage; the script makes the same bytes again; --check finds a changed input."""
+    """Behaviour: the tree names every stage; the script reproduces the same bytes; --check finds a changed input."""
     script = f"{sys.executable} -m llmkit dedup --method exact docs.jsonl -q | {sys.executable} -m llmkit dedup --method exact -q -o out.jsonl.zst"
     subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=docs, check=True)
     tree = llmkit("lineage", "out.jsonl.zst", cwd=docs).stdout.decode()
@@ -259,5 +259,5 @@ def test_lineage_of_a_pipe(docs: Path, llmkit) -> None:
     assert (docs / "rebuilt" / "out.jsonl.zst").read_bytes() == (docs / "out.jsonl.zst").read_bytes()
     assert llmkit("lineage", "out.jsonl.zst", "--check", cwd=docs).returncode == 0
     (docs / "docs.jsonl").write_bytes(LINES[:-200])
-    done = llmkit("lineage", "out.jsonl.zst", "--check", cwd=docs)
-    assert done.returncode == 1 and "docs.jsonl" in error_of(done)
+    result = llmkit("lineage", "out.jsonl.zst", "--check", cwd=docs)
+    assert result.returncode == 1 and "docs.jsonl" in error_of(result)

@@ -65,7 +65,7 @@ def test_streams_and_rows(llmkit, crawl: Path) -> None:
         (("crawl", "--time-limit", "0"), 2, "--time-limit"),
         (("crawl", "--text-key", "html"), 2, "--html-key"),
         (("empty",), 1, "no input files"),
-        (("crawl", "-o", "x.jsonl", "--rejects", "x.jsonl"), 2, "where the documents go"),
+        (("crawl", "-o", "x.jsonl", "--rejects", "x.jsonl"), 2, "output of the documents"),
         (("bad.jsonl",), 1, "bad.jsonl:1"),
     ],
 )

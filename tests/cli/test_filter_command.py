@@ -132,7 +132,7 @@ def test_default_preset_is_recorded(llmkit_here, docs: Path) -> None:
         (["--filter", "c5"], "c4"),
         (["--words", "unicorn"], "unicode"),
         (["--rule", "gopher_quality.min_doc_word=1"], "gopher_quality.min_doc_words"),
-        (["--rejects", "out.jsonl"], "where the documents go"),
+        (["--rejects", "out.jsonl"], "output of the documents"),
         (["--rejects", "out.csv"], ".jsonl"),
     ],
 )
@@ -344,7 +344,7 @@ def test_directory_of_inputs(llmkit_here, docs: Path) -> None:
     (docs / "in" / "more").mkdir()
     (docs / "in" / "more" / "part-1.jsonl.gz").write_bytes(b"")
     clash = llmkit_here("filter", "in", "-o", "new/", cwd=docs)
-    assert clash.returncode == 1 and b"would both be part-1.jsonl.zst" in clash.stderr
+    assert clash.returncode == 1 and b"would both become part-1.jsonl.zst" in clash.stderr
 
 
 def test_killed_in_the_middle(llmkit, docs: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a training command shows, and the trackers that it sends its figures to."""
+"""Progress of a training command, and trackers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def record(step: int, **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-def drawn(panel: live_view.Panel, width: int = 120) -> str:
+def rendered(panel: live_view.Panel, width: int = 120) -> str:
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
@@ -29,17 +29,17 @@ def drawn(panel: live_view.Panel, width: int = 120) -> str:
 
 
 def test_panel_shows_what_matters(tmp_path: Path) -> None:
-    """Behaviour: course of the loss, rates, time left, the last events; markup and control characters in them are text."""
+    """Behaviour: loss curve, rates, time left and last events are shown; markup and control characters are shown as text."""
     events = tmp_path / "events.jsonl"
     panel = live_view.Panel("llmkit train [red]run", 100_000, events)
-    assert "first step" in drawn(panel)
+    assert "first step" in rendered(panel)
     for step in range(1, 2001):
         panel.add(record(step) | ({"heldout_loss": 4.5} if step == 1000 else {}))
     time = "2026-11-22T10:11:12Z"
     lines = [{"event": f"e{n}", "time": time, "step": n} for n in range(9)]
     lines.append({"event": "rollback\x1b[2J", "time": time, "step": 9, "cause": "[bold]broken"})
     events.write_text("{cut off\n" + "".join(json.dumps(line) + "\n" for line in lines))
-    text = drawn(panel)
+    text = rendered(panel)
     for part in (
         "2,000",
         "loss 3.0000",
@@ -56,11 +56,11 @@ def test_panel_shows_what_matters(tmp_path: Path) -> None:
     assert "█" in text
     assert len(panel._losses) < live_view.POINTS
     panel.add({key: value for key, value in record(2001).items() if key not in ("loss", "grad_norm")})
-    assert "skipped" in drawn(panel, 60)
+    assert "skipped" in rendered(panel, 60)
 
 
 def test_sparkline() -> None:
-    """Property: as many bars as asked for at most, falling with the values, whole range used; equal values are level."""
+    """Property: at most the requested number of bars, monotonic in the values, over the full range; equal values are level."""
     line = live_view.sparkline([10 - i / 50 for i in range(500)], 40)
     assert len(line) == 40
     assert list(line) == sorted(line, key=live_view.BARS.index, reverse=True)
@@ -69,7 +69,7 @@ def test_sparkline() -> None:
     assert live_view.sparkline([], 40) == ""
 
 
-def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: one line at most every 30 seconds, with loss, rate and time left."""
     from types import SimpleNamespace
 
@@ -77,12 +77,8 @@ def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], m
 
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False) | {"jobs": 1, "seed": 0}
-    session: Any = SimpleNamespace(
-        settings=SimpleNamespace(tracker=None),
-        processes=SimpleNamespace(main=True),
-        directory=SimpleNamespace(path=Path()),
-    )
-    with live_view.shown(Run("train", values, {}, {}), session, 1000) as report:
+    session: Any = SimpleNamespace(directory=SimpleNamespace(path=Path()))
+    with live_view.display(Run("train", values, {}, {}), session, 1000) as report:
         report(record(1, heldout_loss=4.25))
     line = capsys.readouterr().err
     assert "100 of 1,000 tokens loss 4.9990 held-out 4.2500 lr 1.00e-03 1,23" in line
@@ -91,8 +87,8 @@ def test_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], m
 class TestTrackers:
     """`--tracker`."""
 
-    def test_one_that_fails_is_left(self) -> None:
-        """Behaviour: a tracker whose disk is full is reported once and not called again; the others are."""
+    def test_a_failing_tracker_is_dropped(self) -> None:
+        """Behaviour: a tracker whose disk is full is reported once and not called again; the others still are."""
         from llmkit.training.runner import report_to
 
         def full(record: Any) -> None:
@@ -108,10 +104,10 @@ class TestTrackers:
 
     @pytest.fixture
     def fake(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        """What a tracker that is known to Accelerate as `fake` gets."""
+        """The calls received by a tracker registered with Accelerate as `fake`."""
         from accelerate import tracking
 
-        seen: list[Any] = []
+        calls: list[Any] = []
 
         class Fake(tracking.GeneralTracker):
             name = "fake"
@@ -119,7 +115,7 @@ class TestTrackers:
 
             def __init__(self, run_name: str, logging_dir: str, **more: Any) -> None:
                 super().__init__()
-                seen.append(("start", run_name, logging_dir))
+                calls.append(("start", run_name, logging_dir))
 
             def start(self) -> None:
                 """Nothing to open."""
@@ -129,22 +125,22 @@ class TestTrackers:
                 return None
 
             def store_init_configuration(self, values: dict[str, Any]) -> None:
-                seen.append(("options", values))
+                calls.append(("options", values))
 
             def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
-                seen.append((step, values))
+                calls.append((step, values))
 
             def finish(self) -> None:
-                seen.append("finish")
+                calls.append("finish")
 
         from llmkit.training.metrics import tracker
 
         register = getattr(tracking, "register_tracker_class", None)
         if register is None:
-            pytest.skip("this accelerate registers no trackers")
+            pytest.skip("this version of accelerate cannot register trackers")
         register(Fake)
         monkeypatch.setattr(tracker, "TRACKERS", ("fake",))
-        yield seen
+        yield calls
         tracking.LOGGER_TYPE_TO_CLASS.pop("fake", None)
 
     def test_every_number_arrives(self, fake: list[Any], tmp_path: Path) -> None:
@@ -163,7 +159,7 @@ class TestTrackers:
 
         from llmkit.training.metrics.tracker import check_tracker
 
-        PartialState._reset_state()  # as in a call that has just begun
+        PartialState._reset_state()  # as at the start of a process
         monkeypatch.setattr(tracking, "get_available_trackers", list)
         with pytest.raises(LlmkitError, match="the package wandb is not installed") as caught:
             check_tracker("wandb")
@@ -183,6 +179,6 @@ class TestTrackers:
         for step in (1, 2):
             tracker.log(record(step))
         tracker.finish()
-        found = EventAccumulator(str(tmp_path / "tracker"))
-        found.Reload()
-        assert [(e.step, round(e.value, 3)) for e in found.Scalars("loss")] == [(1, 4.999), (2, 4.998)]
+        events = EventAccumulator(str(tmp_path / "tracker"))
+        events.Reload()
+        assert [(e.step, round(e.value, 3)) for e in events.Scalars("loss")] == [(1, 4.999), (2, 4.998)]

@@ -1,4 +1,4 @@
-"""Options as dataclasses, former spellings, help in two lengths, and what programs read: `help --json` and errors as JSON."""
+"""Options as dataclasses, former flags, --help and --help-all, and JSON output: `help --json` and errors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Options:
     pace: Annotated[Pace, Help(speed="How fast")] = Pace(speed=3)
 
 
-def seen(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
-    """The options that a command gets for these arguments, and what it would record."""
+def parsed(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
+    """The options that a command receives for these arguments, and those that it would record."""
     calls = []
 
     @command()
@@ -44,9 +44,9 @@ def seen(arguments: list[str]) -> tuple[Options, dict[str, Any]]:
 
 
 def test_groups_become_flags_and_back() -> None:
-    """Behaviour: fields are flags with the defaults of their command; neutral ones stay out of the record."""
-    assert seen([])[0] == Options()
-    options, recorded = seen(["--speed", "7", "--colour", "red"])
+    """Behaviour: fields are flags with the defaults of their command; neutral ones are not recorded."""
+    assert parsed([])[0] == Options()
+    options, recorded = parsed(["--speed", "7", "--colour", "red"])
     assert options == Options(Pace(7, "red"))
     assert recorded == {"speed": 7, "seed": 0}
     assert from_values(Options, {"speed": 7, "colour": "red"}) == options
@@ -56,19 +56,19 @@ def test_groups_become_flags_and_back() -> None:
 
 
 def test_former_spellings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Behaviour: a former flag, variable or key of a file is taken, with one note; behind `--` it is an argument."""
-    assert seen(["--color=red", "--color", "blue"])[0].pace.colour == "blue"
+    """Behaviour: a former flag, variable or config key is accepted, with one note; after `--` it is an argument."""
+    assert parsed(["--color=red", "--color", "blue"])[0].pace.colour == "blue"
     assert capsys.readouterr().err == "llmkit walk: --color is now called --colour\n"
     (tmp_path / "c.toml").write_text('color = "green"\n')
-    assert seen(["-c", str(tmp_path / "c.toml")])[0].pace.colour == "green"
+    assert parsed(["-c", str(tmp_path / "c.toml")])[0].pace.colour == "green"
     monkeypatch.setenv("LLMKIT_WALK_COLOR", "black")
-    assert seen([])[0].pace.colour == "black"
+    assert parsed([])[0].pace.colour == "black"
     with pytest.raises(UsageError):
-        seen(["--", "--color"])
+        parsed(["--", "--color"])
 
 
 def test_a_command_takes_a_group_in_part() -> None:
-    """Behaviour: fields left out of a group are no options of the command, and keep their defaults."""
+    """Behaviour: fields excluded from a group are not options of the command, and keep their defaults."""
 
     @dataclass(frozen=True)
     class Slow:
@@ -83,14 +83,14 @@ def test_a_command_takes_a_group_in_part() -> None:
 
 @pytest.mark.parametrize("options", [PretrainOptions, SftOptions, DpoOptions])
 def test_every_schedule_is_listed(options: type) -> None:
-    """Property: train, sft and dpo list every schedule that there is."""
+    """Property: the help of train, sft and dpo lists every schedule."""
     field = next(field for field in option_fields(options) if field.name == "schedule")
     text = field.help or next(mark.help for mark in field.marks() if hasattr(mark, "help"))
     assert all(name in text for name in SCHEDULES)
 
 
 def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: --help shows about a dozen options of train and says where the rest is; --help-all shows every one."""
+    """Behaviour: --help shows about a dozen options of train and refers to --help-all, which shows all of them."""
     assert run_command("train", ["--help"]) == 0
     short = capsys.readouterr().out
     assert run_command("train", ["--help-all"]) == 0
@@ -104,9 +104,9 @@ def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     """Property: every command, with typed options, defaults and flags, and every exit code; defaults are those of the code."""
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main(["help", "--json"])
-    assert not end.value.code
+    assert not exit_info.value.code
     content = json.loads(capsys.readouterr().out)
     assert [command["name"] for command in content["commands"]] == list(COMMANDS)
     assert {code["code"] for code in content["exit_codes"]} == {int(code) for code in ExitCode}
@@ -129,11 +129,11 @@ def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
         "minimum": 0,
     }
     assert options["tokens"]["type"] == "count" and options["document_mask"]["negative_flags"] == ["--no-document-mask"]
-    types = {item["type"] for one in content["commands"] for item in one["options"] + one["arguments"]}
+    types = {item["type"] for command in content["commands"] for item in command["options"] + command["arguments"]}
     assert types <= {"boolean", "count", "integer", "number", "path", "string"}
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as exit_info:
         main(["help", "trane", "--json"])
-    assert end.value.code == 2
+    assert exit_info.value.code == 2
     assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["hint"] == "did you mean 'train' or 'trace'?"
 
 

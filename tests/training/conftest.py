@@ -42,7 +42,7 @@ def train(stream: ListStream) -> Callable[..., dict[str, Any]]:
         settings = loop_settings(str(path), **({"micro_batch_size": 2, "save_every": 3} | changes))
         source = StreamSource(stream, 32, batch_size, 16 * 4 * 32)
         plan = build_schedule("cosine", rate, source.tokens(source.steps), warmup=300, floor=0.1)
-        with sessions.session(settings, say=say) as opened:
+        with sessions.session(settings, warn=say) as opened:
             opened.at_checkpoint += at_checkpoint
             inputs = [Input("input", "data", "xxh3:0")]
             if not opened.begin(Lineage("train", options), inputs, batch_size, 32, "seed = 0\n"):

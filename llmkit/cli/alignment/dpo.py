@@ -25,26 +25,25 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with `chosen` and `rejected`: {schema_names(PREFERENCES)}; "
-            "'-' or nothing is stdin",
+            help=f"JSON lines or Parquet with `chosen` and `rejected`: {schema_names(PREFERENCES)} (default: stdin)",
         ),
     ] = None,
     options: DpoOptions = DpoOptions(),
 ) -> None:
-    """Align a model by direct preference optimization: make chosen answers more probable and rejected ones less,
-    relative to the initial model.
+    """Align a model by direct preference optimization (DPO): make chosen answers more probable and rejected ones less
+    probable, relative to the initial model.
 
-    The reference log-probabilities are computed once before the first step and stored in the run. The log shows the
-    rewards of both sides, their margin, and how often the chosen one is ahead.
+    The log-probabilities of the reference model are computed once, before the first step, and stored in the run. The
+    log shows the rewards of chosen and rejected answers, their margin, and how often the chosen answer wins.
     """
-    from llmkit.cli.shared.training_command import launched, request_of, train_or_show
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
-    if launched(run, options, [model, *(rows or [])]):
+    if launch_processes(run, options, [model, *(rows or [])]):
         return
     from llmkit.alignment.fine_tuning import prepare_alignment
     from llmkit.training.runner import open_session
 
-    request = request_of(run, options)
+    request = training_request(run, options)
     with open_session(request) as session:
         prepared = prepare_alignment(request, session, model, run.inputs(rows))
-        train_or_show(run, request, session, prepared)
+        train_or_plan(run, request, session, prepared)

@@ -1,4 +1,4 @@
-"""`llmkit sft`: fine-tune a model on conversations, with the loss on what the assistant says."""
+"""`llmkit sft`: fine-tune a model on conversations, with the loss on the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)}; '-' or nothing is stdin",
+            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)} (default: stdin)",
         ),
     ] = None,
     options: SftOptions = SftOptions(),
 ) -> None:
-    """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's part.
+    """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's tokens.
 
-    The chat template is the model's own; the loss covers the assistant's content, its tool calls and its stop token,
-    and nothing else. Rows are packed into sequences in which none attends to another, and the loss of a step is the
-    mean over its trained tokens. A message may carry its own `weight`, or `train: false`. The resulting model stops at
-    its end of turn (generation_config.json).
+    Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
+    stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
+    each other. A message may have a `weight`, or `train: false`. The resulting model stops at the end of its turn
+    (generation_config.json).
     """
-    from llmkit.cli.shared.training_command import launched, request_of, train_or_show
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
-    if launched(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
+    if launch_processes(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
         return
     from llmkit.alignment.fine_tuning import prepare_fine_tuning
     from llmkit.training.runner import open_session
 
-    request = request_of(run, options)
+    request = training_request(run, options)
     with open_session(request) as session:
         prepared = prepare_fine_tuning(request, session, model, run.inputs(rows))
-        train_or_show(run, request, session, prepared)
+        train_or_plan(run, request, session, prepared)

@@ -30,18 +30,19 @@ FORMATS = ("table", "json")
 def main(
     run: Run,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories or runs")],
-    tasks: Annotated[str, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, separated by commas")] = "",
+    tasks: Annotated[str, typer.Option("--tasks", metavar="LIST", help="lm-eval tasks, comma-separated")] = "",
     include_path: Annotated[
-        list[str] | None, typer.Option("--include-path", metavar="DIR", help="Directory of task YAML files")
+        list[str] | None,
+        typer.Option("--include-path", metavar="DIR", help="Directory of task YAML files (repeatable)"),
     ] = None,
     perplexity: Annotated[
-        list[str] | None, typer.Option("--perplexity", metavar="DOCS", help="Documents to score")
+        list[str] | None, typer.Option("--perplexity", metavar="DOCS", help="Documents to score (repeatable)")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option("--shots", min=0, help="Number of few-shot examples; default: the task's")
+        int | None, typer.Option("--shots", min=0, help="Number of few-shot examples (default: set by the task)")
     ] = None,
     limit: Annotated[
-        int | None, count_option("--limit", help="Only the first items of each task and documents of each file")
+        int | None, count_option("--limit", help="Use only the first items of each task and documents of each file")
     ] = None,
     apply_chat_template: Annotated[
         bool,
@@ -49,30 +50,34 @@ def main(
     ] = False,
     stride: Annotated[
         int | None,
-        count_option("--stride", help="Stride of the windows over long documents; default: half the context"),
+        count_option("--stride", help="Stride of the windows over long documents (default: half the context)"),
     ] = None,
     format: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="table or json; default: table on a terminal, else json")
+        str,
+        typer.Option("--format", metavar="FORMAT", help="table or json (default: table on a terminal, otherwise json)"),
     ] = "",
     dtype: Annotated[
-        str, typer.Option("--dtype", help="fp32, bf16 or fp16; default: fp32 on CPU, as stored on GPU")
+        str, typer.Option("--dtype", metavar="TYPE", help="fp32, bf16 or fp16 (default: fp32 on CPU, as stored on GPU)")
     ] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if available")] = "",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    ] = "",
 ) -> None:
-    """Score models on lm-eval tasks (--tasks) and by perplexity on documents (--perplexity), several models in
-    one call.
+    """Score one or more models on lm-eval tasks (--tasks) and by perplexity on documents (--perplexity).
 
-    The scores go to stdout or -o: for each model, each task's metrics with their standard errors, and for each
-    file of documents nats per token, bits per byte and perplexity. As JSON they are one document, and the table
-    is shown on stderr. Task YAML files may name local JSONL (dataset_path: json), so nothing is downloaded.
+    The scores go to stdout or -o: for each model, each task's metrics with their standard errors, and for each file of
+    documents nats per token, bits per byte and perplexity. As JSON they are one document, and the table is shown on
+    stderr. Task YAML files can name local JSONL files (dataset_path: json), so that nothing is downloaded.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported; we show our own progress
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # read when lm-eval's libraries are imported; llmkit shows its own progress
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     names = [name for name in tasks.split(",") if name]
     if not names and not perplexity:
         raise UsageError("nothing to do", "give --tasks, --perplexity, or both")
     if format not in ("", *FORMATS):
-        raise UsageError(f"--format {format!r}", "one of: " + ", ".join(FORMATS))
+        raise UsageError(f"unknown --format {format!r}", "one of: " + ", ".join(FORMATS))
     from llmkit.io.run_layout import resolve_model
     from llmkit.model.pretrained.checkpoint import load_for_inference, load_info
 
@@ -134,7 +139,7 @@ def _version() -> str:
 
 
 def _spool_stdin(stack: ExitStack) -> str:
-    """A temporary file with the content of stdin, because every model reads it."""
+    """A temporary file with the content of stdin, for every model to read."""
     file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".jsonl"))
     shutil.copyfileobj(open_raw(STDIN), file, 1 << 20)
     file.flush()
@@ -142,7 +147,7 @@ def _spool_stdin(stack: ExitStack) -> str:
 
 
 def _write(run: Run, results: dict[str, dict[str, Any]], format: str) -> None:
-    """The scores in the given format to stdout or -o; with JSON, the table goes to stderr."""
+    """Write the scores to stdout or -o; for JSON, also show the table on stderr."""
     from llmkit.evaluation.score_table import as_text, score_table
 
     columns, rows = score_table(results)

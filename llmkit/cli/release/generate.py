@@ -36,17 +36,17 @@ def main(
     model: ModelPath,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPTS", help="JSON lines with `prompt`, `messages` or text; '-' or nothing is stdin"),
+        typer.Argument(metavar="PROMPTS", help="JSON lines with `prompt`, `messages` or text (default: stdin)"),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt; may be repeated"),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Prompt, instead of PROMPTS (repeatable)"),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Treat text prompts as user messages, in the chat template")
+        bool, typer.Option("--chat", help="Format text prompts as user messages, with the chat template")
     ] = False,
     text: Annotated[
-        bool, typer.Option("--text", help="Print readable text instead of JSON lines; the default on a terminal")
+        bool, typer.Option("--text", help="Print plain text instead of JSON lines (default on a terminal)")
     ] = False,
     max_tokens: Annotated[
         int, count_option("--max-tokens", help="Maximum tokens per completion", rich_help_panel=SAMPLING)
@@ -57,7 +57,10 @@ def main(
     temperature: Annotated[
         float,
         typer.Option(
-            "--temperature", min=0, help="0 is greedy: always the most probable token", rich_help_panel=SAMPLING
+            "--temperature",
+            min=0,
+            help="Sampling temperature; 0 takes the most probable token",
+            rich_help_panel=SAMPLING,
         ),
     ] = 0.8,
     top_p: Annotated[
@@ -73,40 +76,44 @@ def main(
         typer.Option(
             "--stop",
             metavar="TEXT",
-            help="Stop string, not part of the completion; may be repeated",
+            help="Stop string, not included in the completion (repeatable)",
             rich_help_panel=SAMPLING,
         ),
     ] = None,
     truncate_prompt: Annotated[
         bool,
-        typer.Option("--truncate-prompt", help="Cut prompts that are too long at the front instead of failing"),
+        typer.Option("--truncate-prompt", help="Truncate long prompts at the front instead of failing"),
     ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Completions per batch")] = 16,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="fp32, bf16 or fp16; default: fp32 on CPU, as stored on GPU")
+        str, typer.Option("--dtype", metavar="TYPE", help="fp32, bf16 or fp16 (default: fp32 on CPU, as stored on GPU)")
     ] = "",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; default: cuda if available")] = "",
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    ] = "",
 ) -> None:
-    """Complete prompts with a model: JSON lines in, JSON lines out with `prompt`, `completion` and all
+    """Complete prompts with a model: reads JSON lines, writes JSON lines with `prompt`, `completion` and all
     `completions`.
 
-    Rows with messages are formatted with the model's chat template; with --chat, so are texts. Other fields
-    pass through, and an answer in the row becomes `reference`. A completion ends at any stop token of the
-    model, at --stop, after --max-tokens, or when the context is full. Each completion is sampled with its own
-    seed, derived from --seed, the number of the prompt and the number of the sample.
+    Rows with messages are formatted with the model's chat template, and so are texts with --chat. Other fields pass
+    through, and an answer in the row becomes `reference`. A completion ends at any stop token of the model, at --stop,
+    after --max-tokens, or when the context is full. Each completion has its own seed, derived from --seed, the number
+    of the prompt and the number of the sample.
     """
     if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "1 samples from all tokens")
+        raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "--top-p 1 samples from all tokens")
     if not math.isfinite(temperature):
-        raise UsageError(f"--temperature {temperature} is not a finite number", "0 is greedy")
+        raise UsageError(
+            f"--temperature {temperature} is not a finite number", "--temperature 0 takes the most probable token"
+        )
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens} is not above 0", "see --help")
     if prompt and prompts:
-        raise UsageError("--prompt and PROMPTS exclude each other", "use one of them")
+        raise UsageError("--prompt and PROMPTS are mutually exclusive", "use one of them")
     if text and run.output:
-        raise UsageError("--text and -o exclude each other", "use one of them, or redirect stdout")
+        raise UsageError("--text and -o are mutually exclusive", "use one of them, or redirect stdout")
     if any(not text for text in stop or []):
-        raise UsageError("--stop is empty", "omit it")
+        raise UsageError("--stop is empty", "omit it, or give a string")
     import orjson
 
     from llmkit.chat.prompts import complete
@@ -159,8 +166,8 @@ def main(
 def _read_prompts(
     run: Run, info: LoadedModel, reader: DocumentReader | None, texts: list[str], chat: bool, reserve: int | None
 ) -> Iterator[Prompt]:
-    """Prompts from `reader`, or else from `texts`, that fit in the context. With `reserve`, long ones are cut
-    to leave room for that many tokens.
+    """Prompts from `reader`, or if None from `texts`. With `reserve`, long prompts are truncated to leave room for that
+    many tokens; without, they raise LlmkitError.
     """
     from llmkit.chat.prompts import fit_context, read_prompt
     from llmkit.chat.rows import read_rows
@@ -179,12 +186,12 @@ def _read_prompts(
 
 
 def _print(item: Prompt, completions: list[str]) -> None:
-    """Print a prompt and its completions for people, separated by lines."""
+    """Print a prompt and its completions as text, separated by lines of dashes."""
     if isinstance(item.content, str):
         blocks = [f"{item.content}{completion}" for completion in completions]
     else:
         turns = "".join(f"[{message['role']}] {message['content']}\n" for message in item.content)
         blocks = [turns + "\n".join(f"[assistant] {completion}" for completion in completions)]
     for block in blocks:
-        # Generated text must not control the terminal.
+        # Generated text must not contain terminal control sequences.
         print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in block), "-" * 20, sep="\n", flush=True)

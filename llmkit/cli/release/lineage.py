@@ -1,4 +1,4 @@
-"""`llmkit lineage`: show how an artefact was made, verify its digests, print the pipeline that makes it again."""
+"""`llmkit lineage`: show how an artefact was made, verify its digests, print the pipeline that reproduces it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ from llmkit.errors import LlmkitError
 )
 def main(
     run: Run,
-    artefact: Annotated[str, typer.Argument(help="Documents, shards, a tokenizer, a model, or a run")],
-    script: Annotated[bool, typer.Option("--script", help="Print the shell script that makes it again")] = False,
+    artefact: Annotated[
+        str, typer.Argument(metavar="ARTEFACT", help="Documents, shards, a tokenizer, a model, or a run")
+    ],
+    script: Annotated[bool, typer.Option("--script", help="Print a shell script that reproduces it")] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify every digest that can be verified")] = False,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--inputs", metavar="DIR", help="Directory where --check looks for inputs by name"),
+        typer.Option(
+            "--inputs", metavar="DIR", help="Directory in which --check looks for inputs by name (repeatable)"
+        ),
     ] = None,
 ) -> None:
     """Print the tree of commands that made an artefact, each with its options, inputs and counts.
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
-    directory that holds the original inputs. --check computes the digest of the artefact's content, and of
-    every input that it finds by name beside the artefact or in the directories given by --inputs; if one
-    differs, the exit code is 1. Models, tokenizers and Parquet files are not checked themselves, only as inputs
-    of other artefacts. --json prints the record as it is stored.
+    directory of the original inputs. --check computes the digest of the artefact's content, and of each input that it
+    finds by name beside the artefact or in the directories given by --inputs; if one differs, the exit code is 1.
+    Models, tokenizers and Parquet files are not checked themselves, only as inputs of other artefacts. --json prints
+    the record as stored.
     """
     from llmkit.lineage.formats import read_lineage
     from llmkit.lineage.script import as_script
@@ -43,7 +47,7 @@ def main(
     record = read_lineage(artefact)
     if record is None:
         raise LlmkitError(
-            f"{artefact}: no lineage inside", "plain .jsonl has no room for it, and other tools do not write it"
+            f"{artefact}: no lineage found", "plain .jsonl files cannot hold it, and other tools do not write it"
         )
     if run.as_json:
         print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
@@ -56,15 +60,15 @@ def main(
 
 
 def _flags(name: str) -> dict[str, tuple[str, str, object]]:
-    """Flag, negative flag and default of each option of a command, by parameter name."""
+    """(flag, negative flag, default) of each option of a command, by parameter name."""
     from importlib import import_module
 
     from llmkit.cli.shared.options import click_command, renamed_options
     from llmkit.cli.shared.table import COMMANDS, module_of
 
-    if name not in COMMANDS:  # "cat" of joined streams, or a record of another tool
+    if name not in COMMANDS:  # "cat" for concatenated streams, or another tool's record
         raise LlmkitError(
-            f"the lineage names the command {name!r}, which a script cannot repeat", "make that input by hand"
+            f"the lineage contains the command {name!r}, which a script cannot run", "make that input by hand"
         )
     function = import_module(module_of(name)).main
     built = click_command(function, name)
@@ -82,7 +86,7 @@ def _check(run: Run, artefact: str, record: dict[str, object], directories: list
     differing = [name for name, state in results if state == "DIFFERS"]
     if differing:
         raise LlmkitError(
-            f"{', '.join(differing)}: not the content in the lineage", "it was changed after it was used or made"
+            f"{', '.join(differing)}: content differs from the lineage", "it was changed after it was made or used"
         )
     counts = {state: sum(1 for _, result in results if result == state) for state in ("ok", "not found")}
     itself = f"; {results[0][0]} itself was not checked" if results[0][1] == "unchecked" else ""

@@ -1,4 +1,4 @@
-"""`llmkit quantize`: store the weights of a model in few bits."""
+"""`llmkit quantize`: store the weights of a model in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def main(
             "--group-size",
             metavar="N",
             min=1,
-            help="Weights per scale, for methods with groups; by default 128, or less where that does not divide",
+            help="Weights per scale, for methods with groups (default: 128, or less where 128 does not divide the row)",
         ),
     ] = None,
 ) -> None:
-    """Store the weights of a model's layers in few bits, as a compressed-tensors directory that transformers,
-    vLLM and llmkit load.
+    """Store the weights of a model's layers in 8 or 4 bits, as a compressed-tensors directory for transformers, vLLM
+    and llmkit.
 
-    Embeddings, norms and the output layer stay as they are, and so do activations. No data is needed. Use
+    Embeddings, norms, the output layer and activations are not quantised. No calibration data is needed. Use
     `llmkit eval` to measure the loss in quality.
     """
     if to not in METHODS:
         raise unknown_name("method", to, METHODS)
     if group_size is not None and METHODS[to].group is None:
         grouped = " or ".join(name for name, row in METHODS.items() if row.group)
-        raise UsageError(f"--group-size is for --to {grouped}; {to} has one scale per row", "leave it out")
+        raise UsageError(f"--group-size applies only to --to {grouped}; {to} has one scale per row", "omit it")
     if run.output is None:
         raise UsageError("no output", "name the directory of the quantised model with -o")
     from llmkit.io.record import Input, base_name

@@ -1,9 +1,9 @@
-"""Static shell completion scripts, generated from the same table and options as the help.
+"""Static shell completion scripts, generated from the same table and options as the help pages.
 
     python -m llmkit.cli.shared.completions completions/
 
-writes llmkit.bash, _llmkit (zsh) and llmkit.fish to that directory. Static scripts complete at once; running the
-program for each completion would take its start-up time.
+writes llmkit.bash, _llmkit (zsh) and llmkit.fish to that directory. Static scripts complete instantly, whereas
+calling llmkit for each completion would cost its start-up time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.cli.shared.options import click_command
-from llmkit.cli.shared.table import COMMANDS, followers, module_of
+from llmkit.cli.shared.table import COMMANDS, module_of, subcommands
 
 
 class Flag(NamedTuple):
@@ -33,7 +33,7 @@ def flags(name: str) -> list[Flag]:
         if parameter.param_type_name == "option":
             names = [*parameter.opts, *parameter.secondary_opts]
             result.append(Flag(names, _one_line(parameter.help), not parameter.is_flag))
-    return [*result, Flag(["-h", "--help"], "Show the help", False)]
+    return [*result, Flag(["-h", "--help"], "Show this help and exit", False)]
 
 
 def _one_line(text: str | None) -> str:
@@ -50,12 +50,12 @@ def _longest_first(table: dict[str, list[Flag]]) -> list[tuple[str, list[Flag]]]
 
 
 def bash(table: dict[str, list[Flag]]) -> str:
-    """Script for bash: subcommands, their options, files."""
+    """The script for bash: completes subcommands, options and files."""
     cases = []
     for name, options in _longest_first(table):
         words = " ".join(word for option in options for word in option.names)
-        subcommands = f" more='{' '.join(followers(name))}'" if followers(name) else ""
-        cases.append(f"        '{name} '*) words='{words}'{subcommands} ;;")
+        second_words = f" more='{' '.join(subcommands(name))}'" if subcommands(name) else ""
+        cases.append(f"        '{name} '*) words='{words}'{second_words} ;;")
     return "\n".join(
         [
             "# bash completion for llmkit. Source it, or put it where bash-completion looks for scripts.",
@@ -82,7 +82,7 @@ def bash(table: dict[str, list[Flag]]) -> str:
 
 
 def zsh(table: dict[str, list[Flag]]) -> str:
-    """Script for zsh, with descriptions."""
+    """The script for zsh, with descriptions."""
 
     def quoted(text: str) -> str:
         return (
@@ -113,15 +113,15 @@ def zsh(table: dict[str, list[Flag]]) -> str:
             for word in option.names:
                 value = ":value:_files" if option.takes_value else ""
                 lines.append(f"      '*{word}[{quoted(option.help)}]{value}' \\")
-        if followers(name):
-            words = " ".join(followers(name))
+        if subcommands(name):
+            words = " ".join(subcommands(name))
             lines.append(f"      '1:command or file:{{compadd {words}; _files}}' \\")
         lines.append("      '*:file:_files' ;;")
     return "\n".join([*lines, "  esac", "}", "", '_llmkit "$@"', ""])
 
 
 def fish(table: dict[str, list[Flag]]) -> str:
-    """Script for fish, with descriptions."""
+    """The script for fish, with descriptions."""
 
     def quoted(text: str) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -140,10 +140,10 @@ def fish(table: dict[str, list[Flag]]) -> str:
 
 
 def _fish_condition(name: str) -> str:
-    """The fish condition that the words before the cursor name this command and not a longer one."""
+    """A fish condition: the words before the cursor name this command, not a longer one."""
     words = [f"__fish_seen_subcommand_from {word}" for word in name.split()]
     parents = [parent for parent in COMMANDS if f"{parent} {name}" in COMMANDS]  # `filter`, for `train`
-    excluded = followers(name) + parents
+    excluded = subcommands(name) + parents
     return "; and ".join(words + ([f"not __fish_seen_subcommand_from {' '.join(excluded)}"] if excluded else []))
 
 

@@ -1,4 +1,4 @@
-"""A stage over documents, such as `filter` and `dedup`: documents in, kept ones out, dropped ones to --rejects."""
+"""A stage over documents, such as `filter` and `dedup`: reads documents, writes the kept ones, rejects to --rejects."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 Rejects = Annotated[
     str | None,
-    typer.Option("--rejects", metavar="FILE", help="Write the dropped documents here, each with its `reason`"),
+    typer.Option("--rejects", metavar="FILE", help="Write the dropped documents to this file, each with its `reason`"),
     COMMON,
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="With -o DIR/ (one file per input), make only missing files")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="With -o DIR/ (one output per input), make only the missing outputs")
+]
 
 
 class Outcome(Protocol):
-    """The outcome of one chunk: whole lines to keep and to reject, bad lines, number of documents."""
+    """The outcome of one chunk: the lines to keep and to reject, bad lines, and the number of documents."""
 
     kept: bytes
     rejects: bytes
@@ -41,9 +43,9 @@ class Outcome(Protocol):
 
 
 class Job:
-    """One output to make: its inputs, and the additional output for rejects with its lineage.
+    """One output to make, from its inputs, and a second output for the rejects, with its lineage.
 
-    `replace_rejects`: rejects that exist without their output are replaced.
+    `replace_rejects` replaces rejects that exist without their output.
     """
 
     def __init__(
@@ -60,14 +62,14 @@ class Job:
     def may_replace(self, path: str, lineage: Lineage) -> bool:
         """Whether existing rejects may be replaced.
 
-        Either on request, or because the same command wrote them and was killed before its output was in place.
+        They may on request, or if the same command wrote them and was killed before its output was in place.
         """
         if self.run.force or self.replace_rejects:
             return True
         return self.output is not None and not exists(self.output) and self.run.made(path, lineage)
 
     def is_up_to_date(self) -> bool:
-        """Whether its outputs exist and were made by the same command from the same inputs."""
+        """Whether the outputs exist and were made by the same command from the same inputs."""
         return not self.run.dry_run and self.run.has_made(self.inputs, self.rejects, output=self.output)
 
     def arguments(self) -> list[str]:
@@ -84,23 +86,23 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     outputs made by the same command are skipped.
     """
     if rejects is not None and rejects in (run.output, STDIN):
-        raise UsageError(f"--rejects {rejects}: this is where the documents go", "name another file")
+        raise UsageError(f"--rejects {rejects}: this is the output of the documents", "name another file")
     target = run.output
     if target is None or not is_directory(target):
         yield Job(run, inputs, target, rejects)
         return
     if rejects is not None and not is_directory(rejects):
-        raise UsageError(f"--rejects {rejects}: -o {target} is a directory", "name a directory here too: end it in /")
+        raise UsageError(f"--rejects {rejects}: must be a directory too, since -o {target} is one", "end it in /")
     names: dict[str, str] = {}
     for path in inputs:
         name = _stem(path) + ".jsonl.zst"
         if path == STDIN or name in names:
-            problem = f"{names[name]} and {path} would both be {name}" if name in names else "stdin has no name"
-            raise LlmkitError(f"-o {target}: {problem}", "name a file as output, or inputs with different names")
+            problem = f"{names[name]} and {path} would both become {name}" if name in names else "stdin has no name"
+            raise LlmkitError(f"-o {target}: {problem}", "name a file as output, or rename the inputs")
         names[name] = path
     outputs = [os.path.join(target, name) for name in names]
     if not resume and not run.force and (existing := [path for path in outputs if exists(path)]):
-        raise LlmkitError(f"{existing[0]} exists", "--resume makes only missing files, -f replaces all of them")
+        raise LlmkitError(f"{existing[0]} exists", "--resume makes only the missing files, -f replaces all of them")
     for directory in (target, rejects):
         if directory is not None and not is_remote(directory) and not run.dry_run:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ def run_on_cluster(run: Run, jobs: Iterable[Job], *arguments: str) -> tuple[int,
     Returns the number of outputs made, their total counts, and the number of outputs that were up to date.
     """
     if run.read_options().quarantine:
-        raise UsageError("a cluster cannot write one quarantine file", "--on-bad-line skip, or stop")
+        raise UsageError("a cluster cannot write a single quarantine file", "use --on-bad-line skip, or stop")
     calls, results = [[*job.arguments(), *arguments] for job in jobs], []
     with run.progress(len(calls), "files") as bar:
         for counts in call_per_file(run, calls):
@@ -148,10 +150,10 @@ def run_jobs(
 ) -> dict[str, Any] | None:
     """Run the jobs whose outputs are not up to date. Returns the total counts; None if everything was up to date.
 
-    `make` gets the writers of kept and of rejected documents, None with --dry-run. `on_durable` is called when an
-    output is complete and in place. `is_finished` is asked about an existing output whether the call that made it ran
-    to its end: if not (False), the output is made again; None means that another call made it. With
-    `cluster_arguments`, several outputs are made by as many commands on a cluster, with these additional arguments.
+    `make` gets the writers of kept and of rejected documents; both are None with --dry-run. `on_durable` is called
+    when an output is complete and in place. `is_finished` tells whether the call that made an existing output ran to
+    its end: if not (False), the output is made again; None means that another call made it. With `cluster_arguments`,
+    a cluster makes each of several outputs by a command with these additional arguments.
     """
     from llmkit.io.documents import DocumentWriter
 
@@ -198,7 +200,7 @@ def run_stage(
     on_durable: Callable[[], None] | None = None,
     cluster_arguments: tuple[str, ...] | None = None,
 ) -> dict[str, Any] | None:
-    """Run `work` over the documents of the inputs and write what it keeps and rejects; otherwise as `run_jobs`.
+    """Run `work` over the documents of the inputs and write what it keeps and rejects; otherwise like `run_jobs`.
 
     `count` returns the counts of an output for lineage and summary; `work` resets them.
     """
@@ -222,7 +224,7 @@ def run_stage(
 
 @contextmanager
 def announce_compilation(run: Run) -> Iterator[None]:
-    """Print a note if the block takes long, because kernels are being compiled."""
+    """Print a note if the block takes more than 2 s, since kernels are then being compiled."""
     timer = threading.Timer(2.0, run.note, ["compiling text kernels, once on this machine ..."])
     timer.daemon = True
     timer.start()
@@ -233,7 +235,7 @@ def announce_compilation(run: Run) -> Iterator[None]:
 
 
 def add_counts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The sum of the counts of two outputs, nested ones too."""
+    """The sum of the counts of two outputs, nested counts included."""
     return a | {
         key: add_counts(a.get(key, {}), value) if isinstance(value, dict) else a.get(key, 0) + value
         for key, value in b.items()
@@ -241,7 +243,7 @@ def add_counts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
-    """`kept 90 of 100 documents, ...` for people."""
+    """The summary as a line: `kept 90 of 100 documents (90.0 %), ...`."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
     bad = f", {counts['bad_lines']:,} bad lines skipped" if counts.get("bad_lines") else ""
     up_to_date = f", {counts['up_to_date']:,} files up to date" if counts.get("up_to_date") else ""

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One invocation: the values of the shared options, messages, progress, summary, lineage."""
+    """One invocation: shared options, messages, progress, summary, inputs, outputs and lineage."""
 
     def __init__(self, command: str, values: dict[str, Any], options: dict[str, Any], paths: dict[str, Path]) -> None:
         self.command = command
-        self.options = options  # what decides the content, as JSON holds it
+        self.options = options  # the options that decide the content, as JSON values
         self.output: str | None = None if values["output"] == "-" else values["output"]
         self.force: bool = values["force"]
         self.dry_run: bool = values["dry_run"]
@@ -33,37 +33,37 @@ class Run:
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
         self.files_from: str | None = values.get("files_from")
-        self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, without some
-        self._listed: list[str] | None = None  # what files_from names, once it was read
+        self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, except those named
+        self._listed: list[str] | None = None  # the paths listed in files_from, once read
         self._values = values
-        # (option, path): inputs that options name, for the lineage
+        # (option, path): inputs named by options, for the lineage
         self._paths: list[tuple[str, str | Path]] = list(paths.items())
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
 
-    # Messages. stdout carries data only.
+    # Messages go to stderr: stdout carries data only.
     def note(self, text: str) -> None:
-        """A line on stderr, unless --quiet."""
+        """Print a line on stderr, unless --quiet."""
         if not self.quiet:
-            self._say(text)
+            self._print(text)
 
     def detail(self, text: str) -> None:
-        """A line on stderr with --verbose."""
+        """Print a line on stderr with --verbose."""
         if self.verbose:
-            self._say(text)
+            self._print(text)
 
     def warn(self, text: str) -> None:
-        """A warning on stderr, even with --quiet."""
-        self._say(f"warning: {text}")
+        """Print a warning on stderr, even with --quiet."""
+        self._print(f"warning: {text}")
 
-    def _say(self, text: str) -> None:
-        with suppress(OSError):  # a log on a full disk is no reason to stop
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # a log on a full disk must not stop the command
             print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
-        """Progress of `total` units (None: unknown): a bar on a terminal, else a line every 30 s, nothing with
+        """Progress over `total` units (None: unknown): a bar on a terminal, otherwise a line every 30 s; nothing with
         --quiet.
         """
         bar = Progress(self, total, unit)
@@ -73,7 +73,7 @@ class Run:
             bar.close()
 
     def table(self, title: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table for people on stderr, unless --quiet or --json; every column but the first is set to the right."""
+        """Print a table on stderr, unless --quiet or --json; all columns but the first are right-aligned."""
         if self.quiet or self.as_json:
             return
         from rich.console import Console
@@ -85,15 +85,14 @@ class Run:
             table.add_column(Text(column), justify="right" if i else "left")
         for row in rows:
             table.add_row(*(Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row))
-        wide = None if sys.stderr.isatty() else 200  # a log has no edge to fold at
-        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), width=wide)
+        width = None if sys.stderr.isatty() else 200  # no folding in a log
+        console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), width=width)
         console.print(table)
 
     def finish(self, counts: dict[str, Any], line: str) -> None:
-        """The summary: `line` for people (unless --quiet), `counts` as JSON in its place with --json, and for
-        --summary.
+        """Report the summary: `line` unless --quiet, or with --json `counts` as JSON; with --summary also to a file.
 
-        `counts["documents"]`, where a command has it, is the number read: none at all is worth a warning.
+        `counts["documents"]`, if present, is the number of documents read; 0 gives a warning.
         """
         if counts.get("documents") == 0:
             self.warn("no documents were read")
@@ -110,43 +109,39 @@ class Run:
 
     # Inputs and outputs.
     def reads(self, role: str, path: str) -> None:
-        """Note an input that an option names: `role` is the option, or it and its value with a star for the path
-        (io.lineage.Input).
+        """Record an input named by an option. `role` is the option, or the option and its value with a star for the
+        path (io.record.Input).
         """
         if os.path.exists(path) and not os.path.isfile(path):
             raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
         self._paths.append((role, path))
 
     def lineage(self) -> Lineage:
-        """A new record with the command, the options and the inputs that options name."""
+        """A new record with the command, its options and the inputs that options name."""
         from llmkit.io.record import Lineage
         from llmkit.lineage.formats import describe_input
 
         inputs = [describe_input(path, role) for role, path in self._paths]
         return Lineage(self.command, dict(self.options), inputs)
 
-    def inputs(self, given: list[str] | None, **expand_options: Any) -> list[str]:
-        """The input files of the call (llmkit.io.inputs.expand), --files-from included unless `files_from=None` is
-        given.
-        """
+    def inputs(self, paths: list[str] | None, **expand_options: Any) -> list[str]:
+        """The input files of the call (llmkit.io.inputs.expand), including --files-from unless `files_from=None`."""
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
         if source is None:
-            return expand(given, **expand_options)
+            return expand(paths, **expand_options)
         if self._listed is None:
-            self._listed = read_list(source)  # once: the list may come from stdin
-        named = list(given or []) + self._listed
-        return expand(named, **expand_options) if named else []
+            self._listed = read_list(source)  # only once: the list may come from stdin
+        all_paths = list(paths or []) + self._listed
+        return expand(all_paths, **expand_options) if all_paths else []
 
-    def reader(self, given: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
-        """Reader of the documents named on the command line, as the reading options say; `text_key=None` reads any
-        rows.
-        """
-        return self.reader_of(self.inputs(given, **expand_options), text_key=text_key)
+    def reader(self, paths: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
+        """A reader of documents named on the command line, with the reading options; `text_key=None` reads any rows."""
+        return self.reader_of(self.inputs(paths, **expand_options), text_key=text_key)
 
     def reader_of(self, paths: list[str], *, text_key: str | None = "") -> DocumentReader:
-        """Reader of these files, none at all where there are none."""
+        """A reader of exactly these files, with the reading options."""
         from llmkit.io.atomic import check_output
         from llmkit.io.documents import DocumentReader, Quarantine
 
@@ -157,7 +152,7 @@ class Run:
         return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
 
     def read_options(self, text_key: str | None = "") -> ReadOptions:
-        """How lines become documents, as the reading options say."""
+        """The reading options, for io.documents."""
         from llmkit.io.documents import ReadOptions
 
         values = self._values
@@ -165,7 +160,7 @@ class Run:
         return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
 
     def writer(self, force: bool = False, output: str | None = None) -> DocumentWriter:
-        """Writer of the command's output, or of `output`, which `force` replaces as -f does; a context manager."""
+        """A writer (context manager) of the command's output, or of `output`; `force` replaces it as -f does."""
         from llmkit.io.documents import DocumentWriter
 
         path = self.output if output is None else output
@@ -175,20 +170,20 @@ class Run:
         """Whether a file was made by the command, version and options of `lineage`."""
         return _record_of(path, lineage) is not None
 
-    def up_to_date(self, paths: list[str], beside: dict[str, Lineage] | None = None) -> bool:
-        """Whether the output already is what this call would make of `paths`: then say so, and there is nothing to
-        do.
-        """
-        if not self.has_made(paths, beside):
+    def up_to_date(self, paths: list[str], other_outputs: dict[str, Lineage] | None = None) -> bool:
+        """Like `has_made`, but also reports to the user that there is nothing to do."""
+        if not self.has_made(paths, other_outputs):
             return False
         self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
-    def has_made(self, paths: list[str], beside: dict[str, Lineage] | None = None, output: str | None = None) -> bool:
-        """Whether the command's output, or `output`, already is what this call would make of `paths`.
+    def has_made(
+        self, paths: list[str], other_outputs: dict[str, Lineage] | None = None, output: str | None = None
+    ) -> bool:
+        """Whether the command's output, or `output`, already is what this call would make from `paths`.
 
-        `beside` holds further outputs of the call with their records. Decided by the lineage inside the outputs
-        (command, version, options, digests of the inputs), never by their existence.
+        `other_outputs` are further outputs of the call with their records. The lineage inside the outputs decides
+        (command, version, options, digests of the inputs), never their mere existence.
         """
         from llmkit.io.inputs import exists
         from llmkit.lineage.formats import digest_path
@@ -196,16 +191,16 @@ class Run:
         output = output or self.output
         if not output or self.force or not all(map(exists, paths)):
             return False
-        outputs = {output: self.lineage()} | (beside or {})
-        found = {path: _record_of(path, header) for path, header in outputs.items()}
-        if None in found.values():
+        outputs = {output: self.lineage()} | (other_outputs or {})
+        records = {path: _record_of(path, header) for path, header in outputs.items()}
+        if None in records.values():
             return False
         digests = [digest_path(path) for path in paths]
         for path, header in outputs.items():
-            made_of = [item for item in (found[path] or {}).get("inputs", []) if item.get("role") != "index"]
-            named = [(item.role, item.digest) for item in header.inputs]
-            if [(item.get("role"), item.get("digest")) for item in made_of[: len(named)]] != named or [
-                item.get("digest") for item in made_of[len(named) :]
+            recorded = [item for item in (records[path] or {}).get("inputs", []) if item.get("role") != "index"]
+            expected = [(item.role, item.digest) for item in header.inputs]  # inputs named by options come first
+            if [(item.get("role"), item.get("digest")) for item in recorded[: len(expected)]] != expected or [
+                item.get("digest") for item in recorded[len(expected) :]
             ] != digests:
                 return False
         return True
@@ -220,15 +215,15 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
         return None
     try:
-        found = read_lineage(path)
+        record = read_lineage(path)
     except LlmkitError:
         return None
-    wanted = json.loads(json.dumps(header.header()))
-    return found if found is not None and {key: found.get(key) for key in wanted} == wanted else None
+    expected = json.loads(json.dumps(header.header()))
+    return record if record is not None and {key: record.get(key) for key in expected} == expected else None
 
 
 class Progress:
-    """Progress on stderr; cheap to advance."""
+    """A progress bar or progress lines on stderr; cheap to advance."""
 
     EVERY = 30.0  # seconds between lines where stderr is not a terminal
 
@@ -254,7 +249,7 @@ class Progress:
             self._bar.start()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more units are done; `note` is shown beside (a loss, a rate)."""
+        """Count `count` more units as done; `note` is shown beside them (a loss, a rate)."""
         self.done += count
         if self._bar:
             self._bar.update(self._task, advance=count, note=note)

@@ -1,9 +1,9 @@
-"""What a training command shows while it runs: a panel on a terminal, else a line every 30 seconds. Not a command.
+"""Progress of a training command: a panel on a terminal, otherwise a line every 30 seconds.
 
-    with live_view.shown(run, session, total_tokens) as show:
+    with live_view.display(run, session, total_tokens) as show:
         show(record)                        # each record of metrics.jsonl
 
-The panel holds the curve of the loss, rates, time left and the last events of the run; it is removed when the run ends.
+The panel shows the loss curve, rates, the time left and the last events of the run; it is removed when the run ends.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 BARS = "▁▂▃▄▅▆▇█"
-POINTS = 512  # of the loss's course that are kept
-EVENTS = 3  # that are shown
-TAIL = 1 << 12  # bytes of events.jsonl that are looked at
+POINTS = 512  # points of the loss curve kept in memory
+EVENTS = 3  # events shown
+TAIL = 1 << 12  # bytes read from the end of events.jsonl
 
 
 @contextmanager
-def shown(run: Run, session: Session, total: int) -> Iterator[Callable[[Record], None]]:
-    """A function that shows each record of the log."""
+def display(run: Run, session: Session, total: int) -> Iterator[Callable[[Record], None]]:
+    """Yields a function that shows a record of metrics.jsonl."""
     if run.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         with run.progress(total, "tokens") as bar:
             yield _lines(bar)
@@ -55,8 +55,8 @@ def _lines(bar: Progress) -> Callable[[Record], None]:
 def _summary(record: Record) -> str:
     held_out = f" held-out {record['heldout_loss']:.4f}" if "heldout_loss" in record else ""
     loss = f"loss {record['loss']:.4f}" if isinstance(record.get("loss"), float) else "skipped"
-    speed, left = f"{record['tokens_per_second']:,.0f} tok/s", _clock(record["eta_seconds"])
-    return f"{loss}{held_out} lr {record['lr']:.2e} {speed} {left} left"
+    speed, time_left = f"{record['tokens_per_second']:,.0f} tok/s", _clock(record["eta_seconds"])
+    return f"{loss}{held_out} lr {record['lr']:.2e} {speed} {time_left} left"
 
 
 class Panel:
@@ -65,24 +65,24 @@ class Panel:
     def __init__(self, title: str, total: int, events: Path) -> None:
         self._title, self._total, self._events = title, total, events
         self._losses: list[float] = []
-        self._weight, self._held = 1, [0.0]  # losses to a point, and those of the point that is not full
+        self._losses_per_point, self._pending = 1, [0.0]  # pending: a 0, then the losses of the next point
         self._record: Record = {}
 
     def add(self, record: Record) -> None:
-        """Show this record from the next refresh on."""
+        """Show this record from the next refresh onwards."""
         if isinstance(record.get("loss"), float):
-            self._held.append(record["loss"])
-            if len(self._held) > self._weight:
-                self._losses.append(sum(self._held[1:]) / self._weight)
-                self._held = [0.0]
+            self._pending.append(record["loss"])
+            if len(self._pending) > self._losses_per_point:
+                self._losses.append(sum(self._pending[1:]) / self._losses_per_point)
+                self._pending = [0.0]
             if len(self._losses) == POINTS:
                 self._losses = [(a + b) / 2 for a, b in zip(self._losses[::2], self._losses[1::2], strict=True)]
-                self._weight *= 2
-        kept = {name: self._record[name] for name in ("heldout_loss", "mfu") if name in self._record}
-        self._record = kept | record
+                self._losses_per_point *= 2
+        carried_over = {name: self._record[name] for name in ("heldout_loss", "mfu") if name in self._record}
+        self._record = carried_over | record
 
     def render(self) -> RenderableType:
-        """What stands on the terminal now."""
+        """The current panel."""
         from rich.panel import Panel as Box
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -133,7 +133,7 @@ def _event(line: bytes) -> str:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """`values` as at most `width` bars, from the lowest to the highest; means where there are more."""
+    """`values` as at most `width` bars, scaled from the minimum to the maximum; more values are averaged."""
     if not values:
         return ""
     count = min(width, len(values))
@@ -144,5 +144,5 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _clock(seconds: float) -> str:
-    left = int(seconds)
-    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

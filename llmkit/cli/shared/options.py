@@ -1,9 +1,9 @@
 """The options that every command shares, and `@command`, which adds them to a function.
 
-A command is a function whose first parameter is a `Run`; the rest are its own arguments and options, singly or as
-classes of options (`llmkit.options`). `@command` marks it, `build` makes a Typer command of it. A value comes from the
-flag, else from LLMKIT_<COMMAND>_<OPTION>, else from the TOML file of --config, else it is the default; --print-config
-shows the result.
+A command is a function whose first parameter is a `Run`; the others are its own arguments and options, individually or
+as classes of options (`llmkit.options`). `@command` marks it, `build` turns it into a Typer command. The value of an
+option comes from the flag, or else from the environment (LLMKIT_<COMMAND>_<OPTION>), or else from the TOML file of
+--config, or else it is the default. --print-config shows the result.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ __all__ = [
 ]
 
 InputPaths = Annotated[
-    list[str] | None, typer.Argument(metavar="INPUT", help="Files, globs, directories or '-'; stdin by default")
+    list[str] | None, typer.Argument(metavar="INPUT", help="Files, globs, directories or '-' (default: stdin)")
 ]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model directory, or a run")]
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face model directory or run")]
 
 GENERAL = "General"
 DOCUMENTS = "Documents"
-FEW_OPTIONS = 15  # a command with no more of its own shows them all in --help
+FEW_OPTIONS = 15  # a command with at most this many options of its own shows all of them in --help
 
 
 def _flag(*names: str, help: str, **more: Any) -> Any:
@@ -71,54 +71,67 @@ class SharedOptions:
     """The options of every command."""
 
     output: Annotated[
-        str | None, _flag("--output", "-o", metavar="PATH", help="Output; stdout where the command streams"), COMMON
+        str | None,
+        _flag(
+            "--output", "-o", metavar="PATH", help="Output file or directory (default: stdout, if the command streams)"
+        ),
+        COMMON,
     ] = None
     force: Annotated[bool, _flag("--force", "-f", help="Replace an existing output"), COMMON] = False
     dry_run: Annotated[bool, _flag("--dry-run", "-n", help="Check everything, write nothing"), COMMON] = False
     quiet: Annotated[bool, _flag("--quiet", "-q", help="Print nothing on success"), COMMON] = False
-    verbose: Annotated[bool, _flag("--verbose", "-v", help="Print more")] = False
+    verbose: Annotated[bool, _flag("--verbose", "-v", help="Print more details")] = False
     jobs: Annotated[
-        int, _flag("--jobs", "-j", min=1, help="Worker processes; the output does not depend on it"), COMMON
+        int, _flag("--jobs", "-j", min=1, help="Number of worker processes; does not affect the output"), COMMON
     ] = 1
     config: Annotated[
         str | None,
-        _flag("--config", "-c", metavar="TOML", help="File with option values, top-level or in [COMMAND]"),
+        _flag("--config", "-c", metavar="TOML", help="File of option values, at the top level or in a table [COMMAND]"),
         COMMON,
     ] = None
     seed: Annotated[int, _flag("--seed", min=0, help="Random seed"), COMMON] = 0
     json: Annotated[bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr")] = False
-    summary: Annotated[str | None, _flag("--summary", metavar="FILE", help="Write the summary as JSON")] = None
+    summary: Annotated[
+        str | None, _flag("--summary", metavar="FILE", help="Also write the summary to this file, as JSON")
+    ] = None
     print_config: Annotated[bool, _flag("--print-config", help="Print the resolved options as TOML and exit")] = False
-    debug: Annotated[bool, _flag("--debug", help="Show tracebacks")] = False
-    version: Annotated[bool, _flag("--version", "-V", help="Print the version")] = False
+    debug: Annotated[bool, _flag("--debug", help="Show the traceback of an error")] = False
+    version: Annotated[bool, _flag("--version", "-V", help="Print the version and exit")] = False
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
     """The options of a command that reads documents."""
 
-    text_key: Annotated[str, _reading("--text-key", metavar="FIELD", help="Field that holds the text"), COMMON] = "text"
-    id_key: Annotated[str, _reading("--id-key", metavar="FIELD", help="Field that holds the id")] = "id"
+    text_key: Annotated[str, _reading("--text-key", metavar="FIELD", help="Field with the text"), COMMON] = "text"
+    id_key: Annotated[str, _reading("--id-key", metavar="FIELD", help="Field with the id")] = "id"
     on_bad_line: Annotated[
-        str, _reading("--on-bad-line", metavar="HOW", help="stop, skip, or quarantine=FILE"), COMMON
+        str,
+        _reading(
+            "--on-bad-line", metavar="HOW", help="What to do with unreadable lines: stop, skip, or quarantine=FILE"
+        ),
+        COMMON,
     ] = "stop"
     max_line_bytes: Annotated[
-        int, count_option("--max-line-bytes", help="Longest line to accept", rich_help_panel=DOCUMENTS)
+        int, count_option("--max-line-bytes", help="Maximum length of a line, in bytes", rich_help_panel=DOCUMENTS)
     ] = 16 << 20
-    files_from: Annotated[str | None, _reading("--files-from", metavar="FILE", help="Read input names from a file")] = (
-        None
-    )
+    files_from: Annotated[
+        str | None,
+        _reading("--files-from", metavar="FILE", help="Also read the inputs listed in this file, one per line"),
+    ] = None
 
 
 @dataclass(frozen=True)
 class WritingOptions:
     """The options of a command that writes documents."""
 
-    plain: Annotated[bool, _reading("--plain", help="Plain JSON lines on stdout (for jq), without lineage")] = False
+    plain: Annotated[bool, _reading("--plain", help="Write plain JSON lines to stdout, without lineage (for jq)")] = (
+        False
+    )
 
 
 SHARED = tuple(field.name for field in option_fields(SharedOptions))
-# Shared options that do not decide the content of the output, and therefore stay out of its lineage.
+# Shared options that do not affect the content of the output, and are therefore not recorded in its lineage.
 NEUTRAL = {*SHARED, "files_from", "plain"} - {"seed"}
 
 
@@ -127,9 +140,9 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a function as a subcommand.
 
-    `examples` are shown in its help and run by the tests; `neutral` names own options that do not decide the content
-    of the output, beside those that their class marks; `reads` adds the options of a document reader (`Run.reader`),
-    `writes` those of a document writer (`Run.writer`).
+    `examples` are shown in its help and run by the tests. `neutral` names options of the command that do not affect the
+    content of the output, in addition to those marked NEUTRAL. `reads` adds the options of a document reader
+    (`Run.reader`), `writes` those of a document writer (`Run.writer`).
     """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
@@ -143,23 +156,23 @@ def command(
 def option_classes(function: Callable[..., None]) -> dict[str, type]:
     """The parameters of a command that are classes of options."""
     hints = get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters)[1:]
-    return {name: hints[name] for name in own if isinstance(hints[name], type) and is_dataclass(hints[name])}
+    names = list(inspect.signature(function).parameters)[1:]
+    return {name: hints[name] for name in names if isinstance(hints[name], type) and is_dataclass(hints[name])}
 
 
 def renamed_options(function: Callable[..., None]) -> dict[str, str]:
-    """Former name -> present name of the options of a command that were renamed."""
+    """Former name -> current name of the renamed options of a command."""
     return {old: new for kind in option_classes(function).values() for old, new in former_names(kind).items()}
 
 
 def neutral_options(function: Callable[..., None]) -> set[str]:
-    """The options of a command that do not decide the content of its output, the shared ones apart."""
+    """The options of a command, apart from the shared ones, that do not affect the content of its output."""
     own: set[str] = function.llmkit["neutral"]  # type: ignore[attr-defined]
     return own.union(*map(neutral_names, option_classes(function).values()))
 
 
 def signature(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
-    """The parameters of a command: classes of options as their fields, the shared options added, the `Run` left out."""
+    """The parameters of a command, without the `Run`: classes of options expanded to fields, shared options added."""
     marks = function.llmkit  # type: ignore[attr-defined]
     hints = get_type_hints(function, include_extras=True)
     classes = option_classes(function)
@@ -186,7 +199,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _with_help(annotation: Any, text: str) -> Any:
-    """The annotation with another help text."""
+    """The annotation with its help text replaced, unless `text` is empty."""
     if not text:
         return annotation
     kind, *marks = get_args(annotation)
@@ -198,9 +211,9 @@ def _with_help(annotation: Any, text: str) -> Any:
 
 
 def build(function: Callable[..., None], name: str) -> Callable[[list[str]], None]:
-    """A callable that parses the arguments of subcommand `name` and runs it; usage errors are raised as UsageError."""
+    """A callable that parses the arguments of subcommand `name` and runs it. Raises UsageError for usage errors."""
     command = click_command(function, name)
-    renamed = {_spelled(old): _spelled(new) for old, new in renamed_options(function).items()}
+    renamed = {_flag_of(old): _flag_of(new) for old, new in renamed_options(function).items()}
 
     def call(arguments: list[str]) -> None:
         # Not command.main: it would turn a broken pipe and Ctrl-C into exit code 1.
@@ -209,7 +222,7 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
         if command.shows_all:
             arguments = ["--help"]
         try:
-            with command.make_context(f"llmkit {name}", _present_spelling(name, arguments, renamed)) as context:
+            with command.make_context(f"llmkit {name}", _replace_former_flags(name, arguments, renamed)) as context:
                 command.invoke(context)
         except typer.Exit:
             return
@@ -219,12 +232,12 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
     return call
 
 
-def _spelled(name: str) -> str:
+def _flag_of(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def _present_spelling(command: str, arguments: list[str], renamed: dict[str, str]) -> list[str]:
-    """The arguments, and the environment, with former spellings of options replaced; each is noted once."""
+def _replace_former_flags(command: str, arguments: list[str], renamed: dict[str, str]) -> list[str]:
+    """The arguments with former flags replaced, each noted once; the environment is changed likewise."""
     result, noted = [], set()
     end = arguments.index("--") if "--" in arguments else len(arguments)
     for argument in arguments[:end]:
@@ -234,22 +247,24 @@ def _present_spelling(command: str, arguments: list[str], renamed: dict[str, str
             argument = renamed[flag] + equals + value
         result.append(argument)
     for old, new in renamed.items():
-        before, now = (f"{environment_prefix(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new))
-        if before in os.environ:
+        old_variable, new_variable = (
+            f"{environment_prefix(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new)
+        )
+        if old_variable in os.environ:
             noted.add(old)
-            os.environ.setdefault(now, os.environ.pop(before))
+            os.environ.setdefault(new_variable, os.environ.pop(old_variable))
     for old in sorted(noted):
         print(f"llmkit {command}: {old} is now called {renamed[old]}", file=sys.stderr)
     return result + arguments[end:]
 
 
 def _as_usage_error(error: Exception) -> Exception:
-    """The parser's own errors as ours; anything else as it is."""
+    """Convert an error of the parser to a UsageError; return any other error unchanged."""
     if isinstance(error, LlmkitError) or not hasattr(error, "format_message"):
         return error
     possible = getattr(error, "possibilities", None)
-    wanted = getattr(error, "option_name", "")
-    hint = suggestion(wanted, possible) if possible else "see --help"
+    unknown_option = getattr(error, "option_name", "")
+    hint = suggestion(unknown_option, possible) if possible else "see --help"
     return UsageError(error.format_message().rstrip("."), hint)
 
 
@@ -265,31 +280,33 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         if values["print_config"]:
             print(_as_toml(context), end="")
             return
-        own = {key: value for key, value in values.items() if key in own_names and key not in classes}
+        arguments = {key: value for key, value in values.items() if key in own_names and key not in classes}
         for parameter, options in classes.items():
-            own[parameter] = from_values(options, {field.name: values[field.name] for field in option_fields(options)})
+            fields = {field.name: values[field.name] for field in option_fields(options)}
+            arguments[parameter] = from_values(options, fields)
         kinds = {parameter.name: parameter.param_type_name for parameter in context.command.params}
-        decides = {key: v for key, v in values.items() if kinds.get(key) == "option" and key not in neutral}
-        paths = {key: value for key, value in decides.items() if isinstance(value, Path)}
-        run = Run(name, values, {key: _recordable(value) for key, value in decides.items() if value is not None}, paths)
+        decisive = {key: v for key, v in values.items() if kinds.get(key) == "option" and key not in neutral}
+        paths = {key: value for key, value in decisive.items() if isinstance(value, Path)}
+        recorded = {key: _recordable(value) for key, value in decisive.items() if value is not None}
+        run = Run(name, values, recorded, paths)
         run.config = partial(_as_toml, context)
         with run._stack:
-            function(run, **own)
+            function(run, **arguments)
 
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     invoke.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]
     invoke.__annotations__ = {"context": typer.Context} | {p.name: p.annotation for p in parameters.values()}
-    examples = "".join(f"\n\n  {line}" for line in marks["examples"])
+    examples = "".join(f"\n  {line}" for line in marks["examples"])
     invoke.__doc__ = inspect.getdoc(function)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(
         name,
-        epilog=("Examples:" + examples) if examples else None,
+        epilog=("\b\nExamples:" + examples) if examples else None,
         context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": environment_prefix(name)},
     )(invoke)
     built: Any = typer.main.get_command(app)
     for parameter in built.params:
-        parameter.show_envvar = False  # said once, below, rather than in every line
+        parameter.show_envvar = False  # explained once at the end of the help, not in every line
         parameter.common = parameter.name not in parameters or COMMON in marks_of(parameters[parameter.name].annotation)
         if parameter.name == "config":
             parameter.is_eager = True
@@ -305,12 +322,12 @@ def click_command(function: Callable[..., None], name: str) -> Any:
 
 
 def environment_prefix(name: str) -> str:
-    """How the environment variables of a subcommand begin."""
+    """The prefix of a subcommand's environment variables."""
     return f"LLMKIT_{name.upper().replace(' ', '_')}"
 
 
 def _section(name: str) -> str:
-    """The table of a subcommand in a --config file: [filter], [filter train]."""
+    """The name of a subcommand's table in a --config file: filter, filter-train."""
     return name.replace(" ", "-")
 
 
@@ -325,41 +342,43 @@ def _scalar(annotation: Any) -> Any:
 
 
 def _format_options(command: Any, context: Any, formatter: Any) -> None:
-    """Arguments, then the options by group: the command's own first, the shared ones last. --help leaves out what few
-    people need.
+    """Write the arguments, then the options by group: the command's own first, the shared ones last.
+
+    Within a group the common options come first. --help leaves the others out, --help-all shows them.
     """
-    everything = getattr(command, "shows_all", False)
+    show_all = getattr(command, "shows_all", False)
     options = [p for p in command.get_params(context) if p.param_type_name == "option"]
     own = [p for p in options if getattr(p, "rich_help_panel", None) not in (GENERAL, DOCUMENTS) and p.name != "help"]
-    few = len(own) <= FEW_OPTIONS
-    groups: dict[str, list[tuple[str, str]]] = {}
-    left_out = 0
-    for parameter in command.get_params(context):
+    show_all_own = len(own) <= FEW_OPTIONS
+    groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    hidden = 0
+    for parameter in sorted(
+        command.get_params(context), key=lambda p: (p.name == "help", not getattr(p, "common", True))
+    ):
         record = parameter.get_help_record(context)
         if record is None:
             continue
         if parameter.param_type_name == "argument":
             name = record[0].partition(" <")[0]  # without Typer's name of the type
-            groups.setdefault("Arguments", []).append((name, record[1]))
+            groups["Arguments"].append((name, record[1]))
             continue
-        shown = (
-            everything or parameter.name == "help" or getattr(parameter, "common", True) or (few and parameter in own)
-        )
-        if not shown:
-            left_out += 1
+        if parameter.name == "help":
+            record = (record[0], "Show this help and exit")
+        elif not (show_all or getattr(parameter, "common", True) or (show_all_own and parameter in own)):
+            hidden += 1
             continue
         panel = getattr(parameter, "rich_help_panel", None)
         groups.setdefault(panel or (GENERAL if parameter.name == "help" else "Options"), []).append(record)
     last = [title for title in (DOCUMENTS, GENERAL) if title in groups]
-    for title in [title for title in groups if title not in last] + last:
+    for title in [title for title in groups if groups[title] and title not in last] + last:
         with formatter.section(title):
             formatter.write_dl(groups[title])
     formatter.write_paragraph()
-    if left_out:
-        formatter.write_text(f"--help-all shows {left_out} more options.")
+    if hidden:
+        formatter.write_text(f"--help-all shows {hidden} more options.")
     name = context.info_name.removeprefix("llmkit ")
     formatter.write_text(
-        f"Options may also be set in the environment as {environment_prefix(name)}_OPTION, or in the --config file."
+        f"Options can also be set in the environment, as {environment_prefix(name)}_OPTION, or in the --config file."
     )
 
 
@@ -372,7 +391,7 @@ def _recordable(value: Any) -> Any:
 
 
 def _load_config(context: Any, path: str | None, name: str, renamed: dict[str, str]) -> str | None:
-    """Make the values of a TOML file the defaults: its top level, then its table [NAME]."""
+    """Make the values of a TOML file the defaults: those of its top level, overridden by those of its table [NAME]."""
     if path is None:
         return None
     import tomllib
@@ -384,20 +403,20 @@ def _load_config(context: Any, path: str | None, name: str, renamed: dict[str, s
     except OSError as error:
         raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LlmkitError(f"{path}: invalid TOML ({error})", "see --print-config for the form") from error
+        raise LlmkitError(f"{path}: invalid TOML ({error})", "--print-config shows the format") from error
     sections = set(map(_section, COMMANDS))
     top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in sections)}
-    known = {parameter.name for parameter in context.command.params}
+    names = {parameter.name for parameter in context.command.params}
     defaults = {}
-    section = content.get(_section(name))  # `filter` is a section, and an option of `llmkit filter`
+    section = content.get(_section(name))  # `filter` is both a table and an option of `llmkit filter`
     for key, value in (top | (section if isinstance(section, dict) else {})).items():
         option = key.replace("-", "_")
         option = renamed.get(option) or renamed.get(f"{option}_") or option
-        option = option if option in known else f"{option}_"  # `from` is a word of Python's
-        if option not in known:
+        option = option if option in names else f"{option}_"  # `from` is a Python keyword
+        if option not in names:
             raise UsageError(
                 f"{path}: unknown option {key!r} for llmkit {name}",
-                suggestion(key, {name.rstrip("_") for name in known}),
+                suggestion(key, {name.rstrip("_") for name in names}),
             )
         defaults[option] = value
     context.default_map = defaults
@@ -405,7 +424,7 @@ def _load_config(context: Any, path: str | None, name: str, renamed: dict[str, s
 
 
 def _as_toml(context: Any, without: Collection[str] = ()) -> str:
-    """The resolved options, but for some, as a TOML file that --config reads; the origin of each is in a comment."""
+    """The resolved options, except those named, as TOML for --config; a comment gives the origin of each."""
     lines = [f"# {context.info_name}, resolved"]
     skipped = {"config", "print_config", "help", "version", "debug", *without}
     for parameter in context.command.params:

@@ -1,4 +1,4 @@
-"""Where a stage runs: `--engine local` or `ray`; with -o DIRECTORY, one call of llmkit per file on a cluster."""
+"""The engine of a stage, `--engine local` or `ray`. With -o DIRECTORY, a cluster runs one llmkit call per file."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ EngineName = Annotated[
     str,
     typer.Option("--engine", metavar="NAME", help="Where to run: local (with -j processes) or ray (a cluster)"),
 ]
-# Options that each call sets itself rather than inherits.
+# Options that each call sets itself instead of inheriting them.
 PER_CALL = {*SHARED, "files_from", "rejects", "resume", "engine"} - {"seed"}
 
 
 def engine_of(run: Run, name: str) -> Engine:
-    """The engine of this name."""
+    """The engine called `name`. Raises UsageError for an unknown name."""
     if name == "ray":
         from llmkit.engine.cluster import Cluster
 
@@ -42,7 +42,7 @@ def engine_of(run: Run, name: str) -> Engine:
 
 
 def call_per_file(run: Run, calls: Iterable[list[str]]) -> Iterator[dict[str, Any]]:
-    """Run the command once for each list of arguments, on a cluster; the counts of each call, in order."""
+    """Run the command on a cluster, once per list of arguments; yields the counts of each call, in order."""
     from llmkit.engine.cluster import Cluster
 
     work = partial(_call, run.command, run.config(PER_CALL), os.getcwd())
@@ -52,7 +52,7 @@ def call_per_file(run: Run, calls: Iterable[list[str]]) -> Iterator[dict[str, An
 
 
 def _call(command: str, config: str, directory: str, arguments: list[str]) -> tuple[str, dict[str, Any]]:
-    """Run one call on a worker. Returns its messages and its summary; LlmkitError if it fails."""
+    """Run one call on a worker. Returns its messages and summary; raises LlmkitError if it fails."""
     from llmkit.engine.local import die_with_parent
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,7 +66,7 @@ def _call(command: str, config: str, directory: str, arguments: list[str]) -> tu
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            preexec_fn=die_with_parent,  # a call must not continue beside its retry
+            preexec_fn=die_with_parent,  # a call must not keep running alongside its retry
         )
         lines = result.stderr.splitlines()
         if result.returncode:

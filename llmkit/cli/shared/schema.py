@@ -1,6 +1,6 @@
 """Every command, option, type, default and exit code as one JSON object, for programs: `llmkit help --json`.
 
-Made from the table of commands and the options of each, which --help and the completions are made from too.
+Built from the same table and options as --help and the completions.
 """
 
 from __future__ import annotations

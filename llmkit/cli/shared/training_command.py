@@ -1,7 +1,6 @@
-"""What train, anneal, sft and dpo share on the command line: several processes, the tables of --dry-run, the live
-view, the summary.
+"""The shared part of train, anneal, sft and dpo: launching processes, the tables of --dry-run, progress, the summary.
 
-What a run is made of is decided in training.runner and what it calls. Not a command.
+Model, data and schedule are prepared by training.pretraining and alignment.fine_tuning, and trained by training.runner.
 """
 
 from __future__ import annotations
@@ -22,22 +21,23 @@ if TYPE_CHECKING:
     from llmkit.training.runner import AtCheckpoint, Prepared, Request
     from llmkit.training.session import Session
 
-# Where launchers (torchrun, accelerate, Slurm's and other MPIs) tell a process which one it is.
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# Environment variables in which launchers (torchrun, accelerate, Slurm and other MPIs) give a process its rank.
+RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
-def launched(run: Run, options: Any, inputs: list[str]) -> bool:
-    """Check the call, which reads `inputs`; with several processes, or restarts, run it again in as many, and say
-    whether that was all.
+def launch_processes(run: Run, options: Any, inputs: list[str]) -> bool:
+    """Check the call, which reads `inputs`. With --processes or --max-restarts, run it in new processes to its end.
+
+    Returns True if it ran in new processes, False if the caller is to train in this one.
     """
     machine = options.machine
     if run.output is None:
         raise UsageError("no output", "name the directory of the run with -o")
     refuse_own_inputs(run, inputs)
-    rank = next((os.environ[name] for name in RANKS if name in os.environ), None)
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
     if (machine.processes == 1 and not machine.max_restarts) or rank is not None or run.dry_run:
         if rank not in (None, "0"):
-            run.quiet = True  # the first process speaks for all, and writes the quarantine
+            run.quiet = True  # the first process reports for all, and writes the quarantine
             if str(run._values.get("on_bad_line", "")).startswith("quarantine"):
                 run._values["on_bad_line"] = "skip"
         return False
@@ -53,16 +53,16 @@ def launched(run: Run, options: Any, inputs: list[str]) -> bool:
 
 
 def refuse_own_inputs(run: Run, inputs: Iterable[str]) -> None:
-    """UsageError where -f would replace a directory by what is made from it."""
+    """Raise UsageError if -f would replace a directory that is, or contains, an input."""
     target = Path(run.output or "").resolve()
     for path in inputs if run.force and target.is_dir() else ():
         source = Path(path).resolve()
         if path != STDIN and target in (source, *source.parents):
-            raise UsageError(f"{path} is in the output {run.output}, which -f replaces", "choose another output")
+            raise UsageError(f"{path} is in the output {run.output}, which -f would replace", "choose another output")
 
 
-def request_of(run: Run, options: Any) -> Request:
-    """What is asked of training, with the messages, the reader and the record of this call."""
+def training_request(run: Run, options: Any) -> Request:
+    """The request to training.runner, with the messages, the reader and the lineage record of this call."""
     from llmkit.training.runner import Request, loop_options
 
     def reader(paths: list[str] | None) -> DocumentReader:
@@ -83,10 +83,10 @@ def request_of(run: Run, options: Any) -> Request:
     )
 
 
-def train_or_show(
+def train_or_plan(
     run: Run, request: Request, session: Session, prepared: Prepared, show: Callable[[], None] = lambda: None
 ) -> None:
-    """Train what was prepared, and print the summary; with --dry-run the plan, after what `show` prints."""
+    """Train the prepared run and print the summary; with --dry-run call `show`, then print the plan."""
     if run.dry_run:
         show()
         show_plan(run, session, prepared)
@@ -99,7 +99,7 @@ def train_or_show(
         session,
         prepared,
         at_checkpoint=_scorers(run, request, session, prepared),
-        observe=lambda: live_view.shown(run, session, prepared.planned_tokens),
+        observe=lambda: live_view.display(run, session, prepared.planned_tokens),
     )
     if outcome is None:
         run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
@@ -113,11 +113,13 @@ def train_or_show(
 
 
 def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
-    """What scores --eval-tasks at every checkpoint; from evaluation, which training does not know."""
+    """Functions that score --eval-tasks at every checkpoint; handed in, since training does not import evaluation."""
     samples = getattr(request.options, "samples", None)
     if samples is None or not samples.eval_tasks or not session.shows_checkpoints:
         return []
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when lm-eval's libraries are imported: progress is ours to show
+    os.environ.setdefault(
+        "TQDM_DISABLE", "1"
+    )  # read when lm-eval's libraries are imported; llmkit shows its own progress
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from llmkit.evaluation.harness import DecoderLM, evaluate, task_manager
     from llmkit.model.pretrained.checkpoint import LoadedModel
@@ -132,7 +134,7 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
         try:
             with preserved_state(model):
                 scores = evaluate(lm, names, manager, limit=samples.eval_limit, seed=run.seed)
-        except LlmkitError as error:  # not a reason to end a run
+        except LlmkitError as error:  # must not end the run
             run.warn(f"--eval-tasks at step {step:,}: {error.message}")
             return {}
         return {
@@ -146,7 +148,7 @@ def _scorers(run: Run, request: Request, session: Session, prepared: Prepared) -
 
 
 def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
-    """What --dry-run prints: sizes, steps, FLOPs, memory, and what is done with each kind of tensor."""
+    """Print the plan of --dry-run: sizes, steps, FLOPs, memory, and the optimizer settings of each kind of tensor."""
     from llmkit.model.family import expected_tensors
     from llmkit.training.memory_estimate import estimate_memory, training_flops
     from llmkit.training.optim.parameter_groups import merge_layers, tensor_table
@@ -161,18 +163,18 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
         options.optimizer.weight_decay or 0.0,
         processes.precision,
     )
-    at_once = session.rows_at_once(source.rows(0), length) * length * options.sequences_per_row
-    memory_needs = estimate_memory(tensors, config, at_once, processes.precision, processes.device.type)
-    full, half = (count * tokens for count in training_flops(config, length))
+    tokens_per_forward = session.rows_at_once(source.rows(0), length) * length * options.sequences_per_row
+    memory_needs = estimate_memory(tensors, config, tokens_per_forward, processes.precision, processes.device.type)
+    full_flops, causal_flops = (count * tokens for count in training_flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
         ["tokens", tokens],
         ["steps", source.steps],
-        ["tokens per forward pass", at_once],
+        ["tokens per forward pass", tokens_per_forward],
         ["peak learning rate", f"{prepared.schedule.peak:.2e}"],
-        ["FLOPs, 6N and causal attention at half", f"{half:.2e}"],
-        ["FLOPs, 6N and attention in full", f"{full:.2e}"],
+        ["FLOPs, 6N + causal attention", f"{causal_flops:.2e}"],
+        ["FLOPs, 6N + full attention", f"{full_flops:.2e}"],
         *([name, f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"] for name, n in memory_needs.items()),
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
@@ -192,12 +194,18 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
         for row, count in merge_layers(tensors)
     ]
     run.table("tensors", columns, cells)
-    counts = {"parameters": parameters, "tokens": tokens, "steps": source.steps, "flops": half, "bytes": memory_needs}
+    counts = {
+        "parameters": parameters,
+        "tokens": tokens,
+        "steps": source.steps,
+        "flops": causal_flops,
+        "bytes": memory_needs,
+    }
     run.finish(counts, "dry run: nothing was written")
 
 
-def show_course(run: Run, plan: Plan) -> None:
-    """More tables of --dry-run: learning rates by segment, sizes by phase, and the values of other options."""
+def show_schedules(run: Run, plan: Plan) -> None:
+    """Further tables of --dry-run: learning rates by segment, batch sizes by phase, and resolved options."""
     prepared = plan.prepared
     rates = [
         [f"{s.start:,}", f"{s.end:,}", f"{s.first:.4g}", f"{s.last:.4g}", s.shape] for s in prepared.schedule.segments

@@ -47,13 +47,13 @@ def main(
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="gopher (the default), c4, fineweb, refinedweb, dolma, txt360, code, or a TOML file; may be repeated",
+            help="gopher, c4, fineweb, refinedweb, dolma, txt360, code, or a TOML file (repeatable; default: gopher)",
         ),
         COMMON,
     ] = None,
     filter: Annotated[
         list[str] | None,
-        typer.Option("--filter", metavar="NAME", help="Add one filter after the presets; may be repeated"),
+        typer.Option("--filter", metavar="NAME", help="Add a filter after the presets (repeatable)"),
         COMMON,
     ] = None,
     rule: Annotated[
@@ -93,7 +93,7 @@ def main(
     decontaminate: Annotated[
         list[str] | None,
         _filter(
-            "--decontaminate", metavar="FILE", help="Drop documents with items of this evaluation set; may be repeated"
+            "--decontaminate", metavar="FILE", help="Drop documents with items of this evaluation set (repeatable)"
         ),
         COMMON,
     ] = None,

@@ -23,12 +23,10 @@ def main(
     inputs: InputPaths = None,
     label_key: Annotated[
         str | None,
-        typer.Option(
-            "--label-key", metavar="FIELD", help="Field with the label; by default the file name is the label"
-        ),
+        typer.Option("--label-key", metavar="FIELD", help="Field with the label (default: the file name is the label)"),
     ] = None,
     epochs: Annotated[
-        int, typer.Option("--epochs", min=0, max=1000, help="Epochs; 0: 5 to 50, more for fewer documents")
+        int, typer.Option("--epochs", min=0, max=1000, help="Number of epochs (0 = 5 to 50, more for fewer documents)")
     ] = 0,
     dim: Annotated[int, typer.Option("--dim", min=1, max=1024, help="Dimension of word vectors")] = 64,
     ngrams: Annotated[int, typer.Option("--ngrams", min=1, max=5, help="Length of the longest word n-gram")] = 2,

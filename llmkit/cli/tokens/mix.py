@@ -20,14 +20,12 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="SOURCE",
-        help="PATH, PATH:0.6 (weight), PATH:x6 (multiplier), PATH:2B (tokens); without any, stdin",
+        help="PATH, PATH:0.6 (weight), PATH:x6 (multiplier), PATH:2B (tokens) (default: stdin)",
     ),
 ]
 Tokens = Annotated[
     int | None,
-    count_option(
-        "--tokens", help="Size of the mix in tokens; by default as large as it can be with no source repeated"
-    ),
+    count_option("--tokens", help="Size of the mix in tokens (default: the largest without repeating a source)"),
 ]
 AsPlan = Annotated[
     bool, typer.Option("--plan", help="Write a small TOML plan that `train` follows, instead of the tokens")

@@ -57,7 +57,7 @@ def main(
     source: Annotated[
         str | None,
         typer.Option(
-            "--source", metavar="NAME", help="Source of every document; default: its field `source`, else its file"
+            "--source", metavar="NAME", help="Source of every document (default: its field `source`, else its file)"
         ),
     ] = None,
     source_key: Annotated[
@@ -76,7 +76,7 @@ def main(
             "--from",
             metavar="FORMAT",
             envvar="LLMKIT_TOKENIZE_FROM",
-            help=f"{', '.join(SOURCE_FORMATS)}; default: by the names of the inputs",
+            help=f"{', '.join(SOURCE_FORMATS)} (default: by the names of the inputs)",
         ),
     ] = None,
     to: Annotated[
@@ -100,7 +100,7 @@ def main(
     fim_source: Annotated[
         list[str] | None,
         typer.Option(
-            "--fim-source", metavar="NAME", help="Split only documents of this source; repeatable", rich_help_panel=FIM
+            "--fim-source", metavar="NAME", help="Split only documents of this source (repeatable)", rich_help_panel=FIM
         ),
     ] = None,
 ) -> None:

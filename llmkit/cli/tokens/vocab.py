@@ -28,7 +28,7 @@ def main(
     ] = 8192,
     pattern: Annotated[
         str | None,
-        typer.Option("--pattern", "-p", metavar="NAME", help="llama-bpe (the default), qwen2, gpt-2 or smollm"),
+        typer.Option("--pattern", "-p", metavar="NAME", help="llama-bpe, qwen2, gpt-2 or smollm (default: llama-bpe)"),
     ] = None,
     digits: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def main(
     ] = 1.0,
     special: Annotated[
         list[str] | None,
-        typer.Option("--special", metavar="NAME", help="Additional special token, like <name>; repeatable"),
+        typer.Option("--special", metavar="NAME", help="Additional special token, such as <name> (repeatable)"),
     ] = None,
     multiple: Annotated[int, typer.Option("--multiple", min=1, help="Round the size up to a multiple of this")] = 64,
 ) -> None:

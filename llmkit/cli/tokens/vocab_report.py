@@ -34,15 +34,15 @@ def main(
     ],
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", metavar="INPUT", help="Documents; repeatable; default: stdin"),
+        typer.Option("--text", metavar="INPUT", help="Documents (repeatable; default: stdin)"),
     ] = None,
     by: Annotated[
         list[str] | None,
-        typer.Option("--by", metavar="FIELD", help="Group by this field; repeatable; default: language, source"),
+        typer.Option("--by", metavar="FIELD", help="Group by this field (repeatable; default: language, source)"),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", metavar="NAME", help="Group to compare the others with; default: English"),
+        typer.Option("--baseline", metavar="NAME", help="Group to compare the others with (default: English)"),
     ] = None,
 ) -> None:
     """Compare tokenizers on real text: fertility (tokens per word), bytes per token, the share of words that

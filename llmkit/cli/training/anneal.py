@@ -19,27 +19,27 @@ from llmkit.training.options import AnnealOptions, held_out_paths
 def main(
     run: Run,
     start: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, one of its checkpoints, or a model directory (then give --lr)")
+        str, typer.Argument(metavar="RUN", help="Run, one of its checkpoints, or a model directory (which needs --lr)")
     ],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Token shards, a mix, its plan, or '-' for a stream")
+        str, typer.Argument(metavar="DATA", help="Token shards, a mix or its plan, or '-' for stdin")
     ] = "-",
     options: AnnealOptions = AnnealOptions(),
 ) -> None:
-    """Continue from a checkpoint, optimizer state included, on data of its own, while the learning rate decays to zero.
+    """Continue from a checkpoint, including its optimizer state, on new data, while the learning rate decays to zero.
 
-    The learning rate starts where the checkpoint's step had it. One trunk may be annealed any number of times, on
-    different data and from different steps; `llmkit average` merges the branches. A model directory without optimizer
-    state starts with zero moments, and needs --lr.
+    The learning rate starts at that of the checkpoint's step. One run can be annealed any number of times, on different
+    data and from different steps; `llmkit average` merges the branches. A model directory without optimizer state
+    starts with zero moments and needs --lr.
     """
-    from llmkit.cli.shared.training_command import launched, request_of, train_or_show
+    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
-    if launched(run, options, [start, data, *held_out_paths(options.heldout.heldout)]):
+    if launch_processes(run, options, [start, data, *held_out_paths(options.heldout.heldout)]):
         return
     from llmkit.training.pretraining import check_annealing, prepare_annealing
     from llmkit.training.runner import open_session
 
     check_annealing(options)
-    request = request_of(run, options)
+    request = training_request(run, options)
     with open_session(request) as session:
-        train_or_show(run, request, session, prepare_annealing(request, session, start, data))
+        train_or_plan(run, request, session, prepare_annealing(request, session, start, data))

@@ -1,4 +1,4 @@
-"""`llmkit average`: merge several models into one, by averaging or other methods."""
+"""`llmkit average`: merge several models into one, by averaging or another method."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 PENDING = "xxh3:" + "0" * 32  # placeholder, as long as any digest
 
 
-def _for(option: str, text: str) -> str:
-    """Help of an option of some methods."""
-    return f"{text} ({', '.join(methods.methods_with(option))})"
+def _help(option: str, text: str, default: str = "") -> str:
+    """The help of an option, preceded by the methods that take it."""
+    return f"{', '.join(methods.methods_with(option))}: {text}" + (f" (default: {default})" if default else "")
 
 
 @command(
@@ -30,11 +30,11 @@ def _for(option: str, text: str) -> str:
         "llmkit average sft/ chat/ --method ties --base base/ --density 0.3 -o merged/",
         "llmkit average base/ sft/ chat/ --method greedy --heldout heldout.jsonl -o soup/",
     ),
-    neutral=("base", "heldout"),  # they are inputs
+    neutral=("base", "heldout"),  # recorded as inputs
 )
 def main(
     run: Run,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories or runs, in order")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Model directories or runs")],
     method: Annotated[
         str,
         typer.Option(
@@ -47,45 +47,45 @@ def main(
         int | None, typer.Option("--last", metavar="K", min=1, help="Average the last K checkpoints of each run")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", metavar="LIST", help=_for("weights", "One per model: 1,1,2"))
+        str | None,
+        typer.Option("--weights", metavar="LIST", help=_help("weights", "one weight per model, such as 1,1,2")),
     ] = None,
     decay: Annotated[
         float | None,
-        typer.Option("--decay", help=_for("decay", "Weight of the average so far at each step; default: 0.9")),
+        typer.Option("--decay", help=_help("decay", "weight of the average so far at each step", "0.9")),
     ] = None,
     t: Annotated[
         float | None,
-        typer.Option("--t", help=_for("t", "Position between the first model, 0, and the second, 1; default: 0.5")),
+        typer.Option("--t", help=_help("t", "position on the arc, from 0 (the first model) to 1 (the second)", "0.5")),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="MODEL", help=_for("base", "The model that the others were trained from")),
+        typer.Option("--base", metavar="MODEL", help=_help("base", "model from which the others were trained")),
     ] = None,
     density: Annotated[
         str | None,
         typer.Option(
-            "--density", metavar="LIST", help=_for("density", "Fraction of the changes to keep, or one per model")
+            "--density",
+            metavar="LIST",
+            help=_help("density", "fraction of the changes to keep, or one fraction per model"),
         ),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option("--scale", help=_for("scale", "Factor for the sum of the changes; default: 1"))
+        float | None, typer.Option("--scale", help=_help("scale", "factor of the sum of the changes", "1"))
     ] = None,
     heldout: Annotated[
         list[str] | None,
-        typer.Option("--heldout", metavar="PATH", help=_for("heldout", "Token shards or documents")),
+        typer.Option("--heldout", metavar="PATH", help=_help("heldout", "held-out token shards or documents")),
     ] = None,
 ) -> None:
-    """Merge the weights of models of one architecture and size, or with --last those of the last checkpoints of
-    a run.
+    """Merge the weights of models of the same architecture and size, or with --last the last checkpoints of a run.
 
-    --method decides how. Methods with --base work on the changes that each model made to the model it was
-    trained from.
-
-    Computed in float32 with a few MB of memory; stored in the first model's type, with its configuration and
-    tokenizer. Compare the result with its inputs by `llmkit eval`.
+    Methods that take --base merge task vectors: the differences between each model and the model from which it was
+    trained. The merge is computed in float32 with a few MB of memory, and stored in the first model's data type with
+    its configuration and tokenizer. Use `llmkit eval` to compare the result with its inputs.
     """
     method = methods.ALIASES.get(method, method)
-    given = {
+    method_options = {
         "weights": weights,
         "decay": decay,
         "t": t,
@@ -94,7 +94,7 @@ def main(
         "base": base,
         "heldout": heldout,
     }
-    methods.check_options(method, given)
+    methods.check_options(method, method_options)
     if run.output is None:
         raise UsageError("no output", "name the directory of the merged model with -o")
     from llmkit.io.record import Input, base_name
@@ -108,17 +108,17 @@ def main(
     numbers = methods.Numbers(_numbers("weights", weights), decay, t, _numbers("density", density), scale, run.seed)
     plan = plan_merge(models, method, numbers, last=last, base=base, heldout=heldout or [])
     run.options["method"] = method
-    if plan.steps is not None:  # a run's own record does not tell which checkpoints it keeps
+    if plan.steps is not None:  # the record of a run does not tell which checkpoints it keeps
         run.options["steps"] = plan.steps
     refuse_own_inputs(run, [name for _, name, _ in plan.inputs])
     if run.up_to_date([str(path) for _, _, path in plan.inputs]):
         return
     infos, base_info = [load_info(path) for path in plan.paths], load_info(base) if base else None
     with ModelSet(infos, base_info, digesting=False):
-        pass  # reports tensors that do not match before any work
+        pass  # reports mismatching tensors before any work is done
     for info in [*infos, *([base_info] if base_info else [])]:
         if info.quantization is not None:
-            run.warn(f"{info.path} is quantised: its rounded weights are used, and the result is not quantised")
+            run.warn(f"{info.path} is quantised: its rounded weights are used; the result is not quantised")
     evaluate = _evaluation(run, infos[0], heldout) if heldout else None
     parameters = infos[0].config.parameters()
     if run.dry_run:
@@ -148,19 +148,19 @@ def main(
 
     with artefact_directory(run.output, run.force) as partial, run.progress(parameters, "weights") as bar:
         write_average(infos, merge, partial, record, bar.advance, base_info)
-    names_text = ", ".join(path.name for path in plan.paths) if last else f"{len(plan.paths)} models"
-    run.finish(lineage.counts, f"average of {selection}{names_text}: {run.output}")
+    model_names = ", ".join(path.name for path in plan.paths) if last else f"{len(plan.paths)} models"
+    run.finish(lineage.counts, f"average of {selection}{model_names}: {run.output}")
 
 
 def _numbers(name: str, text: str | None) -> list[float]:
     try:
         return [float(part) for part in text.split(",")] if text is not None else []
     except ValueError:
-        raise UsageError(f"--{name} {text!r} is not a list of numbers", "such as 1,1,2") from None
+        raise UsageError(f"--{name} {text!r} is not a list of numbers", "expected a list such as 1,1,2") from None
 
 
 def _evaluation(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[Decoder], float]:
-    """A function that computes the held-out loss of a model in nats per token, on token shards or documents."""
+    """A function from a model to its held-out loss in nats per token, on token shards or documents."""
     from llmkit.merging.greedy_soup import MAX_SEQUENCE, are_shards, heldout_loss
     from llmkit.shards.tokenizer_info import parse_tokenizer
     from llmkit.training.inputs import held_out_source
@@ -192,7 +192,7 @@ def _evaluation(run: Run, info: LoadedModel, heldout: list[str]) -> Callable[[De
 
 
 def _soup(run: Run, infos: list[LoadedModel], names: list[str], evaluate: Callable[[Decoder], float]) -> list[int]:
-    """The models that the greedy soup keeps, in the order in which they joined; shows the decisions."""
+    """The indices of the models in the greedy soup, in the order in which they were added; shows the decisions."""
     from llmkit.merging.greedy_soup import average_loss, greedy_soup
 
     with run.progress(2 * len(infos) - 1, "evaluations") as bar:

@@ -31,15 +31,15 @@ def main(
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="Also show the decoded text")] = False,
 ) -> None:
-    """Show which documents a step read: row of the batch, positions in it, source, id, tokens of the document,
-    and how often it was seen before.
+    """Show which documents a step read, or which steps read a document.
 
-    Steps count from 1, as in metrics.jsonl. --find lists every occurrence of a document so far. --json prints
-    one JSON object per line. The shards must still be where the run read them. Steps skipped by the guard are
-    marked.
+    A line gives the row of the batch, the positions in it, the document's source and id, the range of its tokens, and
+    how often it was seen before. Steps count from 1, as in metrics.jsonl. --find lists all occurrences of a document so
+    far. --json prints one JSON object per line. The shards must still be where the run read them. Steps skipped by the
+    training guard are marked.
     """
     if (step is None) == (find is None):
-        raise UsageError("nothing to trace", "give either --step or --find")
+        raise UsageError("either --step or --find is required", "see --help")
     from llmkit.training.trace import Trace, skipped_steps, steps_done
 
     trace, done, skipped = Trace(directory), steps_done(directory), skipped_steps(directory)
@@ -67,7 +67,7 @@ def main(
 
 
 def _line(record: dict[str, Any]) -> str:
-    """One line for people; control characters in ids, sources and texts are escaped."""
+    """A record as a line of text; control characters in ids, sources and texts are escaped."""
     name, source = (jsonlib.dumps(record[key], ensure_ascii=False)[1:-1] for key in ("id", "source"))
     line = f"step {record['step']} row {record['row']} [{record['first']}:{record['last']}] {source} {name}"
     line += f" tokens [{record['start']}:{record['stop']}]" + (f" seen {record['epoch']}x" if record["epoch"] else "")
@@ -76,14 +76,14 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _decoder(trace: Trace, run: Path) -> Any:
-    """A function from token ids to text, with the tokenizer in the run, or else the one beside its data."""
+    """A function from token ids to text, with the tokenizer of the run or, failing that, of its data."""
     from tokenizers import Tokenizer
 
     files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
     content = content or trace.shard(0, 0).tokenizer().files.get("tokenizer.json")
     if content is None:
-        raise LlmkitError(f"{run}: no tokenizer in the run or beside its data", "omit --text")
+        raise LlmkitError(f"{run}: no tokenizer in the run or with its data", "omit --text")
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises plain Exception

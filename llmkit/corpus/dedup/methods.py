@@ -86,8 +86,8 @@ class MinHashOptions:
         bool, _near("--verify/--no-verify", help="Check candidates by the true similarity of their 5-grams")
     ] = True
     ngram: Annotated[int, _near("--ngram", help="Words per shingle")] = 5
-    bands: Annotated[int | None, _near("--bands", help="Bands of the signature [default: by threshold]")] = None
-    rows: Annotated[int | None, _near("--rows", help="Hash functions per band [default: by threshold]")] = None
+    bands: Annotated[int | None, _near("--bands", help="Bands of the signature (default: by threshold)")] = None
+    rows: Annotated[int | None, _near("--rows", help="Hash functions per band (default: by threshold)")] = None
     bits: Annotated[int, _near("--bits", help="Width of the hash functions: 32, or 61 (slower)")] = 32
 
 
@@ -143,7 +143,7 @@ class PassageOptions:
         int | None,
         count_option(
             "--repeated",
-            help="Cut all copies of what occurs in at least this many documents [default: keep the first copy]",
+            help="Cut all copies of what occurs in at least this many documents (default: keep the first copy)",
             rich_help_panel=PASSAGES,
         ),
     ] = None
