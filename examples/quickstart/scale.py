@@ -5,6 +5,10 @@
 The full amounts are what a machine with two quiet cores trains on in about five minutes. Most of it is fine-tuning, and the rate of pre-training
 is low: a model that has seen a megabyte or two with a high rate learns to read a question far more slowly than a fresh one. Where there is
 less time everything is cut by one factor, down to amounts that are needed to learn anything.
+
+The speed is the best of up to three probes. Other work on the machine only ever slows a probe down, so the best one is the nearest to what the
+machine can do, while a mean would count a busy moment as if it lasted: one probe measured 2,179 tokens/s where training then ran at 8,000 to 9,000, and
+cut it to a third. The first probe that is fast enough for the full amounts is the last.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ AMOUNTS = {
     "PAIR_ROWS": (1_500, 500, 40, 150.0),  # two answers, and a third of that for the reference
 }
 PROBE = 30_720  # tokens
+PROBES = 3
 
 
 def tokens_per_second() -> float:
@@ -38,6 +43,16 @@ def tokens_per_second() -> float:
         return float(json.loads(summary.read_text())["tokens_per_second"])
 
 
+def best_speed(enough: float) -> float:
+    """The best of some probes, the last of which is the first that reaches `enough`."""
+    best = 0.0
+    for _ in range(PROBES):
+        best = max(best, tokens_per_second())
+        if best >= enough:
+            break
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", type=int, default=0)
@@ -47,9 +62,10 @@ def main() -> None:
         print("# LLMKIT_TINY=1: every stage runs, nothing is learnt")
         amounts = {name: tiny for name, (_, _, tiny, _) in AMOUNTS.items()}
     else:
-        speed = tokens_per_second()
         wanted = sum(full * cost for full, _, _, cost in AMOUNTS.values())
-        share = min(1.0, speed * options.minutes * 60 / wanted)
+        enough = wanted / (options.minutes * 60)
+        speed = best_speed(enough)
+        share = min(1.0, speed / enough)
         amounts = {name: max(least, round(full * share)) for name, (full, least, _, _) in AMOUNTS.items()}
         print(f"# {speed:,.0f} tokens/s: {share:.0%} of the full training" + (", cut down to fit" if share < 1 else ""))
     amounts["EPOCHS"] = 1 if options.tiny else EPOCHS
