@@ -1,10 +1,11 @@
-"""How much to train on this machine: measure its speed, print shell variables.
+"""Measure the training speed of this machine and print the amounts of training as shell variables.
 
-    python examples/quickstart/scale.py --tiny 0 --minutes 5 > scale.sh        # in the directory that holds text/ and model.json
+    python examples/quickstart/scale.py --tiny 0 --minutes 5 > scale.sh        # in the directory of text/ and model.json
 
-The full amounts are what a machine with two quiet cores trains on in about five minutes. Most of it is fine-tuning, and the rate of pre-training
-is low: a model that has seen a megabyte or two with a high rate learns to read a question far more slowly than a fresh one. Where there is
-less time everything is cut by one factor, down to amounts that are needed to learn anything.
+The full amounts take about five minutes on two idle cores. Most of the time is for fine-tuning, and the learning rate
+of pre-training is low: a model pre-trained on a megabyte or two with a high rate learns to read a question far more
+slowly than a new one. For less time, all amounts are scaled by one factor, down to the minimum needed to learn
+anything.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ import tempfile
 from pathlib import Path
 
 EPOCHS = 3  # of fine-tuning
-# name: (all of it, the least that it is cut to, what LLMKIT_TINY=1 takes, tokens that one unit of it costs)
+# name: (full amount, minimum, amount with LLMKIT_TINY=1, cost of a unit in tokens)
 AMOUNTS = {
     "TRAIN_TOKENS": (200_000, 100_000, 60_000, 1.0),
     "ANNEAL_TOKENS": (80_000, 40_000, 20_000, 1.0),
     "ANSWER_ROWS": (6_000, 4_500, 100, 65.0 * EPOCHS),  # with the bare answer
     "SUM_ROWS": (2_500, 2_000, 100, 44.0 * EPOCHS),
-    "PAIR_ROWS": (1_500, 500, 40, 150.0),  # two answers, and a third of that for the reference
+    "PAIR_ROWS": (1_500, 500, 40, 150.0),  # two answers, and a third more for the reference model
 }
 PROBE = 30_720  # tokens
 
 
 def tokens_per_second() -> float:
-    """Speed of `llmkit train` on the real model and data, once it is warm."""
-    with tempfile.TemporaryDirectory(dir=".") as place:
-        summary = Path(place) / "summary.json"
+    """Speed of `llmkit train` on the real model and data, after warm-up."""
+    with tempfile.TemporaryDirectory(dir=".") as directory:
+        summary = Path(directory) / "summary.json"
         command = [sys.executable, "-m", "llmkit", "train", "text/", "-m", "model.json", "--tokens", str(PROBE), "--batch-size", "4", "--quiet",
-                   "--summary", str(summary), "-o", str(Path(place) / "run")]  # fmt: skip
+                   "--summary", str(summary), "-o", str(Path(directory) / "run")]  # fmt: skip
         subprocess.run(command, check=True)
         return float(json.loads(summary.read_text())["tokens_per_second"])
 
@@ -48,8 +49,8 @@ def main() -> None:
         amounts = {name: tiny for name, (_, _, tiny, _) in AMOUNTS.items()}
     else:
         speed = tokens_per_second()
-        wanted = sum(full * cost for full, _, _, cost in AMOUNTS.values())
-        share = min(1.0, speed * options.minutes * 60 / wanted)
+        total_cost = sum(full * cost for full, _, _, cost in AMOUNTS.values())
+        share = min(1.0, speed * options.minutes * 60 / total_cost)
         amounts = {name: max(least, round(full * share)) for name, (full, least, _, _) in AMOUNTS.items()}
         print(f"# {speed:,.0f} tokens/s: {share:.0%} of the full training" + (", cut down to fit" if share < 1 else ""))
     amounts["EPOCHS"] = 1 if options.tiny else EPOCHS
