@@ -15,8 +15,8 @@ after another.
     mix = { web = 0.5, wiki = 0.5 }
 
 Amounts are written as on the command line (mixing/specs.py): a number is a weight, "x6" a multiplier, "2B" a
-token budget. The file may also hold the keys of a recipe (training/recipe.py), so that one file describes what
-each stage reads and how it trains.
+token budget. The file may also hold the keys of a recipe (training/optim/recipe.py), so that one file describes
+what each stage reads and how it trains.
 """
 
 from __future__ import annotations

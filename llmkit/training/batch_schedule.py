@@ -115,7 +115,7 @@ def size_changes(
 
 
 def parse_sizes(text: str | None, option: str) -> list[tuple[int, int]]:
-    """`8:1M,16:4M` as sizes with the token until which each holds; raises UsageError if it has another form."""
+    """Parse `8:1M,16:4M` as sizes with the token until which each applies; raises UsageError for any other form."""
     sizes = []
     for part in text.split(",") if text else []:
         size, _, until = part.strip().partition(":")

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from typing import Any
 
 from llmkit.errors import LlmkitError, UnfinishedError
+from llmkit.io.run_layout import step_of
 from llmkit.training.checkpoint.checkpointer import Checkpointer
 from llmkit.training.checkpoint.environment import hardware_info
-from llmkit.training.checkpoint.run_directory import step_of
 from llmkit.training.checkpoint.trainer_state import load_optimizer_tensors, load_trainer_state
 from llmkit.training.distributed.stragglers import StragglerDetector, scheduled_garbage_collection
 from llmkit.training.guard.guard import Guard

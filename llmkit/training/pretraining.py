@@ -29,7 +29,8 @@ from llmkit.options import check_positive, from_values
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
 from llmkit.training.batch_schedule import parse_sizes, size_changes
-from llmkit.training.checkpoint.run_directory import TrainerState, starting_point
+from llmkit.training.checkpoint.run_directory import starting_point
+from llmkit.training.checkpoint.trainer_state import TrainerState
 from llmkit.training.data import StreamSource
 from llmkit.training.inputs import (
     check_stream_length,

@@ -511,7 +511,10 @@ def test_warmup_is_a_share_or_a_count(place: Path, capsys: pytest.CaptureFixture
 
 
 def test_python_makes_the_same_run(place: Path) -> None:
-    """Property: `pretrain` and `anneal` with the options of the command line give its bytes; what is finished is not done again."""
+    """Property: `pretrain` and `anneal` with the options of the command line give the same bytes.
+
+    A finished run is not repeated.
+    """
     from llmkit.errors import UsageError
     from llmkit.training.pretraining import anneal, pretrain
 
@@ -538,7 +541,8 @@ def test_python_makes_the_same_run(place: Path) -> None:
 
 
 def test_records_with_former_names(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behaviour: runs, configurations and records made before options were renamed resume, train and are scripted with the present names."""
+    """Behaviour: runs, configurations and records with former names of options can be resumed, trained and
+    scripted with the current names."""
     call = (*SMALL, "--save-every", "4", "-o", "run")
     assert train(*call, "--min-lr", "0.2") == 0
     expected = weights("run")
@@ -558,7 +562,7 @@ def test_records_with_former_names(place: Path, capsys: pytest.CaptureFixture[st
     from llmkit.training.checkpoint import run_directory
 
     for checkpoint in Path("run/checkpoints").iterdir():
-        (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._digests(checkpoint)))
+        (checkpoint / "state" / "digests.json").write_text(json.dumps(run_directory._file_digests(checkpoint)))
     assert train("shards", "-c", "old.toml", "-q", "--resume", "-o", "run") == 0
     assert weights("run") == expected
     record = read_lineage("run")

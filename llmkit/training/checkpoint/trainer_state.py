@@ -57,7 +57,10 @@ FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def load_trainer_state(checkpoint: Path) -> TrainerState:
-    """trainer.json of a checkpoint; raises LlmkitError if it is missing or damaged."""
+    """trainer.json of a checkpoint, with former names of options replaced.
+
+    Raises LlmkitError if it is missing or damaged.
+    """
     path = checkpoint / STATE / TRAINER
     try:
         fields = {"environment": {}} | json.loads(path.read_bytes())
@@ -67,8 +70,8 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
                 raise TypeError(f"{name} is {getattr(state, name)!r}")
         if min(state.batch_size, state.length) < 1 or min(state.step, state.tokens, state.rate) < 0:
             raise ValueError("a size below 1, or a count below 0")
-        renamed = former_names(RampOptions if state.command == "anneal" else ScheduleOptions)
-        state.options = {renamed.get(name, name): value for name, value in state.options.items()}
+        current_names = former_names(RampOptions if state.command == "anneal" else ScheduleOptions)
+        state.options = {current_names.get(name, name): value for name, value in state.options.items()}
         return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LlmkitError(

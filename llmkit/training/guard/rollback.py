@@ -17,7 +17,8 @@ from itertools import chain
 
 import torch
 
-from llmkit.training.checkpoint.run_directory import find_damage, step_of
+from llmkit.io.run_layout import step_of
+from llmkit.training.checkpoint.run_directory import find_damage
 from llmkit.training.checkpoint.snapshot import HostSnapshot
 from llmkit.training.checkpoint.trainer_state import (
     TrainerState,

@@ -44,7 +44,7 @@ def read_prompts(path: str | Path) -> list[str]:
             raise LlmkitError(f"{path}: over {MAX_BYTES >> 20} MiB", f"a few prompts are enough, {MAX_PROMPTS} at most")
         lines = [line for line in content.decode().splitlines() if line.strip()]
     except OSError as error:
-        raise LlmkitError(f"{path}: {error.strerror}", "--samples takes a file of prompts") from error
+        raise LlmkitError(f"{path}: {error.strerror}", "--prompts takes a file of prompts") from error
     except UnicodeDecodeError as error:
         raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "one prompt per line") from error
     prompts = []

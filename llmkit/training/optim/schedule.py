@@ -8,7 +8,7 @@ between them:
 
 `build_schedule` makes those in SCHEDULES; recipes (recipe.py) concatenate several. To add one, add a row to
 SCHEDULES: a help text and a function that returns the segments after the warm-up, which is linear for all.
-`schedule_help()` lists them for the help of an option. No torch here.
+No torch here.
 
 A step that covers the tokens [a, b) gets the rate at (a + b) / 2, so that neither the first step of a warm-up
 nor the last of a decay to zero has rate 0.
@@ -123,11 +123,10 @@ def _constant(span: Span) -> list[Segment]:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleKind:
-    """`segments` returns the segments after the warm-up; `note` explains a name that does not explain itself."""
+    """`segments` returns the segments after the warm-up."""
 
     segments: Callable[[Span], list[Segment]]
     help: str
-    note: str = ""
 
 
 SCHEDULES: dict[str, ScheduleKind] = {
@@ -136,18 +135,11 @@ SCHEDULES: dict[str, ScheduleKind] = {
     "sqrt": ScheduleKind(_sqrt, "from the peak to the final rate along 1 - √(share of the tokens)"),
     "wsd": ScheduleKind(
         _wsd,
-        "constant, then a decay to the final rate over the last share of all tokens (arXiv:2404.06395, 2405.18392)",
-        "warm-up, stable, decay",
+        "warm-up, stable, decay: constant, then a decay to the final rate over the last share of all tokens "
+        "(arXiv:2404.06395, 2405.18392)",
     ),
     "constant": ScheduleKind(_constant, "constant at the peak"),
 }
-
-
-def schedule_help() -> str:
-    """The names of SCHEDULES as a list for the help of an option: `cosine, linear, sqrt, wsd (warm-up,
-    stable, decay) or constant`."""
-    names = [f"{name} ({kind.note})" if kind.note else name for name, kind in SCHEDULES.items()]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def build_schedule(
