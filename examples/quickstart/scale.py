@@ -6,6 +6,11 @@ The full amounts take about five minutes on two idle cores. Most of the time is 
 of pre-training is low: a model pre-trained on a megabyte or two with a high rate learns to read a question far more
 slowly than a new one. For less time, all amounts are scaled by one factor, down to the minimum needed to learn
 anything.
+
+The speed is the best of up to three probes, and the first that is fast enough for the full amounts ends the search.
+Other work on the machine can only slow a probe down, so the best probe is the closest to the machine's real speed, while
+a mean would count a short busy moment as if it lasted: one probe measured 2,179 tokens/s where training then ran at
+8,000 to 9,000, and cut it to a third.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ AMOUNTS = {
     "PAIR_ROWS": (1_500, 500, 40, 150.0),  # two answers, and a third more for the reference model
 }
 PROBE = 30_720  # tokens
+PROBES = 3
 
 
 def tokens_per_second() -> float:
@@ -39,6 +45,16 @@ def tokens_per_second() -> float:
         return float(json.loads(summary.read_text())["tokens_per_second"])
 
 
+def best_speed(enough: float) -> float:
+    """The best speed of up to PROBES probes; stops at the first that reaches `enough`."""
+    best = 0.0
+    for _ in range(PROBES):
+        best = max(best, tokens_per_second())
+        if best >= enough:
+            break
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", type=int, default=0)
@@ -48,9 +64,10 @@ def main() -> None:
         print("# LLMKIT_TINY=1: every stage runs, nothing is learnt")
         amounts = {name: tiny for name, (_, _, tiny, _) in AMOUNTS.items()}
     else:
-        speed = tokens_per_second()
         total_cost = sum(full * cost for full, _, _, cost in AMOUNTS.values())
-        share = min(1.0, speed * options.minutes * 60 / total_cost)
+        full_speed = total_cost / (options.minutes * 60)
+        speed = best_speed(full_speed)
+        share = min(1.0, speed / full_speed)
         amounts = {name: max(least, round(full * share)) for name, (full, least, _, _) in AMOUNTS.items()}
         print(f"# {speed:,.0f} tokens/s: {share:.0%} of the full training" + (", cut down to fit" if share < 1 else ""))
     amounts["EPOCHS"] = 1 if options.tiny else EPOCHS
