@@ -1,4 +1,4 @@
-"""Digest of the first batches that `llmkit train` takes from each of several mixes: `python batches.py mix/ plan/`. Exit code 1 where they differ."""
+"""Digests of the first training batches of mixes: `python batches.py mix/ plan/`. Exit code 1 if they differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BATCHES, BATCH_SIZE, LENGTH = 1000, 4, 256
 
 
 def digest(path: str) -> str:
-    """xxh3-128 of inputs, targets and weights of the first batches."""
+    """xxh3-128 of the inputs, targets and weights of the first batches."""
     stream = OrderedTokens.open(path)
     source = StreamSource(stream, LENGTH, BATCH_SIZE, BATCHES * BATCH_SIZE * LENGTH)
     state = xxhash.xxh3_128()
@@ -26,6 +26,6 @@ def digest(path: str) -> str:
 
 if __name__ == "__main__":
     digests = [digest(path) for path in sys.argv[1:]]
-    for path, found in zip(sys.argv[1:], digests, strict=True):
-        print(f"{found}  the first {BATCHES:,} batches of {path}")
+    for path, value in zip(sys.argv[1:], digests, strict=True):
+        print(f"{value}  the first {BATCHES:,} batches of {path}")
     sys.exit(len(set(digests)) > 1)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One trunk, three anneals on different data, and their average; then new data for an old model, with and without a re-warm-up. Two tables: loss on
-# documentation and on source code that no model has seen, and what the forks cost beside three runs from scratch.
+# Anneals one run on three different mixes and averages the results; then continues an old model on new data, with and
+# without re-warming the learning rate. Prints held-out losses on documentation and source code, and the cost of the
+# forks compared with three runs from scratch.
 #
 #   bash examples/forks.sh WORK/            three minutes on one core; needs llmkit on the PATH
-#   bash examples/forks.sh WORK/ 5k         the unit of tokens that everything is a multiple of (default 20k)
+#   bash examples/forks.sh WORK/ 5k         unit of tokens, of which all amounts are multiples (default 20k)
 #
-# Run it again and finished stages are passed over.
+# A repeated run skips finished stages.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 UNIT=${2:-20k}
@@ -13,7 +14,7 @@ mkdir -p "$1" && cd "$1"
 case $UNIT in *k) UNIT=$((${UNIT%k} * 1000)) ;; esac
 TRUNK=$((12 * UNIT)) FORK=$((3 * UNIT)) NEW=$((4 * UNIT))
 
-# Documentation and source code of Python and its packages; test documents are of modules that no training document is of.
+# Documentation and source code of Python and its packages. Test documents come from modules without training documents.
 [ -e data/summary.json ] || python "$ROOT/examples/build_corpus.py" data --items 20 > /dev/null
 [ -e test-code.jsonl ] || python - <<'PYTHON'
 import json
@@ -30,7 +31,7 @@ cat > model.json <<'JSON'
 JSON
 train() { llmkit train --batch-size 4 --seed 1 --resume --quiet "$@"; }
 
-# The trunk sees both halves at a constant rate; each fork takes it down to zero on a mix of its own.
+# The trunk is trained on both halves at a constant learning rate; each fork decays it to zero on its own mix.
 llmkit mix docs/:1 code/:1 --tokens $TRUNK --seed 1 --quiet -o mix/
 train mix/ -m model.json --lr 2e-3 --schedule constant -o trunk/
 for fork in docs:9:1 code:1:9 both:1:1; do
@@ -40,28 +41,28 @@ for fork in docs:9:1 code:1:9 both:1:1; do
 done
 llmkit average fork-docs/ fork-code/ fork-both/ --quiet -o average/
 
-# New data for an old model: one that was trained on documentation alone, and has come to its end, goes on with source code. A twentieth of the new
-# mix is documentation: without any the old is lost faster still.
+# New data for an old model: a finished run on documentation alone continues on source code. A twentieth of the new
+# mix is documentation, since without any the old data is forgotten even faster.
 llmkit mix docs/:1 --tokens $((6 * UNIT)) --seed 1 --quiet -o mix-old/
 train mix-old/ -m model.json --lr 2e-3 -o old/
 llmkit mix docs/:1 code/:19 --tokens $NEW --seed 3 --quiet -o mix-new/
-train mix-new/ --from old/ -o went-on/
+train mix-new/ --from old/ -o continued/
 train mix-new/ --from old/ --rewarm --lr 2e-3 -o rewarmed/
 
-llmkit eval trunk/ fork-docs/ fork-code/ fork-both/ average/ old/ went-on/ rewarmed/ --perplexity test-docs.jsonl --perplexity test-code.jsonl \
+llmkit eval trunk/ fork-docs/ fork-code/ fork-both/ average/ old/ continued/ rewarmed/ --perplexity test-docs.jsonl --perplexity test-code.jsonl \
     --quiet -f -o scores.json
 python - $TRUNK $FORK <<'PYTHON'
 import json, sys
 trunk, fork = map(int, sys.argv[1:])
 models = json.load(open("scores.json"))["models"]
 def table(title, names):
-    print(f"\n{title:44}{'documentation':>14}{'source code':>14}   nats a token")
-    for name, what in names.items():
+    print(f"\n{title:44}{'documentation':>14}{'source code':>14}   nats per token")
+    for name, label in names.items():
         texts = models[f"{name}/"]["perplexity"]
-        print(f"{what:44}" + "".join(f"{texts[f'test-{kind}.jsonl']['nats_per_token']:14.3f}" for kind in ("docs", "code")))
+        print(f"{label:44}" + "".join(f"{texts[f'test-{kind}.jsonl']['nats_per_token']:14.3f}" for kind in ("docs", "code")))
 forks = {"fork-docs": "annealed on 90 % documentation", "fork-code": "annealed on 90 % source code", "fork-both": "annealed on both"}
-table("one trunk", {"trunk": "trunk, at its constant rate", **forks, "average": "average of the three"})
-spent, whole = trunk + 3 * fork, 3 * (trunk + fork)
-print(f"tokens: {spent:,} for the three, {whole:,} for three runs from scratch ({spent / whole:.0%})")
-table("new data for an old model", {"old": "documentation alone, to its end", "went-on": "then source code at the last rate", "rewarmed": "then source code, --rewarm"})
+table("one trunk", {"trunk": "trunk, at a constant rate", **forks, "average": "average of the three"})
+forked, separate = trunk + 3 * fork, 3 * (trunk + fork)
+print(f"tokens: {forked:,} for the three forks, {separate:,} for three runs from scratch ({forked / separate:.0%})")
+table("new data for an old model", {"old": "documentation alone, finished", "continued": "then source code, at the last rate", "rewarmed": "then source code, --rewarm"})
 PYTHON

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Nightly refresh of a corpus: new files only, one run at a time, bad lines put aside. For cron:
+# Nightly refresh of a corpus, for cron: new files only, one run at a time, bad lines quarantined.
 #
 #   15 2 * * *  llmkit-user  bash /path/to/examples/nightly_refresh.sh /data/incoming /data/store /data/tok
 #
-# INCOMING gets *.jsonl, *.jsonl.gz, *.jsonl.zst files dropped into it; nothing in it is touched. A file counts as new by its content, not by its
-# name, once it has not changed for SETTLE minutes (default 5). STORE is filled with
+# INCOMING is a drop box of *.jsonl, *.jsonl.gz and *.jsonl.zst files, which are only read. A file is new if its
+# content is new, whatever its name; it is processed once it has not changed for SETTLE minutes (default 5). Written
+# to STORE:
 #   clean/ID.jsonl.zst           each batch of new files, filtered
-#   unique/ID.jsonl.zst          of those, what no earlier batch had; shards/ID/ their tokens: `llmkit mix STORE/shards/*` takes all nights together
-#   seen.duckdb                  what the batches have kept: a night costs what is new, however much there is
-#   quarantine/ID.jsonl          lines that could not be read, with file, line and reason
-#   rejects/ID.jsonl.zst         what the filter dropped, with its reason
-#   seen.txt, log.jsonl          digests of the files taken in; one line of counts a run
-# Exit codes: 0 done or nothing new, 75 another run is at work, anything else is the code of the llmkit command that failed. A run that failed or
-# was killed leaves seen.txt alone, so the next one takes the same files again.
+#   unique/ID.jsonl.zst          its documents that no earlier batch had
+#   shards/ID/                   their tokens; `llmkit mix STORE/shards/*` combines all nights
+#   seen.duckdb                  index of the documents kept so far, so that a night costs only its new documents
+#   quarantine/ID.jsonl          unreadable lines, with file, line and reason
+#   rejects/ID.jsonl.zst         documents dropped by the filter, with the reason
+#   seen.txt, log.jsonl          digests of the processed files; counts, one line per run
+# Exit codes: 0 done or nothing new; 75 another run is active; otherwise that of the failed llmkit command. A failed
+# or killed run does not change seen.txt, so the next run processes the same files again.
 set -euo pipefail
 if [ $# -ne 3 ]; then
     echo "usage: nightly_refresh.sh INCOMING STORE TOKENIZER" >&2
@@ -23,7 +25,7 @@ mkdir -p "$STORE"/{clean,quarantine,rejects,shards,unique}
 
 exec 9> "$STORE/.refresh.lock"
 if ! flock --nonblock 9; then
-    echo "nightly_refresh: another run is at work in $STORE" >&2
+    echo "nightly_refresh: another run is active in $STORE" >&2
     exit 75
 fi
 
@@ -32,20 +34,20 @@ files=() digests=()
 while IFS= read -r -d '' file; do
     digest=$(sha256sum < "$file" | cut -d' ' -f1)
     case "$(cat "$STORE/seen.txt") ${digests[*]-}" in
-        *"$digest"*) ;; # taken in before, perhaps under another name
+        *"$digest"*) ;; # processed before, perhaps under another name
         *) files+=("$file") digests+=("$digest") ;;
     esac
 done < <(find "$INCOMING" -type f \( -name '*.jsonl' -o -name '*.jsonl.gz' -o -name '*.jsonl.zst' \) -mmin "+${SETTLE:-5}" -print0 | sort -z)
 if [ ${#files[@]} -eq 0 ]; then
-    exit 0 # quiet: cron mails what is printed
+    exit 0 # silently: cron mails any output
 fi
 
-# The batch is named after what is in it: a run that was killed and starts over makes the same names.
+# The batch is named after its content, so that a run that was killed and repeated uses the same names.
 ID=$(printf '%s\n' "${digests[@]}" | sort | sha256sum | cut -c1-16)
 counts=$(mktemp) && trap 'rm -f "$counts".*' EXIT
 rm -f "$counts" "$STORE/quarantine/$ID.jsonl"
 
-# -f: what a failed run left under these names is made again.
+# -f replaces what a failed run left under these names.
 llmkit filter "${files[@]}" --preset "${PRESET:-gopher}" --on-bad-line "quarantine=$STORE/quarantine/$ID.jsonl" \
     --rejects "$STORE/rejects/$ID.jsonl.zst" --summary "$counts.filter" -q -f -o "$STORE/clean/$ID.jsonl.zst"
 llmkit dedup "$STORE/clean/$ID.jsonl.zst" --index "$STORE/seen.duckdb" --summary "$counts.dedup" -q -f -o "$STORE/unique/$ID.jsonl.zst"

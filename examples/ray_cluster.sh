@@ -3,19 +3,21 @@
 #
 #   bash examples/ray_cluster.sh CRAWL STORE TOKENIZER
 #
-# CRAWL is a directory of WARC files, STORE where the results go; every machine sees both under the same name: a shared
-# directory, or a URL that fsspec knows (s3://bucket/crawl/). On each machine: pip install 'llmkit[web,ray]'. Before:
+# CRAWL is a directory of WARC files, STORE the directory of the results. All machines must see both under the same
+# name: a shared directory, or a URL that fsspec supports (s3://bucket/crawl/). Before, on each machine:
 #
+#   pip install 'llmkit[web,ray]'
 #   ray start --head                        # on the first machine
 #   ray start --address=FIRST:6379          # on the others
 #
-# RAY_ADDRESS names a cluster; without one, Ray starts on this machine alone. The bytes are those of one process.
+# RAY_ADDRESS selects a cluster; without it, Ray starts on this machine only. The output is byte-identical to that of
+# one process.
 #
-# With -o DIRECTORY/ each file is one task: read, processed and written wherever there is room, so nothing but counts
-# passes through this machine. --resume makes only what is missing: after a kill, or for new files. With one output,
-# chunks are processed everywhere, come back in order, and this machine writes. dedup keeps lines, band keys and
-# shingles where they were computed, and brings together what has to meet in two shuffles. Lost workers and machines are
-# replaced, and their work is repeated.
+# With -o DIRECTORY/ each file is one task, read, processed and written on any machine, so that only counts pass
+# through this one. --resume makes only the missing outputs, after a kill or for new files. With a single output,
+# chunks are processed on all machines and written, in order, by this one. dedup keeps lines, band keys and shingles
+# where they were computed, and joins them in two shuffles. Lost workers and machines are replaced, and their work is
+# repeated.
 set -euo pipefail
 if [ $# -ne 3 ]; then
     echo "usage: ray_cluster.sh CRAWL STORE TOKENIZER" >&2

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Text to tokens to training order: a vocabulary from this machine's own documentation and sources, what it costs twenty languages, shards, and a mix
-# with multipliers like K2's (examples/k2.toml). Ends with the proof that `train` sees the same batches from a plan and from the mix written out.
+# Text to tokens to training order: trains a tokenizer on this machine's own documentation and source code, measures
+# its fertility in twenty languages, and makes shards and a mix with multipliers like those of K2 (examples/k2.toml).
+# Finally checks that `train` gets the same batches from a plan and from the written mix.
 #
 #   bash examples/tokens.sh udhr.jsonl.zst WORK/          under a minute; needs llmkit on the PATH
 #
-# The first file holds documents with a field `key`, the name of a language: the Universal Declaration of Human Rights in as many as there are.
+# The first file has documents with a field `key`, the name of a language: the Universal Declaration of Human Rights
+# in many languages.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 TEXTS=$(realpath "$1")
@@ -17,7 +19,8 @@ DOCS=data/train/docs.jsonl PROSE=data/train/prose.jsonl CODE=data/train/code.jso
 
 llmkit vocab $DOCS $PROSE $CODE --size 8192 --pattern llama-bpe -o tok/
 
-# What each language costs: tokens a word and bytes a token, and a warning where a language costs over 1.5 times what English does.
+# Tokens per word and bytes per token of each language, with a warning for those that need over 1.5 times the tokens
+# of English.
 [ -e languages.jsonl ] || python - "$TEXTS" "$LANGUAGES" > languages.jsonl <<'PYTHON'
 import io, json, sys
 import zstandard
@@ -28,12 +31,12 @@ with open(sys.argv[1], "rb") as raw:
 PYTHON
 llmkit vocab report tok/ --text languages.jsonl --by key --baseline eng -f -o fertility.json
 
-# Half of the code is stored out of order, so that a model learns to fill in what is missing.
+# Half of the code documents are split for fill-in-the-middle.
 llmkit tokenize $DOCS -t tok/ --source docs -o docs/
 llmkit tokenize $PROSE -t tok/ --source prose -o prose/
 llmkit tokenize $CODE -t tok/ --source code --fim-rate 0.5 --fim-spm-rate 0.5 --seed 1 -o code/
 
-# Small and good sources several times, large ones in part; half a percent of each source is held out, by what it says.
+# Small, good sources are repeated and large ones subsampled; half a percent of each source is held out, by content.
 cat > stages.toml <<'TOML'
 [sources]
 docs = "docs"

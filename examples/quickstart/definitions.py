@@ -1,8 +1,9 @@
-"""What Python documents about itself: every class and function of the standard library that has a docstring.
+"""The documented classes and functions of Python's standard library.
 
-`.py` files are read with `ast`, never imported; modules written in C have no source, so those are imported and asked. Nothing else is
-run. A definition belongs to a family, the public module that it is part of (`_pydecimal` and `_decimal` belong to `decimal`), and a family
-belongs to one split: 80 % of families train, 10 % are for choosing settings, 10 % for reporting. About 5 s for the 700 files of Python 3.11.
+`.py` files are parsed with `ast`, never imported. Modules written in C have no source, so they are imported and
+inspected. A definition belongs to a family, the public module that it is part of (`_pydecimal` and `_decimal` belong
+to `decimal`), and a family belongs to one split: 80 % of the families are for training, 10 % for choosing settings,
+10 % for reporting. About 5 s for the 700 files of Python 3.11.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ from types import ModuleType
 
 TRAIN, DEVELOPMENT, TEST = "train", "development", "test"
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "pydoc_data", "lib-dynload"}
-# Parts of one module under other names: all of them must fall on one side of the split.
+# Parts of a module under other names: all of them must be in the same split.
 SAME_FAMILY = (
     dict.fromkeys(("posix", "nt", "ntpath", "posixpath", "genericpath", "nturl2path"), "os")
     | dict.fromkeys(("md5", "sha1", "sha2", "sha256", "sha3", "sha512", "blake2"), "hashlib")
     | {"elementtree": "xml", "pyexpat": "xml", "curses_panel": "curses", "posixsubprocess": "subprocess"}
     | {"posixshmem": "multiprocessing", "strptime": "time", "lsprof": "profile", "cProfile": "profile"}
 )
-# Any number would do; with this one both held-out splits have many modules, none of them far larger than the others. It was fixed before
+# An arbitrary seed, for which both held-out splits have many modules, none far larger than the others. Chosen before
 # any model was trained.
 SPLIT_SEED = 64
 
 
 @dataclass(frozen=True)
 class Source:
-    """One module of the standard library that is written in Python."""
+    """A module of the standard library written in Python."""
 
     module: str  # dotted name
     text: str
@@ -49,7 +50,7 @@ class Definition:
 
     module: str  # dotted name of its module
     name: str  # name inside the module: `Thread.join`
-    signature: str  # `(self, timeout=None)`, empty for classes whose constructor is not known
+    signature: str  # `(timeout=None)`; empty for classes with unknown constructor
     docstring: str  # without indentation
 
     @property
@@ -66,7 +67,7 @@ class Definition:
 
     @property
     def heading(self) -> str:
-        """`Thread.join(timeout=None)`: what a reader of the documentation sees."""
+        """`Thread.join(timeout=None)`, as shown in documentation."""
         return self.name + self.signature
 
 
@@ -79,13 +80,13 @@ def family(module: str) -> str:
 
 
 def split(name: str) -> str:
-    """`train`, `development` or `test` for a family: a hash of its name decides, so it is the same on every machine."""
+    """The split of a family, `train`, `development` or `test`: by a hash of its name, so the same on every machine."""
     bucket = int.from_bytes(hashlib.sha256(f"{SPLIT_SEED} {name}".encode()).digest()[:8], "big") % 10
     return TEST if bucket == 0 else DEVELOPMENT if bucket == 1 else TRAIN
 
 
 def sources(root: Path | None = None) -> Iterator[Source]:
-    """The modules under `root` (the standard library), sorted by path; files that do not parse are left out."""
+    """The modules under `root` (default: the standard library), sorted by path, without files that do not parse."""
     root = root or Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
@@ -98,13 +99,13 @@ def sources(root: Path | None = None) -> Iterator[Source]:
                 warnings.simplefilter("ignore")  # invalid escapes in other people's strings
                 tree = ast.parse(text)
         except (SyntaxError, UnicodeDecodeError, OSError):
-            continue  # deliberately broken files are part of real source trees
+            continue  # real source trees contain deliberately broken files
         if names:
             yield Source(".".join(names), text, tree)
 
 
 def of_source(source: Source) -> Iterator[Definition]:
-    """The documented definitions of a module in Python, in the order of the file."""
+    """The documented definitions of a Python module, in the order of the file."""
     yield from _of_body(source.module, "", source.tree.body)
 
 
@@ -133,7 +134,7 @@ def _constructor(node: ast.ClassDef) -> str:
 
 
 def _arguments(arguments: ast.arguments, drop_first: bool) -> str:
-    """The parameters as written, without annotations; self and cls are left out."""
+    """The parameters as written, without annotations, self and cls."""
     for item in ast.walk(arguments):
         if isinstance(item, ast.arg):
             item.annotation = None
@@ -142,16 +143,16 @@ def _arguments(arguments: ast.arguments, drop_first: bool) -> str:
 
 
 def of_extensions() -> Iterator[Definition]:
-    """The documented definitions of the standard library's modules in C, which only importing them reveals."""
-    # Not get_path("platstdlib"): inside a virtual environment that names a directory of the environment, which is empty.
+    """The documented definitions of the standard library's C modules, which have to be imported for this."""
+    # Not get_path("platstdlib"): in a virtual environment this is an empty directory of the environment.
     directory = Path(sysconfig.get_config_var("DESTSHARED") or "")
-    found = {path.name.partition(".")[0] for path in directory.glob("*.so")} | set(sys.builtin_module_names)
-    for name in sorted(found):
+    names = {path.name.partition(".")[0] for path in directory.glob("*.so")} | set(sys.builtin_module_names)
+    for name in sorted(names):
         if name.startswith(("_test", "_ctypes_test", "_xxtest", "xx", "_tkinter")) or name == "__main__":
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # some are about to leave the library
+                warnings.simplefilter("ignore")  # deprecated modules
                 module = importlib.import_module(name)
         except ImportError:
             continue  # built without its library
@@ -183,7 +184,7 @@ def _of_object(module: str, name: str, value: object) -> Iterator[Definition]:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of a docstring on one line; empty where it starts with anything but prose."""
+    """The first sentence of a docstring, on one line; empty if it does not begin with prose."""
     paragraph = docstring.strip().split("\n\n")[0]
     text = " ".join(paragraph.split())
     if not text[:1].isalpha() or re.match(r"[\w.]+\s?\(.*?\)|[\w.]+\s*(->|--|=|:)|.* -> ", text):

@@ -1,8 +1,8 @@
-"""Documents for pre-training: entries of documentation, source files, and prose, each a JSON object with id, text and source.
+"""Documents for pre-training: documentation entries, source files and prose, each with id, text and source.
 
-An entry is a name with its parameters and, indented, its docstring. Prose is the language reference that comes with Python
-(`pydoc_data.topics`), and the descriptions and licences of the installed packages. It is what it is: real, noisy, and with real duplicates
-(the same licence in many packages, the same function documented for two platforms).
+An entry is a name with its parameters, followed by its indented docstring. Prose is the language reference included
+in Python (`pydoc_data.topics`), and the descriptions and licences of the installed packages. The text is real, noisy,
+and has real duplicates: the same licence in many packages, the same function documented for two platforms.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Document = dict[str, str]
 
 
 def entries(definitions: Iterable[Definition], module_docs: dict[str, str]) -> Iterator[tuple[str, Document]]:
-    """(split, document): the docstring of every module, then an entry for every definition, as an index of the documentation has them.
+    """(split, document): the docstring of every module, then an entry for every definition.
 
-    Short documents on purpose: what stands above a docstring is then the name that it explains, and nothing else.
+    The documents are short on purpose: a docstring then follows the name that it explains, and nothing else.
     """
     for module, text in module_docs.items():
         yield (
@@ -38,13 +38,13 @@ def entries(definitions: Iterable[Definition], module_docs: dict[str, str]) -> I
 
 
 def module_docstrings(sources: Iterable[Source]) -> dict[str, str]:
-    """Docstring of every module that has one."""
-    found = {source.module: ast.get_docstring(source.tree) for source in sources}
-    return {module: text for module, text in found.items() if text}
+    """Module -> docstring, for modules that have one."""
+    docstrings = {source.module: ast.get_docstring(source.tree) for source in sources}
+    return {module: text for module, text in docstrings.items() if text}
 
 
 def code(sources: Iterable[Source]) -> Iterator[tuple[str, Document]]:
-    """(split, document): one source file a module."""
+    """(split, document): the source file of each module."""
     for source in sources:
         if source.text.strip():
             document = {"id": f"code/{source.module}", "text": source.text, "source": "code"}
@@ -57,18 +57,18 @@ def prose() -> Iterator[tuple[str, Document]]:
 
     for name, text in sorted(topics.items()):
         yield split(f"topic {name}"), {"id": f"topic/{name}", "text": text.strip(), "source": "prose"}
-    found: dict[str, tuple[str, str]] = {}
+    texts: dict[str, tuple[str, str]] = {}
     for distribution in metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         text = str(distribution.metadata.get_payload() or distribution.metadata.get("Description") or "").strip()
-        found[f"package/{name}"] = split(f"package {name}"), text
+        texts[f"package/{name}"] = split(f"package {name}"), text
         for file in distribution.files or ():
             if ".dist-info" in file.parts[0] and re.match(r"(LICEN[CS]E|COPYING|NOTICE)", file.name, re.IGNORECASE):
                 try:
                     text = file.read_text(encoding="utf-8").strip()
                 except (OSError, UnicodeDecodeError):
-                    continue  # listed, but not there or not text
-                found[f"licence/{name}/{'/'.join(file.parts[1:])}"] = TRAIN, text
-    for key, (part, text) in sorted(found.items()):
+                    continue  # listed, but missing or not text
+                texts[f"licence/{name}/{'/'.join(file.parts[1:])}"] = TRAIN, text
+    for key, (part, text) in sorted(texts.items()):
         if len(text) > 200:
             yield part, {"id": key, "text": text, "source": "prose"}

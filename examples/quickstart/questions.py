@@ -1,8 +1,9 @@
-"""Questions about documented functions: rows for fine-tuning, preference pairs, and a multiple-choice task with its no-model rule.
+"""Questions about documented functions: fine-tuning rows, preference pairs, and a multiple-choice task with a baseline.
 
-Every question shows the heading of a definition and asks what it does; the answer is the first sentence of its docstring. Wrong answers are
-first sentences of other definitions of nearly the same length, so that length says nothing. Rows and pairs come from training modules only;
-an item of the task is left out where a training module gives the same answer, or the same name nearly the same answer.
+Every question shows the heading of a definition and asks what it does; the answer is the first sentence of its
+docstring. Wrong answers are first sentences of other definitions of about the same length, so that the length gives
+no hint. Rows and pairs come from training modules only. A task item is excluded if a training module has the same
+answer, or the same name with nearly the same answer.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from .definitions import TRAIN, Definition, first_sentence
 
 SHORTEST, LONGEST = 20, 160  # characters of an answer
-END_OF_TEXT = "<|endoftext|>"  # of the vocabulary that `llmkit vocab` trains
-SPREAD = 1.3  # the longest choice of an item is at most this many times as long as the shortest
+END_OF_TEXT = "<|endoftext|>"  # of the tokenizer trained by `llmkit vocab`
+SPREAD = 1.3  # maximum ratio of lengths between the choices of an item
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class Question:
 
 
 def question_text(q: Question) -> str:
-    """The question, in the same form everywhere. It spells the name out, since to a small model `addHandler` and ` handler` share nothing."""
+    """The text of a question. It spells out the name: to a small model, `addHandler` and ` handler` are unrelated."""
     return f"What does `{q.heading}` ({' '.join(words(q.name))}) do?"
 
 
 def questions(definitions: Iterable[Definition]) -> list[Question]:
-    """One question for every definition with a usable first sentence, without repetitions.
+    """A question for every definition with a usable first sentence, without repetitions.
 
-    Held-out ones are public and show their parameters; to learn from, private ones and classes without a constructor are as good.
+    Held-out definitions must be public and have known parameters; for training, others are as good.
     """
-    found: dict[tuple[str, str], Question] = {}
+    result: dict[tuple[str, str], Question] = {}
     for definition in definitions:
         answer = first_sentence(definition.docstring)
         usable = len(definition.heading) <= 100
@@ -48,12 +49,12 @@ def questions(definitions: Iterable[Definition]) -> list[Question]:
             usable &= definition.public and bool(definition.signature)
         if usable and SHORTEST <= len(answer) <= LONGEST and len(answer.split()) >= 4:
             question = Question(definition.split, definition.heading, definition.name, answer)
-            found.setdefault((question.name, question.answer), question)
-    return list(found.values())
+            result.setdefault((question.name, question.answer), question)
+    return list(result.values())
 
 
 def held_out(asked: Sequence[Question], split: str) -> list[Question]:
-    """The questions of a held-out split whose answers no training module gives away, one a name and one an answer."""
+    """The questions of a held-out split whose answers are not in a training module; names and answers are unique."""
     known = {_plain(q.answer) for q in asked if q.split == TRAIN}
     same_name: dict[str, list[set[str]]] = defaultdict(list)
     for q in asked:
@@ -64,8 +65,8 @@ def held_out(asked: Sequence[Question], split: str) -> list[Question]:
     for q in asked:
         if q.split != split or _plain(q.answer) in known | seen or q.name in seen:
             continue
-        mine = set(words(q.answer))
-        if any(len(mine & other) > 0.6 * len(mine | other) for other in same_name[_last(q.name)]):
+        answer_words = set(words(q.answer))
+        if any(len(answer_words & other) > 0.6 * len(answer_words | other) for other in same_name[_last(q.name)]):
             continue
         seen |= {_plain(q.answer), q.name}
         kept.append(q)
@@ -80,10 +81,10 @@ def answer_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
 
 
 def bare_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
-    """The same answers as `{"text"}` rows, with no question: what such sentences are like when nothing was asked.
+    """The same answers without a question, as `{"text"}` rows.
 
-    lm-eval's PMI compares with that: how probable is a choice behind nothing but the end-of-text token? A model that was never shown a text
-    behind that token has no meaningful answer.
+    lm-eval's PMI compares with the probability of a choice directly after the end-of-text token. Without such training
+    rows, this probability would be meaningless.
     """
     for q in asked:
         if q.split == TRAIN:
@@ -91,7 +92,7 @@ def bare_rows(asked: Iterable[Question]) -> Iterator[dict[str, object]]:
 
 
 def preference_pairs(asked: Sequence[Question], repeats: int, seed: int) -> Iterator[dict[str, object]]:
-    """Rows `{prompt, chosen, rejected}` of the training modules: the right answer against that of another definition."""
+    """Rows `{prompt, chosen, rejected}` of the training modules: the right answer against one of another definition."""
     rng = random.Random(seed)
     training = [q for q in asked if q.split == TRAIN]
     answers = Answers(q.answer for q in training)
@@ -106,7 +107,7 @@ def preference_pairs(asked: Sequence[Question], repeats: int, seed: int) -> Iter
 
 
 def choice_items(asked: Sequence[Question], split: str, seed: int) -> Iterator[dict[str, object]]:
-    """Items `{question, name, choices, gold}` of a held-out split: four answers from its own modules, one of them right."""
+    """Items `{question, name, choices, gold}` of a held-out split: four answers from its modules, one of them right."""
     rng = random.Random(seed)
     kept = held_out(asked, split)
     answers = Answers(q.answer for q in kept)
@@ -125,9 +126,9 @@ def choice_items(asked: Sequence[Question], split: str, seed: int) -> Iterator[d
 
 
 def word_rule(items: Iterable[dict[str, object]]) -> tuple[float, float]:
-    """Accuracy and standard error of a rule without a model: the choice that shares most words with the name.
+    """Accuracy and standard error of a baseline rule: take the choice that shares most words with the name.
 
-    Equal choices share the credit, so it is the expected accuracy of guessing among them.
+    Ties share the credit, which gives the expected accuracy of guessing among them.
     """
     scores = []
     for item in items:
@@ -147,7 +148,7 @@ def words(text: str) -> list[str]:
 
 
 def _stem(word: str) -> str:
-    """`returns`, `returned`, `returning` -> `return`: enough to compare a name with a sentence."""
+    """`returns`, `returned`, `returning` -> `return`; good enough to compare a name with a sentence."""
     for ending in ("ing", "ed", "es", "s"):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)]
@@ -155,18 +156,18 @@ def _stem(word: str) -> str:
 
 
 class Answers:
-    """Sentences by length, from which wrong answers are drawn."""
+    """Sentences by length, for drawing wrong answers."""
 
     def __init__(self, answers: Iterable[str]) -> None:
         self._by_length: dict[int, list[str]] = defaultdict(list)
-        for answer in sorted(set(answers)):  # sorted: sets have no order of their own
+        for answer in sorted(set(answers)):  # sorted, since sets are unordered
             self._by_length[len(answer)].append(answer)
 
     def wrong(self, right: str, count: int, rng: random.Random) -> list[str]:
-        """`count` different sentences, or fewer where there are none; all of them and `right` lie within a factor SPREAD.
+        """Up to `count` different sentences; their lengths and that of `right` are within a factor SPREAD.
 
-        The window of lengths is placed at random around the length of `right` and the lengths of the others are drawn evenly from it, so
-        the right answer is the shortest or the longest as often as any other.
+        The window of lengths is placed at random around the length of `right`, and the other lengths are drawn
+        uniformly from it, so that the right answer is the shortest or the longest as often as any other.
         """
         low = len(right) / SPREAD ** rng.random()
         lengths = [n for n in self._by_length if low <= n <= low * SPREAD]

@@ -1,4 +1,4 @@
-"""The table at the end of the quickstart, and what it does and does not say.
+"""The table of scores at the end of the quickstart, with an explanation.
 
 python examples/quickstart/scores.py data/summary.json base-scores.json averaged-scores.json chat-scores.json
 """
@@ -23,8 +23,8 @@ COLUMNS = ("", "perplexity", "bits/byte", "choice: sum", "per character", "PMI",
 
 
 def rows(files: list[Path]) -> dict[str, dict[str, float]]:
-    """Model -> figures, from the JSON that `llmkit eval` writes; a model that was scored on documents alone has no more."""
-    found: dict[str, dict[str, float]] = {}
+    """Model -> scores, from the JSON of `llmkit eval`; without task scores for a model evaluated on documents only."""
+    results: dict[str, dict[str, float]] = {}
     for file in files:
         for model, scores in json.loads(file.read_text())["models"].items():
             texts = next(iter(scores["perplexity"].values()))
@@ -40,14 +40,14 @@ def rows(files: list[Path]) -> dict[str, dict[str, float]]:
                     "sums": sums["exact_match,last_number"],
                     "sums_items": sums["items"],
                 }
-            found[NAMES.get(model.strip("/"), model)] = figures
-    return found
+            results[NAMES.get(model.strip("/"), model)] = figures
+    return results
 
 
-def table(found: dict[str, dict[str, float]], rule: dict[str, float]) -> list[str]:
-    """Lines of the table."""
+def table(results: dict[str, dict[str, float]], rule: dict[str, float]) -> list[str]:
+    """The lines of the table."""
     lines = [COLUMNS]
-    for name, f in found.items():
+    for name, f in results.items():
         cells = [name, f"{f['perplexity']:.1f}", f"{f['bits_per_byte']:.3f}"]
         if "pmi" in f:
             cells += [f"{100 * f[key]:.1f} %" for key in ("acc", "acc_norm")]
@@ -59,10 +59,10 @@ def table(found: dict[str, dict[str, float]], rule: dict[str, float]) -> list[st
     return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]  # fmt: skip
 
 
-def verdicts(found: dict[str, dict[str, float]]) -> dict[str, bool]:
-    """What the quickstart is meant to show -> whether it did."""
-    base, annealed, aligned = found["base"], found["annealed"], found["aligned"]
-    ratio = found["aligned, int8"]["perplexity"] / aligned["perplexity"] - 1
+def verdicts(results: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Claim that the quickstart is to demonstrate -> whether it holds."""
+    base, annealed, aligned = results["base"], results["annealed"], results["aligned"]
+    ratio = results["aligned, int8"]["perplexity"] / aligned["perplexity"] - 1
     above = (aligned["pmi"] - 0.25) / aligned["pmi_stderr"]
     return {
         f"held-out perplexity falls from base to annealed ({base['perplexity']:.1f} to {annealed['perplexity']:.1f})": annealed["perplexity"] < base["perplexity"],
@@ -76,26 +76,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("summary", type=Path)
     parser.add_argument("scores", type=Path, nargs="+")
-    parser.add_argument("--json", action="store_true", help="the figures as JSON instead")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON instead")
     options = parser.parse_args()
-    found = rows(options.scores)
+    results = rows(options.scores)
     rule = json.loads(options.summary.read_text())["tasks"][CHOICE]
     if options.json:
-        print(json.dumps({"models": found, "rule": rule, "verdicts": verdicts(found)}, indent=1))
+        print(json.dumps({"models": results, "rule": rule, "verdicts": verdicts(results)}, indent=1))
         return
-    print("\n".join(table(found, rule)))
-    items, sums = (int(found["aligned"][key]) for key in ("items", "sums_items"))
+    print("\n".join(table(results, rule)))
+    items, sums = (int(results["aligned"][key]) for key in ("items", "sums_items"))
     print(f"""
-perplexity and bits/byte  of documents of modules never trained on. Fine-tuning and alignment teach another kind of text: compare base with
-                          annealed, and quantised models with their source.
-choice                    of four first sentences of docstrings, which belongs to this function? {items} questions from modules never trained on;
-                          all four are of nearly one length. By the sum of log-probabilities, per character, and by PMI: how much more
-                          probable the question makes the sentence. Chance is 25 %.
-rule, no model            takes the sentence with most words in common with the function's name. It beats every model here: the score shows
-                          that something about names and sentences was learnt from a megabyte of text, not that the model understands code.
-sums right                of {sums} sums of two digits that it never saw, the last number of the answer.
+perplexity and bits/byte  on documents of held-out modules. Fine-tuning and alignment teach another kind of text, so
+                          compare base with annealed, and quantised models with their source.
+choice                    which of four first sentences of docstrings belongs to this function? {items} questions on
+                          held-out modules; the four have nearly the same length. By the sum of log-probabilities, per character,
+                          and by PMI: how much more probable the question makes the sentence. Chance is 25 %.
+rule, no model            takes the sentence with most words in common with the function's name. It beats every model
+                          here: the score shows that something about names and sentences was learnt from a megabyte of text,
+                          not that the model understands code.
+sums right                share of {sums} held-out sums of two-digit numbers whose answer ends in the right number.
 """)
-    for claim, holds in verdicts(found).items():
+    for claim, holds in verdicts(results).items():
         print(f"[{'yes' if holds else 'NO '}] {claim}")
 
 

@@ -1,9 +1,9 @@
-"""A skill that a model of two million parameters really learns: adding two numbers of two digits.
+"""A skill that a model of two million parameters can learn: adding two-digit numbers.
 
-All 8,100 sums of 10..99 are shuffled; 250 are held out for testing and 200 for choosing settings, and never trained on, in neither order of
-the two numbers. The answer shows its working, the ones and then the tens, and ends in the sum: `What is 37 + 45?` ->
-`7+5=12, 3+4+1=8: 82`. Each step then needs single digits alone. Asked for the bare sum, a model of this size goes on
-guessing.
+Of the 8,100 sums of 10..99, 250 are held out for testing and 200 for choosing settings; they are never trained on, in
+either order of the two numbers. The answer shows its working, first the ones and then the tens, and ends in the sum:
+`What is 37 + 45?` -> `7+5=12, 3+4+1=8: 82`. Each step then involves single digits only. Without the working, a model
+of this size keeps guessing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sum_rows(pairs: Iterable[tuple[int, int]]) -> Iterator[dict[str, object]]:
 
 
 def working(a: int, b: int) -> str:
-    """How to add a and b: `7+5=12, 3+4+1=8: 82`."""
+    """The worked answer: `7+5=12, 3+4+1=8: 82`."""
     ones, tens = a % 10 + b % 10, a // 10 + b // 10
     carried = f"{a // 10}+{b // 10}+1={tens + 1}" if ones > 9 else f"{a // 10}+{b // 10}={tens}"
     return f"{a % 10}+{b % 10}={ones}, {carried}: {a + b}"

@@ -1,7 +1,7 @@
-"""The two tasks of the quickstart as lm-eval reads them: a YAML file and a JSONL file each, nothing fetched from anywhere.
+"""The two lm-eval tasks of the quickstart: a YAML file and a local JSONL file each, without downloads.
 
-`llmkit eval MODEL --tasks docstring_choice,two_digit_sums --include-path DIR`. Data files are named by their whole path, since lm-eval looks for
-others in the directory that it is started in.
+`llmkit eval MODEL --tasks docstring_choice,two_digit_sums --include-path DIR`. Data files have absolute paths, since
+lm-eval resolves relative ones against the current directory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ doc_to_target: gold
 metric_list:
   - metric: acc              # most probable choice
   - metric: acc_norm         # most probable for its length
-  - metric: acc_mutual_info  # most probable against how probable it is without the question
+  - metric: acc_mutual_info  # highest gain in probability from the question
 metadata:
   version: 1.0
 """
@@ -44,7 +44,7 @@ generation_kwargs:
   do_sample: false
   max_gen_toks: 24
 filter_list:
-  - name: last_number        # what stands after the working
+  - name: last_number        # the sum, after the working
     filter:
       - function: regex
         regex_pattern: '(\\d+)\\s*$'
@@ -57,14 +57,14 @@ metadata:
 
 
 def write_task(directory: Path, name: str, template: str, items: Iterable[dict[str, object]]) -> int:
-    """Write `NAME.yaml` and `NAME.jsonl`; the number of items."""
+    """Write `NAME.yaml` and `NAME.jsonl`; returns the number of items."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / f"{name}.yaml").write_text(template.format(name=name, directory=directory.resolve()))
     return write_lines(directory / f"{name}.jsonl", items)
 
 
 def write_lines(path: Path, rows: Iterable[object]) -> int:
-    """Write rows as JSON lines; their number."""
+    """Write rows as JSON lines; returns their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with open(path, "w", encoding="utf-8", errors="replace") as sink:

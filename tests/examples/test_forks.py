@@ -43,7 +43,7 @@ def test_one_trunk_and_its_forks(tmp_path: Path, preloaded_bin: Path) -> None:
     assert len(trunks) == 1
     rates = {
         name: [json.loads(line)["lr"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("old", "went-on", "rewarmed", "fork-both")
+        for name in ("old", "continued", "rewarmed", "fork-both")
     }
-    assert set(rates["went-on"]) == {rates["old"][-1]} and max(rates["rewarmed"]) > 5 * rates["old"][-1]
+    assert set(rates["continued"]) == {rates["old"][-1]} and max(rates["rewarmed"]) > 5 * rates["old"][-1]
     assert rates["fork-both"] == sorted(rates["fork-both"], reverse=True) and rates["fork-both"][-1] < 5e-4

@@ -47,14 +47,16 @@ def main(
         ),
     ] = "resiliparse",
     html_key: Annotated[
-        str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows that contains the page")
+        str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows with the page")
     ] = "html",
     verify: Annotated[bool, typer.Option("--verify", help="Skip records with a wrong digest")] = False,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Maximum seconds per page")] = 10.0,
     max_page_bytes: Annotated[int, count_option("--max-page-bytes", help="Maximum size of a page in bytes")] = 16 << 20,
     rejects: Annotated[
         str | None,
-        typer.Option("--rejects", metavar="FILE", help="Write pages without a document here, with the `reason`"),
+        typer.Option(
+            "--rejects", metavar="FILE", help="Write pages that give no document to this file, each with its `reason`"
+        ),
     ] = None,
     resume: Resume = False,
 ) -> None:

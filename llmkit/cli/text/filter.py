@@ -66,7 +66,7 @@ def main(
         COMMON,
     ] = None,
     words: Annotated[
-        str, typer.Option("--words", metavar="KIND", help="What counts as a word: unicode, whitespace or spacy")
+        str, typer.Option("--words", metavar="KIND", help="Definition of a word: unicode, whitespace or spacy")
     ] = "unicode",
     compat: Annotated[
         str | None, typer.Option("--compat", metavar="TOOL", help="Reproduce the decisions of this tool: datatrove")

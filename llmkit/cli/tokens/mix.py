@@ -20,7 +20,7 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="SOURCE",
-        help="PATH, PATH:0.6 (weight), PATH:x6 (multiplier), PATH:2B (tokens) (default: stdin)",
+        help="PATH, or PATH with a weight (:0.6), multiplier (:x6) or token budget (:2B) (default: stdin)",
     ),
 ]
 Tokens = Annotated[
@@ -46,14 +46,14 @@ Stages = Annotated[
     ),
 ]
 NoRepeat = Annotated[
-    bool, typer.Option("--no-repeat", help="Fail where a source would have to be repeated", rich_help_panel=ORDER)
+    bool, typer.Option("--no-repeat", help="Fail if a source would have to be repeated", rich_help_panel=ORDER)
 ]
 Packing = Annotated[
     str,
     typer.Option(
         "--pack",
         metavar="HOW",
-        help="concat cuts documents anywhere; best-fit only those that are too long",
+        help="concat cuts documents anywhere; best-fit cuts only those that are too long",
         rich_help_panel=SHARDS,
     ),
 ]
@@ -75,7 +75,10 @@ HoldOut = Annotated[
 TokenizerPath = Annotated[
     Path | None,
     typer.Option(
-        "--tokenizer", "-t", help="Count tokens with this tokenizer instead of as bytes / 4", rich_help_panel=TEXT
+        "--tokenizer",
+        "-t",
+        help="Count tokens with this tokenizer instead of estimating bytes / 4",
+        rich_help_panel=TEXT,
     ),
 ]
 WeightBy = Annotated[

@@ -95,7 +95,10 @@ def main(
         float, typer.Option("--fim-rate", help="Share of documents split for fill-in-the-middle", rich_help_panel=FIM)
     ] = 0.0,
     fim_spm_rate: Annotated[
-        float, typer.Option("--fim-spm-rate", help="Share of those that store the suffix first", rich_help_panel=FIM)
+        float,
+        typer.Option(
+            "--fim-spm-rate", help="Share of the split documents that store the suffix first", rich_help_panel=FIM
+        ),
     ] = DEFAULT_SPM_RATE,
     fim_source: Annotated[
         list[str] | None,

@@ -24,7 +24,7 @@ def main(
     run: Run,
     inputs: InputPaths = None,
     size: Annotated[
-        int, count_option("--size", "-s", help="Vocabulary size in tokens, special tokens and the 256 bytes included")
+        int, count_option("--size", "-s", help="Vocabulary size in tokens, including special tokens and the 256 bytes")
     ] = 8192,
     pattern: Annotated[
         str | None,
@@ -41,7 +41,7 @@ def main(
     ] = 2,
     sample: Annotated[
         float,
-        typer.Option("--sample", help="Share of the documents to learn from, by a hash of the id and --seed"),
+        typer.Option("--sample", help="Share of the documents to train on, by a hash of the id and --seed"),
     ] = 1.0,
     special: Annotated[
         list[str] | None,

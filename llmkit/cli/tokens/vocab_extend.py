@@ -36,7 +36,7 @@ def main(
     ] = None,
     model: Annotated[
         Path | None,
-        typer.Option("--model", metavar="MODEL", help="Extend this model too, with rows for the new tokens"),
+        typer.Option("--model", metavar="MODEL", help="Also extend this model, with embedding rows for the new tokens"),
     ] = None,
     min_frequency: Annotated[
         int, typer.Option("--min-frequency", min=1, help="Minimum frequency of a merged pair")

@@ -44,14 +44,20 @@ class SurvivorOptions:
     """Which document of a cluster is kept, and what is compared."""
 
     annotate: Annotated[
-        bool, typer.Option("--annotate", help="Drop nothing; write on each document what it duplicates"), COMMON
+        bool, typer.Option("--annotate", help="Drop nothing; mark each duplicate with its cluster"), COMMON
     ] = False
     keep: Annotated[
-        str, _survivor("--keep", metavar="WHICH", help="first, longest, or best:FIELD (largest number)"), COMMON
+        str,
+        _survivor("--keep", metavar="WHICH", help="Document to keep: first, longest, or best:FIELD (largest number)"),
+        COMMON,
     ] = "first"
     clusters: Annotated[
         str,
-        _survivor("--clusters", metavar="HOW", help="stars (around survivors) or components (connected documents)"),
+        _survivor(
+            "--clusters",
+            metavar="HOW",
+            help="How to cluster: stars (around survivors) or components (connected documents)",
+        ),
     ] = "stars"
     group: Annotated[
         str | None, _survivor("--group", metavar="FIELD", help="Compare only documents that agree in this field")
@@ -71,7 +77,8 @@ class CountOptions:
     counts: Annotated[
         bool,
         _survivor(
-            "--counts/--no-counts", help="Write on survivors the size of their cluster; without, exact takes one pass"
+            "--counts/--no-counts",
+            help="Write the size of its cluster to each survivor; without, exact takes a single pass",
         ),
         COMMON,
     ] = True
@@ -83,7 +90,7 @@ class MinHashOptions:
 
     threshold: Annotated[float, _near("--threshold", help="Minimum similarity of duplicates, 0 to 1"), COMMON] = 0.75
     verify: Annotated[
-        bool, _near("--verify/--no-verify", help="Check candidates by the true similarity of their 5-grams")
+        bool, _near("--verify/--no-verify", help="Verify candidates by the true similarity of their 5-grams")
     ] = True
     ngram: Annotated[int, _near("--ngram", help="Words per shingle")] = 5
     bands: Annotated[int | None, _near("--bands", help="Bands of the signature (default: by threshold)")] = None
@@ -111,7 +118,8 @@ class NormaliseOptions:
         _exact(
             "--normalise",
             metavar="HOW",
-            help="Before comparing: none (default for texts), whitespace (default for lines, paragraphs), or loose",
+            help="Normalisation before comparing: none (default for texts), whitespace (default for lines, paragraphs)"
+            " or loose",
         ),
         COMMON,
     ] = None
@@ -152,7 +160,7 @@ class PassageOptions:
         _passage("--boilerplate", metavar="FILE", help="Cut the lines of this file everywhere (repeatable)"),
         NEUTRAL,
     ] = None
-    min_characters: Annotated[int, _passage("--min-characters", min=1, help="Never cut shorter passages")] = 1
+    min_characters: Annotated[int, _passage("--min-characters", min=1, help="Never cut passages shorter than this")] = 1
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class StorageOptions:
     ] = 4 << 30
     temp_dir: Annotated[
         str | None,
-        typer.Option("--temp-dir", metavar="DIR", help="Directory of temporary files", rich_help_panel=STORAGE),
+        typer.Option("--temp-dir", metavar="DIR", help="Directory for temporary files", rich_help_panel=STORAGE),
         NEUTRAL,
     ] = None
 
