@@ -24,7 +24,7 @@ import torch
 from run_data import TRAIN, disturbing, events, losses, prepare, start
 
 STEPS = 120
-# In every process that comes so far: weights that are no numbers, which a rollback undoes without a trace.
+# In every process that comes so far: non-finite weights, which a rollback undoes without a trace.
 NAN = "llmkit.training.loop:accumulate:25:nan:all"
 POISON = {41: "noise", 61: "repetition", 91: "noise"}
 CALL = ("train", "poisoned", *TRAIN, "--tokens", str(STEPS * 1024), "--heldout", "heldout.arrow", "--eval-every", "8", "--save-every", "10", "--threads", "1")  # fmt: skip

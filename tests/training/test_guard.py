@@ -146,7 +146,7 @@ def test_nonfinite_weights_are_rolled_back(tmp_path: Path) -> None:
 
     train(tmp_path / "run", documents(False), objective)
     (rollback,) = events(tmp_path / "run", "rollback")
-    assert (rollback["step"], rollback["skipped"], rollback["cause"]) == (34, [], "weights that are no numbers")
+    assert (rollback["step"], rollback["skipped"], rollback["cause"]) == (34, [], "non-finite weights")
     assert weights(tmp_path / "run") == weights(tmp_path / "clean")
     assert log(tmp_path / "run") == log(tmp_path / "clean")
 

@@ -121,7 +121,7 @@ def test_guard_with_a_loss_scaler(tmp_path: Path) -> None:
     causes = {e["step"]: e["cause"] for e in events(tmp_path / "run", "rollback")}
     assert causes == {
         31: "broken documents",
-        41: "weights that are no numbers",
+        41: "non-finite weights",
         47: "broken documents",
         62: "broken documents",
     }

@@ -25,8 +25,8 @@ from llmkit.training.train_step import StepResult, TrainContext, evaluate, step_
 MAX_EVENT_DOCUMENTS = 1000  # documents named in one event
 
 # Causes as recorded in events.jsonl, and as worded in messages.
-NON_FINITE_WEIGHTS = "weights that are no numbers"
-NON_FINITE_LOSS = "loss that is no number"
+NON_FINITE_WEIGHTS = "non-finite weights"
+NON_FINITE_LOSS = "non-finite loss"
 BROKEN_DOCUMENTS = "broken documents"
 PERSISTENT_RISE = "loss that went up and stayed"
 MESSAGES = {
@@ -94,7 +94,7 @@ class Recovery:
         documents = step_documents(context, number - 1)
         usual_losses = [document.loss for document in step_documents(context, last_good - 1)] if last_good else []
         if verdict is StepVerdict.NON_FINITE:
-            non_finite = [(document, "no number") for document in documents if not math.isfinite(document.loss)]
+            non_finite = [(document, "non-finite loss") for document in documents if not math.isfinite(document.loss)]
             return non_finite or [(document, "in the batch") for document in documents]
         return find_broken_documents(documents, usual_losses, context.decode)
 
