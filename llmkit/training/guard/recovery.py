@@ -28,13 +28,7 @@ MAX_EVENT_DOCUMENTS = 1000  # documents named in one event
 NON_FINITE_WEIGHTS = "non-finite weights"
 NON_FINITE_LOSS = "non-finite loss"
 BROKEN_DOCUMENTS = "broken documents"
-PERSISTENT_RISE = "loss that went up and stayed"
-MESSAGES = {
-    NON_FINITE_WEIGHTS: "non-finite weights",
-    NON_FINITE_LOSS: "non-finite loss",
-    BROKEN_DOCUMENTS: "broken documents",
-    PERSISTENT_RISE: "persistent rise in loss",
-}
+PERSISTENT_RISE = "persistent rise in loss"
 
 
 class Recovery:
@@ -157,7 +151,7 @@ class Recovery:
             loss=_finite_or_none(loss),
             grad_norm=_finite_or_none(grad_norm),
         )
-        message = f"step {number:,}: {MESSAGES[cause]} (loss {loss:.4g}); back to step {to:,}"
+        message = f"step {number:,}: {cause} (loss {loss:.4g}); back to step {to:,}"
         if skipped[1:]:
             message += f", skipping steps {skipped[0]:,} to {skipped[-1]:,}"
         elif skipped:
