@@ -24,7 +24,7 @@ from llmkit.training.train_step import StepResult, TrainContext, evaluate, step_
 
 MAX_EVENT_DOCUMENTS = 1000  # documents named in one event
 
-# Causes as recorded in events.jsonl, and as worded in messages.
+# Causes, in events.jsonl and in messages.
 NON_FINITE_WEIGHTS = "non-finite weights"
 NON_FINITE_LOSS = "non-finite loss"
 BROKEN_DOCUMENTS = "broken documents"
