@@ -89,7 +89,7 @@ def test_loss_at_step_0_is_ln_2(model: Decoder, rows: list[EncodedRow], tmp_path
     totals = dict.fromkeys(("loss", *FIGURES), 0.0)
     for a, b in ((0, 1), (1, 7), (7, 10)):
         result = preference_objective(0.1)(model, source.batch(0, a, b), 1 / source.weight(0))
-        for name, value in ({"loss": result.loss.detach()} | result.figures).items():
+        for name, value in ({"loss": result.loss.detach()} | result.metrics).items():
             totals[name] += float(value)
     assert totals["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert totals["margin"] == pytest.approx(0, abs=1e-5)

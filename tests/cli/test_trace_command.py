@@ -130,7 +130,7 @@ def test_trace_is_what_training_reads(directory: Path, tmp_path: Path, data: str
     for id in list(by_id)[::7]:
         found = [piece.to_json() for piece in trace.find(id)]
         assert found == [piece.to_json() for piece in by_id[id]]
-    assert not list(trace.find("web-3", done=0))
+    assert not list(trace.find("web-3", steps=0))
 
 
 def test_phases_of_other_sizes(directory: Path, tmp_path: Path) -> None:
