@@ -24,7 +24,7 @@ from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
-from llmkit.options import check_positive, from_values
+from llmkit.options import check_positive, from_values, values_of
 from llmkit.training.data import PackedSource
 from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
 from llmkit.training.optim.schedule import (
@@ -129,6 +129,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     """Pairs, model and schedule of a preference run; raises the errors of `prepare_fine_tuning`."""
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
+    objective = preference_objective(**values_of(options.loss))
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     masks.check_template(files)
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
@@ -169,7 +170,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
         create_model=initial_model,
-        objective=preference_objective(options.loss.beta),
+        objective=objective,
         metric_names=FIGURES,
         deferred_source=source_with_reference,
         resolved={"lr": rate},

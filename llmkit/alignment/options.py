@@ -11,7 +11,6 @@ import typer
 from llmkit.options import COMMON, Help, Without
 from llmkit.training.options import (
     DATA,
-    SCHEDULE_NAMES,
     BatchOptions,
     CheckpointOptions,
     HeldOutOptions,
@@ -20,8 +19,6 @@ from llmkit.training.options import (
     OptimizerOptions,
     ScheduleOptions,
 )
-
-SCHEDULE_HELP = f"One of {SCHEDULE_NAMES}"
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,7 @@ class SftOptions:
     rows: RowOptions = RowOptions()
     template: TemplateOptions = TemplateOptions()
     batch: BatchOptions = BatchOptions(batch_size=8)
-    schedule: Annotated[ScheduleOptions, Help(schedule=SCHEDULE_HELP)] = ScheduleOptions(
-        schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2
-    )
+    schedule: ScheduleOptions = ScheduleOptions(schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2)
     optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas")] = OptimizerOptions(weight_decay=0.0)
     machine: MachineOptions = MachineOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
@@ -79,8 +74,8 @@ class SftOptions:
 
 
 @dataclass(frozen=True)
-class BetaOptions:
-    """The preference loss."""
+class LossOptions:
+    """The preference loss: the arguments of `preference_objective`."""
 
     beta: Annotated[
         float,
@@ -96,7 +91,7 @@ class BetaOptions:
 class DpoOptions:
     """Options of `llmkit dpo`."""
 
-    loss: BetaOptions = BetaOptions()
+    loss: LossOptions = LossOptions()
     rows: RowOptions = RowOptions()
     batch: Annotated[
         BatchOptions,
@@ -105,9 +100,7 @@ class DpoOptions:
             micro_batch_size="Pairs per forward pass (default: about 2k tokens on CPU, 64k on GPU)",
         ),
     ] = BatchOptions(batch_size=16)
-    schedule: Annotated[ScheduleOptions, Help(schedule=SCHEDULE_HELP)] = ScheduleOptions(
-        schedule="linear", warmup=0.1, final_lr_fraction=0.0, decay=0.2
-    )
+    schedule: ScheduleOptions = ScheduleOptions(schedule="linear", warmup=0.1, final_lr_fraction=0.0, decay=0.2)
     optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas", "z_loss")] = OptimizerOptions(weight_decay=0.0)
     machine: MachineOptions = MachineOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()

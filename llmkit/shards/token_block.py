@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine
 from llmkit.shards.arrow import Tokens
-from llmkit.shards.formats import prefix_of
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 BLOCK_TOKENS = 1 << 20
@@ -67,7 +66,7 @@ def check_ids(tokens: Tokens, info: TokenizerInfo, name: str) -> None:
 
 
 def cut_block(
-    tokens: Tokens, start: int, lengths: NDArray[np.int64], info: TokenizerInfo, source: str | None, name: str
+    tokens: Tokens, start: int, lengths: NDArray[np.int64], info: TokenizerInfo, source: str, name: str
 ) -> TokenBlock:
     """The documents of `lengths` from `start` in the ids of file `name`, each ended by the end-of-text id."""
     if lengths.max() > MAX_DOCUMENT:
@@ -89,5 +88,4 @@ def cut_block(
         xxhash.xxh3_128_hexdigest(flat[end - length : end].data)
         for end, length in zip(np.cumsum(lengths).tolist(), lengths.tolist(), strict=True)
     ]
-    sources = [source or os.path.basename(prefix_of(name))] * len(ids)
-    return TokenBlock(flat, lengths, ids, sources, [], int((~kept).sum()), int((kept & ~ended).sum()))
+    return TokenBlock(flat, lengths, ids, [source] * len(ids), [], int((~kept).sum()), int((kept & ~ended).sum()))

@@ -1,6 +1,6 @@
 """Read stored token ids in blocks of documents, count them, and format them as JSON lines of ids or of texts.
 
-Input: token shards, or the files of other trainers (shards/formats.py). Memory: one block, about 2^20 tokens.
+Input: token shards, or the files of other trainers (shards/formats/). Memory: one block, about 2^20 tokens.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -83,9 +83,9 @@ def read_stored(
     for path in paths:
         check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
-    form = FOREIGN_FORMATS[kind]
-    read = form.load().read
-    return info, (block for data_set in form.data_sets(paths) for block in read(data_set, info, source)), inputs
+    foreign = FOREIGN_FORMATS.get(kind)
+    data_sets = foreign.data_sets(paths)
+    return info, (block for data_set in data_sets for block in foreign.read(data_set, info, source)), inputs
 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:

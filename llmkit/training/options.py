@@ -18,7 +18,7 @@ import typer
 from llmkit.errors import UsageError
 from llmkit.io.run_layout import checkpoint_name
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
-from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
+from llmkit.training.optim.schedule import DECAY_SHAPES, schedule_help
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
     "Data and steps",
@@ -32,7 +32,6 @@ _optimizer = partial(typer.Option, rich_help_panel=OPTIMIZER)
 _machine = partial(typer.Option, rich_help_panel=MACHINE)
 _checkpoints = partial(typer.Option, rich_help_panel=CHECKPOINTS)
 _evaluation = partial(typer.Option, rich_help_panel=EVALUATION)
-SCHEDULE_NAMES = ", ".join(SCHEDULES)
 LOADED_OPTIMIZER = ""  # OptimizerOptions.optimizer: the optimizer whose state the run starts from
 
 
@@ -87,7 +86,7 @@ class ScheduleOptions:
         COMMON,
     ] = None
     schedule: Annotated[
-        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {SCHEDULE_NAMES}"), COMMON
+        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {schedule_help()}"), COMMON
     ] = None
     warmup: Annotated[
         float | None,
@@ -372,7 +371,7 @@ class PretrainOptions:
     schedule: Annotated[
         ScheduleOptions,
         Help(
-            schedule=f"One of {SCHEDULE_NAMES} (default: cosine)",
+            schedule=f"One of {schedule_help()} (default: cosine)",
             warmup="Tokens of linear warm-up, or a fraction of all tokens if below 1 (default: 0.05)",
             final_lr_fraction="Final learning rate as a fraction of the peak (default: 0.1)",
             decay="Fraction of all tokens over which wsd decays (default: 0.2)",

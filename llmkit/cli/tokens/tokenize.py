@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     # Tokenizer, blocks of documents, and inputs for the lineage.
     TokenStream = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
 
-SOURCE_FORMATS = ("documents", "shards", *FOREIGN_FORMATS)
-TARGET_FORMATS = ("shards", "jsonl", *FOREIGN_FORMATS)
-FOREIGN_FILES = [f"{name} ({foreign.files})" for name, foreign in FOREIGN_FORMATS.items()]
+FOREIGN = FOREIGN_FORMATS.names()
+SOURCE_FORMATS = ("documents", "shards", *FOREIGN)
+TARGET_FORMATS = ("shards", "jsonl", *FOREIGN)
+FOREIGN_FILES = [f"{name} ({FOREIGN_FORMATS.get(name).files})" for name in FOREIGN]
 # Options that affect the output where the inputs hold tokens.
 STORED_OPTIONS = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
@@ -209,7 +210,7 @@ def _encode(
     for name in ["from_"] if rate else ["from_", "seed", "fim_rate", "fim_spm_rate"]:
         run.options.pop(name, None)  # they do not affect the output
     paths = run.inputs(inputs)
-    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
     reader = run.reader_of(paths)
     work = DocumentEncoder(info, reader.options, options)
@@ -237,13 +238,13 @@ def _read_stored(
     elif not paths or STDIN in paths:
         raise UsageError(f"--from {kind} needs files, and stdin is not one", "name the files")
     else:
-        foreign = FOREIGN_FORMATS[kind]
+        foreign = FOREIGN_FORMATS.get(kind)
         *others, suffix = foreign.suffixes
         named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
         data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
         paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
     info = load_tokenizer_info(tokenizer) if tokenizer else None
-    if target not in FOREIGN_FORMATS and not run.dry_run and run.up_to_date(paths):
+    if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
     return read_stored(kind, paths, info, source)
 
@@ -305,7 +306,7 @@ def _open_writer(
         documents = run.writer()
         return documents, lambda block: documents.write(lines(block))
     if target != "shards":
-        files = FOREIGN_FORMATS[target].load().Writer(run.output, info, force=run.force)
+        files = FOREIGN_FORMATS.get(target).writer(run.output, info, force=run.force)
         return files, files.write
     options: dict[str, Any] = {"max_tokens_per_shard": max_tokens_per_shard, "duplicates": keep_duplicates}
     shards = ShardWriter(run.output, info, run.lineage(), force=run.force, **options)

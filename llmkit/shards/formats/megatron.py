@@ -2,36 +2,39 @@
 
 The ids are in PREFIX.bin; PREFIX.idx holds, little-endian:
 
-    "MMIDIDX\\0\\0", uint64 version 1, uint8 code of the ids' type, uint64 sequences n, uint64 d, which is
-    documents + 1 int32 length of each sequence [n], int64 byte offset of each in the .bin [n], int64 first
-    sequence of each document and n [d]
+    "MMIDIDX\\0\\0", uint64 version 1, uint8 code of the ids' type, uint64 sequences n, uint64 d = documents + 1
+    int32 length of each sequence [n], int64 byte offset of each in the .bin [n], int64 first sequence of each
+    document and n [d]
 
 We write one sequence per document, as uint16 below 65,500 ids and int32 above, as Megatron does.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
-from llmkit.io.record import Input
-from llmkit.shards import token_block
-from llmkit.shards.formats import prefix_of
-from llmkit.shards.token_block import TokenBlock, check_ids, cut_block, map_file
-from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.formats import FOREIGN_FORMATS, ForeignFormat, without_suffix
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llmkit.io.record import Input
+    from llmkit.shards.token_block import TokenBlock
+    from llmkit.shards.tokenizer_info import TokenizerInfo
+
+SUFFIXES = (".bin", ".idx")
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC = b"MMIDIDX\x00\x00"
-TYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # code -> type of the ids
 UINT16_VOCABULARY = 65_500  # Megatron-LM stores smaller vocabularies in two bytes
 HINT_CUT = "the copy is incomplete, or it is a file of another kind"
 
@@ -42,10 +45,10 @@ class Writer:
     def __init__(self, output: str | None, info: TokenizerInfo, *, force: bool = False) -> None:
         if output is None:
             raise UsageError("--to megatron makes two files", "give their common prefix with -o PREFIX")
-        self._prefix = prefix_of(output)
+        self._prefix = without_suffix(output, SUFFIXES)
         self._info = info
         self._force = force
-        self._dtype = np.dtype("<u2" if info.vocab_size < UINT16_VOCABULARY else "<i4")
+        self._dtype = "<u2" if info.vocab_size < UINT16_VOCABULARY else "<i4"
         self._lengths: list[NDArray[np.int64]] = []
         self._stack = ExitStack()
 
@@ -57,17 +60,21 @@ class Writer:
 
     def write(self, block: TokenBlock) -> None:
         """Append documents; LlmkitError where an id is over the vocabulary."""
+        from llmkit.shards.token_block import check_ids
+
         check_ids(block.tokens, self._info, "the input")
         self._sink.write(block.tokens.astype(self._dtype, copy=False).data)
         self._lengths.append(block.lengths)
 
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content; call it once, last. The format has no room for counts and inputs."""
+        import numpy as np
+
         lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
         n, code = len(lengths), next(code for code, dtype in TYPES.items() if dtype == self._dtype)
         self._index.write(HEADER.pack(MAGIC, 1, code, n, n + 1))
         self._index.write(lengths.astype("<i4").data)
-        self._index.write(((np.cumsum(lengths) - lengths) * self._dtype.itemsize).astype("<i8").data)
+        self._index.write(((np.cumsum(lengths) - lengths) * np.dtype(self._dtype).itemsize).astype("<i8").data)
         self._index.write(np.arange(n + 1, dtype="<i8").data)
         if self._force:  # the index of an earlier run beside these ids would be worse than none
             Path(self._prefix + ".idx").unlink(missing_ok=True)
@@ -84,7 +91,12 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
     LlmkitError where the files are truncated, do not belong together, or hold ids that are not in the
     vocabulary of `info`.
     """
-    name, index = prefix + ".idx", map_file(prefix + ".idx")
+    import numpy as np
+
+    from llmkit.shards import token_block
+
+    source = source or os.path.basename(without_suffix(prefix, SUFFIXES))
+    name, index = prefix + ".idx", token_block.map_file(prefix + ".idx")
     not_an_index = LlmkitError(
         f"{name}: not a Megatron index", "it comes from Megatron-LM's preprocess_data.py, or --to megatron"
     )
@@ -100,7 +112,7 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
     lengths = np.frombuffer(index, "<i4", n, HEADER.size)
     byte_offsets = np.frombuffer(index, "<i8", n, HEADER.size + 4 * n)
     first_sequences = np.frombuffer(index, "<i8", d, HEADER.size + 12 * n)
-    data, dtype = map_file(prefix + ".bin"), np.dtype(TYPES[code]).newbyteorder("<")
+    data, dtype = token_block.map_file(prefix + ".bin"), np.dtype(TYPES[code])
     offsets = np.zeros(n + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     in_order = first_sequences[0] == 0 and first_sequences[-1] == n and (np.diff(first_sequences) >= 0).all()
@@ -113,5 +125,9 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
     while first < d - 1:
         full = int(np.searchsorted(bounds, bounds[first] + token_block.BLOCK_TOKENS, side="right")) - 1
         stop = max(full, first + 1)
-        yield cut_block(tokens, int(bounds[first]), np.diff(bounds[first : stop + 1]), info, source, prefix + ".bin")
+        documents = np.diff(bounds[first : stop + 1])
+        yield token_block.cut_block(tokens, int(bounds[first]), documents, info, source, prefix + ".bin")
         first = stop
+
+
+FOREIGN_FORMATS.register("megatron")(ForeignFormat("PREFIX.bin and PREFIX.idx", SUFFIXES, read, Writer))

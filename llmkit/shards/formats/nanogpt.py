@@ -7,24 +7,26 @@ ids. Such files are read too, and not written.
 
 from __future__ import annotations
 
+import os
 import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
-from llmkit.io.record import Input
-from llmkit.shards import token_block
-from llmkit.shards.arrow import Tokens
-from llmkit.shards.token_block import TokenBlock, check_ids, cut_block, map_file
-from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.formats import FOREIGN_FORMATS, ForeignFormat, without_suffix
 
-HEADERS = {(20240520, 1): np.uint16, (20240801, 7): np.uint32}  # (magic, version) -> type of the ids
+if TYPE_CHECKING:
+    from llmkit.io.record import Input
+    from llmkit.shards.arrow import Tokens
+    from llmkit.shards.token_block import TokenBlock
+    from llmkit.shards.tokenizer_info import TokenizerInfo
+
+SUFFIX = ".bin"
+HEADERS = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # (magic, version) -> type of the ids
 HEADER_BYTES = 1024
 HINT_CUT = "the copy is incomplete, or it is a file of another kind"
 
@@ -36,7 +38,7 @@ class Writer:
         self._output = output
         self._info = info
         self._force = force
-        self._dtype = np.dtype("<u2" if info.vocab_size <= 1 << 16 else "<u4")
+        self._dtype = id_type(info)
         self._stack = ExitStack()
         if output is None and sys.stdout.isatty():
             raise UsageError("token ids are binary: not written to a terminal", "redirect stdout, or give -o PATH")
@@ -49,6 +51,8 @@ class Writer:
 
     def write(self, block: TokenBlock) -> None:
         """Append documents; LlmkitError where an id is over the vocabulary."""
+        from llmkit.shards.token_block import check_ids
+
         check_ids(block.tokens, self._info, "the input")
         self._sink.write(block.tokens.astype(self._dtype, copy=False).data)
 
@@ -64,22 +68,35 @@ class Writer:
 
 def read(path: str, info: TokenizerInfo, source: str | None = None) -> Iterator[TokenBlock]:
     """The documents of a file. LlmkitError where it is truncated or its ids are not in the vocabulary of `info`."""
+    import numpy as np
+
+    from llmkit.shards import token_block
+
+    source = source or os.path.basename(without_suffix(path, [SUFFIX]))
     tokens = _ids(path, info)
     start = position = 0
     while position < len(tokens):
         stop = min(position + token_block.BLOCK_TOKENS, len(tokens))
         ends = np.flatnonzero(tokens[position:stop] == info.eos_id) + position + 1
         if len(ends):
-            yield cut_block(tokens, start, np.diff(ends, prepend=start), info, source, path)
+            yield token_block.cut_block(tokens, start, np.diff(ends, prepend=start), info, source, path)
             start = int(ends[-1])
         position = stop
     if start < len(tokens):
-        yield cut_block(tokens, start, np.array([len(tokens) - start]), info, source, path)
+        yield token_block.cut_block(tokens, start, np.array([len(tokens) - start]), info, source, path)
+
+
+def id_type(info: TokenizerInfo) -> str:
+    """The type of the ids of this vocabulary, as numpy writes it."""
+    return "<u2" if info.vocab_size <= 1 << 16 else "<u4"
 
 
 def _ids(path: str, info: TokenizerInfo) -> Tokens:
-    data = map_file(path)
-    dtype: Any = np.uint16 if info.vocab_size <= 1 << 16 else np.uint32
+    import numpy as np
+
+    from llmkit.shards.token_block import map_file
+
+    data, dtype = map_file(path), id_type(info)
     if len(data) >= HEADER_BYTES:
         magic, version, count = struct.unpack_from("<iii", data.data)
         if (magic, version) in HEADERS:
@@ -89,4 +106,7 @@ def _ids(path: str, info: TokenizerInfo) -> Tokens:
     width = np.dtype(dtype).itemsize
     if len(data) % width:
         raise LlmkitError(f"{path}: {len(data):,} bytes are not a whole number of tokens of {width} bytes", HINT_CUT)
-    return data.view(np.dtype(dtype).newbyteorder("<"))
+    return data.view(dtype)
+
+
+FOREIGN_FORMATS.register("nanogpt")(ForeignFormat("FILE.bin, ids alone", (SUFFIX,), read, Writer))
