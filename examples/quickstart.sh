@@ -34,7 +34,10 @@ mkdir -p "$WORK" && cd "$WORK"
 
 # ---------------------------------------------------------------- Text
 stage "Build a corpus from Python's own documentation, sources and packages"
-if [ "$TINY" = 1 ]; then ITEMS=60; else ITEMS=420; fi
+# Evaluation is bounded by the number of questions, sums and documents that each model is asked: all that there are took as long as the training.
+# 200 items give a share of 36 % with a standard error of 3.4 %, three of which lie between it and chance. Of the sample of documents every third is
+# read, about 50 kB; it is the same for all models, so that they compare more finely than the perplexity itself is known.
+if [ "$TINY" = 1 ]; then ITEMS=20 EVERY=10; else ITEMS=200 EVERY=3; fi
 [ -e data/summary.json ] || python "$ROOT/examples/build_corpus.py" data --items "$ITEMS" > /dev/null
 
 # Documentation and prose in one pipe; source code by the same rules. Real duplicates go: the same licence lies in dozens of packages.
@@ -95,8 +98,9 @@ llmkit quantize chat/ --to int4 --group-size 32 -o chat-int4/
 # Base models are asked in plain text, the others as a user would ask them. Nothing of the tasks or the documents was trained on: they come from
 # other modules, and the sums are held out in both orders.
 stage "Evaluate"
-TASKS="--tasks docstring_choice,two_digit_sums --include-path data/tasks"
-TEXTS="--perplexity data/test/sample.jsonl"
+TASKS="--tasks docstring_choice,two_digit_sums --include-path data/tasks --limit $ITEMS"
+TEXTS="--perplexity heldout.jsonl"
+[ -e heldout.jsonl ] || awk "NR % $EVERY == 1" data/test/sample.jsonl > heldout.jsonl
 evaluate() { # OUTPUT [OPTION...] MODEL/...: again only where a model is newer than its scores
     local out=$1 model config; shift
     for model in "$@"; do

@@ -44,7 +44,9 @@ def test_quickstart_runs_and_repeats(tmp_path: Path, preloaded_bin: Path) -> Non
         assert any(line.startswith(name) for line in first.stdout.splitlines()), name
     assert first.stdout.count("[user]") == 8 and first.stdout.count("[assistant]") == 8
     scores = json.loads((work / "base-scores.json").read_text())["models"]
-    assert scores["annealed/"]["perplexity"]["data/test/sample.jsonl"]["perplexity"] < scores["run/"]["perplexity"]["data/test/sample.jsonl"]["perplexity"]  # fmt: skip
+    base, annealed = (scores[name]["perplexity"]["heldout.jsonl"] for name in ("run/", "annealed/"))
+    assert annealed["perplexity"] < base["perplexity"]
+    assert base["documents"] == scores["run/"]["tasks"]["two_digit_sums"]["items"] == 20
     weights = {path: path.stat().st_mtime_ns for path in work.glob("*/checkpoints/*/model.safetensors")}
     assert len(weights) >= 4
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from quickstart import scores
+from quickstart import scale, scores
 
 WORDS = [
     "the",
@@ -189,3 +190,29 @@ def test_table_says_what_holds(tmp_path: Path, pmi: float, above: bool) -> None:
     lines = scores.table(found, {"rule": 0.74})
     assert len(lines) == 1 + 7 + 2 and len({len(line) for line in lines}) == 1
     assert lines[1].startswith("base ") and lines[-1].split()[-1] == "%"
+
+
+@pytest.mark.parametrize(
+    ("measured", "probes", "best"), [([2_000.0, 9_000.0], 2, 9_000.0), ([2_000.0, 5_000.0, 3_000.0], 3, 5_000.0)]
+)
+def test_speed_is_that_of_the_best_probe(
+    monkeypatch: pytest.MonkeyPatch, measured: list[float], probes: int, best: float
+) -> None:
+    """Behaviour: a moment in which the machine is busy does not cut the training; a probe that is fast enough is the last."""
+    left = iter(measured)
+    monkeypatch.setattr(scale, "tokens_per_second", lambda: next(left))
+    assert scale.best_speed(8_000.0) == best
+    assert len(list(left)) == len(measured) - probes
+
+
+def test_what_the_quickstart_leaves_behind_does_not_count_as_code(tmp_path: Path) -> None:
+    """Behaviour: beside a directory quickstart/ in the checkout, with Python files in it, ruff finds nothing, in a git checkout or not."""
+    pytest.importorskip("ruff")
+    root = EXAMPLES.parent
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "quickstart" / "code").mkdir(parents=True)
+    (tmp_path / "quickstart" / "left.py").write_text("import os\n")
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
