@@ -15,10 +15,9 @@ from typing import Annotated
 
 import typer
 
-from llmkit.errors import UsageError
 from llmkit.io.run_layout import checkpoint_name
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
-from llmkit.training.optim.schedule import DECAY_SHAPES, schedule_help
+from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
     "Data and steps",
@@ -32,6 +31,7 @@ _optimizer = partial(typer.Option, rich_help_panel=OPTIMIZER)
 _machine = partial(typer.Option, rich_help_panel=MACHINE)
 _checkpoints = partial(typer.Option, rich_help_panel=CHECKPOINTS)
 _evaluation = partial(typer.Option, rich_help_panel=EVALUATION)
+SCHEDULE_NAMES = ", ".join(SCHEDULES)
 LOADED_OPTIMIZER = ""  # OptimizerOptions.optimizer: the optimizer whose state the run starts from
 
 
@@ -86,7 +86,7 @@ class ScheduleOptions:
         COMMON,
     ] = None
     schedule: Annotated[
-        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {schedule_help()}"), COMMON
+        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {SCHEDULE_NAMES}"), COMMON
     ] = None
     warmup: Annotated[
         float | None,
@@ -371,7 +371,7 @@ class PretrainOptions:
     schedule: Annotated[
         ScheduleOptions,
         Help(
-            schedule=f"One of {schedule_help()} (default: cosine)",
+            schedule=f"One of {SCHEDULE_NAMES} (default: cosine)",
             warmup="Tokens of linear warm-up, or a fraction of all tokens if below 1 (default: 0.05)",
             final_lr_fraction="Final learning rate as a fraction of the peak (default: 0.1)",
             decay="Fraction of all tokens over which wsd decays (default: 0.2)",
@@ -434,17 +434,6 @@ class AnnealOptions:
     heldout: HeldOutOptions = HeldOutOptions()
     log: LogOptions = LogOptions()
     samples: SampleOptions = SampleOptions()
-
-
-def parse_betas(text: str) -> tuple[float, float]:
-    """Parse `0.9,0.95`. Raises UsageError unless it is two numbers in [0, 1)."""
-    try:
-        first, second = map(float, text.split(","))
-    except ValueError:
-        first = second = -1.0
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise UsageError(f"--betas {text!r}: expected two numbers in [0, 1)", "such as 0.9,0.95")
-    return first, second
 
 
 def held_out_paths(heldout: list[str] | None) -> dict[str, str]:

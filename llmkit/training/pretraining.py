@@ -42,6 +42,7 @@ from llmkit.training.inputs import (
     packed_length,
     source_groups,
 )
+from llmkit.training.optim.optimizer import parse_betas
 from llmkit.training.optim.recipe import Recipe, RopeThetas, is_path, read_recipe
 from llmkit.training.optim.schedule import DECAY_SHAPES, Schedule, build_schedule, default_rate, warmup_tokens
 from llmkit.training.options import AnnealOptions, PretrainOptions
@@ -175,6 +176,7 @@ def resolve_pretraining(request: Request) -> Resolved:
     request.record.options |= {
         key: value for key, value in resolved.items() if key not in ("batch_size", "sequence_length")
     }
+    parse_betas(resolved["betas"])  # a wrong value is refused before anything is opened
     optimizer = dataclasses.replace(
         request.loop.optimizer, **{key: resolved[key] for key in ("weight_decay", "clip", "betas")}
     )

@@ -49,7 +49,7 @@ from llmkit.training.distributed.processes import Processes, as_lost_error, star
 from llmkit.training.loop import fit
 from llmkit.training.metrics.tracker import check_tracker
 from llmkit.training.objectives import Objective, ObjectiveResult, next_token
-from llmkit.training.optim.optimizer import build_optimizer, optimizer_of_state, restore_optimizer
+from llmkit.training.optim.optimizer import build_optimizer, optimizer_of_state, parse_betas, restore_optimizer
 from llmkit.training.optim.schedule import Schedule
 from llmkit.training.options import (
     BatchOptions,
@@ -58,7 +58,6 @@ from llmkit.training.options import (
     LogOptions,
     MachineOptions,
     OptimizerOptions,
-    parse_betas,
 )
 from llmkit.training.train_step import Tensors, TrainContext
 
@@ -219,9 +218,8 @@ class Session:
         kind = optimization.optimizer or (
             optimizer_of_state(read_layout(state_from / STATE / OPTIMIZER)) if state_from else "adamw"
         )
-        optimizer = build_optimizer(
-            model, kind, optimization.weight_decay or 0.0, parse_betas(optimization.betas or BETAS)
-        )
+        betas = parse_betas(optimization.betas or BETAS)
+        optimizer = build_optimizer(model, kind, optimization.weight_decay or 0.0, betas)
         if optimizer_from and not self.checkpoint:
             restore_optimizer(model, optimizer, load_optimizer_tensors(optimizer_from), str(optimizer_from))
 

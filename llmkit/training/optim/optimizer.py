@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.training.distributed.layout import distributed_like
 from llmkit.training.optim.muon import Muon
 from llmkit.training.optim.parameter_groups import tensor_table
@@ -25,6 +25,17 @@ BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 # Tensors that an optimizer keeps for each parameter, in the parameter's shape.
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum",)}
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """Parse `0.9,0.95`. Raises UsageError unless it is two numbers in [0, 1)."""
+    try:
+        first, second = map(float, text.split(","))
+    except ValueError:
+        first = second = -1.0
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise UsageError(f"--betas {text!r}: expected two numbers in [0, 1)", "such as 0.9,0.95")
+    return first, second
 
 
 def build_optimizer(
