@@ -4,7 +4,7 @@
     RUN/metrics.jsonl             one line per step
     RUN/events.jsonl              starts, resumptions, stops; spikes, rollbacks and their documents; lost processes
     RUN/samples.jsonl, RUN/trace/     completions of prompts (samples.py); the documents of each step (trace.py)
-    RUN/checkpoints/step-00000500/    a Hugging Face model directory, and
+    RUN/checkpoints/STEP/         a Hugging Face model directory (its name: io/run_layout.py), and
         state/optimizer.safetensors   the optimizer's moments by parameter
         state/trainer.json            step, tokens, learning rate, options, input digests, environment, guard state
         state/digests.json            xxh3-128 of every other file
