@@ -18,7 +18,7 @@ import typer
 from llmkit.errors import UsageError
 from llmkit.io.run_layout import checkpoint_name
 from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
-from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
+from llmkit.training.optim.schedule import DECAY_SHAPES, schedule_help
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
     "Data and steps",
@@ -32,7 +32,6 @@ _optimizer = partial(typer.Option, rich_help_panel=OPTIMIZER)
 _machine = partial(typer.Option, rich_help_panel=MACHINE)
 _checkpoints = partial(typer.Option, rich_help_panel=CHECKPOINTS)
 _evaluation = partial(typer.Option, rich_help_panel=EVALUATION)
-SCHEDULE_NAMES = ", ".join(SCHEDULES)
 LOADED_OPTIMIZER = ""  # OptimizerOptions.optimizer: that of the state that the run starts from
 
 
@@ -84,7 +83,7 @@ class ScheduleOptions:
         COMMON,
     ] = None
     schedule: Annotated[
-        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {SCHEDULE_NAMES}"), COMMON
+        str | None, _optimizer("--schedule", metavar="NAME", help=f"One of {schedule_help()}"), COMMON
     ] = None
     warmup: Annotated[
         float | None,
@@ -362,7 +361,7 @@ class PretrainOptions:
     schedule: Annotated[
         ScheduleOptions,
         Help(
-            schedule=f"One of {SCHEDULE_NAMES}; cosine by default",
+            schedule=f"One of {schedule_help()}; cosine by default",
             warmup="Tokens of linear warm-up, below 1 a fraction of all tokens; 0.05 by default",
             final_lr_fraction="Final learning rate as a fraction of the peak; 0.1 by default",
             decay="Fraction of all tokens over which wsd decays; 0.2 by default",
