@@ -22,9 +22,12 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache
 from keyword import iskeyword
+from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from llmkit.errors import UsageError, suggestion
 
@@ -115,11 +118,53 @@ def from_values(kind: type[Options], values: Mapping[str, Any]) -> Options:
 
     Raises UsageError for an unknown name, with the nearest ones as a hint.
     """
-    known_names = {field.name for field in option_fields(cast(Any, kind))}
-    for name in values:
-        if name not in known_names:
-            raise UsageError(f"unknown option {name!r}", suggestion(name, known_names))
-    return _build(kind, None, values)
+    fields_by_name = {field.name: field for field in option_fields(cast(Any, kind))}
+    former = former_names(kind)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        field = fields_by_name.get(former.get(name, name))
+        if field is None:
+            raise UsageError(f"unknown option {name!r}", suggestion(name, fields_by_name))
+        if field.name in checked:
+            raise UsageError(f"{name} and {field.name} are one option", f"give {field.name} alone")
+        checked[field.name] = checked_value(field, value)
+    return _build(kind, None, checked)
+
+
+def checked_value(field: Field, value: Any) -> Any:
+    """The value as the option has it: a string is parsed as on the command line, other types must be the option's.
+
+    Raises UsageError for a value of another type, or out of the option's bounds.
+    """
+    if value is None or value == field.default:
+        return value
+    annotation = get_args(field.annotation)[0] if get_origin(field.annotation) is Annotated else field.annotation
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]
+    multiple = annotation if get_origin(annotation) is list else next((k for k in kinds if get_origin(k) is list), None)
+    if multiple:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return list(value)
+        raise UsageError(f"{field.name}={value!r} is not a list of strings", f"such as {field.name}=['PATH']")
+    kind = kinds[0]
+    info = next((mark for mark in field.marks() if isinstance(mark, OptionInfo)), None)
+    try:
+        if isinstance(value, str) and info and info.parser:
+            value = info.parser(value)
+        elif isinstance(value, str) and kind in (int, float, Path):
+            value = kind(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
+    except (ValueError, typer.BadParameter) as error:
+        raise UsageError(
+            f"{field.name}={value!r}: {getattr(error, 'message', error)}", "see llmkit COMMAND --help"
+        ) from None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UsageError(f"{field.name}={value!r} is not of type {kind.__name__}", "see llmkit COMMAND --help")
+    low, high = (info.min, info.max) if info else (None, None)
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UsageError(f"{field.name}={value!r} is out of range", f"{bounds}")
+    return value
 
 
 def values_of(options: Any) -> dict[str, Any]:
@@ -179,15 +224,15 @@ SUFFIXES = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "
 
 def parse_count(text: Any) -> int:
     """Parse a count with an optional suffix k, M, B or T (or kB, MB, GB, TB): `10M` is 10,000,000, `1.5k` is 1,500."""
-    if isinstance(text, int):
+    if type(text) is int:
         return text
+    text = str(text)  # a number with a fraction or an exponent, from a configuration file
     if text[-1:] == "B" and text[-2:-1] in (*"kKMGT",):
         text = text[:-1]
     number, suffix = (text[:-1], text[-1]) if text and text[-1] in SUFFIXES else (text, "")
     try:
-        value = (
-            Decimal(number.replace("_", "")) * SUFFIXES[suffix]
-        )  # exact: 2.3 * 1000 is not an integer in binary floating point
+        # Exact: 2.3 * 1000 is not an integer in binary floating point.
+        value = Decimal(number.replace("_", "")) * SUFFIXES[suffix]
         if value < 0 or value != int(value):
             raise ValueError
     except (ValueError, OverflowError, InvalidOperation):

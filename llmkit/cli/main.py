@@ -80,7 +80,6 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
     import signal
-    from functools import partial
     from importlib import import_module
 
     from llmkit.errors import ExitCode, LlmkitError, Terminated
@@ -91,7 +90,11 @@ def run_command(name: str, arguments: list[str]) -> int:
         _print(f"llmkit {__version__}")
         return ExitCode.OK
     debug = "--debug" in options
-    fail = partial(_fail, program, as_json="--json" in options, words=options)
+
+    def fail(message: str, hint: str, code: int) -> int:
+        from llmkit.cli.shared.invocation import Run
+
+        return _fail(program, message, hint, code, "--json" in options or Run.reports_json, options)
 
     terminated = False
 
@@ -102,8 +105,10 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
+        from llmkit.cli.shared.invocation import Run
         from llmkit.cli.shared.options import build
 
+        Run.reports_json = False
         build(import_module(module_of(name)).main, name)(arguments)
         sys.stdout.flush()
         return ExitCode.OK

@@ -67,6 +67,61 @@ def test_former_spellings(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         parsed(["--", "--color"])
 
 
+def test_both_spellings_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Behaviour: an option given by its former and its present name is an error, wherever it comes from; the value of
+    another option, and an empty variable, are neither."""
+    with pytest.raises(UsageError, match="are one option"):
+        parsed(["--color", "red", "--colour", "blue"])
+    (tmp_path / "c.toml").write_text('color = "green"\ncolour = "blue"\n')
+    with pytest.raises(UsageError, match="are one option"):
+        parsed(["-c", str(tmp_path / "c.toml")])
+    assert parsed(["--colour", "--color"])[0].pace.colour == "--color"
+    monkeypatch.setenv("LLMKIT_WALK_COLOR", "black")
+    monkeypatch.setenv("LLMKIT_WALK_COLOUR", "")
+    assert parsed([])[0].pace.colour == "black"
+    with pytest.raises(UsageError, match="are one option"):
+        from_values(Options, {"color": "red", "colour": "blue"})
+    assert from_values(Options, {"color": "red"}).pace.colour == "red"
+
+
+def test_values_from_python_are_those_of_the_command_line() -> None:
+    """Property: strings are parsed as flags are; another type, or a value out of bounds, is a usage error."""
+    from pathlib import Path
+
+    given = {"tokens": "1k", "lr": "1e-4", "warmup": 1, "heldout": ["a"], "prompts": "p.txt", "clip": 1}
+    options = from_values(PretrainOptions, given)
+    assert (options.stream.tokens, options.schedule.lr, options.schedule.warmup) == (1000, 1e-4, 1.0)
+    assert options.samples.prompts == Path("p.txt") and options.heldout.heldout == ["a"]
+    assert type(options.optimizer.clip) is float
+    for wrong in (
+        {"document_mask": "false"},
+        {"heldout": "shards/"},
+        {"betas": (0.9, 0.95)},
+        {"tokens": 512.5},
+        {"tokens": True},
+        {"batch_size": 0},
+        {"clip": -1.0},
+        {"lr": "fast"},
+    ):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            from_values(PretrainOptions, wrong)
+
+
+@pytest.mark.parametrize("text", ["speed = true", "colour = ['a']", "[colour]\na = 1"])
+def test_values_of_a_file_that_no_option_has(text: str, tmp_path: Any) -> None:
+    """Behaviour: a boolean for a number, a list for one value, a table: a usage error that names file and key."""
+    (tmp_path / "c.toml").write_text(text + "\n")
+    with pytest.raises(UsageError, match=r"c\.toml: (speed|colour)"):
+        parsed(["-c", str(tmp_path / "c.toml")])
+
+
+def test_counts_of_a_file(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: a count in TOML may be a number with an exponent."""
+    (tmp_path / "c.toml").write_text("tokens = 1e4\n")
+    assert run_command("train", ["x", "-c", str(tmp_path / "c.toml"), "--print-config"]) == 0
+    assert "tokens = 10000 " in capsys.readouterr().out
+
+
 def test_a_command_takes_a_group_in_part() -> None:
     """Behaviour: fields excluded from a group are not options of the command, and keep their defaults."""
 
@@ -151,3 +206,13 @@ def test_errors_as_json(tmp_path: Any, capsys: pytest.CaptureFixture[str], monke
     assert run_command("filter", ["--presett", "x", "--json"]) == 2
     error = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]
     assert error["file"] is None and "--preset" in error["hint"]
+
+
+def test_json_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: errors are JSON wherever --json comes from, and text again in the next call."""
+    monkeypatch.setenv("LLMKIT_FILTER_JSON", "1")
+    assert run_command("filter", ["nothing.jsonl", "-o", "out.jsonl"]) == 1
+    assert json.loads(capsys.readouterr().err.splitlines()[-1])["error"]["file"] == "nothing.jsonl"
+    monkeypatch.delenv("LLMKIT_FILTER_JSON")
+    assert run_command("filter", ["nothing.jsonl", "-o", "out.jsonl"]) == 1
+    assert capsys.readouterr().err.startswith("llmkit filter: error: ")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Run:
     """One invocation: shared options, messages, progress, summary, inputs, outputs and lineage."""
 
+    reports_json = False  # of the present invocation, also where --json came from a file or the environment
+
     def __init__(self, command: str, values: dict[str, Any], options: dict[str, Any], paths: dict[str, Path]) -> None:
         self.command = command
         self.options = options  # the options that decide the content, as JSON values
@@ -32,6 +34,7 @@ class Run:
         self.jobs: int = values["jobs"]
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
+        Run.reports_json = self.as_json
         self.files_from: str | None = values.get("files_from")
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, except those named
         self._listed: list[str] | None = None  # the paths listed in files_from, once read

@@ -9,8 +9,6 @@ option comes from the flag, or else from the environment (LLMKIT_<COMMAND>_<OPTI
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 from collections.abc import Callable, Collection
 from copy import copy
 from dataclasses import dataclass, is_dataclass
@@ -20,6 +18,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from llmkit.cli.shared.configuration import environment_prefix, load_config, present_spelling
 from llmkit.cli.shared.invocation import Progress, Run
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.options import (
@@ -213,7 +212,7 @@ def _with_help(annotation: Any, text: str) -> Any:
 def build(function: Callable[..., None], name: str) -> Callable[[list[str]], None]:
     """A callable that parses the arguments of subcommand `name` and runs it. Raises UsageError for usage errors."""
     command = click_command(function, name)
-    renamed = {_flag_of(old): _flag_of(new) for old, new in renamed_options(function).items()}
+    renamed = renamed_options(function)
 
     def call(arguments: list[str]) -> None:
         # Not command.main: it would turn a broken pipe and Ctrl-C into exit code 1.
@@ -222,7 +221,7 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
         if command.shows_all:
             arguments = ["--help"]
         try:
-            with command.make_context(f"llmkit {name}", _replace_former_flags(name, arguments, renamed)) as context:
+            with command.make_context(f"llmkit {name}", present_spelling(command, name, arguments, renamed)) as context:
                 command.invoke(context)
         except typer.Exit:
             return
@@ -230,32 +229,6 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
             raise _as_usage_error(error) from None
 
     return call
-
-
-def _flag_of(name: str) -> str:
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-def _replace_former_flags(command: str, arguments: list[str], renamed: dict[str, str]) -> list[str]:
-    """The arguments with former flags replaced, each noted once; the environment is changed likewise."""
-    result, noted = [], set()
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    for argument in arguments[:end]:
-        flag, equals, value = argument.partition("=")
-        if flag in renamed:
-            noted.add(flag)
-            argument = renamed[flag] + equals + value
-        result.append(argument)
-    for old, new in renamed.items():
-        old_variable, new_variable = (
-            f"{environment_prefix(command)}_{flag[2:].upper().replace('-', '_')}" for flag in (old, new)
-        )
-        if old_variable in os.environ:
-            noted.add(old)
-            os.environ.setdefault(new_variable, os.environ.pop(old_variable))
-    for old in sorted(noted):
-        print(f"llmkit {command}: {old} is now called {renamed[old]}", file=sys.stderr)
-    return result + arguments[end:]
 
 
 def _as_usage_error(error: Exception) -> Exception:
@@ -310,7 +283,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         parameter.common = parameter.name not in parameters or COMMON in marks_of(parameters[parameter.name].annotation)
         if parameter.name == "config":
             parameter.is_eager = True
-            parameter.callback = lambda context, _, value: _load_config(context, value, name, renamed_options(function))
+            parameter.callback = lambda context, _, value: load_config(context, value, name, renamed_options(function))
         if parameter.metavar is None and not getattr(parameter, "is_flag", False):
             parameter.metavar = (
                 METAVARS.get(_scalar(parameters[parameter.name].annotation), "TEXT")
@@ -319,16 +292,6 @@ def click_command(function: Callable[..., None], name: str) -> Any:
             )
     built.format_options = lambda context, formatter: _format_options(built, context, formatter)
     return built
-
-
-def environment_prefix(name: str) -> str:
-    """The prefix of a subcommand's environment variables."""
-    return f"LLMKIT_{name.upper().replace(' ', '_')}"
-
-
-def _section(name: str) -> str:
-    """The name of a subcommand's table in a --config file: filter, filter-train."""
-    return name.replace(" ", "-")
 
 
 METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -388,39 +351,6 @@ def _recordable(value: Any) -> Any:
     if isinstance(value, Path):
         return base_name(value)
     return [_recordable(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _load_config(context: Any, path: str | None, name: str, renamed: dict[str, str]) -> str | None:
-    """Make the values of a TOML file the defaults: those of its top level, overridden by those of its table [NAME]."""
-    if path is None:
-        return None
-    import tomllib
-
-    from llmkit.cli.shared.table import COMMANDS
-
-    try:
-        content = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LlmkitError(f"{path}: invalid TOML ({error})", "--print-config shows the format") from error
-    sections = set(map(_section, COMMANDS))
-    top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in sections)}
-    names = {parameter.name for parameter in context.command.params}
-    defaults = {}
-    section = content.get(_section(name))  # `filter` is both a table and an option of `llmkit filter`
-    for key, value in (top | (section if isinstance(section, dict) else {})).items():
-        option = key.replace("-", "_")
-        option = renamed.get(option) or renamed.get(f"{option}_") or option
-        option = option if option in names else f"{option}_"  # `from` is a Python keyword
-        if option not in names:
-            raise UsageError(
-                f"{path}: unknown option {key!r} for llmkit {name}",
-                suggestion(key, {name.rstrip("_") for name in names}),
-            )
-        defaults[option] = value
-    context.default_map = defaults
-    return path
 
 
 def _as_toml(context: Any, without: Collection[str] = ()) -> str:

@@ -166,7 +166,9 @@ def build_schedule(
     if not (math.isfinite(peak) and peak > 0):
         raise UsageError(f"learning rate {peak} is not a number above 0", "usual values are between 1e-5 and 1e-2")
     if not 0 <= floor <= 1:
-        raise UsageError(f"--min-lr {floor} is not between 0 and 1", "it is the final learning rate over the peak")
+        raise UsageError(
+            f"--final-lr-fraction {floor} is not between 0 and 1", "it is the final learning rate over the peak"
+        )
     if not 0 <= decay <= 1:
         raise UsageError(f"--decay {decay} is not between 0 and 1", "it is a share of all tokens")
     if not 0 <= warmup <= total:
