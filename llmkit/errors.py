@@ -51,6 +51,8 @@ class LlmkitError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # for callers from Python
 
     def __reduce__(self) -> tuple[type[LlmkitError], tuple[str, str]]:
         # For errors that workers of `engine` send to the parent process.

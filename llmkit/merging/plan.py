@@ -70,6 +70,6 @@ def _model_directories(model: str, last: int | None) -> list[Path]:
     if len(checkpoints) < last:
         raise LlmkitError(
             f"{model}: {len(checkpoints)} checkpoints, not {last}",
-            "train with --save-every and --keep to have more",
+            "save more often (--save-every), keep more (--keep), or train longer",
         )
     return checkpoints[-last:]

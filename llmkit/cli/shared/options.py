@@ -89,7 +89,9 @@ class SharedOptions:
         COMMON,
     ] = None
     seed: Annotated[int, _flag("--seed", min=0, help="Random seed"), COMMON] = 0
-    json: Annotated[bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr")] = False
+    json: Annotated[
+        bool, _flag("--json", help="Print the summary, or the error, as one JSON line on stderr"), COMMON
+    ] = False
     summary: Annotated[
         str | None, _flag("--summary", metavar="FILE", help="Also write the summary to this file, as JSON")
     ] = None
@@ -124,9 +126,9 @@ class ReadingOptions:
 class WritingOptions:
     """The options of a command that writes documents."""
 
-    plain: Annotated[bool, _reading("--plain", help="Write plain JSON lines to stdout, without lineage (for jq)")] = (
-        False
-    )
+    plain: Annotated[
+        bool, _reading("--plain", help="Write plain JSON lines to stdout, without lineage (for jq)"), COMMON
+    ] = False
 
 
 SHARED = tuple(field.name for field in option_fields(SharedOptions))
