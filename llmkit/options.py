@@ -244,7 +244,7 @@ def parse_share(text: Any) -> float:
     """Parse a fraction below 1, or a number of tokens such as 5000 or 50k."""
     try:
         value = float(text)
-    except ValueError:
+    except (ValueError, TypeError):
         value = float(parse_count(text))
     if not 0 <= value < float("inf"):
         raise typer.BadParameter(f"{text!r} is neither a fraction nor a number of tokens")

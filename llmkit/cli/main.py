@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 def _help(arguments: list[str]) -> int:
     """`llmkit help [COMMAND] [--json]`: the overview, the help of a command, or the schema of commands as JSON."""
-    words = [word for word in arguments if word != "--json"]
+    words = [word for word in arguments if not word.startswith("-")]
     if "--json" in arguments:
         import json
 
@@ -55,6 +55,9 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         _exit_on_broken_pipe()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered must not fail once more at the exit
+        sys.exit(_fail("llmkit", str(error.strerror or error), _os_hint(error), 1))
 
 
 def _exit_on_broken_pipe() -> NoReturn:
@@ -73,7 +76,8 @@ def _dispatch(name: str, arguments: list[str]) -> int:
     if arguments and subcommands(name) and arguments[0].isalpha() and not os.path.exists(arguments[0]):
         hint = suggestion(arguments[0], subcommands(name))
         if hint.startswith("did"):
-            return _fail("llmkit", f"unknown command '{name} {arguments[0]}', and no such file", hint, ExitCode.USAGE)
+            message = f"unknown command '{name} {arguments[0]}', and no such file"
+            return _fail("llmkit", message, hint, ExitCode.USAGE, "--json" in arguments)
     return run_command(name, arguments)
 
 

@@ -6,6 +6,7 @@ input named `-` came through a pipe from the command of its record; one without 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
@@ -30,3 +31,9 @@ def inputs_of(node: Record) -> list[Record]:
         else []
     )
     return [item | {"lineage": item["lineage"] if isinstance(item.get("lineage"), dict) else None} for item in items]
+
+
+def file_name(name: str) -> str:
+    """The last component of an input's name, which leads out of no directory; "input" if it has none."""
+    last = Path(name).name
+    return "input" if last in ("", ".", "..") else last

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import CHECKPOINTS, STEP_PREFIX, parse_step
-from llmkit.lineage.fields import MAX_DEPTH, Record, inputs_of, options_of
+from llmkit.lineage.fields import MAX_DEPTH, Record, file_name, inputs_of, options_of
 
 # Parameter name -> (flag, negative flag or "", default) of one command's options.
 Flags = Callable[[str], dict[str, tuple[str, str, Any]]]
@@ -54,7 +53,7 @@ def _originals(record: Record, depth: int = 0) -> dict[str, str]:
         if item["lineage"] and depth < MAX_DEPTH:
             names |= _originals(item["lineage"], depth + 1)
         elif not item["lineage"] and item["name"] != STDIN and item.get("role") in (None, "input"):
-            names[str(item.get("digest"))] = Path(item["name"]).name or "input"
+            names[str(item.get("digest"))] = file_name(item["name"])
     return names
 
 
@@ -133,14 +132,16 @@ class _Script:
                     reference = STDIN_PATH  # "-:0.5" would be an option
                 positional.append(reference + (shlex.quote(suffix) if suffix else ""))
         roles = {item.get("role") for item in inputs}
+        given: set[str] = set()
         for key, value in sorted(options.items()):
-            if key in flags and key not in roles:
+            if key in flags and key not in roles and flags[key][0] not in given:  # a former and a present name
+                given.add(flags[key][0])
                 words += _as_words(value, *flags[key])
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
     def _reference(self, item: Record, save_every: int = 0) -> str:
         """Path of an input in the script: made by an earlier line, or an original."""
-        name = Path(item["name"]).name or "input"  # a record must not lead the script outside its directories
+        name = file_name(item["name"])  # a record must not lead the script outside its directories
         if not item["lineage"]:
             digest = str(item.get("digest", ""))
             if name == STDIN:

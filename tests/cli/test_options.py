@@ -216,3 +216,18 @@ def test_json_from_the_environment(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.delenv("LLMKIT_FILTER_JSON")
     assert run_command("filter", ["nothing.jsonl", "-o", "out.jsonl"]) == 1
     assert capsys.readouterr().err.startswith("llmkit filter: error: ")
+
+
+def test_help_on_a_full_disk() -> None:
+    """Behaviour: help that cannot be written ends in one line; nothing behind `llmkit help COMMAND` runs the command."""
+    import subprocess
+    import sys
+
+    for arguments in (["help"], ["help", "--json"], ["--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "llmkit", *arguments], stdout=full, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"llmkit: error: No space left on device\n")
+    with pytest.raises(SystemExit) as end:
+        main(["help", "lineage", "--"])
+    assert not end.value.code

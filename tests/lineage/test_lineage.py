@@ -67,3 +67,21 @@ def test_originals_of_one_name_are_distinguished() -> None:
     script = as_script(record, "out.jsonl.zst", lambda command: {})
     assert 'dedup "$IN"/part-0.jsonl "$IN"/2/part-0.jsonl "$IN"/part-0.jsonl' in script
     assert "#   2/part-0.jsonl  xxh3:2" in script
+
+
+def test_a_record_leads_out_of_no_directory(tmp_path: Path) -> None:
+    """Behaviour: options that name outputs, and inputs called `..`, do not reach the script; a former name beside the
+    present one is left out."""
+    from llmkit.cli.release.lineage import _flags
+    from llmkit.lineage.check import check
+    from llmkit.lineage.script import as_script
+
+    shared = {"summary": "/tmp/written", "output": "/tmp/x", "force": True, "config": "/etc/passwd", "version": True}
+    inputs = [{"name": "..", "digest": "1"}, {"name": "../..", "digest": "2", "lineage": {"command": "vocab"}}]
+    record = {"command": "vocab", "options": {"size": 512} | shared, "inputs": inputs}
+    script = as_script(record, "tok", _flags)
+    assert "--size 512" in script
+    assert not any(word in script for word in ("/tmp", "/etc", "--force", "--version", "/.."))
+    assert {state for name, state in check(record, str(tmp_path), [str(tmp_path)]) if ".." in name} == {"not found"}
+    both = {"command": "train", "options": {"final_lr_fraction": 0.25, "min_lr": 0.5}}
+    assert "--final-lr-fraction 0.25" in (script := as_script(both, "run", _flags)) and "0.5" not in script

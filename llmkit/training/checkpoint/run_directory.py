@@ -251,7 +251,7 @@ def starting_point(path: str, step: int | None) -> tuple[Path, TrainerState | No
     if not checkpoints:
         directory = resolve_model(path)
         if step is not None:
-            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "name the run, or leave out --from")
+            raise LlmkitError(f"{path}: no checkpoints to choose step {step} from", "name the run, or leave out --step")
         has_state = (directory / STATE / TRAINER).exists()
         return _require_intact(directory), load_trainer_state(directory) if has_state else None
     if step is not None:
