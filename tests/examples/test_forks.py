@@ -34,7 +34,7 @@ def test_one_trunk_and_its_forks(tmp_path: Path, preloaded_bin: Path) -> None:
     command = ["bash", str(ROOT / "examples/forks.sh"), str(tmp_path), "1k"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "21,000 for the three, 45,000 for three runs from scratch (47%)" in run.stdout
+    assert "21,000 for the three forks, 45,000 for three runs from scratch (47%)" in run.stdout
     figures = [float(word) for line in run.stdout.splitlines() for word in line.split()[-2:] if word.count(".") == 1]
     assert len(figures) == 16 and all(3 < figure < 9 for figure in figures)
     average = read_lineage(tmp_path / "average")

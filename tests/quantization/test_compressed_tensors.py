@@ -256,7 +256,7 @@ def test_command(llmkit_here: Callable, make_model: Callable[..., Path], tmp_pat
         (("source", "--to", "int8", "-o", "target"), 1, "target exists"),
         (("source", "--to", "int5", "-o", "other"), 2, "unknown method 'int5'"),
         (("source", "--to", "int8"), 2, "no output"),
-        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size is for --to int4"),
+        (("source", "--group-size", "32", "-o", "other"), 2, "--group-size applies only to --to int4"),
         (("target", "--to", "int8", "-o", "other"), 1, "quantised already"),
         (("nothing", "--to", "int8", "-o", "other"), 1, "nothing: no such file"),
     ):

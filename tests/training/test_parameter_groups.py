@@ -148,7 +148,7 @@ def test_dry_run_prints_the_table(workplace: Path, tmp_path: Path, capsys: pytes
         "moments of adamw",
         "snapshot on the host",
         "activations, about",
-        "causal attention at half",
+        "6N + causal attention",
     ):
         assert what in shown
     assert run_command("train", [*call, "--json"]) == 0
