@@ -136,7 +136,7 @@ def checked_value(field: Field, value: Any) -> Any:
 
     Raises UsageError for a value of another type, or out of the option's bounds.
     """
-    if value is None or value == field.default:
+    if value is None or value is field.default:
         return value
     annotation = get_args(field.annotation)[0] if get_origin(field.annotation) is Annotated else field.annotation
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not NoneType]

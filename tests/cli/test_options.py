@@ -99,6 +99,8 @@ def test_values_from_python_are_those_of_the_command_line() -> None:
         {"betas": (0.9, 0.95)},
         {"tokens": 512.5},
         {"tokens": True},
+        {"keep": False},
+        {"processes": True},
         {"batch_size": 0},
         {"clip": -1.0},
         {"lr": "fast"},
