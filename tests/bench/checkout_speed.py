@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=12)
+    parser.add_argument("--only", nargs="*", choices=[name for name in COMMANDS if " " not in name], help="these alone")
     options = parser.parse_args()
     checkouts = (options.old.resolve(), options.new.resolve())
     print(f"# Two checkouts: CPU time, {time.strftime('%Y-%m-%d')}\n")
@@ -89,7 +90,8 @@ def main() -> None:
         for checkout, directory in zip(checkouts, directories, strict=True):
             run(checkout, directory, "vocab", "docs.jsonl", "--size", "4096", "-q", "-o", "tok/")
             run(checkout, directory, "tokenize", "docs.jsonl", "-t", "tok/", "-q", "-o", "shards.arrow")
-        for name, arguments in COMMANDS.items():
+        for name in options.only or COMMANDS:
+            arguments = COMMANDS[name]
             seconds: list[list[float]] = [[], []]
             memory = [0.0, 0.0]
             for turn in range(options.pairs + 1):
