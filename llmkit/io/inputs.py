@@ -14,6 +14,7 @@ from llmkit.errors import LlmkitError, UsageError
 
 STDIN = "-"
 STDIN_PATH = "/dev/stdin"
+DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/")
 COMPRESSIONS = ("", ".zst", ".gz", ".xz", ".bz2")
 DOCUMENT_SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".ndjson", ".json") for packed in COMPRESSIONS) + (
     ".parquet",
@@ -130,6 +131,11 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def is_pipe(path: str) -> bool:
+    """Whether `path` is stdin or a process substitution such as `/dev/fd/63`, whose number is not a name."""
+    return path in (STDIN, STDIN_PATH) or path.startswith(DESCRIPTORS)
+
+
 def open_raw(path: str) -> BinaryIO:
     """Bytes of one input as they are stored; stdin for `-`, fsspec for URLs."""
     if path == STDIN:
@@ -184,8 +190,8 @@ class _AfterPeek:
 
 
 def display_name(path: str) -> str:
-    """The name of an input in messages."""
-    return "<stdin>" if path == STDIN else redacted(path)
+    """The name of an input in messages, and as the source of documents."""
+    return "<stdin>" if is_pipe(path) else redacted(path)
 
 
 def redacted(path: str) -> str:

@@ -12,19 +12,21 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
-from llmkit.io.compression import Notes, ZstdOutput, decompress
-from llmkit.io.digest import digest_stored
+from llmkit.io.compression import BLOCK, Notes, ZstdOutput, decompress
+from llmkit.io.digest import digest_stored, digest_text
 from llmkit.io.inputs import display_name, is_remote, open_raw
-from llmkit.io.record import Input, base_name, parse_record
+from llmkit.io.record import Input, base_name, parse_record, sealed
 
 BATCH_ROWS = 1024
 GROUP_BYTES = 32 << 20
@@ -52,6 +54,46 @@ def read_record(path: str) -> bytes | None:
 def describe(path: str) -> Input:
     """Name, digest and own record of a Parquet file."""
     return Input("input", base_name(path), digest_stored(path), parse_record(read_record(path)))
+
+
+def files_digest(path: Path) -> str:
+    """Digest of the rows as they are stored, which is everything before the file's metadata, and of the schema."""
+    with open(path, "rb") as raw, _readable(str(path)):
+        file = pq.ParquetFile(raw)
+        for _ in file.iter_batches(BATCH_ROWS):  # damaged metadata may lead to other bytes
+            pass
+        raw.seek(-8, os.SEEK_END)
+        end = raw.tell() - int.from_bytes(raw.read(4), "little")
+        raw.seek(0)
+        stored = xxhash.xxh3_128()
+        while block := raw.read(min(BLOCK, end - raw.tell())):
+            stored.update(block)
+        return _with_schema(stored, file.schema_arrow, file.metadata.num_rows)
+
+
+def _with_schema(stored: xxhash.xxh3_128, schema: pa.Schema, rows: int) -> str:
+    stored.update(f"{schema.remove_metadata()} {rows}".encode())
+    return digest_text(stored)
+
+
+class _Digested:
+    """A sink that digests what is written."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self.state, self._sink, self.closed = xxhash.xxh3_128(), sink, False
+
+    def write(self, data: bytes) -> int:
+        self.state.update(data)
+        return self._sink.write(data)
+
+    def tell(self) -> int:
+        return self._sink.tell()
+
+    def flush(self) -> None:
+        self._sink.flush()
+
+    def close(self) -> None:
+        """Leave the sink open: its owner completes it."""
 
 
 @contextmanager
@@ -126,19 +168,21 @@ class ParquetOutput:
             ) from error
 
     def _write_file(self) -> None:
-        schema = (self._schema or pa.schema([("id", pa.string()), ("text", pa.string())])).with_metadata(
-            {"llmkit": json.dumps(self._record, sort_keys=True, ensure_ascii=False)}
-        )
+        schema = self._schema or pa.schema([("id", pa.string()), ("text", pa.string())])
         self._spool_file.seek(0)
-        with pq.ParquetWriter(self._sink, schema, compression="zstd") as writer:
+        sink, rows = _Digested(self._sink), 0
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
             incomplete = b""
             group: list[bytes] = []
             for block in decompress(self._spool_file, "spool", Notes()):
                 lines = (incomplete + block).split(b"\n")
                 incomplete = lines.pop()
                 group += lines
+                rows += len(lines)
                 if sum(map(len, group)) >= GROUP_BYTES:
                     writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in group], schema=schema))
                     group = []
             if group:
                 writer.write_table(pa.Table.from_pylist([orjson.loads(line) for line in group], schema=schema))
+            record = sealed(self._record, _with_schema(sink.state, schema, rows))
+            writer.add_key_value_metadata({"llmkit": json.dumps(record, sort_keys=True, ensure_ascii=False)})

@@ -4,8 +4,13 @@ A record names the command, the options that decide the content, the version, th
 their own records), and the result (counts and a digest of the content). It holds no time, host, absolute path,
 number of workers or output name, so equal inputs, options and seed give equal bytes.
 
+An input that is part of a larger artefact, such as the held-out documents of a mix, one shard of a directory or a
+checkpoint of a run, also names that part, and its record is that of the command that made the whole. The record of
+an artefact that is itself a part (`heldout` of a mix) says so too, wherever it is moved.
+
 A writer stores the *header* before it reads any input and the *trailer* once the content is complete. Which
-format keeps them where: llmkit/lineage/formats.py.
+format keeps them where: llmkit/lineage/formats.py. The trailer ends with a digest of the record itself, so that a
+damaged one is noticed.
 """
 
 from __future__ import annotations
@@ -16,8 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from llmkit import __version__
-from llmkit.io.inputs import STDIN, is_remote, redacted
+from llmkit.io.inputs import STDIN, is_pipe, is_remote, redacted
+
+PENDING = "xxh3:" + "0" * 32  # placeholder of a digest that is not known yet, and as long as any
+# Digests of one file in one place, which the records of later artefacts do not repeat.
+OWN_DIGESTS = ("record",)
 
 
 @dataclass(slots=True)
@@ -25,50 +36,83 @@ class Input:
     """One input of a command: role, base name (`-` for a pipe), digest, and its own record.
 
     The role is "input", or the name of the option that named the file, or that option and its value with an
-    asterisk in place of the path: "rule url.domains=*".
+    asterisk in place of the path: "rule url.domains=*". `part` is set where the input is only a part of what the
+    command in `lineage` made: name of the artefact and path inside it, "mix/heldout". `runs` are the records of the
+    runs that made an index, oldest first; None where they are not known.
     """
 
     role: str
     name: str
     digest: str
     lineage: dict[str, Any] | None = None
+    part: str = ""
+    runs: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         record: dict[str, Any] = {"role": self.role, "name": self.name, "digest": self.digest}
-        return record | ({"lineage": self.lineage} if self.lineage else {})
+        record |= {"part": self.part} if self.part else {}
+        record |= {"runs": self.runs} if self.runs is not None else {}
+        lineage = {key: value for key, value in (self.lineage or {}).items() if key not in OWN_DIGESTS}
+        return record | ({"lineage": lineage} if lineage else {})
 
 
 @dataclass(slots=True)
 class Lineage:
-    """The record of one artefact. `header` is known before the work, `trailer` after it."""
+    """The record of one artefact. `header` is known before the work, `trailer` after it.
+
+    `digest` is that of the content, and `files` of whatever of the artefact it does not cover (a tokenizer beside
+    shards, the configuration of a model; lineage/formats.py). `part` is the path inside what the command wrote.
+    """
 
     command: str
     options: dict[str, Any] = field(default_factory=dict)
     inputs: list[Input] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=dict)
     digest: str | None = None
+    files: str | None = None
+    part: str = ""
 
     def header(self) -> dict[str, Any]:
         """The fields that are known before any input is read."""
-        return {"llmkit": __version__, "command": self.command, "options": self.options}
+        record = {"llmkit": __version__, "command": self.command, "options": self.options}
+        return record | ({"part": self.part} if self.part else {})
 
     def trailer(self) -> dict[str, Any]:
         """The fields that are known once the content is complete."""
         record: dict[str, Any] = {"inputs": [item.to_dict() for item in self.inputs], "counts": self.counts}
-        return record | ({"digest": self.digest} if self.digest else {})
+        digests = {"digest": self.digest, "files": self.files}
+        record |= {name: digest for name, digest in digests.items() if digest}
+        return record | {"record": record_digest(self.header() | record)}
 
     def to_dict(self) -> dict[str, Any]:
         return self.header() | self.trailer()
 
     def to_json(self) -> str:
-        """The complete record; equal records give equal text."""
-        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """The complete record of a model; equal records give equal text. The digest of its files follows with them."""
+        return record_text(sealed(self.to_dict(), self.files or PENDING))
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """A record as JSON."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def record_digest(record: dict[str, Any]) -> str:
+    """The digest of a record, without the one it contains."""
+    plain = json.loads(json.dumps({key: value for key, value in record.items() if key != "record"}))
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def sealed(record: dict[str, Any], files: str) -> dict[str, Any]:
+    """A record with this digest of its files."""
+    record = record | {"files": files}
+    return record | {"record": record_digest(record)}
 
 
 def base_name(path: str | Path) -> str:
-    """The name of an input in a record: its last path component, `-` for stdin."""
+    """The name of an input in a record: its last path component, `-` for stdin and process substitutions."""
     text = str(path)
-    if text == STDIN:
+    if is_pipe(text):
         return STDIN
     return os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
 

@@ -21,6 +21,7 @@ from llmkit.errors import LlmkitError
 FINAL, LATEST = "final", "latest"
 CHECKPOINTS = "checkpoints"
 STATE = "state"
+RUN_COMMANDS = ("train", "anneal", "sft", "dpo")  # commands that write runs
 STEP_PREFIX = "step-"
 STEP_DIGITS = 8  # at least; also what makes names sort by step
 MAX_DIGITS = 18  # of a step that is read from a name

@@ -6,11 +6,22 @@ input named `-` came through a pipe from the command of its record; one without 
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from llmkit.errors import LlmkitError
+from llmkit.io.record import record_digest
+from llmkit.io.run_layout import CHECKPOINTS, RUN_COMMANDS, STEP_PREFIX
+
 Record = dict[str, Any]
 MAX_DEPTH = 200  # nested records beyond this depth are ignored
+REJECTS = " --rejects"  # end of the command in the record of a stage's second output
+
+_SHARD = re.compile(r"part-\d{5}\.arrow")
 
 
 def options_of(node: Record) -> dict[str, Any]:
@@ -24,16 +35,75 @@ def counts_of(node: Record) -> dict[str, Any]:
 
 
 def inputs_of(node: Record) -> list[Record]:
+    """The inputs of a record, each with a name, role, digest, part, lineage (or None) and runs (or None)."""
     inputs = node.get("inputs")
-    items = (
-        [item for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)]
-        if isinstance(inputs, list)
+    return (
+        [_input(item) for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)]
+        if (isinstance(inputs, list))
         else []
     )
-    return [item | {"lineage": item["lineage"] if isinstance(item.get("lineage"), dict) else None} for item in items]
+
+
+def _input(item: Record) -> Record:
+    lineage, runs = item.get("lineage"), item.get("runs")
+    texts = {key: item[key] if isinstance(item.get(key), str) else "" for key in ("name", "digest", "part")}
+    return texts | {
+        "role": item["role"] if isinstance(item.get("role"), str) else "input",
+        "lineage": lineage if isinstance(lineage, dict) else None,
+        "runs": [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else None,
+    }
 
 
 def file_name(name: str) -> str:
     """The last component of an input's name, which leads out of no directory; "input" if it has none."""
-    last = Path(name).name
+    last = Path(name.replace("\0", "?")).name
     return "input" if last in ("", ".", "..") else last
+
+
+def place_of(item: Record) -> tuple[str, str]:
+    """(name of the artefact, path inside it or "") of an input: what it is a part of, if of anything."""
+    name, part, node = file_name(item["name"]), item["part"], item["lineage"] or {}
+    if not part:  # records of earlier versions do not tell
+        if node.get("command") in RUN_COMMANDS and name.startswith(STEP_PREFIX):
+            part = f"run/{CHECKPOINTS}/{name}"
+        elif node.get("command") == "mix" and options_of(node).get("holdout") and set(counts_of(node)) == {"documents"}:
+            part = "mix/heldout"
+        elif _SHARD.fullmatch(name) and item["digest"] != node.get("digest"):
+            part = f"shards/{name}"
+    artefact, *inside = [file_name(piece) for piece in part.split("/")[:8]] if part else [name]
+    return artefact, "/".join(inside)
+
+
+def identity(node: Record, known: dict[int, str], depth: int = 0) -> str:
+    """A digest of what a record was made by and from: equal for two outputs, and for all parts, of one command.
+
+    `known` holds those of the records that were seen, by `id`. LlmkitError where records are nested too deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit")
+    if id(node) not in known:
+        inputs = [
+            [item["role"], item["name"], item["digest"], item["part"]]
+            + ([identity(item["lineage"], known, depth + 1)] if item["lineage"] else [])
+            for item in inputs_of(node)
+        ]
+        command = str(node.get("command")).removesuffix(REJECTS)
+        try:
+            text = json.dumps([command, options_of(node), inputs], sort_keys=True)
+        except RecursionError:
+            raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit") from None
+        known[id(node)] = xxhash.xxh3_128_hexdigest(text.encode())
+    return known[id(node)]
+
+
+def is_intact(record: Record) -> bool | None:
+    """Whether a record is what was written; None for one of an earlier version, which cannot tell."""
+    try:
+        return record["record"] == record_digest(record) if "record" in record else None
+    except RecursionError:
+        return False
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: other characters than printable ones, which a record of others may hold, become `?`."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

@@ -11,15 +11,19 @@
 | tokenizer directory | key `llmkit` of tokenizer_config.json |
 | plain .jsonl | none |
 
-A new format brings two functions in its own module, named in its row as "module:function" and imported when a
-file of that format is met: one that reads the slot of a file, and, where the digest is not simply that of the
-stored bytes, one that computes the content digest.
+A new format brings functions in its own module, named in its row as "module:function" and imported when a file of
+that format is met: one that reads the slot of a file; where the digest is not simply that of the stored bytes, one
+that computes the content digest; one that computes the digest of what the content digest does not cover; and where
+that is known only when all files are written, one that enters it into the record. `parts` are the paths inside a
+directory that other commands may read by themselves.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +33,18 @@ from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_content, digest_stored
 from llmkit.io.inputs import exists, is_remote
 from llmkit.io.record import Input, base_name, parse_record
-from llmkit.io.run_layout import STATE, final_model
+from llmkit.io.run_layout import (
+    CHECKPOINTS,
+    FINAL,
+    LATEST,
+    MAX_DIGITS,
+    RUN_COMMANDS,
+    STATE,
+    checkpoint_name,
+    final_model,
+    is_run,
+)
+from llmkit.lineage.fields import counts_of
 
 # Digests of these cover the bytes as they are stored: a damaged archive needs one too.
 STORED = (
@@ -41,6 +56,9 @@ STORED = (
     *(f".{kind}.{packed}" for kind in ("warc", "wet", "arc") for packed in ("gz", "zst")),
 )
 
+DOCUMENT_ARCHIVES = (".zst", ".gz")
+MAX_PART_DEPTH = 3  # RUN/checkpoints/STEP/tokenizer.json
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -51,6 +69,10 @@ class Format:
     files: tuple[str, ...]  # patterns
     record: str  # "module:function": path of the file -> text or table in its slot, None where it is empty
     digest: str = ""  # "module:function": path of the file or directory -> content digest, None: not of this format
+    beside: str = ""  # "module:function": path of the file or directory -> digest of the rest
+    verify: str = ""  # "module:function": path of the file or directory -> None; LlmkitError where it is damaged
+    seal: str = ""  # "module:function": directory -> None; enters the digest of its files into the record
+    parts: tuple[str, ...] = ()  # patterns
 
     def file(self, path: Path) -> Path | None:
         """The file that holds the record of `path`; None where `path` is not of this format."""
@@ -63,6 +85,10 @@ class Format:
         return None
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+HELD_OUT = ("heldout", "heldout/part-*.arrow")
+RUN_PARTS = tuple(f"{name}{end}" for name in (f"{CHECKPOINTS}/*", FINAL, LATEST) for end in ("", "/*"))
+
 # The first row that matches counts.
 FORMATS = (
     Format(
@@ -70,6 +96,9 @@ FORMATS = (
         ".safetensors",
         ("model.safetensors", "model-00001-of-*.safetensors"),
         "llmkit.model.pretrained.header:read_record",
+        beside="llmkit.model.pretrained.content:files_digest",
+        seal="llmkit.model.pretrained.content:seal",
+        parts=("config.json", *TOKENIZER_FILES),
     ),
     Format(
         "mix plan",
@@ -77,6 +106,8 @@ FORMATS = (
         ("plan.toml",),
         "llmkit.mixing.plan:read_record",
         "llmkit.mixing.plan:plan_digest",
+        verify="llmkit.mixing.plan:verify",
+        parts=("plan.toml", *HELD_OUT),
     ),
     Format(
         "token shards",
@@ -84,11 +115,29 @@ FORMATS = (
         ("*.arrow",),
         "llmkit.shards.lineage:read_record",
         "llmkit.shards.lineage:shard_digest",
+        beside="llmkit.shards.lineage:files_digest",
+        parts=("part-*.arrow", *TOKENIZER_FILES, *HELD_OUT),
     ),
-    Format("tokenizer", None, ("tokenizer_config.json",), "llmkit.shards.tokenizer_info:read_record"),
-    Format("Parquet", ".parquet", (), "llmkit.io.parquet:read_record"),
-    Format("documents", "", (), "llmkit.io.documents:read_record"),
+    Format(
+        "tokenizer",
+        None,
+        ("tokenizer_config.json",),
+        "llmkit.shards.tokenizer_info:read_record",
+        beside="llmkit.shards.tokenizer_files:files_digest",
+        seal="llmkit.shards.tokenizer_files:seal",
+        parts=TOKENIZER_FILES,
+    ),
+    Format("Parquet", ".parquet", (), "llmkit.io.parquet:read_record", beside="llmkit.io.parquet:files_digest"),
+    Format("documents", "", (), "llmkit.io.documents:read_record"),  # whatever is no other format
 )
+
+
+def find_format(path: Path) -> tuple[Format, Path] | None:
+    """The format of a file or directory, and the file that holds its record."""
+    for format in FORMATS:
+        if file := format.file(path):
+            return format, file
+    return None
 
 
 def read_lineage(path: str | Path) -> dict[str, Any] | None:
@@ -97,11 +146,10 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if not exists(name):
         raise LlmkitError(f"{name}: no such file or directory", "check the path")
     artefact = final_model(Path(path))
-    for format in FORMATS:
-        file = format.file(artefact)
-        if file:
-            return parse_record(_function(format.record)(str(file) if artefact.is_dir() else name))
-    return None
+    if (found := find_format(artefact)) is None:
+        return None
+    format, file = found
+    return parse_record(_function(format.record)(str(file) if artefact.is_dir() else name))
 
 
 def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
@@ -122,14 +170,102 @@ def content_digest(path: str | Path) -> str | None:
     """Digest of an artefact's content as its writer computed it; None for formats without one."""
     path = Path(path)
     digest = _format_digest(path)
-    if digest is None and path.is_file() and path.suffix in (".zst", ".gz"):
+    if digest is None and path.is_file() and path.name.endswith(DOCUMENT_ARCHIVES):
         return digest_path(path)
     return digest
 
 
-def describe_input(path: str | Path, role: str = "input") -> Input:
-    """Name, digest and own record of a file or directory."""
-    return Input(role, base_name(path), digest_path(path), read_lineage(path))
+def files_digest(path: str | Path) -> str | None:
+    """Digest of what the content digest of an artefact does not cover; None for formats that have none."""
+    path = final_model(Path(path))
+    found = find_format(path)
+    return _function(found[0].beside)(path) if found and found[0].beside else None
+
+
+def verify(path: str | Path) -> None:
+    """Raise LlmkitError where a file of a format that has a check beyond digests is damaged."""
+    path = final_model(Path(path))
+    found = find_format(path)
+    if found and found[0].verify:
+        _function(found[0].verify)(found[1] if path.is_dir() else path)
+
+
+def own_digest(path: str) -> str:
+    """The digest by which a script compares what it made: of the content, of all files, or of a file of others."""
+    if read_lineage(path) is None:
+        return digest_path(path)
+    return content_digest(final_model(Path(path))) or files_digest(path) or digest_path(path)
+
+
+def seal(directory: Path) -> None:
+    """Enter the digest of the files of a directory, which are all written, into its record."""
+    found = find_format(directory)
+    if found and found[0].seal:
+        _function(found[0].seal)(directory)
+
+
+def locate(path: str | Path) -> tuple[Path, str] | None:
+    """(directory, path inside it) where `path` is a part of an artefact with a record, by the parts of its format."""
+    absolute = Path(os.path.abspath(path))
+    for depth in range(min(MAX_PART_DEPTH, len(absolute.parents) - 1), 0, -1):
+        directory = absolute.parents[depth - 1]
+        part = absolute.relative_to(directory).as_posix()
+        if _is_part(directory, part):
+            return directory, part
+    return None
+
+
+def _is_part(directory: Path, part: str) -> bool:
+    def matches(patterns: tuple[str, ...]) -> bool:
+        return any(part.count("/") == pattern.count("/") and fnmatchcase(part, pattern) for pattern in patterns)
+
+    try:
+        if is_run(directory):
+            return matches(RUN_PARTS)
+        if not any(matches(format.parts) for format in FORMATS):  # before the directory is searched
+            return False
+        found = find_format(directory)
+        return found is not None and matches(found[0].parts) and read_lineage(directory) is not None
+    except (OSError, LlmkitError):
+        return False
+
+
+def describe_input(path: str | Path, role: str = "input", digest: str = "", name: str | Path = "") -> Input:
+    """Name, digest, own record of a file or directory, and which part of an artefact it is.
+
+    `digest` is that of the content where it is known; `name` the path that was given where it stood for `path`.
+    """
+    digest = digest or digest_path(path)
+    own = read_lineage(path)
+    found = locate(name or path)
+    if found and not (own and "counts" in own and "inputs" in own):
+        own = _record_around(found[0])
+    return Input(role, base_name(name or path), digest, own, describe_part(name or path, own) if own else "")
+
+
+def describe_part(path: str | Path, record: dict[str, Any]) -> str:
+    """Name of the artefact and path inside it, where `path` with this record is a part of one; otherwise ""."""
+    if found := locate(path):
+        return f"{found[0].name}/{found[1]}"
+    return "" if is_run(Path(path)) else moved_part(record)
+
+
+def moved_part(record: dict[str, Any]) -> str:
+    """The part of an artefact whose record this is, under a name for the artefact: of a copy that lies elsewhere."""
+    command, inside, steps = record.get("command"), record.get("part"), counts_of(record).get("steps")
+    if isinstance(inside, str) and inside:
+        return f"{str(command).partition(' ')[0]}/{inside}"
+    if command in RUN_COMMANDS and type(steps) is int and 0 <= steps < 10**MAX_DIGITS:
+        return f"run/{CHECKPOINTS}/{checkpoint_name(steps)}"
+    return ""
+
+
+def _record_around(directory: Path) -> dict[str, Any] | None:
+    """The record of an artefact; of a run that is not finished, that of its last checkpoint."""
+    record = read_lineage(directory)
+    if record is None and (directory / LATEST).is_dir():
+        return read_lineage(directory / LATEST)
+    return record
 
 
 def _function(name: str) -> Any:

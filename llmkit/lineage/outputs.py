@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.lineage.formats import read_lineage
+from llmkit.lineage.formats import read_lineage, seal
 
 
-def artefact_directory(path: str | Path, force: bool = False) -> AbstractContextManager[Path]:
-    """`atomic_directory`, but LlmkitError where `path` holds anything without a lineage record, `force` or not."""
+@contextmanager
+def artefact_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
+    """`atomic_directory`, but LlmkitError where `path` holds anything without a lineage record, `force` or not.
+
+    Once all files are written, their digest is entered into the record.
+    """
 
     def check_replaced(directory: Path) -> None:
         if directory.is_dir() and any(directory.iterdir()) and not _has_lineage(directory):
@@ -20,7 +25,9 @@ def artefact_directory(path: str | Path, force: bool = False) -> AbstractContext
                 "choose another output, or remove it first",
             )
 
-    return atomic_directory(path, force, check_replaced)
+    with atomic_directory(path, force, check_replaced) as directory:
+        yield directory
+        seal(directory)
 
 
 def _has_lineage(directory: Path) -> bool:

@@ -1,37 +1,65 @@
 """A lineage record as a shell script that makes the artefact again.
 
 Inputs with a record are made by earlier lines, inputs from a pipe by a pipe. Inputs without a record are
-originals, which the script takes from a directory by name. Records are untrusted: everything in them is quoted.
+originals, which the script takes from a directory by name. A part of an artefact is taken from the whole, and an
+index is filled by the runs that filled it. After each line the output is compared with the digest in the record.
+Records are untrusted: everything in them is quoted, and the number of commands is bounded.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import CHECKPOINTS, STEP_PREFIX, parse_step
-from llmkit.lineage.fields import MAX_DEPTH, Record, file_name, inputs_of, options_of
+from llmkit.io.run_layout import CHECKPOINTS, MAX_DIGITS, RUN_COMMANDS, checkpoint_name, parse_step
+from llmkit.lineage.fields import (
+    MAX_DEPTH,
+    REJECTS,
+    Record,
+    counts_of,
+    file_name,
+    identity,
+    inputs_of,
+    options_of,
+    place_of,
+    printable,
+)
 
 # Parameter name -> (flag, negative flag or "", default) of one command's options.
 Flags = Callable[[str], dict[str, tuple[str, str, Any]]]
 
+INDEX = "index"  # role of an index of earlier runs
+MAX_COMMANDS = 10_000
+# Commands whose outputs are compared by the digest of their files, since they have none of their content.
+MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend")
+
 _STREAM = "(standard input)"
-RUN_COMMANDS = ("train", "anneal", "sft", "dpo")  # commands that write checkpoints
+_DIGEST = re.compile(r"xxh3:[0-9a-f]{32}")
+_SAME = """\
+same() {  # PATH DIGEST
+  made=$(llmkit lineage "$1" --digest)
+  [ "$made" = "$2" ] && return
+  echo "$0: $1 is not what was recorded: its digest is $made, not $2" >&2
+  exit 1
+}"""
 
 
-def as_script(record: Record, name: str, flags: Flags) -> str:
+def as_script(record: Record, name: str, flags: Flags, part: str = "") -> str:
     """A bash script that makes the artefact again: `bash SCRIPT [INPUTS] [OUTPUT]`.
 
     Pipes stay pipes, since a stage records whether its input was a pipe or a file. Everything is made in OUTPUT
     under its original base name, and the originals are read from INPUTS, so that equal inputs give equal bytes.
+    `part` is the artefact's name and the path inside it where `name` is only a part (Input.part).
     """
-    script = _Script(flags, _originals(record))
-    script.make(record, base_name(name))
+    item = inputs_of({"inputs": [{"name": base_name(name), "lineage": record, "part": part}]})[0]
+    script = _Script(flags, record, item)
+    script.reference(item)
     originals = [_comment(f"  {original}  {digest}") for original, digest in script.originals.items()]
     call = "bash SCRIPT [INPUTS] [OUTPUT]" + (" < STREAM" if _STREAM in script.originals else "")
     head = [
@@ -42,60 +70,132 @@ def as_script(record: Record, name: str, flags: Flags) -> str:
         "IN=${1:-.}",
         "OUT=${2:-rebuilt}",
         'mkdir -p "$OUT"',
+        *([_SAME] if any(line.startswith("same ") for line in script.lines) else []),
     ]
     return "\n".join(head + script.lines) + "\n"
 
 
-def _originals(record: Record, depth: int = 0) -> dict[str, str]:
-    """Digest -> name of every original that was read as a file."""
-    names: dict[str, str] = {}
-    for item in inputs_of(record):
-        if item["lineage"] and depth < MAX_DEPTH:
-            names |= _originals(item["lineage"], depth + 1)
-        elif not item["lineage"] and item["name"] != STDIN and item.get("role") in (None, "input"):
-            names[str(item.get("digest"))] = file_name(item["name"])
-    return names
+def _walk(record: Record, depth: int = 0) -> Iterator[tuple[Record, Record]]:
+    """(record, input) for every input of a record, its inputs, and the runs of its indexes."""
+    for item in inputs_of(record) if depth <= MAX_DEPTH else ():
+        yield record, item
+        for inner in ([item["lineage"]] if item["lineage"] else []) + (item["runs"] or []):
+            yield from _walk(inner, depth + 1)
 
 
 def _comment(text: str) -> str:
     """A comment on one line, whatever an untrusted record holds."""
-    return "# " + "".join(c if c.isprintable() else "?" for c in text)
+    return "# " + printable(text)
+
+
+def _quote(text: str) -> str:
+    return shlex.quote(text.replace("\0", "?"))
 
 
 class _Script:
     """The lines of the script: each artefact is made once, before it is used."""
 
-    def __init__(self, flags: Flags, files: dict[str, str]) -> None:
+    def __init__(self, flags: Flags, record: Record, top: Record) -> None:
         self.lines: list[str] = []
         self.originals: dict[str, str] = {}
         self._streams: list[str] = []
         self._flags = flags
-        self._files = files  # digest -> name of an original, which stdin may have been too
-        self._made: dict[tuple[str, str], str] = {}
+        self._identities: dict[int, str] = {}
+        self._files: dict[str, str] = {}  # digest -> name of an original file, which stdin may have been too
+        self._names: dict[str, str] = {}  # identity -> name of the artefact as an input
+        self._steps: dict[str, set[int]] = {}  # identity of a run -> steps of which a checkpoint is needed
+        self._made: dict[tuple[str, str], str] = {}  # (identity, kind of file) -> path
         self._outputs: set[str] = set()
+        self._compared: set[str] = set()
+        self._repeated: list[Record] = []  # keeps them in memory: their identities are known by `id`
+        self._indexes: dict[str, list[str]] = {}  # path -> state at the start, and identities of the runs since
+        for parent, item in [({}, top), *_walk(record)]:
+            if node := item["lineage"]:
+                self._note(parent, item, node)
+            elif item["name"] != STDIN and item["role"] == "input":
+                self._files[item["digest"]] = file_name(item["name"])
 
-    def make(self, node: Record, name: str, save_every: int = 0) -> str:
-        """Append the line that makes `name`, and return its path.
+    def _note(self, parent: Record, item: Record, node: Record) -> None:
+        key = self._identity(node)
+        name, inside = place_of(item)
+        if not inside:
+            self._names.setdefault(key, name)
+        if node.get("command") in RUN_COMMANDS:
+            directory, _, checkpoint = inside.partition("/")
+            step = parse_step(checkpoint.partition("/")[0]) if directory == CHECKPOINTS else None
+            self._steps.setdefault(key, set()).update(step for step in (step, _interval(parent)) if step)
 
-        Runs save a checkpoint every `save_every` steps (0: by default).
-        """
-        is_checkpoint = node.get("command") in RUN_COMMANDS and name.startswith(STEP_PREFIX)
-        step = parse_step(name) if is_checkpoint else None
-        output = self._output("run" if step else name)
-        save_every = step or save_every
-        option = f" --save-every {save_every}" if save_every else ""
-        self.lines.append(f"{self._pipeline(node, 0)}{option} -o {output}")
-        return f"{output}/{CHECKPOINTS}/{name}" if step else output
+    def _identity(self, node: Record) -> str:
+        return identity(node, self._identities)
+
+    def reference(self, item: Record) -> str:
+        """Path of an input in the script: made by an earlier line, or an original."""
+        node, name = item["lineage"], file_name(item["name"])
+        if not node:
+            return f'"$IN"/{_quote(self._original(name, item["digest"]))}'
+        artefact, inside = place_of(item)
+        path = whole = self._make(node, artefact)
+        steps = counts_of(node).get("steps")
+        if inside:
+            path = "/".join([whole, *map(_quote, inside.split("/"))])
+        if node.get("command") in RUN_COMMANDS and type(steps) is int and 0 < steps < 10**MAX_DIGITS:
+            self._compare(f"{whole}/{CHECKPOINTS}/{checkpoint_name(steps)}", _expected(node, artefact))
+        elif not inside or inside == node.get("part"):
+            self._compare(path, _expected(node, artefact))
+        else:
+            self._compare(path, item["digest"])
+        return path if not inside or inside.split("/")[-1] == name else self._copy(path, name)
+
+    def _make(self, node: Record, name: str) -> str:
+        """Append the line that makes `name`, unless there is one, and return its path."""
+        command = str(node.get("command"))
+        kind = command if command.endswith(REJECTS) else ".parquet" if name.endswith(".parquet") else ""
+        key = (self._identity(node), kind)
+        if key in self._made:
+            made = self._made[key]
+            if not made:
+                raise LlmkitError("the lineage contains itself", "it was not written by llmkit")
+            return made if made.endswith("/" + _quote(name)) else self._copy(made, name)
+        if len(self.lines) > MAX_COMMANDS:
+            raise LlmkitError(f"the script would have over {MAX_COMMANDS:,} lines", "it was not written by llmkit")
+        self._made[key] = ""
+        line, output = self._pipeline(node, 0), self._output(name)
+        if command.endswith(REJECTS):
+            line += f" --rejects {output} -o /dev/null"
+        elif command == "cat":
+            line += f" > {output}"
+        else:
+            if steps := self._steps.get(key[0]):
+                line += f" --save-every {math.gcd(*steps)}"
+            line += f" -o {output}"
+        self._made[key] = output
+        self.lines.append(line)
+        return output
+
+    def _compare(self, path: str, digest: str) -> None:
+        line = f"same {path} {digest}"
+        if _DIGEST.fullmatch(digest) and line not in self._compared:
+            self._compared.add(line)
+            self.lines.append(line)
+
+    def _copy(self, path: str, name: str) -> str:
+        """A copy of an artefact under the name that it had when it was read."""
+        key = (path, name)
+        if key not in self._made:
+            output = self._output(name)
+            self.lines.append(f"cp -RL {path} {output}")
+            self._made[key] = output
+        return self._made[key]
 
     def _output(self, name: str) -> str:
         """Path of an artefact.
 
         A second one of the same name goes into a numbered directory, since its name is part of the lineage.
         """
-        number, output = 1, f'"$OUT"/{shlex.quote(name)}'
+        number, output = 1, f'"$OUT"/{_quote(name)}'
         while output in self._outputs:
             number += 1
-            output = f'"$OUT"/{number}/{shlex.quote(name)}'
+            output = f'"$OUT"/{number}/{_quote(name)}'
         if number > 1:
             self.lines.append(f'mkdir -p "$OUT"/{number}')
         self._outputs.add(output)
@@ -106,32 +206,40 @@ class _Script:
         if depth > MAX_DEPTH:
             raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit")
         command, options, inputs = str(node.get("command")), options_of(node), inputs_of(node)
+        if command == "cat":  # streams joined by other means than llmkit
+            return "cat " + " ".join(self.reference(item | {"name": f"{item['name']}.jsonl.zst"}) for item in inputs)
+        command = command.removesuffix(REJECTS)
         flags = self._flags(command)
         words, upstream, redirection = ["llmkit", command], "", ""
         positional: list[str] = []
-        suffixes = options.get("specs", [])
+        suffixes = options.get("specs")
+        suffixes = suffixes if isinstance(suffixes, list) else []
         for item in inputs:
-            if item["name"] == STDIN and item["lineage"]:
-                upstream = self._pipeline(item["lineage"], depth + 1) + " |\n  "
-                reference = STDIN
-            elif item["name"] == STDIN and str(item.get("digest")) in self._files:
-                file = self._original(self._files[str(item.get("digest"))], str(item.get("digest")))
-                reference, redirection = STDIN, f' < "$IN"/{shlex.quote(file)}'
+            if item["role"] == INDEX and INDEX in flags:
+                words += [flags[INDEX][0], self._index(node, item)]
+                continue
+            if item["name"] == STDIN:
+                source, is_command = self._stream(item, depth)
+                if upstream or redirection:  # a process substitution
+                    reference = f"<({source})" if is_command else f"<(cat {source})"
+                else:
+                    reference = STDIN
+                    upstream, redirection = (
+                        (f"{source} |\n  ", "") if is_command else ("", f" < {source}" * bool(source))
+                    )
             else:
-                reference = self._reference(item, _checkpoint_interval(node))
-            option, _, template = str(item.get("role")).partition(" ")
+                reference = self.reference(item)
+            option, _, template = item["role"].partition(" ")
             if option in flags:  # "rule url.domains=*": the path replaces the asterisk
                 before, _, after = template.partition("*")
-                words += [
-                    flags[option][0],
-                    shlex.quote(before) * bool(before) + reference + shlex.quote(after) * bool(after),
-                ]
+                words += [flags[option][0], _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
+                suffix = suffix if isinstance(suffix, str) else ""
                 if suffix and reference == STDIN:
                     reference = STDIN_PATH  # "-:0.5" would be an option
-                positional.append(reference + (shlex.quote(suffix) if suffix else ""))
-        roles = {item.get("role") for item in inputs}
+                positional.append(reference + (_quote(suffix) if suffix else ""))
+        roles = {item["role"] for item in inputs}
         given: set[str] = set()
         for key, value in sorted(options.items()):
             if key in flags and key not in roles and flags[key][0] not in given:  # a former and a present name
@@ -139,24 +247,54 @@ class _Script:
                 words += _as_words(value, *flags[key])
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
-    def _reference(self, item: Record, save_every: int = 0) -> str:
-        """Path of an input in the script: made by an earlier line, or an original."""
-        name = file_name(item["name"])  # a record must not lead the script outside its directories
-        if not item["lineage"]:
-            digest = str(item.get("digest", ""))
-            if name == STDIN:
-                # A stream that no llmkit command wrote: the script's own stdin, and files for any further ones.
-                name = f"stdin-{len(self._streams)}" if self._streams else ""
-                self._streams.append(digest)
-                if not name:
-                    self.originals[_STREAM] = digest
-                    return STDIN
-            return f'"$IN"/{shlex.quote(self._original(name, digest))}'
-        key = (name, str(item.get("digest")))
-        if key not in self._made:
-            is_run = item["lineage"].get("command") in RUN_COMMANDS
-            self._made[key] = self.make(item["lineage"], name, save_every if is_run else 0)
-        return self._made[key]
+    def _stream(self, item: Record, depth: int) -> tuple[str, bool]:
+        """The source of a stream, and whether it is a command rather than a file; "" is the script's own stdin."""
+        if item["lineage"]:
+            return self._pipeline(item["lineage"], depth + 1), True
+        digest = item["digest"]
+        if digest in self._files:
+            return f'"$IN"/{_quote(self._original(self._files[digest], digest))}', False
+        # A stream that no llmkit command wrote: the script's own stdin, and files for any further ones.
+        self._streams.append(digest)
+        if len(self._streams) == 1:
+            self.originals[_STREAM] = digest
+            return "", False
+        return f'"$IN"/{_quote(self._original(f"stdin-{len(self._streams) - 1}", digest))}', False
+
+    def _index(self, node: Record, item: Record) -> str:
+        """Path of the index that a run reads and then adds to, in the state before that run."""
+        name, runs, own = file_name(item["name"]), item["runs"], self._identity(node)
+        first = next((i for run in runs or [] for i in inputs_of(run) if i["role"] == INDEX), item)
+        start = "" if first["runs"] == [] else first["digest"]
+        before = [start, *map(self._identity, runs or [])]
+        for path, state in self._indexes.items():
+            # A run that is in the index already makes the same output again.
+            if state[: len(before)] == before and state[len(before) : len(before) + 1] in ([], [own]):
+                self._indexes[path] = state if len(state) > len(before) else [*state, own]
+                return path
+        path = next((p for p, state in self._indexes.items() if before[: len(state)] == state), "")
+        if not path or not path.endswith("/" + _quote(name)):
+            path = self._output(name)
+            self._indexes[path] = [start]
+            if start:
+                self.lines.append(f'cp "$IN"/{_quote(self._original(name, start))} {path}')
+        for number in range(len(self._indexes[path]) - 1, len(runs or [])):
+            self._fill(path, name, runs or [], number)
+        self._indexes[path].append(own)
+        return path
+
+    def _fill(self, path: str, name: str, runs: list[Record], number: int) -> None:
+        """Repeat one of the runs that filled an index."""
+        run = runs[number]
+        key = self._identity(run)
+        output = self._names.get(key, f"{name}.{number + 1}.jsonl.zst")
+        inputs = [i | {"runs": runs[:number]} if i["role"] == INDEX else i for i in inputs_of(run)]
+        repeated = run | {"inputs": inputs}
+        self._repeated.append(repeated)
+        self._made.pop((key, ""), None)
+        self._make(repeated, output)
+        if self._indexes[path][-1] != key:
+            raise LlmkitError("the lineage holds runs of an index in another order", "it was not written by llmkit")
 
     def _original(self, name: str, digest: str) -> str:
         """Path of an original in INPUTS; another one of the same name is in a numbered directory."""
@@ -168,16 +306,22 @@ class _Script:
         return path
 
 
-def _checkpoint_interval(node: Record) -> int:
+def _expected(node: Record, name: str) -> str:
+    """The digest that `llmkit lineage --digest` prints of an artefact; "" where the record holds none."""
+    digest = node.get("files" if node.get("command") in MODELS or name.endswith(".parquet") else "digest")
+    return digest if isinstance(digest, str) else ""
+
+
+def _interval(node: Record) -> int:
     """Steps between the checkpoints that a command needs from the runs it reads; 0 where the last ones suffice."""
     options = options_of(node)
     if node.get("command") == "anneal":
         return parse_step(str(options.get("step") or options.get("from_") or "")) or 0  # from_: its former name
     steps, last = options.get("steps"), options.get("last")
-    if node.get("command") != "average" or not isinstance(steps, list) or not isinstance(last, int) or last < 1:
+    if node.get("command") != "average" or not isinstance(steps, list) or type(last) is not int or last < 1:
         return 0
     # The last checkpoint of each run may be its end, which is saved in any case.
-    intermediate = [step for i, step in enumerate(steps) if (i + 1) % last and isinstance(step, int)]
+    intermediate = [step for i, step in enumerate(steps) if (i + 1) % last and type(step) is int and step > 0]
     return math.gcd(*intermediate)
 
 
@@ -188,5 +332,5 @@ def _as_words(value: Any, flag: str, negative: str, default: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag] if value else [negative] if negative else []
     if isinstance(value, list):
-        return [word for item in value for word in (flag, shlex.quote(str(item)))]
-    return [flag, shlex.quote(str(value))]
+        return [word for item in value for word in (flag, _quote(str(item)))]
+    return [flag, _quote(str(value))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import base_name
-from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, options_of
+from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, options_of, printable
 
 
 def as_tree(record: Record, name: str) -> str:
@@ -25,22 +25,25 @@ def as_tree(record: Record, name: str) -> str:
         inputs = inputs_of(node)
         for i, item in enumerate(inputs):
             last = i + 1 == len(inputs)
-            input_name = "(pipe)" if item["name"] == STDIN else item["name"]
+            input_name = "(pipe)" if item["name"] == STDIN else item["part"] or item["name"]
             label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{input_name}"
             below = prefix + ("   " if last else "│  ")
-            if item.get("lineage") and depth < MAX_DEPTH:
+            if item["lineage"] and depth < MAX_DEPTH:
                 show(item["lineage"], label, below, depth + 1)
             else:
-                lines.append(f"{label}  {item.get('digest', '')}")
+                lines.append(f"{label}  {item['digest']}")
 
     show(record, base_name(name), "", 0)
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        text = "..."
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _role(item: Record) -> str:
-    return "" if item.get("role") in (None, "input") else f"{item['role']}: "
+    return "" if item["role"] == "input" else f"{item['role']}: "

@@ -12,8 +12,8 @@ from typing import Any
 from llmkit.engine.local import ordered_map
 from llmkit.io.documents import DocumentReader
 from llmkit.io.inputs import STDIN
-from llmkit.io.record import Input, base_name
-from llmkit.lineage.formats import digest_path
+from llmkit.io.record import Input
+from llmkit.lineage.formats import describe_input
 from llmkit.mixing.document_pool import CountTokens, DocumentPool, MeasuredChunk, measure_chunk
 from llmkit.mixing.order import Order, copies_by_count, resolve_order
 from llmkit.mixing.plan import Plan, PlannedSource
@@ -51,7 +51,7 @@ class DocumentMix:
         self._lengths.append(self._pool.add(measured()))
         self._bad_lines += reader.bad
         if path != STDIN and os.path.isdir(path):
-            self.inputs.append(Input("input", base_name(path), digest_path(path)))
+            self.inputs.append(describe_input(path))
         else:
             self.inputs += reader.inputs
 

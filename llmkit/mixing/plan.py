@@ -26,6 +26,7 @@ from typing import Any
 import xxhash
 
 from llmkit.errors import LlmkitError
+from llmkit.io.record import parse_record
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
@@ -174,6 +175,15 @@ def read_record(path: str) -> Any:
         return tomllib.loads(Path(path).read_text()).get("llmkit")
     except (OSError, ValueError):
         return None
+
+
+def verify(path: Path) -> None:
+    """Raise LlmkitError unless a plan is as `format_plan` wrote it, and its sources are there."""
+    plan, record = read_plan(path), parse_record(read_record(str(path)))
+    if path.read_bytes() != format_plan(plan, record).encode():
+        raise LlmkitError(f"{path}: not as llmkit mix wrote it", "the file is damaged, or was edited")
+    for source in plan.sources:
+        locate_source(path, source)
 
 
 def plan_digest(path: str | Path) -> str | None:

@@ -126,7 +126,9 @@ class ShardMix:
         if not documents:
             return
         assert directory
-        with ShardWriter(str(directory / HELD_OUT), self.stores[0].tokenizer, new_lineage()) as writer:
+        lineage = new_lineage()
+        lineage.part = HELD_OUT
+        with ShardWriter(str(directory / HELD_OUT), self.stores[0].tokenizer, lineage) as writer:
             for store, source in zip(self.stores, self.plan.sources, strict=True):
                 names = store.sources
                 for i in source.held_out:

@@ -8,6 +8,8 @@ shards is xxh3-128 of theirs. Cutting documents into batches does not change it.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from llmkit.shards.arrow import SourceCodes, Tokens, zero_terminated
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+LINEAGE = b"llmkit.lineage"  # key of the schema metadata
 
 
 class ColumnDigest:
@@ -56,6 +60,15 @@ class ColumnDigest:
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
         return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
+
+
+def metadata_digest(metadata: Mapping[bytes, bytes], texts: Mapping[str, str], digest: str) -> str:
+    """Digest of what that of the documents does not cover: metadata (without the lineage), the tokenizer's files beside
+    the shards, and the digest of the documents itself.
+    """
+    rows = [f"{key.decode()}\0{value.decode()}" for key, value in sorted(metadata.items()) if key != LINEAGE]
+    rows += [f"{name}\0{text}" for name, text in sorted(texts.items())]
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([*rows, digest]).encode())
 
 
 def combined_digest(digests: list[str]) -> str:

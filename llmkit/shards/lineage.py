@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmkit.shards.digest import combined_digest
-from llmkit.shards.reader import stream_files
-from llmkit.shards.shard import Shard, scan_shard
+from llmkit.errors import LlmkitError
+from llmkit.shards.digest import combined_digest, metadata_digest
+from llmkit.shards.reader import TokenStore, stream_files
+from llmkit.shards.shard import TOKENIZER_TEXTS, Shard, scan_shard
+from llmkit.shards.tokenizer_info import TOKENIZER_FILES
 
 
 def read_record(path: str) -> dict[str, Any] | None:
@@ -18,3 +20,14 @@ def read_record(path: str) -> dict[str, Any] | None:
 def shard_digest(path: str | Path) -> str:
     """Digest of a .arrow file or directory of shards, from the documents; equals the one in an intact trailer."""
     return combined_digest([scan_shard(Shard(file, name))[0] for file, name in stream_files(str(path), None)])
+
+
+def files_digest(path: Path) -> str:
+    """Digest of the metadata of the shards, which is the same in all of them, and of the tokenizer beside them."""
+    shards = TokenStore.open(str(path)).shards
+    metadata = shards[0].metadata
+    if any(shard.metadata != metadata for shard in shards):
+        raise LlmkitError(f"{path}: the shards do not have the same metadata", "one of them is damaged")
+    beside = [] if TOKENIZER_TEXTS in metadata or not path.is_dir() else [path / name for name in TOKENIZER_FILES]
+    texts = {file.name: file.read_bytes().decode("utf-8", "replace") for file in beside if file.is_file()}
+    return metadata_digest(metadata, texts, combined_digest([str(shard.trailer.get("digest")) for shard in shards]))

@@ -20,6 +20,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import Input, base_name
+from llmkit.lineage.formats import describe_input
 from llmkit.shards.arrow import Tokens, as_numpy
 from llmkit.shards.digest import combined_digest
 from llmkit.shards.shard import HINT_REMAKE, PADDING_SOURCE, Shard, batch_tokens, scan_shard
@@ -75,7 +76,7 @@ class TokenStore:
             if Path(path).is_dir():
                 _check_complete(shards, path)
             digest = combined_digest([str(shard.trailer.get("digest")) for shard in shards])
-            store.inputs.append(Input("input", base_name(path), digest, shards[-1].lineage()))
+            store.inputs.append(_describe(path, digest, shards))
         counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
         store.offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=store.offsets[1:])
@@ -258,6 +259,23 @@ def stream_files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
         yield Path(path), path
 
 
+def _describe(path: str, digest: str, shards: list[Shard]) -> Input:
+    """The input of a record: a stream has only its content, and a single shard of several may lie anywhere."""
+    if path == STDIN or is_special(Path(path)):
+        return Input("input", base_name(path), digest, shards[-1].lineage())
+    item = describe_input(path, digest=digest)
+    trailer = shards[0].trailer
+    if not item.part and not Path(path).is_dir() and (trailer["part"], trailer.get("last")) != (0, True):
+        complete = trailer.get("last") and item.lineage
+        item.lineage, item.part = (item.lineage, f"shards/{part_name(trailer['part'])}") if complete else (None, "")
+    return item
+
+
+def part_name(number: int) -> str:
+    """The name of a shard in its directory."""
+    return f"part-{number:05d}.arrow"
+
+
 def _spooled(spool: Path | None) -> Iterator[tuple[Path, str]]:
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no input: stdin is a terminal", "name token shards, or pipe them in")
@@ -283,7 +301,7 @@ def _check_complete(shards: list[Shard], path: str) -> None:
     numbers = [shard.trailer["part"] for shard in shards]
     if numbers != list(range(len(shards))) or not shards[-1].trailer.get("last"):
         missing = next((i for i, number in enumerate(numbers) if i != number), len(shards))
-        raise LlmkitError(f"{path}: part-{missing:05d}.arrow is missing", "copy the whole directory, or make it again")
+        raise LlmkitError(f"{path}: {part_name(missing)} is missing", "copy the whole directory, or make it again")
 
 
 def load_tokenizer_info(path: str | Path) -> TokenizerInfo:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.shards.arrow import Tokens, as_numpy
-from llmkit.shards.digest import ColumnDigest
+from llmkit.shards.digest import LINEAGE, ColumnDigest
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ STREAM_START = b"\xff\xff\xff\xff"
 # Keys of the schema metadata and of the last batch.
 TOKENIZER = b"llmkit.tokenizer"
 TOKENIZER_TEXTS = b"llmkit.tokenizer_files"
-LINEAGE = b"llmkit.lineage"
 SEQUENCE_LENGTH = b"llmkit.sequence_length"
 STAGES = b"llmkit.stages"
 TRAILER = b"llmkit.trailer"

@@ -46,8 +46,8 @@ from llmkit.io.inputs import STDIN
 from llmkit.io.record import Input, Lineage
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.shards.arrow import SourceCodes, Tokens, as_arrow, encode_sources
-from llmkit.shards.digest import ColumnDigest, combined_digest
-from llmkit.shards.shard import LINEAGE, SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
+from llmkit.shards.digest import LINEAGE, ColumnDigest, combined_digest, metadata_digest
+from llmkit.shards.shard import SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
@@ -194,6 +194,8 @@ class ShardWriter:
         self.lineage.inputs += inputs
         self.lineage.counts = counts
         self.lineage.digest = combined_digest([*self._shard_digests, digest])
+        beside = self.tokenizer.files if self._directory else {}
+        self.lineage.files = metadata_digest(self._schema.metadata, beside, self.lineage.digest)
         self._close_shard(digest, {"lineage": self.lineage.trailer()})
         if self.output is None:
             self._sink.flush()

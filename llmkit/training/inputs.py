@@ -12,9 +12,9 @@ import numpy as np
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
-from llmkit.io.record import Input, base_name
+from llmkit.io.record import Input
 from llmkit.io.run_layout import resolve_model
-from llmkit.lineage.formats import digest_path, read_lineage
+from llmkit.lineage.formats import describe_input
 from llmkit.mixing.order import OrderedTokens
 from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.shards.reader import TokenStore
@@ -152,4 +152,4 @@ def check_stream_length(data: str, tokens: int, length: int) -> None:
 def model_input(path: str, directory: Path | None = None) -> Input:
     """The lineage input of the initial model, under the name it was given; `directory` is the checkpoint, if known."""
     checkpoint = directory or resolve_model(path)
-    return Input("input", base_name(path), digest_path(checkpoint), read_lineage(checkpoint))
+    return describe_input(checkpoint, name=path)

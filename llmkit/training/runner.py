@@ -19,11 +19,11 @@ from typing import Any
 
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.io.record import Input, Lineage, base_name
+from llmkit.io.record import Input, Lineage
 from llmkit.lineage.formats import describe_input
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.options import neutral_names, toml_value, values_of
+from llmkit.options import neutral_names, option_fields, recorded, toml_value, values_of
 from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
 from llmkit.training.optim.schedule import Schedule
@@ -69,11 +69,10 @@ class Request:
         neutral = neutral_names(type(options))
         decisive = {name: value for name, value in values.items() if name not in neutral and value is not None}
         inputs = [describe_input(value, name) for name, value in decisive.items() if isinstance(value, Path)]
-        recorded = {name: base_name(v) if isinstance(v, Path) else v for name, v in decisive.items()} | {"seed": seed}
+        marks = {field.name: field.marks() for field in option_fields(cast(Any, type(options)))}
+        record = {name: recorded(value, marks[name]) for name, value in decisive.items()} | {"seed": seed}
         loop = loop_options(options, output, force)
-        return cls(
-            command, options, loop, Lineage(command, recorded, inputs), values | {"seed": seed}, seed, **callbacks
-        )
+        return cls(command, options, loop, Lineage(command, record, inputs), values | {"seed": seed}, seed, **callbacks)
 
 
 def loop_options(options: Any, output: str, force: bool = False, sequences_per_row: int = 1) -> LoopOptions:

@@ -117,8 +117,7 @@ def main(
     import orjson
 
     from llmkit.chat.prompts import complete
-    from llmkit.io.record import Input, base_name
-    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.formats import describe_input
     from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, load_tokenizer
 
     files = [] if prompt else run.inputs(prompts)
@@ -157,7 +156,7 @@ def main(
                 counts[key] += count
             bar.advance(len(completions))
         if writer:
-            source = Input("input", base_name(model), digest_path(info.path), read_lineage(info.path))
+            source = describe_input(info.path, name=model)
             writer.finish(counts, [source, *(reader.inputs if reader else [])])
     line = f"{counts['completions']:,} completions of {counts['prompts']:,} prompts, {counts['tokens']:,} tokens"
     run.finish(counts, line + (f": {run.output}" if run.output else ""))

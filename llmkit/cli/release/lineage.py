@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from typing import Annotated
 
 import typer
@@ -24,6 +25,9 @@ def main(
         str, typer.Argument(metavar="ARTEFACT", help="Documents, shards, a tokenizer, a model, or a run")
     ],
     script: Annotated[bool, typer.Option("--script", help="Print a shell script that reproduces it")] = False,
+    digest: Annotated[
+        bool, typer.Option("--digest", help="Print the digest of its content, computed from the file")
+    ] = False,
     check: Annotated[bool, typer.Option("--check", help="Verify every digest that can be verified")] = False,
     inputs: Annotated[
         list[str] | None,
@@ -35,28 +39,43 @@ def main(
     """Print the tree of commands that made an artefact, each with its options, inputs and counts.
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
-    directory of the original inputs. --check computes the digest of the artefact's content, and of each input that it
-    finds by name beside the artefact or in the directories given by --inputs; if one differs, the exit code is 1.
-    Models, tokenizers and Parquet files are not checked themselves, only as inputs of other artefacts. --json prints
-    the record as stored.
+    directory of the original inputs. The script stops at the first output that is not what was recorded. --check
+    computes the digests of the artefact, of its other files and of its record, and of each input that it finds by name
+    beside the artefact or in the directories given by --inputs; if one differs, the exit code is 1. Artefacts of
+    earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the digest that such
+    comparisons use. --json prints the record as stored.
     """
-    from llmkit.lineage.formats import read_lineage
+    from llmkit.lineage.formats import describe_part, own_digest, read_lineage
     from llmkit.lineage.script import as_script
     from llmkit.lineage.tree import as_tree
 
+    if digest:
+        print(own_digest(artefact))
+        return
     record = read_lineage(artefact)
     if record is None:
         raise LlmkitError(
             f"{artefact}: no lineage found", "plain .jsonl files cannot hold it, and other tools do not write it"
         )
     if run.as_json:
-        print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True))
+        _print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:
-        print(as_script(record, artefact, _flags), end="")
+        _print(as_script(record, artefact, _flags, describe_part(artefact, record)))
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
-        print(as_tree(record, artefact), end="")
+        _print(as_tree(record, artefact))
+
+
+def _print(text: str) -> None:
+    """Print text in which file names may have bytes that are not UTF-8, and a hostile record lone surrogates."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "replace")
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def _flags(name: str) -> dict[str, tuple[str, str, object]]:
@@ -80,15 +99,17 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
 
 def _check(run: Run, artefact: str, record: dict[str, object], directories: list[str]) -> None:
     from llmkit.lineage.check import check
+    from llmkit.lineage.fields import printable
 
     results = list(check(record, artefact, directories))
     for name, state in results:
-        print(f"{state:<9} {name}")
+        _print(f"{state:<9} {printable(name)}\n")
     differing = [name for name, state in results if state == "DIFFERS"]
     if differing:
         raise LlmkitError(
-            f"{', '.join(differing)}: content differs from the lineage", "it was changed after it was made or used"
+            f"{', '.join(map(printable, differing))}: content differs from the lineage",
+            "it was changed after it was made or used",
         )
     counts = {state: sum(1 for _, result in results if result == state) for state in ("ok", "not found")}
-    itself = f"; {results[0][0]} itself was not checked" if results[0][1] == "unchecked" else ""
+    itself = f"; {printable(results[0][0])} itself was not checked" if results[0][1] == "unchecked" else ""
     run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")

@@ -48,8 +48,7 @@ def main(
         raise UsageError(f"--group-size applies only to --to {grouped}; {to} has one scale per row", "omit it")
     if run.output is None:
         raise UsageError("no output", "name the directory of the quantised model with -o")
-    from llmkit.io.record import Input, base_name
-    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.lineage.formats import describe_input
     from llmkit.lineage.outputs import artefact_directory
     from llmkit.model.pretrained.checkpoint import load_info
     from llmkit.quantization.formats import compressed_tensors
@@ -63,7 +62,7 @@ def main(
         run.note(f"would store {info.config.parameters():,} weights with {method}")
         return
     lineage = run.lineage()
-    lineage.inputs.append(Input("input", base_name(model), digest_path(info.path), read_lineage(info.path)))
+    lineage.inputs.append(describe_input(info.path, name=model))
     lineage.counts = {"parameters": info.config.parameters(), "group_size": method.group}
     with (
         artefact_directory(run.output, run.force) as partial,

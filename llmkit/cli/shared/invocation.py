@@ -39,8 +39,9 @@ class Run:
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, except those named
         self._listed: list[str] | None = None  # the paths listed in files_from, once read
         self._values = values
-        # (option, path): inputs named by options, for the lineage
-        self._paths: list[tuple[str, str | Path]] = list(paths.items())
+        self._paths: list[tuple[str, str | Path]] = []  # (option, path): inputs named by options, for the lineage
+        for role, path in paths.items():
+            self.reads(role, str(path))
         self._stack = ExitStack()
         self._quarantine: Quarantine | None = None
         self._started = time.monotonic()
@@ -115,7 +116,9 @@ class Run:
         """Record an input named by an option. `role` is the option, or the option and its value with a star for the
         path (io.record.Input).
         """
-        if os.path.exists(path) and not os.path.isfile(path):
+        from llmkit.io.atomic import is_special
+
+        if is_special(Path(path)):
             raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
         self._paths.append((role, path))
 
@@ -189,6 +192,7 @@ class Run:
         (command, version, options, digests of the inputs), never their mere existence.
         """
         from llmkit.io.inputs import exists
+        from llmkit.lineage.fields import inputs_of
         from llmkit.lineage.formats import digest_path
 
         output = output or self.output
@@ -200,10 +204,10 @@ class Run:
             return False
         digests = [digest_path(path) for path in paths]
         for path, header in outputs.items():
-            recorded = [item for item in (records[path] or {}).get("inputs", []) if item.get("role") != "index"]
+            recorded = [item for item in inputs_of(records[path] or {}) if item["role"] != "index"]
             expected = [(item.role, item.digest) for item in header.inputs]  # inputs named by options come first
-            if [(item.get("role"), item.get("digest")) for item in recorded[: len(expected)]] != expected or [
-                item.get("digest") for item in recorded[len(expected) :]
+            if [(item["role"], item["digest"]) for item in recorded[: len(expected)]] != expected or [
+                item["digest"] for item in recorded[len(expected) :]
             ] != digests:
                 return False
         return True

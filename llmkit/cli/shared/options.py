@@ -23,6 +23,7 @@ from llmkit.cli.shared.invocation import Progress, Run
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.options import (
     COMMON,
+    Recorded,
     count_option,
     former_names,
     from_values,
@@ -30,6 +31,7 @@ from llmkit.options import (
     neutral_names,
     option_fields,
     parse_count,
+    recorded,
     toml_value,
 )
 
@@ -112,6 +114,7 @@ class ReadingOptions:
             "--on-bad-line", metavar="HOW", help="What to do with unreadable lines: stop, skip, or quarantine=FILE"
         ),
         COMMON,
+        Recorded(lambda policy: str(policy).replace("quarantine", "skip").partition("=")[0]),
     ] = "stop"
     max_line_bytes: Annotated[
         int, count_option("--max-line-bytes", help="Maximum length of a line, in bytes", rich_help_panel=DOCUMENTS)
@@ -262,8 +265,9 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         kinds = {parameter.name: parameter.param_type_name for parameter in context.command.params}
         decisive = {key: v for key, v in values.items() if kinds.get(key) == "option" and key not in neutral}
         paths = {key: value for key, value in decisive.items() if isinstance(value, Path)}
-        recorded = {key: _recordable(value) for key, value in decisive.items() if value is not None}
-        run = Run(name, values, recorded, paths)
+        marks = {key: marks_of(parameter.annotation) for key, parameter in parameters.items()}
+        record = {key: recorded(value, marks[key]) for key, value in decisive.items() if value is not None}
+        run = Run(name, values, record, paths)
         run.config = partial(_as_toml, context)
         with run._stack:
             function(run, **arguments)
@@ -345,14 +349,6 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
     formatter.write_text(
         f"Options can also be set in the environment, as {environment_prefix(name)}_OPTION, or in the --config file."
     )
-
-
-def _recordable(value: Any) -> Any:
-    from llmkit.io.record import base_name
-
-    if isinstance(value, Path):
-        return base_name(value)
-    return [_recordable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _as_toml(context: Any, without: Collection[str] = ()) -> str:

@@ -131,11 +131,12 @@ def main(
     def is_finished(job: Job) -> bool | None:
         """Whether the run that made an existing output is in the index; None if it used another state of the index."""
         from llmkit.corpus.dedup.index import run_key
+        from llmkit.lineage.fields import inputs_of
         from llmkit.lineage.formats import digest_path, read_lineage
 
         assert index is not None and job.output is not None
         key = run_key([digest_path(path) for path in job.inputs], index_options)
-        digests = [item["digest"] for item in (read_lineage(job.output) or {})["inputs"] if item["role"] == "index"]
+        digests = [i["digest"] for i in inputs_of(read_lineage(job.output) or {}) if i["role"] == "index"]
         return index.has(key) if digests == [index.history(index.run_of(key))] else None
 
     with ExitStack() as stack:
@@ -149,7 +150,8 @@ def main(
             index_settings = settings_of(two_pass.near, two_pass.exact, indexing.index_full)
             index_settings |= {"group": survivors.group}
             index = stack.enter_context(Index(indexing.index, index_settings, options.storage.temp_dir))
-            new_stage = partial(new_stage, index=index, index_options=index_options)
+            record = {key: value for key, value in run.lineage().to_dict().items() if key not in ("counts", "record")}
+            new_stage = partial(new_stage, index=index, index_options=index_options, record=record)
         counts = run_stage(
             run,
             inputs,

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from llmkit.model.decoder import Decoder
     from llmkit.model.pretrained.directory import LoadedModel
 
-PENDING = "xxh3:" + "0" * 32  # placeholder, as long as any digest
-
 
 def _help(option: str, text: str, default: str = "") -> str:
     """The help of an option, preceded by the methods that take it."""
@@ -97,8 +95,8 @@ def main(
     methods.check_options(method, method_options)
     if run.output is None:
         raise UsageError("no output", "name the directory of the merged model with -o")
-    from llmkit.io.record import Input, base_name
-    from llmkit.lineage.formats import digest_path, read_lineage
+    from llmkit.io.record import PENDING, base_name
+    from llmkit.lineage.formats import describe_input, digest_path
     from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging.average import Digests, write_average
     from llmkit.merging.plan import plan_merge
@@ -136,12 +134,7 @@ def main(
 
     def record(digests: Digests | None) -> str:
         lineage.inputs = [
-            Input(
-                role,
-                base_name(name),
-                PENDING if digests is None else digest_path(path, digests),
-                read_lineage(path),
-            )
+            describe_input(path, role, PENDING if digests is None else digest_path(path, digests), name)
             for role, name, path in plan.inputs
         ]
         return lineage.to_json()

@@ -40,6 +40,7 @@ from llmkit.errors import LlmkitError, LockedError
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
+MAX_RECORDS = 1 << 18  # characters of the records of earlier runs in that of a new run
 MATCHES_PER_KEY = 16  # earliest indexed documents with a band key that are compared
 Columns = dict[str, NDArray[Any]]
 
@@ -250,6 +251,31 @@ class Index:
         chance = 2.0**-bits
         corrected: NDArray[np.float64] = (equal - chance) / (1 - chance)
         return corrected
+
+    def runs_before(self, run: int) -> list[dict[str, Any]] | None:
+        """The records of the runs before this one, oldest first, without the runs that each of them saw.
+
+        Earlier versions stored none: those of the runs since then. None where there is none, or they are over
+        MAX_RECORDS: the index as it was is then an original for the script that repeats this run.
+        """
+        table = "(SELECT NULL AS run, NULL AS record)" if not self._has_records() else "records"
+        rows = self._sql.execute(
+            f"SELECT record FROM runs LEFT JOIN {table} AS r ON r.run = runs.run WHERE runs.run < ? ORDER BY runs.run",
+            [run],
+        ).fetchall()
+        texts = [text for (text,) in rows]
+        known = texts[max((i + 1 for i, text in enumerate(texts) if text is None), default=0) :]
+        if (texts and not known) or sum(map(len, known)) > MAX_RECORDS:
+            return None
+        return [json.loads(text) for text in known]
+
+    def _has_records(self) -> bool:
+        return bool(self._sql.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'").fetchone())
+
+    def add_record(self, run: int, record: dict[str, Any]) -> None:
+        """Store the record of a run, in its transaction."""
+        self._sql.execute("CREATE TABLE IF NOT EXISTS records (run INTEGER, record VARCHAR)")
+        self._sql.execute("INSERT INTO records VALUES (?, ?)", [run, json.dumps(record, sort_keys=True)])
 
     def begin(self) -> None:
         """Start a transaction: what is added from here on becomes visible at `commit`, all of it or nothing."""

@@ -336,10 +336,11 @@ def build_stage(
     settings: StageSettings,
     index: Index | None = None,
     index_options: dict[str, Any] | None = None,
+    record: dict[str, Any] | None = None,
 ) -> Stage:
     """A stage of these methods with all counts at zero. UsageError for invalid values of options.
 
-    `index_options`: the options of the command that identify a run in the index.
+    `index_options`: the options of the command that identify a run in the index; `record`: its lineage there.
     """
     if methods[0].criterion is None:
         stage: Stage = methods[0].build(options, settings)
@@ -371,6 +372,7 @@ def build_stage(
         temporary=options.storage.temp_dir,
         index=index,
         options=index_options or {},
+        record=record or {},
         engine=settings.engine,
         rejects=settings.rejects,
     )

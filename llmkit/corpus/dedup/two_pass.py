@@ -66,6 +66,8 @@ class TwoPassDedup(DedupCounts):
     temporary: str | None = None
     index: Index | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the command; part of the identity of a run in the index
+    record: dict[str, Any] = field(default_factory=dict)  # lineage of the command, with the inputs named by options
+    _record: dict[str, Any] = field(default_factory=dict)  # the same with the documents read
     _commit: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -132,7 +134,12 @@ class TwoPassDedup(DedupCounts):
         assert self.index
         key = run_key([item.digest for item in reader.inputs], self.options)
         run, decisions = self.index.run_of(key), None
-        reader.inputs.append(Input("index", self.index.name, self.index.history(run)))
+        history, runs = self.index.history(run), self.index.runs_before(run)
+        seen = Input("index", self.index.name, history, runs=None if runs else runs)
+        self._record = self.record | {
+            "inputs": [*self.record.get("inputs", []), *(item.to_dict() for item in (*reader.inputs, seen))]
+        }
+        reader.inputs.append(replace(seen, runs=runs))
         if len(store):
             threshold = self.near.threshold if self.near else 0.0
             rows, similarities, reasons = self.index.find(run, store.index_columns(slice(None)), threshold)
@@ -148,6 +155,7 @@ class TwoPassDedup(DedupCounts):
     def _add(self, index: Index, store: LocalStore, run: int, key: str, kept: NDArray[np.int64]) -> None:
         """Add the kept documents to the index; they become visible when `commit` is called."""
         index.begin()
+        index.add_record(run, self._record)
         ids = store.ids.read()
         for start in range(0, len(kept), INDEX_BATCH):
             rows = kept[start : start + INDEX_BATCH]

@@ -42,7 +42,7 @@ from llmkit.io.run_layout import (
     resolve_model,
     step_of,
 )
-from llmkit.lineage.formats import digest_path
+from llmkit.lineage.formats import digest_path, seal
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.training.checkpoint.trainer_state import OPTIMIZER, TRAINER, TrainerState, load_trainer_state
@@ -92,6 +92,7 @@ class RunDirectory:
         target = self.checkpoints_path / checkpoint_name(state.step)
         with artefact_directory(target, force=True) as partial:
             write_model(partial)
+            seal(partial)
             (partial / STATE).mkdir()
             write_safetensors(
                 partial / STATE / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}

@@ -1,0 +1,47 @@
+"""The digest of the files of a tokenizer's directory, which its record in tokenizer_config.json holds as `files`.
+
+That of the tokenizer itself (tokenizer_info.py) covers what decides the ids. This one covers the rest too: the chat
+template, the names of special tokens, the layout of tokenizer.json. The record itself is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmkit.io.digest import digest_bytes, digest_stored
+from llmkit.io.record import sealed
+from llmkit.shards.tokenizer_info import TOKENIZER_FILES, read_record
+
+CONFIG = "tokenizer_config.json"
+
+
+def files_digest(directory: Path) -> str | None:
+    """Digest of the tokenizer's files in a directory, without the record; None where there is no configuration."""
+    config = _config(directory)
+    if config is None:
+        return None
+    lines = [json.dumps({key: value for key, value in config.items() if key != "llmkit"}, sort_keys=True)]
+    lines += [
+        f"{name} {digest_stored(str(directory / name))}"
+        for name in TOKENIZER_FILES
+        if name != CONFIG and (directory / name).is_file()
+    ]
+    return digest_bytes(line.encode() + b"\n" for line in lines)
+
+
+def seal(directory: Path) -> None:
+    """Enter the digest of the files into the record."""
+    record, config, digest = read_record(str(directory / CONFIG)), _config(directory), files_digest(directory)
+    if isinstance(record, dict) and config is not None and digest is not None:
+        text = json.dumps(config | {"llmkit": sealed(record, digest)}, indent=2, sort_keys=True, ensure_ascii=False)
+        (directory / CONFIG).write_bytes(text.encode() + b"\n")
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((directory / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
