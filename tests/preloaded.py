@@ -25,8 +25,9 @@ def call(socket_path: str, arguments: list[str]) -> int:
     """Send one call to the server; returns its exit code."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(socket_path)
-        socket.send_fds(server, [b"."], [0, 1, 2])
-        server.sendall(json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode())
+        numbers = [0, 1, 2, *(int(word[8:]) for word in arguments if word.startswith("/dev/fd/"))]  # <(command)
+        socket.send_fds(server, [b"."], numbers)
+        server.sendall(json.dumps([arguments, numbers, os.getcwd(), dict(os.environ)]).encode())
         server.shutdown(socket.SHUT_WR)
         return int(server.recv(3))
 
@@ -69,13 +70,13 @@ def serve(socket_path: str) -> list[str]:
 
 def handle(connection: socket.socket) -> list[str]:
     """Fork the process of one call, in which this returns; the parent reports its exit code and exits."""
-    _, files, _, _ = socket.recv_fds(connection, 1, 3)
+    _, files, _, _ = socket.recv_fds(connection, 1, 16)
     with connection.makefile("rb") as message:
-        arguments, directory, environment = json.load(message)
+        arguments, numbers, directory, environment = json.load(message)
     process = os.fork()
     if process == 0:
         connection.close()
-        for number, file in enumerate(files):
+        for number, file in zip(numbers, files, strict=True):
             os.dup2(file, number)
             os.close(file)
         os.chdir(directory)

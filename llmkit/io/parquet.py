@@ -48,7 +48,7 @@ def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
 def read_record(path: str) -> bytes | None:
     """The lineage record in the metadata of a file, as text."""
     with open_raw(path) as raw, _readable(display_name(path)):
-        return (pq.read_schema(raw).metadata or {}).get(b"llmkit")
+        return (pq.read_metadata(raw).metadata or {}).get(b"llmkit")
 
 
 def describe(path: str) -> Input:
