@@ -13,7 +13,7 @@ from pathlib import Path
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import STATE, find_checkpoints
+from llmkit.io.run_layout import STATE, final_model, find_checkpoints
 from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, file_name, inputs_of, is_intact, place_of
 from llmkit.lineage.formats import content_digest, digest_path, files_digest, read_lineage, verify
 
@@ -49,6 +49,7 @@ def _read(path: Path) -> Record | None:
 
 def _state_of_artefact(record: Record, path: Path) -> str:
     """The state of an artefact by the digests in its record; those of earlier versions hold fewer."""
+    path = final_model(path)
     results = [is_intact(record), None if {"counts", "inputs"} <= record.keys() else False]
     try:
         verify(path)

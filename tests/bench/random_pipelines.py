@@ -60,7 +60,14 @@ class Pipeline:
         return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
     def _originals(self) -> None:
-        for name in ("docs.jsonl", "more.jsonl", "sub/docs.jsonl", "night/one.jsonl", "night/two.jsonl", "night/three.jsonl"):
+        for name in (
+            "docs.jsonl",
+            "more.jsonl",
+            "sub/docs.jsonl",
+            "night/one.jsonl",
+            "night/two.jsonl",
+            "night/three.jsonl",
+        ):
             path = self.directory / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(self._documents(24))
@@ -68,7 +75,9 @@ class Pipeline:
         (self.directory / "pages").mkdir()
         for number in range(3):
             text = "".join(f"<p>{' '.join(self.random.choices(WORDS, k=40))}.</p>" for _ in range(4))
-            (self.directory / "pages" / f"{number}.html").write_text(f"<html><body><article>{text}</article></body></html>")
+            (self.directory / "pages" / f"{number}.html").write_text(
+                f"<html><body><article>{text}</article></body></html>"
+            )
         (self.directory / "model.json").write_text(json.dumps(MODEL))
         (self.directory / "tiny.toml").write_text('[[filter]]\nname = "length"\nmin_characters = 60\n')
 
@@ -137,7 +146,9 @@ class Pipeline:
 
     def step_rejects(self) -> None:
         output, rejects = self.documents_output(), self.new("rejects", ".jsonl.zst")
-        self.run(f"llmkit filter --filter length --rule length.min_characters=150 {self.sources()} --rejects {rejects} -q -o {output}")
+        self.run(
+            f"llmkit filter --filter length --rule length.min_characters=150 {self.sources()} --rejects {rejects} -q -o {output}"
+        )
         self.keep("documents", output)
         self.keep("rejects", rejects)
 
@@ -252,7 +263,9 @@ class Pipeline:
         run = self.pick("run")
         if not (self.directory / run / "checkpoints").is_dir():
             raise LookupError
-        self.run(f"llmkit anneal {run} {self.pick('shards')}{step} --tokens 256 --batch-size 2 --lr 1e-4 -q -o {output}")
+        self.run(
+            f"llmkit anneal {run} {self.pick('shards')}{step} --tokens 256 --batch-size 2 --lr 1e-4 -q -o {output}"
+        )
         self.keep("run", output)
 
     def step_average(self) -> None:
@@ -342,7 +355,9 @@ def repeat(pipeline: Pipeline, originals: Path, artefact: str, work: Path) -> st
     return ""
 
 
-def try_pipeline(seed: int, commands: int, scripts: int, work: Path, environment: dict[str, str]) -> tuple[int, list[str]]:
+def try_pipeline(
+    seed: int, commands: int, scripts: int, work: Path, environment: dict[str, str]
+) -> tuple[int, list[str]]:
     """Run a pipeline and repeat its last artefact and up to `scripts` - 1 others. Returns (scripts, failures)."""
     directory, originals = work / "first", work / "originals"
     directory.mkdir(parents=True)
@@ -351,8 +366,12 @@ def try_pipeline(seed: int, commands: int, scripts: int, work: Path, environment
     pipeline.draw(commands)
     for path in directory.glob("stages*.toml"):
         shutil.copy(path, originals / path.name)
-    chosen = dict.fromkeys([pipeline.scripted[-1], *pipeline.random.sample(pipeline.scripted, min(scripts - 1, len(pipeline.scripted)))])
-    failures = [f"{name}: {problem}" for name in chosen if (problem := repeat(pipeline, originals, name, work / "again"))]
+    chosen = dict.fromkeys(
+        [pipeline.scripted[-1], *pipeline.random.sample(pipeline.scripted, min(scripts - 1, len(pipeline.scripted)))]
+    )
+    failures = [
+        f"{name}: {problem}" for name in chosen if (problem := repeat(pipeline, originals, name, work / "again"))
+    ]
     if failures:
         failures.append("the pipeline:\n" + "\n".join(pipeline.commands))
     return len(chosen), failures
@@ -374,7 +393,9 @@ def main() -> int:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
         socket = arguments.socket or f"{work}/socket"
         (work / "bin").mkdir()
-        (work / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", *command[2:]])} {socket} "$@"\n')
+        (work / "bin" / "llmkit").write_text(
+            f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", *command[2:]])} {socket} "$@"\n'
+        )
         (work / "bin" / "llmkit").chmod(0o755)
         with ExitStack() as stack:
             if not arguments.socket:
