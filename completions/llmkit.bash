@@ -26,7 +26,7 @@ _llmkit() {
         'quantize '*) words='--to --group-size --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         'eval '*) words='--tasks --include-path --perplexity --shots --limit --apply-chat-template --stride --format --dtype --device --text-key --id-key --on-bad-line --max-line-bytes --files-from --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
         'generate '*) words='--prompt -p --chat --text --max-tokens --samples --temperature --top-p --stop --truncate-prompt --batch-size -b --dtype --device --text-key --id-key --on-bad-line --max-line-bytes --files-from --plain --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
-        'lineage '*) words='--script --check --inputs --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
+        'lineage '*) words='--script --digest --check --inputs --output -o --force -f --dry-run -n --quiet -q --verbose -v --jobs -j --config -c --seed --json --summary --print-config --debug --version -V -h --help' ;;
     esac
     case "$current" in
         -*) COMPREPLY=($(compgen -W "$words" -- "$current")) ;;

@@ -652,6 +652,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from generate' -l debug -d 'Show t
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l version -s V -d 'Print the version and exit'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -s h -l help -d 'Show this help and exit'
 complete -c llmkit -n '__fish_seen_subcommand_from lineage' -l script -d 'Print a shell script that reproduces it'
+complete -c llmkit -n '__fish_seen_subcommand_from lineage' -l digest -d 'Print the digest of its content, computed from the file'
 complete -c llmkit -n '__fish_seen_subcommand_from lineage' -l check -d 'Verify every digest that can be verified'
 complete -c llmkit -n '__fish_seen_subcommand_from lineage' -l inputs -r -d 'Directory in which --check looks for inputs by name (repeatable)'
 complete -c llmkit -n '__fish_seen_subcommand_from lineage' -l output -s o -r -d 'Output file or directory (default: stdout, if the command streams)'

@@ -16,7 +16,6 @@ Python: `from_values(PretrainOptions, {"keep": 3})`. A command that takes only p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
@@ -64,23 +63,6 @@ class Recorded:
     """How the value of an option enters a lineage record, where it has a path or says more than decides the content."""
 
     convert: Callable[[Any], Any]
-
-
-def recorded(value: Any, marks: tuple[Any, ...]) -> Any:
-    """The value of an option as a lineage record holds it; the one way into a record. No directory is part of it.
-
-    A path becomes its last component, and so does a string that names an existing file by an absolute path.
-    """
-    from llmkit.io.record import base_name
-
-    for mark in marks:
-        if isinstance(mark, Recorded):
-            value = mark.convert(value)
-    if isinstance(value, (list, tuple)):
-        return [recorded(item, ()) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)):
-        return base_name(value)
-    return value
 
 
 class Without:

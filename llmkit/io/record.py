@@ -117,6 +117,24 @@ def base_name(path: str | Path) -> str:
     return os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
 
 
+def recorded(value: Any, marks: tuple[Any, ...]) -> Any:
+    """The value of an option, with the marks of its annotation, as a record holds it; the one way into a record.
+
+    No directory is part of it: a path becomes its last component, and so does a string that names an existing file by
+    an absolute path.
+    """
+    from llmkit.options import Recorded
+
+    for mark in marks:
+        if isinstance(mark, Recorded):
+            value = mark.convert(value)
+    if isinstance(value, (list, tuple)):
+        return [recorded(item, ()) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)):
+        return base_name(value)
+    return value
+
+
 def join_notes(notes: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
     """The record in a stream's notes; for concatenated streams, one of command `cat` whose inputs are the parts."""
     headers = [content for kind, content in notes if kind == "header"]

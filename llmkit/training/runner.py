@@ -19,11 +19,11 @@ from typing import Any, cast
 
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions
-from llmkit.io.record import Input, Lineage
+from llmkit.io.record import Input, Lineage, recorded
 from llmkit.lineage.formats import describe_input
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.options import neutral_names, option_fields, recorded, toml_value, values_of
+from llmkit.options import neutral_names, option_fields, toml_value, values_of
 from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
 from llmkit.training.optim.schedule import Schedule

@@ -222,7 +222,7 @@ class Pipeline:
     def step_mix(self) -> None:
         sources = list(dict.fromkeys(self.shards() for _ in range(self.random.choice([1, 2]))))
         amounts = [self.random.choice(["0.5", "1"]) for _ in sources] if self.random.random() < 0.5 else []
-        words = [f"{source}:{amount}" for source, amount in zip(sources, amounts)] if amounts else sources
+        words = [f"{source}:{amount}" for source, amount in zip(sources, amounts, strict=False)] if amounts else sources
         form = self.random.choice(["", "--holdout 20%", "--plan", "--plan --holdout 20%", "--shuffle none"])
         output = self.new("mix", "")
         self.run(f"llmkit mix {' '.join(words)} {form} --seed {self.random.randint(0, 9)} -q -o {output}")

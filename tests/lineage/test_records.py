@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.cli.shared.options import NEUTRAL, neutral_options, signature
 from llmkit.cli.shared.table import COMMANDS, module_of
 from llmkit.errors import LlmkitError
-from llmkit.io.record import Input, Lineage, parse_record
+from llmkit.io.record import Input, Lineage, parse_record, recorded
 from llmkit.lineage.check import check
 from llmkit.lineage.fields import is_intact
 from llmkit.lineage.script import as_script
 from llmkit.lineage.tree import as_tree
-from llmkit.options import Recorded, marks_of, recorded
+from llmkit.options import Recorded, marks_of
 
 Call = Callable[..., subprocess.CompletedProcess[bytes]]
 PATHLIKE = ("FILE", "PATH", "DIR", "TOML", "MODEL", "DOCS", "INPUT", "[NAME=]PATH")
@@ -96,6 +96,7 @@ RECORDS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@settings(max_examples=30)
 @given(RECORDS)
 def test_a_malformed_record_is_no_internal_error(record: dict[str, Any]) -> None:
     """Property: fields of any type read as absent ones, or the record is refused with a LlmkitError."""

@@ -21,6 +21,7 @@ import typer
 from llmkit.cli.shared.configuration import environment_prefix, load_config, present_spelling
 from llmkit.cli.shared.invocation import Progress, Run
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.io.record import recorded
 from llmkit.options import (
     COMMON,
     Recorded,
@@ -31,7 +32,6 @@ from llmkit.options import (
     neutral_names,
     option_fields,
     parse_count,
-    recorded,
     toml_value,
 )
 
