@@ -38,6 +38,7 @@ MODEL = {
     "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64, "max_position_embeddings": 64,
     "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
 }  # fmt: skip
+NOT_POSSIBLE = (b"no tokens in this source", b"hold the same documents", b"one model is not enough")
 SLOW = {"train": 0.25, "anneal": 0.5, "average": 0.7, "quantize": 0.7}  # how often, where it is possible
 
 
@@ -84,6 +85,9 @@ class Pipeline:
     def run(self, command: str) -> None:
         self.commands.append(command)
         done = subprocess.run(["bash", "-c", command], cwd=self.directory, env=self.environment, capture_output=True)
+        if any(reason in done.stderr for reason in NOT_POSSIBLE):
+            self.commands.pop()
+            raise LookupError
         if done.returncode:
             raise RuntimeError(f"{command}\n{done.stderr.decode()[-800:]}")
 
