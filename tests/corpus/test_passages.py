@@ -17,7 +17,7 @@ from packed import files_of
 from rows import Rows, outcome_of
 
 from llmkit.corpus.dedup.kernels.hash_set import HashSet
-from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.normalise import normaliser
 from llmkit.corpus.dedup.passages import PassageDedup
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError, UsageError
@@ -39,7 +39,7 @@ def expected_texts(
 
     def key(passage: str) -> str | None:
         collapsed = " ".join(passage.split())
-        return (NORMALISERS.get(normalise)(passage) or collapsed) if len(collapsed) >= max(1, shortest) else None
+        return (normaliser(normalise)(passage) or collapsed) if len(collapsed) >= max(1, shortest) else None
 
     documents = Counter(name for text in texts for name in {key(passage) for passage in split(text)[::2]})
     boilerplate, seen, result = {key(entry) for entry in listed} - {None}, set(), []
