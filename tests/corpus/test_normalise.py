@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +124,11 @@ def test_marks_do_not_add_words(text: str) -> None:
     more if it ends with a mark."""
     text = "".join(c for c in text if not c.isdecimal() and c not in symbols()) + " end"
     assert len(comparable(DEFAULT)(text).split()) == len(normaliser("loose")(text).split())
+
+
+def test_symbols() -> None:
+    """Parity with Unicode's category Sm: every one is in the ranges that are looked through."""
+    assert symbols() == {c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Sm"}
 
 
 def test_names() -> None:

@@ -59,6 +59,7 @@ def tables(how: str, marks_first: bool) -> Tables:
     """The tables of a normalisation in which whitespace does not count; `marks_first`: of its comparable form."""
     parts, apply = normalise.parts_of(how), normalise.normaliser(how)
     assert "whitespace" in parts
+    digits = ZERO if "numbers" in parts else NUMBER
     table = np.zeros(0x110000, np.int32)
     entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
@@ -67,7 +68,9 @@ def tables(how: str, marks_first: bool) -> Tables:
         replacements = apply(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
         for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
             if old.isdecimal():
-                table[code] = ZERO if "numbers" in parts else NUMBER
+                table[code] = digits
+            elif old == new and not unicodedata.combining(old):
+                continue  # most characters
             elif "accents" in parts and any(map(unicodedata.combining, new)):
                 table[code] = NEEDS_REORDERING
             elif old != new:
