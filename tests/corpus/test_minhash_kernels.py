@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from llmkit.corpus.dedup.kernels import minhash, normalise
 from llmkit.corpus.dedup.normalise import DEFAULT, comparable
 
-FORMS = ["loose", DEFAULT, "whitespace", "accents,whitespace", "case,whitespace,numbers", "case,accents,whitespace,operators"]
+FORMS = [
+    "loose",
+    DEFAULT,
+    "whitespace",
+    "accents,whitespace",
+    "case,whitespace,numbers",
+    "case,accents,whitespace,operators",
+]
 loose = comparable("loose")
 
 PRIME = 2**61 - 1
@@ -113,7 +120,9 @@ def test_random_strings() -> None:
 
 
 @settings(deadline=None)
-@given(st.text() | st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.sampled_from([*FORMS, "case", "none"]))
+@given(
+    st.text() | st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.sampled_from([*FORMS, "case", "none"])
+)
 @example("ΑΣ ΑΣΑ Σ Α'Σ'", "loose")
 @example("1.2.3 1,,2 1.a ٣٫१ 1.\u03014", "whitespace")
 @example("x\U0001d16d\U0001d165\u302e", "loose")
@@ -168,7 +177,13 @@ def test_shingles_are_the_distinct_word_n_grams(ngram: int, kinds: int) -> None:
 
 def test_shingles_of_characters() -> None:
     """Parity with a set of Python strings, for characters of any width."""
-    texts = ["人人生而自由,在尊严和权利上一律平等。", "人人生而自由,在尊严和权力上一律平等。", "aé🙂人" * 9, "four", "日本語"]
+    texts = [
+        "人人生而自由,在尊严和权利上一律平等。",
+        "人人生而自由,在尊严和权力上一律平等。",
+        "aé🙂人" * 9,
+        "four",
+        "日本語",
+    ]
     sets = [{text[i : i + 4] for i in range(len(text) - 3)} for text in texts]
     shingles = [sketch(text, 4, how="none", characters=True).shingles for text in texts]
     assert [len(values) for values in shingles] == [len(grams) for grams in sets]

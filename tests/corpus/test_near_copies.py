@@ -47,7 +47,8 @@ def log(random_: random.Random) -> str:
 
 def table(random_: random.Random) -> str:
     return "| item | price | sold |\n|---|---|---|\n" + "\n".join(
-        f"| item {name} | {random_.uniform(-90, 90):.2f} | {random_.randint(10, 99)} % |" for name in "abcdefghijklmnop" * 3
+        f"| item {name} | {random_.uniform(-90, 90):.2f} | {random_.randint(10, 99)} % |"
+        for name in "abcdefghijklmnop" * 3
     )
 
 
@@ -64,7 +65,9 @@ KINDS: list[Text] = [exercises, log, table, code]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [{}, {"clusters": "components"}, {"keep": "longest", "engine": Local(2)}, {"method": "exact"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"clusters": "components"}, {"keep": "longest", "engine": Local(2)}, {"method": "exact"}]
+)
 def test_texts_that_differ_in_every_number_or_operator_stay(kind: Text, more: dict[str, Any]) -> None:
     """Property: long texts of the same words, with other numbers or operators throughout, are all kept; `loose` makes
     them one."""
@@ -102,13 +105,23 @@ def test_one_number_in_a_page_and_in_a_line() -> None:
     """Behaviour: a number counts as one word: edited in a page it leaves a near copy, in a line it does not."""
     page = prose(300, "page")
     for length, kept in ((300, 1), (20, 2)):
-        rows = texts_to_rows(" ".join([*page[: length // 2], number, *page[length // 2 : length]]) for number in ("7", "35"))
+        rows = texts_to_rows(
+            " ".join([*page[: length // 2], number, *page[length // 2 : length]]) for number in ("7", "35")
+        )
         assert len(deduplicate(rows, near=MinHash())[0]) == kept
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("x = 1", "x = 2"), ("3 - 2", "3 + 2"), ("a < b", "a > b"), ("1.5 kg", "15 kg"), ("a ≠ b", "a = b"), ("+", "*"), ("-5", "5")],
+    [
+        ("x = 1", "x = 2"),
+        ("3 - 2", "3 + 2"),
+        ("a < b", "a > b"),
+        ("1.5 kg", "15 kg"),
+        ("a ≠ b", "a = b"),
+        ("+", "*"),
+        ("-5", "5"),
+    ],
 )
 def test_short_texts(one: str, other: str) -> None:
     """Behaviour: texts without shingles are compared whole, numbers and operators included."""
@@ -156,7 +169,9 @@ def _reader(texts: list[str]) -> Any:
 
 def write(path: Path, texts: list[str], start: int = 0) -> None:
     rows = texts_to_rows(texts)
-    path.write_bytes(b"".join(orjson.dumps(row | {"id": f"{path.stem}{i}"}) + b"\n" for i, row in enumerate(rows, start)))
+    path.write_bytes(
+        b"".join(orjson.dumps(row | {"id": f"{path.stem}{i}"}) + b"\n" for i, row in enumerate(rows, start))
+    )
 
 
 def test_nights_with_other_numbers(llmkit_here, tmp_path: Path) -> None:
@@ -174,7 +189,9 @@ def test_nights_with_other_numbers(llmkit_here, tmp_path: Path) -> None:
         rejects = rows_of(tmp_path / jobs / "r1.jsonl.zst")
         assert [row["duplicate_of"] for row in rejects] == [f"n0{i}" for i in range(8)]
     for name in ("n0", "n1", "r0", "r1"):
-        assert (tmp_path / "1" / f"{name}.jsonl.zst").read_bytes() == (tmp_path / "2" / f"{name}.jsonl.zst").read_bytes()
+        assert (tmp_path / "1" / f"{name}.jsonl.zst").read_bytes() == (
+            tmp_path / "2" / f"{name}.jsonl.zst"
+        ).read_bytes()
 
 
 def test_an_index_keeps_its_normalisation(llmkit_here, tmp_path: Path) -> None:
@@ -191,14 +208,14 @@ def test_an_index_keeps_its_normalisation(llmkit_here, tmp_path: Path) -> None:
         settings_ = json.loads(text)
         assert settings_.pop("minhash normalise") == "loose" and settings_.pop("shingle") == "words"
         sql.execute("UPDATE llmkit SET settings = ?", [json.dumps(settings_)])  # as a former version wrote it
-    call = ("dedup", "b.jsonl", "--index", "i.duckdb", "-o", "b.jsonl.zst")
-    done = llmkit_here(*call, cwd=tmp_path)
+    later = ("dedup", "b.jsonl", "--index", "i.duckdb", "-o", "b.jsonl.zst")
+    done = llmkit_here(*later, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 2, done.stderr
     assert b"i.duckdb was made with minhash normalise loose" in done.stderr and b"use --normalise loose" in done.stderr
-    done = llmkit_here(*call, "--normalise", "loose", "--shingle", "characters", cwd=tmp_path)
+    done = llmkit_here(*later, "--normalise", "loose", "--shingle", "characters", cwd=tmp_path)
     assert done.returncode == 1 and b"shingle words, this call has characters" in done.stderr
     every = "numbers,operators,punctuation,whitespace,accents,case"
-    done = llmkit_here(*call, "--normalise", every, "--rejects", "r.jsonl", cwd=tmp_path)
+    done = llmkit_here(*later, "--normalise", every, "--rejects", "r.jsonl", cwd=tmp_path)
     assert done.returncode == 0 and [row["id"] for row in rows_of(tmp_path / "b.jsonl.zst")] == ["b1"], done.stderr
     row = orjson.loads((tmp_path / "r.jsonl").read_bytes())
     assert row["duplicate_of"] == "a0" and "--normalise loose" in row["rule"]
@@ -210,11 +227,15 @@ def test_rejects_and_record_tell_the_rule(llmkit_here, tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", [body, body, body.upper(), f"{body}\n{body}"])
 
     def rules(*arguments: str) -> tuple[set[str], dict[str, Any]]:
-        done = llmkit_here("dedup", "d.jsonl", "-f", "-o", "o.jsonl.zst", "--rejects", "r.jsonl", *arguments, cwd=tmp_path)
+        done = llmkit_here(
+            "dedup", "d.jsonl", "-f", "-o", "o.jsonl.zst", "--rejects", "r.jsonl", *arguments, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         record = read_lineage(tmp_path / "o.jsonl.zst")
         assert record is not None
-        return {orjson.loads(line)["rule"] for line in (tmp_path / "r.jsonl").read_bytes().splitlines()}, record["options"]
+        return {orjson.loads(line)["rule"] for line in (tmp_path / "r.jsonl").read_bytes().splitlines()}, record[
+            "options"
+        ]
 
     standard = "--normalise case,accents,whitespace,punctuation --shingle words --ngram 5 --threshold 0.75"
     found, options = rules()
@@ -224,7 +245,9 @@ def test_rejects_and_record_tell_the_rule(llmkit_here, tmp_path: Path) -> None:
     before = (tmp_path / "o.jsonl.zst").read_bytes()
     assert rules(*found.pop().split())[0] and (tmp_path / "o.jsonl.zst").read_bytes() == before
     found, options = rules("--preset", "tables", "--ngram", "2")
-    assert found == {"--method minhash --normalise case,whitespace,punctuation --shingle words --ngram 2 --threshold 0.9"}
+    assert found == {
+        "--method minhash --normalise case,whitespace,punctuation --shingle words --ngram 2 --threshold 0.9"
+    }
     assert (options["preset"], options["ngram"], options["threshold"]) == ("tables", 2, 0.9)
     assert rules("--method", "exact")[0] == {"--method exact --normalise none"}
     assert rules("--method", "exact", "--no-counts", "--normalise", "case")[0] == {"--method exact --normalise case"}

@@ -59,13 +59,13 @@ def test_single_spaces(text: str) -> None:
 
 # Text, and what datatrove 0.10.1 makes of it by default.
 DATATROVE = [
-    ('Tom has 3.14 apples, 1,000 pears & 7% more!', 'tom has 0 apples 0 pears 0 more'),
-    ('v1.2.3 ≠ ٣٫١٤', 'v0 0 = 0'),
-    ('Ünïcode — “quotes” … a+b*c/d=e', 'unicode quotes a b c d e'),
-    ('日本語。１２ ％ ～', '日本語 0'),
-    ('def f(x): return x ** -2  # note\n\tpass', 'def f x return x 0 note pass'),
-    ('ΣΊΣΥΦΟΣ İstanbul', 'σισυφος istanbul'),
-    ('a_b-c  \x00 d\xa0e', 'a b c d e'),
+    ("Tom has 3.14 apples, 1,000 pears & 7% more!", "tom has 0 apples 0 pears 0 more"),
+    ("v1.2.3 ≠ ٣٫١٤", "v0 0 = 0"),
+    ("Ünïcode — “quotes” … a+b*c/d=e", "unicode quotes a b c d e"),
+    ("日本語。１２ ％ ～", "日本語 0"),
+    ("def f(x): return x ** -2  # note\n\tpass", "def f x return x 0 note pass"),
+    ("ΣΊΣΥΦΟΣ İstanbul", "σισυφος istanbul"),
+    ("a_b-c  \x00 d\xa0e", "a b c d e"),
 ]
 PARTS = ["case", "accents", "whitespace", "punctuation", "operators", "numbers"]
 DIFFERENCES = {
@@ -89,7 +89,10 @@ def test_each_part_makes_its_difference_equal_and_no_other(part: str) -> None:
     assert normaliser("loose")(one) == normaliser("loose")(other)
 
 
-@given(st.sets(st.sampled_from(PARTS)), st.text() | st.lists(st.sampled_from(["a", "É", "1.5", " ", "\n", "+", "(", "≠", "x_y"])).map("".join))
+@given(
+    st.sets(st.sampled_from(PARTS)),
+    st.text() | st.lists(st.sampled_from(["a", "É", "1.5", " ", "\n", "+", "(", "≠", "x_y"])).map("".join),
+)
 def test_normalisation_is_idempotent(parts: set[str], text: str) -> None:
     """Property: what is normalised already stays as it is, except that letters without accents may form new pairs."""
     how = ",".join(parts) or "none"

@@ -52,7 +52,9 @@ def parts_of(how: str) -> frozenset[str]:
     names = [name.strip() for name in how.split(",")]
     for name in names:
         if name in (NONE, LOOSE):
-            raise UsageError(f"--normalise {how}: {name} stands alone", "use it alone, or list parts: " + ", ".join(PARTS))
+            raise UsageError(
+                f"--normalise {how}: {name} stands alone", "use it alone, or list parts: " + ", ".join(PARTS)
+            )
         if name not in PARTS:
             raise unknown_name("normalisation", name, [NONE, LOOSE, *PARTS])
     return frozenset(names)
@@ -92,7 +94,9 @@ def counted_marks(parts: frozenset[str]) -> frozenset[str]:
 def _without_accents(text: str, kept: frozenset[str]) -> str:
     """Canonical decomposition without nonspacing marks, except for the characters `kept`."""
     pieces = re.split(f"([{re.escape(''.join(sorted(kept)))}])", text) if kept else [text]
-    decomposed = (p if i % 2 else unicodedata.normalize("NFD", p).translate(_WITHOUT_MARKS) for i, p in enumerate(pieces))
+    decomposed = (
+        p if i % 2 else unicodedata.normalize("NFD", p).translate(_WITHOUT_MARKS) for i, p in enumerate(pieces)
+    )
     return "".join(decomposed)
 
 

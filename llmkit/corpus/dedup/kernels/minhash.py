@@ -191,9 +191,7 @@ def band_keys(signature, bands):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def sketch_of(data, finished, fast, table, pool, ngram, characters, ab, bands, bits):  # type: ignore[no-untyped-def]
-    """The fields of `Sketch` for UTF-8 `data`, whose normalisation may be `finished` already, and whether the kernel can
-    do it.
-    """
+    """The fields of `Sketch` for UTF-8 `data`, normalised already if `finished`, and whether the kernel can do it."""
     done = True
     if finished:
         text = data.copy()

@@ -1,4 +1,4 @@
-"""Normalisation of texts before they are compared (dedup/normalise.py) over UTF-8, compiled: the same bytes for every text.
+"""Normalisation before texts are compared (dedup/normalise.py) over UTF-8, compiled: the same bytes for every text.
 
 `normalised(data, *tables(how, marks_first))` returns the normalised text and whether it is complete; for normalisations
 in which whitespace does not count. The result for a single character is taken from the Python function, so that the
@@ -88,7 +88,9 @@ def tables(how: str, marks_first: bool) -> Tables:
 
 def utf8(text: str, how: str) -> Bytes:
     """The bytes of a text for the kernel, lower-cased if it contains a capital sigma and case does not count."""
-    return np.frombuffer((text.lower() if "Σ" in text and "case" in normalise.parts_of(how) else text).encode(), np.uint8)
+    return np.frombuffer(
+        (text.lower() if "Σ" in text and "case" in normalise.parts_of(how) else text).encode(), np.uint8
+    )
 
 
 @kernel

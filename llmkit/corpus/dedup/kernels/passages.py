@@ -73,8 +73,8 @@ def collapse(data, start, stop, classes, out):  # type: ignore[no-untyped-def]
 def hashes_of(data, paragraphs, mode, min_characters, classes, fast, table, pool):  # type: ignore[no-untyped-def]
     """(hash of each passage, True), or False as the second value if the Python normalisation must process the text.
 
-    `min_characters` counts characters after whitespace is collapsed. `classes` are character classes; `fast`, `table` and
-    `pool` are the tables of a normalisation, used in `mode` MORE.
+    `min_characters` counts characters after whitespace is collapsed. `classes` are character classes; `fast`, `table`
+    and `pool` are the tables of a normalisation, used in `mode` MORE.
     """
     starts, stops = spans(data, paragraphs)
     hashes, out = np.zeros(len(starts), np.uint64), np.empty(len(data) + 1, np.uint8)
