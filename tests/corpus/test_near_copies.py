@@ -214,6 +214,9 @@ def test_an_index_keeps_its_normalisation(llmkit_here, tmp_path: Path) -> None:
     assert b"i.duckdb was made with minhash normalise loose" in done.stderr and b"use --normalise loose" in done.stderr
     done = llmkit_here(*later, "--normalise", "loose", "--shingle", "characters", cwd=tmp_path)
     assert done.returncode == 1 and b"shingle words, this call has characters" in done.stderr
+    # The run is the one that a former version entered: repeated, it does not meet its own documents.
+    (tmp_path / "a.jsonl.zst").unlink()
+    assert llmkit_here(*call, cwd=tmp_path).returncode == 0 and len(rows_of(tmp_path / "a.jsonl.zst")) == 1
     every = "numbers,operators,punctuation,whitespace,accents,case"
     done = llmkit_here(*later, "--normalise", every, "--rejects", "r.jsonl", cwd=tmp_path)
     assert done.returncode == 0 and [row["id"] for row in rows_of(tmp_path / "b.jsonl.zst")] == ["b1"], done.stderr

@@ -69,7 +69,7 @@ TEXTS = st.lists(st.lists(PIECES, max_size=12).map("".join), max_size=10)
 
 
 @pytest.mark.parametrize("by", ["lines", "paragraphs"])
-@pytest.mark.parametrize("normalise", ["none", "whitespace", "loose"])
+@pytest.mark.parametrize("normalise", ["none", "whitespace", "loose", "case", "accents,whitespace,numbers"])
 @settings(deadline=None, max_examples=60)
 @given(TEXTS, st.sampled_from([0, 2, 3]), st.sampled_from([1, 2, 4]))
 @example(["x\n\ny", "", "\n", "y\n\n", "\n\ny"], 0, 1)

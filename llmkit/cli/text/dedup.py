@@ -155,7 +155,10 @@ def main(
             from llmkit.corpus.dedup.index import Index, settings_of
 
             two_pass = cast("TwoPassDedup", stage)
-            index_options = dict(run.options) | {"seen": [item.digest for item in run.lineage().inputs]}
+            # All runs share the form of the shingles, so it does not identify one; former versions did not record it.
+            shared = {"shingle", "normalise"} if two_pass.near and not two_pass.exact else {"shingle"}
+            index_options = {name: value for name, value in run.options.items() if name not in shared}
+            index_options["seen"] = [item.digest for item in run.lineage().inputs]
             run.options["index"] = os.path.basename(indexing.index)
             index_settings = settings_of(two_pass.near, two_pass.exact, indexing.index_full)
             index_settings |= {"group": survivors.group}
