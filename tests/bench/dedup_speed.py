@@ -24,7 +24,7 @@ from filter_parity import REQUIREMENTS
 from filter_speed import documents
 from peers import asked, call, compete, ratios, rows_of, spread, store
 
-from llmkit.corpus.dedup.normalise import loose
+from llmkit.corpus.dedup.normalise import LOOSE, normaliser
 
 PEERS = {
     "datatrove": [*REQUIREMENTS, "datatrove[processing]==0.10.1"],
@@ -130,7 +130,7 @@ def corpus(shared: Path) -> list[dict[str, str]]:
 
 
 def grams(text: str) -> frozenset[str]:
-    words = loose(text).split(" ")
+    words = normaliser(LOOSE)(text).split(" ")
     return frozenset(" ".join(words[i : i + 5]) for i in range(len(words) - 4))
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from peers import SHARED, call, in_turn, seconds
 
 from llmkit.corpus.dedup.kernels import minhash, normalise
+from llmkit.corpus.dedup.normalise import DEFAULT
 
 BANDS, ROWS, NGRAM = 14, 8, 5
 FIRST_SEED, PAIRS_A_DRAW = 715_517_000, 100
@@ -72,18 +73,18 @@ def recall(
 def throughput(texts: list[str], rounds: int) -> dict[str, list[float]]:
     """MB of text a CPU second for each step, `rounds` figures each; all steps in turn in every round."""
     f32, f61 = (minhash.functions(0, BANDS * ROWS, bits) for bits in (32, 61))
-    tables = normalise.tables()
-    data = [normalise.utf8(text) for text in texts]
-    normal = [normalise.loose(one, *tables)[0].copy() for one in data]
-    hashes = [minhash.shingle_hashes(one, NGRAM) for one in normal]
+    tables = normalise.tables(DEFAULT, True)
+    data = [normalise.utf8(text, DEFAULT) for text in texts]
+    normal = [normalise.normalised(one, *tables)[0].copy() for one in data]
+    hashes = [minhash.shingle_hashes(one, NGRAM, False) for one in normal]
     upper = [(one >> np.uint64(32)).astype(np.uint32) for one in hashes]
     wide = [one >> np.uint64(3) for one in hashes]
     shingles = [minhash.distinct(one.copy()) for one in upper]
     signatures = [minhash.least_32(one, f32) for one in shingles]
     steps: dict[str, tuple[list, Callable[..., object]]] = {
-        "UTF-8 of Python's string": (texts, normalise.utf8),
-        "normalisation": (data, lambda one: normalise.loose(one, *tables)),
-        "hashes of 5-grams": (normal, lambda one: minhash.shingle_hashes(one, NGRAM)),
+        "UTF-8 of Python's string": (texts, lambda text: normalise.utf8(text, DEFAULT)),
+        "normalisation": (data, lambda one: normalise.normalised(one, *tables)),
+        "hashes of 5-grams": (normal, lambda one: minhash.shingle_hashes(one, NGRAM, False)),
         "the distinct ones, ascending": (upper, lambda one: minhash.distinct(one.copy())),
         "signature, 112 of 32 bits": (shingles, lambda one: minhash.least_32(one, f32)),
         "signature, 112 of 61 bits": (wide, lambda one: minhash.least_61(one, f61)),
@@ -112,7 +113,7 @@ def main() -> None:
     )
     print(f"`{call()}`")
     found = [minhash.sketch(text, NGRAM, functions, BANDS, 32).normalised for text in texts]
-    hashes = [np.unique(minhash.shingle_hashes(one, NGRAM)) for one in found]
+    hashes = [np.unique(minhash.shingle_hashes(one, NGRAM, False)) for one in found]
     sets = [one for one in hashes if 60 <= len(one) <= 3000]
     print(
         f"\nRecall before verification: {given.pairs:,} pairs a bin and column, from the {len(sets):,} documents with 60 to 3,000 shingles (median "

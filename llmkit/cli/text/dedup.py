@@ -21,7 +21,8 @@ from llmkit.cli.shared.document_command import (
 )
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
-from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods
+from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods, with_preset
+from llmkit.corpus.dedup.normalise import DEFAULT, name_of, parts_of
 from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
         "llmkit dedup docs.jsonl.zst --rejects copies.jsonl.zst -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --method exact --no-counts --plain | wc -l",
         "llmkit filter docs.jsonl.zst | llmkit dedup --threshold 0.8 --keep longest -o unique.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --preset code --rejects copies.jsonl.zst -o unique.jsonl.zst",
+        "llmkit dedup docs.jsonl.zst --normalise loose -o unique.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --against heldout.jsonl -o new.jsonl.zst",
         "llmkit dedup docs.jsonl.zst --index seen.duckdb -o new.jsonl.zst",
         "llmkit dedup --index seen.duckdb --stats",
@@ -65,16 +68,23 @@ def main(
 ) -> None:
     """Remove duplicates. One document of each cluster is kept, by default the first in input order.
 
-    minhash finds documents that share most of their word 5-grams, regardless of case, punctuation, numbers and
-    diacritics. Candidates are found by 112 hash functions in 14 bands of 8 (other bands for other thresholds) and
-    verified: every removed document has a kept one whose Jaccard similarity is at least --threshold. Pairs just above
-    the threshold may be missed, equal texts never. Texts of fewer than 5 words are compared as a whole, after the same
-    normalisation. exact compares texts, or a field, unchanged or after --normalise; documents without the field are
-    kept.
+    minhash finds documents that share most of their word 5-grams, regardless of case, diacritics and the marks of
+    prose. Numbers and operators (+ - * / % = < > & | ^ ~) count as words do: a page in which one number was edited is a
+    near copy, a table with other numbers or a function with other operators is not. Candidates are found by 112 hash
+    functions in 14 bands of 8 (other bands for other thresholds) and verified: every removed document has a kept one
+    whose Jaccard similarity is at least --threshold. Pairs just above the threshold may be missed, equal texts never.
+    Texts of fewer than 5 words are compared as a whole, after the same normalisation. exact compares texts, or a field,
+    unchanged or after --normalise; documents without the field are kept.
+
+    --normalise lists what makes no difference; loose is all of it, as in datatrove's MinHash and FineWeb, where all
+    numbers are equal. With exact,minhash it applies to both. --preset prose ignores operators too, such as the marks of
+    Markdown; code ignores whitespace only, at a threshold of 0.85; tables compares 3-grams that keep accents and
+    operators, at 0.9. Languages without spaces need --shingle characters.
 
     The survivor of a cluster gets the fields `duplicates` (number of documents in the cluster, itself included; numbers
     from earlier runs add up) and `cluster`; with --annotate the other documents get `cluster` too. --rejects writes the
-    removed documents with `reason`, `duplicate_of` (id of the kept document) and `similarity`.
+    removed documents with `reason`, `duplicate_of` (id of the kept document), `similarity`, and `rule`: the options
+    that made them duplicates.
 
     --index keeps a DuckDB file across runs: documents of earlier runs always win. A run is added once its output is
     complete and in place. If it is killed before, nothing of it is in the index, and repeating it makes the same
@@ -101,6 +111,7 @@ def main(
         _show_index(run, indexing.index)
         return
     methods = select_methods(method, options)
+    _record(run, [each.name for each in methods], with_preset(options))
     if indexing.index and survivors.clusters != "stars":
         raise UsageError("--index requires --clusters stars", "components would chain through all earlier runs")
     if indexing.index and not options.minhash.verify:
@@ -145,7 +156,10 @@ def main(
             from llmkit.corpus.dedup.index import Index, settings_of
 
             two_pass = cast("TwoPassDedup", stage)
-            index_options = dict(run.options) | {"seen": [item.digest for item in run.lineage().inputs]}
+            # All runs share the form of the shingles, so it does not identify one; former versions did not record it.
+            shared = {"shingle", "normalise"} if two_pass.near and not two_pass.exact else {"shingle"}
+            index_options = {name: value for name, value in run.options.items() if name not in shared}
+            index_options["seen"] = [item.digest for item in run.lineage().inputs]
             run.options["index"] = os.path.basename(indexing.index)
             index_settings = settings_of(two_pass.near, two_pass.exact, indexing.index_full)
             index_settings |= {"group": survivors.group}
@@ -173,6 +187,16 @@ def main(
         share = 100 * counts["characters_cut"] / max(1, counts["characters"])
         verb = f"edited {counts['edited']:,}, cut {share:.1f} % of the characters, removed"
     run.finish(counts, summary_line(run, counts, verb))
+
+
+def _record(run: Run, methods: list[str], options: DedupOptions) -> None:
+    """Record in the lineage the options of minhash as they follow from --preset and the defaults."""
+    near = options.minhash
+    run.options |= {"threshold": near.threshold, "ngram": near.ngram}
+    if "minhash" in methods:
+        run.options["shingle"] = near.shingle
+    if methods == ["minhash"]:  # exact has another default
+        run.options["normalise"] = name_of(parts_of(options.normalising.normalise or DEFAULT))
 
 
 def _show_index(run: Run, path: str) -> None:

@@ -113,6 +113,11 @@ class EditingDedup(DedupCounts):
     engine: Engine = field(default_factory=Local)
     temporary: str | None = None
 
+    @property
+    def rule(self) -> str:
+        """The rule by which repeats are cut, as options of the command."""
+        raise NotImplementedError
+
     def measure_chunks(self, reader: DocumentReader, measure: MeasureText) -> Iterator[ChunkPieces]:
         """Measure the documents of a reader, chunk by chunk."""
         for chunk in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
@@ -162,6 +167,6 @@ class EditingDedup(DedupCounts):
                 self.dropped[reason] += 1
                 self.characters_cut += len(before)
                 if self.rejects:
-                    rejects.append(with_fields(line, {"reason": reason}))
+                    rejects.append(with_fields(line, {"reason": reason, "rule": self.rule}))
         self.kept += len(kept)
         return b"".join(kept), b"".join(rejects)

@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.normalise import name_of, normaliser, parts_of
 from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields, with_fields
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, iter_documents
@@ -26,7 +26,7 @@ from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOp
 
 def stored_key(text: str, normalise: str = "none") -> bytes:
     """16-byte key of a normalised text, as stored in an index."""
-    normalised = NORMALISERS.get(normalise)(text) or text
+    normalised = normaliser(normalise)(text) or text
     return xxhash.xxh3_128_digest(normalised.encode("utf-8", "surrogatepass"))
 
 
@@ -35,7 +35,7 @@ def transient_key(text: str, normalise: str = "none") -> bytes:
 
     It hashes UTF-32, which is the string's memory widened, whereas UTF-8 has to be encoded character by character.
     """
-    normalised = NORMALISERS.get(normalise)(text) or text
+    normalised = normaliser(normalise)(text) or text
     if normalised.isascii():
         return xxhash.xxh3_128_digest(normalised.encode())
     # Another seed, because the bytes of an ASCII text may be the UTF-32 bytes of another one.
@@ -54,7 +54,13 @@ class Exact:
     normalise: str = "none"
 
     def __post_init__(self) -> None:
-        NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
+        name = name_of(parts_of(self.normalise))  # unknown name: UsageError before any work
+        object.__setattr__(self, "normalise", name)
+
+    @property
+    def rule(self) -> str:
+        """The rule by which documents are removed, as options of the command."""
+        return f"--method exact --normalise {self.normalise}" + (f" --key {self.key}" if self.key else "")
 
     def key_of(self, document: Document, hash_text: Callable[[str, str], bytes] = stored_key) -> bytes | None:
         """The document's key of 16 bytes; None if the field is missing or null."""
@@ -115,7 +121,8 @@ class StreamingDedup(DedupCounts):
                     if key is not None:
                         seen[key] = chunk.ids[i] if self.rejects else None
                 elif self.rejects:
-                    rejects.append(with_fields(line, duplicate_fields("exact", seen[key], 1.0)))
+                    fields = duplicate_fields("exact", seen[key], 1.0) | {"rule": self.exact.rule}
+                    rejects.append(with_fields(line, fields))
             self.documents += len(chunk.lines)
             self.kept += len(kept)
             self.lacking["--key"] += chunk.keys.count(None)

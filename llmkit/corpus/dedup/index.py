@@ -36,11 +36,13 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
+from llmkit.corpus.dedup.normalise import LOOSE
 from llmkit.errors import LlmkitError, LockedError
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
 MAX_RECORDS = 1 << 18  # characters of the records of earlier runs in that of a new run
+FORMER_SETTINGS = {"shingle": "words", "minhash normalise": LOOSE}  # of indexes that do not record them
 MATCHES_PER_KEY = 16  # earliest indexed documents with a band key that are compared
 Columns = dict[str, NDArray[Any]]
 
@@ -50,7 +52,7 @@ def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[s
     settings: dict[str, Any] = {"version": VERSION, "minhash": near is not None, "exact": exact is not None}
     if near:
         settings |= {name: getattr(near, name) for name in ("ngram", "bands", "rows", "bits", "seed")}
-        settings["signature bits"] = 32 if full else 8
+        settings |= {"signature bits": 32 if full else 8, "shingle": near.unit, "minhash normalise": near.normalise}
     if exact:
         settings |= {"key": exact.key, "normalise": exact.normalise}
     return settings
@@ -112,10 +114,12 @@ class Index:
         (text,) = self._sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
         stored: dict[str, Any] = json.loads(text)
         for name, value in (expected or {"version": VERSION}).items():
-            if stored.get(name) != value:
+            made_with = stored.get(name, FORMER_SETTINGS.get(name))
+            if made_with != value:
+                option = f"--normalise {made_with}" if name == "minhash normalise" else "the same options"
                 raise LlmkitError(
-                    f"{self.path} was made with {name} {stored.get(name)}, this call has {value}",
-                    "use the same options, or start a new index under another name",
+                    f"{self.path} was made with {name} {made_with}, this call has {value}",
+                    f"use {option}, or start a new index under another name",
                 )
         return stored
 

@@ -58,11 +58,15 @@ class Decisions(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What is written: `rejects` are returned, or everything is kept and annotated; survivors get their `counts`."""
+    """What is written: `rejects` are returned, or everything is kept and annotated; survivors get their `counts`.
+
+    `rules`: the rule that each of REASONS stands for, written on rejects.
+    """
 
     annotate: bool = False
     rejects: bool = False
     counts: bool = True
+    rules: tuple[str, ...] = ("", "", "")
 
     @property
     def ids(self) -> bool:
@@ -101,7 +105,7 @@ def render_chunk(output: OutputOptions, packed: bytes, chunk: ChunkDecisions) ->
         if not survives and output.ids:
             fields |= duplicate_fields(REASONS[reason], next(ids), None if similarity < 0 else similarity)
             if not output.annotate:
-                rejects.append(with_fields(line, fields))
+                rejects.append(with_fields(line, fields | {"rule": output.rules[reason]}))
         if survives or output.annotate:
             kept.append(with_fields(line, fields) if fields else line)
     return ChunkResult(b"".join(kept), b"".join(rejects), [], 0)

@@ -10,12 +10,13 @@ Compiled kernels are imported by the functions that build a method, so that --he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from llmkit.corpus.dedup.normalise import DEFAULT
 from llmkit.errors import UsageError, unknown_name
 from llmkit.options import COMMON, NEUTRAL, count_option
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _survivor = partial(typer.Option, rich_help_panel="Survivors")
 _near = partial(typer.Option, rich_help_panel="Near duplicates (minhash)")
 _exact = partial(typer.Option, rich_help_panel="Exact duplicates (exact)")
+_compared = partial(typer.Option, rich_help_panel="What does not count (all but substring)")
 _index = partial(typer.Option, rich_help_panel="Documents of earlier runs")
 PASSAGES = "Repeats inside texts (lines, paragraphs, substring)"
 _passage = partial(typer.Option, rich_help_panel=PASSAGES)
@@ -88,11 +90,35 @@ class CountOptions:
 class MinHashOptions:
     """Near duplicates."""
 
-    threshold: Annotated[float, _near("--threshold", help="Minimum similarity of duplicates, 0 to 1"), COMMON] = 0.75
+    preset: Annotated[
+        str | None,
+        _near(
+            "--preset",
+            metavar="NAME",
+            help="Defaults of --threshold, --normalise and --ngram for a kind of text: prose, code or tables",
+        ),
+        COMMON,
+    ] = None
+    threshold: Annotated[
+        float | None,
+        _near("--threshold", help="Minimum similarity of duplicates, 0 to 1 (default: 0.75, or by preset)"),
+        COMMON,
+    ] = None
     verify: Annotated[
-        bool, _near("--verify/--no-verify", help="Verify candidates by the true similarity of their 5-grams")
+        bool, _near("--verify/--no-verify", help="Verify candidates by the true similarity of their shingles")
     ] = True
-    ngram: Annotated[int, _near("--ngram", help="Words per shingle")] = 5
+    shingle: Annotated[
+        str | None,
+        _near(
+            "--shingle",
+            metavar="UNIT",
+            help="Units of shingles: words (default), or characters for languages without spaces",
+        ),
+        COMMON,
+    ] = None
+    ngram: Annotated[
+        int | None, _near("--ngram", help="Words or characters per shingle (default: 5, or by preset)")
+    ] = None
     bands: Annotated[int | None, _near("--bands", help="Bands of the signature (default: by threshold)")] = None
     rows: Annotated[int | None, _near("--rows", help="Hash functions per band (default: by threshold)")] = None
     bits: Annotated[int, _near("--bits", help="Width of the hash functions: 32, or 61 (slower)")] = 32
@@ -115,11 +141,12 @@ class NormaliseOptions:
 
     normalise: Annotated[
         str | None,
-        _exact(
+        _compared(
             "--normalise",
-            metavar="HOW",
-            help="Normalisation before comparing: none (default for texts), whitespace (default for lines, paragraphs)"
-            " or loose",
+            metavar="PARTS",
+            help="What makes no difference: case, accents, whitespace, punctuation, operators, numbers, separated by"
+            " commas; none; or loose, all of them. Default: none for exact, whitespace for lines and paragraphs,"
+            " case,accents,whitespace,punctuation for minhash",
         ),
         COMMON,
     ] = None
@@ -202,6 +229,40 @@ class DedupOptions:
     storage: StorageOptions = field(default_factory=StorageOptions)
 
 
+class Preset(NamedTuple):
+    """Defaults of minhash for a kind of text."""
+
+    normalise: str
+    ngram: int = 5
+    threshold: float = 0.75
+
+
+STANDARD = Preset(DEFAULT)
+PRESETS = {
+    "prose": Preset("case,accents,whitespace,punctuation,operators"),  # marks of Markdown do not count
+    "code": Preset("whitespace", threshold=0.85),  # every mark and capital counts; the threshold of The Stack
+    "tables": Preset("case,whitespace,punctuation", ngram=3, threshold=0.9),  # short runs: one cell, few shingles
+}
+
+
+def with_preset(options: DedupOptions) -> DedupOptions:
+    """The options with those of minhash that were not given set by its preset. UsageError for an unknown preset."""
+    near = options.minhash
+    if near.preset is not None and near.preset not in PRESETS:
+        raise unknown_name("preset", near.preset, sorted(PRESETS))
+    preset = PRESETS[near.preset] if near.preset else STANDARD
+    return replace(
+        options,
+        minhash=replace(
+            near,
+            threshold=preset.threshold if near.threshold is None else near.threshold,
+            ngram=preset.ngram if near.ngram is None else near.ngram,
+            shingle=near.shingle or "words",
+        ),
+        normalising=NormaliseOptions(options.normalising.normalise or preset.normalise),
+    )
+
+
 @dataclass(frozen=True)
 class StageSettings:
     """What a method needs besides its options. `boilerplate`: the files that --boilerplate names."""
@@ -236,7 +297,9 @@ def _build_exact(options: DedupOptions, settings: StageSettings) -> Exact:
 def _build_minhash(options: DedupOptions, settings: StageSettings) -> MinHash:
     from llmkit.corpus.dedup.minhash import MinHash, bands_for
 
+    options = with_preset(options)
     near = options.minhash
+    assert near.threshold is not None and near.ngram is not None and near.shingle is not None
     bands, rows = bands_for(near.threshold) if 0 < near.threshold <= 1 else (1, 1)  # MinHash rejects other thresholds
     return MinHash(
         near.threshold,
@@ -246,6 +309,8 @@ def _build_minhash(options: DedupOptions, settings: StageSettings) -> MinHash:
         rows=rows if near.rows is None else near.rows,
         seed=settings.seed,
         bits=near.bits,
+        unit=near.shingle,
+        normalise=options.normalising.normalise or DEFAULT,
     )
 
 
@@ -283,7 +348,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("exact", (KeyOptions, NormaliseOptions, *_REMOVING), _build_exact, criterion="exact"),
-        Method("minhash", (MinHashOptions, *_REMOVING), _build_minhash, criterion="near"),
+        Method("minhash", (MinHashOptions, NormaliseOptions, *_REMOVING), _build_minhash, criterion="near"),
         Method("lines", _PASSAGES, partial(_build_passages, "lines")),
         Method("paragraphs", _PASSAGES, partial(_build_passages, "paragraphs")),
         Method("substring", (SubstringOptions,), _build_substring),
@@ -325,7 +390,7 @@ def _given_options(group: Any) -> list[str]:
     flags = []
     for item in fields(group):
         value = getattr(group, item.name)
-        if value != item.default and value not in ("", [], None):
+        if value not in (item.default, getattr(STANDARD, item.name, None), "", [], None):
             flags.append(("--no-" if value is False else "--") + item.name.replace("_", "-"))
     return flags
 

@@ -1,7 +1,7 @@
 """Near duplicates: documents that share most of their word 5-grams, by MinHash and locality-sensitive hashing.
 
-1. A text is normalised (`normalise.loose`), and each run of 5 words becomes a shingle of 32 bits. Shorter texts have no
-   shingles; they are duplicates only of texts with the same words (after the same normalisation).
+1. A text is normalised (`normalise.comparable`), and each run of 5 words, or characters, becomes a shingle of 32 bits.
+   Shorter texts have no shingles; they are duplicates only of texts with the same words (after the same normalisation).
 2. Each of 112 random hash functions is applied to the shingles and its minimum kept: functions of 32 bits, or with
    `bits=61` of 61, modulo the prime 2⁶¹-1 over wider shingles (kernels/minhash.py). Both follow the curve below
    (tests/bench/minhash_recall.md).
@@ -10,6 +10,12 @@
 4. A candidate is a duplicate if the true Jaccard similarity of the shingle sets reaches `threshold` (0.75, which
    FineWeb targets with these bands). Unverified, a third of such candidates are below 0.8 and a tenth below 0.7. With
    `verify=False` every candidate is a duplicate.
+
+What is a near copy? Numbers and operators are part of the shingles, and count as much as words: another number changes
+the 5 shingles around it. A page with one number edited is therefore a near copy; a table, a log or a list of exercises
+with other numbers is not, nor is a function with other operators. Case, diacritics, whitespace and the marks of prose
+do not count, since copies often differ in them. FineWeb's and datatrove's choice, `loose`, makes all numbers equal and
+drops all marks; what it removes beyond ours is measured in tests/bench/dedup_numbers.md.
 
 Cost: compiled; figures for both widths are in tests/bench/minhash_recall.md.
 """
@@ -24,11 +30,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.kernels.minhash import functions, sketch
+from llmkit.corpus.dedup.normalise import DEFAULT, name_of, parts_of
 from llmkit.errors import UsageError
 from llmkit.io.documents import Document
 
 MAX_FUNCTIONS = 112  # if the shape is chosen by the threshold
 RECALL = 0.77  # of pairs whose similarity is the threshold
+UNITS = ("words", "characters")
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
@@ -56,7 +64,10 @@ class Sketches(NamedTuple):
 
 @dataclass(frozen=True)
 class MinHash:
-    """Parameters: `bands` x `rows` hash functions, drawn from `seed`. Raises UsageError for values out of range."""
+    """Parameters: shingles of `ngram` units, `bands` x `rows` hash functions drawn from `seed`.
+
+    Raises UsageError for values out of range, and for unknown names.
+    """
 
     threshold: float = 0.75
     verify: bool = True
@@ -65,8 +76,14 @@ class MinHash:
     rows: int = 8
     seed: int = 0
     bits: int = 32  # width of the hash functions: 32 or 61
+    unit: str = "words"  # of shingles: words or characters
+    normalise: str = DEFAULT  # whitespace never counts between words
 
     def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UsageError(f"--shingle {self.unit}", "one of: " + ", ".join(UNITS))
+        parts = parts_of(self.normalise) | ({"whitespace"} if self.unit == "words" else set())
+        object.__setattr__(self, "normalise", name_of(parts))
         if not 0 < self.threshold <= 1:
             raise UsageError(f"threshold {self.threshold} is not a similarity", "use a number above 0, at most 1")
         for name in ("ngram", "bands", "rows"):
@@ -75,10 +92,17 @@ class MinHash:
         if self.bits not in (32, 61):
             raise UsageError(f"bits {self.bits}: no such hash functions", "one of: 32, 61")
 
+    @property
+    def rule(self) -> str:
+        """The rule by which documents are removed, as options of the command."""
+        verified = f"--threshold {self.threshold}" if self.verify else "--no-verify"
+        return f"--method minhash --normalise {self.normalise} --shingle {self.unit} --ngram {self.ngram} {verified}"
+
     def sketches(self, documents: list[Document]) -> Sketches:
         """Compute the sketches of documents."""
         coefficients = functions(self.seed, self.bands * self.rows, self.bits)
-        sketched = [sketch(document.text, self.ngram, coefficients, self.bands, self.bits) for document in documents]
+        shape = self.ngram, coefficients, self.bands, self.bits, self.normalise, self.unit == "characters"
+        sketched = [sketch(document.text, *shape) for document in documents]
         same = [
             xxhash.xxh3_64_intdigest(result.normalised.tobytes() or document.text.encode())
             for result, document in zip(sketched, documents, strict=True)

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup.editing import EditingDedup, Ends, Hashes, SpilledChunks
 from llmkit.corpus.dedup.kernels import passages as kernels
 from llmkit.corpus.dedup.kernels.hash_set import HashSet
-from llmkit.corpus.dedup.kernels.normalise import tables
-from llmkit.corpus.dedup.normalise import NORMALISERS
+from llmkit.corpus.dedup.kernels.normalise import UNUSED, tables
+from llmkit.corpus.dedup.normalise import name_of, normaliser, parts_of
 from llmkit.corpus.dedup.results import ChunkResult
 from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.lists import entries
@@ -40,8 +40,7 @@ from llmkit.io.documents import DocumentReader
 from llmkit.kernels.utf8 import Bytes, hash_bytes
 
 KINDS = ("lines", "paragraphs")
-KERNEL_MODES = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE, "loose": kernels.LOOSE}
-UNUSED_TABLES = np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8)
+KERNEL_MODES = {"none": kernels.NONE, "whitespace": kernels.WHITESPACE}  # others: MORE
 
 
 @dataclass
@@ -55,13 +54,18 @@ class PassageDedup(EditingDedup):
     min_characters: int = 1
 
     def __post_init__(self) -> None:
-        NORMALISERS.get(self.normalise)  # unknown name: UsageError before any work
+        self.normalise = name_of(parts_of(self.normalise))  # unknown name: UsageError before any work
         if self.repeated < 0 or self.repeated == 1:
             raise UsageError(
                 f"--repeated {self.repeated}", "a number of documents, 2 or more; without it the first copy is kept"
             )
         if self.by not in KINDS:
             raise UsageError(f"--method {self.by}", "one of: " + ", ".join(KINDS))
+
+    @property
+    def rule(self) -> str:
+        repeated = f" --repeated {self.repeated}" if self.repeated else ""
+        return f"--method {self.by} --normalise {self.normalise}{repeated}"
 
     @cached_property
     def boilerplate_hashes(self) -> Hashes:
@@ -77,11 +81,12 @@ class PassageDedup(EditingDedup):
     @np.errstate(over="ignore")  # uncompiled kernels rely on unsigned arithmetic that wraps
     def hashes(self, text: str) -> Hashes:
         """One hash per passage; 0 for passages that are never cut."""
-        data, mode = np.frombuffer(text.encode(), np.uint8), KERNEL_MODES[self.normalise]
-        loosely = mode == kernels.LOOSE
-        if not (loosely and "Σ" in text):  # its lower case depends on its neighbours
+        data, mode = np.frombuffer(text.encode(), np.uint8), KERNEL_MODES.get(self.normalise, kernels.MORE)
+        parts = parts_of(self.normalise)
+        if mode != kernels.MORE or ("whitespace" in parts and not ("case" in parts and "Σ" in text)):
+            # The lower case of a sigma depends on its neighbours.
             result: Hashes
-            character_tables = classes(), *(tables() if loosely else UNUSED_TABLES)
+            character_tables = classes(), *(tables(self.normalise, False) if mode == kernels.MORE else UNUSED)
             result, done = kernels.hashes_of(
                 data, self.by == "paragraphs", mode, self.min_characters, *character_tables
             )
@@ -99,7 +104,7 @@ class PassageDedup(EditingDedup):
         collapsed = " ".join(passage.split())
         if len(collapsed) < max(1, self.min_characters):
             return np.uint64(0)
-        data = np.frombuffer((NORMALISERS.get(self.normalise)(passage) or collapsed).encode(), np.uint8)
+        data = np.frombuffer((normaliser(self.normalise)(passage) or collapsed).encode(), np.uint8)
         return np.uint64(max(1, hash_bytes(data, 0, len(data))))
 
     def warm_up(self) -> None:

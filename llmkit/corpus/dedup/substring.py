@@ -64,6 +64,10 @@ class SubstringDedup(EditingDedup):
         if not 2 <= self.length <= 1 << 20:
             raise UsageError(f"--length {self.length} is out of range", "use a number from 2 to 1048576")
 
+    @property
+    def rule(self) -> str:
+        return f"--method substring --length {self.length} --unit {self.unit}"
+
     @np.errstate(over="ignore")  # uncompiled kernels rely on unsigned arithmetic that wraps
     def split(self, data: Bytes) -> tuple[Ends, Ends]:
         """Start and end of each word or character, in bytes."""

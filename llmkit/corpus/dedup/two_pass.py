@@ -110,7 +110,8 @@ class TwoPassDedup(DedupCounts):
             indexed, new_run = self._find_indexed(store, reader) if self.index else (None, None)
             decisions = store.choose_survivors(indexed)
             self._count(decisions, store.references)
-            output = OutputOptions(self.annotate, self.rejects, self.write_counts)
+            rules = tuple(criterion.rule if criterion else "" for criterion in (None, self.exact, self.near))
+            output = OutputOptions(self.annotate, self.rejects, self.write_counts, rules)
             yield from store.render(self.engine, output, decisions, self.index)
             if self.index and new_run:
                 kept = np.flatnonzero(decisions.matches[store.references :] == -1) + store.references

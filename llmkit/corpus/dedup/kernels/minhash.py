@@ -2,9 +2,9 @@
 
     result = sketch(text, 5, functions(seed, 112, 32), 14, 32)
 
-A shingle is a run of `ngram` words of the normalised text. Its 64-bit hash is a polynomial in those of its words,
-rolled from one run to the next (all arithmetic modulo 2⁶⁴), so the cost does not depend on `ngram`. There are two
-widths of hash functions, each with its own minima:
+A shingle is a run of `ngram` words, or characters, of the normalised text (`normalise.comparable`). Its 64-bit hash is
+a polynomial in those of its words, rolled from one run to the next (all arithmetic modulo 2⁶⁴), so the cost does not
+depend on `ngram`. There are two widths of hash functions, each with its own minima:
 
 - 32 bits: x -> a·x + b mod 2³², a odd, over the upper half of that hash. Each function is a permutation, so no two
   shingles tie; as x is already random, each shingle of a set is the minimum with the same probability.
@@ -16,7 +16,7 @@ them in common by chance.
 
 Shapes: shingles uint32 [distinct], ascending; signature uint64 [bands · rows]; keys uint64 [bands]. Cost: linear; about
 11 ns per byte of English text for 112 functions of 32 bits, 24 for 61 bits (tests/bench/minhash_recall.md). Memory: two
-to three times the text.
+to three times the text, with shingles of characters ten times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.dedup.kernels.normalise import loose, tables, utf8
+from llmkit.corpus.dedup.kernels.normalise import UNUSED, normalised, tables, utf8
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import HASH_PRIME, HASH_START, Bytes, extend, finish
 from llmkit.seeds import derive
@@ -65,37 +65,45 @@ def functions(seed: int, count: int, bits: int) -> Hashes:
 
 
 @njit(cache=True, nogil=True)
-def shingle_hashes(data, ngram):  # type: ignore[no-untyped-def]
-    """Hash of every run of `ngram` words of a normalised text, in order.
+def shingle_hashes(data, ngram, characters):  # type: ignore[no-untyped-def]
+    """Hash of every run of `ngram` words, or `characters`, of a normalised text, in order.
 
-    uint64 [words - ngram + 1]; empty if there are fewer words than `ngram`.
+    uint64 [units - ngram + 1]; empty if there are fewer words or characters than `ngram`.
     """
-    words = 1 if len(data) else 0
+    units = 1 if len(data) and not characters else 0
     for byte in data:
-        words += byte == 0x20
-    if words < ngram:
+        units += (byte & 0xC0 != 0x80) if characters else byte == 0x20
+    if units < ngram:
         return np.empty(0, np.uint64)
-    hashes = np.empty(words, np.uint64)
+    hashes = np.empty(units, np.uint64)
     h, n = HASH_START, 0
-    for byte in data:
+    if characters:
+        for i in range(len(data)):
+            h = (h ^ np.uint64(data[i])) * HASH_PRIME
+            if i + 1 == len(data) or data[i + 1] & 0xC0 != 0x80:
+                hashes[n] = h
+                h = HASH_START
+                n += 1
+    else:
+        for byte in data:
+            hashes[n] = h
+            h = (h ^ np.uint64(byte)) * HASH_PRIME
+            if byte == 0x20:
+                h = HASH_START
+                n += 1
         hashes[n] = h
-        h = (h ^ np.uint64(byte)) * HASH_PRIME
-        if byte == 0x20:
-            h = HASH_START
-            n += 1
-    hashes[n] = h
-    for i in range(words):
+    for i in range(units):
         hashes[i] = finish(hashes[i])
     power, h = np.uint64(1), np.uint64(0)
     for i in range(ngram):
         h = h * BASE + hashes[i]
         power *= BASE
-    for i in range(words - ngram):
+    for i in range(units - ngram):
         first = hashes[i]
         hashes[i] = finish(h)
         h = h * BASE + hashes[i + ngram] - first * power
-    hashes[words - ngram] = finish(h)
-    return hashes[: words - ngram + 1]
+    hashes[units - ngram] = finish(h)
+    return hashes[: units - ngram + 1]
 
 
 @njit(cache=True, nogil=True)
@@ -182,14 +190,14 @@ def band_keys(signature, bands):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def sketch_of(data, normalised, table, pool, ngram, ab, bands, bits):  # type: ignore[no-untyped-def]
-    """The fields of `Sketch` for UTF-8 `data`, which may be `normalised` already, and whether the kernel can do it."""
+def sketch_of(data, finished, fast, table, pool, ngram, characters, ab, bands, bits):  # type: ignore[no-untyped-def]
+    """The fields of `Sketch` for UTF-8 `data`, normalised already if `finished`, and whether the kernel can do it."""
     done = True
-    if normalised:
+    if finished:
         text = data.copy()
     else:
-        text, done = loose(data, table, pool)
-    hashes = shingle_hashes(text, ngram)
+        text, done = normalised(data, fast, table, pool)
+    hashes = shingle_hashes(text, ngram, characters)
     n = len(hashes)
     shingles = np.empty(n, np.uint32)
     if n == 0:
@@ -222,11 +230,22 @@ def jaccard(a, b):  # type: ignore[no-untyped-def]
 _ignore_overflow = partial(np.errstate, over="ignore") if not hasattr(sketch_of, "py_func") else nullcontext
 
 
-def sketch(text: str, ngram: int, ab: Hashes, bands: int, bits: int) -> Sketch:
-    """Normalise and sketch a text. `ab`: coefficients of hash functions of `bits` bits, as `functions` returns them."""
+def sketch(
+    text: str, ngram: int, ab: Hashes, bands: int, bits: int, how: str = normalise.DEFAULT, characters: bool = False
+) -> Sketch:
+    """Normalise and sketch a text.
+
+    `ab`: coefficients of hash functions of `bits` bits, as `functions` returns them. `how`: the normalisation; without
+    `characters`, whitespace must not count.
+    """
+    compiled = "whitespace" in normalise.parts_of(how)
+    character_tables = tables(how, True) if compiled else UNUSED
+    shape = ngram, characters, ab, bands, bits
     with _ignore_overflow():
-        *result, done = sketch_of(utf8(text), False, *tables(), ngram, ab, bands, bits)
+        done = False
+        if compiled:
+            *result, done = sketch_of(utf8(text, how), False, *character_tables, *shape)
         if not done:
-            data = np.frombuffer(normalise.loose(text).encode(), np.uint8)
-            *result, _ = sketch_of(data, True, *tables(), ngram, ab, bands, bits)
+            data = np.frombuffer(normalise.comparable(how)(text).encode(), np.uint8)
+            *result, _ = sketch_of(data, True, *character_tables, *shape)
     return Sketch(*result)

@@ -1,23 +1,26 @@
-"""The `loose` normalisation (dedup/normalise.py) over UTF-8, compiled: the same bytes for every text.
+"""Normalisation before texts are compared (dedup/normalise.py) over UTF-8, compiled: the same bytes for every text.
 
-`loose(data, *tables())` returns the normalised text and whether it is complete. The result for a single
-character is taken from the Python function, so that the definition stays there. Three things depend on more
-than one character:
+`normalised(data, *tables(how, marks_first))` returns the normalised text and whether it is complete; for normalisations
+in which whitespace does not count. The result for a single character is taken from the Python function, so that the
+definition stays there. Four things depend on more than one character:
 
-- numbers: a run of digits of any script with at most one decimal part becomes one `0`, which is done here;
+- numbers: a run of digits of any script with at most one decimal part becomes one `0`, or is copied with its
+  separator, which is done here;
+- marks that count, which precede the next word without spaces (`normalise.comparable`), also done here;
 - the capital sigma, whose lower case differs at the end of a word: `utf8` lower-cases a text that contains one
   in Python, which is correct because lower-casing twice changes nothing;
 - characters other than marks that canonical decomposition reorders (38, among them signs of Javanese and
   Balinese, of musical notation, and of old Korean): the kernel stops, and the Python function has to normalise
   the text.
 
-Cost: linear (tests/bench/minhash_recall.md). Tables: 4.4 MB at most.
+Cost: linear (tests/bench/minhash_recall.md). Tables: 4.4 MB at most for each normalisation in use.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -28,57 +31,66 @@ from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode
 
 # What a character becomes; values above 0 refer to bytes in a pool.
-SAME, DROPPED, BLANK, DIGIT, POINT, NEEDS_REORDERING = 0, -1, -2, -3, -4, -5
+SAME, DROPPED, BLANK, ZERO, NUMBER, NEEDS_REORDERING, MARK = 0, -1, -2, -3, -4, -5, -6  # ZERO, NUMBER: digits
 GROWTH = 3  # maximum bytes written per byte read, for Hangul syllables
-POINTS = ".,\u060c\u066b\u2396\u2397\u2398"  # decimal separators
 # All other characters stay unchanged: ideographs, private use, unassigned.
 RANGES = ((0, 0x3400), (0xA000, 0xD800), (0xF900, 0x17000), (0x1B000, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE0200))
 BETWEEN = "\ue000"  # a separator that normalisation leaves unchanged
 
 
-@cache
-def tables() -> tuple[NDArray[np.int32], Bytes]:
-    """(table, pool): int32[0x110000], what each character becomes, and uint8[...], the bytes of replacements.
+class Tables(NamedTuple):
+    """A normalisation for the kernel.
 
-    A value above 0 is 16 · offset + length of the replacement in the pool.
+    `fast`: uint8[256], the byte that each byte becomes regardless of its neighbours, 0 if that is not known from it.
+    `table`: int32[0x110000], what each character becomes; a value above 0 is 16 · offset + length of the replacement in
+    `pool`, uint8[...].
     """
+
+    fast: Bytes
+    table: NDArray[np.int32]
+    pool: Bytes
+
+
+UNUSED = Tables(np.frombuffer(b"", np.uint8), np.frombuffer(b"", np.int32), np.frombuffer(b"", np.uint8))
+
+
+@cache
+def tables(how: str, marks_first: bool) -> Tables:
+    """The tables of a normalisation in which whitespace does not count; `marks_first`: of its comparable form."""
+    parts, apply = normalise.parts_of(how), normalise.normaliser(how)
+    assert "whitespace" in parts
+    digits = ZERO if "numbers" in parts else NUMBER
     table = np.zeros(0x110000, np.int32)
     entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
     for start, stop in RANGES:
         characters = list(map(chr, range(start, stop)))
-        replacements = normalise.loose(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
+        replacements = apply(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
         for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
-            if old == new != "0" and not unicodedata.combining(old):
+            if old.isdecimal():
+                table[code] = digits
+            elif old == new and not unicodedata.combining(old):
                 continue  # most characters
-            if any(map(unicodedata.combining, new)):
+            elif "accents" in parts and any(map(unicodedata.combining, new)):
                 table[code] = NEEDS_REORDERING
-            elif new == "0":
-                table[code] = DIGIT
-            else:
+            elif old != new:
                 if new not in entry_of:
                     entry_of[new] = 16 * len(pool) + len(new.encode())
                     pool += new.encode()
                 table[code] = entry_of[new]
-    table[[ord(point) for point in POINTS]] = POINT
-    table.setflags(write=False)
-    return table, np.frombuffer(bytes(pool), np.uint8)
+    if marks_first:
+        table[[ord(mark) for mark in normalise.counted_marks(parts)]] = MARK
+    fast = [0 if c.isdecimal() or table[ord(c)] == MARK else ord(apply(f"a{c}b")[1]) for c in map(chr, range(128))]
+    for array in (table, fast_bytes := np.array(fast + [0] * 128, np.uint8)):
+        array.setflags(write=False)
+    return Tables(fast_bytes, table, np.frombuffer(bytes(pool), np.uint8))
 
 
-def _fast() -> Bytes:
-    """The byte that each byte becomes regardless of its neighbours; 0 for digits and non-ASCII bytes."""
-    return np.array(
-        [0 if chr(code).isdecimal() else ord(normalise.loose(f"a{chr(code)}b")[1]) for code in range(128)] + [0] * 128,
-        np.uint8,
+def utf8(text: str, how: str) -> Bytes:
+    """The bytes of a text for the kernel, lower-cased if it contains a capital sigma and case does not count."""
+    return np.frombuffer(
+        (text.lower() if "Σ" in text and "case" in normalise.parts_of(how) else text).encode(), np.uint8
     )
-
-
-FAST = _fast()
-
-
-def utf8(text: str) -> Bytes:
-    """The bytes of a text for the kernel, lower-cased if it contains a capital sigma."""
-    return np.frombuffer((text.lower() if "Σ" in text else text).encode(), np.uint8)
 
 
 @kernel
@@ -86,7 +98,7 @@ def after_digits(data, i, table):  # type: ignore[no-untyped-def]
     """End of the run of digits that starts at byte `i`; `i` if there is none."""
     while i < len(data):
         code, width = decode(data, i)
-        if table[code] != DIGIT:
+        if table[code] != ZERO and table[code] != NUMBER:
             break
         i += width
     return i
@@ -98,7 +110,7 @@ def after_number(data, i, table):  # type: ignore[no-untyped-def]
     end = after_digits(data, i, table)
     if end < len(data):
         code, width = decode(data, end)
-        if table[code] == POINT:
+        if code in (0x2C, 0x2E, 0x060C, 0x066B, 0x2396, 0x2397, 0x2398):  # decimal separators
             decimals = after_digits(data, end + width, table)
             if decimals > end + width:
                 return decimals
@@ -106,17 +118,17 @@ def after_number(data, i, table):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def loose(data, table, pool):  # type: ignore[no-untyped-def]
+def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
     """(normalised bytes, True), or (the bytes so far, False) at a character that needs the Python function."""
     size = len(data)
     capacity = size + 2
     for byte in data:
-        capacity += (GROWTH - 1) * (byte >= 0x80)
+        capacity += (GROWTH - 1) * (byte >= 0x80) + (fast[byte] == 0)
     out = np.empty(capacity, np.uint8)
     out[0] = previous = np.uint8(0x20)  # so that leading spaces follow a space and are dropped
     n, i = 1, 0
     while i < size:
-        new = FAST[data[i]]
+        new = fast[data[i]]
         if new:
             out[n] = new
             n += (new != 0x20) | (previous != 0x20)  # without a branch, which could not be predicted
@@ -129,13 +141,22 @@ def loose(data, table, pool):  # type: ignore[no-untyped-def]
             for k in range(action >> 4, (action >> 4) + (action & 15)):
                 out[n] = pool[k]
                 n += 1
-        elif action == DIGIT:
+        elif action == ZERO:
             out[n] = 0x30
             n += 1
             width = after_number(data, i, table) - i
-        elif action in (SAME, POINT):
+        elif action == NUMBER:
+            width = after_number(data, i, table) - i
+            for k in range(i, i + width):
+                out[n] = data[k]
+                n += 1
+        elif action in (SAME, MARK):
+            if action == MARK and previous != 0x20:
+                out[n] = 0x20
+                n += 1
             out[n] = data[i]
-            out[n + 1] = data[i + 1]
+            if width > 1:
+                out[n + 1] = data[i + 1]
             if width > 2:
                 out[n + 2] = data[i + 2]
             if width > 3:
@@ -147,7 +168,7 @@ def loose(data, table, pool):  # type: ignore[no-untyped-def]
         elif action == NEEDS_REORDERING:
             return out[1:n], False
         i += width
-        previous = out[n - 1]
+        previous = np.uint8(0x20) if action in (MARK, BLANK) else out[n - 1]  # spaces after a mark are dropped
     if n > 1 and out[n - 1] == 0x20:
         n -= 1
     return out[1:n], True

@@ -8,12 +8,12 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from llmkit.corpus.dedup.kernels.normalise import loose
+from llmkit.corpus.dedup.kernels.normalise import normalised
 from llmkit.corpus.kernels.characters import SPACE
 from llmkit.kernels import kernel, swar
 from llmkit.kernels.utf8 import decode, hash_bytes
 
-NONE, WHITESPACE, LOOSE = 0, 1, 2  # normalisations
+NONE, WHITESPACE, MORE = 0, 1, 2  # normalisations
 
 
 @njit(cache=True, nogil=True)
@@ -70,11 +70,11 @@ def collapse(data, start, stop, classes, out):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def hashes_of(data, paragraphs, mode, min_characters, classes, table, pool):  # type: ignore[no-untyped-def]
+def hashes_of(data, paragraphs, mode, min_characters, classes, fast, table, pool):  # type: ignore[no-untyped-def]
     """(hash of each passage, True), or False as the second value if the Python normalisation must process the text.
 
-    `min_characters` counts characters after whitespace is collapsed. `classes` are character classes; `table` and
-    `pool` are the tables of the loose normalisation.
+    `min_characters` counts characters after whitespace is collapsed. `classes` are character classes; `fast`, `table`
+    and `pool` are the tables of a normalisation, used in `mode` MORE.
     """
     starts, stops = spans(data, paragraphs)
     hashes, out = np.zeros(len(starts), np.uint64), np.empty(len(data) + 1, np.uint8)
@@ -86,8 +86,8 @@ def hashes_of(data, paragraphs, mode, min_characters, classes, table, pool):  # 
             h = hash_bytes(data, starts[i], stops[i])
         else:
             h = hash_bytes(out, 0, n)
-            if mode == LOOSE:
-                text, done = loose(out[:n], table, pool)
+            if mode == MORE:
+                text, done = normalised(out[:n], fast, table, pool)
                 if not done:
                     return hashes, False
                 if len(text):
