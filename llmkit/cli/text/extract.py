@@ -73,9 +73,9 @@ def main(
     is wrong. The text of a PDF is its text layer; pages without one are counted.
 
     Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
-    next intact record, also in a pipe. An archive from which no page can be read is an error. A page that takes longer than --time-limit, or
-    more memory than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each
-    worker, one page, and a few megabytes of the archive.
+    next intact record, also in a pipe. An archive from which no page can be read is an error, unless --allow-empty is
+    given. A page that takes longer than --time-limit, or more memory than 48 times --max-page-bytes plus 1 GB, is
+    skipped. Memory: three batches of about 1 MB for each worker, one page, and a few megabytes of the archive.
     """
     from llmkit.corpus.extract.engines import ENGINES
 

@@ -4,7 +4,7 @@
         ...  # a PageRecord or a BrokenRecord
 
 The first bytes of a file determine its format, not its name. A broken record is yielded with its offset and size, and
-reading continues with the next one that can be found (records.py). Memory: one record at a time, of at most `max_bytes`.
+reading continues with the next one that can be found (records.py). Memory: one record of at most `max_bytes`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def read_pages(
         head = stored.peek(HEAD)
         runs = beginnings(head)
         refuse_other_formats(runs[0] or head, name)
-        if is_archive(runs, name):
+        if is_archive(runs, head, name):
             yield from _archive(stored, name, max_bytes, verify, allow_empty)
         else:
             yield from _single(stored, path, max_bytes)

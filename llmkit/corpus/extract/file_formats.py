@@ -6,7 +6,7 @@ import re
 from io import BytesIO
 
 from llmkit.corpus.extract.members import Gap, Stored, pieces
-from llmkit.corpus.extract.record_heads import BLANK, find_head, starts_record
+from llmkit.corpus.extract.record_heads import BLANK, starts_record
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import COMPRESSIONS
 
@@ -67,9 +67,15 @@ def beginnings(head: bytes) -> list[bytes]:
     return runs
 
 
-def is_archive(runs: list[bytes], name: str) -> bool:
-    """Whether the beginnings of a file are those of a WARC or ARC archive, perhaps a damaged one."""
-    return name.lower().endswith(ARCHIVES) or any(starts_record(run) for run in runs)
+def is_archive(runs: list[bytes], head: bytes, name: str) -> bool:
+    """Whether a file is a WARC or ARC archive, perhaps a damaged one, by its `beginnings`, first bytes and name.
+
+    A page or text that quotes a record is none.
+    """
+    if starts_record(runs[0]) or name.lower().endswith(ARCHIVES):
+        return True
+    is_page = not runs[0] and (name.lower().endswith(TEXT_FILES) or is_html(head, name))
+    return not is_page and any(starts_record(run) for run in runs[1:])
 
 
 def is_html(content: bytes, name: str) -> bool:

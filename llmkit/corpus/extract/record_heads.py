@@ -18,6 +18,7 @@ ARC_LINE = re.compile(rb"([A-Za-z][\w+.-]*:[^\r\n]*) (\S+) (\d{12,18}) ([^\r\n]*
 # What a search accepts inside damaged data is stricter than what is accepted where a head is expected.
 CANDIDATE = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n(?=[A-Za-z-]+[ \t]*:)|(?<= )\d{12,18} [^\r\n]{1,200}? \d+[ \t]*\r?\n")
 ARC_SCHEME = re.compile(rb"(?:https?|ftp|dns|whois|filedesc|gopher|nntp|mms|rtsp):\S")
+ARC_REMAINS = re.compile(rb" \d+\.\d+\.\d+\.\d+ | \d{12,18} ")  # in a URL: a head that was cut off precedes it
 MAX_URL = 8 << 10
 
 
@@ -42,7 +43,7 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
     """The head that begins at `start`; None if none does, or if it is not complete within MAX_HEAD bytes."""
     if data.startswith(b"WARC/", start):
         first, last = WARC_START.match(data, start), BLANK_LINE.search(data, start, start + MAX_HEAD)
-        if first is None or last is None:
+        if first is None or last is None or _is_cut(data, first.end(), last.start()):
             return None
         fields: dict[str, str] = {}
         name = ""
@@ -58,6 +59,8 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
         return RecordHead(kind, length, last.end() - start, fields)
     match = ARC_LINE.match(data, start, start + MAX_HEAD)
     if match is None:
+        return None
+    if ARC_REMAINS.search(match[1]):
         return None
     url, address, digits, media, length_digits = (part.decode("utf-8", "replace") for part in match.groups())
     fields = {
@@ -76,16 +79,23 @@ def find_head(data: bytes | bytearray, start: int, end: int) -> int:
         found = match.start()
         if data[found] != ord("W"):  # the date in an ARC line: its URL is before it
             line = max(start, data.rfind(b"\n", max(start, found - MAX_URL), found) + 1)
-            scheme = ARC_SCHEME.search(data, line, found)
-            if scheme is None:
-                continue
-            found = scheme.start()
-        if found >= end:
+            starts = [scheme.start() for scheme in ARC_SCHEME.finditer(data, line, found)]
+        else:
+            starts = [found]
+        for found in starts:
+            head = parse_head(data, found) if found < end else None
+            if head is not None and head.length is not None and head.kind:
+                return found
+        if match.start() >= end + MAX_URL:
             return -1
-        head = parse_head(data, found)
-        if head is not None and head.length is not None and head.kind:
-            return found
     return -1
+
+
+def _is_cut(data: bytes | bytearray, start: int, end: int) -> bool:
+    """Whether another head begins before the blank line that ends a WARC head: the record before it was cut off."""
+    return data.find(b"WARC/", start, end) >= 0 and any(
+        data[match.start()] == ord("W") for match in CANDIDATE.finditer(data, start, end)
+    )
 
 
 def _length(text: str) -> int | None:

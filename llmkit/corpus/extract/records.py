@@ -1,8 +1,9 @@
 """Records of a WARC or ARC archive from its decompressed pieces; after damage, the next intact record.
 
-A record is trusted if another one, or the end, follows its block. Otherwise its Content-Length is wrong, or what follows
-is damaged: the next plausible head is searched for, inside the block first. What lies between is one `Fault`, with its
-offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are passed over.
+A record is trusted if another one, or the end, follows its block. Otherwise its Content-Length is wrong, or what
+follows is damaged: the next plausible head is searched for, inside the block first. What lies between is one `Fault`,
+with its offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are
+passed over.
 """
 
 from __future__ import annotations
@@ -274,7 +275,7 @@ def _read_block(text: Text, record: Record) -> tuple[int, str]:
 
 
 def _whole_block(record: Record, data: bytes) -> bytes | None:
-    """The block at the beginning of `data`, before line ends, if its digest or the response's own length confirms it."""
+    """The block in `data`, without line ends after it, if its digest or the length in the response confirms it."""
     if record.has_digest:
         for line_ends in (b"", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n"):
             record.block = data.removesuffix(line_ends)
