@@ -220,8 +220,12 @@ def main() -> None:
     print("# Readers of archives, intact and damaged\n")
     shown = ", ".join(f"{name} {versions[name]}" for name in readers)
     print(f"`python tests/bench/archive_readers.py`, {time.strftime('%Y-%m-%d')}, {shown}.\n")
-    print("Records / pages (by URL and digest of the decoded payload) that differ from llmkit's; faults and bytes skipped.\n")
-    print("| archive | " + " | ".join(readers) + " | faults | bytes skipped |\n|---" + "|---" * (len(readers) + 2) + "|")
+    print(
+        "Records / pages (by URL and digest of the decoded payload) that differ from llmkit's; faults and bytes skipped.\n"
+    )
+    print(
+        "| archive | " + " | ".join(readers) + " | faults | bytes skipped |\n|---" + "|---" * (len(readers) + 2) + "|"
+    )
     lost: dict[str, Counter[str]] = {name: Counter() for name in readers}
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
@@ -237,7 +241,9 @@ def main() -> None:
             for of in seen.values():
                 differ = (of.pages - mine.pages).total() + (mine.pages - of.pages).total()
                 ending = f", {of.error}" if of.error else ""
-                cells.append(f"{of.records} / {of.pages.total()}" + (f" ({differ} differ{ending})" if differ or ending else ""))
+                cells.append(
+                    f"{of.records} / {of.pages.total()}" + (f" ({differ} differ{ending})" if differ or ending else "")
+                )
             print(f"| {name} | " + " | ".join(cells) + f" | {mine.faults} | {mine.skipped:,} |", flush=True)
             parts = split(data)
             pages_of = {}
@@ -267,7 +273,11 @@ def main() -> None:
                             if options.keep:
                                 Path(options.keep, f"{name.replace('/', '_')}.{copy}{suffix}").write_bytes(content)
     print("\nDamaged copies:\n")
-    print("| damage | copies | intact pages | " + " | ".join(f"missing, {name}" for name in readers) + " | faults | bytes skipped |")
+    print(
+        "| damage | copies | intact pages | "
+        + " | ".join(f"missing, {name}" for name in readers)
+        + " | faults | bytes skipped |"
+    )
     print("|---" * (5 + len(readers)) + "|")
     for damage in (of.__name__ for of in DAMAGES):
         counts = [totals[what, damage] for what in ("copies", "intact")]

@@ -16,7 +16,9 @@ WARC_START = re.compile(rb"WARC/\S{1,12}[ \t]*\r?\n")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 ARC_LINE = re.compile(rb"([A-Za-z][\w+.-]*:[^\r\n]*) (\S+) (\d{12,18}) ([^\r\n]*?\S) (-?\w+)[ \t]*\r?\n")
 # What a search accepts inside damaged data is stricter than what is accepted where a head is expected.
-CANDIDATE = re.compile(rb"WARC/\d+\.\d+[ \t]*\r?\n(?=[A-Za-z-]+[ \t]*:)|(?<= )\d{12,18} [^\r\n]{1,200}? \d+[ \t]*\r?\n")
+CANDIDATE = re.compile(
+    rb"WARC/\d+\.\d+[ \t]*\r?\n(?=[A-Za-z-]+[ \t]*:)|(?<= )\d{12,18} (?=[^\r\n]{1,200}? \d+[ \t]*\r?\n)"
+)
 ARC_SCHEME = re.compile(rb"(?:https?|ftp|dns|whois|filedesc|gopher|nntp|mms|rtsp):\S")
 ARC_REMAINS = re.compile(rb" \d+\.\d+\.\d+\.\d+ | \d{12,18} ")  # in a URL: a head that was cut off precedes it
 MAX_URL = 8 << 10
