@@ -22,6 +22,7 @@ complete -c llmkit -f -n __fish_use_subcommand -a lineage -d 'Show how an artefa
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l engine -r -d 'resiliparse, trafilatura, or plain (all visible text); ray for a cluster; or both: plain,ray'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l html-key -r -d 'Field of JSON rows with the page'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l verify -d 'Skip records with a wrong digest'
+complete -c llmkit -n '__fish_seen_subcommand_from extract' -l allow-empty -d 'Accept archives from which no page can be read'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l time-limit -r -d 'Maximum seconds per page'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l max-page-bytes -r -d 'Maximum size of a page in bytes'
 complete -c llmkit -n '__fish_seen_subcommand_from extract' -l rejects -r -d 'Write pages that give no document to this file, each with its `reason`'

@@ -194,6 +194,14 @@ def _json_error(line: bytes) -> str:
     raise AssertionError("a trailing newline does not decide whether a line is JSON")
 
 
+def refuse_archive(beginning: bytes, name: str) -> None:
+    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
+    if beginning.lstrip(b"\r\n" + UTF8_BOM).startswith((b"WARC/", b"filedesc:")):
+        raise LlmkitError(
+            f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
+        )
+
+
 class Quarantine:
     """A file of bad lines, shared by all readers of one call.
 
@@ -275,6 +283,8 @@ class DocumentReader:
         partial: list[bytes | memoryview] = []  # after it
         size = partial_size = 0
         for piece in decompress(raw, name, notes, PIECE_BYTES):
+            if empty:
+                refuse_archive(piece, name)
             digest.update(piece)
             empty = False
             if skipping:  # inside a line that is too long: resume after its end

@@ -12,7 +12,7 @@ import typer
 from llmkit.cli.shared.document_command import Job, Resume, plan_jobs, run_jobs
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
-from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN
+from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
     from llmkit.cli.shared.document_command import JobResult
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmkit.io.documents import DocumentReader, DocumentWriter
     from llmkit.io.record import Input
 
-ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in ("", ".gz", ".zst"))
+ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in COMPRESSIONS)
 SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *DOCUMENT_SUFFIXES)
 MAX_WARNINGS = 5  # broken records that are reported individually
 
@@ -28,7 +28,7 @@ MAX_WARNINGS = 5  # broken records that are reported individually
 @command(
     reads=True,
     writes=True,
-    neutral=("rejects", "resume"),
+    neutral=("rejects", "resume", "allow_empty"),
     examples=(
         "llmkit extract crawl/*.warc.gz -j 8 --rejects skipped.jsonl -o pages.jsonl.zst",
         "llmkit extract crawl/*.warc.gz | llmkit filter --preset fineweb -o clean.jsonl.zst",
@@ -50,6 +50,9 @@ def main(
         str, typer.Option("--html-key", metavar="FIELD", help="Field of JSON rows with the page")
     ] = "html",
     verify: Annotated[bool, typer.Option("--verify", help="Skip records with a wrong digest")] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Accept archives from which no page can be read")
+    ] = False,
     time_limit: Annotated[float, typer.Option("--time-limit", help="Maximum seconds per page")] = 10.0,
     max_page_bytes: Annotated[int, count_option("--max-page-bytes", help="Maximum size of a page in bytes")] = 16 << 20,
     rejects: Annotated[
@@ -60,17 +63,19 @@ def main(
     ] = None,
     resume: Resume = False,
 ) -> None:
-    """Extract text from WARC, WET and ARC files, HTML pages, PDFs, and JSON rows with HTML.
+    """Extract text from WARC, WET and ARC files, HTML pages, plain text, PDFs, and JSON rows with HTML.
 
     The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions.
+    Plain text is kept as it is.
     A document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence`
     (cc-by-4.0, or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots
     directives (noai, noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one
     is wrong. The text of a PDF is its text layer; pages without one are counted.
 
-    Broken records are skipped, counted, and reported with their offset. A page that takes longer than --time-limit, or
-    more memory than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each
-    worker, and one page.
+    Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
+    next intact record, also in a pipe. An archive from which no page can be read is an error, unless --allow-empty is
+    given. A page that takes longer than --time-limit, or more memory than 48 times --max-page-bytes plus 1 GB, is
+    skipped. Memory: three batches of about 1 MB for each worker, one page, and a few megabytes of the archive.
     """
     from llmkit.corpus.extract.engines import ENGINES
 
@@ -89,7 +94,7 @@ def main(
     if backend == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)
-    page_reader = PageReader(run.read_options(html_key), max_page_bytes, verify)
+    page_reader = PageReader(run.read_options(html_key), max_page_bytes, verify, allow_empty)
     warned = 0
 
     def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> JobResult:
@@ -100,10 +105,14 @@ def main(
         with run.progress(None, "pages") as bar:
             for outcome in _outcomes(run, extractor, page_reader, job.inputs, inputs_read, backend):
                 for broken in outcome.broken[: max(0, MAX_WARNINGS - warned)]:
-                    run.warn(f"{broken.file}: offset {broken.offset:,}: {broken.reason}")
+                    run.warn(
+                        f"{broken.file}: offset {broken.offset:,}: {broken.reason} ({broken.size:,} bytes skipped)"
+                    )
                 warned += len(outcome.broken)
                 counts.update(pages=outcome.pages, documents=outcome.documents, characters=outcome.characters)
                 counts["broken"] += len(outcome.broken)
+                if outcome.broken:
+                    counts["broken_bytes"] += sum(broken.size for broken in outcome.broken)
                 skipped += outcome.skipped
                 if writer:
                     writer.write(outcome.kept)
@@ -119,7 +128,9 @@ def main(
         return
     by_count = sorted(total["skipped"].items(), key=lambda item: -item[1])
     skipped_text = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in by_count)})" if by_count else ""
-    broken_text = f", {total['broken']:,} broken records" if total["broken"] else ""
+    broken_text = ""
+    if total["broken"]:
+        broken_text = f", {total['broken']:,} broken records ({total['broken_bytes']:,} bytes skipped)"
     destination = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     run.finish(
         total, f"{total['documents']:,} documents of {total['pages']:,} pages{skipped_text}{broken_text}; {destination}"
@@ -165,7 +176,7 @@ def _check_libraries(engine: str) -> None:
     """Raise LlmkitError if libraries of the web extra are missing."""
     from importlib.util import find_spec
 
-    needed = ["fastwarc", "resiliparse", "pypdfium2"] + (["trafilatura"] if engine == "trafilatura" else [])
+    needed = ["resiliparse", "pypdfium2"] + (["trafilatura"] if engine == "trafilatura" else [])
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise LlmkitError(f"{', '.join(missing)} not installed", "pip install 'llmkit[web]'")

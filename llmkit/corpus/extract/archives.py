@@ -1,32 +1,38 @@
-"""Reading pages from web archives and files: WARC and WET (FastWARC), ARC, single HTML, PDF and text files.
+"""Reading pages from web archives and files: WARC, WET and ARC, single HTML, PDF and text files.
 
     for record in read_pages("crawl.warc.gz"):
         ...  # a PageRecord or a BrokenRecord
 
-The first bytes of a file determine its format, not its name. A broken record is yielded with its offset, and reading
-continues with the next record that can be found. Memory: one record at a time, of at most `max_bytes`.
+The first bytes of a file determine its format, not its name. A broken record is yielded with its offset and size, and
+reading continues with the next one that can be found (records.py). Memory: one record of at most `max_bytes`.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import re
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import xxhash
 
+from llmkit.corpus.extract.file_formats import (
+    HEAD,
+    beginnings,
+    is_archive,
+    is_html,
+    refuse_binary,
+    refuse_other_formats,
+)
+from llmkit.corpus.extract.http_response import ContentError, parse_response
+from llmkit.corpus.extract.members import Stored
+from llmkit.corpus.extract.records import PAGES, Fault, Record, read_records
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import base_name
 
 MAX_PAGE_BYTES = 16 << 20
-HEAD = 1 << 16  # bytes from which the format of a file is determined
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-ARC_LINE = re.compile(rb"^(\S.*) (\S+) (\d{14}) (\S+) (\d+)\r?\n$")
 
 
 @dataclass(slots=True)
@@ -42,182 +48,138 @@ class PageRecord:
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     language: str = ""
-    is_text: bool = False  # text extracted earlier, as in WET files
+    is_text: bool = False  # plain text, or text extracted earlier, as in WET files
     fields: dict[str, Any] = field(default_factory=dict)  # other fields of a JSON row
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenRecord:
-    """A record that cannot be read or is skipped: its offset (in bytes of the stored file) and the reason."""
+    """A record that cannot be read or is skipped: its offset in the stored file, the reason, and its size, in bytes.
+
+    In the middle of a compressed member, the offset is that of the member, and the size that of the decompressed bytes.
+    """
 
     file: str
     offset: int
     reason: str
+    size: int = 0
 
 
 def read_pages(
-    path: str, *, max_bytes: int = MAX_PAGE_BYTES, verify: bool = False, digest: list[str] | None = None
+    path: str,
+    *,
+    max_bytes: int = MAX_PAGE_BYTES,
+    verify: bool = False,
+    digest: list[str] | None = None,
+    allow_empty: bool = True,
 ) -> Iterator[PageRecord | BrokenRecord]:
     """The pages of one file, URL or stdin (`-`). With `verify`, records with a wrong digest are broken.
 
     The digest of the data that were read is appended to `digest`, since for a stream it cannot be computed later.
+    Raises LlmkitError for a format that cannot be read and, unless `allow_empty`, for an archive without any page.
     """
+    name = display_name(path)
     with open_raw(path) as raw:
         source = _HashedStream(raw)
-        stream: io.BufferedReader[Any] = io.BufferedReader(source, HEAD)
-        head = _decompressed_head(stream.peek(HEAD)[:HEAD])
-        if head.startswith(b"WARC/"):
-            yield from _warc(stream, path, max_bytes, verify)
-        elif head.startswith(b"filedesc:"):
-            yield from _arc(stream, path, max_bytes)
+        stored = Stored(source, name)
+        head = stored.peek(HEAD)
+        runs = beginnings(head)
+        refuse_other_formats(runs[0] or head, name)
+        if is_archive(runs, head, name):
+            yield from _archive(stored, name, max_bytes, verify, allow_empty)
         else:
-            yield from _single(stream, path, max_bytes)
+            yield from _single(stored, path, max_bytes)
         if digest is not None:
-            while stream.read(1 << 20):
-                pass  # data that the reader skipped as too long or damaged
+            source.drain()
             digest.append("xxh3:" + source.digest.hexdigest())
 
 
-class _HashedStream(io.RawIOBase):
-    """A raw stream for BufferedReader over any stream that `open_raw` returns; it hashes what is read."""
+class _HashedStream:
+    """The bytes of a raw stream, in order and once; it hashes them."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self.digest = xxhash.xxh3_128()
-        self._position = self._hashed = 0
 
-    def readable(self) -> bool:
-        return True
+    def read(self, size: int) -> bytes:
+        data = self._raw.read(size)
+        self.digest.update(data)
+        return data
 
-    def seekable(self) -> bool:
-        return bool(getattr(self._raw, "seekable", lambda: False)())
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._position = self._raw.seek(offset, whence)
-        return self._position
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._raw.read(len(buffer))
-        buffer[: len(data)] = data
-        self.digest.update(data[max(0, self._hashed - self._position) :])  # each byte once, even if read again
-        self._position += len(data)
-        self._hashed = max(self._hashed, self._position)
-        return len(data)
+    def drain(self) -> None:
+        """Read what no reader needed."""
+        while self.read(1 << 20):
+            pass
 
 
-def _decompressed_head(head: bytes) -> bytes:
-    """The beginning of the data compressed in `head`, or `head` itself if it is not compressed."""
-    try:
-        if head.startswith(b"\x1f\x8b"):
-            return zlib.decompressobj(31).decompress(head, HEAD)
-        if head.startswith(ZSTD_MAGIC):
-            import zstandard
-
-            return zstandard.ZstdDecompressor().stream_reader(head).read(64)
-    except Exception:  # the reader of the whole file will report the problem
-        return head
-    return head
+# ---- archives
 
 
-# ---- WARC
-
-
-def _warc(
-    stream: io.BufferedReader[Any], path: str, max_bytes: int, verify: bool
+def _archive(
+    stored: Stored, name: str, max_bytes: int, verify: bool, allow_empty: bool
 ) -> Iterator[PageRecord | BrokenRecord]:
-    """Records of a WARC or WET file. After a broken record, reading resumes where the next one seems to begin."""
-    from fastwarc.warc import ArchiveIterator, WarcRecordType, any_type
-
-    page_types = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    damaged = WarcRecordType.unknown | WarcRecordType.no_type
-    name, start = display_name(path), 0
-    while True:
-        record_start = start
-        try:
-            for record in ArchiveIterator(stream, record_types=any_type, parse_http=False, fsspec_args=False):
-                record_start = start + record.stream_pos
-                if record.record_type & damaged:
-                    yield BrokenRecord(name, record_start, "its head is damaged")
-                elif record.record_type & page_types:
-                    yield _page(record, name, record_start, max_bytes, verify)
-            return
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise LlmkitError(f"{name}: {error.strerror}", "check the disk") from error
-            yield BrokenRecord(name, record_start, f"no readable record follows this one ({_first_line(error)})")
-        if not stream.seekable():
-            raise LlmkitError(
-                f"{name}: the stream is damaged after offset {record_start:,}",
-                "name the file instead: reading then continues after the damage",
-            )
-        next_start = _next_record(stream, record_start + 1)
-        if next_start is None:
-            return
-        start = next_start
-        stream.seek(start)
-
-
-def _next_record(stream: io.BufferedReader[Any], offset: int) -> int | None:
-    """Offset of the next gzip or zstd member, or plain text, that begins a WARC record, from `offset` on; or None."""
-    stream.seek(offset)
-    before, position = b"", offset
-    while block := stream.read(1 << 20):
-        data, base = before + block, position - len(before)
-        for match in re.finditer(
-            rb"\x1f\x8b\x08|\x28\xb5\x2f\xfd|WARC/1\.",
-            data[: max(0, len(data) - HEAD)] if len(block) == 1 << 20 else data,
-        ):
-            if _decompressed_head(data[match.start() : match.start() + HEAD]).startswith(b"WARC/"):
-                return base + match.start()
-        before, position = data[-HEAD:], position + len(block)
-    return None
-
-
-def _page(record: Any, name: str, offset: int, max_bytes: int, verify: bool) -> PageRecord | BrokenRecord:
-    """The page in a FastWARC record."""
-    from fastwarc.warc import has_block_digest
-
-    if record.content_length > max_bytes:
-        return BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes")
-    try:
-        content = record.reader.read()
-        if len(content) != record.content_length:
-            return BrokenRecord(name, offset, f"truncated: {len(content):,} of {record.content_length:,} bytes")
-        record.set_bytes_content(content)
-        if verify and has_block_digest(record) and not record.verify_block_digest():
-            return BrokenRecord(name, offset, "its digest is not that of its content")
-        url = _clean(record.headers.get("WARC-Target-URI", "")).strip("<> ")
-        page = PageRecord(
-            id=record.record_id.removeprefix("<").removesuffix(">").removeprefix("urn:uuid:")
-            or f"{base_name(name)}#{offset}",
-            content=b"",
-            url=url,
-            date=_clean(record.headers.get("WARC-Date", "")),
-            language=_clean(record.headers.get("WARC-Identified-Content-Language", "")).partition(",")[0],
+    kinds: Counter[str] = Counter()
+    first, pages = "", 0
+    for record in read_records(stored, max_bytes):
+        if isinstance(record, Fault):
+            result: PageRecord | BrokenRecord = BrokenRecord(name, record.offset, record.reason, record.size)
+        elif record.head.kind in PAGES:
+            result = _page(record, name, max_bytes, verify)
+        else:
+            kinds[record.head.kind] += 1
+            continue
+        if isinstance(result, PageRecord):
+            pages += 1
+        elif not first:
+            first = f" (offset {result.offset:,}: {result.reason})"
+        yield result
+    if not pages and not allow_empty:
+        others = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        raise LlmkitError(
+            f"{name}: no page could be read from this archive{first}{f'; other records: {others}' if others else ''}",
+            "--allow-empty accepts archives without pages",
         )
-        kind = record.headers.get("Content-Type", "") or ""
-        if "conversion" in str(record.record_type):
-            page.is_text = True
-        if record.is_http and "application/http" in kind:
-            record.parse_http(auto_decode="all")
-            page.status = _status(record.http_headers.status_line if record.http_headers else "")
-            page.headers = {key.lower(): _clean(value) for key, value in record.http_headers or ()}
-            kind = page.headers.get("content-type", "")
-        page.content_type, page.charset = _media_type(kind)
-        page.content = record.reader.read(max_bytes + 1)
-    except (OSError, ValueError, UnicodeError) as error:
-        return BrokenRecord(name, offset, _first_line(error))
-    if len(page.content) > max_bytes:
-        return BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes once it is decompressed")
+
+
+def _page(record: Record, name: str, max_bytes: int, verify: bool) -> PageRecord | BrokenRecord:
+    """The page in a record. Whatever goes wrong is the record's fault."""
+    try:
+        if verify and record.digest_is_wrong():
+            raise ContentError("its digest is not that of its content")
+        return _read_page(record, name, max_bytes)
+    except ContentError as error:
+        reason = str(error)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    return BrokenRecord(name, record.offset, reason, record.size)
+
+
+def _read_page(record: Record, name: str, max_bytes: int) -> PageRecord:
+    head, place = record.head, record.place
+    if head.is_arc:
+        page_id = f"{base_name(name)}#{place.position + head.size}"
+    else:
+        inner = f"+{place.inner}" if place.inner else ""
+        page_id = _clean(head.fields.get("warc-record-id", "")).removeprefix("<").removesuffix(">")
+        page_id = page_id.removeprefix("urn:uuid:") or f"{base_name(name)}#{place.member}{inner}"
+    declared = head.fields.get("content-type", "")
+    page = PageRecord(
+        page_id,
+        record.block,
+        url=_clean(head.fields.get("warc-target-uri", "")).strip("<> "),
+        date=_clean(head.fields.get("warc-date", "")),
+        language=_clean(head.fields.get("warc-identified-content-language", "")).partition(",")[0],
+        is_text=head.kind == "conversion",
+    )
+    if head.is_arc or head.kind == "response" or "application/http" in declared:
+        response = parse_response(record.block, max_bytes)
+        if response is not None:
+            page.status, page.content, page.headers = response.status, response.body, response.headers
+            declared = response.headers.get("content-type", declared if head.is_arc else "")
+    page.content_type, page.charset = _media_type(declared)
     return page
-
-
-def _status(line: str) -> int:
-    match = re.match(r"(?:HTTP/[\d.]+\s+)?(\d{3})\b", line or "")
-    return int(match[1]) if match else 200
 
 
 def _media_type(value: str) -> tuple[str, str]:
@@ -228,82 +190,25 @@ def _media_type(value: str) -> tuple[str, str]:
 
 
 def _clean(text: str) -> str:
-    """Header text that can be written as JSON."""
-    return text.encode("utf-8", "replace").decode("utf-8", "replace").replace("\x00", "").strip()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# ---- ARC, the format before WARC
-
-
-def _arc(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
-    """Records of an ARC file: a line `URL IP date type length`, then that many bytes.
-
-    Versions 1 and 2 differ in the first record only.
-    """
-    name, offset = display_name(path), 0
-    source: Any = gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
-    try:
-        while line := source.readline(HEAD):
-            offset += len(line)
-            if not line.strip():
-                continue
-            match = ARC_LINE.match(line)
-            if match is None:
-                yield BrokenRecord(name, offset - len(line), "not the head of an ARC record")
-                return
-            length = int(match[5])
-            content = source.read(min(length, max_bytes))
-            remaining = length - len(content)
-            while remaining > 0 and (skipped := source.read(min(remaining, 1 << 20))):
-                remaining -= len(skipped)
-            offset += length - remaining
-            if remaining:
-                yield BrokenRecord(name, offset, "truncated: the file ends in a record")
-                return
-            if match[1].startswith(b"filedesc:"):
-                continue
-            if length > max_bytes:
-                yield BrokenRecord(name, offset, f"longer than {max_bytes:,} bytes")
-            else:
-                yield _arc_page(match, content, f"{base_name(name)}#{offset - length}")
-    except (OSError, EOFError, zlib.error) as error:
-        yield BrokenRecord(name, offset, f"truncated or damaged ({_first_line(error)})")
-
-
-def _arc_page(match: re.Match[bytes], content: bytes, name: str) -> PageRecord:
-    d = match[3].decode()
-    date = f"{d[:4]}-{d[4:6]}-{d[6:8]}T{d[8:10]}:{d[10:12]}:{d[12:14]}Z"
-    page = PageRecord(name, content, match[1].decode("utf-8", "replace"), date)
-    page.content_type, page.charset = _media_type(match[4].decode("latin-1"))
-    head, blank, body = content.partition(b"\r\n\r\n")
-    if content.startswith(b"HTTP/") and blank:
-        lines = head.decode("latin-1").split("\r\n")
-        page.status, page.content = _status(lines[0]), body
-        page.headers = {
-            key.strip().lower(): _clean(value)
-            for key, colon, value in (line.partition(":") for line in lines[1:])
-            if colon
-        }
-        page.content_type, page.charset = _media_type(page.headers.get("content-type", match[4].decode("latin-1")))
-    return page
+    """Header text without NUL."""
+    return text.replace("\x00", "").strip()
 
 
 # ---- single files
 
 
-def _single(stream: io.BufferedReader[Any], path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
-    """A file that is a single page; the id is its name."""
+def _single(stored: Stored, path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
+    """A file that is a single page or text; the id is its name."""
     from llmkit.io.compression import Notes, decompress
 
     name, blocks, size = display_name(path), [], 0
-    for block in decompress(stream, name, Notes()):
+    for block in decompress(stored, name, Notes()):  # type: ignore[arg-type]
         blocks.append(block)
         size += len(block)
         if size > max_bytes:
-            yield BrokenRecord(name, 0, f"longer than {max_bytes:,} bytes")
+            yield BrokenRecord(name, 0, f"longer than {max_bytes:,} bytes", size)
             return
-    yield PageRecord("stdin" if path == STDIN else base_name(path), b"".join(blocks))
+    content = b"".join(blocks)
+    refuse_binary(content, name)
+    is_text = not content.startswith(b"%PDF-") and not is_html(content, name)
+    yield PageRecord("stdin" if path == STDIN else base_name(path), content, is_text=is_text)

@@ -81,13 +81,16 @@ def _outcome(batch: list[PageRecord | BrokenRecord], results: list[dict[str, Any
     kept, rejected = [], []
     for record, result in zip(batch, results, strict=True):
         if isinstance(result, dict):
-            kept.append(orjson.dumps(result))
-            outcome.characters += len(result["text"])
-            continue
+            try:
+                kept.append(orjson.dumps(result))
+                outcome.characters += len(result["text"])
+                continue
+            except TypeError as error:  # fields of a JSON row that are nested too deeply to be written
+                result = f"cannot be written ({error})"
         reason = result.reason if isinstance(result, Failure) else result
         if isinstance(record, BrokenRecord):
             outcome.broken.append(record)
-            row = {"file": record.file, "offset": record.offset, "reason": reason}
+            row = {"file": record.file, "offset": record.offset, "bytes": record.size, "reason": reason}
         else:
             outcome.skipped[reason] += 1
             row = {"id": record.id, "url": record.url, "content_type": record.content_type, "reason": reason}
@@ -103,12 +106,13 @@ class PageReader:
     """Reads the pages of files.
 
     `rows` are the options for JSON lines, including the field that holds the page; with `verify`, records with a wrong
-    digest are broken.
+    digest are broken; with `allow_empty`, an archive without any page is no error.
     """
 
     rows: ReadOptions
     max_bytes: int
     verify: bool = False
+    allow_empty: bool = False
 
     def pages(
         self, path: str, inputs_read: list[Input], reader_of: Callable[[str], DocumentReader] | None = None
@@ -126,7 +130,9 @@ class PageReader:
             inputs_read += reader.inputs
             return
         digest: list[str] | None = [] if path == STDIN else None  # that of a file can be computed later
-        yield from read_pages(path, max_bytes=self.max_bytes, verify=self.verify, digest=digest)
+        yield from read_pages(
+            path, max_bytes=self.max_bytes, verify=self.verify, digest=digest, allow_empty=self.allow_empty
+        )
         inputs_read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
 
 

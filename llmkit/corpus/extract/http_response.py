@@ -1,0 +1,184 @@
+"""HTTP responses in archive records: status, headers, and the body with its codings removed.
+
+Archives of proxies often store a body that is already decoded below headers that still name its codings. A coding that
+the body evidently does not have is therefore ignored. Decoded data is limited to `max_bytes`.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from dataclasses import dataclass, field
+
+from llmkit.io.compression import GZIP_MAGIC, ZSTD_MAGIC
+
+BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
+ALIASES = {"x-gzip": "gzip", "x-compress": "compress", "brotli": "br"}
+
+
+class ContentError(Exception):
+    """Raised for a body that cannot be used; the message is the reason."""
+
+
+@dataclass(slots=True)
+class HttpResponse:
+    """`headers` with names in lower case; the last of several with one name counts."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
+    """The response in a block, its body decoded; None if it does not begin with a status line.
+
+    Raises ContentError if the body is longer than `max_bytes` or cannot be decoded.
+    """
+    if not block.startswith(b"HTTP/"):
+        block = block.lstrip(b"\r\n")
+        if not block.startswith(b"HTTP/"):
+            return None
+    end = BLANK_LINE.search(block)
+    head, body = (block[: end.start()], block[end.end() :]) if end else (block, b"")
+    status, *lines = head.decode("latin-1").split("\n")
+    headers: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line[:1] in (" ", "\t") and name:
+            headers[name] += " " + line.strip()
+            continue
+        key, colon, value = line.partition(":")
+        if colon:
+            name = key.strip().lower()
+            headers[name] = value.replace("\x00", "").strip()
+    match = re.match(r"HTTP/[\d.]+\s+(\d{3})\b", status)
+    codings = _codings(headers, "content-encoding") + _codings(headers, "transfer-encoding")
+    for coding in reversed(codings):
+        body = decode_body(body, coding, max_bytes)
+    return HttpResponse(int(match[1]) if match else 200, body, headers)
+
+
+def _codings(headers: dict[str, str], name: str) -> list[str]:
+    names = [coding.strip(" \t\"'").lower() for coding in headers.get(name, "").split(",")]
+    return [ALIASES.get(coding, coding) for coding in names]
+
+
+def decode_body(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """`body` without one coding (chunked, gzip, deflate, br, zstd); as it is if it does not have it.
+
+    What a truncated body holds is returned. Raises ContentError for damaged data, for data longer than `max_bytes`, and
+    for a coding of which the library is missing.
+    """
+    decoded: bytes | None = body
+    if coding == "chunked":
+        return _without_chunks(body)
+    if coding == "gzip":
+        decoded = _inflate(body, 31, max_bytes) if body.startswith(GZIP_MAGIC) else body
+    elif coding == "deflate":
+        decoded = _deflate(body, max_bytes)
+    elif coding == "br":
+        decoded = _brotli(body, max_bytes)
+    elif coding == "zstd":
+        decoded = _zstd(body, max_bytes) if body.startswith(ZSTD_MAGIC) else body
+    if decoded is None:
+        raise ContentError(f"its {coding} content is damaged")
+    if len(decoded) > max_bytes:
+        raise ContentError(f"longer than {max_bytes:,} bytes once it is decompressed")
+    return decoded
+
+
+def is_readable(data: bytes) -> bool:
+    """Whether data that should have been compressed is not: text, or a PDF."""
+    head = data[:1024]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"%PDF-")):
+        return True
+    control = sum(head.count(byte) for byte in (*range(9), *range(14, 27), *range(28, 32), 127))
+    return control * 50 <= len(head)
+
+
+def _without_chunks(body: bytes) -> bytes:
+    """The content of chunks. Data that is not in chunks stays, also what follows an invalid chunk."""
+    parts: list[bytes] = []
+    start = 0
+    while match := CHUNK.match(body, start):
+        size = int(match[1], 16)
+        end = match.end() + size
+        ending = body[end : end + 2]
+        if size and end < len(body) and not ending.startswith((b"\r\n", b"\n")):
+            break
+        if not size and not parts and body[end:].strip():
+            break  # a text that begins with the digit 0
+        parts.append(body[match.end() : end])
+        start = end + (2 if ending == b"\r\n" else 1)
+        if not size or end >= len(body):
+            return b"".join(parts)
+    return b"".join(parts) + body[start:]
+
+
+def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes | None:
+    """All members in `body`, up to one byte more than `max_bytes`; None if they are damaged."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        member = zlib.decompressobj(wbits)
+        try:
+            parts.append(member.decompress(body, max_bytes + 1 - size))
+        except zlib.error:
+            return b"".join(parts) if size else None
+        size += len(parts[-1])
+        body = member.unused_data
+        if wbits == 15 or not body.startswith(GZIP_MAGIC) or size > max_bytes:
+            return b"".join(parts)
+
+
+def _deflate(body: bytes, max_bytes: int) -> bytes | None:
+    """zlib data (RFC 1950), or raw deflate data (RFC 1951), which some servers send."""
+    if body[:1] and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0:
+        decoded = _inflate(body, 15, max_bytes)
+        if decoded is not None:
+            return decoded
+    try:
+        member = zlib.decompressobj(-15)
+        decoded = member.decompress(body, max_bytes + 1)
+    except zlib.error:
+        return body if is_readable(body) else None
+    is_whole = (member.eof and not member.unused_data) or len(decoded) > max_bytes
+    return decoded if is_whole or not is_readable(body) else body
+
+
+def _brotli(body: bytes, max_bytes: int) -> bytes | None:
+    try:
+        import brotli
+    except ImportError:
+        if is_readable(body):
+            return body
+        raise ContentError("its Brotli content needs the package brotli (pip install brotli)") from None
+    decoder = brotli.Decompressor()
+    parts: list[bytes] = []
+    size = 0
+    try:
+        parts.append(decoder.process(body, output_buffer_limit=max_bytes + 1))
+        size = len(parts[0])
+        while size <= max_bytes and not decoder.is_finished():
+            part = decoder.process(b"", output_buffer_limit=max_bytes + 1 - size)
+            if not part:
+                break
+            parts.append(part)
+            size += len(part)
+    except brotli.error:
+        return body if is_readable(body) else None
+    if not decoder.is_finished() and size <= max_bytes and is_readable(body):
+        return body
+    return b"".join(parts)
+
+
+def _zstd(body: bytes, max_bytes: int) -> bytes | None:
+    import zstandard
+
+    try:
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body, read_across_frames=True)
+        decoded: bytes = reader.read(max_bytes + 1)
+    except zstandard.ZstdError:
+        return None
+    return decoded

@@ -1,0 +1,300 @@
+"""Records of a WARC or ARC archive from its decompressed pieces; after damage, the next intact record.
+
+A record is trusted if another one, or the end, follows its block. Otherwise its Content-Length is wrong, or what
+follows is damaged: the next plausible head is searched for, inside the block first. What lies between is one `Fault`,
+with its offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are
+passed over.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmkit.corpus.extract.members import Gap, Piece, Stored, is_compressed, pieces
+from llmkit.corpus.extract.record_heads import (
+    BLANK,
+    MAX_HEAD,
+    RecordHead,
+    find_head,
+    parse_head,
+    starts_record,
+)
+
+PAGES = frozenset(("response", "resource", "conversion"))
+AFTER = 64  # bytes after a record that usually show whether another one follows
+STEP = 1 << 20  # bytes per step of a search
+HTTP_HEAD_END = re.compile(rb"\n\r?\n")
+HTTP_LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r?\n", re.IGNORECASE)
+DIGESTS = ("md5:", "sha1:", "sha256:", "sha512:")
+
+
+class Place(NamedTuple):
+    """A place in an archive, in bytes."""
+
+    position: int  # in the decompressed text
+    offset: int  # in the stored file: exact for plain text, otherwise near
+    member: int  # offset of the member that holds it
+    inner: int  # position in this member
+    is_plain: bool = False
+
+    def size(self, end: Place) -> int:
+        """Stored bytes up to `end`; decompressed ones if both places are in the same member."""
+        if self.member == end.member and not self.is_plain:
+            return end.position - self.position
+        return end.offset - self.offset
+
+
+@dataclass(slots=True)
+class Record:
+    """A complete record. `size` in bytes as in `Fault`."""
+
+    head: RecordHead
+    block: bytes
+    place: Place
+    size: int = 0
+
+    @property
+    def offset(self) -> int:
+        """Where to find it in the stored file: its own offset in plain text, otherwise that of its member."""
+        return self.place.member
+
+    @property
+    def has_digest(self) -> bool:
+        """Whether the head has a WARC-Block-Digest of a known kind."""
+        return self.head.fields.get("warc-block-digest", "").lower().startswith(DIGESTS)
+
+    def digest_is_wrong(self) -> bool:
+        """Whether the block differs from the WARC-Block-Digest, in base 32 or hexadecimal; False if there is none."""
+        if not self.has_digest:
+            return False
+        name, _, value = self.head.fields["warc-block-digest"].lower().partition(":")
+        digest = hashlib.new(name, self.block, usedforsecurity=False).digest()
+        return value.strip().rstrip("=") not in (base64.b32encode(digest).decode().rstrip("=").lower(), digest.hex())
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Bytes that hold no readable record: offset in the stored file, number of bytes skipped, and the reason."""
+
+    offset: int
+    size: int
+    reason: str
+
+
+class Text:
+    """The decompressed bytes up to the next gap; `start` is the index of the first unread one in `buffer`."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self._pieces = pieces(stored)
+        self._buffer_position = 0
+        self._marks: deque[Place] = deque()  # the beginning of each piece
+        self.buffer = bytearray()
+        self.start = 0
+        self.ended = False  # at a gap, or at the end of the archive
+        self.gap: Gap | None = None
+
+    def fill(self, size: int) -> bool:
+        """Whether there are `size` unread bytes, after reading on as needed."""
+        while len(self.buffer) - self.start < size and not self.ended:
+            piece = next(self._pieces, None)
+            if not isinstance(piece, Piece):
+                self.gap, self.ended = piece, True
+                break
+            position = self._buffer_position + len(self.buffer)
+            if piece.starts or not self._marks:
+                self._marks.append(Place(position, piece.offset, piece.offset, 0, piece.is_plain))
+            else:
+                last = self._marks[-1]
+                inner = last.inner + position - last.position
+                self._marks.append(Place(position, piece.offset, last.member, inner))
+            self.buffer += piece.data
+        return len(self.buffer) - self.start >= size
+
+    def advance(self, size: int) -> None:
+        """Move on by bytes that are there."""
+        self.start += size
+        if self.start > STEP or self.start == len(self.buffer):
+            del self.buffer[: self.start]
+            self._buffer_position, self.start = self._buffer_position + self.start, 0
+
+    def skip_blank(self) -> bool:
+        """Move to the next byte that can begin a head. Returns False if the text ends before."""
+        while self.fill(1):
+            ahead = bytes(self.buffer[self.start : self.start + AFTER])
+            rest = ahead.lstrip(BLANK)
+            self.advance(len(ahead) - len(rest))
+            if rest:
+                return True
+        return False
+
+    def place(self) -> Place:
+        """The current place."""
+        position = self._buffer_position + self.start
+        if not self.fill(1):
+            member, offset = (self.gap.member, self.gap.offset) if self.gap else (self._stored.offset,) * 2
+            return Place(position, offset, member, 0)
+        while len(self._marks) > 1 and self._marks[1].position <= position:
+            self._marks.popleft()
+        mark = self._marks[0]
+        ahead = position - mark.position
+        if mark.is_plain:
+            return Place(position, mark.offset + ahead, mark.offset + ahead, 0, True)
+        return Place(position, mark.offset, mark.member, mark.inner + ahead)
+
+    def search(self, size: int | None = None) -> bool:
+        """Move to the next plausible head. Without one, move on by `size` bytes (None: to the end of the text)."""
+        while size is None or size > 0:
+            self.fill(STEP + MAX_HEAD)
+            available = len(self.buffer) - self.start
+            step = available if self.ended else STEP
+            step = step if size is None else min(step, size)
+            found = find_head(self.buffer, self.start, self.start + step)
+            if found >= 0:
+                self.advance(found - self.start)
+                return True
+            self.advance(step)
+            size = None if size is None else size - step
+            if self.ended and not self.fill(1):
+                break
+        return False
+
+    def reopen(self) -> bool:
+        """Whether plain text is followed by a compressed member here, which is then read as such."""
+        here = self.place()
+        if not here.is_plain or not is_compressed(bytes(self.buffer[self.start : self.start + 8])):
+            return False
+        if not self._stored.rewind(here.offset):
+            return False
+        self._buffer_position, self.start, self.ended = here.position, 0, False
+        self.buffer.clear()
+        self._marks.clear()
+        self._pieces = pieces(self._stored)
+        return True
+
+    def resume(self) -> bool:
+        """Continue after the gap; False at the end of the archive."""
+        gap, self.gap, self.ended = self.gap, None, False
+        return gap is not None
+
+
+def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
+    """The records of an archive, and the faults between them, in order."""
+    text = Text(stored)
+    fault: tuple[Place, str] | None = None
+    while True:
+        if not text.skip_blank():
+            if text.gap is not None and fault is None:
+                fault = text.place(), text.gap.reason
+            if text.resume():
+                continue
+            if fault:
+                yield Fault(fault[0].member, fault[0].size(text.place()), fault[1])
+            return
+        text.fill(MAX_HEAD)
+        head, place = parse_head(text.buffer, text.start), text.place()
+        if head is None or not head.kind or head.length is None:
+            if head is None and text.reopen():
+                continue
+            if head is None and text.ended and text.gap is None and not text.buffer[text.start :].strip(b"\0"):
+                text.advance(len(text.buffer) - text.start)  # padding
+                continue
+            reason = "not the head of a record" if head is None else _what_lacks(head)
+            fault = fault or (place, text.gap.reason if text.gap and head is None else reason)
+            text.advance(1)
+            text.search()
+            continue
+        if fault:
+            yield Fault(fault[0].member, fault[0].size(place), fault[1])
+            fault = None
+        if head.length > max_bytes:
+            if head.kind in PAGES:
+                fault = place, f"longer than {max_bytes:,} bytes"
+            text.advance(head.size)
+            if text.search(head.length) or text.place().position < place.position + head.size + head.length:
+                fault = place, f"its Content-Length of {head.length:,} is wrong"
+            continue
+        record = Record(head, b"", place)
+        end, reason = _read_block(text, record)
+        if reason:
+            fault = place, reason
+            text.advance(1)
+            text.search()
+            continue
+        text.advance(end)
+        text.skip_blank()
+        record.size = place.size(text.place())
+        yield record
+
+
+def _read_block(text: Text, record: Record) -> tuple[int, str]:
+    """Set the block of a record. Returns the size of the record, and why it is not to be trusted, otherwise empty."""
+    head = record.head
+    assert head.length is not None
+    end = head.size + head.length
+    text.fill(end + AFTER)
+    begin, stop = text.start + head.size, text.start + end
+    record.block = bytes(text.buffer[begin:stop])
+    after = bytes(text.buffer[stop : stop + AFTER])
+    is_complete, rest = len(record.block) == head.length, after.lstrip(BLANK)
+    gap = text.gap if text.gap and text.gap.member == record.place.member else None
+    if is_complete and rest.startswith(b"WARC/"):
+        return end, ""
+    if is_complete and not rest:
+        is_intact = gap is None or gap.truncated or (not gap.checksum and after.count(b"\n") > 1)
+        return end, "" if is_intact else gap.reason  # type: ignore[union-attr]
+    text.fill(end + STEP)
+    if is_complete and starts_record(bytes(text.buffer[stop : stop + MAX_HEAD])):
+        return end, ""
+    if is_complete and record.place.is_plain and is_compressed(rest[:8]):
+        return end, ""
+    # No record follows: the length is wrong, or what follows is damaged.
+    if is_complete and _whole_block(record, record.block) == record.block:
+        return end, ""
+    if gap and not is_complete and not gap.truncated:
+        return end, gap.reason
+    following = find_head(text.buffer, begin, len(text.buffer))
+    whole = _whole_block(record, bytes(text.buffer[begin : following if following >= 0 else None]))
+    if whole is not None:
+        record.block = whole
+        return head.size + len(whole), ""
+    wrong = f"its Content-Length of {head.length:,} is wrong"
+    if 0 <= following < stop:
+        return end, wrong
+    if not is_complete:
+        return end, gap.reason if gap else f"truncated: {len(record.block):,} of {head.length:,} bytes"
+    if after.startswith((b"\n", b"\r\n") if head.is_arc else (b"\n\n", b"\r\n\r\n")):
+        return end, ""
+    return end, wrong if record.has_digest or _http_size(record.block) > head.length else ""
+
+
+def _whole_block(record: Record, data: bytes) -> bytes | None:
+    """The block in `data`, without line ends after it, if its digest or the length in the response confirms it."""
+    if record.has_digest:
+        for line_ends in (b"", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n"):
+            record.block = data.removesuffix(line_ends)
+            if not record.digest_is_wrong():
+                return record.block
+        return None
+    size = _http_size(data)
+    return data[:size] if 0 < size <= len(data) and not data[size:].strip(b"\r\n") else None
+
+
+def _http_size(block: bytes) -> int:
+    """The size of a block according to the Content-Length of the HTTP response in it; 0 if that is not given."""
+    end = HTTP_HEAD_END.search(block) if block.startswith(b"HTTP/") else None
+    length = HTTP_LENGTH.search(block, 0, end.end()) if end else None
+    return end.end() + int(length[1]) if end and length else 0
+
+
+def _what_lacks(head: RecordHead) -> str:
+    if not head.kind:
+        return "it has no WARC-Type"
+    value = head.fields.get("content-length")
+    return "it has no Content-Length" if value is None else f"its Content-Length {value[:40]!r} is not a number"

@@ -1,0 +1,284 @@
+"""Damaged archives, odd records, bodies that do not match their headers, and files of other formats."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.corpus.extract import archives
+from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
+from llmkit.errors import LlmkitError
+
+WORDS = "Plain words of page {0}, enough of them to count as text. " * 6
+
+
+def body(i: int) -> bytes:
+    return f"<html><body><p>{WORDS.format(i)}</p></body></html>".encode()
+
+
+def warc(i: int, content: bytes | None = None, headers: str = "", kind: str = "response", end: str = "\r\n") -> bytes:
+    """One WARC record."""
+    lines = ["HTTP/1.1 200 OK", "Content-Type: text/html", *([headers] if headers else []), "", ""]
+    block = end.join(lines).encode() + (body(i) if content is None else content)
+    head = [
+        "WARC/1.0",
+        f"WARC-Type: {kind}",
+        f"WARC-Target-URI: http://e.org/{i}",
+        f"WARC-Record-ID: <urn:uuid:{i}>",
+        "Content-Type: application/http; msgtype=response",
+        f"Content-Length: {len(block)}",
+        "",
+        "",
+    ]
+    return end.join(head).encode() + block + (end * 2).encode()
+
+
+def arc(i: int, content: bytes | None = None, headers: str = "") -> bytes:
+    """One ARC record."""
+    block = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{headers}\r\n".encode()
+    block += body(i) if content is None else content
+    return f"http://e.org/{i} 1.2.3.4 20200101000000 text/html {len(block)}\n".encode() + block + b"\n"
+
+
+def read(data: bytes, tmp_path: Path, name: str = "a.warc") -> tuple[list[str], list[BrokenRecord]]:
+    """The last parts of the URLs of the pages, and the broken records."""
+    (tmp_path / name).write_bytes(data)
+    found = list(read_pages(str(tmp_path / name)))
+    pages = [page.url.rpartition("/")[2] for page in found if isinstance(page, PageRecord)]
+    return pages, [record for record in found if isinstance(record, BrokenRecord)]
+
+
+def others(count: int, *missing: int) -> list[str]:
+    return [str(i) for i in range(count) if i not in missing]
+
+
+class Pipe(io.RawIOBase):
+    """A stream that cannot seek and returns little at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = io.BytesIO(data)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return self._data.readinto(memoryview(buffer)[:1000])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+@pytest.mark.parametrize("piped", [False, True])
+def test_damaged_members_lose_themselves_alone(
+    tmp_path: Path, pack: Callable[[bytes], bytes], piped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: several damaged members among intact ones, by name and in a pipe; each is named with offset and size."""
+    members = [pack(warc(i)) for i in range(60)]
+    offsets = [sum(map(len, members[:i])) for i in range(60)]
+    for i in (20, 25, 59):
+        middle = len(members[i]) // 2
+        members[i] = (
+            members[i][:middle]
+            + bytes(byte ^ 0xA5 for byte in members[i][middle : middle + 20])
+            + members[i][middle + 20 :]
+        )
+    data = b"".join(members)
+    if piped:
+        monkeypatch.setattr(archives, "open_raw", lambda path: Pipe(data))
+    pages, broken = read(data, tmp_path)
+    assert pages == others(60, 20, 25, 59)
+    assert [(record.offset, record.size) for record in broken] == [(offsets[i], len(members[i])) for i in (20, 25, 59)]
+
+
+LENGTHS = ["1000000000000000", "99999", "900", "12", "1", "-5", "many", "", "9" * 40]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("form", [warc, arc])
+def test_wrong_lengths(
+    tmp_path: Path, length: str, pack: Callable[[bytes], bytes], form: Callable[[int], bytes]
+) -> None:
+    """Behaviour: the records after one whose length is wrong, missing or not a number are found; bytes are counted."""
+    records = [form(i) for i in range(6)]
+    before, marker, after = records[2].partition(b"text/html " if form is arc else b"Content-Length: ")
+    records[2] = before + marker + length.encode() + b"\n" + after.partition(b"\n")[2]
+    if form is arc:
+        records.insert(0, b"filedesc://a.arc 0.0.0.0 20200101000000 text/plain 9\n1 0 Live\n\n")
+    pages, broken = read(b"".join(map(pack, records)), tmp_path)
+    assert [page for page in pages if page != "2"] == others(6, 2)
+    assert broken and all(record.size > 0 for record in broken)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_intact_record_is_lost(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Property: whatever bytes of an archive are overwritten, cut out or inserted, every untouched record is found."""
+    form = data.draw(st.sampled_from([warc, arc]))
+    pack = data.draw(st.sampled_from([bytes, gzip.compress, zstandard.compress]))
+    records = [pack(form(i)) for i in range(8)]
+    touched = data.draw(st.integers(0, 7))
+    one = records[touched]
+    start = data.draw(st.integers(0, len(one) - 1))
+    end = data.draw(st.integers(start + 1, len(one)))
+    junk = random.Random(start * 7919 + end).randbytes(data.draw(st.sampled_from([0, end - start, 100])))
+    records[touched] = one[:start] + junk + one[end:]
+    pages, _ = read(b"".join(records), tmp_path_factory.mktemp("damage"), "a.warc" if form is warc else "a.arc")
+    assert [page for page in pages if page in others(8, touched)] == others(8, touched)
+
+
+@pytest.mark.parametrize("front", [b"\r\n", b"\n\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_what_precedes_a_record(tmp_path: Path, front: bytes, pack: Callable[[bytes], bytes]) -> None:
+    """Behaviour: line ends and a byte order mark before any record are passed over, whatever the name of the file."""
+    assert read(b"".join(pack(front + warc(i)) for i in range(3)), tmp_path, "page") == (others(3), [])
+
+
+def test_unusual_heads(tmp_path: Path) -> None:
+    """Behaviour: LF line ends, folded lines, other versions, other types and missing ids are no damage."""
+    folded = warc(1).replace(b"WARC-Target-URI: ", b"WARC-Target-URI:\r\n  ")
+    version = warc(2).replace(b"WARC/1.0", b"WARC/0.18", 1)
+    unknown = warc(9, kind="unknown") + warc(9, kind="our-own")
+    anonymous = warc(3).replace(b"WARC-Record-ID: <urn:uuid:3>\r\n", b"")
+    data = warc(0, end="\n") + folded + version + unknown + anonymous
+    assert read(data, tmp_path) == (others(4), [])
+    ids = [[page.id for page in read_pages(str(tmp_path / "a.warc")) if isinstance(page, PageRecord)] for _ in range(2)]
+    assert ids[0] == ids[1] and len(set(ids[0])) == 4 and ids[0][3] == f"a.warc#{len(data) - len(anonymous)}"
+    (tmp_path / "b.warc.gz").write_bytes(gzip.compress(anonymous * 3))
+    assert len({page.id for page in read_pages(str(tmp_path / "b.warc.gz")) if isinstance(page, PageRecord)}) == 3
+
+
+def test_mixed_archives(tmp_path: Path) -> None:
+    """Behaviour: concatenated archives of different compression are read to the end, also members that split records."""
+    plain, packed = warc(0) + warc(1), gzip.compress(warc(2)) + zstandard.compress(warc(3))
+    assert read(plain + packed, tmp_path) == (others(4), [])
+    assert read(gzip.compress(warc(0)) + warc(1) + gzip.compress(warc(2)), tmp_path) == (others(3), [])
+    whole = b"".join(map(warc, range(20)))
+    blocks = b"".join(gzip.compress(whole[i : i + 700]) for i in range(0, len(whole), 700))
+    assert read(blocks, tmp_path) == (others(20), [])
+
+
+def test_zstd_dictionary(tmp_path: Path) -> None:
+    """Behaviour: the dictionary in the first skippable frame of a .warc.zst is used, compressed or not."""
+    dictionary = zstandard.ZstdCompressionDict(body(0) * 3)
+    for stored in (dictionary.as_bytes(), zstandard.compress(dictionary.as_bytes())):
+        frame = b"\x5d\x2a\x4d\x18" + len(stored).to_bytes(4, "little") + stored
+        compressor = zstandard.ZstdCompressor(dict_data=dictionary)
+        assert read(frame + b"".join(compressor.compress(warc(i)) for i in range(3)), tmp_path) == (others(3), [])
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x;name=value\r\n%s\r\n0\r\n\r\n" % (len(data), data)
+
+
+BODIES = {
+    "chunked": ("Transfer-Encoding: chunked", chunked),
+    "not chunked": ("Transfer-Encoding: chunked", bytes),
+    "gzip": ("Content-Encoding: gzip", gzip.compress),
+    "not gzip": ("Content-Encoding: gzip", bytes),
+    "zlib": ("Content-Encoding: deflate", zlib.compress),
+    "raw deflate": ("Content-Encoding: deflate", raw_deflate),
+    "not deflate": ("Content-Encoding: deflate", bytes),
+    "zstd": ("Content-Encoding: zstd", zstandard.compress),
+    "not brotli": ("Content-Encoding: br", bytes),
+    "unknown": ("Content-Encoding: none", bytes),
+    "several": ("Content-Encoding: deflate, x-gzip", lambda data: gzip.compress(zlib.compress(data))),
+    "gzip in chunks": (
+        "Content-Encoding: gzip\r\nTransfer-Encoding: chunked",
+        lambda data: chunked(gzip.compress(data)),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", [warc, arc])
+@pytest.mark.parametrize("case", BODIES)
+def test_bodies(tmp_path: Path, case: str, form: Callable[..., bytes]) -> None:
+    """Behaviour: codings are removed, also wrongly declared ones, in WARC and ARC; the neighbours are untouched."""
+    headers, pack = BODIES[case]
+    record = form(1, pack(body(1)), headers + ("\r\n" if form is arc else ""))
+    (tmp_path / "a").write_bytes(form(0) + record + form(2))
+    assert [page.content for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)] == [
+        body(i) for i in range(3)
+    ]
+
+
+def test_brotli(tmp_path: Path) -> None:
+    """Behaviour: Brotli is decoded, and a bomb is reported and costs no neighbour."""
+    brotli = pytest.importorskip("brotli")
+    bomb = brotli.compress(bytes(50_000_000))
+    data = warc(0, brotli.compress(body(0)), "Content-Encoding: br") + warc(1, bomb, "Content-Encoding: br") + warc(2)
+    (tmp_path / "a").write_bytes(data)
+    first, broken, last = read_pages(str(tmp_path / "a"), max_bytes=1 << 20)
+    assert isinstance(first, PageRecord) and first.content == body(0) and isinstance(last, PageRecord)
+    assert isinstance(broken, BrokenRecord) and "longer than" in broken.reason
+
+
+def test_an_exception_is_the_fault_of_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: whatever is raised while a record is handled names it, and the others are read."""
+    parse = archives.parse_response
+
+    def fragile(block: bytes, max_bytes: int):
+        if b"page 1," in block:
+            raise RecursionError("what no test had thought of")
+        return parse(block, max_bytes)
+
+    monkeypatch.setattr(archives, "parse_response", fragile)
+    pages, (broken,) = read(b"".join(map(warc, range(3))), tmp_path)
+    assert pages == others(3, 1) and broken.offset == len(warc(0)) and "what no test" in broken.reason
+
+
+OTHER_FILES = {
+    "a.warc.lz4": (b"\x04\x22\x4d\x18" + bytes(50), "LZ4"),
+    "a.zip": (b"PK\x03\x04" + bytes(50), "ZIP"),
+    "a.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "7-Zip"),
+    "a.tar": (b"name".ljust(257, b"\0") + b"ustar\x0000" + bytes(300), "tar file"),
+    "a.tar.gz": (gzip.compress(b"name".ljust(257, b"\0") + b"ustar\x0000" + bytes(300)), "tar file"),
+    "a.bin": (bytes(range(256)) * 4, "unknown format"),
+    "a.png": (b"\x89PNG\r\n\x1a\n\0\0", "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_other_formats_are_named(tmp_path: Path, name: str) -> None:
+    """Behaviour: a file that cannot be read is an error that names its format."""
+    content, named = OTHER_FILES[name]
+    with pytest.raises(LlmkitError, match=named) as caught:
+        read(content, tmp_path, name)
+    assert caught.value.hint
+
+
+BOOK = "Chapter <unk>\n\n  It was 5 < 6 and a@b.org <a@b.org>.\n\n" + "A line\nof verse &amp; more <s>\n" * 20
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book", "book.txt.gz", "spec.txt"])
+def test_plain_text_stays(tmp_path: Path, name: str) -> None:
+    """Behaviour: text keeps every line and every `<unk>`, by content; a quoted record does not make it an archive."""
+    from llmkit.corpus.extract.engines import ENGINES, document_of
+
+    text = BOOK + (warc(1).decode() if name == "spec.txt" else "")
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    (page,) = read_pages(str(tmp_path / name))
+    assert isinstance(page, PageRecord) and document_of(page, ENGINES["resiliparse"])["text"] == text.strip()
+
+
+@pytest.mark.parametrize(
+    "html", ["<p>One.</p><p>Two.</p>", "Intro<p>One.</p>", "<!-- x -->One. <b>Two</b>", "\n <DIV>One.</DIV>"]
+)
+def test_fragments_are_html(tmp_path: Path, html: str) -> None:
+    """Behaviour: HTML without `<html>` is extracted, whether it has a name or not."""
+    for name in ("a.html", "stdin"):
+        (tmp_path / name).write_text(html)
+        (page,) = read_pages(str(tmp_path / name))
+        assert isinstance(page, PageRecord) and not page.is_text
