@@ -7,6 +7,7 @@ failure is reported here as one line on stderr, a hint, and an exit code of `Exi
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcom
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run `llmkit ARGV...` and exit the process."""
+    if argv is None:
+        _use_utf8()
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
@@ -29,6 +32,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     else:
         sys.exit(_dispatch(*split(arguments)))
     sys.exit(0)
+
+
+def _use_utf8() -> None:
+    """Read and write arguments, names and streams as UTF-8, whatever the locale.
+
+    Python takes the encoding of arguments and names from the locale before any code of ours runs, so another one means
+    a new start. Names that are not UTF-8 pass through as bytes.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for stream in (sys.stdin, sys.stdout):  # stderr escapes what its encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _help(arguments: list[str]) -> int:
@@ -177,6 +194,7 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
 
 
 def _printable(text: str) -> str:
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # names that are not UTF-8
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

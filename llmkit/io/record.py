@@ -18,6 +18,7 @@ from typing import Any
 
 from llmkit import __version__
 from llmkit.io.inputs import STDIN, is_remote, redacted
+from llmkit.io.names import escape_name
 
 
 @dataclass(slots=True)
@@ -66,11 +67,11 @@ class Lineage:
 
 
 def base_name(path: str | Path) -> str:
-    """The name of an input in a record: its last path component, `-` for stdin."""
+    """The name of an input in a record: its last path component, escaped where it is not UTF-8; `-` for stdin."""
     text = str(path)
     if text == STDIN:
         return STDIN
-    return os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
+    return escape_name(os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text)))
 
 
 def join_notes(notes: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:

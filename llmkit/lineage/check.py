@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmkit.io.inputs import STDIN
+from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
 from llmkit.lineage.fields import MAX_DEPTH, Record, file_name, inputs_of
 from llmkit.lineage.formats import content_digest, digest_path
@@ -35,7 +36,7 @@ def check(record: Record, path: str, directories: list[str]) -> Iterator[tuple[s
 
 
 def _state(item: Record, directories: list[Path]) -> str:
-    name = file_name(item["name"])  # a record must not lead outside the directories
+    name = unescape_name(file_name(item["name"]))  # a record must not lead outside the directories
     candidates = [directory / name for directory in directories if (directory / name).exists()]
     if not candidates:
         return "not found"

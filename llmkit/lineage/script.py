@@ -13,6 +13,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
+from llmkit.io.names import shell_name
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import CHECKPOINTS, STEP_PREFIX, parse_step
 from llmkit.lineage.fields import MAX_DEPTH, Record, file_name, inputs_of, options_of
@@ -92,10 +93,10 @@ class _Script:
 
         A second one of the same name goes into a numbered directory, since its name is part of the lineage.
         """
-        number, output = 1, f'"$OUT"/{shlex.quote(name)}'
+        number, output = 1, f'"$OUT"/{shell_name(name)}'
         while output in self._outputs:
             number += 1
-            output = f'"$OUT"/{number}/{shlex.quote(name)}'
+            output = f'"$OUT"/{number}/{shell_name(name)}'
         if number > 1:
             self.lines.append(f'mkdir -p "$OUT"/{number}')
         self._outputs.add(output)
@@ -116,7 +117,7 @@ class _Script:
                 reference = STDIN
             elif item["name"] == STDIN and str(item.get("digest")) in self._files:
                 file = self._original(self._files[str(item.get("digest"))], str(item.get("digest")))
-                reference, redirection = STDIN, f' < "$IN"/{shlex.quote(file)}'
+                reference, redirection = STDIN, f' < "$IN"/{shell_name(file)}'
             else:
                 reference = self._reference(item, _checkpoint_interval(node))
             option, _, template = str(item.get("role")).partition(" ")
@@ -151,7 +152,7 @@ class _Script:
                 if not name:
                     self.originals[_STREAM] = digest
                     return STDIN
-            return f'"$IN"/{shlex.quote(self._original(name, digest))}'
+            return f'"$IN"/{shell_name(self._original(name, digest))}'
         key = (name, str(item.get("digest")))
         if key not in self._made:
             is_run = item["lineage"].get("command") in RUN_COMMANDS

@@ -26,15 +26,19 @@ def as_tree(record: Record, name: str) -> str:
         for i, item in enumerate(inputs):
             last = i + 1 == len(inputs)
             input_name = "(pipe)" if item["name"] == STDIN else item["name"]
-            label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{input_name}"
+            label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{_one_line(input_name)}"
             below = prefix + ("   " if last else "│  ")
             if item.get("lineage") and depth < MAX_DEPTH:
                 show(item["lineage"], label, below, depth + 1)
             else:
                 lines.append(f"{label}  {item.get('digest', '')}")
 
-    show(record, base_name(name), "", 0)
+    show(record, _one_line(base_name(name)), "", 0)
     return "\n".join(lines) + "\n"
+
+
+def _one_line(name: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 import xxhash
 
 from llmkit.errors import LlmkitError
+from llmkit.options import from_toml, toml_value
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
@@ -83,8 +84,8 @@ def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
         "# llmkit mix --plan: llmkit train follows it",
         f"version = {PLAN_VERSION}",
         f"seed = {plan.seed}",
-        f"tokenizer = {_quote(plan.tokenizer)}",
-        f"shuffle = {_quote(plan.shuffle)}",
+        f"tokenizer = {toml_value(plan.tokenizer)}",
+        f"shuffle = {toml_value(plan.shuffle)}",
     ]
     if plan.sequence_length:
         lines.append(f"sequence_length = {plan.sequence_length}")
@@ -92,22 +93,18 @@ def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
         lines.append(f"weight_map = {list(map(list, plan.weight_map))}")
     if lineage:
         text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        lines.append(f"llmkit = {_quote(text)}")
+        lines.append(f"llmkit = {toml_value(text)}")
     for source in plan.sources:
         lines += [
             "",
             "[[source]]",
-            f"path = {_quote(source.path)}",
-            f"digest = {_quote(source.digest)}",
+            f"path = {toml_value(source.path)}",
+            f"digest = {toml_value(source.digest)}",
             f"tokens = {list(source.tokens)}",
         ]
         if source.held_out:
             lines.append(f"held_out = {list(source.held_out)}")
     return "\n".join(lines) + "\n"
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_plan(path: Path) -> Plan:
@@ -144,7 +141,7 @@ def read_plan(path: Path) -> Plan:
         if not valid:
             raise LlmkitError(f"{path}: field {name!r} is missing or invalid", HINT)
     sources = tuple(
-        PlannedSource(row["path"], row["digest"], tuple(row["tokens"]), tuple(row["held_out"])) for row in rows
+        PlannedSource(from_toml(row["path"]), row["digest"], tuple(row["tokens"]), tuple(row["held_out"])) for row in rows
     )
     return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)))
 
@@ -171,7 +168,7 @@ def locate_source(plan: Path, source: PlannedSource) -> Path:
 def read_record(path: str) -> Any:
     """The lineage record in a plan, valid or not; None where there is none."""
     try:
-        return tomllib.loads(Path(path).read_text()).get("llmkit")
+        return tomllib.loads(Path(path).read_text(encoding="utf-8")).get("llmkit")
     except (OSError, ValueError):
         return None
 
