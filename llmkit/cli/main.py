@@ -176,11 +176,13 @@ def _os_hint(error: OSError) -> str:
 
 def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
     """Print the error and the hint on a line each, or as one JSON line; return `code`. Escapes control characters."""
+    from llmkit.io.names import one_line
+
     if as_json:
         lines = [_as_json(program, message, hint, code, words)]
     else:
-        lines = [f"{program}: error: {_printable(message)}"] if message else []
-        lines += [f"hint: {_printable(hint)}"] if hint else []
+        lines = [f"{program}: error: {one_line(message)}"] if message else []
+        lines += [f"hint: {one_line(hint)}"] if hint else []
     for line in lines:
         try:
             print(line, file=sys.stderr, flush=True)
@@ -193,11 +195,6 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
     return code
 
 
-def _printable(text: str) -> str:
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # names that are not UTF-8
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[str]) -> str:
     """The error as a JSON object: command, code, message, hint, and the file and line that the message begins with.
 
@@ -206,11 +203,13 @@ def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[s
     import json
     import re
 
+    from llmkit.io.names import escape_names
+
     command = program.removeprefix("llmkit").strip()
     record: dict[str, object] = {"command": command, "code": int(code), "message": message, "hint": hint or None}
     file = line = None
-    if location := re.match(r"([^:\n]+):(?:([0-9]+):)? ", message):
+    if location := re.match(r"([^:]+):(?:([0-9]+):)? ", message):
         file, line = location[1], int(location[2]) if location[2] else None
         if line is None and not any(word == file or word.endswith(f"={file}") for word in words):
             file = file if os.path.lexists(file) else None  # "seed: ..." does not begin with a file
-    return json.dumps({"error": record | {"file": file, "line": line}})
+    return json.dumps({"error": escape_names(record | {"file": file, "line": line})})

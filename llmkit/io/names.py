@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LOW = 0xDC00  # a byte is held as this plus its value
 _BYTE = re.compile("[\udc80-\udcff]")
@@ -31,6 +32,20 @@ def escape_name(name: str) -> str:
 def unescape_name(text: str) -> str:
     """The name that `escape_name` made `text` from."""
     return _ESCAPE.sub(lambda match: "\\" if match[1] == "5c" else _byte(match[1]), text) if "\\x" in text else text
+
+
+def escape_names(value: Any) -> Any:
+    """A JSON value in which each string that is not UTF-8 is escaped as a name."""
+    if isinstance(value, dict):
+        return {escape_names(key): escape_names(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [escape_names(item) for item in value]
+    return escape_name(value) if isinstance(value, str) and not is_utf8(value) else value
+
+
+def one_line(text: str) -> str:
+    r"""The text with line breaks and other characters that do not print as escapes, and bytes that are not UTF-8 as \xNN."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _as_escapes(text))
 
 
 def is_utf8(text: str) -> bool:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from llmkit.io.inputs import STDIN
+from llmkit.io.names import one_line
 from llmkit.io.record import base_name
 from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, options_of
 
@@ -26,23 +27,19 @@ def as_tree(record: Record, name: str) -> str:
         for i, item in enumerate(inputs):
             last = i + 1 == len(inputs)
             input_name = "(pipe)" if item["name"] == STDIN else item["name"]
-            label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{_one_line(input_name)}"
+            label = f"{prefix}{'└─ ' if last else '├─ '}{_role(item)}{one_line(input_name)}"
             below = prefix + ("   " if last else "│  ")
             if item.get("lineage") and depth < MAX_DEPTH:
                 show(item["lineage"], label, below, depth + 1)
             else:
                 lines.append(f"{label}  {item.get('digest', '')}")
 
-    show(record, _one_line(base_name(name)), "", 0)
+    show(record, one_line(base_name(name)), "", 0)
     return "\n".join(lines) + "\n"
 
 
-def _one_line(name: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = one_line(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

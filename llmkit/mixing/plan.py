@@ -141,7 +141,8 @@ def read_plan(path: Path) -> Plan:
         if not valid:
             raise LlmkitError(f"{path}: field {name!r} is missing or invalid", HINT)
     sources = tuple(
-        PlannedSource(from_toml(row["path"]), row["digest"], tuple(row["tokens"]), tuple(row["held_out"])) for row in rows
+        PlannedSource(from_toml(row["path"]), row["digest"], tuple(row["tokens"]), tuple(row["held_out"]))
+        for row in rows
     )
     return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)))
 

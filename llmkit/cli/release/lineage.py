@@ -79,11 +79,12 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], directories: list[str]) -> None:
+    from llmkit.io.names import one_line
     from llmkit.lineage.check import check
 
     results = list(check(record, artefact, directories))
     for name, state in results:
-        print(f"{state:<9} {name}")
+        print(f"{state:<9} {one_line(name)}")
     differing = [name for name, state in results if state == "DIFFERS"]
     if differing:
         raise LlmkitError(

@@ -348,10 +348,13 @@ def _format_options(command: Any, context: Any, formatter: Any) -> None:
 
 
 def _recordable(value: Any) -> Any:
+    from llmkit.io.names import escape_name, is_utf8
     from llmkit.io.record import base_name
 
     if isinstance(value, Path):
         return base_name(value)
+    if isinstance(value, str) and not is_utf8(value):  # a path
+        return escape_name(value)
     return [_recordable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 

@@ -73,7 +73,10 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with suppress(OSError), open(self.path / EVENTS, "a", encoding="utf-8") as file:  # a full disk must not stop the run
+        with (
+            suppress(OSError),
+            open(self.path / EVENTS, "a", encoding="utf-8") as file,
+        ):  # a full disk must not stop the run
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
