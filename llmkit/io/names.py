@@ -44,7 +44,7 @@ def escape_names(value: Any) -> Any:
 
 
 def one_line(text: str) -> str:
-    r"""The text with line breaks and other characters that do not print as escapes, and bytes that are not UTF-8 as \xNN."""
+    r"""The text with escapes for what does not print, such as line breaks, and `\xNN` for bytes that are not UTF-8."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _as_escapes(text))
 
 
