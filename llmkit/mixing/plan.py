@@ -5,6 +5,7 @@
     tokenizer = "xxh3:..."
     shuffle = "global"
     weight_map = [[1, 1], [2, 3]]    # with --weight-map only: [first count, copies in a pass]
+    cut_last = true                  # with --cut-last only, and then version = 3
     sequence_length = 2048           # with best-fit packing only
     [[source]]
     path = "../web"                  # relative to the plan's directory
@@ -30,6 +31,7 @@ from llmkit.options import from_toml, toml_value
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
+CUT_VERSION = 3  # of plans with cut_last, which an earlier llmkit would not follow
 MAX_SEQUENCE_LENGTH = 1 << 24  # for packing
 MAX_COPIES = 1000  # of a document in one pass
 # Keys of `train --recipe` in a stages file, at its top and in each stage: the same file may describe a mix and
@@ -67,7 +69,7 @@ class Plan:
     """Everything that determines an order.
 
     `tokenizer` is the digest of the shards' tokenizer ("" for documents); `sequence_length` is set for best-fit
-    packing only.
+    packing only. With `cut_last` the documents at the ends of budgets are cut, which are then met exactly.
     """
 
     sources: tuple[PlannedSource, ...]
@@ -76,13 +78,14 @@ class Plan:
     shuffle: str = "global"
     sequence_length: int | None = None
     weight_map: tuple[tuple[int, int], ...] = ()
+    cut_last: bool = False
 
 
 def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
     """The plan as TOML. Its lineage is stored under `llmkit`."""
     lines = [
         "# llmkit mix --plan: llmkit train follows it",
-        f"version = {PLAN_VERSION}",
+        f"version = {CUT_VERSION if plan.cut_last else PLAN_VERSION}",
         f"seed = {plan.seed}",
         f"tokenizer = {toml_value(plan.tokenizer)}",
         f"shuffle = {toml_value(plan.shuffle)}",
@@ -91,6 +94,8 @@ def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
         lines.append(f"sequence_length = {plan.sequence_length}")
     if plan.weight_map:
         lines.append(f"weight_map = {list(map(list, plan.weight_map))}")
+    if plan.cut_last:
+        lines.append("cut_last = true")
     if lineage:
         text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         lines.append(f"llmkit = {toml_value(text)}")
@@ -115,7 +120,8 @@ def read_plan(path: Path) -> Plan:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise LlmkitError(f"{path}: invalid TOML ({error})", HINT) from error
-    if content.get("version") != PLAN_VERSION:
+    cut_last = content.get("cut_last", False)
+    if content.get("version") != (CUT_VERSION if cut_last else PLAN_VERSION):
         hint = "run mix again: version 1 was written by an earlier llmkit" if content.get("version") == 1 else HINT
         raise LlmkitError(f"{path}: not a mix plan of version {PLAN_VERSION}", hint)
     rows = content.get("source")
@@ -135,6 +141,7 @@ def read_plan(path: Path) -> Plan:
         "tokenizer": isinstance(content.get("tokenizer"), str),
         "shuffle": content.get("shuffle") in SHUFFLES,
         "sequence_length": length is None or (type(length) is int and 0 < length <= MAX_SEQUENCE_LENGTH),
+        "cut_last": isinstance(cut_last, bool),
         "weight_map": isinstance(ranges, list) and all(map(_is_range, ranges)),
     }
     for name, valid in fields.items():
@@ -144,7 +151,9 @@ def read_plan(path: Path) -> Plan:
         PlannedSource(from_toml(row["path"]), row["digest"], tuple(row["tokens"]), tuple(row["held_out"]))
         for row in rows
     )
-    return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)))
+    return Plan(
+        sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)), cut_last
+    )
 
 
 def _is_range(value: Any) -> bool:
@@ -187,5 +196,6 @@ def digest_plan(plan: Plan) -> str:
     """Digest of what determines a plan's order; the paths of its shards do not count."""
     fields = [plan.seed, plan.tokenizer, plan.shuffle, plan.sequence_length]
     fields += [plan.weight_map] if plan.weight_map else []
+    fields += ["cut_last"] if plan.cut_last else []
     fields += [[source.digest, source.tokens, source.held_out] for source in plan.sources]
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())

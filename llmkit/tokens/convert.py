@@ -117,8 +117,8 @@ def _check_whole(store: TokenStore, name: str, target: str, cut: int) -> None:
     """LlmkitError where `target` cannot hold what `mix` made of the documents."""
     if store.sequence_length and target in FOREIGN_FORMATS.names():
         raise LlmkitError(
-            f"{name}: packed into sequences of {store.sequence_length:,} tokens, and {target} holds neither their borders "
-            "nor their padding",
+            f"{name}: packed into sequences of {store.sequence_length:,} tokens; {target} holds neither their borders nor "
+            "their padding",
             "export the shards that were mixed, or mix with --pack concat; --lossy writes the documents alone",
         )
     if cut:
@@ -148,6 +148,8 @@ def end_documents(block: TokenBlock, info: TokenizerInfo, *, flat: bool, lossy: 
 
     LlmkitError where a document of a `flat` format has that id inside as well, unless `lossy`: it would become two.
     """
+    if not len(block.tokens):
+        return block
     ends = np.cumsum(block.lengths)
     missing = np.flatnonzero((block.lengths == 0) | (block.tokens[np.maximum(ends, 1) - 1] != info.eos_id))
     if flat and not lossy:

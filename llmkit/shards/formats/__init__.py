@@ -9,9 +9,9 @@
 None of them holds sources, ids, the tokenizer or a lineage record, nor the borders and the padding of a packed mix:
 `tokenize` refuses to export packed shards and pieces of cut documents (tokens/convert.py).
 
-Read again, a document's source is the name of its file and its id the xxh3-128 of its tokens. Documents without the end-of-text id get it, those without
-any other id are dropped, and both are counted: files that begin each document with that id, as
-modded-nanogpt's, are read correctly.
+Read again, a document's source is the name of its file and its id the xxh3-128 of its tokens. Documents without the
+end-of-text id get it, those without any other id are dropped, and both are counted: files that begin each document
+with that id, as modded-nanogpt's, are read correctly.
 
 The help of `tokenize` lists every format, so these files import numpy and the rest of shards/ inside functions only.
 """
