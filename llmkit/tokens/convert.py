@@ -2,9 +2,10 @@
 
 Input: token shards, or the files of other trainers (shards/formats/). Memory: one block, about 2^20 tokens.
 
-A document that does not end with the end-of-text id was cut by `mix`. No other format can mark such a piece, and none
-of the trainers' can hold the borders and the padding of packed sequences, so these are refused. `lossy` exports them
-all the same: padding is left out, and each piece becomes a document that ends with the end-of-text id.
+A document that does not end with the end-of-text id was cut by `mix`. Texts cannot mark such a piece, nor can the
+trainers' formats, which cannot hold the borders and the padding of packed sequences either: these are refused.
+`lossy` exports them all the same: padding is left out, and each piece becomes a document that ends with the
+end-of-text id.
 
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
@@ -117,11 +118,11 @@ def _check_whole(store: TokenStore, name: str, target: str, cut: int) -> None:
     """LlmkitError where `target` cannot hold what `mix` made of the documents."""
     if store.sequence_length and target in FOREIGN_FORMATS.names():
         raise LlmkitError(
-            f"{name}: packed into sequences of {store.sequence_length:,} tokens; {target} holds neither their borders nor "
-            "their padding",
+            f"{name}: packed into sequences of {store.sequence_length:,} tokens; {target} holds neither their borders "
+            "nor their padding",
             "export the shards that were mixed, or mix with --pack concat; --lossy writes the documents alone",
         )
-    if cut:
+    if cut and target != "jsonl":
         raise LlmkitError(
             f"{name}: {cut:,} pieces of documents that mix cut, which would become documents",
             "use the shards that were mixed; --lossy writes each piece as a document",
@@ -138,7 +139,7 @@ def _not_held(store: TokenStore, target: str, cut: int) -> list[str]:
         "duplicate counts": store.duplicates is not None,
         "the ends of stages": len(store.stages) > 1,
         "the padding and borders of sequences": store.sequence_length is not None,
-        f"the cuts of {cut:,} documents": cut > 0,
+        f"the cuts of {cut:,} documents": cut > 0 and target != "jsonl",
     }
     return [fact for fact, lost in facts.items() if lost]
 

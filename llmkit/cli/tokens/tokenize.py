@@ -28,7 +28,7 @@ SOURCE_FORMATS = ("documents", "shards", *FOREIGN)
 TARGET_FORMATS = ("shards", "jsonl", *FOREIGN)
 FOREIGN_FILES = [f"{name} ({FOREIGN_FORMATS.get(name).files})" for name in FOREIGN]
 # Options that affect the output where the inputs hold tokens.
-STORED_OPTIONS = ("to", "decode", "lossy", "source", "tokenizer", "max_tokens_per_shard")
+STORED_OPTIONS = ("eos", "to", "decode", "lossy", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
 DEFAULT_SHARD_TOKENS = 1 << 27
 DEFAULT_SPM_RATE = 0.5
@@ -54,6 +54,10 @@ def main(
         typer.Option(
             "--tokenizer", "-t", help="Tokenizer or model directory, tokenizer.json, or shards that carry one"
         ),
+    ] = None,
+    eos: Annotated[
+        str | None,
+        typer.Option("--eos", metavar="NAME", help="End-of-text token (default: the one that the tokenizer names)"),
     ] = None,
     source: Annotated[
         str | None,
@@ -139,6 +143,8 @@ def main(
     if max_tokens_per_shard < 1:
         raise UsageError("--max-tokens-per-shard 0", "allow at least one token")
     kind = from_ or ("shards" if decode or _hold_shards(run, inputs) else "documents")
+    if eos is not None and tokenizer is None:
+        raise UsageError("--eos without -t", "the shards know their end-of-text token")
     if decode and (to != "shards" or kind == "documents"):
         raise UsageError("--decode turns tokens into documents", "drop --to and --from documents")
     if kind == to == "shards" and not decode:
@@ -164,7 +170,7 @@ def main(
             "keep_duplicates": keep_duplicates,
         }
         stream = _encode(
-            run, target, inputs, tokenizer, options, (fim_rate, fim_spm_rate, fim_source or []), worker_engine
+            run, target, inputs, tokenizer, eos, options, (fim_rate, fim_spm_rate, fim_source or []), worker_engine
         )
     else:
         encoding_options = {
@@ -178,7 +184,7 @@ def main(
         }
         for option in (name for name, value in encoding_options.items() if value):
             raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "drop it")
-        stream = _read_stored(run, target, kind, inputs, tokenizer, source, lossy)
+        stream = _read_stored(run, target, kind, inputs, (tokenizer, eos), source, lossy)
     if stream is not None:
         _write(run, target, *stream, max_tokens_per_shard, keep_duplicates, stats, lossy)
 
@@ -200,6 +206,7 @@ def _encode(
     target: str,
     inputs: list[str] | None,
     tokenizer: Path | None,
+    eos: str | None,
     encode_options: dict[str, Any],
     fim: tuple[float, float, list[str]],
     engine: Engine,
@@ -210,7 +217,7 @@ def _encode(
     from llmkit.tokens.fill_in_the_middle import make_fill_in_the_middle
 
     assert tokenizer is not None
-    info = load_tokenizer_info(tokenizer)
+    info = load_tokenizer_info(tokenizer, eos)
     if encode_options["bos"] and info.bos_id is None:
         raise UsageError(f"{tokenizer}: no beginning-of-text token", "set bos_token in its tokenizer_config.json")
     rate, spm_rate, sources = fim
@@ -232,7 +239,13 @@ def _encode(
 
 
 def _read_stored(
-    run: Run, target: str, kind: str, inputs: list[str] | None, tokenizer: Path | None, source: str | None, lossy: bool
+    run: Run,
+    target: str,
+    kind: str,
+    inputs: list[str] | None,
+    tokenizer: tuple[Path | None, str | None],
+    source: str | None,
+    lossy: bool,
 ) -> TokenStream | None:
     """Documents that are already tokens; None where the output is up to date."""
     from llmkit.io.inputs import STDIN, read_list
@@ -251,7 +264,8 @@ def _read_stored(
         named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
         data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
         paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
-    info = load_tokenizer_info(tokenizer) if tokenizer else None
+    path, eos = tokenizer  # and its end-of-text token
+    info = load_tokenizer_info(path, eos) if path else None
     if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
     return read_stored(kind, paths, info, source, target, lossy)
