@@ -95,7 +95,7 @@ def _cached_encoder(info: TokenizerInfo, read_options: ReadOptions, options: Enc
     """The encoder with these arguments. A process keeps one: loading a large vocabulary takes longer than
     encoding a chunk.
     """
-    key = info.digest, read_options, options
+    key = info.digest, info.eos_id, read_options, options
     if key not in _encoders:
         _encoders.clear()
         _encoders[key] = DocumentEncoder(info, read_options, options)

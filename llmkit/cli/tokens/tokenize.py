@@ -319,7 +319,7 @@ def _write(
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     if not_held:
         counts["not_held"] = not_held
-        where += f"; {target} does not hold {', '.join(not_held[:-1])}{' and ' * bool(not_held[1:])}{not_held[-1]}"
+        where += f"; not kept: {', '.join(not_held)}"
     run.finish(counts, f"{', '.join(parts)}; {where}")
 
 

@@ -55,14 +55,17 @@ def main(
         named = name_format(vocabulary)
         reason = f"{named[0]}, which is not converted here" if named else "not a vocabulary of a known format"
         raise LlmkitError(f"{vocabulary}: {reason}", named[1] if named else "see llmkit vocab convert --help")
+    source = file.parent if file.name == "vocab.json" else file
     if not run.dry_run:
+        if run.up_to_date([str(source)]):
+            return
         check_output(run.output, run.force)
     given = [*(special or []), *([eos] if eos else [])]
     content = convert(file, pattern, given)
     files = with_eos({"tokenizer.json": content}, next(iter(special_ids([eos], 0))) if eos else None)
     info = parse_tokenizer(files, str(vocabulary))
     lineage = run.lineage()
-    lineage.inputs.append(describe_input(file.parent if file.name == "vocab.json" else file))
+    lineage.inputs.append(describe_input(source))
     lineage.counts, lineage.digest = {"size": info.vocab_size}, info.digest
     if not run.dry_run:
         files = with_eos(files, None, lineage.to_dict())
