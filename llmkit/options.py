@@ -16,6 +16,7 @@ Python: `from_values(PretrainOptions, {"keep": 3})`. A command that takes only p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from enum import Enum
@@ -265,7 +266,11 @@ def count_option(*names: str, help: str, **settings: Any) -> Any:
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean or list of these in TOML syntax."""
+    r"""A string, number, boolean or list of these in TOML syntax.
+
+    A byte that is not UTF-8, as in the name of a file, becomes `\u0000` and two hex digits: no argument holds a zero
+    byte, so that `from_toml` can tell.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
@@ -274,7 +279,17 @@ def toml_value(value: Any) -> str:
         return repr(value) if "e" not in repr(value) or "." in repr(value) else repr(value).replace("e", ".0e")
     if isinstance(value, int):
         return str(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\0{ord(byte[0]) - 0xDC00:02x}", str(value))
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def from_toml(value: Any) -> Any:
+    """The value that `toml_value` stored, from that which TOML holds."""
+    if isinstance(value, list):
+        return [from_toml(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub("\0([89a-f][0-9a-f])", lambda digits: chr(0xDC00 + int(digits[1], 16)), value)
 
 
 def check_positive(**values: float | None) -> None:

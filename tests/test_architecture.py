@@ -176,3 +176,19 @@ print(sorted(set(sys.modules) & set({HEAVY!r})))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert result.stdout == "[]\n" and (tmp_path / "out.jsonl").read_bytes() == b'{"text":"a"}\n'
+
+
+def test_text_files_are_utf8() -> None:
+    """Property: every text file is opened with its encoding named, which otherwise depends on the locale."""
+    unnamed = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            name = ast.unparse(node.func)
+            binary = any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in node.args[1:2])
+            text = any(word.arg == "text" and word.value.__dict__.get("value") is True for word in node.keywords)
+            reads = name.endswith((".read_text", ".write_text")) and not name.startswith("formatter.")
+            if reads or (name in ("open", "os.fdopen") and not binary) or (name.startswith("subprocess.") and text):
+                unnamed.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    assert not unnamed, unnamed

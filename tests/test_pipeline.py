@@ -3,6 +3,7 @@ commands in the README and the help."""
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import zstandard
 
 from llmkit.cli.shared.table import COMMANDS, module_of
+from llmkit.tokens.pretokenize import byte_alphabet
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {
@@ -192,6 +194,13 @@ def after_readme(workspace: Path, tmp_path_factory) -> Path:
             shell("llmkit tokenize docs.jsonl -t tok/ -o code/ -q", directory)
         shell(shrunk(line), directory)
     shell("llmkit tokenize heldout.jsonl -t tok/ -o heldout/ -q", directory)
+    (directory / "gpt2").mkdir()  # vocabularies of other libraries: the bytes alone
+    alphabet = byte_alphabet()
+    vocabulary = {character: byte for byte, character in enumerate(alphabet)} | {alphabet[32] + "t": 256}
+    (directory / "gpt2" / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "gpt2" / "merges.txt").write_text(f"#version: 0.2\n{alphabet[32]} t\n", encoding="utf-8")
+    ranks = (base64.b64encode(bytes([byte])).decode() + f" {byte}\n" for byte in range(256))
+    (directory / "ranks.tiktoken").write_text("".join(ranks))
     (directory / "tasks").mkdir()
     (directory / "tasks" / "my_task.jsonl").write_text(
         json.dumps({"q": "What is 1?", "choices": ["one", "two"], "label": 0}) + "\n"

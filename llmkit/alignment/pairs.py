@@ -23,6 +23,7 @@ from torch import Tensor
 from llmkit.alignment.preference import LOSSES, PairLogProbabilities
 from llmkit.chat.masks import EncodedRow
 from llmkit.io.atomic import atomic_file
+from llmkit.io.names import utf8_path
 from llmkit.seeds import derive
 from llmkit.training.data import Batch, collate
 from llmkit.training.distributed.processes import Processes
@@ -133,7 +134,7 @@ def reference_log_probabilities(
 
     digest = _digest(rows, model_digest)
     if cache.exists():
-        with safe_open(cache, "pt") as stored:
+        with utf8_path(cache) as path, safe_open(path, "pt") as stored:
             if (stored.metadata() or {}).get("digest") == digest:
                 return stored.get_tensor("reference")  # type: ignore[no-any-return]
     pairs = len(rows) // 2

@@ -7,6 +7,7 @@ failure is reported here as one line on stderr, a hint, and an exit code of `Exi
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcom
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run `llmkit ARGV...` and exit the process."""
+    if argv is None:
+        _use_utf8()
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
@@ -29,6 +32,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     else:
         sys.exit(_dispatch(*split(arguments)))
     sys.exit(0)
+
+
+def _use_utf8() -> None:
+    """Read and write arguments, names and streams as UTF-8, whatever the locale.
+
+    Python takes the encoding of arguments and names from the locale before any code of ours runs, so another one means
+    a new start. Names that are not UTF-8 pass through as bytes.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    for stream in (sys.stdin, sys.stdout):  # stderr escapes what its encoding lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _help(arguments: list[str]) -> int:
@@ -159,11 +176,13 @@ def _os_hint(error: OSError) -> str:
 
 def _fail(program: str, message: str, hint: str, code: int, as_json: bool = False, words: Sequence[str] = ()) -> int:
     """Print the error and the hint on a line each, or as one JSON line; return `code`. Escapes control characters."""
+    from llmkit.io.names import one_line
+
     if as_json:
         lines = [_as_json(program, message, hint, code, words)]
     else:
-        lines = [f"{program}: error: {_printable(message)}"] if message else []
-        lines += [f"hint: {_printable(hint)}"] if hint else []
+        lines = [f"{program}: error: {one_line(message)}"] if message else []
+        lines += [f"hint: {one_line(hint)}"] if hint else []
     for line in lines:
         try:
             print(line, file=sys.stderr, flush=True)
@@ -176,10 +195,6 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
     return code
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[str]) -> str:
     """The error as a JSON object: command, code, message, hint, and the file and line that the message begins with.
 
@@ -188,11 +203,13 @@ def _as_json(program: str, message: str, hint: str, code: int, words: Sequence[s
     import json
     import re
 
+    from llmkit.io.names import escape_names
+
     command = program.removeprefix("llmkit").strip()
     record: dict[str, object] = {"command": command, "code": int(code), "message": message, "hint": hint or None}
     file = line = None
-    if location := re.match(r"([^:\n]+):(?:([0-9]+):)? ", message):
+    if location := re.match(r"([^:]+):(?:([0-9]+):)? ", message):
         file, line = location[1], int(location[2]) if location[2] else None
         if line is None and not any(word == file or word.endswith(f"={file}") for word in words):
             file = file if os.path.lexists(file) else None  # "seed: ..." does not begin with a file
-    return json.dumps({"error": record | {"file": file, "line": line}})
+    return json.dumps({"error": escape_names(record | {"file": file, "line": line})})

@@ -156,7 +156,7 @@ def _serve(work: Callable[[Any], Any], pipe: Connection, position: Any, memory: 
     """Main loop of a worker: receive batches, send results."""
     init_worker()
     if memory and sys.platform == "linux":
-        with open("/proc/self/statm") as file:
+        with open("/proc/self/statm", encoding="utf-8") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     while True:

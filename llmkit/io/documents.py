@@ -41,6 +41,7 @@ from llmkit.io.compression import (
     decompress,
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
+from llmkit.io.names import escape_name
 from llmkit.io.record import Input, Lineage, base_name, join_notes
 
 CHUNK_BYTES = 1 << 20
@@ -233,7 +234,7 @@ class Quarantine:
         self._lines += len(bad)
         for item in bad:
             raw = item.raw.decode("utf-8", "backslashreplace")
-            row = {"file": item.file, "line": item.line, "reason": item.reason, "raw": raw}
+            row = {"file": escape_name(item.file), "line": item.line, "reason": item.reason, "raw": raw}
             self._writer.write(orjson.dumps(row) + b"\n")
 
 

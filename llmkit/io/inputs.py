@@ -118,12 +118,17 @@ def _hidden(path: Path, root: str) -> bool:
 
 
 def read_list(path: str) -> list[str]:
-    """The non-blank lines of a --files-from list (`-`: stdin)."""
+    """The names in a --files-from list (`-`: stdin): bytes, each ended by a newline, or by a zero byte if any is there.
+
+    Blank lines do not count, nor does the carriage return before a newline.
+    """
     try:
-        text = sys.stdin.read() if path == STDIN else Path(path).read_text()
+        data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     except OSError as error:
         raise LlmkitError(f"{path}: cannot read the list of files ({error.strerror})", "see --files-from") from error
-    return [line for line in text.splitlines() if line.strip()]
+    if b"\0" in data:
+        return [os.fsdecode(name) for name in data.split(b"\0") if name]
+    return [os.fsdecode(name.removesuffix(b"\r")) for name in data.split(b"\n") if name.strip()]
 
 
 def is_remote(path: str) -> bool:

@@ -25,6 +25,7 @@ import xxhash
 
 from llmkit import __version__
 from llmkit.io.inputs import STDIN, is_pipe, is_remote, redacted
+from llmkit.io.names import escape_name, is_utf8
 
 PENDING = "xxh3:" + "0" * 32  # placeholder of a digest that is not known yet, and as long as any
 # Digests of one file in one place, which the records of later artefacts do not repeat.
@@ -110,11 +111,14 @@ def sealed(record: dict[str, Any], files: str) -> dict[str, Any]:
 
 
 def base_name(path: str | Path) -> str:
-    """The name of an input in a record: its last path component, `-` for stdin and process substitutions."""
+    """The name of an input in a record: its last path component, escaped where it is not UTF-8.
+
+    `-` for stdin and process substitutions.
+    """
     text = str(path)
     if is_pipe(text):
         return STDIN
-    return os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text))
+    return escape_name(os.path.basename(redacted(text).rstrip("/") if is_remote(text) else os.path.abspath(text)))
 
 
 def recorded(value: Any, marks: tuple[Any, ...]) -> Any:
@@ -132,6 +136,8 @@ def recorded(value: Any, marks: tuple[Any, ...]) -> Any:
         return [recorded(item, ()) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)):
         return base_name(value)
+    if isinstance(value, str) and not is_utf8(value):  # a path
+        return escape_name(value)
     return value
 
 

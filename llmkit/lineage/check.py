@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
+from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import STATE, final_model, find_checkpoints
 from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, file_name, inputs_of, is_intact, place_of
@@ -103,9 +104,9 @@ def _check_inputs(record: Record, directories: list[Path]) -> Iterator[tuple[str
 
 def _state(item: Record, directories: list[Path], others: set[str], known: dict[Path, str]) -> str:
     """The state of an input. A file with the digest of another input of its name (`others`) is that one."""
-    name = file_name(item["name"])  # a record must not lead outside the directories
+    name = unescape_name(file_name(item["name"]))  # a record must not lead outside the directories
     candidates = [candidate for directory in directories for candidate in _candidates(directory, name)]
-    artefact, inside = place_of(item)
+    artefact, inside = map(unescape_name, place_of(item))
     if inside:
         candidates += [c / inside for directory in directories for c in _candidates(directory, artefact)]
     differing = 0

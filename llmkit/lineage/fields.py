@@ -102,8 +102,3 @@ def is_intact(record: Record) -> bool | None:
         return record["record"] == record_digest(record) if "record" in record else None
     except RecursionError:
         return False
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: other characters than printable ones, which a record of others may hold, become `?`."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

@@ -294,6 +294,6 @@ def _directory_digest(directory: Path, known: Mapping[Path, str]) -> str:
             parts = file.relative_to(directory).parts
             hidden = any(part.startswith(".") for part in parts)
             if file.is_file() and not file.is_symlink() and parts[0] != STATE and not hidden:
-                yield f"{'/'.join(parts)}\0{known.get(file) or digest_stored(str(file))}\n".encode()
+                yield os.fsencode(f"{'/'.join(parts)}\0{known.get(file) or digest_stored(str(file))}\n")
 
     return digest_bytes(entries())

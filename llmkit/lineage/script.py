@@ -16,6 +16,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
+from llmkit.io.names import one_line, shell_name
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import CHECKPOINTS, MAX_DIGITS, RUN_COMMANDS, checkpoint_name, parse_step
 from llmkit.lineage.fields import (
@@ -28,7 +29,6 @@ from llmkit.lineage.fields import (
     inputs_of,
     options_of,
     place_of,
-    printable,
 )
 
 # Parameter name -> (flag, negative flag or "", default) of one command's options.
@@ -85,11 +85,16 @@ def _walk(record: Record, depth: int = 0) -> Iterator[tuple[Record, Record]]:
 
 def _comment(text: str) -> str:
     """A comment on one line, whatever an untrusted record holds."""
-    return "# " + printable(text)
+    return "# " + one_line(text)
 
 
 def _quote(text: str) -> str:
     return shlex.quote(text.replace("\0", "?"))
+
+
+def _file(name: str) -> str:
+    """The name of a file in a record as a word of the script."""
+    return shell_name(name.replace("\0", "?"))
 
 
 class _Script:
@@ -132,7 +137,7 @@ class _Script:
         """Path of an input in the script: made by an earlier line, or an original."""
         node, name = item["lineage"], file_name(item["name"])
         if not node:
-            return f'"$IN"/{_quote(self._original(name, item["digest"]))}'
+            return f'"$IN"/{_file(self._original(name, item["digest"]))}'
         artefact, inside = place_of(item)
         path = whole = self._make(node, artefact)
         steps = counts_of(node).get("steps")
@@ -155,7 +160,7 @@ class _Script:
             made = self._made[key]
             if not made:
                 raise LlmkitError("the lineage contains itself", "it was not written by llmkit")
-            return made if made.endswith("/" + _quote(name)) else self._copy(made, name)
+            return made if made.endswith("/" + _file(name)) else self._copy(made, name)
         if len(self.lines) > MAX_COMMANDS:
             raise LlmkitError(f"the script would have over {MAX_COMMANDS:,} lines", "it was not written by llmkit")
         self._made[key] = ""
@@ -192,10 +197,10 @@ class _Script:
 
         A second one of the same name goes into a numbered directory, since its name is part of the lineage.
         """
-        number, output = 1, f'"$OUT"/{_quote(name)}'
+        number, output = 1, f'"$OUT"/{_file(name)}'
         while output in self._outputs:
             number += 1
-            output = f'"$OUT"/{number}/{_quote(name)}'
+            output = f'"$OUT"/{number}/{_file(name)}'
         if number > 1:
             self.lines.append(f'mkdir -p "$OUT"/{number}')
         self._outputs.add(output)
@@ -253,13 +258,13 @@ class _Script:
             return self._pipeline(item["lineage"], depth + 1), True
         digest = item["digest"]
         if digest in self._files:
-            return f'"$IN"/{_quote(self._original(self._files[digest], digest))}', False
+            return f'"$IN"/{_file(self._original(self._files[digest], digest))}', False
         # A stream that no llmkit command wrote: the script's own stdin, and files for any further ones.
         self._streams.append(digest)
         if len(self._streams) == 1:
             self.originals[_STREAM] = digest
             return "", False
-        return f'"$IN"/{_quote(self._original(f"stdin-{len(self._streams) - 1}", digest))}', False
+        return f'"$IN"/{_file(self._original(f"stdin-{len(self._streams) - 1}", digest))}', False
 
     def _index(self, node: Record, item: Record) -> str:
         """Path of the index that a run reads and then adds to, in the state before that run."""
@@ -273,11 +278,11 @@ class _Script:
                 self._indexes[path] = state if len(state) > len(before) else [*state, own]
                 return path
         path = next((p for p, state in self._indexes.items() if before[: len(state)] == state), "")
-        if not path or not path.endswith("/" + _quote(name)):
+        if not path or not path.endswith("/" + _file(name)):
             path = self._output(name)
             self._indexes[path] = [start]
             if start:
-                self.lines.append(f'cp "$IN"/{_quote(self._original(name, start))} {path}')
+                self.lines.append(f'cp "$IN"/{_file(self._original(name, start))} {path}')
         for number in range(len(self._indexes[path]) - 1, len(runs or [])):
             self._fill(path, name, runs or [], number)
         self._indexes[path].append(own)

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from llmkit.io.inputs import STDIN
+from llmkit.io.names import one_line
 from llmkit.io.record import base_name
-from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, options_of, printable
+from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, inputs_of, options_of
 
 
 def as_tree(record: Record, name: str) -> str:
@@ -34,7 +35,7 @@ def as_tree(record: Record, name: str) -> str:
                 lines.append(f"{label}  {item['digest']}")
 
     show(record, base_name(name), "", 0)
-    return "\n".join(map(printable, lines)) + "\n"
+    return "\n".join(map(one_line, lines)) + "\n"
 
 
 def _short(value: Any) -> str:

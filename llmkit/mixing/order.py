@@ -2,7 +2,8 @@
 
 Each source is an endless sequence of documents: pass after pass over it ("epochs"), each in an order of its
 own. The stages of a mix take documents from it, one stage after another, until their token budgets are met; the
-last document of a stage is taken only if that brings the total closer to the budget. Within a stage the sources
+last document of a stage is taken only if that brings the total closer to the budget; with `cut_last` it is cut, and
+the next stage starts with the rest. Within a stage the sources
 are interleaved by progress: the position of a document is (tokens of its source before it + a random part of
 its own length) / tokens taken from that source. Any stretch of the order therefore holds the shares of the
 whole, to within one document per source.
@@ -56,7 +57,7 @@ class Order:
 
     The epoch is the number of times that the document occurred before. Stage i ends before row `ends[i]`. In a
     packed order a row is a document, a piece of one that begins at its token `start` int64 [n], or padding
-    (source -1).
+    (source -1). Pieces also come from `cut_last`.
     """
 
     source: NDArray[np.int32]
@@ -98,10 +99,16 @@ def pass_order(seed: int, shuffle: str, lengths: Numbers, copies: Numbers | None
 
 
 def take_documents(
-    lengths: Numbers, budgets: Sequence[int], seed: int, shuffle: str = "global", copies: Numbers | None = None
-) -> tuple[Numbers, NDArray[np.int32], list[int]]:
-    """Documents of one source that meet the budgets of all stages, in order; the epoch of each; and where each
-    stage ends.
+    lengths: Numbers,
+    budgets: Sequence[int],
+    seed: int,
+    shuffle: str = "global",
+    copies: Numbers | None = None,
+    *,
+    cut_last: bool = False,
+) -> tuple[Numbers, NDArray[np.int32], Numbers, Numbers, list[int]]:
+    """Documents of one source that meet the budgets of all stages, in order; the epoch of each, the token at which it
+    starts and its size; and where each stage ends. With `cut_last` a row may be a piece of a document.
     """
     tokens_per_document = lengths if copies is None else lengths * copies
     total = int(tokens_per_document.sum())
@@ -113,12 +120,28 @@ def take_documents(
     for epoch in range(passes + (remainder > 0)):
         document, seen = pass_order(derive(seed, epoch), shuffle, lengths, copies)
         if epoch == passes:
-            document = document[: _nearest(lengths[document], remainder)]
+            sizes = lengths[document]
+            reached = int(np.searchsorted(np.cumsum(sizes), remainder)) + 1
+            document = document[: reached if cut_last else _nearest(sizes, remainder)]
         documents.append(document)
         epochs.append((epoch * (1 if copies is None else copies[document]) + seen[: len(document)]).astype(np.int32))
-    taken = np.concatenate(documents)
-    ends = [_nearest(lengths[taken], int(budget)) for budget in np.cumsum(budgets)[:-1]]
-    return taken, np.concatenate(epochs), [*ends, len(taken)]
+    taken, seen = np.concatenate(documents), np.concatenate(epochs)
+    sizes, goals = lengths[taken], np.cumsum(budgets)
+    if not cut_last:
+        ends = [_nearest(sizes, int(goal)) for goal in goals[:-1]]
+        return taken, seen, np.zeros(len(taken), np.int64), sizes, [*ends, len(taken)]
+    stops = np.cumsum(sizes)
+    cuts = np.union1d(stops, goals)  # where a document or a stage ends
+    cuts = cuts[(cuts > 0) & (cuts <= goals[-1])]
+    begins = np.concatenate(([0], cuts[:-1]))
+    row = np.searchsorted(stops, begins, side="right")
+    return (
+        taken[row],
+        seen[row],
+        begins - (stops - sizes)[row],
+        cuts - begins,
+        np.searchsorted(cuts, goals, side="right").tolist(),
+    )
 
 
 def _nearest(sizes: Numbers, tokens: int) -> int:
@@ -140,26 +163,27 @@ def resolve_order(plan: Plan, lengths: Sequence[Numbers], copies: Sequence[Numbe
         per_document = copies[i] if copies else None
         if sum(source.tokens) and not (counts if per_document is None else counts * per_document).sum():
             raise LlmkitError(f"{source.path}: no tokens in this source", "leave it out")
-        documents, epochs, ends = (
-            take_documents(counts, source.tokens, seed, plan.shuffle, per_document)
+        empty = np.zeros(0, np.int64)
+        documents, epochs, starts, lengths_taken, ends = (
+            take_documents(counts, source.tokens, seed, plan.shuffle, per_document, cut_last=plan.cut_last)
             if sum(source.tokens)
-            else (np.zeros(0, np.int64), np.zeros(0, np.int32), [0] * len(source.tokens))
+            else (empty, np.zeros(0, np.int32), empty, empty, [0] * len(source.tokens))
         )
         jitter = (_hashes(derive(seed, "place"), len(documents)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        taken.append((documents, epochs, counts[documents], jitter, [0, *ends]))
+        taken.append((documents, epochs, starts, lengths_taken, jitter, [0, *ends]))
     stages = []
     for stage in range(len(plan.sources[0].tokens)):
         columns, positions = [], []
-        for i, (documents, epochs, sizes, jitter, ends) in enumerate(taken):
+        for i, (documents, epochs, starts, sizes, jitter, ends) in enumerate(taken):
             rows = slice(ends[stage], ends[stage + 1])
             size = sizes[rows]
             positions.append((np.cumsum(size) - size + jitter[rows] * size) / max(int(size.sum()), 1))
-            columns.append((np.full(len(size), i, np.int32), documents[rows], epochs[rows], size))
+            columns.append((np.full(len(size), i, np.int32), documents[rows], epochs[rows], size, starts[rows]))
         order = np.argsort(np.concatenate(positions), kind="stable")
         stages.append([np.concatenate(column)[order] for column in zip(*columns, strict=True)])
     stage_ends = np.cumsum([len(stage[0]) for stage in stages])
-    source_of, document, epoch, size = map(np.concatenate, zip(*stages, strict=True))
-    return Order(source_of, document, epoch, size, stage_ends)
+    source_of, document, epoch, size, start = map(np.concatenate, zip(*stages, strict=True))
+    return Order(source_of, document, epoch, size, stage_ends, start if plan.cut_last else None)
 
 
 def pack_order(order: Order, length: int) -> Order:
@@ -172,7 +196,7 @@ def pack_order(order: Order, length: int) -> Order:
         np.where(padding, np.int32(0), order.epoch[row]),
         size,
         ends,
-        start,
+        start if order.start is None else start + np.where(padding, 0, order.start[row]),
     )
 
 

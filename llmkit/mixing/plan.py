@@ -5,6 +5,7 @@
     tokenizer = "xxh3:..."
     shuffle = "global"
     weight_map = [[1, 1], [2, 3]]    # with --weight-map only: [first count, copies in a pass]
+    cut_last = true                  # with --cut-last only, and then version = 3
     sequence_length = 2048           # with best-fit packing only
     [[source]]
     path = "../web"                  # relative to the plan's directory
@@ -27,9 +28,11 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.record import parse_record
+from llmkit.options import from_toml, toml_value
 
 PLAN_NAME = "plan.toml"
 PLAN_VERSION = 2
+CUT_VERSION = 3  # of plans with cut_last, which an earlier llmkit would not follow
 MAX_SEQUENCE_LENGTH = 1 << 24  # for packing
 MAX_COPIES = 1000  # of a document in one pass
 # Keys of `train --recipe` in a stages file, at its top and in each stage: the same file may describe a mix and
@@ -67,7 +70,7 @@ class Plan:
     """Everything that determines an order.
 
     `tokenizer` is the digest of the shards' tokenizer ("" for documents); `sequence_length` is set for best-fit
-    packing only.
+    packing only. With `cut_last` the documents at the ends of budgets are cut, which are then met exactly.
     """
 
     sources: tuple[PlannedSource, ...]
@@ -76,39 +79,38 @@ class Plan:
     shuffle: str = "global"
     sequence_length: int | None = None
     weight_map: tuple[tuple[int, int], ...] = ()
+    cut_last: bool = False
 
 
 def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
     """The plan as TOML. Its lineage is stored under `llmkit`."""
     lines = [
         "# llmkit mix --plan: llmkit train follows it",
-        f"version = {PLAN_VERSION}",
+        f"version = {CUT_VERSION if plan.cut_last else PLAN_VERSION}",
         f"seed = {plan.seed}",
-        f"tokenizer = {_quote(plan.tokenizer)}",
-        f"shuffle = {_quote(plan.shuffle)}",
+        f"tokenizer = {toml_value(plan.tokenizer)}",
+        f"shuffle = {toml_value(plan.shuffle)}",
     ]
     if plan.sequence_length:
         lines.append(f"sequence_length = {plan.sequence_length}")
     if plan.weight_map:
         lines.append(f"weight_map = {list(map(list, plan.weight_map))}")
+    if plan.cut_last:
+        lines.append("cut_last = true")
     if lineage:
         text = json.dumps(lineage, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        lines.append(f"llmkit = {_quote(text)}")
+        lines.append(f"llmkit = {toml_value(text)}")
     for source in plan.sources:
         lines += [
             "",
             "[[source]]",
-            f"path = {_quote(source.path)}",
-            f"digest = {_quote(source.digest)}",
+            f"path = {toml_value(source.path)}",
+            f"digest = {toml_value(source.digest)}",
             f"tokens = {list(source.tokens)}",
         ]
         if source.held_out:
             lines.append(f"held_out = {list(source.held_out)}")
     return "\n".join(lines) + "\n"
-
-
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_plan(path: Path) -> Plan:
@@ -119,7 +121,8 @@ def read_plan(path: Path) -> Plan:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
         raise LlmkitError(f"{path}: invalid TOML ({error})", HINT) from error
-    if content.get("version") != PLAN_VERSION:
+    cut_last = content.get("cut_last", False)
+    if content.get("version") != (CUT_VERSION if cut_last else PLAN_VERSION):
         hint = "run mix again: version 1 was written by an earlier llmkit" if content.get("version") == 1 else HINT
         raise LlmkitError(f"{path}: not a mix plan of version {PLAN_VERSION}", hint)
     rows = content.get("source")
@@ -139,15 +142,19 @@ def read_plan(path: Path) -> Plan:
         "tokenizer": isinstance(content.get("tokenizer"), str),
         "shuffle": content.get("shuffle") in SHUFFLES,
         "sequence_length": length is None or (type(length) is int and 0 < length <= MAX_SEQUENCE_LENGTH),
+        "cut_last": isinstance(cut_last, bool),
         "weight_map": isinstance(ranges, list) and all(map(_is_range, ranges)),
     }
     for name, valid in fields.items():
         if not valid:
             raise LlmkitError(f"{path}: field {name!r} is missing or invalid", HINT)
     sources = tuple(
-        PlannedSource(row["path"], row["digest"], tuple(row["tokens"]), tuple(row["held_out"])) for row in rows
+        PlannedSource(from_toml(row["path"]), row["digest"], tuple(row["tokens"]), tuple(row["held_out"]))
+        for row in rows
     )
-    return Plan(sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)))
+    return Plan(
+        sources, content["seed"], content["tokenizer"], content["shuffle"], length, tuple(map(tuple, ranges)), cut_last
+    )
 
 
 def _is_range(value: Any) -> bool:
@@ -172,7 +179,7 @@ def locate_source(plan: Path, source: PlannedSource) -> Path:
 def read_record(path: str) -> Any:
     """The lineage record in a plan, valid or not; None where there is none."""
     try:
-        return tomllib.loads(Path(path).read_text()).get("llmkit")
+        return tomllib.loads(Path(path).read_text(encoding="utf-8")).get("llmkit")
     except (OSError, ValueError):
         return None
 
@@ -199,5 +206,6 @@ def digest_plan(plan: Plan) -> str:
     """Digest of what determines a plan's order; the paths of its shards do not count."""
     fields = [plan.seed, plan.tokenizer, plan.shuffle, plan.sequence_length]
     fields += [plan.weight_map] if plan.weight_map else []
+    fields += ["cut_last"] if plan.cut_last else []
     fields += [[source.digest, source.tokens, source.held_out] for source in plan.sources]
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(fields).encode())

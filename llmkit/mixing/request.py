@@ -27,7 +27,8 @@ class MixRequest:
     """What to mix and in which order.
 
     `weight_map` holds (first count, copies) pairs, `holdout` the fraction of documents kept out of training.
-    `sequence_length` is used by best-fit packing, and otherwise only for the packing statistics.
+    `sequence_length` is used by best-fit packing, and otherwise only for the packing statistics. With `cut_last` the
+    documents at the ends of budgets are cut, which are then met exactly. `documents`: the sources are no token shards.
     """
 
     paths: list[str]
@@ -39,6 +40,8 @@ class MixRequest:
     weight_map: tuple[tuple[int, int], ...] = ()
     no_repeat: bool = False
     holdout: float = 0.0
+    cut_last: bool = False
+    documents: bool = False
 
 
 def resolve_sources(
@@ -104,7 +107,7 @@ def token_budgets(request: MixRequest, available: Sequence[int], warn: Warn) -> 
 
     Calls `warn` for each source that is repeated without a multiplier; raises UsageError instead under `no_repeat`.
     """
-    budgets = stage_budgets(request.stages, available)
+    budgets = stage_budgets(request.stages, available, exact=request.cut_last)
     for i, (path, tokens, budget) in enumerate(zip(request.paths, available, map(sum, budgets), strict=True)):
         if budget > tokens and request.no_repeat:
             raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
@@ -60,6 +61,7 @@ class ShardMix:
             request.shuffle,
             request.sequence_length if request.packing == "best-fit" else None,
             ranges,
+            request.cut_last,
         )
         self.inputs = [item for store in self.stores for item in store.inputs]
         self.ordered = OrderedTokens(self.plan, self.stores, self.inputs)
@@ -67,8 +69,22 @@ class ShardMix:
         self.counts = mix_counts(request, self.ordered.unpacked, lengths, copies, warn, packed)
         if self.ordered.padding is not None:
             self.counts["padding"] = self.ordered.tokens - self.counts["tokens"]
+        if request.cut_last:
+            self.counts["cut"] = self._cut_documents(lengths)
         if request.holdout:
             self.counts["held_out"] = sum(map(len, held_out))
+
+    def _cut_documents(self, lengths: Sequence[NDArray[np.int64]]) -> list[str]:
+        """The pieces that --cut-last left, each as "ID: tokens 0 to 17 of 50"."""
+        order, pieces = self.ordered.unpacked, []
+        assert order.start is not None
+        for i, store in enumerate(self.stores):
+            rows = np.flatnonzero(order.source == i)
+            for row in rows[order.size[rows] < lengths[i][order.document[rows]]].tolist():
+                document, start = int(order.document[row]), int(order.start[row])
+                span = f"tokens {start:,} to {start + int(order.size[row]):,} of {int(lengths[i][document]):,}"
+                pieces.append(f"{store.id(document)}: {span}")
+        return pieces
 
     def _held_out(self, fraction: float, warn: Warn) -> Sequence[tuple[int, ...]]:
         """Held-out documents of each source."""

@@ -104,9 +104,11 @@ def parse_weight_map(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def source_budgets(specs: Sequence[SourceSpec], available: Sequence[int], total: int | None) -> list[int]:
+def source_budgets(
+    specs: Sequence[SourceSpec], available: Sequence[int], total: int | None, *, exact: bool = False
+) -> list[int]:
     """Token budget of each source. `available` are the tokens in each; `total` is the requested sum (None: the
-    specs decide).
+    specs decide), which they then add up to if `exact`, and otherwise to within half a token per source.
 
     Raises UsageError where the specs contradict each other or `total`, LlmkitError where a source holds no tokens.
     """
@@ -137,4 +139,6 @@ def source_budgets(specs: Sequence[SourceSpec], available: Sequence[int], total:
         scale = remaining / sum(weights.values()) if weighted else 0.0
     for i in weighted:
         budgets[i] = round(weights[i] * scale)
+    if exact and total is not None and weighted:
+        budgets[max(weighted, key=lambda i: budgets[i])] += total - sum(budgets)
     return budgets

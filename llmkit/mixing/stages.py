@@ -116,12 +116,15 @@ def _check_keys(table: dict[str, Any], names: Collection[str], context: str) -> 
             raise UsageError(f"{context}: unknown key {key!r}", suggestion(key, names))
 
 
-def stage_budgets(stages: Sequence[MixStage], available: Sequence[int]) -> list[tuple[int, ...]]:
-    """Token budgets by source, one per stage. `available` are the tokens in each source."""
+def stage_budgets(
+    stages: Sequence[MixStage], available: Sequence[int], *, exact: bool = False
+) -> list[tuple[int, ...]]:
+    """Token budgets by source, one per stage. `available` are the tokens in each source; see `source_budgets`."""
     rows = []
     for stage in stages:
         try:
-            budgets = source_budgets(list(stage.specs.values()), [available[i] for i in stage.specs], stage.tokens)
+            of_specs = [available[i] for i in stage.specs]
+            budgets = source_budgets(list(stage.specs.values()), of_specs, stage.tokens, exact=exact)
         except UsageError as error:
             raise UsageError(f"{stage.name}: {error.message}" if stage.name else error.message, error.hint) from None
         by_source = dict(zip(stage.specs, budgets, strict=True))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
+from llmkit.io.names import escape_name
 from llmkit.mixing.order import Order
 from llmkit.mixing.packing import cut_share, pack_sequences
 from llmkit.mixing.request import MixRequest, Warn
@@ -32,11 +33,12 @@ def mix_counts(
     """The counts of a mix for its summary, those in `TABLES` as rows.
 
     `order` is not packed; `packed` is the same order after best-fit packing, where that was requested. Calls
-    `warn` for each source from which a stage takes nothing.
+    `warn` for each source from which a stage takes nothing, and for each number of tokens that is missed by over 1 %.
     """
     stages = stage_rows(order, request.paths, request.stages)
     sources = source_rows(order, request.paths, lengths, copies)
     packing = packing_rows(order, request.sequence_length, packed) if request.sequence_length else []
+    _warn_missed(request, stages, warn)
     for row in stages:
         if not row["tokens"]:
             to = f" to {row['stage']}" if row["stage"] else ""
@@ -48,6 +50,20 @@ def mix_counts(
         "sources": sources,
     }
     return counts | ({"stages": stages} if len(request.stages) > 1 else {}) | ({"packing": packing} if packing else {})
+
+
+def _warn_missed(request: MixRequest, stages: Sequence[Row], warn: Warn) -> None:
+    """Warn of stages, or else sources, of over 1 % more or fewer tokens than they were to have."""
+    hint = ": documents stay whole" + ("" if request.documents else " without --cut-last")
+    for stage in request.stages:
+        rows = [row for row in stages if row["stage"] == stage.name]
+        wanted = {request.paths[i]: spec.value for i, spec in stage.specs.items() if spec.kind == "tokens"}
+        goals = [(escape_name(row["source"]), row["tokens"], wanted.get(row["source"])) for row in rows]
+        if stage.tokens is not None:
+            goals = [(stage.name or "the mix", sum(row["tokens"] for row in rows), stage.tokens)]
+        for name, tokens, goal in goals:
+            if goal and abs(tokens - goal) > goal / 100:
+                warn(f"{name}: {tokens:,} tokens instead of {round(goal):,} ({tokens / goal - 1:+.1%}){hint}")
 
 
 def tokens_per_pass(lengths: Sequence[Numbers], copies: Sequence[Numbers | None]) -> list[int]:

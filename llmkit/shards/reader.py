@@ -304,14 +304,16 @@ def _check_complete(shards: list[Shard], path: str) -> None:
         raise LlmkitError(f"{path}: {part_name(missing)} is missing", "copy the whole directory, or make it again")
 
 
-def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
-    """The tokenizer at `path`: that of a .arrow file, or whatever `read_tokenizer` reads.
+def load_tokenizer_info(path: str | Path, eos: str | None = None) -> TokenizerInfo:
+    """The tokenizer at `path`: that of a .arrow file, or whatever `read_tokenizer` reads; `eos` as there.
 
     LlmkitError where there is none.
     """
     path = Path(path)
     if path.suffix != ".arrow":
-        return read_tokenizer(path)
+        return read_tokenizer(path, eos)
+    if eos is not None:
+        raise UsageError("--eos: token shards have theirs", "name the tokenizer directory with -t")
     info = Shard(path, str(path)).tokenizer()
     if "tokenizer.json" not in info.files:
         raise LlmkitError(f"{path}: holds no tokenizer.json", "name the tokenizer directory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class Shard:
             if not start.startswith(STREAM_START):
                 reason = "an Arrow file, not an Arrow stream" if start.startswith(b"ARROW1") else "not a token shard"
                 raise LlmkitError(f"{name}: {reason}", HINT_TOKENIZE)
-            source = pa.memory_map(str(path))
+            source = pa.memory_map(os.fsencode(path))
             stream = pa.ipc.open_stream(source)
             self._schema = stream.schema
             self.metadata = stream.schema.metadata or {}

@@ -21,8 +21,9 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.run_layout import final_model
+from llmkit.shards.foreign_vocabulary import name_format
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_FILE_BYTES = 256 << 20
@@ -32,7 +33,7 @@ MODELS = ("BPE", "Unigram", "WordPiece", "WordLevel")
 # Tokens that end a turn rather than a text. Chat models name them as their eos_token, but documents end with
 # END_OF_TEXT.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_turn|>")
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,9 @@ class TokenizerInfo:
         return cls(digest, sizes[0], sizes[1], optional[0], optional[1], files)
 
 
-def read_tokenizer(path: str | Path) -> TokenizerInfo:
+def read_tokenizer(path: str | Path, eos: str | None = None) -> TokenizerInfo:
     """The tokenizer at `path`: a directory with tokenizer.json, a run (that of its final model), or the file itself.
+    `eos` names its end-of-text token, instead of what it names itself.
 
     LlmkitError where there is none, or a malformed one.
     """
@@ -82,13 +84,35 @@ def read_tokenizer(path: str | Path) -> TokenizerInfo:
             f"{path}: no such tokenizer",
             "name a directory or a tokenizer.json (nothing is fetched from a hub); llmkit vocab trains one",
         )
+    named = None if (path / "tokenizer.json").is_file() else name_format(path)
+    if named:
+        raise LlmkitError(f"{path}: {named[0]}, not a tokenizer.json", f"convert it: {named[1]}")
     if path.is_file():
-        return parse_tokenizer({"tokenizer.json": _read(path)}, str(path))
+        return parse_tokenizer(with_eos({"tokenizer.json": _read(path)}, eos), str(path), eos)
     directory = path if (path / "tokenizer.json").is_file() else final_model(path)
     if not (directory / "tokenizer.json").is_file():
         raise LlmkitError(f"{path}: no tokenizer.json in this directory", "name a tokenizer or model directory")
     files = {name: _read(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
-    return parse_tokenizer(files, str(path))
+    return parse_tokenizer(with_eos(files, eos), str(path), eos)
+
+
+def with_eos(files: dict[str, str], eos: str | None, lineage: dict[str, Any] | None = None) -> dict[str, str]:
+    """The files of a tokenizer in which `eos` is the end-of-text token (None: as it is), with a lineage record.
+
+    UsageError where the tokenizer has no such token.
+    """
+    if eos is None and lineage is None:
+        return files
+    config = _object(files.get("tokenizer_config.json", "{}"), "tokenizer_config.json")
+    if eos is not None:
+        content = _object(files.get("tokenizer.json", ""), "tokenizer.json")
+        names = {token.get("content") for token in content.get("added_tokens") or [] if isinstance(token, dict)}
+        if eos not in names and eos not in (content.get("model") or {}).get("vocab", {}):
+            raise UsageError(f"--eos {eos!r} is not a token of the tokenizer", suggestion(eos, filter(None, names)))
+        config["eos_token"] = eos
+    config |= {"llmkit": lineage} if lineage else {}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return files | {"tokenizer_config.json": text}
 
 
 def _read(path: Path) -> str:
@@ -104,10 +128,10 @@ def _read(path: Path) -> str:
         raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "the file is damaged") from error
 
 
-def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
+def parse_tokenizer(files: dict[str, str], name: str, eos: str | None = None) -> TokenizerInfo:
     """The tokenizer in `files` (name -> text).
 
-    LlmkitError where it is malformed or has no end-of-text token. `name` is for messages.
+    LlmkitError where it is malformed or has no end-of-text token, which is `eos` if given. `name` is for messages.
     """
     content = _object(files.get("tokenizer.json", ""), f"{name}: tokenizer.json")
     model = content.get("model")
@@ -140,12 +164,14 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
         text = value.get("content") if isinstance(value, dict) else value
         return text if isinstance(text, str) and text in ids else None
 
-    ends = [token for token in (named("eos_token"),) if token and token not in END_OF_TURN]
+    ends = [eos] if eos in ids else []
+    ends += [token for token in (named("eos_token"),) if token and token not in END_OF_TURN]
     ends += [token for token in END_OF_TEXT if token in ids]
     ends += [token for token in (named("eos_token"),) if token]
     if not ends:
         raise LlmkitError(
-            f"{name}: the tokenizer has no end-of-text token", "set eos_token in its tokenizer_config.json"
+            f"{name}: the tokenizer names no end-of-text token",
+            f"tokenize --eos NAME, or set eos_token in its tokenizer_config.json{_special_names(added)}",
         )
     bos, pad = named("bos_token"), named("pad_token")
     return TokenizerInfo(
@@ -156,6 +182,11 @@ def parse_tokenizer(files: dict[str, str], name: str) -> TokenizerInfo:
         ids[pad] if pad else None,
         files,
     )
+
+
+def _special_names(added: list[dict[str, Any]]) -> str:
+    names = [str(token["content"]) for token in added if token.get("special")][:8]
+    return f" (its special tokens: {' '.join(names)})" if names else ""
 
 
 def read_record(path: str) -> Any:

@@ -2,13 +2,18 @@
 
 Input: token shards, or the files of other trainers (shards/formats/). Memory: one block, about 2^20 tokens.
 
+A document that does not end with the end-of-text id was cut by `mix`. Texts cannot mark such a piece, nor can the
+trainers' formats, which cannot hold the borders and the padding of packed sequences either: these are refused.
+`lossy` exports them all the same: padding is left out, and each piece becomes a document that ends with the
+end-of-text id.
+
     llmkit tokenize corpus.idx --from megatron -t tok/ --decode -o texts.jsonl.zst
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import orjson
@@ -65,27 +70,102 @@ class TokenCounts:
 
 
 def read_stored(
-    kind: str, paths: list[str], info: TokenizerInfo | None, source: str | None = None
-) -> tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]:
-    """Read "shards" or the files of a foreign format. Returns their tokenizer, blocks, and inputs for the lineage.
+    kind: str,
+    paths: list[str],
+    info: TokenizerInfo | None,
+    source: str | None = None,
+    target: str = "shards",
+    lossy: bool = False,
+) -> tuple[TokenizerInfo, Iterable[TokenBlock], list[Input], list[str]]:
+    """Read "shards" or the files of a foreign format. Returns their tokenizer, blocks, inputs for the lineage, and
+    what of the shards `target` does not hold.
 
     `source` names the source of all documents. `info` is required unless `kind` is "shards". Raises LlmkitError
-    where it is not the tokenizer of the shards.
+    where it is not the tokenizer of the shards, or where `target` cannot hold the documents (unless `lossy`).
     """
     if kind == "shards":
         store = TokenStore.open(paths)
+        cut = _count_cut(store)
+        if not lossy:
+            _check_whole(store, paths[0], target, cut)
         if info is not None and info.digest != store.tokenizer.digest:
             raise LlmkitError(
                 f"{paths[0]}: made with another tokenizer", "leave -t out: the shards carry their tokenizer"
             )
-        return info or store.tokenizer, _shard_blocks(store, source), store.inputs
+        return info or store.tokenizer, _shard_blocks(store, source), store.inputs, _not_held(store, target, cut)
     assert info is not None
     for path in paths:
         check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
     foreign = FOREIGN_FORMATS.get(kind)
     data_sets = foreign.data_sets(paths)
-    return info, (block for data_set in data_sets for block in foreign.read(data_set, info, source)), inputs
+    return info, (block for data_set in data_sets for block in foreign.read(data_set, info, source)), inputs, []
+
+
+def _count_cut(store: TokenStore) -> int:
+    """The documents that do not end with the end-of-text id: pieces of cut ones."""
+    cut, first, padding = 0, 0, store.padding
+    for tokens, ids, _ in store.batches():
+        stops = store.offsets[first : first + len(ids) + 1] - store.offsets[first]
+        pieces = np.diff(stops) > 0
+        pieces[pieces] = tokens[stops[1:][pieces] - 1] != store.tokenizer.eos_id
+        cut += int((pieces if padding is None else pieces & ~padding[first : first + len(ids)]).sum())
+        first += len(ids)
+    return cut
+
+
+def _check_whole(store: TokenStore, name: str, target: str, cut: int) -> None:
+    """LlmkitError where `target` cannot hold what `mix` made of the documents."""
+    if store.sequence_length and target in FOREIGN_FORMATS.names():
+        raise LlmkitError(
+            f"{name}: packed into sequences of {store.sequence_length:,} tokens; {target} holds neither their borders "
+            "nor their padding",
+            "export the shards that were mixed, or mix with --pack concat; --lossy writes the documents alone",
+        )
+    if cut and target != "jsonl":
+        raise LlmkitError(
+            f"{name}: {cut:,} pieces of documents that mix cut, which would become documents",
+            "use the shards that were mixed; --lossy writes each piece as a document",
+        )
+
+
+def _not_held(store: TokenStore, target: str, cut: int) -> list[str]:
+    """What of the shards is not in files of the format `target`, for the summary."""
+    foreign, epochs = target in FOREIGN_FORMATS.names(), store.origins()[2]
+    facts = {
+        "ids": foreign,
+        "sources": foreign,
+        "epochs": epochs is not None and bool(epochs.any()),
+        "duplicate counts": store.duplicates is not None,
+        "the ends of stages": len(store.stages) > 1,
+        "the padding and borders of sequences": store.sequence_length is not None,
+        f"the cuts of {cut:,} documents": cut > 0 and target != "jsonl",
+    }
+    return [fact for fact, lost in facts.items() if lost]
+
+
+def end_documents(block: TokenBlock, info: TokenizerInfo, *, flat: bool, lossy: bool) -> TokenBlock:
+    """The block for a foreign format: every document ends with the end-of-text id, which a piece of a cut one lacks.
+
+    LlmkitError where a document of a `flat` format has that id inside as well, unless `lossy`: it would become two.
+    """
+    if not len(block.tokens):
+        return block
+    ends = np.cumsum(block.lengths)
+    missing = np.flatnonzero((block.lengths == 0) | (block.tokens[np.maximum(ends, 1) - 1] != info.eos_id))
+    if flat and not lossy:
+        count = np.count_nonzero(block.tokens == info.eos_id)
+        if count > len(ends) - len(missing):
+            raise LlmkitError(
+                f"the end-of-text id {info.eos_id} is inside a document, where the format would end it",
+                "tokenize without --allow-special; --lossy writes it all the same",
+            )
+    if not len(missing):
+        return block
+    tokens = np.insert(block.tokens, ends[missing], info.eos_id)
+    lengths = block.lengths.copy()
+    lengths[missing] += 1
+    return replace(block, tokens=tokens, lengths=lengths, ended=block.ended + len(missing))
 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from llmkit.io.documents import Chunk, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
+from llmkit.io.names import escape_name
 from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble_segments
@@ -94,7 +95,7 @@ def _cached_encoder(info: TokenizerInfo, read_options: ReadOptions, options: Enc
     """The encoder with these arguments. A process keeps one: loading a large vocabulary takes longer than
     encoding a chunk.
     """
-    key = info.digest, read_options, options
+    key = info.digest, info.eos_id, read_options, options
     if key not in _encoders:
         _encoders.clear()
         _encoders[key] = DocumentEncoder(info, read_options, options)
@@ -106,7 +107,7 @@ def source_name(file: str) -> str:
     """A file's name without directory and suffix: `web` for `crawl/web.jsonl.zst`, `stdin` for stdin."""
     name = os.path.basename(file.strip("<>"))
     suffix = max((end for end in DOCUMENT_SUFFIXES if name.endswith(end)), key=len, default="")
-    return name.removesuffix(suffix) or name
+    return escape_name(name.removesuffix(suffix) or name)
 
 
 def decode_documents(tokenizer: Any, documents: Iterable[NDArray[Any]], end: int) -> list[str]:

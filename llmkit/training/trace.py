@@ -77,7 +77,7 @@ def write_trace(run: Path, stream: Any, phases: Iterable[PhaseSizes], total: int
     text = json.dumps(description, indent=1)
     directory = run / NAME
     try:
-        if (directory / "trace.json").read_text() == text:
+        if (directory / "trace.json").read_text(encoding="utf-8") == text:
             return
     except OSError:
         pass
@@ -94,7 +94,7 @@ def write_trace(run: Path, stream: Any, phases: Iterable[PhaseSizes], total: int
             for name, column in columns.items():
                 if column is not None:  # source 0 is padding
                     np.save(partial / f"{name}.npy", column.astype(np.min_scalar_type(int(column.max(initial=0)))))
-        (partial / "trace.json").write_text(text)
+        (partial / "trace.json").write_text(text, encoding="utf-8")
 
 
 def _describe_file(shard: Shard, run: Path) -> list[Any]:

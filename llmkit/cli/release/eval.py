@@ -149,7 +149,9 @@ def _spool_stdin(stack: ExitStack) -> str:
 def _write(run: Run, results: dict[str, dict[str, Any]], format: str) -> None:
     """Write the scores to stdout or -o; for JSON, also show the table on stderr."""
     from llmkit.evaluation.score_table import as_text, score_table
+    from llmkit.io.names import escape_names
 
+    results = escape_names(results)
     columns, rows = score_table(results)
     if format == "json":
         run.table("Scores", columns, rows)

@@ -110,6 +110,10 @@ def main(
         raise UsageError(f"--max-tokens {max_tokens} is not above 0", "see --help")
     if prompt and prompts:
         raise UsageError("--prompt and PROMPTS are mutually exclusive", "use one of them")
+    from llmkit.io.names import is_utf8
+
+    if not is_utf8("".join(prompt or [])):
+        raise UsageError("--prompt is not UTF-8", "convert it, or give a file of prompts")
     if text and run.output:
         raise UsageError("--text and -o are mutually exclusive", "use one of them, or redirect stdout")
     if any(not text for text in stop or []):

@@ -98,18 +98,18 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], directories: list[str]) -> None:
+    from llmkit.io.names import one_line
     from llmkit.lineage.check import check
-    from llmkit.lineage.fields import printable
 
     results = list(check(record, artefact, directories))
     for name, state in results:
-        _print(f"{state:<9} {printable(name)}\n")
+        _print(f"{state:<9} {one_line(name)}\n")
     differing = [name for name, state in results if state == "DIFFERS"]
     if differing:
         raise LlmkitError(
-            f"{', '.join(map(printable, differing))}: content differs from the lineage",
+            f"{', '.join(map(one_line, differing))}: content differs from the lineage",
             "it was changed after it was made or used",
         )
     counts = {state: sum(1 for _, result in results if result == state) for state in ("ok", "not found")}
-    itself = f"; {printable(results[0][0])} itself was not checked" if results[0][1] == "unchecked" else ""
+    itself = f"; {one_line(results[0][0])} itself was not checked" if results[0][1] == "unchecked" else ""
     run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")

@@ -156,4 +156,4 @@ def scripts() -> dict[str, str]:
 if __name__ == "__main__":
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "completions")
     for name, text in scripts().items():
-        (directory / name).write_text(text)
+        (directory / name).write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.options import from_toml
 
 
 def environment_prefix(name: str) -> str:
@@ -75,7 +76,7 @@ def load_config(context: Any, path: str | None, name: str, renamed: dict[str, st
     from llmkit.cli.shared.table import COMMANDS
 
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -101,7 +102,7 @@ def load_config(context: Any, path: str | None, name: str, renamed: dict[str, st
             if former:
                 _note(name, [(f"{path}: {key}", option.rstrip("_").replace("_", "-"))], ())
             given[option] = key
-            defaults[option] = _checked(path, key, value, parameters[option])
+            defaults[option] = from_toml(_checked(path, key, value, parameters[option]))
     context.default_map = defaults
     return path
 

@@ -98,6 +98,9 @@ class Run:
 
         `counts["documents"]`, if present, is the number of documents read; 0 gives a warning.
         """
+        from llmkit.io.names import escape_names
+
+        counts = escape_names(counts)
         if counts.get("documents") == 0:
             self.warn("no documents were read")
         if self.as_json:

@@ -57,14 +57,14 @@ def _call(command: str, config: str, directory: str, arguments: list[str]) -> tu
 
     with tempfile.TemporaryDirectory() as temporary:
         options, summary = Path(temporary, "options.toml"), Path(temporary, "summary.json")
-        options.write_text(config)
+        options.write_text(config, encoding="utf-8")
         result = subprocess.run(
             [sys.executable, "-m", "llmkit", command, *arguments, "-q", "--config", options, "--summary", summary],
             cwd=directory,
             env={name: value for name, value in os.environ.items() if not name.startswith("LLMKIT_")},
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             preexec_fn=die_with_parent,  # a call must not keep running alongside its retry
         )

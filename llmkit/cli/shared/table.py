@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vocab report": ("Tokens", "Compare tokenizers on real text"),
     "vocab advise": ("Tokens", "Recommend a vocabulary size for a model and a corpus"),
     "vocab extend": ("Tokens", "Add tokens to a tokenizer, and embeddings to its model"),
+    "vocab convert": ("Tokens", "Convert a vocabulary of tiktoken, Mistral or GPT-2"),
     "tokenize": ("Tokens", "Encode documents as token shards"),
     "mix": ("Tokens", "Combine sources by weight into training order"),
     "train": ("Training", "Pre-train a decoder"),

@@ -27,6 +27,12 @@ Tokens = Annotated[
     int | None,
     count_option("--tokens", help="Size of the mix in tokens (default: the largest without repeating a source)"),
 ]
+CutLast = Annotated[
+    bool,
+    typer.Option(
+        "--cut-last", help="Cut the last document of each source to take exactly its tokens", rich_help_panel=SHARDS
+    ),
+]
 AsPlan = Annotated[
     bool, typer.Option("--plan", help="Write a small TOML plan that `train` follows, instead of the tokens")
 ]
@@ -123,15 +129,19 @@ def main(
     tokenizer: TokenizerPath = None,
     weight_by: WeightBy = None,
     weight_map: WeightMap = None,
+    cut_last: CutLast = False,
 ) -> None:
     """Combine weighted token shards (or documents) into training order.
 
-    Weights share what multipliers and token budgets leave of --tokens. Without --tokens they are scaled until
-    the first source is exhausted. A source smaller than its budget is repeated, each pass in another order,
-    with a warning; column `epoch` tells how often a document occurred before. Sources are interleaved so that
-    every stretch has their shares. The order depends only on the content of the sources, the budgets and
-    --seed. --stages makes a curriculum: one stage after another, each with its own amounts; passes over a
-    source continue from stage to stage. Sources on the command line then replace the paths in the file.
+    Weights share what multipliers and token budgets leave of --tokens. Without --tokens they are scaled until the
+    first source is exhausted. A source smaller than its budget is repeated, each pass in another order, with a
+    warning; column `epoch` tells how often a document occurred before. Sources are interleaved so that every
+    stretch has their shares. The order depends only on the content of the sources, the budgets and --seed.
+    Documents stay whole, so that a budget is met to within half a document, with a warning beyond 1 %; --cut-last
+    cuts the last one of each source and stage (the next stage starts with the rest), and names it in the summary. A
+    piece keeps its id and does not end with the end-of-text token. --stages makes a curriculum: one stage after
+    another, each with its own amounts; passes over a source continue from stage to stage. Sources on the command
+    line then replace the paths in the file.
 
     -o DIRECTORY or FILE.arrow writes shards in training order; with --plan, -o FILE.toml or DIRECTORY writes a
     plan, which names the shards by path and digest and gives exactly the same order. With --pack best-fit the
@@ -159,6 +169,8 @@ def main(
         run.options.pop("sequence_length", None)  # it affects nothing but a table
     fraction = parse_fraction(holdout) if holdout else 0.0
     ranges = parse_weight_map(weight_map) if weight_map else []
+    if not cut_last:
+        run.options.pop("cut_last")  # as if the option did not exist
     if tokens is not None and (tokens < 1 or stages):
         raise UsageError(f"--tokens {tokens}", "the stages file sets it" if stages else "ask for at least one token")
     paths, mix_stages = resolve_sources(specs, stages, tokens)
@@ -178,6 +190,7 @@ def main(
             "--holdout": holdout,
             "--pack best-fit": pack != "concat",
             "--sequence-length": sequence_length,
+            "--cut-last": cut_last,
         }
     for option in (option for option, value in unsupported.items() if value):
         if shards:
@@ -192,7 +205,17 @@ def main(
     if run.output and not run.dry_run:
         check_output(run.output, run.force)  # before the sources are read
     request = MixRequest(
-        paths, mix_stages, run.seed, shuffle, pack, sequence_length, tuple(ranges), no_repeat, fraction
+        paths,
+        mix_stages,
+        run.seed,
+        shuffle,
+        pack,
+        sequence_length,
+        tuple(ranges),
+        no_repeat,
+        fraction,
+        cut_last,
+        documents=not shards,
     )
     if shards:
         _mix_shards(run, request, plan)
@@ -238,6 +261,8 @@ FORMATS = {"multiplier": "{:.3f}", "share": "{:.2%}", "cut": "{:.2%}", "padding"
 
 
 def _show_tables(run: Run, request: MixRequest, counts: dict[str, Any]) -> None:
+    from llmkit.io.names import escape_names
+
     titles = {
         "sources": "sources",
         "stages": "stages",
@@ -249,6 +274,7 @@ def _show_tables(run: Run, request: MixRequest, counts: dict[str, Any]) -> None:
         rows = counts.get(name)
         if rows and not run.as_json:
             columns = [COLUMNS.get(column, column) for column in rows[0]]
+            rows = escape_names(rows)
             cells = [[FORMATS[k].format(v) if k in FORMATS else v for k, v in row.items()] for row in rows]
             run.table(title, columns, cells)
 
@@ -256,5 +282,7 @@ def _show_tables(run: Run, request: MixRequest, counts: dict[str, Any]) -> None:
 def _finish(run: Run, counts: dict[str, Any]) -> None:
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     held_out = f", {counts['held_out']:,} held out" if "held_out" in counts else ""
+    for piece in counts.get("cut", []):
+        run.note(f"cut {piece}")
     taken = f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources"
     run.finish(counts, f"{taken}{held_out}; {where}")

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from llmkit.shards.token_block import TokenBlock
     from llmkit.shards.tokenizer_info import TokenizerInfo
 
-    # Tokenizer, blocks of documents, and inputs for the lineage.
-    TokenStream = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input]]
+    # Tokenizer, blocks of documents, inputs for the lineage, and what the target does not hold of the inputs.
+    TokenStream = tuple[TokenizerInfo, Iterable[TokenBlock], list[Input], list[str]]
 
 FOREIGN = FOREIGN_FORMATS.names()
 SOURCE_FORMATS = ("documents", "shards", *FOREIGN)
 TARGET_FORMATS = ("shards", "jsonl", *FOREIGN)
 FOREIGN_FILES = [f"{name} ({FOREIGN_FORMATS.get(name).files})" for name in FOREIGN]
 # Options that affect the output where the inputs hold tokens.
-STORED_OPTIONS = ("to", "decode", "source", "tokenizer", "max_tokens_per_shard")
+STORED_OPTIONS = ("eos", "to", "decode", "lossy", "source", "tokenizer", "max_tokens_per_shard")
 FIM = "Fill-in-the-middle"
 DEFAULT_SHARD_TOKENS = 1 << 27
 DEFAULT_SPM_RATE = 0.5
@@ -54,6 +54,10 @@ def main(
         typer.Option(
             "--tokenizer", "-t", help="Tokenizer or model directory, tokenizer.json, or shards that carry one"
         ),
+    ] = None,
+    eos: Annotated[
+        str | None,
+        typer.Option("--eos", metavar="NAME", help="End-of-text token (default: the one that the tokenizer names)"),
     ] = None,
     source: Annotated[
         str | None,
@@ -87,6 +91,10 @@ def main(
         ),
     ] = "shards",
     decode: Annotated[bool, typer.Option("--decode", help="Decode token ids to documents")] = False,
+    lossy: Annotated[
+        bool,
+        typer.Option("--lossy", help="Export packed or cut documents to formats that cannot mark them as such"),
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes by source")] = False,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep the duplicate counts of dedup, for mix --weight-by")
@@ -115,13 +123,17 @@ def main(
     are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
 
     Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
-    --from. --to writes other formats. --decode writes JSON lines with id, text and source.
+    --from. --to writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is
+    named in the summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy
+    they are exported without padding, each piece as a document.
 
     --fim-rate splits that share of the documents at two random positions into prefix, middle and suffix, stored in the
     order prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), each after its sentinel token. --seed and the id
     decide which documents are split, and where.
     """
     worker_engine = engine_of(run, engine)
+    if not lossy:
+        run.options.pop("lossy")  # as if the option did not exist
     for option, value, names in (
         ("--to", to, TARGET_FORMATS),
         ("--from", from_ or SOURCE_FORMATS[0], SOURCE_FORMATS),
@@ -131,6 +143,8 @@ def main(
     if max_tokens_per_shard < 1:
         raise UsageError("--max-tokens-per-shard 0", "allow at least one token")
     kind = from_ or ("shards" if decode or _hold_shards(run, inputs) else "documents")
+    if eos is not None and tokenizer is None:
+        raise UsageError("--eos without -t", "the shards know their end-of-text token")
     if decode and (to != "shards" or kind == "documents"):
         raise UsageError("--decode turns tokens into documents", "drop --to and --from documents")
     if kind == to == "shards" and not decode:
@@ -156,7 +170,7 @@ def main(
             "keep_duplicates": keep_duplicates,
         }
         stream = _encode(
-            run, target, inputs, tokenizer, options, (fim_rate, fim_spm_rate, fim_source or []), worker_engine
+            run, target, inputs, tokenizer, eos, options, (fim_rate, fim_spm_rate, fim_source or []), worker_engine
         )
     else:
         encoding_options = {
@@ -170,9 +184,9 @@ def main(
         }
         for option in (name for name, value in encoding_options.items() if value):
             raise UsageError(f"{option} is for encoding documents; the inputs hold tokens", "drop it")
-        stream = _read_stored(run, target, kind, inputs, tokenizer, source)
+        stream = _read_stored(run, target, kind, inputs, (tokenizer, eos), source, lossy)
     if stream is not None:
-        _write(run, target, *stream, max_tokens_per_shard, keep_duplicates, stats)
+        _write(run, target, *stream, max_tokens_per_shard, keep_duplicates, stats, lossy)
 
 
 def _hold_shards(run: Run, inputs: list[str] | None) -> bool:
@@ -192,6 +206,7 @@ def _encode(
     target: str,
     inputs: list[str] | None,
     tokenizer: Path | None,
+    eos: str | None,
     encode_options: dict[str, Any],
     fim: tuple[float, float, list[str]],
     engine: Engine,
@@ -202,7 +217,7 @@ def _encode(
     from llmkit.tokens.fill_in_the_middle import make_fill_in_the_middle
 
     assert tokenizer is not None
-    info = load_tokenizer_info(tokenizer)
+    info = load_tokenizer_info(tokenizer, eos)
     if encode_options["bos"] and info.bos_id is None:
         raise UsageError(f"{tokenizer}: no beginning-of-text token", "set bos_token in its tokenizer_config.json")
     rate, spm_rate, sources = fim
@@ -220,11 +235,17 @@ def _encode(
             reader.accept(block.bad)
             yield block
 
-    return info, blocks(), reader.inputs
+    return info, blocks(), reader.inputs, ["ids", "sources"] * (target in FOREIGN)
 
 
 def _read_stored(
-    run: Run, target: str, kind: str, inputs: list[str] | None, tokenizer: Path | None, source: str | None
+    run: Run,
+    target: str,
+    kind: str,
+    inputs: list[str] | None,
+    tokenizer: tuple[Path | None, str | None],
+    source: str | None,
+    lossy: bool,
 ) -> TokenStream | None:
     """Documents that are already tokens; None where the output is up to date."""
     from llmkit.io.inputs import STDIN, read_list
@@ -243,10 +264,11 @@ def _read_stored(
         named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
         data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
         paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
-    info = load_tokenizer_info(tokenizer) if tokenizer else None
+    path, eos = tokenizer  # and its end-of-text token
+    info = load_tokenizer_info(path, eos) if path else None
     if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
-    return read_stored(kind, paths, info, source)
+    return read_stored(kind, paths, info, source, target, lossy)
 
 
 def _write(
@@ -255,22 +277,29 @@ def _write(
     info: TokenizerInfo,
     blocks: Iterable[TokenBlock],
     inputs: list[Input],
+    not_held: list[str],
     max_tokens_per_shard: int,
     keep_duplicates: bool,
     stats: bool,
+    lossy: bool,
 ) -> None:
     """Write the blocks in the target format and report the totals. `inputs` is complete after the last block."""
     from contextlib import ExitStack
 
-    from llmkit.tokens.convert import TokenCounts
+    from llmkit.tokens.convert import TokenCounts, end_documents
 
     totals = TokenCounts()
+    foreign = FOREIGN_FORMATS.get(target) if target in FOREIGN else None
+    if foreign and (caveat := foreign.caveat(info)):
+        run.warn(caveat)
     with ExitStack() as stack:
         if not run.dry_run:
             writer, put = _open_writer(run, target, info, max_tokens_per_shard, keep_duplicates)
             stack.enter_context(writer)
         bar = stack.enter_context(run.progress(None, "documents"))
         for block in blocks:
+            if foreign:
+                block = end_documents(block, info, flat=foreign.flat, lossy=lossy)
             if not run.dry_run:
                 put(block)
             bar.advance(totals.add(block))
@@ -288,6 +317,9 @@ def _write(
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
     parts += [f"{totals.bad_lines:,} bad lines skipped"] if totals.bad_lines else []
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
+    if not_held:
+        counts["not_held"] = not_held
+        where += f"; not kept: {', '.join(not_held)}"
     run.finish(counts, f"{', '.join(parts)}; {where}")
 
 

@@ -151,7 +151,9 @@ def _warn_high_fertility(run: Run, names: list[str], total: dict[GroupKey, Group
 
 def write_json(run: Run, report: dict[str, Any]) -> None:
     """Write one JSON document to -o, or to stdout unless that is a terminal."""
-    data = jsonlib.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n"
+    from llmkit.io.names import escape_names
+
+    data = jsonlib.dumps(escape_names(report), indent=1, ensure_ascii=False).encode() + b"\n"
     if run.dry_run:
         return
     if run.output:

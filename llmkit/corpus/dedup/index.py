@@ -37,7 +37,8 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.normalise import LOOSE
-from llmkit.errors import LlmkitError, LockedError
+from llmkit.errors import LlmkitError, LockedError, UsageError
+from llmkit.io.names import is_utf8
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -79,6 +80,8 @@ class Index:
         config: dict[str, Any] = {"threads": "1", "preserve_insertion_order": "true"} | (
             {"temp_directory": temporary} if temporary else {}
         )
+        if not is_utf8(str(path)):
+            raise UsageError(f"{path}: DuckDB opens only names in UTF-8", "give the index another name")
         try:
             self._sql = duckdb.connect(path, config=config)
         except duckdb.Error as error:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
+from llmkit.io.names import utf8_path
 from llmkit.model.pretrained.directory import weight_files
 from llmkit.model.pretrained.safetensors import read_layout
 
@@ -76,7 +77,8 @@ class Weights(Mapping[str, Tensor]):
         file = self._files[name]
         try:
             if file not in self._opened:
-                self._opened[file] = safe_open(file, "pt")
+                with utf8_path(file) as path:
+                    self._opened[file] = safe_open(path, "pt")
             tensor: Tensor = self._opened[file].get_tensor(name)
             return tensor
         except (SafetensorError, OSError) as error:

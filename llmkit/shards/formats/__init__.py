@@ -6,10 +6,12 @@
         writer.write(block)
         writer.finish(counts, inputs)
 
-None of them holds sources, ids, the tokenizer or a lineage record. Read again, a document's source is the name
-of its file and its id the xxh3-128 of its tokens. Documents without the end-of-text id get it, those without
-any other id are dropped, and both are counted: files that begin each document with that id, as
-modded-nanogpt's, are read correctly.
+None of them holds sources, ids, the tokenizer or a lineage record, nor the borders and the padding of a packed mix:
+`tokenize` refuses to export packed shards and pieces of cut documents (tokens/convert.py).
+
+Read again, a document's source is the name of its file and its id the xxh3-128 of its tokens. Documents without the
+end-of-text id get it, those without any other id are dropped, and both are counted: files that begin each document
+with that id, as modded-nanogpt's, are read correctly.
 
 The help of `tokenize` lists every format, so these files import numpy and the rest of shards/ inside functions only.
 """
@@ -33,16 +35,19 @@ FOREIGN_FORMATS = Registry("token format", package=__name__)
 class ForeignFormat:
     """A format. It is registered under the name of its file, which is its name on the command line.
 
-    `files` describes its files in help texts; `suffixes` are those of the files of one data set, of which the last is
-    that of the index where there are several. `read(data_set, info, source)` yields the documents of one data set, all
-    of the source `source` if it is given. `writer(output, info, force=...)` is a context manager with `write(block)`
-    and `finish(counts, inputs)`.
+    `flat` formats know documents only by the end-of-text id between them. `caveat(info)` is what the reader of
+    files with this vocabulary must know, or "". `files` describes its files in help texts; `suffixes` are those of
+    the files of one data set, of which the last is that of the index where there are several. `read(data_set, info,
+    source)` yields the documents of one data set, all of the source `source` if it is given. `writer(output, info,
+    force=...)` is a context manager with `write(block)` and `finish(counts, inputs)`.
     """
 
     files: str
     suffixes: tuple[str, ...]
     read: Callable[[str, TokenizerInfo, str | None], Iterator[TokenBlock]]
     writer: Callable[..., Any]
+    flat: bool = False
+    caveat: Callable[[TokenizerInfo], str] = lambda info: ""
 
     def data_sets(self, paths: Iterable[str]) -> list[str]:
         """The data sets that files belong to: each file is one, or those of one prefix are."""

@@ -11,7 +11,6 @@ We write one sequence per document, as uint16 below 65,500 ids and int32 above, 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -63,6 +62,8 @@ class Writer:
         from llmkit.shards.token_block import check_ids
 
         check_ids(block.tokens, self._info, "the input")
+        if block.lengths.max(initial=0) >= 1 << 31:
+            raise LlmkitError("a document of over 2^31 tokens", "Megatron's index holds lengths as int32")
         self._sink.write(block.tokens.astype(self._dtype, copy=False).data)
         self._lengths.append(block.lengths)
 
@@ -93,9 +94,10 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
     """
     import numpy as np
 
+    from llmkit.io.record import base_name
     from llmkit.shards import token_block
 
-    source = source or os.path.basename(without_suffix(prefix, SUFFIXES))
+    source = source or base_name(without_suffix(prefix, SUFFIXES))
     name, index = prefix + ".idx", token_block.map_file(prefix + ".idx")
     not_an_index = LlmkitError(
         f"{name}: not a Megatron index", "it comes from Megatron-LM's preprocess_data.py, or --to megatron"

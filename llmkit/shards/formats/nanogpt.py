@@ -7,7 +7,6 @@ ids. Such files are read too, and not written.
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -70,9 +69,10 @@ def read(path: str, info: TokenizerInfo, source: str | None = None) -> Iterator[
     """The documents of a file. LlmkitError where it is truncated or its ids are not in the vocabulary of `info`."""
     import numpy as np
 
+    from llmkit.io.record import base_name
     from llmkit.shards import token_block
 
-    source = source or os.path.basename(without_suffix(path, [SUFFIX]))
+    source = source or base_name(without_suffix(path, [SUFFIX]))
     tokens = _ids(path, info)
     start = position = 0
     while position < len(tokens):
@@ -89,6 +89,14 @@ def read(path: str, info: TokenizerInfo, source: str | None = None) -> Iterator[
 def id_type(info: TokenizerInfo) -> str:
     """The type of the ids of this vocabulary, as numpy writes it."""
     return "<u2" if info.vocab_size <= 1 << 16 else "<u4"
+
+
+def _caveat(info: TokenizerInfo) -> str:
+    if id_type(info) == "<u2":
+        return ""
+    return (
+        f"a vocabulary of {info.vocab_size:,} needs uint32: nanoGPT's train.py reads np.uint16, change it to np.uint32"
+    )
 
 
 def _ids(path: str, info: TokenizerInfo) -> Tokens:
@@ -109,4 +117,4 @@ def _ids(path: str, info: TokenizerInfo) -> Tokens:
     return data.view(dtype)
 
 
-FOREIGN_FORMATS.register("nanogpt")(ForeignFormat("FILE.bin, ids alone", (SUFFIX,), read, Writer))
+FOREIGN_FORMATS.register("nanogpt")(ForeignFormat("FILE.bin, ids alone", (SUFFIX,), read, Writer, True, _caveat))

@@ -73,7 +73,10 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with suppress(OSError), open(self.path / EVENTS, "a") as file:  # a full disk must not stop the run
+        with (
+            suppress(OSError),
+            open(self.path / EVENTS, "a", encoding="utf-8") as file,
+        ):  # a full disk must not stop the run
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
@@ -98,7 +101,7 @@ class RunDirectory:
                 partial / STATE / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
             )
             (partial / STATE / TRAINER).write_bytes(state.to_json())
-            (partial / STATE / DIGESTS).write_text(json.dumps(_file_digests(partial), indent=1))
+            (partial / STATE / DIGESTS).write_text(json.dumps(_file_digests(partial), indent=1), encoding="utf-8")
         self.link_latest(target)
         spike_start = state.guard.get("since", 0)
         checkpoints = self.checkpoints()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.io.names import utf8_path
 from llmkit.io.run_layout import STATE
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.options import former_names
@@ -94,7 +95,8 @@ def _load_file(path: Path, description: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        with utf8_path(path) as name:
+            return load_file(name)
     except (OSError, SafetensorError) as error:
         raise LlmkitError(
             f"{path}: not a readable {description} ({error})", "use another checkpoint, or start over with -f"

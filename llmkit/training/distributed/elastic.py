@@ -152,7 +152,7 @@ def _failure_order(code: int) -> int:
 def _describe_failure(run: RunDirectory, rank: int, code: int) -> str:
     """What happened to the group, for the event and the message."""
     with suppress(OSError, ValueError, KeyError):
-        for line in reversed((run.path / "events.jsonl").read_text().splitlines()):
+        for line in reversed((run.path / "events.jsonl").read_text(encoding="utf-8").splitlines()):
             event = json.loads(line)
             if event["event"] == "hang":
                 return f"rank {', '.join(map(str, event['ranks']))} made no progress for {event['seconds']:g} s"

@@ -21,7 +21,7 @@ def machine_metrics(device: torch.device, directory: str | Path) -> dict[str, fl
     """Metrics by name (see curves.py)."""
     metrics: dict[str, float] = {}
     with suppress(OSError):
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
         metrics["memory"] = pages * os.sysconf("SC_PAGE_SIZE")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes elsewhere
     metrics["memory_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
