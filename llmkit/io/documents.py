@@ -1,7 +1,8 @@
 """Documents, one JSON object per line: reader and writer.
 
 A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through
-unchanged; a document that a stage does not change keeps its bytes. Files are read in chunks of complete lines
+unchanged: a document that a stage does not change keeps its bytes, and one that it changes keeps those of all other
+fields (io/splice.py). Files are read in chunks of complete lines
 (about 1 MiB), the unit of work that `engine` sends to worker processes. Memory does not grow with the input:
 one chunk, and at most one line of `max_line_bytes`.
 
@@ -18,7 +19,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ from llmkit.io.compression import (
 )
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import Input, Lineage, base_name, join_notes
+from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values, splice
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 8 << 10  # a chunk is joined from pieces of this size
@@ -90,15 +92,15 @@ class Chunk:
 class Document:
     """One document: its `fields` as parsed from `stored`, the line with its newline."""
 
-    __slots__ = ("_changed", "_options", "_stored", "fields", "file", "line")
+    __slots__ = ("_changes", "_options", "_original", "_stored", "fields", "file", "line")
 
     def __init__(self, stored: bytes, fields: dict[str, Any], file: str, line: int, options: ReadOptions) -> None:
         self._stored = stored
-        self.fields = fields
+        self.fields = self._original = fields
         self.file = file
         self.line = line
         self._options = options
-        self._changed = False
+        self._changes: dict[str, Any] = {}
 
     @property
     def raw(self) -> bytes:
@@ -114,8 +116,29 @@ class Document:
         """The id field as text, or else the xxh3-128 of the document's text (of its line, for rows without text)."""
         value = self.fields.get(self._options.id_key)
         if value is not None:
-            return str(value)
+            beyond_64_bits = type(value) is float and abs(value) >= 1 << 63
+            return raw_values(self._stored)[self._options.id_key].decode() if beyond_64_bits else str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
+
+    def value(self, path: str) -> Any:
+        """The value of a field, with dots for nested fields; integers are exact, also those beyond 64 bits."""
+        value = dotted(self.fields, path)
+        if isinstance(value, (float, dict, list)) and may_hold_big_integer(self._stored):
+            return dotted(exact_fields(self._stored), path)
+        return value
+
+    @property
+    def exact_fields(self) -> dict[str, Any]:
+        """The fields with exact integers, those inside lists excepted."""
+        return exact_fields(self._stored) if _has_big_number(self.fields) else self.fields
+
+    def raw_fields(self) -> dict[str, bytes]:
+        """The bytes of each field in the original line; orjson.Fragment writes them elsewhere unchanged."""
+        return raw_values(self._stored, self._original)
+
+    def with_fields(self, fields: dict[str, Any]) -> bytes:
+        """The original line with fields set, whatever was changed."""
+        return splice(self._stored, fields, self._original)
 
     def count(self, field: str) -> int:
         """The positive integer in a field, as dedup writes it; 1 where it is missing. LlmkitError for anything else."""
@@ -135,17 +158,37 @@ class Document:
         return f"{self.where} (id {self.id})"
 
     def change(self, **fields: Any) -> None:
-        """Set fields; `encode` then serialises the document again."""
-        self.fields.update(fields)
-        self._changed = True
+        """Set fields."""
+        self._changes.update(fields)
+        self.fields = self.fields | fields
 
     def change_text(self, text: str) -> None:
         """Replace the text, under the key of the read options."""
         self.change(**{self._options.text_key or "text": text})
 
     def encode(self) -> bytes:
-        """The line with its newline: the original bytes, unless a field was changed."""
-        return orjson.dumps(self.fields) + b"\n" if self._changed else self._stored
+        """The line with its newline: the original bytes, apart from the fields that were changed."""
+        return splice(self._stored, self._changes, self._original) if self._changes else self._stored
+
+
+def dotted(fields: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
+    if path in fields or "." not in path:
+        return fields.get(path)
+    value: Any = fields
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    return value
+
+
+def _has_big_number(fields: dict[str, Any]) -> bool:
+    """Whether a number may be an integer that orjson turned into a float."""
+    for value in fields.values():
+        if (type(value) is float and abs(value) >= 1 << 63) or (type(value) is dict and _has_big_number(value)):
+            return True
+    return False
 
 
 def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
@@ -169,9 +212,10 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
             continue
         try:
             fields = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            reason = _json_error(line[:-1])
-        else:
+        except orjson.JSONDecodeError as error:
+            fields = _beyond_floats(line) if "infinity" in error.msg else None
+            reason = _json_error(line[:-1]) if fields is None else ""
+        if not reason:
             if not isinstance(fields, dict):
                 reason = "not a JSON object"
             elif options.text_key is not None and not isinstance(fields.get(options.text_key), str):
@@ -181,6 +225,14 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
             bad.append(BadLine(chunk.file, number, reason, line[:-1]))
         else:
             yield Document(line, fields, chunk.file, number, options)
+
+
+def _beyond_floats(line: bytes) -> Any:
+    """A line with numbers that are infinite as floats, such as 1e400; None where it is not JSON."""
+    try:
+        return exact_fields(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_error(line: bytes) -> str:
