@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, STORED, StoredFrame, ZstdOutput
-from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
+from llmkit.io.document_writer import DocumentWriter
+from llmkit.io.documents import Chunk, DocumentReader, ReadOptions, parse
 from llmkit.io.record import Lineage
 from llmkit.lineage.formats import digest_path, read_lineage
 
