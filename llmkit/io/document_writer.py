@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import orjson
 import xxhash
@@ -21,23 +21,35 @@ import xxhash
 from llmkit.errors import UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import FILE_LEVEL, STORED, GzipOutput, OutputFormat, PlainOutput, ZstdOutput
-from llmkit.io.documents import BadLine
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import Input, Lineage
+
+if TYPE_CHECKING:
+    from llmkit.io.parquet_output import ParquetOutput
 
 
 class DocumentWriter:
     """JSON lines to a file (format by suffix) or stdout, with lineage; a file appears only when it is complete.
 
     stdout is one zstd stream: stored in a pipe, level 1 in a regular file; plain on a terminal or with `plain`.
-    A block that ends without `finish`, or by an exception, leaves no file.
+    A block that ends without `finish`, or by an exception, leaves no file. `json_only`: no input is Parquet, so that
+    none has types for a Parquet output.
     """
 
-    def __init__(self, output: str | None, lineage: Lineage, *, force: bool = False, plain: bool = False) -> None:
+    def __init__(
+        self,
+        output: str | None,
+        lineage: Lineage,
+        *,
+        force: bool = False,
+        plain: bool = False,
+        json_only: bool = False,
+    ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.lineage = lineage
         self.force = force
         self.plain = plain
+        self._json_only = json_only
         self._digest = xxhash.xxh3_128()
         self._stack = ExitStack()
         self._finished = False
@@ -47,9 +59,9 @@ class DocumentWriter:
     def __enter__(self) -> DocumentWriter:
         self._target: OutputFormat
         if self.output and self.output.endswith(".parquet"):
-            from llmkit.io.parquet import ParquetOutput
+            from llmkit.io.parquet_output import ParquetOutput
 
-            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force))
+            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force, self._json_only))
         elif self.output:
             self._target = _by_suffix(self.output, self._stack.enter_context(atomic_file(self.output, self.force)))
         else:
@@ -67,6 +79,8 @@ class DocumentWriter:
         self.lineage.inputs += inputs
         self.lineage.counts = counts
         self.lineage.digest = "xxh3:" + self._digest.hexdigest()
+        if self.output and self.output.endswith(".parquet"):
+            cast("ParquetOutput", self._target).keep_types(item.columns for item in inputs if item.columns)
         self._target.finish()
         self._target.note("trailer", self.lineage.trailer())
         if self.output is None:
@@ -133,13 +147,11 @@ class Quarantine:
                 self._writer.finish({"lines": self._lines}, self.inputs)
             self._writer.__exit__(kind, error, trace)
 
-    def add(self, bad: list[BadLine]) -> None:
-        """Append lines, with their location and the reason."""
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows: what could not be read, with its location and the reason (io.documents.BadLine.row)."""
         if self._writer is None:
             self._writer = DocumentWriter(self.path, Lineage("quarantine"), force=True)
             self._writer.__enter__()
-        self._lines += len(bad)
-        for item in bad:
-            raw = item.raw.decode("utf-8", "backslashreplace")
-            row = {"file": item.file, "line": item.line, "reason": item.reason, "raw": raw}
+        self._lines += len(rows)
+        for row in rows:
             self._writer.write(orjson.dumps(row) + b"\n")

@@ -19,6 +19,7 @@ damaged file the complete lines before the damage are read; the incomplete one b
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -29,9 +30,9 @@ import orjson
 import xxhash
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.compression import Notes, decompress
-from llmkit.io.digest import digest_damaged
-from llmkit.io.inputs import STDIN, display_name, is_remote, open_raw
+from llmkit.io.compression import BLOCK, Notes, decompress
+from llmkit.io.digest import digest_bytes, digest_damaged
+from llmkit.io.inputs import STDIN, display_name, is_remote, open_raw, peek_stdin
 from llmkit.io.record import Input, base_name, join_notes
 from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values, splice
 
@@ -88,6 +89,11 @@ class BadLine:
     reason: str
     raw: bytes = b""
     trace: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The row of a quarantine."""
+        raw = self.raw.decode("utf-8", "backslashreplace")
+        return {"file": self.file, "line": self.line, "reason": self.reason, "raw": raw}
 
 
 class WorkerError(Exception):
@@ -333,8 +339,10 @@ class DocumentReader:
                 self.accept_file(bad)
 
     def _file_chunks(self, path: str, damage: list[BadLine]) -> Iterator[Chunk]:
+        # No JSON and no compressed stream begins with the P of Parquet's PAR1.
+        is_parquet = peek_stdin() == b"P" if path == STDIN else path.endswith(".parquet")
         with open_raw(path) as raw:
-            yield from (self._parquet_chunks if path.endswith(".parquet") else self._line_chunks)(path, raw, damage)
+            yield from (self._parquet_chunks if is_parquet else self._line_chunks)(path, raw, damage)
 
     def _until_damage(self, path: str, items: Iterator[Item], damage: list[BadLine]) -> Iterator[Item]:
         """The items that are read from a file. An error of reading ends them, and is added to `damage` or raised."""
@@ -394,10 +402,19 @@ class DocumentReader:
         from llmkit.io.parquet import describe, read_lines
 
         line = 1
-        for data, rows in read_lines(raw, path):
-            yield Chunk(path, line, data)
-            line += rows
-        self.inputs.append(describe(path))
+        name, spool, digest = display_name(path), None, ""
+        with ExitStack() as stack:
+            if path == STDIN:  # the schema is at the end of the file
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                digest = digest_bytes(_copied(raw, spool))
+                spool.seek(0)
+            for data, rows in self._until_damage(path, read_lines(spool or raw, name), damage):
+                yield Chunk(name, line, data)
+                line += rows
+            if damage:
+                damage[:] = [replace(bad, line=line) for bad in damage]
+            else:
+                self.inputs.append(describe(path, spool, digest))
 
     def accept(self, bad: list[BadLine]) -> None:
         """Handle bad lines by `on_bad_line`: raise LlmkitError for the first, count them, or quarantine them."""
@@ -412,13 +429,13 @@ class DocumentReader:
             ) from (WorkerError(first.trace) if first.trace else None)
         self.bad += len(bad)
         if self._line_quarantine:
-            self._line_quarantine.add(bad)
+            self._line_quarantine.add([item.row() for item in bad])
 
     def accept_file(self, bad: BadLine) -> None:
         """Count a bad file, report it, and quarantine what was read of its incomplete line."""
         self.bad_files.append(bad)
         if self._file_quarantine:
-            self._file_quarantine.add([bad])
+            self._file_quarantine.add([bad.row()])
         if self._report:
             self._report(bad)
 
@@ -428,6 +445,13 @@ class DocumentReader:
             documents, bad = parse(chunk, self.options)
             self.accept(bad)
             yield from documents
+
+
+def _copied(raw: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
+    """The blocks of `raw`, which are also written to `target`."""
+    while block := raw.read(BLOCK):
+        target.write(block)
+        yield block
 
 
 def read_record(path: str) -> dict[str, Any] | None:

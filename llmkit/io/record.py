@@ -32,6 +32,7 @@ class Input:
     name: str
     digest: str
     lineage: dict[str, Any] | None = None
+    columns: Any = None  # io.parquet.Columns of a Parquet file; not recorded
 
     def to_dict(self) -> dict[str, Any]:
         record: dict[str, Any] = {"role": self.role, "name": self.name, "digest": self.digest}

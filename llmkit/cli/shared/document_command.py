@@ -179,11 +179,12 @@ def run_jobs(
         try:
             with ExitStack() as stack:
                 writer = rejects = None
+                json_only = not any(path == STDIN or path.endswith(".parquet") for path in job.inputs)
                 if not run.dry_run:
-                    writer = stack.enter_context(run.writer(force=replace, output=job.output))
+                    writer = stack.enter_context(run.writer(replace, job.output, json_only))
                     for path, lineage in job.rejects.items():
                         force = replace or job.may_replace(path, lineage)
-                        rejects = stack.enter_context(DocumentWriter(path, lineage, force=force))
+                        rejects = stack.enter_context(DocumentWriter(path, lineage, force=force, json_only=json_only))
                 counts, dropped, read = make(job, writer, rejects)
                 if rejects:
                     rejects.finish({"documents": dropped}, read)

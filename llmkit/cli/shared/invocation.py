@@ -184,7 +184,7 @@ class Run:
         line = f", unreadable from line {bad.line:,} on" if bad.line > 1 else ""
         self.warn(f"{bad.file}: {bad.reason}{line}")
         if quarantine and (file := self.read_options().quarantine_files()[1]):
-            self._open_quarantine(file).add([bad])
+            self._open_quarantine(file).add([bad.row()])
 
     def bad_file_counts(self) -> dict[str, int]:
         """The number of unreadable inputs, for summary and lineage, if there are any."""
@@ -205,12 +205,13 @@ class Run:
         on_bad_file = values["on_bad_file"] or "stop"
         return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"], on_bad_file)
 
-    def writer(self, force: bool = False, output: str | None = None) -> DocumentWriter:
+    def writer(self, force: bool = False, output: str | None = None, json_only: bool = False) -> DocumentWriter:
         """A writer (context manager) of the command's output, or of `output`; `force` replaces it as -f does."""
         from llmkit.io.document_writer import DocumentWriter
 
         path = self.output if output is None else output
-        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=self._values.get("plain", False))
+        plain = self._values.get("plain", False)
+        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=plain, json_only=json_only)
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
