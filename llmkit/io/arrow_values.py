@@ -180,7 +180,7 @@ def _iso_seconds(seconds: int) -> str:
 
 
 def _seconds_of(text: str) -> int:
-    if len(text) == 19:
+    if len(text) == 19 and text[:4].isdigit():
         difference = datetime.fromisoformat(text) - EPOCH
         return difference.days * 86_400 + difference.seconds
     import numpy as np
