@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nightly refresh of a corpus, for cron: new files only, one run at a time, bad lines quarantined.
+# Nightly refresh of a corpus, for cron: new files only, one run at a time, bad lines and files quarantined.
 #
 #   15 2 * * *  llmkit-user  bash /path/to/examples/nightly_refresh.sh /data/incoming /data/store /data/tok
 #
@@ -10,7 +10,7 @@
 #   unique/ID.jsonl.zst          its documents that no earlier batch had
 #   shards/ID/                   their tokens; `llmkit mix STORE/shards/*` combines all nights
 #   seen.duckdb                  index of the documents kept so far, so that a night costs only its new documents
-#   quarantine/ID.jsonl          unreadable lines, with file, line and reason
+#   quarantine/ID.jsonl          unreadable lines and damaged files, with file, line and reason
 #   rejects/ID.jsonl.zst         documents dropped by the filter, with the reason
 #   seen.txt, log.jsonl          digests of the processed files; counts, one line per run
 # Exit codes: 0 done or nothing new; 75 another run is active; otherwise that of the failed llmkit command. A failed
@@ -32,7 +32,9 @@ fi
 touch "$STORE/seen.txt"
 files=() digests=()
 while IFS= read -r -d '' file; do
-    digest=$(sha256sum < "$file" | cut -d' ' -f1)
+    if ! digest=$(sha256sum < "$file" | cut -d' ' -f1); then
+        continue # its error is on stderr; the next run tries again
+    fi
     case "$(cat "$STORE/seen.txt") ${digests[*]-}" in
         *"$digest"*) ;; # processed before, perhaps under another name
         *) files+=("$file") digests+=("$digest") ;;
@@ -48,7 +50,9 @@ counts=$(mktemp) && trap 'rm -f "$counts".*' EXIT
 rm -f "$counts" "$STORE/quarantine/$ID.jsonl"
 
 # -f replaces what a failed run left under these names.
+# The complete lines of a damaged file are processed, and the rest when a complete copy arrives, which is a new file.
 llmkit filter "${files[@]}" --preset "${PRESET:-gopher}" --on-bad-line "quarantine=$STORE/quarantine/$ID.jsonl" \
+    --on-bad-file "quarantine=$STORE/quarantine/$ID.jsonl" \
     --rejects "$STORE/rejects/$ID.jsonl.zst" --summary "$counts.filter" -q -f -o "$STORE/clean/$ID.jsonl.zst"
 llmkit dedup "$STORE/clean/$ID.jsonl.zst" --index "$STORE/seen.duckdb" --summary "$counts.dedup" -q -f -o "$STORE/unique/$ID.jsonl.zst"
 llmkit tokenize "$STORE/unique/$ID.jsonl.zst" -t "$TOKENIZER" --summary "$counts.tokenize" -q -f -o "$STORE/shards/$ID"

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmkit.errors import LlmkitError
+
 if TYPE_CHECKING:
     from llmkit.io.documents import Document, DocumentReader
 
@@ -121,6 +123,7 @@ def read_rows(reader: DocumentReader, convert: Callable[[Fields], Row]) -> Itera
     """Every row of `reader`, with its fields as converted by `convert`. Rows for which that raises RowError are
     treated like bad lines.
     """
+    from llmkit.engine.isolation import bad_line
     from llmkit.io.documents import BadLine
 
     for document in reader.documents():
@@ -128,6 +131,10 @@ def read_rows(reader: DocumentReader, convert: Callable[[Fields], Row]) -> Itera
             yield document, convert(document.fields)
         except RowError as error:
             reader.accept([BadLine(document.file, document.line, str(error), document.raw)])
+        except LlmkitError:
+            raise  # of the tokenizer or the options
+        except Exception as error:
+            reader.accept([bad_line(error, document.file, document.line, document.raw)])
 
 
 def to_conversation(fields: Fields, template: bool = True) -> Conversation:

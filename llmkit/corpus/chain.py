@@ -15,14 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
 from llmkit.corpus.filters import Check, Filter, ThresholdFilter
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
 from llmkit.engine.local import background_process
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.io.documents import BadLine, Chunk, ReadOptions, parse
 from llmkit.kernels import cold
 
 
@@ -191,11 +189,12 @@ def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredCh
     rejects: list[bytes] = []
     for document in documents:
         text = document.text
-        decision = chain.judge(text, document, document.fields)
+        decision = chain.judge(text, document, document.exact_fields)
         result.characters += len(text)
         if decision.drop is not None:
             result.dropped[decision.filter, decision.drop.reason] += 1
-            rejects.append(_reject(document, decision.filter, decision.drop))
+            drop = {"filter": decision.filter, "reason": decision.drop.reason, "value": decision.drop.value}
+            rejects.append(document.with_fields(drop))
             continue
         if decision.text != text:
             document.change_text(decision.text)
@@ -218,7 +217,7 @@ def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered
     result = FilteredChunk(b"", b"", bad, len(documents))
     kept: list[bytes] = []
     for document in documents:
-        page = Page(document.text, chain.splitter, document.fields)
+        page = Page(document.text, chain.splitter, document.exact_fields)
         checks = chain.measure(page, document)
         measurements: dict[str, Any] = {}
         for name, check in checks:
@@ -240,11 +239,6 @@ def measure_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredC
     documents, bad = parse(chunk, options)
     result = FilteredChunk(b"", b"", bad, len(documents))
     for document in documents:
-        page = Page(document.text, chain.splitter, document.fields)
+        page = Page(document.text, chain.splitter, document.exact_fields)
         result.statistics.add(chain.measure(page, document))
     return result
-
-
-def _reject(document: Document, name: str, drop: Check) -> bytes:
-    row = document.fields | {"filter": name, "reason": drop.reason, "value": drop.value}
-    return orjson.dumps(row) + b"\n"

@@ -1,4 +1,4 @@
-"""Inputs of filters besides the text: list files supplied by the user, and nested fields of a document.
+"""List files that the user supplies to filters.
 
 A list is UTF-8 text with one entry per line, plain or compressed in any format that documents may have. Blank
 lines and lines that begin with "#" are skipped. No list is shipped with the package.
@@ -6,8 +6,7 @@ lines and lines that begin with "#" are skipped. No list is shipped with the pac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import xxhash
@@ -78,15 +77,3 @@ class StringSet:
 
 def _hash(item: str) -> int:
     return xxhash.xxh3_64_intdigest(item.encode("utf-8", "surrogatepass"))
-
-
-def dotted(fields: Mapping[str, Any], path: str) -> Any:
-    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
-    if path in fields or "." not in path:
-        return fields.get(path)
-    value: Any = fields
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return None
-        value = value[name]
-    return value

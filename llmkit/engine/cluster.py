@@ -26,14 +26,15 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, TypeVar
 
+from llmkit.engine.isolation import Isolated
 from llmkit.engine.local import Local
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import Chunk, DocumentReader, ReadOptions
+from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import Input
 
@@ -129,13 +130,15 @@ class Cluster:
 
         Yields the first value, and refs to the others, which stay in the cluster.
         """
-        shared, step = self._share(work), self._remote[_step].options(num_returns=parts)
+        shared, step = self._share(Isolated(work)), self._remote[_step].options(num_returns=parts)
         start = lambda item: step.remote(parts, shared, item)  # noqa: E731
         for refs in _prefetch(start, self._chunks(reader), CALLS_PER_CORE * self.cores):
             first, *others = refs if parts > 1 else [refs]
             value = self.get(first)
             if isinstance(value, _FileInputs):
                 reader.inputs += value.inputs
+                for bad in value.bad:
+                    reader.accept_file(bad)
             else:
                 yield value, others
 
@@ -206,9 +209,10 @@ def _connect() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _FileInputs:
-    """The lineage of a file that has been read to its end."""
+    """The lineage of a file that has been read to its end, and whether it was bad."""
 
     inputs: list[Input]
+    bad: list[BadLine]
 
 
 # Functions that run on the workers.
@@ -246,6 +250,7 @@ def _yield(work: Callable[[Any], Iterator[Any]], item: Any) -> Iterator[Any]:
 
 def _read(options: ReadOptions, path: str) -> Iterator[Any]:
     """The chunks of a file, then its lineage."""
-    reader = DocumentReader([path], options)
+    on_bad_file = "stop" if options.on_bad_file == "stop" else "skip"  # the driver writes the quarantine
+    reader = DocumentReader([path], replace(options, on_bad_file=on_bad_file, on_bad_line="skip"))
     yield from reader.chunks()
-    yield _FileInputs(reader.inputs)
+    yield _FileInputs(reader.inputs, reader.bad_files)

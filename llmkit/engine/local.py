@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from llmkit.engine.isolation import Isolated
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, DocumentReader
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
     """Maps a function over chunks of documents: `Local`, or `Cluster` in engine.cluster, with the same results."""
 
     def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
-        """`work` applied to each chunk of a reader, in order."""
+        """`work` applied to each chunk of a reader, in order; documents at which it fails are bad lines."""
         ...
 
 
@@ -50,7 +51,7 @@ class Local:
 
     def map(self, work: Callable[[Chunk], Result], reader: DocumentReader) -> Iterator[Result]:
         """`work` applied to each chunk of a reader, in order."""
-        return ordered_map(work, reader.chunks(), self.jobs)
+        return ordered_map(Isolated(work), reader.chunks(), self.jobs)
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int = 1) -> Iterator[Result]:

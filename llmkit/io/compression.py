@@ -113,12 +113,17 @@ def _fill(raw: BinaryIO, data: bytes, size: int) -> bytes:
 def _in_blocks(pieces: Iterator[bytes], min_bytes: int) -> Iterator[bytes]:
     block: list[bytes] = []
     size = 0
-    for piece in pieces:
-        block.append(piece)
-        size += len(piece)
-        if size >= min_bytes:
-            yield b"".join(block)
-            block, size = [], 0
+    try:
+        for piece in pieces:
+            block.append(piece)
+            size += len(piece)
+            if size >= min_bytes:
+                yield b"".join(block)
+                block, size = [], 0
+    except LlmkitError:
+        if size:
+            yield b"".join(block)  # intact content before the damage
+        raise
     if size:
         yield b"".join(block)
 
@@ -219,10 +224,10 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
     import lzma
 
     source = io.BufferedReader(_Prefixed(data, raw))
-    opened: BinaryIO = lzma.open(source) if data.startswith(XZ_MAGIC) else bz2.open(source)  # type: ignore[assignment]
+    opened: Any = lzma.open(source) if data.startswith(XZ_MAGIC) else bz2.open(source)
     kind = "xz" if data.startswith(XZ_MAGIC) else "bzip2"
     try:
-        while block := opened.read(BLOCK):
+        while block := opened.read1(BLOCK):  # `read` would lose what precedes an error
             yield block
     except EOFError as error:
         raise _truncated(name, kind) from error

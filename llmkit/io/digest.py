@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import xxhash
 
+from llmkit.errors import LlmkitError
 from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.inputs import display_name, open_raw
 
@@ -27,6 +28,14 @@ def digest_stored(path: str) -> str:
     """Digest of a file's bytes as they are stored."""
     with open_raw(path) as raw:
         return digest_bytes(iter(lambda: raw.read(BLOCK), b""))
+
+
+def digest_damaged(path: str) -> str:
+    """Digest of the stored bytes of a file that is not what it should be; "unreadable" where they cannot be read."""
+    try:
+        return digest_stored(path)
+    except (LlmkitError, OSError):
+        return "unreadable"
 
 
 def digest_content(path: str) -> str:

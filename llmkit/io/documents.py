@@ -1,48 +1,46 @@
-"""Documents, one JSON object per line: reader and writer.
+"""Documents, one JSON object per line: how they are read.
 
 A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through
-unchanged; a document that a stage does not change keeps its bytes. Files are read in chunks of complete lines
+unchanged: a document that a stage does not change keeps its bytes, and one that it changes keeps those of all other
+fields (io/splice.py). Files are read in chunks of complete lines
 (about 1 MiB), the unit of work that `engine` sends to worker processes. Memory does not grow with the input:
 one chunk, and at most one line of `max_line_bytes`.
 
-    reader = DocumentReader(["docs.jsonl.zst"], ReadOptions())
-    with DocumentWriter("out.jsonl.zst", lineage) as writer:
+    with DocumentReader(["docs.jsonl.zst"], ReadOptions()) as reader:
         for document in reader.documents():
-            writer.write(document.encode())
-        writer.finish({"documents": n}, reader.inputs)
+            document.change_text(document.text.strip())
+            sys.stdout.buffer.write(document.encode())
+
+What cannot be read is bad, and stops the call unless it is to be skipped or quarantined: a *bad line* is not a
+document, or one at which a stage failed (engine/isolation.py); a *bad file* cannot be opened or is damaged. Of a
+damaged file the complete lines before the damage are read; the incomplete one belongs to the damage.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import stat
-import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import orjson
 import xxhash
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_file
-from llmkit.io.compression import (
-    FILE_LEVEL,
-    STORED,
-    GzipOutput,
-    Notes,
-    OutputFormat,
-    PlainOutput,
-    ZstdOutput,
-    decompress,
-)
-from llmkit.io.inputs import STDIN, display_name, open_raw
+from llmkit.io.compression import BLOCK, Notes, decompress
+from llmkit.io.digest import digest_bytes, digest_damaged
+from llmkit.io.inputs import STDIN, display_name, is_remote, open_raw, peek_stdin
 from llmkit.io.names import escape_name
-from llmkit.io.record import Input, Lineage, base_name, join_notes
+from llmkit.io.record import Input, base_name, join_notes
+from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values, splice
+
+if TYPE_CHECKING:
+    from llmkit.io.document_writer import Quarantine
+
+Item = TypeVar("Item")
 
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 8 << 10  # a chunk is joined from pieces of this size
@@ -52,30 +50,71 @@ UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How lines are read. `text_key=None`: any JSON object is a row. `on_bad_line`: stop, skip, or quarantine=FILE."""
+    """How files are read. `text_key=None`: any JSON object is a row.
+
+    `on_bad_line`, `on_bad_file`: stop, skip, or quarantine=FILE.
+    """
 
     text_key: str | None = "text"
     id_key: str = "id"
     on_bad_line: str = "stop"
     max_line_bytes: int = MAX_LINE_BYTES
+    on_bad_file: str = "stop"
 
-    @property
-    def quarantine(self) -> str:
-        """FILE of quarantine=FILE, otherwise empty; UsageError where `on_bad_line` is none of the three."""
-        mode, _, file = self.on_bad_line.partition("=")
-        if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(file):
-            raise UsageError(f"--on-bad-line {self.on_bad_line!r}", "one of: stop, skip, quarantine=FILE")
-        return file
+    def quarantine_files(self) -> tuple[str, str]:
+        """FILE of quarantine=FILE for lines and for files, otherwise empty; UsageError for any other value."""
+        lines, files = (
+            _quarantine_file(option, how)
+            for option, how in (("--on-bad-line", self.on_bad_line), ("--on-bad-file", self.on_bad_file))
+        )
+        return lines, files
+
+
+def _quarantine_file(option: str, how: str) -> str:
+    mode, _, file = how.partition("=")
+    if mode not in ("stop", "skip", "quarantine") or (mode == "quarantine") != bool(file):
+        raise UsageError(f"{option} {how!r}", "one of: stop, skip, quarantine=FILE")
+    return file
 
 
 @dataclass(frozen=True, slots=True)
 class BadLine:
-    """A line that is not a document: file and line number, the reason, and its bytes (empty where it was too long)."""
+    """A line that is not a document: file and line number, the reason, and its bytes (empty where it was too long).
+
+    For a bad file: the first line that was not read, and the bytes of it that were. `trace` is the traceback of the
+    error in a stage.
+    """
 
     file: str
     line: int
     reason: str
     raw: bytes = b""
+    trace: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """The row of a quarantine."""
+        raw = self.raw.decode("utf-8", "backslashreplace")
+        return {"file": escape_name(self.file), "line": self.line, "reason": self.reason, "raw": raw}
+
+
+class WorkerError(Exception):
+    """The traceback of an error in another process, as text."""
+
+
+class UnreadableFile(LlmkitError):
+    """An input cannot be opened, or is damaged; `bad` says the same as a row of a quarantine."""
+
+    bad: BadLine
+
+
+def unreadable_file(path: str, error: Exception) -> UnreadableFile:
+    """An error of reading a file."""
+    name = display_name(path)
+    reason = error.message if isinstance(error, LlmkitError) else str(error) or type(error).__name__
+    message = reason if reason.startswith(name) else f"{name}: {reason}"
+    result = UnreadableFile(message, getattr(error, "hint", "check the file and its permissions"))
+    result.bad = BadLine(name, 1, message.removeprefix(f"{name}: "))
+    return result
 
 
 @dataclass(slots=True)
@@ -91,15 +130,15 @@ class Chunk:
 class Document:
     """One document: its `fields` as parsed from `stored`, the line with its newline."""
 
-    __slots__ = ("_changed", "_options", "_stored", "fields", "file", "line")
+    __slots__ = ("_changes", "_options", "_original", "_stored", "fields", "file", "line")
 
     def __init__(self, stored: bytes, fields: dict[str, Any], file: str, line: int, options: ReadOptions) -> None:
         self._stored = stored
-        self.fields = fields
+        self.fields = self._original = fields
         self.file = file
         self.line = line
         self._options = options
-        self._changed = False
+        self._changes: dict[str, Any] = {}
 
     @property
     def raw(self) -> bytes:
@@ -115,8 +154,29 @@ class Document:
         """The id field as text, or else the xxh3-128 of the document's text (of its line, for rows without text)."""
         value = self.fields.get(self._options.id_key)
         if value is not None:
-            return str(value)
+            beyond_64_bits = type(value) is float and abs(value) >= 1 << 63
+            return raw_values(self._stored)[self._options.id_key].decode() if beyond_64_bits else str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
+
+    def value(self, path: str) -> Any:
+        """The value of a field, with dots for nested fields; integers are exact, also those beyond 64 bits."""
+        value = dotted(self.fields, path)
+        if isinstance(value, (float, dict, list)) and may_hold_big_integer(self._stored):
+            return dotted(exact_fields(self._stored), path)
+        return value
+
+    @property
+    def exact_fields(self) -> dict[str, Any]:
+        """The fields with exact integers, those inside lists excepted."""
+        return exact_fields(self._stored) if _has_big_number(self.fields) else self.fields
+
+    def raw_fields(self) -> dict[str, bytes]:
+        """The bytes of each field in the original line; orjson.Fragment writes them elsewhere unchanged."""
+        return raw_values(self._stored, self._original)
+
+    def with_fields(self, fields: dict[str, Any]) -> bytes:
+        """The original line with fields set, whatever was changed."""
+        return splice(self._stored, fields, self._original)
 
     def count(self, field: str) -> int:
         """The positive integer in a field, as dedup writes it; 1 where it is missing. LlmkitError for anything else."""
@@ -136,17 +196,37 @@ class Document:
         return f"{self.where} (id {self.id})"
 
     def change(self, **fields: Any) -> None:
-        """Set fields; `encode` then serialises the document again."""
-        self.fields.update(fields)
-        self._changed = True
+        """Set fields."""
+        self._changes.update(fields)
+        self.fields = self.fields | fields
 
     def change_text(self, text: str) -> None:
         """Replace the text, under the key of the read options."""
         self.change(**{self._options.text_key or "text": text})
 
     def encode(self) -> bytes:
-        """The line with its newline: the original bytes, unless a field was changed."""
-        return orjson.dumps(self.fields) + b"\n" if self._changed else self._stored
+        """The line with its newline: the original bytes, apart from the fields that were changed."""
+        return splice(self._stored, self._changes, self._original) if self._changes else self._stored
+
+
+def dotted(fields: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
+    if path in fields or "." not in path:
+        return fields.get(path)
+    value: Any = fields
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    return value
+
+
+def _has_big_number(fields: dict[str, Any]) -> bool:
+    """Whether a number may be an integer that orjson turned into a float."""
+    for value in fields.values():
+        if (type(value) is float and abs(value) >= 1 << 63) or (type(value) is dict and _has_big_number(value)):
+            return True
+    return False
 
 
 def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
@@ -170,9 +250,10 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
             continue
         try:
             fields = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            reason = _json_error(line[:-1])
-        else:
+        except orjson.JSONDecodeError as error:
+            fields = _beyond_floats(line) if "infinity" in error.msg else None
+            reason = _json_error(line[:-1]) if fields is None else ""
+        if not reason:
             if not isinstance(fields, dict):
                 reason = "not a JSON object"
             elif options.text_key is not None and not isinstance(fields.get(options.text_key), str):
@@ -182,6 +263,14 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
             bad.append(BadLine(chunk.file, number, reason, line[:-1]))
         else:
             yield Document(line, fields, chunk.file, number, options)
+
+
+def _beyond_floats(line: bytes) -> Any:
+    """A line with numbers that are infinite as floats, such as 1e400; None where it is not JSON."""
+    try:
+        return exact_fields(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_error(line: bytes) -> str:
@@ -203,58 +292,36 @@ def refuse_archive(beginning: bytes, name: str) -> None:
         )
 
 
-class Quarantine:
-    """A file of bad lines, shared by all readers of one call.
-
-    A context manager: on exit the file is completed, if there are any.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.inputs: list[Input] = []
-        self._lines = 0
-        self._writer: DocumentWriter | None = None
-
-    def __enter__(self) -> Quarantine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._writer:
-            if kind is None:
-                self._writer.finish({"lines": self._lines}, self.inputs)
-            self._writer.__exit__(kind, error, trace)
-
-    def add(self, bad: list[BadLine]) -> None:
-        """Append lines, with their location and the reason."""
-        if self._writer is None:
-            self._writer = DocumentWriter(self.path, Lineage("quarantine"), force=True)
-            self._writer.__enter__()
-        self._lines += len(bad)
-        for item in bad:
-            raw = item.raw.decode("utf-8", "backslashreplace")
-            row = {"file": escape_name(item.file), "line": item.line, "reason": item.reason, "raw": raw}
-            self._writer.write(orjson.dumps(row) + b"\n")
-
-
 class DocumentReader:
-    """Documents of several inputs in order. A context manager: on exit the quarantined lines are stored.
+    """Documents of several inputs in order. A context manager: on exit what was quarantined is stored.
 
-    `inputs` (lineage) is complete once `chunks` is exhausted; `bad` counts the bad lines that were skipped or
-    quarantined. Readers that write their bad lines to one file share its `quarantine`.
+    `inputs` (lineage) is complete once `chunks` is exhausted. `bad` counts the bad lines that were skipped or
+    quarantined, `bad_files` holds such files; `report` is called with each. Readers that write to one quarantine share
+    it: `open_quarantine` returns the one with a name.
     """
 
     def __init__(
-        self, paths: list[str], options: ReadOptions | None = None, quarantine: Quarantine | None = None
+        self,
+        paths: list[str],
+        options: ReadOptions | None = None,
+        open_quarantine: Callable[[str], Quarantine] | None = None,
+        report: Callable[[BadLine], object] | None = None,
     ) -> None:
         self.paths = paths
         self.options = options or ReadOptions()
         self.inputs: list[Input] = []
         self.bad = 0
-        target = self.options.quarantine
-        self._own_quarantine = Quarantine(target) if target and quarantine is None else None
-        self._quarantine = quarantine or self._own_quarantine
+        self.bad_files: list[BadLine] = []
+        self._report = report
+        self._own = ExitStack()
+        files = self.options.quarantine_files()
+        quarantines = {file: (open_quarantine or self._open_quarantine)(file) for file in {*files} - {""}}
+        self._line_quarantine, self._file_quarantine = (quarantines.get(file) for file in files)
+
+    def _open_quarantine(self, path: str) -> Quarantine:
+        from llmkit.io.document_writer import Quarantine
+
+        return self._own.enter_context(Quarantine(path))
 
     def __enter__(self) -> DocumentReader:
         return self
@@ -262,28 +329,50 @@ class DocumentReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._quarantine:
-            self._quarantine.inputs += self.inputs
-        if self._own_quarantine:
-            self._own_quarantine.__exit__(kind, error, trace)
+        for quarantine in {self._line_quarantine, self._file_quarantine} - {None}:
+            assert quarantine
+            quarantine.inputs += self.inputs
+        self._own.__exit__(kind, error, trace)
+
+    def counts(self) -> dict[str, int]:
+        """The numbers of bad lines and bad files, for summary and lineage; only those above 0."""
+        return {name: n for name, n in (("bad_lines", self.bad), ("bad_files", len(self.bad_files))) if n}
 
     def chunks(self) -> Iterator[Chunk]:
         """Complete lines of every input, about 1 MiB at a time, bad lines included."""
         for path in self.paths:
-            with open_raw(path) as raw:
-                if path.endswith(".parquet"):
-                    yield from self._parquet_chunks(path, raw)
-                else:
-                    yield from self._line_chunks(path, raw)
+            damage: list[BadLine] = []
+            yield from self._until_damage(path, self._file_chunks(path, damage), damage)
+            for bad in damage:
+                self.inputs.append(Input("input", base_name(path), digest_damaged(path)))
+                self.accept_file(bad)
 
-    def _line_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
+    def _file_chunks(self, path: str, damage: list[BadLine]) -> Iterator[Chunk]:
+        # No JSON and no compressed stream begins with the P of Parquet's PAR1.
+        is_parquet = peek_stdin() == b"P" if path == STDIN else path.endswith(".parquet")
+        with open_raw(path) as raw:
+            yield from (self._parquet_chunks if is_parquet else self._line_chunks)(path, raw, damage)
+
+    def _until_damage(self, path: str, items: Iterator[Item], damage: list[BadLine]) -> Iterator[Item]:
+        """The items that are read from a file. An error of reading ends them, and is added to `damage` or raised."""
+        try:
+            yield from items
+        except Exception as error:
+            if not isinstance(error, (LlmkitError, OSError)) and not is_remote(path):
+                raise
+            unreadable = unreadable_file(path, error)
+            if self.options.on_bad_file == "stop" or path == STDIN:
+                raise unreadable from error
+            damage.append(unreadable.bad)
+
+    def _line_chunks(self, path: str, raw: BinaryIO, damage: list[BadLine]) -> Iterator[Chunk]:
         name, notes, digest = display_name(path), Notes(), xxhash.xxh3_128()
         limit = self.options.max_line_bytes + len(UTF8_BOM)  # `parse` checks shorter lines exactly
         line, skipping, empty = 1, False, True
         complete: list[bytes | memoryview] = []  # up to a newline
         partial: list[bytes | memoryview] = []  # after it
         size = partial_size = 0
-        for piece in decompress(raw, name, notes, PIECE_BYTES):
+        for piece in self._until_damage(path, decompress(raw, name, notes, PIECE_BYTES), damage):
             if empty:
                 refuse_archive(piece, name)
             digest.update(piece)
@@ -308,34 +397,58 @@ class DocumentReader:
             if partial_size > limit:
                 yield Chunk(name, line, b"", [BadLine(name, line, f"line of over {self.options.max_line_bytes} bytes")])
                 partial, partial_size, skipping = [], 0, True
+        if damage:
+            data = b"".join(complete)
+            yield Chunk(name, line, data)
+            line += sum(1 for _ in io.BytesIO(data))
+            damage[:] = [replace(bad, line=line, raw=b"".join(partial)) for bad in damage]
+            return
         if size + partial_size:
             yield Chunk(name, line, b"".join(complete + partial))
         if empty and path == STDIN:  # llmkit's own commands write a header even without documents
             raise LlmkitError("stdin is empty", "the command before this one failed, or wrote nothing")
         self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.entries)))
 
-    def _parquet_chunks(self, path: str, raw: BinaryIO) -> Iterator[Chunk]:
+    def _parquet_chunks(self, path: str, raw: BinaryIO, damage: list[BadLine]) -> Iterator[Chunk]:
         from llmkit.io.parquet import describe, read_lines
 
         line = 1
-        for data, rows in read_lines(raw, path):
-            yield Chunk(path, line, data)
-            line += rows
-        self.inputs.append(describe(path))
+        name, spool, digest = display_name(path), None, ""
+        with ExitStack() as stack:
+            if path == STDIN:  # the schema is at the end of the file
+                spool = stack.enter_context(tempfile.TemporaryFile())
+                digest = digest_bytes(_copied(raw, spool))
+                spool.seek(0)
+            for data, rows in self._until_damage(path, read_lines(spool or raw, name), damage):
+                yield Chunk(name, line, data)
+                line += rows
+            if damage:
+                damage[:] = [replace(bad, line=line) for bad in damage]
+            else:
+                self.inputs.append(describe(path, spool, digest))
 
     def accept(self, bad: list[BadLine]) -> None:
         """Handle bad lines by `on_bad_line`: raise LlmkitError for the first, count them, or quarantine them."""
         if not bad:
             return
+        bad = sorted(bad, key=lambda item: item.line)
         if self.options.on_bad_line == "stop":
             first = bad[0]
             raise LlmkitError(
                 f"{first.file}:{first.line}: {first.reason}",
                 "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file",
-            )
+            ) from (WorkerError(first.trace) if first.trace else None)
         self.bad += len(bad)
-        if self._quarantine:
-            self._quarantine.add(bad)
+        if self._line_quarantine:
+            self._line_quarantine.add([item.row() for item in bad])
+
+    def accept_file(self, bad: BadLine) -> None:
+        """Count a bad file, report it, and quarantine what was read of its incomplete line."""
+        self.bad_files.append(bad)
+        if self._file_quarantine:
+            self._file_quarantine.add([bad.row()])
+        if self._report:
+            self._report(bad)
 
     def documents(self) -> Iterator[Document]:
         """Every document, in this process."""
@@ -345,59 +458,11 @@ class DocumentReader:
             yield from documents
 
 
-class DocumentWriter:
-    """JSON lines to a file (format by suffix) or stdout, with lineage; a file appears only when it is complete.
-
-    stdout is one zstd stream: stored in a pipe, level 1 in a regular file; plain on a terminal or with `plain`.
-    A block that ends without `finish`, or by an exception, leaves no file.
-    """
-
-    def __init__(self, output: str | None, lineage: Lineage, *, force: bool = False, plain: bool = False) -> None:
-        self.output = None if output in (None, STDIN) else output
-        self.lineage = lineage
-        self.force = force
-        self.plain = plain
-        self._digest = xxhash.xxh3_128()
-        self._stack = ExitStack()
-        self._finished = False
-        if self.output:
-            check_suffix(self.output)
-
-    def __enter__(self) -> DocumentWriter:
-        self._target: OutputFormat
-        if self.output and self.output.endswith(".parquet"):
-            from llmkit.io.parquet import ParquetOutput
-
-            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force))
-        elif self.output:
-            self._target = _by_suffix(self.output, self._stack.enter_context(atomic_file(self.output, self.force)))
-        else:
-            self._target = _for_stdout(self.plain)
-        self._target.note("header", self.lineage.header())
-        return self
-
-    def write(self, lines: bytes) -> None:
-        """Append complete lines, each with its newline."""
-        self._digest.update(lines)
-        self._target.write(lines)
-
-    def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
-        """Complete the content and its lineage; call it once, last."""
-        self.lineage.inputs += inputs
-        self.lineage.counts = counts
-        self.lineage.digest = "xxh3:" + self._digest.hexdigest()
-        self._target.finish()
-        self._target.note("trailer", self.lineage.trailer())
-        if self.output is None:
-            sys.stdout.buffer.flush()
-        self._finished = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            assert self._finished, "DocumentWriter left without finish()"
-        self._stack.__exit__(kind, error, trace)
+def _copied(raw: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
+    """The blocks of `raw`, which are also written to `target`."""
+    while block := raw.read(BLOCK):
+        target.write(block)
+        yield block
 
 
 def read_record(path: str) -> dict[str, Any] | None:
@@ -407,32 +472,3 @@ def read_record(path: str) -> dict[str, Any] | None:
         for _ in decompress(raw, display_name(path), notes):
             pass
     return join_notes(notes.entries)
-
-
-def check_suffix(output: str) -> None:
-    """UsageError where the suffix of an output is not that of a format that is written.
-
-    Devices and pipes may have any name.
-    """
-    from llmkit.io.atomic import is_special
-
-    if not output.endswith(
-        (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
-    ) and not is_special(Path(output)):
-        raise UsageError(
-            f"{output}: unknown document format", "use a name that ends in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
-        )
-
-
-def _by_suffix(path: str, sink: BinaryIO) -> OutputFormat:
-    if path.endswith(".zst"):
-        return ZstdOutput(sink, FILE_LEVEL)
-    return GzipOutput(sink) if path.endswith(".gz") else PlainOutput(sink)
-
-
-def _for_stdout(plain: bool) -> OutputFormat:
-    sink = sys.stdout.buffer
-    if plain or sys.stdout.isatty():
-        return PlainOutput(sink)
-    regular = stat.S_ISREG(os.fstat(sink.fileno()).st_mode)
-    return ZstdOutput(sink, FILE_LEVEL if regular else STORED)

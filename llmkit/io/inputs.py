@@ -25,13 +25,17 @@ REASONS = {FileNotFoundError: "no such file", NotImplementedError: "cannot be wr
 
 
 def expand(
-    inputs: Iterable[str] | None, suffixes: tuple[str, ...] = DOCUMENT_SUFFIXES, files_from: str | None = None
+    inputs: Iterable[str] | None,
+    suffixes: tuple[str, ...] = DOCUMENT_SUFFIXES,
+    files_from: str | None = None,
+    missing_ok: bool = False,
 ) -> list[str]:
     """Every input file: arguments in the given order, the files of a directory or glob sorted by name.
 
     A directory (a URL that ends in "/") stands for the files below it that end in one of `suffixes`, hidden
     ones excepted. `files_from` names a file with one input per line (`-`: stdin). Raises UsageError where there
-    is nothing to read, LlmkitError where an input is missing or a directory holds no such file.
+    is nothing to read, LlmkitError where an input is missing (unless `missing_ok`: its reader reports it) or a
+    directory holds no such file.
     """
     arguments = list(inputs or [])
     if files_from is not None:
@@ -64,6 +68,8 @@ def expand(
             if not matched:
                 raise LlmkitError(f"{item}: nothing matches this pattern", "quote it only if llmkit is to expand it")
             files += matched
+        elif missing_ok:
+            files.append(item)
         else:
             raise LlmkitError(f"{item}: no such file or directory", "check the path")
     if files.count(STDIN) > 1:

@@ -48,6 +48,7 @@ class Input:
     lineage: dict[str, Any] | None = None
     part: str = ""
     runs: list[dict[str, Any]] | None = None
+    columns: Any = None  # io.parquet.Columns of a Parquet file; not recorded
 
     def to_dict(self) -> dict[str, Any]:
         record: dict[str, Any] = {"role": self.role, "name": self.name, "digest": self.digest}

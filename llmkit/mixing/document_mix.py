@@ -5,11 +5,12 @@ the lines.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from llmkit.engine.local import ordered_map
+from llmkit.engine.local import Local
 from llmkit.io.documents import DocumentReader
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import Input
@@ -36,20 +37,20 @@ class DocumentMix:
         self.inputs: list[Input] = []
         self._pool = DocumentPool()
         self._lengths: list[Any] = []
-        self._bad_lines = 0
+        self._bad = Counter[str]()
 
     def read(self, path: str, reader: DocumentReader, jobs: int, advance: Callable[[int], object]) -> None:
         """Read a source into the pool; `advance` is called with the number of documents in each chunk."""
 
         def measured() -> Iterator[MeasuredChunk]:
             work = partial(measure_chunk, options=reader.options, count=self._count, field=self._field)
-            for chunk in ordered_map(work, reader.chunks(), jobs):
+            for chunk in Local(jobs).map(work, reader):
                 reader.accept(chunk.bad)
                 advance(len(chunk.sizes))
                 yield chunk
 
         self._lengths.append(self._pool.add(measured()))
-        self._bad_lines += reader.bad
+        self._bad.update(reader.counts())
         if path != STDIN and os.path.isdir(path):
             self.inputs.append(describe_input(path))
         else:
@@ -65,8 +66,7 @@ class DocumentMix:
         sources = tuple(PlannedSource(*fields) for fields in zip(request.paths, digests, budgets, strict=True))
         self.order = resolve_order(Plan(sources, request.seed, shuffle=request.shuffle), lengths, copies)
         self.counts = mix_counts(request, self.order, lengths, copies, warn)
-        if self._bad_lines:
-            self.counts["bad_lines"] = self._bad_lines
+        self.counts |= self._bad
 
     def write(self, writer: Any, advance: Callable[[int], object]) -> None:
         """Write the lines in order to a document writer; `advance` is called with the number of lines in each block."""

@@ -223,7 +223,7 @@ def group_value(document: Document, name: str) -> str:
     """A document's value of a field: its file for a missing `source`, `MISSING` where it has no value that can
     name a group.
     """
-    value = document.fields.get(name)
+    value = document.exact_fields.get(name)
     if value in (None, "") and name == "source":
         return source_name(document.file)
     return MISSING if value in (None, "") or isinstance(value, (dict, list)) else str(value)

@@ -14,7 +14,7 @@ Cost: tests/bench/vocab_speed.md. Kernels: tokens/kernels/counts.py, tokens/kern
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,11 @@ class PieceCounter:
         counts.add_texts([text.encode() for text in texts], self.pattern)
         pieces = counts.pieces() if self.into is None else None
         return CountedChunk(pieces, len(documents), len(texts), sum(map(len, texts)), bad)
+
+    @property
+    def trial(self) -> PieceCounter:
+        """The same without effect on `into`."""
+        return replace(self, into=None)
 
     def samples(self, document: Document) -> bool:
         """Whether a document is in the sample."""

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, STORED, StoredFrame, ZstdOutput
-from llmkit.io.documents import Chunk, DocumentReader, DocumentWriter, ReadOptions, parse
+from llmkit.io.document_writer import DocumentWriter
+from llmkit.io.documents import Chunk, DocumentReader, ReadOptions, parse
 from llmkit.io.record import Lineage
 from llmkit.lineage.formats import digest_path, read_lineage
 
@@ -361,7 +362,7 @@ def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes:
         patch.setattr("llmkit.io.documents.CHUNK_BYTES", chunk)
         patch.setattr("llmkit.io.documents.PIECE_BYTES", 1)
         raw = Trickle(b"\xef\xbb\xbf" * mark + data, sizes)
-        parsed = [parse(piece, reader.options) for piece in reader._line_chunks("x", raw)]
+        parsed = [parse(piece, reader.options) for piece in reader._line_chunks("x", raw, [])]
     assert [(d.line, d.raw) for documents, _ in parsed for d in documents] == expected
     assert b"".join(d.encode() for documents, _ in parsed for d in documents) == b"".join(
         x + b"\n" for _, x in expected

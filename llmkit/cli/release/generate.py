@@ -15,7 +15,7 @@ from llmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from llmkit.chat.prompts import Prompt
-    from llmkit.io.documents import DocumentReader
+    from llmkit.io.documents import Document, DocumentReader
     from llmkit.model.pretrained.checkpoint import LoadedModel
 
 SAMPLING = "Sampling"
@@ -153,7 +153,7 @@ def main(
             top_p=top_p,
         ):
             if writer:
-                writer.write(orjson.dumps(item.row(completions)) + b"\n")
+                writer.write(orjson.dumps(item.row(completions), default=orjson.Fragment) + b"\n")
             else:
                 _print(item, completions)
             for key, count in zip(counts, (1, len(completions), tokens), strict=True):
@@ -182,10 +182,20 @@ def _read_prompts(
     if reader is None:
         prompts = ((f"prompt {i}", convert({"prompt": text})) for i, text in enumerate(texts, 1))
     else:
-        prompts = ((document.where, item) for document, item in read_rows(reader, convert))
+        prompts = ((document.where, _with_raw_fields(item, document)) for document, item in read_rows(reader, convert))
     for where, item in prompts:
         fit_context(item, info, where, reserve)
         yield item
+
+
+def _with_raw_fields(item: Prompt, document: Document) -> Prompt:
+    """The prompt with the row's other fields as their bytes, so that they are written as they were read."""
+    fields, raw = document.fields, document.raw_fields()
+    item.other_fields = {
+        key: raw[key] if value is fields.get(key) and value is not None else value
+        for key, value in item.other_fields.items()
+    }
+    return item
 
 
 def _print(item: Prompt, completions: list[str]) -> None:

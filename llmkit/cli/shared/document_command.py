@@ -18,7 +18,8 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
 
 if TYPE_CHECKING:
-    from llmkit.io.documents import BadLine, DocumentReader, DocumentWriter
+    from llmkit.io.document_writer import DocumentWriter
+    from llmkit.io.documents import BadLine, DocumentReader
     from llmkit.io.record import Input, Lineage
 
     JobResult = tuple[dict[str, Any], int, list[Input]]  # counts of the output, number of rejects, lineage of inputs
@@ -68,9 +69,9 @@ class Job:
             return True
         return self.output is not None and not exists(self.output) and self.run.made(path, lineage)
 
-    def is_up_to_date(self) -> bool:
-        """Whether the outputs exist and were made by the same command from the same inputs."""
-        return not self.run.dry_run and self.run.has_made(self.inputs, self.rejects, output=self.output)
+    def record_if_up_to_date(self) -> dict[str, Any] | None:
+        """The record of the output, if the outputs exist and were made by the same command from the same inputs."""
+        return None if self.run.dry_run else self.run.has_made(self.inputs, self.rejects, output=self.output)
 
     def arguments(self) -> list[str]:
         """The command-line arguments of a call that makes this output."""
@@ -121,7 +122,7 @@ def run_on_cluster(run: Run, jobs: Iterable[Job], *arguments: str) -> tuple[int,
 
     Returns the number of outputs made, their total counts, and the number of outputs that were up to date.
     """
-    if run.read_options().quarantine:
+    if run.read_options().quarantine_files()[0]:
         raise UsageError("a cluster cannot write a single quarantine file", "use --on-bad-line skip, or stop")
     calls, results = [[*job.arguments(), *arguments] for job in jobs], []
     with run.progress(len(calls), "files") as bar:
@@ -150,43 +151,59 @@ def run_jobs(
 ) -> dict[str, Any] | None:
     """Run the jobs whose outputs are not up to date. Returns the total counts; None if everything was up to date.
 
-    `make` gets the writers of kept and of rejected documents; both are None with --dry-run. `on_durable` is called
+    `make` gets the writers of kept and of rejected documents; both are None with --dry-run. If each input has an output
+    of its own, one with an unreadable input is not made where --on-bad-file allows it. `on_durable` is called
     when an output is complete and in place. `is_finished` tells whether the call that made an existing output ran to
     its end: if not (False), the output is made again; None means that another call made it. With `cluster_arguments`,
     a cluster makes each of several outputs by a command with these additional arguments.
     """
-    from llmkit.io.documents import DocumentWriter
+    from llmkit.io.document_writer import DocumentWriter
+    from llmkit.io.documents import UnreadableFile
 
     made, total, skipped = 0, dict[str, Any](), 0
-    if cluster_arguments is not None and is_directory(run.output) and not run.dry_run:
+    per_file = is_directory(run.output)
+    if cluster_arguments is not None and per_file and not run.dry_run:
+        if run.skips_bad_files:
+            raise UsageError("-o DIRECTORY on a cluster stops at bad files", "omit --on-bad-file, or name one output")
         made, total, skipped = run_on_cluster(run, jobs, *cluster_arguments)
         jobs = ()
+    stored = dict[str, Any]()  # counts of the outputs that are up to date
     for job in jobs:
-        finished = (is_finished(job) if is_finished else True) if job.is_up_to_date() else None
-        if finished:
+        record = job.record_if_up_to_date()
+        finished = (is_finished(job) if is_finished else True) if record is not None else None
+        if finished and record is not None:
             skipped += 1
+            stored = add_counts(stored, record["counts"])
             continue
         replace = finished is False
+        try:
+            with ExitStack() as stack:
+                writer = rejects = None
+                json_only = not any(path == STDIN or path.endswith(".parquet") for path in job.inputs)
+                if not run.dry_run:
+                    writer = stack.enter_context(run.writer(replace, job.output, json_only))
+                    for path, lineage in job.rejects.items():
+                        force = replace or job.may_replace(path, lineage)
+                        rejects = stack.enter_context(DocumentWriter(path, lineage, force=force, json_only=json_only))
+                counts, dropped, read = make(job, writer, rejects)
+                if rejects:
+                    rejects.finish({"documents": dropped}, read)
+                if writer:
+                    writer.finish(counts, read)
+        except UnreadableFile as error:
+            if not (per_file and run.skips_bad_files):
+                raise
+            run.bad_file(error.bad, quarantine=True)
+            continue
         made += 1
-        with ExitStack() as stack:
-            writer = rejects = None
-            if not run.dry_run:
-                writer = stack.enter_context(run.writer(force=replace, output=job.output))
-                for path, lineage in job.rejects.items():
-                    force = replace or job.may_replace(path, lineage)
-                    rejects = stack.enter_context(DocumentWriter(path, lineage, force=force))
-            counts, dropped, read = make(job, writer, rejects)
-            if rejects:
-                rejects.finish({"documents": dropped}, read)
-            if writer:
-                writer.finish(counts, read)
         if on_durable and not run.dry_run:
             on_durable()
         total = add_counts(total, counts)
-    if made == 0:
-        run.finish({"up_to_date": True}, f"{run.output} is up to date: nothing to do")
+    if made == 0 and not run.bad_files:
+        files = {"files": 0, "up_to_date": skipped} if skipped > 1 else {"up_to_date": True}
+        run.finish(stored | files, f"{run.output} is up to date: nothing to do")
         return None
-    return total | ({"files": made, "up_to_date": skipped} if made + skipped > 1 else {})
+    return (total or stored) | ({"files": made, "up_to_date": skipped} if made + skipped > 1 else {})
 
 
 def run_stage(
@@ -206,7 +223,7 @@ def run_stage(
     """
 
     def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> JobResult:
-        reader = run.reader_of(job.inputs)
+        reader = run.reader_of(job.inputs, on_bad_file="stop" if is_directory(run.output) else None)
         with run.progress(None, "documents") as bar:
             for outcome in work(reader):
                 reader.accept(outcome.bad)
@@ -215,7 +232,7 @@ def run_stage(
                 if rejected:
                     rejected.write(outcome.rejects)
                 bar.advance(outcome.documents)
-        counts = count() | ({"bad_lines": reader.bad} if reader.bad else {})
+        counts = count() | reader.counts()
         return counts, counts["dropped"], reader.inputs
 
     jobs = plan_jobs(run, run.inputs(inputs), rejects, resume)
@@ -246,6 +263,7 @@ def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
     """The summary as a line: `kept 90 of 100 documents (90.0 %), ...`."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
     bad = f", {counts['bad_lines']:,} bad lines skipped" if counts.get("bad_lines") else ""
+    bad += f", {counts['bad_files']:,} bad files skipped" if counts.get("bad_files") else ""
     up_to_date = f", {counts['up_to_date']:,} files up to date" if counts.get("up_to_date") else ""
     where = (
         "nothing written (--dry-run)"

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.io.documents import DocumentReader, DocumentWriter, Quarantine, ReadOptions
+    from llmkit.io.document_writer import DocumentWriter, Quarantine
+    from llmkit.io.documents import BadLine, DocumentReader, ReadOptions
     from llmkit.io.record import Lineage
 
 
@@ -34,16 +36,19 @@ class Run:
         self.jobs: int = values["jobs"]
         self.seed: int = values["seed"]
         self.as_json: bool = values["json"]
+        self._values = values
+        if self.skips_bad_files:
+            options["on_bad_file"] = "skip"  # what is written to the output is the same with quarantine=FILE
         Run.reports_json = self.as_json
         self.files_from: str | None = values.get("files_from")
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, except those named
         self._listed: list[str] | None = None  # the paths listed in files_from, once read
-        self._values = values
         self._paths: list[tuple[str, str | Path]] = []  # (option, path): inputs named by options, for the lineage
         for role, path in paths.items():
             self.reads(role, str(path))
         self._stack = ExitStack()
-        self._quarantine: Quarantine | None = None
+        self._quarantines: dict[str, Quarantine] = {}
+        self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
 
     # Messages go to stderr: stdout carries data only.
@@ -100,7 +105,7 @@ class Run:
         """
         from llmkit.io.names import escape_names
 
-        counts = escape_names(counts)
+        counts = escape_names(counts | self.bad_file_counts())
         if counts.get("documents") == 0:
             self.warn("no documents were read")
         if self.as_json:
@@ -138,6 +143,7 @@ class Run:
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
+        expand_options["missing_ok"] = self.skips_bad_files
         if source is None:
             return expand(paths, **expand_options)
         if self._listed is None:
@@ -149,16 +155,51 @@ class Run:
         """A reader of documents named on the command line, with the reading options; `text_key=None` reads any rows."""
         return self.reader_of(self.inputs(paths, **expand_options), text_key=text_key)
 
-    def reader_of(self, paths: list[str], *, text_key: str | None = "") -> DocumentReader:
-        """A reader of exactly these files, with the reading options."""
-        from llmkit.io.atomic import check_output
-        from llmkit.io.documents import DocumentReader, Quarantine
+    def reader_of(
+        self, paths: list[str], *, text_key: str | None = "", on_bad_file: str | None = None
+    ) -> DocumentReader:
+        """A reader of exactly these files, with the reading options; `on_bad_file` replaces that option."""
+        from llmkit.io.documents import DocumentReader
 
         options = self.read_options(text_key)
-        if self._quarantine is None and options.quarantine:
-            check_output(options.quarantine, self.force)
-            self._quarantine = self._stack.enter_context(Quarantine(options.quarantine))
-        return self._stack.enter_context(DocumentReader(paths, options, self._quarantine))
+        if on_bad_file is not None:
+            options = replace(options, on_bad_file=on_bad_file)
+        return self._stack.enter_context(DocumentReader(paths, options, self._open_quarantine, self.bad_file))
+
+    def _open_quarantine(self, path: str) -> Quarantine:
+        """The quarantine of a file, which all readers share."""
+        from llmkit.io.atomic import check_output
+        from llmkit.io.document_writer import Quarantine
+
+        if path not in self._quarantines:
+            check_output(path, self.force)
+            self._quarantines[path] = self._stack.enter_context(Quarantine(path))
+        return self._quarantines[path]
+
+    @property
+    def skips_bad_files(self) -> bool:
+        """Whether --on-bad-file allows unreadable inputs."""
+        return self._values.get("on_bad_file") not in (None, "stop")
+
+    def bad_file(self, bad: BadLine, quarantine: bool = False) -> None:
+        """Warn about an unreadable input and count it; `quarantine`: also store it where --on-bad-file names a file."""
+        if bad.file in self.bad_files:
+            return  # read a second time
+        self.bad_files[bad.file] = bad
+        line = f", unreadable from line {bad.line:,} on" if bad.line > 1 else ""
+        self.warn(f"{bad.file}: {bad.reason}{line}")
+        if quarantine and (file := self.read_options().quarantine_files()[1]):
+            self._open_quarantine(file).add([bad.row()])
+
+    def bad_file_counts(self) -> dict[str, int]:
+        """The number of unreadable inputs, for summary and lineage, if there are any."""
+        return {"bad_files": len(self.bad_files)} if self.bad_files else {}
+
+    def check_bad_files(self) -> None:
+        """At the end of a call: LlmkitError with --fail-on-bad-file if there was an unreadable input."""
+        if self.bad_files and self._values.get("fail_on_bad_file"):
+            count = "1 file" if len(self.bad_files) == 1 else f"{len(self.bad_files):,} files"
+            raise LlmkitError(f"{count} could not be read", "the output has everything else")
 
     def read_options(self, text_key: str | None = "") -> ReadOptions:
         """The reading options, for io.documents."""
@@ -166,54 +207,70 @@ class Run:
 
         values = self._values
         key = values["text_key"] if text_key == "" else text_key
-        return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"])
+        on_bad_file = values["on_bad_file"] or "stop"
+        return ReadOptions(key, values["id_key"], values["on_bad_line"], values["max_line_bytes"], on_bad_file)
 
-    def writer(self, force: bool = False, output: str | None = None) -> DocumentWriter:
+    def writer(self, force: bool = False, output: str | None = None, json_only: bool = False) -> DocumentWriter:
         """A writer (context manager) of the command's output, or of `output`; `force` replaces it as -f does."""
-        from llmkit.io.documents import DocumentWriter
+        from llmkit.io.document_writer import DocumentWriter
 
         path = self.output if output is None else output
-        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=self._values.get("plain", False))
+        plain = self._values.get("plain", False)
+        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=plain, json_only=json_only)
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
         return _record_of(path, lineage) is not None
 
     def up_to_date(self, paths: list[str], other_outputs: dict[str, Lineage] | None = None) -> bool:
-        """Like `has_made`, but also reports to the user that there is nothing to do."""
-        if not self.has_made(paths, other_outputs):
+        """Whether `has_made` finds the output; then reports its counts, and that there is nothing to do."""
+        record = self.has_made(paths, other_outputs)
+        if record is None:
             return False
-        self.finish({"up_to_date": True}, f"{self.output} is up to date: nothing to do")
+        self.finish(record["counts"] | {"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
     def has_made(
         self, paths: list[str], other_outputs: dict[str, Lineage] | None = None, output: str | None = None
-    ) -> bool:
-        """Whether the command's output, or `output`, already is what this call would make from `paths`.
+    ) -> dict[str, Any] | None:
+        """The record of the command's output, or `output`, if that already is what this call would make from `paths`.
 
         `other_outputs` are further outputs of the call with their records. The lineage inside the outputs decides
         (command, version, options, digests of the inputs), never their mere existence.
         """
         from llmkit.io.inputs import exists
         from llmkit.lineage.fields import inputs_of
-        from llmkit.lineage.formats import digest_path
 
         output = output or self.output
-        if not output or self.force or not all(map(exists, paths)):
-            return False
+        if not output or self.force or not (self.skips_bad_files or all(map(exists, paths))):
+            return None
         outputs = {output: self.lineage()} | (other_outputs or {})
         records = {path: _record_of(path, header) for path, header in outputs.items()}
         if None in records.values():
-            return False
-        digests = [digest_path(path) for path in paths]
+            return None
+        digests = [self._digest(path) for path in paths]
         for path, header in outputs.items():
             recorded = [item for item in inputs_of(records[path] or {}) if item["role"] != "index"]
             expected = [(item.role, item.digest) for item in header.inputs]  # inputs named by options come first
             if [(item["role"], item["digest"]) for item in recorded[: len(expected)]] != expected or [
                 item["digest"] for item in recorded[len(expected) :]
             ] != digests:
-                return False
-        return True
+                return None
+        record = records[output]
+        assert record is not None
+        return record | {"counts": record.get("counts", {})}
+
+    def _digest(self, path: str) -> str:
+        """The digest of an input as its reader records it."""
+        from llmkit.io.digest import digest_damaged
+        from llmkit.lineage.formats import digest_path
+
+        try:
+            return digest_path(path)
+        except (LlmkitError, OSError):
+            if not self.skips_bad_files:
+                raise
+            return digest_damaged(path)
 
 
 def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:

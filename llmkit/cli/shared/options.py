@@ -116,6 +116,18 @@ class ReadingOptions:
         COMMON,
         Recorded(lambda policy: str(policy).replace("quarantine", "skip").partition("=")[0]),
     ] = "stop"
+    on_bad_file: Annotated[
+        str | None,
+        _reading(
+            "--on-bad-file",
+            metavar="HOW",
+            help="What to do with unreadable or damaged files: stop (default), skip, or quarantine=FILE",
+        ),
+        COMMON,
+    ] = None
+    fail_on_bad_file: Annotated[
+        bool, _reading("--fail-on-bad-file", help="Exit with 1 if files were skipped, once all outputs are written")
+    ] = False
     max_line_bytes: Annotated[
         int, count_option("--max-line-bytes", help="Maximum length of a line, in bytes", rich_help_panel=DOCUMENTS)
     ] = 16 << 20
@@ -136,7 +148,7 @@ class WritingOptions:
 
 SHARED = tuple(field.name for field in option_fields(SharedOptions))
 # Shared options that do not affect the content of the output, and are therefore not recorded in its lineage.
-NEUTRAL = {*SHARED, "files_from", "plain"} - {"seed"}
+NEUTRAL = {*SHARED, "files_from", "plain", "on_bad_file", "fail_on_bad_file"} - {"seed"}
 
 
 def command(
@@ -271,6 +283,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         run.config = partial(_as_toml, context)
         with run._stack:
             function(run, **arguments)
+        run.check_bad_files()
 
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     invoke.__signature__ = inspect.Signature([context, *parameters.values()])  # type: ignore[attr-defined]

@@ -38,8 +38,9 @@ def launch_processes(run: Run, options: Any, inputs: list[str]) -> bool:
     if (machine.processes == 1 and not machine.max_restarts) or rank is not None or run.dry_run:
         if rank not in (None, "0"):
             run.quiet = True  # the first process reports for all, and writes the quarantine
-            if str(run._values.get("on_bad_line", "")).startswith("quarantine"):
-                run._values["on_bad_line"] = "skip"
+            for name in ("on_bad_line", "on_bad_file"):
+                if str(run._values.get(name, "")).startswith("quarantine"):
+                    run._values[name] = "skip"
         return False
     from llmkit.training.checkpoint.run_directory import check_run
 

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume, plan_jobs, run_jobs
+from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
 
 if TYPE_CHECKING:
     from llmkit.cli.shared.document_command import JobResult
+    from llmkit.corpus.extract.archives import BrokenRecord, PageRecord
     from llmkit.corpus.extract.extractor import ExtractionResult, Extractor, PageReader
-    from llmkit.io.documents import DocumentReader, DocumentWriter
+    from llmkit.io.document_writer import DocumentWriter
+    from llmkit.io.documents import DocumentReader
     from llmkit.io.record import Input
 
 ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in COMPRESSIONS)
@@ -120,7 +122,8 @@ def main(
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
         without_document = counts["pages"] + counts["broken"] - counts["documents"]
-        return dict(counts) | {"skipped": dict(sorted(skipped.items()))}, without_document, inputs_read
+        all_counts = dict(counts) | {"skipped": dict(sorted(skipped.items()))} | run.bad_file_counts()
+        return all_counts, without_document, inputs_read
 
     cluster_arguments = ("--engine", engine) if backend == "ray" else None
     total = run_jobs(run, plan_jobs(run, paths, rejects, resume), make, cluster_arguments=cluster_arguments)
@@ -151,17 +154,32 @@ def _outcomes(
 ) -> Iterator[ExtractionResult]:
     """The outcomes for the pages of all files; the lineage of the files is appended to `inputs_read`."""
     from llmkit.corpus.extract.extractor import extract_files, tasks
+    from llmkit.io.digest import digest_damaged
+    from llmkit.io.documents import unreadable_file
+    from llmkit.io.record import Input, base_name
 
     if backend == "local":
+        own_output = is_directory(run.output)
 
         def reader_of(path: str) -> DocumentReader:
-            return run.reader_of([path], text_key=page_reader.rows.text_key)
+            on_bad_file = "stop" if own_output else None
+            return run.reader_of([path], text_key=page_reader.rows.text_key, on_bad_file=on_bad_file)
 
-        yield from extractor.run(
-            (page for path in paths for page in page_reader.pages(path, inputs_read, reader_of)), run.jobs
-        )
+        def pages(path: str) -> Iterator[PageRecord | BrokenRecord]:
+            try:
+                yield from page_reader.pages(path, inputs_read, reader_of)
+            except (LlmkitError, OSError) as error:
+                unreadable = unreadable_file(path, error)
+                if own_output or path == STDIN or not run.skips_bad_files:
+                    raise unreadable from error
+                run.bad_file(unreadable.bad, quarantine=True)
+                inputs_read.append(Input("input", base_name(path), digest_damaged(path)))
+
+        yield from extractor.run((page for path in paths for page in pages(path)), run.jobs)
         return
-    if page_reader.rows.quarantine:
+    if run.skips_bad_files:
+        raise UsageError("bad files are not skipped on a cluster", "omit --on-bad-file")
+    if any(page_reader.rows.quarantine_files()):
         raise UsageError("bad lines cannot be quarantined on a cluster", "use --on-bad-line skip or stop")
     from llmkit.engine.cluster import Cluster
 

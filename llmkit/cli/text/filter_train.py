@@ -93,7 +93,9 @@ def _read(run: Run, inputs: list[str] | None, label_key: str | None) -> tuple[li
     targets: list[int] = []
     labels: dict[str, int] = {}
     for document in reader.documents():
-        value = base_name(document.file).partition(".")[0] if label_key is None else document.fields.get(label_key)
+        value = (
+            base_name(document.file).partition(".")[0] if label_key is None else document.exact_fields.get(label_key)
+        )
         label = str(value)
         if (
             isinstance(value, (list, dict))

@@ -303,7 +303,7 @@ def _write(
             if not run.dry_run:
                 put(block)
             bar.advance(totals.add(block))
-        counts: dict[str, Any] = totals.counts()
+        counts: dict[str, Any] = totals.counts() | run.bad_file_counts()
         if not run.dry_run:
             writer.finish(dict(counts), inputs)
     if stats:
@@ -316,6 +316,7 @@ def _write(
     parts += [f"dropped {totals.empty:,} without text"] if totals.empty else []
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
     parts += [f"{totals.bad_lines:,} bad lines skipped"] if totals.bad_lines else []
+    parts += [f"{len(run.bad_files):,} bad files skipped"] if run.bad_files else []
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     if not_held:
         counts["not_held"] = not_held

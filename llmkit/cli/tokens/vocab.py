@@ -109,8 +109,7 @@ def main(
         )
     trained = vocabulary.train_on_counts(pieces, rounded, name, min_frequency, multiple, custom)
     counts |= {"size": trained.size, "merges": trained.merges}
-    if reader.bad:
-        counts["bad_lines"] = reader.bad
+    counts |= reader.counts()
     if trained.merges < trained.merges_requested:
         run.warn(
             f"the texts have only {trained.merges:,} of the {trained.merges_requested:,} merges requested "

@@ -117,8 +117,7 @@ def main(
         run, {"models": models, "groups": groups} | totals | {"inputs": [item.to_dict() for item in reader.inputs]}
     )
     counts: dict[str, Any] = totals | {"recommended": dict(zip(names, chosen, strict=True))}
-    if reader.bad:
-        counts["bad_lines"] = reader.bad
+    counts |= reader.counts()
     run.finish(
         counts,
         f"trained on {held_out.trained / 1e6:.1f} MB of text, measured on {held_out.bytes / 1e6:.2f} MB held out",

@@ -93,8 +93,8 @@ def main(
         reader = run.reader(inputs)
         extended = _learn(run, reader, info, str(tokenizer), add or 0, min_frequency, multiple)
     counts: dict[str, Any] = {"added": extended.added, "size": extended.size}
-    if reader and reader.bad:
-        counts["bad_lines"] = reader.bad
+    if reader:
+        counts |= reader.counts()
     if not run.dry_run:
         lineage = run.lineage()
         lineage.inputs += [describe_input(tokenizer), *(reader.inputs if reader else [])]

@@ -71,10 +71,10 @@ def main(
     reader = run.reader(text)
     meter = fertility.FertilityMeter(infos, reader.options, by or DEFAULT_BY)
     total: dict[GroupKey, GroupCounts] = {}
-    from llmkit.engine.local import ordered_map
+    from llmkit.engine.local import Local
 
     with run.progress(None, "documents") as bar:
-        for chunk in ordered_map(meter, reader.chunks(), run.jobs):
+        for chunk in Local(run.jobs).map(meter, reader):
             reader.accept(chunk.bad)
             fertility.merge_groups(total, chunk.groups)
             bar.advance(chunk.documents)
@@ -101,9 +101,7 @@ def main(
     _warn_high_fertility(run, names, total, base)
     write_json(run, report | {"inputs": [item.to_dict() for item in reader.inputs]})
     counts = {"documents": total[fertility.ALL].documents if total else 0, "groups": len(total)}
-    run.finish(
-        counts | ({"bad_lines": reader.bad} if reader.bad else {}), f"{counts['documents']:,} documents measured"
-    )
+    run.finish(counts | reader.counts(), f"{counts['documents']:,} documents measured")
 
 
 def _has_values(total: dict[GroupKey, GroupCounts], field: str) -> bool:

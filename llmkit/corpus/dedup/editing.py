@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import orjson
 from numpy.typing import DTypeLike, NDArray
 
-from llmkit.corpus.dedup.results import DedupCounts, with_fields
+from llmkit.corpus.dedup.results import DedupCounts
 from llmkit.corpus.dedup.temp_columns import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, DocumentReader, ReadOptions, parse
+from llmkit.io.splice import parse_fields, splice
 from llmkit.kernels.utf8 import Bytes
 
 Ends = NDArray[np.int64]
@@ -152,7 +152,7 @@ class EditingDedup(DedupCounts):
             if not cut.any():
                 kept.append(line)
                 continue
-            fields = orjson.loads(line)
+            fields = parse_fields(line)
             before, data = fields[key], fields[key].encode()
             starts, stops = split(np.frombuffer(data, np.uint8))
             if len(cut) > len(starts):  # one flag per byte, pieces are characters: cut only if all its bytes are
@@ -161,12 +161,11 @@ class EditingDedup(DedupCounts):
             if text and not text.isspace():
                 self.edited += 1
                 self.characters_cut += len(before) - len(text)
-                fields[key] = text
-                kept.append(orjson.dumps(fields) + b"\n")
+                kept.append(splice(line, {key: text}, fields))
             else:
                 self.dropped[reason] += 1
                 self.characters_cut += len(before)
                 if self.rejects:
-                    rejects.append(with_fields(line, {"reason": reason, "rule": self.rule}))
+                    rejects.append(splice(line, {"reason": reason, "rule": self.rule}, fields))
         self.kept += len(kept)
         return b"".join(kept), b"".join(rejects)

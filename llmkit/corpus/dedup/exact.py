@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import orjson
 import xxhash
 
 from llmkit.corpus.dedup.normalise import name_of, normaliser, parts_of
-from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields, with_fields
+from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields
 from llmkit.engine.local import Engine, Local
 from llmkit.io.documents import BadLine, Chunk, Document, DocumentReader, ReadOptions, iter_documents
+from llmkit.io.splice import exact_json, splice
 
 
 def stored_key(text: str, normalise: str = "none") -> bytes:
@@ -66,13 +66,11 @@ class Exact:
         """The document's key of 16 bytes; None if the field is missing or null."""
         if self.key is None:
             return hash_text(document.text, self.normalise)
-        from llmkit.corpus.lists import dotted  # imports numpy
-
-        value = dotted(document.fields, self.key)
+        value = document.value(self.key)
         if value is None:
             return None
         if not isinstance(value, str):
-            value = orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
+            value = exact_json(value, sort_keys=True).decode()
         return hash_text(value, self.normalise)
 
 
@@ -121,8 +119,7 @@ class StreamingDedup(DedupCounts):
                     if key is not None:
                         seen[key] = chunk.ids[i] if self.rejects else None
                 elif self.rejects:
-                    fields = duplicate_fields("exact", seen[key], 1.0) | {"rule": self.exact.rule}
-                    rejects.append(with_fields(line, fields))
+                    rejects.append(splice(line, duplicate_fields("exact", seen[key], 1.0) | {"rule": self.exact.rule}))
             self.documents += len(chunk.lines)
             self.kept += len(kept)
             self.lacking["--key"] += chunk.keys.count(None)

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from llmkit.corpus.dedup.kernels import clusters as kernels
 from llmkit.corpus.dedup.measure import ChunkMeasurer, MeasuredChunk
 from llmkit.corpus.dedup.minhash import MinHash
-from llmkit.corpus.dedup.results import ChunkResult, duplicate_fields, with_fields
+from llmkit.corpus.dedup.results import ChunkResult, duplicate_fields
 from llmkit.corpus.dedup.temp_columns import Blobs, Column, unpack
 from llmkit.engine.local import Engine
 from llmkit.io.documents import DocumentReader
+from llmkit.io.splice import splice
 
 if TYPE_CHECKING:
     from llmkit.corpus.dedup.index import Columns, Index
@@ -105,9 +106,9 @@ def render_chunk(output: OutputOptions, packed: bytes, chunk: ChunkDecisions) ->
         if not survives and output.ids:
             fields |= duplicate_fields(REASONS[reason], next(ids), None if similarity < 0 else similarity)
             if not output.annotate:
-                rejects.append(with_fields(line, fields | {"rule": output.rules[reason]}))
+                rejects.append(splice(line, fields | {"rule": output.rules[reason]}))
         if survives or output.annotate:
-            kept.append(with_fields(line, fields) if fields else line)
+            kept.append(splice(line, fields) if fields else line)
     return ChunkResult(b"".join(kept), b"".join(rejects), [], 0)
 
 

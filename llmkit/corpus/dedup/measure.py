@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.temp_columns import pack
-from llmkit.corpus.lists import dotted
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, dotted, parse
+from llmkit.io.splice import exact_json
 
 
 @dataclass(slots=True)
@@ -66,7 +65,7 @@ class ChunkMeasurer:
         columns: dict[str, NDArray[Any]] = {"sizes": np.fromiter(map(len, lines), np.int64, len(lines))}
         group_hashes, lacking = np.zeros(len(lines), np.uint64), Counter[str]()
         if self.group is not None:
-            values = [dotted(document.fields, self.group) for document in documents]
+            values = [document.value(self.group) for document in documents]
             group_hashes = np.fromiter(map(_group_hash, values), np.uint64, len(lines))
             lacking["--group"] = values.count(None)
         if self.keep != "first":
@@ -94,7 +93,7 @@ class ChunkMeasurer:
 
 def _group_hash(value: Any) -> int:
     """Hash of the value of a group field; combined with the other hashes, it separates the groups."""
-    return xxhash.xxh3_64_intdigest(orjson.dumps(value, option=orjson.OPT_SORT_KEYS))
+    return xxhash.xxh3_64_intdigest(exact_json(value, sort_keys=True))
 
 
 def _preference(document: Document, keep: str) -> float:

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from llmkit.io.documents import BadLine
 
 
@@ -44,8 +42,3 @@ class DedupCounts:
 def duplicate_fields(reason: str, kept_id: str, similarity: float | None) -> dict[str, Any]:
     """The fields written on a duplicate: the reason, the id of its kept document, their similarity if measured."""
     return {"reason": reason, "duplicate_of": kept_id, "similarity": similarity}
-
-
-def with_fields(line: bytes, fields: dict[str, Any]) -> bytes:
-    """The line of a document with fields set."""
-    return orjson.dumps(orjson.loads(line) | fields) + b"\n"

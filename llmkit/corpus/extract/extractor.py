@@ -82,10 +82,10 @@ def _outcome(batch: list[PageRecord | BrokenRecord], results: list[dict[str, Any
     for record, result in zip(batch, results, strict=True):
         if isinstance(result, dict):
             try:
-                kept.append(orjson.dumps(result))
+                kept.append(orjson.dumps(result, default=orjson.Fragment))
                 outcome.characters += len(result["text"])
                 continue
-            except TypeError as error:  # fields of a JSON row that are nested too deeply to be written
+            except TypeError as error:
                 result = f"cannot be written ({error})"
         reason = result.reason if isinstance(result, Failure) else result
         if isinstance(record, BrokenRecord):
@@ -122,7 +122,7 @@ class PageReader:
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             for document in reader.documents():
                 other_fields = {
-                    key: value for key, value in document.fields.items() if key not in (self.rows.text_key, "id")
+                    key: raw for key, raw in document.raw_fields().items() if key not in (self.rows.text_key, "id")
                 }
                 yield PageRecord(
                     document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=other_fields

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import orjson
-
 from llmkit.corpus.filters import FILTERS, Check
-from llmkit.corpus.lists import dotted
 from llmkit.corpus.page import Page
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.documents import dotted
+from llmkit.io.splice import exact_json
 
 MAX_REPORTED = 80  # bytes of a match that are reported
 
@@ -50,7 +49,7 @@ def as_bytes(page: Page, path: str) -> bytes | None:
     value = page.text if path == "text" else dotted(page.fields, path)
     if value is None:
         return None
-    return value.encode() if isinstance(value, str) else orjson.dumps(value)
+    return value.encode() if isinstance(value, str) else exact_json(value)
 
 
 def search(pattern: Any, data: bytes | None) -> str | None:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import xxhash
 
 from llmkit.corpus.filters import FILTERS, Check
-from llmkit.corpus.lists import dotted
 from llmkit.corpus.page import Page
 from llmkit.errors import UsageError
+from llmkit.io.documents import dotted
 
 
 @FILTERS.register("sample")

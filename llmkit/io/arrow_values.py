@@ -1,0 +1,203 @@
+"""Values of Arrow columns as JSON, and back with the same type.
+
+| Arrow | JSON |
+|---|---|
+| integers, booleans, strings | themselves |
+| floats | themselves; "NaN", "Infinity", "-Infinity" as strings |
+| decimals | strings of their digits |
+| dates, times, timestamps | ISO 8601, with the digits of the unit; timestamps with a time zone in UTC ("...Z") |
+| durations | ISO 8601, in seconds: "PT1.500S" |
+| binary | base64 |
+| structs, lists | objects, arrays |
+| maps | arrays of [key, value] |
+| dictionary | its values |
+
+As in the JSON mapping of Protocol Buffers, so that nothing is lost: JSON has no NaN, and null is another value.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.types as kinds
+
+Convert = Callable[[Any], Any]
+
+NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of a second
+EPOCH = datetime(1970, 1, 1)
+
+
+class Codec(NamedTuple):
+    """How values of a type become JSON: the Arrow type to cast to first, and functions to and from its Python values.
+
+    None: the values stay as they are.
+    """
+
+    plain: pa.DataType
+    encode: Convert | None = None
+    decode: Convert | None = None
+
+
+def to_json(array: pa.Array) -> list[Any]:
+    """The values of an array. Raises pa.ArrowException for types that have no form in JSON."""
+    if isinstance(array.type, pa.BaseExtensionType):
+        array = array.storage
+    if kinds.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    plain, encode, _ = codec(array.type)
+    values: list[Any] = (array if plain == array.type else array.cast(plain)).to_pylist()
+    return [None if value is None else encode(value) for value in values] if encode else values
+
+
+def from_json(values: list[Any], type: pa.DataType) -> pa.Array:
+    """An array of a type.
+
+    Raises ValueError, TypeError, ArithmeticError or pa.ArrowException for values that do not fit.
+    """
+    if isinstance(type, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(type, from_json(values, type.storage_type))
+    _, _, decode = codec(type)
+    if decode:
+        values = [None if value is None else decode(value) for value in values]
+    return pa.array(values, type)
+
+
+def codec(type: pa.DataType) -> Codec:
+    """The conversion of a type."""
+    if kinds.is_dictionary(type):
+        return codec(type.value_type)
+    if kinds.is_floating(type):
+        return Codec(type, _encode_float, _decode_float)
+    if kinds.is_decimal(type):
+        return Codec(pa.string(), None, Decimal)
+    if kinds.is_timestamp(type):
+        suffix = "Z" if type.tz else ""
+        return Codec(pa.int64(), *_time_point(DIGITS[type.unit], 0, suffix))
+    if kinds.is_date(type):
+        return Codec(pa.int32(), *_days()) if kinds.is_date32(type) else Codec(pa.int64(), *_time_point(3, 0, ""))
+    if kinds.is_time(type):
+        return Codec(pa.int32() if kinds.is_time32(type) else pa.int64(), *_time_point(DIGITS[type.unit], 11, ""))
+    if kinds.is_duration(type):
+        return Codec(pa.int64(), *_duration(DIGITS[type.unit]))
+    if kinds.is_binary(type) or kinds.is_large_binary(type) or kinds.is_fixed_size_binary(type):
+        return Codec(type, lambda value: base64.b64encode(value).decode(), _decode_binary)
+    if kinds.is_struct(type):
+        return _struct(type)
+    if kinds.is_map(type):
+        key, item = codec(type.key_type), codec(type.item_type)
+        plain = pa.map_(key.plain, item.plain)
+        return Codec(plain, _pairs(key.encode, item.encode), _pairs(key.decode, item.decode))
+    if kinds.is_list(type) or kinds.is_large_list(type) or kinds.is_fixed_size_list(type):
+        inner = codec(type.value_type)
+        new = pa.large_list if kinds.is_large_list(type) else pa.list_
+        size = (type.list_size,) if kinds.is_fixed_size_list(type) else ()
+        plain = type if inner.plain == type.value_type else new(type.value_field.with_type(inner.plain), *size)
+        return Codec(plain, _each(inner.encode), _each(inner.decode))
+    return Codec(type)
+
+
+def _call(convert: Convert | None, value: Any) -> Any:
+    return value if value is None or convert is None else convert(value)
+
+
+def _each(convert: Convert | None) -> Convert | None:
+    return convert and (lambda values: [_call(convert, value) for value in values])
+
+
+def _pairs(of_key: Convert | None, of_item: Convert | None) -> Convert:
+    return lambda pairs: [(_call(of_key, key), _call(of_item, item)) for key, item in pairs]
+
+
+def _struct(type: pa.StructType) -> Codec:
+    fields = [type.field(i) for i in range(type.num_fields)]
+    codecs = {field.name: codec(field.type) for field in fields}
+    plain = pa.struct([field.with_type(codecs[field.name].plain) for field in fields])
+
+    def encode(value: dict[str, Any]) -> dict[str, Any]:
+        return {name: _call(codecs[name].encode, item) for name, item in value.items()}
+
+    def decode(value: dict[str, Any]) -> dict[str, Any]:
+        if unknown := value.keys() - codecs.keys():
+            raise ValueError(f"no field {min(unknown)!r} in the type")
+        return {name: _call(codecs[name].decode, item) for name, item in value.items()}
+
+    same = all(item.encode is None and item.decode is None for item in codecs.values())
+    return Codec(plain, None if same else encode, decode)
+
+
+def _encode_float(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _decode_float(value: Any) -> Any:
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _decode_binary(value: str) -> bytes:
+    return base64.b64decode(value, validate=True)
+
+
+def _days() -> tuple[Convert, Convert]:
+    encode, decode = _time_point(0, 0, "")
+    return lambda days: encode(days * 86_400)[:-9], lambda text: decode(text + "T00:00:00") // 86_400
+
+
+def _time_point(digits: int, start: int, suffix: str) -> tuple[Convert, Convert]:
+    """To and from units of 10^-digits s since 1970; `start` 11 leaves out the date, for times of a day."""
+    scale: int = 10**digits
+
+    def encode(units: int) -> str:
+        seconds, fraction = divmod(units, scale)
+        text = _iso_seconds(seconds)[start:]
+        return text + (f".{fraction:0{digits}}" if digits else "") + suffix
+
+    def decode(text: str) -> int:
+        whole, _, fraction = text.removesuffix("Z").partition(".")
+        if len(fraction) > digits or bool(suffix) != text.endswith("Z") or not (fraction.isdigit() or not fraction):
+            raise ValueError(f"{text!r} has another form")
+        seconds = _seconds_of("1970-01-01T" + whole if start else whole)
+        return seconds * scale + int(fraction.ljust(digits, "0") or 0)
+
+    return encode, decode
+
+
+def _iso_seconds(seconds: int) -> str:
+    try:
+        return (EPOCH + timedelta(seconds=seconds)).isoformat()
+    except OverflowError:  # years that datetime lacks
+        import numpy as np
+
+        return str(np.datetime64(seconds, "s"))
+
+
+def _seconds_of(text: str) -> int:
+    if len(text) == 19 and text[:4].isdigit():
+        difference = datetime.fromisoformat(text) - EPOCH
+        return difference.days * 86_400 + difference.seconds
+    import numpy as np
+
+    return int(np.datetime64(text, "s").astype(np.int64))
+
+
+def _duration(digits: int) -> tuple[Convert, Convert]:
+    scale: int = 10**digits
+
+    def encode(units: int) -> str:
+        seconds, fraction = divmod(abs(units), scale)
+        return f"{'-' * (units < 0)}PT{seconds}" + (f".{fraction:0{digits}}" if digits else "") + "S"
+
+    def decode(text: str) -> int:
+        sign = -1 if text.startswith("-") else 1
+        whole, _, fraction = text.removeprefix("-").removeprefix("PT").removesuffix("S").partition(".")
+        return sign * (int(whole) * scale + int(fraction.ljust(digits, "0") or 0))
+
+    return encode, decode

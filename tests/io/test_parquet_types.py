@@ -1,0 +1,141 @@
+"""Parquet in, Parquet out: the types of columns stay; JSON has a form for every value."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from pathlib import Path
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmkit.errors import LlmkitError
+from llmkit.io.arrow_values import from_json, to_json
+from llmkit.io.document_writer import DocumentWriter
+from llmkit.io.documents import DocumentReader
+from llmkit.io.record import Lineage
+
+TYPES = [
+    *(pa.timestamp(unit, tz) for unit in ("s", "ms", "us", "ns") for tz in (None, "Europe/Berlin")),
+    *(pa.duration(unit) for unit in ("s", "ms", "us", "ns")),
+    *(pa.date32(), pa.int64()),
+]
+SHARED = Path(__file__).parents[2].parent / "shared/cases/documents/column_types.parquet"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(TYPES), st.lists(st.one_of(st.none(), st.integers(-(2**31), 2**31), st.integers(-(2**62), 2**62)))
+)
+def test_points_in_time_come_back(type: pa.DataType, units: list[int | None]) -> None:
+    """Property: every value of a temporal type has a form in JSON that gives the same value."""
+    if type == pa.date32():
+        units = [unit and unit % 10**7 - 10**6 for unit in units]
+    array = pa.array(units, type)
+    back = from_json(orjson.loads(orjson.dumps(to_json(array))), type)
+    assert back.cast(pa.int32() if type == pa.date32() else pa.int64()).to_pylist() == units
+
+
+def table() -> pa.Table:
+    nested = pa.struct([("at", pa.timestamp("ns")), ("raw", pa.list_(pa.binary()))])
+    columns = {
+        "id": pa.array([1 << 53, (1 << 53) + 1, 3]),
+        "text": pa.array(["one", "two", "three"], pa.large_string()),
+        "day": pa.array([-5, 20_000, None], pa.date32()),
+        "time": pa.array([1, 2, 86_399_999_999_999], pa.time64("ns")),
+        "price": pa.array([Decimal("1.10"), None, Decimal("-0.05")], pa.decimal128(30, 2)),
+        "score": pa.array([math.nan, math.inf, None], pa.float32()),
+        "raw": pa.array([b"\0\xff", b"", None]),
+        "kind": pa.array(["a", "b", "a"]).dictionary_encode(),
+        "nested": pa.array([{"at": 1, "raw": [b"\x80", None]}, None, {"at": None, "raw": []}], nested),
+        "pairs": pa.array([[("k", 1.5)], None, []], pa.map_(pa.string(), pa.float64())),
+        "big": pa.array([(1 << 64) - 1, 0, None], pa.uint64()),
+    }
+    fields = [pa.field(name, array.type, metadata={"unit": name}) for name, array in columns.items()]
+    return pa.table(list(columns.values()), pa.schema(fields, {"owner": "me"}))
+
+
+def copy(paths: list[Path], output: Path, edit: bool = False) -> None:
+    """All documents of some files to a file."""
+    with DocumentReader([str(path) for path in paths]) as reader, DocumentWriter(str(output), Lineage("t")) as writer:
+        for document in reader.documents():
+            if edit:
+                document.change(text=document.text.upper(), added=1)
+            writer.write(document.encode())
+        writer.finish({}, reader.inputs)
+
+
+def test_types_values_and_groups_stay(tmp_path: Path) -> None:
+    """Property: schema, metadata and values of untouched columns are equal, and row groups have the same size."""
+    original = table()
+    pq.write_table(original, tmp_path / "a.parquet", row_group_size=2)
+    copy([tmp_path / "a.parquet"], tmp_path / "b.parquet", edit=True)
+    result = pq.ParquetFile(tmp_path / "b.parquet")
+    assert [result.metadata.row_group(i).num_rows for i in range(result.num_row_groups)] == [2, 1]
+    schema = result.schema_arrow
+    assert schema.names == [*original.schema.names, "added"] and schema.metadata[b"owner"] == b"me"
+    data = result.read()
+    for field in original.schema:
+        assert schema.field(field.name).type == field.type and schema.field(field.name).metadata[b"unit"]
+        if field.name != "text":
+            assert str(data[field.name].to_pylist()) == str(original[field.name].to_pylist())
+    assert data["text"].to_pylist() == ["ONE", "TWO", "THREE"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared test data is not beside this checkout")
+def test_the_shared_case(tmp_path: Path) -> None:
+    """Behaviour: timestamp, NaN and binary keep type and value."""
+    copy([SHARED], tmp_path / "b.parquet")
+    before, after = pq.read_table(SHARED), pq.read_table(tmp_path / "b.parquet")
+    assert before.schema.equals(after.schema) and str(before.to_pylist()) == str(after.to_pylist())
+
+
+def test_several_inputs_and_through_json(tmp_path: Path) -> None:
+    """Behaviour: columns of several schemas are united; types that exclude each other are an error with the field."""
+    pq.write_table(pa.table({"text": ["a"], "n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"n": pa.array([1 << 40, 2]), "text": ["b", "c"], "x": [math.nan, 1.5]}), tmp_path / "b.parquet"
+    )
+    copy([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "c.parquet")
+    schema = pq.read_schema(tmp_path / "c.parquet")
+    assert (schema.names, schema.field("n").type) == (["text", "n", "x"], pa.int64())
+    copy([tmp_path / "c.parquet"], tmp_path / "c.jsonl")
+    copy([tmp_path / "c.jsonl"], tmp_path / "d.parquet")
+    assert str(pq.read_table(tmp_path / "d.parquet")["x"].to_pylist()) == "[None, nan, 1.5]"
+    pq.write_table(pa.table({"text": ["b"], "n": ["one"]}), tmp_path / "e.parquet")
+    with pytest.raises(LlmkitError, match="field 'n' is int32 in one input, string in another"):
+        copy([tmp_path / "a.parquet", tmp_path / "e.parquet"], tmp_path / "f.parquet")
+    assert not (tmp_path / "f.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b'{"text":"a","x":1}\n{"text":"b","x":"s"}\n', "field 'x', row 2: 's' follows values of type int64"),
+        (b'{"text":"a","n":18446744073709551616}\n', "field 'n', row 1: 18446744073709551616"),
+        (b'{"text":"a","n":9007199254740993}\n{"text":"a","n":0.5}\n', "field 'n', row"),
+    ],
+)
+def test_values_that_a_column_cannot_hold(tmp_path: Path, lines: bytes, message: str) -> None:
+    """Behaviour: what Parquet would change is an error that names field and row, and leaves no file."""
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    with pytest.raises(LlmkitError, match=message):
+        copy([tmp_path / "a.jsonl"], tmp_path / "b.parquet")
+    assert not (tmp_path / "b.parquet").exists()
+
+
+def test_a_value_of_another_type_changes_its_column_only(tmp_path: Path) -> None:
+    """Behaviour: where an edit leaves the type of its column, the column takes the type of the new values."""
+    pq.write_table(
+        pa.table({"text": ["a", "b"], "reason": [1, 2], "d": pa.array([1, 2], pa.date32())}), tmp_path / "a.parquet"
+    )
+    reader = DocumentReader([str(tmp_path / "a.parquet")])
+    with DocumentWriter(str(tmp_path / "r.parquet"), Lineage("t")) as writer:
+        for document in reader.documents():
+            writer.write(document.with_fields({"reason": "short"}))
+        writer.finish({}, reader.inputs)
+    assert pq.read_schema(tmp_path / "r.parquet").types == [pa.string(), pa.string(), pa.date32()]
