@@ -43,6 +43,8 @@ FAMILY = 40
 OPERATORS = ["+", "-", "*", "/", "%", "==", "<", ">", "|", "&", "^", "<=", ">=", "~"]
 THINGS = ["apples", "pears", "books", "coins", "stamps"]
 PIECES = [*"aZ09.,٣ \t\n-’ΣéİßA가+*=<>|~%^&/(){}[]#$@!?:;_\"'≠×日。％～", "１", "\u0301", "1.5", "Über", "the "]
+INTENDED = """Not equal, by intention: a number that counts keeps its decimals (`1.5`; datatrove `1 5`); a symbol that counts keeps its stroke (`≠`; datatrove `=`); if
+whitespace counts, line breaks stay line breaks under removal of marks (datatrove: spaces), and the ends are not stripped."""
 PARITY = """
 import itertools, json, sys
 from datatrove.utils.text import TextNormConfig, simplify_text
@@ -157,7 +159,7 @@ def main() -> None:
             counts = [f"{lost.count(f)} of {sum(r['id'].startswith(f + '.') for r in alike)}" for f in families]
             print(f"| {label} | {' | '.join(counts)} |", flush=True)
     print("\n| parity with `simplify_text`: parts that do not count | texts | equal |\n|---|---:|---:|")
-    print("\n".join(parity(pythons["datatrove"])))
+    print("\n".join(parity(pythons["datatrove"])) + f"\n\n{INTENDED}")
 
 
 if __name__ == "__main__":
