@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -35,7 +35,15 @@ from llmkit.io.digest import digest_bytes, digest_damaged
 from llmkit.io.inputs import STDIN, display_name, is_remote, open_raw, peek_stdin
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, join_notes
-from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values, splice
+from llmkit.io.splice import (
+    beyond_floats,
+    dotted,
+    exact_fields,
+    has_big_number,
+    may_hold_big_integer,
+    raw_values,
+    splice,
+)
 
 if TYPE_CHECKING:
     from llmkit.io.document_writer import Quarantine
@@ -168,7 +176,7 @@ class Document:
     @property
     def exact_fields(self) -> dict[str, Any]:
         """The fields with exact integers, those inside lists excepted."""
-        return exact_fields(self._stored) if _has_big_number(self.fields) else self.fields
+        return exact_fields(self._stored) if has_big_number(self.fields) else self.fields
 
     def raw_fields(self) -> dict[str, bytes]:
         """The bytes of each field in the original line; orjson.Fragment writes them elsewhere unchanged."""
@@ -209,26 +217,6 @@ class Document:
         return splice(self._stored, self._changes, self._original) if self._changes else self._stored
 
 
-def dotted(fields: Mapping[str, Any], path: str) -> Any:
-    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
-    if path in fields or "." not in path:
-        return fields.get(path)
-    value: Any = fields
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            return None
-        value = value[name]
-    return value
-
-
-def _has_big_number(fields: dict[str, Any]) -> bool:
-    """Whether a number may be an integer that orjson turned into a float."""
-    for value in fields.values():
-        if (type(value) is float and abs(value) >= 1 << 63) or (type(value) is dict and _has_big_number(value)):
-            return True
-    return False
-
-
 def parse(chunk: Chunk, options: ReadOptions) -> tuple[list[Document], list[BadLine]]:
     """Documents and bad lines of a chunk, each in order. Blank lines are skipped. Pure: safe in a worker."""
     bad: list[BadLine] = []
@@ -251,7 +239,7 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
         try:
             fields = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            fields = _beyond_floats(line) if "infinity" in error.msg else None
+            fields = beyond_floats(line) if "infinity" in error.msg else None
             reason = _json_error(line[:-1]) if fields is None else ""
         if not reason:
             if not isinstance(fields, dict):
@@ -263,14 +251,6 @@ def iter_documents(chunk: Chunk, options: ReadOptions, bad: list[BadLine]) -> It
             bad.append(BadLine(chunk.file, number, reason, line[:-1]))
         else:
             yield Document(line, fields, chunk.file, number, options)
-
-
-def _beyond_floats(line: bytes) -> Any:
-    """A line with numbers that are infinite as floats, such as 1e400; None where it is not JSON."""
-    try:
-        return exact_fields(line)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _json_error(line: bytes) -> str:

@@ -101,6 +101,34 @@ def may_hold_big_integer(line: bytes) -> bool:
     return _BIG_INTEGER.search(line) is not None
 
 
+def dotted(fields: Mapping[str, Any], path: str) -> Any:
+    """The value at a path such as "metadata.lang", or of a field whose name contains the dot; None if it is missing."""
+    if path in fields or "." not in path:
+        return fields.get(path)
+    value: Any = fields
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return None
+        value = value[name]
+    return value
+
+
+def has_big_number(fields: dict[str, Any]) -> bool:
+    """Whether a number may be an integer that orjson turned into a float."""
+    for value in fields.values():
+        if (type(value) is float and abs(value) >= 1 << 63) or (type(value) is dict and has_big_number(value)):
+            return True
+    return False
+
+
+def beyond_floats(line: bytes) -> Any:
+    """A line with numbers that are infinite as floats, such as 1e400; None where it is not JSON."""
+    try:
+        return exact_fields(line)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _members(line: bytes, old: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:
     """(name, start, end) of the value of every top-level field, in order."""
     old = parse_fields(line) if old is None else old

@@ -170,7 +170,7 @@ def parse_tokenizer(files: dict[str, str], name: str, eos: str | None = None) ->
     ends += [token for token in (named("eos_token"),) if token]
     if not ends:
         raise LlmkitError(
-            f"{name}: the tokenizer names no end-of-text token",
+            f"{name}: the tokenizer has no end-of-text token",
             f"tokenize --eos NAME, or set eos_token in its tokenizer_config.json{_special_names(added)}",
         )
     bos, pad = named("bos_token"), named("pad_token")

@@ -17,8 +17,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmkit.errors import LlmkitError, UsageError
@@ -49,13 +50,17 @@ def convert(file: Path, pattern: str | None, special: Sequence[str]) -> str:
     return _byte_level(ranks, find_pattern(pattern), special_ids(special, max(ranks.values()) + 1))
 
 
-def special_ids(special: Sequence[str], first: int) -> dict[str, int]:
-    """The ids of special tokens given as NAME or NAME=ID; those without an id follow the one before, or get `first`."""
+def special_ids(special: Sequence[str], first: int, known: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+    """The ids of special tokens given as NAME or NAME=ID. Those without an id have that in `known`, or else follow the
+    one before, from `first` on.
+    """
     ids: dict[str, int] = {}
     for text in special:
         name, equals, number = text.rpartition("=")
         if equals and number.isdecimal():
             ids[name], first = int(number), int(number) + 1
+        elif text in known:
+            ids[text] = known[text]
         else:
             ids[text], first = first, first + 1
     return ids
@@ -68,14 +73,18 @@ def _from_tekken(content: dict[str, Any], special: Sequence[str]) -> str:
     ids = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(reserved)}
     rows = content["vocab"][: int(config["default_vocab_size"]) - reserved]
     ranks = {base64.b64decode(row["token_bytes"]): int(row["rank"]) + reserved for row in rows}
-    return _byte_level(ranks, Pattern(config["pattern"], ignore_merges=True), ids | special_ids(special, len(ranks)))
+    return _byte_level(
+        ranks, Pattern(config["pattern"], ignore_merges=True), ids | special_ids(special, reserved + len(ranks), ids)
+    )
 
 
 def _from_merges(file: Path, pattern: str, special: Sequence[str]) -> str:
     vocabulary = json.loads(file.read_bytes())
     lines = (file.parent / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    return _as_json(vocabulary, merges, find_pattern(pattern), special_ids(special, max(vocabulary.values()) + 1))
+    return _as_json(
+        vocabulary, merges, find_pattern(pattern), special_ids(special, max(vocabulary.values()) + 1, vocabulary)
+    )
 
 
 def _byte_level(ranks: dict[bytes, int], pattern: Pattern, special: dict[str, int]) -> str:

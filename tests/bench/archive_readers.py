@@ -147,16 +147,16 @@ def truncated(parts: list[bytes], random: random.Random) -> tuple[bytes, list[by
 
 def overwritten(parts: list[bytes], random: random.Random) -> tuple[bytes, list[bytes]]:
     whole = bytearray(b"".join(parts))
-    touched = set()
+    touched = []
     for _ in range(random.choice((1, 2, 5))):
         size = random.choice((1, 4, 64, 700))
         at = random.randrange(len(whole))
-        for i in range(at, min(at + size, len(whole))):
-            whole[i] = random.randrange(256)
-            touched.add(i)
+        end = min(at + size, len(whole))
+        whole[at:end] = random.randbytes(end - at)
+        touched.append((at, end))
     intact, start = [], 0
     for part in parts:
-        if not any(i in touched for i in range(start, start + len(part))):
+        if not any(at < start + len(part) and start < end for at, end in touched):
             intact.append(part)
         start += len(part)
     return bytes(whole), intact

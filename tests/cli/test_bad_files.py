@@ -96,7 +96,7 @@ def test_other_commands(llmkit_here, inputs: Path, command: tuple[str, ...]) -> 
 RULE = """
 def fails(page):
     if "7 " in page.text: raise RecursionError("too deep")
-    if "8 " in page.text: page.note("x", "\\ud800")
+    if "8 " in page.text: page.note(x="\\ud800")
     return True
 """
 

@@ -67,7 +67,7 @@ def test_counts_annotate_and_against(llmkit, docs: Path) -> None:
     done = llmkit("dedup", "docs.jsonl", "--against", "nowhere.jsonl", "-o", "x.jsonl", cwd=docs)
     assert done.returncode == 1 and b"nowhere.jsonl" in done.stderr
     done = llmkit("dedup", "docs.jsonl", "--keep", "best:score", "-o", "x.jsonl", cwd=docs)
-    assert done.returncode == 1 and b"docs.jsonl:1 (id d0): --keep best:score: no such field" in done.stderr
+    assert done.returncode == 1 and b"docs.jsonl:1: --keep best:score: no such field" in done.stderr
     assert not (docs / "x.jsonl").exists()
 
 

@@ -30,7 +30,9 @@ def place(tmp_path: Path, small_tokenizer: dict[str, str], llmkit: Command) -> P
     (tmp_path / "tok").mkdir()
     for name, text in small_tokenizer.items():
         (tmp_path / "tok" / name).write_text(text)
-    rows = [orjson.dumps({"id": f"d{i}", "text": f"{i} the quick brown fox " * (1 + i % 9)}) + b"\n" for i in range(40)]
+    rows = [
+        orjson.dumps({"id": f"d{i}", "text": f"{i} the quick brown fox " * (1 + i % 20)}) + b"\n" for i in range(40)
+    ]
     (tmp_path / "d.jsonl").write_bytes(b"".join(rows))
     for words in (
         ("tokenize", "d.jsonl", "-t", "tok", "-o", "s"),

@@ -165,6 +165,15 @@ def test_mixed_archives(tmp_path: Path) -> None:
     assert read(blocks, tmp_path) == (others(20), [])
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress])
+def test_long_records(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """Behaviour: records of many times the size of the buffers, compressible or not, of random lengths."""
+    source = random.Random(1)
+    parts = [source.randbytes(300_000).hex().encode(), b"word " * 150_000, b"x", source.randbytes(270_000) * 3]
+    records = [pack(warc(i, parts[i % 4] + bytes(source.randrange(70_000)))) for i in range(12)]
+    assert read(b"".join(records), tmp_path) == (others(12), [])
+
+
 def test_zstd_dictionary(tmp_path: Path) -> None:
     """Behaviour: the dictionary in the first skippable frame of a .warc.zst is used, compressed or not."""
     dictionary = zstandard.ZstdCompressionDict(body(0) * 3)

@@ -146,7 +146,7 @@ def test_parquet_round_trip(tmp_path: Path) -> None:
 
 def test_parquet_with_clashing_types_is_refused(tmp_path: Path) -> None:
     """Behaviour: a field that holds text and lists has no column type; no file is left."""
-    with pytest.raises(LlmkitError, match="incompatible types"):
+    with pytest.raises(LlmkitError, match="field 'x', row 2"):
         write(tmp_path / "a.parquet", b'{"text":"a","x":"t"}\n{"text":"a","x":[1]}\n')
     assert list(tmp_path.iterdir()) == []
 

@@ -138,7 +138,7 @@ def test_end_of_text_is_chosen(tmp_path: Path, llmkit: Command) -> None:
     write("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
     assert read_tokenizer(tmp_path).eos_id == 257
     write("<stop>", "<|im_end|>")
-    with pytest.raises(LlmkitError, match="names no end-of-text token") as error:
+    with pytest.raises(LlmkitError, match="has no end-of-text token") as error:
         read_tokenizer(tmp_path)
     assert "--eos NAME" in error.value.hint and "<stop>" in error.value.hint
     assert read_tokenizer(tmp_path, "<|im_end|>").eos_id == 257

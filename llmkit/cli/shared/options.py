@@ -243,7 +243,10 @@ def build(function: Callable[..., None], name: str) -> Callable[[list[str]], Non
         except typer.Exit:
             return
         except Exception as error:
-            raise _as_usage_error(error) from None
+            converted = _as_usage_error(error)
+            if converted is error:
+                raise  # with its cause, for --debug
+            raise converted from None
 
     return call
 

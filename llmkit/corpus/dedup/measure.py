@@ -14,8 +14,8 @@ from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.temp_columns import pack
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, dotted, parse
-from llmkit.io.splice import exact_json
+from llmkit.io.documents import BadLine, Chunk, Document, ReadOptions, parse
+from llmkit.io.splice import dotted, exact_json
 
 
 @dataclass(slots=True)

@@ -212,7 +212,8 @@ def _gzip(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
             raise Damaged(
                 f"its gzip member is damaged ({reason})", checksum=reason.startswith("incorrect data")
             ) from error
-        stored.advance(len(data) - len(member.unconsumed_tail) - len(member.unused_data))
+        rest = member.unused_data if member.eof else member.unconsumed_tail  # at the end, both may hold the same
+        stored.advance(len(data) - len(rest))
         if out:
             yield offset, out
         elif not data:

@@ -32,7 +32,7 @@ from llmkit.corpus.filters.kernels.code import encoded_runs
 from llmkit.corpus.kernels.characters import classes
 from llmkit.corpus.kernels.line_shapes import letters
 from llmkit.corpus.page import Page
-from llmkit.io.documents import dotted
+from llmkit.io.splice import dotted
 
 FIRST = 100  # an XML declaration is searched for in the first this many characters
 # Extensions and alternative names of a language -> its name in the rules.

@@ -22,8 +22,7 @@ from typing import Any
 from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.page import Page
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.documents import dotted
-from llmkit.io.splice import exact_json
+from llmkit.io.splice import dotted, exact_json
 
 MAX_REPORTED = 80  # bytes of a match that are reported
 

@@ -18,7 +18,7 @@ import xxhash
 from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.page import Page
 from llmkit.errors import UsageError
-from llmkit.io.documents import dotted
+from llmkit.io.splice import dotted
 
 
 @FILTERS.register("sample")

@@ -39,7 +39,7 @@ from llmkit.corpus.filters import FILTERS, Check
 from llmkit.corpus.filters.regex import compiled, search
 from llmkit.corpus.lists import StringSet, entries
 from llmkit.corpus.page import Page
-from llmkit.io.documents import dotted
+from llmkit.io.splice import dotted
 
 MAX_URL = 1 << 16  # characters of a URL that are examined
 WORD = re.compile(r"[^\W_]+")
