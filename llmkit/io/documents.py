@@ -32,7 +32,7 @@ import xxhash
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.digest import digest_bytes, digest_damaged
-from llmkit.io.inputs import STDIN, display_name, is_remote, open_raw, peek_stdin
+from llmkit.io.inputs import STDIN, UTF8_BOM, display_name, is_remote, open_raw, peek_stdin, refuse_archive
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, join_notes
 from llmkit.io.splice import (
@@ -53,7 +53,6 @@ Item = TypeVar("Item")
 CHUNK_BYTES = 1 << 20
 PIECE_BYTES = 8 << 10  # a chunk is joined from pieces of this size
 MAX_LINE_BYTES = 16 << 20
-UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,14 +261,6 @@ def _json_error(line: bytes) -> str:
     except orjson.JSONDecodeError as error:
         return f"invalid JSON ({error.msg}, column {error.colno})"
     raise AssertionError("a trailing newline does not decide whether a line is JSON")
-
-
-def refuse_archive(beginning: bytes, name: str) -> None:
-    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
-    if beginning.lstrip(b"\r\n" + UTF8_BOM).startswith((b"WARC/", b"filedesc:")):
-        raise LlmkitError(
-            f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
-        )
 
 
 class DocumentReader:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, cast
 from llmkit.errors import LlmkitError, UsageError
 
 STDIN = "-"
+UTF8_BOM = b"\xef\xbb\xbf"
 STDIN_PATH = "/dev/stdin"
 DESCRIPTORS = ("/dev/fd/", "/proc/self/fd/")
 COMPRESSIONS = ("", ".zst", ".gz", ".xz", ".bz2")
@@ -198,6 +199,14 @@ class _AfterPeek:
 
     def __exit__(self, *_: object) -> None:
         self._raw.close()
+
+
+def refuse_archive(beginning: bytes, name: str) -> None:
+    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
+    if beginning.lstrip(b"\r\n" + UTF8_BOM).startswith((b"WARC/", b"filedesc:")):
+        raise LlmkitError(
+            f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
+        )
 
 
 def display_name(path: str) -> str:

@@ -103,15 +103,16 @@ def read_stored(
 
 
 def _count_cut(store: TokenStore) -> int:
-    """The documents that do not end with the end-of-text id: pieces of cut ones."""
-    cut, first, padding = 0, 0, store.padding
+    """The documents that do not end with the end-of-text id, where others do: pieces of cut ones."""
+    cut, whole, first, padding = 0, 0, 0, store.padding
     for tokens, ids, _ in store.batches():
         stops = store.offsets[first : first + len(ids) + 1] - store.offsets[first]
         pieces = np.diff(stops) > 0
         pieces[pieces] = tokens[stops[1:][pieces] - 1] != store.tokenizer.eos_id
         cut += int((pieces if padding is None else pieces & ~padding[first : first + len(ids)]).sum())
+        whole += int((np.diff(stops) > 0).sum() - pieces.sum())
         first += len(ids)
-    return cut
+    return cut if whole else 0
 
 
 def _check_whole(store: TokenStore, name: str, target: str, cut: int) -> None:

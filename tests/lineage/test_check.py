@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import DocumentWriter
+from llmkit.io.document_writer import DocumentWriter
 from llmkit.io.record import Lineage
 from llmkit.lineage.check import check
 from llmkit.lineage.formats import digest_path, files_digest, own_digest, read_lineage

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmkit.cli.shared.options import NEUTRAL, neutral_options, signature
@@ -96,7 +96,7 @@ RECORDS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(RECORDS)
 def test_a_malformed_record_is_no_internal_error(record: dict[str, Any]) -> None:
     """Property: fields of any type read as absent ones, or the record is refused with a LlmkitError."""

@@ -96,7 +96,7 @@ def test_an_index_is_filled_by_the_runs_that_filled_it(tmp_path: Path, llmkit_he
     assert llmkit_here("dedup", "night/", "--index", "seen.duckdb", "-q", "-o", "out/", cwd=tmp_path).returncode == 0
     lines = script_of(tmp_path / "out" / "c.jsonl.zst")
     index = '--index "$OUT"/seen.duckdb'
-    assert [line.partition(" -o")[0] for line in lines] == [f'llmkit dedup "$IN"/{n}.jsonl {index}' for n in "abc"]
+    assert [line.partition(" --ngram")[0] for line in lines] == [f'llmkit dedup "$IN"/{n}.jsonl {index}' for n in "abc"]
     with duckdb.connect(str(tmp_path / "seen.duckdb")) as old:
         old.execute("DROP TABLE records")
     call = ("dedup", "night/a.jsonl", "--method", "minhash", "--keep", "longest", "--index", "seen.duckdb", "-q")
