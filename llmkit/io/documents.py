@@ -40,7 +40,7 @@ from llmkit.io.compression import (
     ZstdOutput,
     decompress,
 )
-from llmkit.io.inputs import STDIN, display_name, open_raw
+from llmkit.io.inputs import STDIN, display_name, open_raw, refuse_archive
 from llmkit.io.record import Input, Lineage, base_name, join_notes
 
 CHUNK_BYTES = 1 << 20
@@ -192,14 +192,6 @@ def _json_error(line: bytes) -> str:
     except orjson.JSONDecodeError as error:
         return f"invalid JSON ({error.msg}, column {error.colno})"
     raise AssertionError("a trailing newline does not decide whether a line is JSON")
-
-
-def refuse_archive(beginning: bytes, name: str) -> None:
-    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
-    if beginning.lstrip(b"\r\n" + UTF8_BOM).startswith((b"WARC/", b"filedesc:")):
-        raise LlmkitError(
-            f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
-        )
 
 
 class Quarantine:

@@ -195,3 +195,11 @@ def redacted(path: str) -> str:
     scheme, _, address = path.partition("://")
     host, slash, name = address.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{name.partition('?')[0] if scheme.startswith('http') else name}"
+
+
+def refuse_archive(beginning: bytes, name: str) -> None:
+    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
+    if beginning.lstrip(b"\r\n\xef\xbb\xbf").startswith((b"WARC/", b"filedesc:")):
+        raise LlmkitError(
+            f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
+        )
