@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 def wait_until(
-    condition: Callable[[], object], process: subprocess.Popen[bytes] | None = None, seconds: float = 120.0
+    condition: Callable[[], object], process: subprocess.Popen[bytes] | None = None, seconds: float = 400.0
 ) -> None:
     """Return once `condition` holds; fail after `seconds`, or as soon as `process` has ended without it."""
     deadline = time.monotonic() + seconds
@@ -21,7 +21,7 @@ def wait_until(
         time.sleep(0.01)
 
 
-def wait_for_thread(name: str, seconds: float = 120.0) -> None:
+def wait_for_thread(name: str, seconds: float = 400.0) -> None:
     """Return once no thread of this name is running."""
     for thread in threading.enumerate():
         if thread.name == name:

@@ -173,9 +173,12 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     call = ("train", "shards", "-m", "config.json", "--tokens", "100k", "--save-every", "10", "--processes", "2")
     call = (*call, "--parallel", "fsdp", "-q")
     whole, run = tmp_path / "whole", tmp_path / "run"
+    begin = time.monotonic()
     undisturbed = start(*call, "-o", str(whole))
     assert undisturbed.wait(400) == 0, undisturbed.stderr.read().decode()  # type: ignore[union-attr]
-    group = start(*call, "-o", str(run), "--max-restarts", "2", "--hang-timeout", "10")
+    # No pause of a healthy rank is as long as a whole run, however busy the machine is.
+    patience = str(max(10, round(time.monotonic() - begin)))
+    group = start(*call, "-o", str(run), "--max-restarts", "2", "--hang-timeout", patience)
 
     def trained(steps: int, starts: int) -> Callable[[], bool]:
         def reached() -> bool:
@@ -205,7 +208,7 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     restarts = [event for event in log if event["event"] == "restart"]
     assert [r["reason"] for r in restarts] == [
         "rank 1 was killed by signal 9 (SIGKILL)",
-        "rank 1 made no progress for 10 s",
+        f"rank 1 made no progress for {patience} s",
     ]
     assert "lost the other processes" in stderr and "File " in stderr  # the stack of the rank that was stopped
     assert losses(run) == losses(whole)
