@@ -47,7 +47,8 @@ OTHER_FORMATS = (
 )
 TAG = re.compile(
     rb"</?(?:html|head|body|title|meta|link|script|style|article|section|main|nav|header|footer|div|p|h[1-6]|ul|ol|li"
-    rb"|dl|dt|dd|table|thead|tbody|tr|td|th|br|hr|pre|blockquote|span|img|a|form|font|center|em|strong)(?:\s[^<>]*)?/?>",
+    rb"|dl|dt|dd|table|thead|tbody|tr|td|th|br|hr|pre"
+    rb"|blockquote|span|img|a|form|font|center|em|strong)(?:\s[^<>]*)?/?>",
     re.IGNORECASE,
 )
 HTML_START = re.compile(rb"<(?:!doctype\s+html|html|\?xml|!--)", re.IGNORECASE)
