@@ -7,7 +7,6 @@ io/arrow_values.py. What is needed to write rows with the types of the file agai
 from __future__ import annotations
 
 import os
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass

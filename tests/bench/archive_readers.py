@@ -5,8 +5,8 @@
 Reads every archive of ../shared/data/web/warc (those of warcio's tests included) and ../shared/cases/web, and COPIES
 damaged copies of each, with a seed: truncated, bytes overwritten, Content-Lengths changed, records swapped. Records are
 counted as each reader yields them, pages by the xxh3 of their decoded payload. The damage is known, hence which records
-are intact in a copy: those of which no stored byte changed, and in one compressed member those before the damage.
-"missing" counts intact pages that a reader does not give, by id and payload.
+are intact in a copy: those of which no stored byte changed (a compressed member counts as a whole), and whose length
+was right in the original. "missing" counts intact pages that a reader does not give, by id and payload.
 """
 
 from __future__ import annotations
@@ -34,6 +34,19 @@ from llmkit.corpus.extract.members import Stored
 from llmkit.corpus.extract.records import Fault, read_records
 from llmkit.errors import LlmkitError
 
+NOTES = """
+Where the readers differ: a page counts twice if two readers give it with another payload or URL.
+
+* bad.arc: warcio gives the records without a valid length as empty pages; llmkit reports them.
+* length_huge.warc: warcio and FastWARC give the rest of the file as the content of the record with the huge length.
+* example-trunc.warc, example-space-in-url.arc: the lengths are wrong; llmkit takes the content that the Content-Length
+  of the response confirms. Spaces in a URL: warcio writes %20, llmkit and FastWARC keep them.
+* example-bad*.gz: one gzip member for all records, at which warcio stops by design. blank_line_first.warc: warcio
+  takes the file for one record. example-wrong-chunks.warc.gz: warcio gives no content; llmkit keeps what follows the
+  invalid chunk as it is, FastWARC the same bytes.
+* FastWARC reads no ARC files here, and stops at a body that is not coded as its header says. Both stop at the first
+  damaged gzip member.
+"""
 COPIES = 20
 LIMIT = 16 << 20
 PAGES = ("response", "resource", "conversion")
@@ -272,6 +285,7 @@ def main() -> None:
                             print(f"{name}, copy {copy} ({damage.__name__}): {missing} missing", file=sys.stderr)
                             if options.keep:
                                 Path(options.keep, f"{name.replace('/', '_')}.{copy}{suffix}").write_bytes(content)
+    print(NOTES)
     print("\nDamaged copies:\n")
     print(
         "| damage | copies | intact pages | "

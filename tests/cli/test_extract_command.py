@@ -78,6 +78,44 @@ def test_bad_calls(llmkit_here, crawl: Path, arguments: tuple[str, ...], code: i
     assert not (crawl / "out.jsonl").exists()
 
 
+def test_archives_without_pages(llmkit_here, crawl: Path) -> None:
+    """Behaviour: exit code 1 and no output, unless --allow-empty; pages that rules skip are not nothing."""
+    head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Target-URI: http://a.example/\r\nContent-Type: application/http\r\nContent-Length: {}\r\n\r\n"
+    missing = b"HTTP/1.1 404 Not Found\r\n\r\n"
+    for name, content in {
+        "request.warc": head.format("request", 5).encode() + b"GET /\r\n\r\n",
+        "empty.warc.gz": b"",
+        "junk.warc": b"\x01junk" * 99,
+        "cut.warc": head.format("response", 500).encode() + b"HTTP/1.1 200 OK\r\n",
+        "missing.warc": head.format("response", len(missing)).encode() + missing + b"\r\n\r\n",
+    }.items():
+        (crawl / name).write_bytes(content)
+        done = llmkit_here("extract", name, "-o", "out.jsonl", cwd=crawl)
+        assert done.returncode == (name != "missing.warc"), (name, done.stderr.decode())
+        assert (crawl / "out.jsonl").exists() == (name == "missing.warc")
+        (crawl / "out.jsonl").unlink(missing_ok=True)
+        assert name == "missing.warc" or (name.encode() in done.stderr and b"--allow-empty" in done.stderr)
+    assert llmkit_here("extract", "request.warc", "--allow-empty", "-o", "out.jsonl", cwd=crawl).returncode == 0
+
+
+def test_skipped_bytes_are_counted(llmkit_here, crawl: Path) -> None:
+    """Behaviour: one line for each fault, and totals of records and bytes in the summary and the lineage; a pipe too."""
+    for arguments, stdin in ((("crawl/a.warc.gz",), b""), ((), (crawl / "crawl" / "a.warc.gz").read_bytes())):
+        done = llmkit_here("extract", *arguments, "-f", "-o", "a.jsonl.zst", "--json", stdin=stdin, cwd=crawl)
+        summary = json.loads(done.stderr.splitlines()[-1])
+        assert done.returncode == 0 and (summary["broken"], summary["documents"]) == (1, 37)
+        assert f"({summary['broken_bytes']} bytes skipped)".encode() in done.stderr
+        record = read_lineage(crawl / "a.jsonl.zst")
+        assert record is not None and record["counts"]["broken_bytes"] == summary["broken_bytes"] > 0
+
+
+@pytest.mark.parametrize("command", ["filter", "dedup"])
+def test_an_archive_is_not_documents(llmkit_here, crawl: Path, command: str) -> None:
+    """Behaviour: the other commands name an archive and the command that reads it."""
+    done = llmkit_here(command, "crawl/a.warc.gz", "-o", "x.jsonl", cwd=crawl)
+    assert done.returncode == 1 and b"web archive" in done.stderr and b"llmkit extract" in done.stderr
+
+
 def test_a_file_for_each_input(llmkit, crawl: Path) -> None:
     """Behaviour: -o DIR/ with --resume makes what is missing only, and counts all of it."""
     command = ("extract", "crawl", "-o", "pages/", "--rejects", "none/", "--json")

@@ -137,7 +137,11 @@ def main(
         stage = new_stage()
         with announce_compilation(run):
             stage.warm_up()
-        yield from cast("TwoPassDedup", stage).run(reader, run.reader_of(against)) if against else stage.run(reader)
+        yield from (
+            cast("TwoPassDedup", stage).run(reader, run.reader_of(against, on_bad_file="stop"))
+            if against
+            else stage.run(reader)
+        )
 
     def is_finished(job: Job) -> bool | None:
         """Whether the run that made an existing output is in the index; None if it used another state of the index."""

@@ -206,7 +206,9 @@ class LocalStore:
             return decisions
         ranks = np.empty_like(self._order)
         ranks[self._order] = np.arange(total)
-        matches = np.where(decisions.matches >= 0, self._order[decisions.matches], decisions.matches)
+        matches = decisions.matches.copy()  # negative where there is none here, or one in the index
+        here = matches >= 0
+        matches[here] = self._order[matches[here]]
         return decisions._replace(matches=matches).select(ranks)
 
     def _first_ranks(self, name: str) -> NDArray[np.int64]:

@@ -46,8 +46,9 @@ OTHER_FORMATS = (
     (0, b"\x7fELF", "a program", ""),
 )
 TAG = re.compile(
-    rb"</?(?:html|head|body|title|meta|link|script|style|article|section|main|nav|header|footer|div|p|h[1-6]|ul|ol|li|dl|dt"
-    rb"|dd|table|thead|tbody|tr|td|th|br|hr|pre|blockquote|span|img|a|form|font|center|em|strong)(?:\s[^<>]*)?/?>",
+    rb"</?(?:html|head|body|title|meta|link|script|style|article|section|main|nav|header|footer|div|p|h[1-6]|ul|ol|li"
+    rb"|dl|dt|dd|table|thead|tbody|tr|td|th|br|hr|pre|blockquote"
+    rb"|span|img|a|form|font|center|em|strong)(?:\s[^<>]*)?/?>",
     re.IGNORECASE,
 )
 HTML_START = re.compile(rb"<(?:!doctype\s+html|html|\?xml|!--)", re.IGNORECASE)
@@ -96,7 +97,8 @@ def is_html(content: bytes, name: str) -> bool:
 def refuse_other_formats(head: bytes, file: str) -> None:
     """Raise LlmkitError for a known format that cannot be read, naming it."""
     for offset, magic, name, hint in OTHER_FORMATS:
-        if head.startswith(magic, offset):
+        is_word = magic.isalnum()  # a text may begin with it
+        if head.startswith(magic, offset) and (not is_word or b"\x00" in head[:1024]):
             message = f"{file}: this is {name}, not an archive or page that can be read"
             raise LlmkitError(message, hint.replace("FILE", file) or READABLE)
 

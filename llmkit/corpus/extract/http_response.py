@@ -10,6 +10,7 @@ import re
 import zlib
 from dataclasses import dataclass, field
 
+from llmkit.corpus.extract.record_heads import header_fields
 from llmkit.io.compression import GZIP_MAGIC, ZSTD_MAGIC
 
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
@@ -41,17 +42,8 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
             return None
     end = BLANK_LINE.search(block)
     head, body = (block[: end.start()], block[end.end() :]) if end else (block, b"")
-    status, *lines = head.decode("latin-1").split("\n")
-    headers: dict[str, str] = {}
-    name = ""
-    for line in lines:
-        if line[:1] in (" ", "\t") and name:
-            headers[name] += " " + line.strip()
-            continue
-        key, colon, value = line.partition(":")
-        if colon:
-            name = key.strip().lower()
-            headers[name] = value.replace("\x00", "").strip()
+    status, _, lines = head.decode("latin-1").replace("\x00", "").partition("\n")
+    headers = header_fields(lines, last=True)
     match = re.match(r"HTTP/[\d.]+\s+(\d{3})\b", status)
     codings = _codings(headers, "content-encoding") + _codings(headers, "transfer-encoding")
     for coding in reversed(codings):

@@ -26,6 +26,8 @@ from llmkit.io.compression import BZIP2_MAGIC, GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC,
 
 KEEP = 4 << 20  # stored bytes that can be read again after a damaged member
 FEED, LIMIT = 32 << 10, 256 << 10  # of a decompressor: bytes in, bytes out
+READ = 256 << 10  # bytes of a read
+FIRST_FEED = 4 << 10  # of a member: most are small, and what it does not use is copied back
 SCAN, PROBE = 1 << 20, 64 << 10  # stored bytes per step of a search; bytes from which a member is recognised
 PROBE_OUTPUT = 4 << 10  # decompressed bytes after which a member is accepted
 REREAD = 256 << 20  # bytes that may be read again without limit, after that REREAD_SHARE of all bytes
@@ -84,12 +86,12 @@ class Stored:
                 self._base += surplus
                 start = KEEP
             try:
-                block = self._raw.read(max(FEED, size))
+                block = self._raw.read(max(READ, size))
             except OSError as error:
                 raise LlmkitError(f"{self._name}: {error.strerror or error}", "check the disk") from error
             self._ended = not block
             self._window += block
-        return bytes(self._window[start : start + size])
+        return bytes(memoryview(self._window)[start : start + size])
 
     def read(self, size: int) -> bytes:
         """The next bytes, as of a file."""
@@ -201,9 +203,10 @@ def _decoder(magic: bytes) -> Any:
 
 
 def _gzip(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    member = zlib.decompressobj(wbits=31)
+    member, before = zlib.decompressobj(wbits=31), None
     while not member.eof:
-        data, offset, before = stored.peek(FEED), stored.offset, member.copy()
+        data, offset = stored.peek(FEED if before else FIRST_FEED), stored.offset
+        before = member.copy() if before else zlib.decompressobj(wbits=31)
         try:
             out = member.decompress(data, LIMIT)
         except zlib.error as error:

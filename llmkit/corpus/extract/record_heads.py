@@ -14,6 +14,7 @@ MAX_HEAD = 1 << 16  # bytes; a longer head is damaged
 BLANK = b"\r\n\xef\xbb\xbf"  # before a head: line ends, and the byte order mark of UTF-8
 WARC_START = re.compile(rb"WARC/\S{1,12}[ \t]*\r?\n")
 BLANK_LINE = re.compile(rb"\n\r?\n")
+FOLD = re.compile(r"\r?\n[ \t]+")
 ARC_LINE = re.compile(rb"([A-Za-z][\w+.-]*:[^\r\n]*) (\S+) (\d{12,18}) ([^\r\n]*?\S) (-?\w+)[ \t]*\r?\n")
 # What a search accepts inside damaged data is stricter than what is accepted where a head is expected.
 CANDIDATE = re.compile(
@@ -47,16 +48,7 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
         first, last = WARC_START.match(data, start), BLANK_LINE.search(data, start, start + MAX_HEAD)
         if first is None or last is None or _is_cut(data, first.end(), last.start()):
             return None
-        fields: dict[str, str] = {}
-        name = ""
-        for line in data[first.end() : last.start()].decode("utf-8", "replace").split("\n"):
-            if line[:1] in (" ", "\t") and name in fields:
-                fields[name] += " " + line.strip()
-                continue
-            name, colon, value = line.partition(":")
-            name = name.strip().lower()
-            if colon and name not in fields:
-                fields[name] = value.strip()
+        fields = header_fields(data[first.end() : last.start()].decode("utf-8", "replace"))
         kind, length = fields.get("warc-type", "").lower(), _length(fields.get("content-length", ""))
         return RecordHead(kind, length, last.end() - start, fields)
     match = ARC_LINE.match(data, start, start + MAX_HEAD)
@@ -73,6 +65,15 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
     }
     kind = "warcinfo" if url.startswith("filedesc:") else "response"
     return RecordHead(kind, _length(length_digits), match.end() - start, fields, is_arc=True)
+
+
+def header_fields(lines: str, *, last: bool = False) -> dict[str, str]:
+    """`Name: value` lines, folded or not, with names in lower case; of several with one name, the first (or `last`)."""
+    if "\n " in lines or "\n\t" in lines:
+        lines = FOLD.sub(" ", lines)
+    split = lines.split("\n")
+    pairs = (line.partition(":") for line in (split if last else reversed(split)))
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}
 
 
 def find_head(data: bytes | bytearray, start: int, end: int) -> int:

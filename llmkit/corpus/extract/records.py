@@ -240,7 +240,7 @@ def _read_block(text: Text, record: Record) -> tuple[int, str]:
     end = head.size + head.length
     text.fill(end + AFTER)
     begin, stop = text.start + head.size, text.start + end
-    record.block = bytes(text.buffer[begin:stop])
+    record.block = bytes(memoryview(text.buffer)[begin:stop])
     after = bytes(text.buffer[stop : stop + AFTER])
     is_complete, rest = len(record.block) == head.length, after.lstrip(BLANK)
     gap = text.gap if text.gap and text.gap.member == record.place.member else None
