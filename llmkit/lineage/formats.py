@@ -32,6 +32,7 @@ from typing import Any
 from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_content, digest_stored
 from llmkit.io.inputs import exists, is_remote
+from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, parse_record
 from llmkit.io.run_layout import (
     CHECKPOINTS,
@@ -246,7 +247,7 @@ def describe_input(path: str | Path, role: str = "input", digest: str = "", name
 def describe_part(path: str | Path, record: dict[str, Any]) -> str:
     """Name of the artefact and path inside it, where `path` with this record is a part of one; otherwise ""."""
     if found := locate(path):
-        return f"{found[0].name}/{found[1]}"
+        return escape_name(f"{found[0].name}/{found[1]}")
     return "" if is_run(Path(path)) else moved_part(record)
 
 

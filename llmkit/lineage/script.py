@@ -142,7 +142,7 @@ class _Script:
         path = whole = self._make(node, artefact)
         steps = counts_of(node).get("steps")
         if inside:
-            path = "/".join([whole, *map(_quote, inside.split("/"))])
+            path = "/".join([whole, *map(_file, inside.split("/"))])
         if node.get("command") in RUN_COMMANDS and type(steps) is int and 0 < steps < 10**MAX_DIGITS:
             self._compare(f"{whole}/{CHECKPOINTS}/{checkpoint_name(steps)}", _expected(node, artefact))
         elif not inside or inside == node.get("part"):

@@ -133,7 +133,7 @@ def main(
     skipped_text = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in by_count)})" if by_count else ""
     broken_text = ""
     if total["broken"]:
-        broken_text = f", {total['broken']:,} broken records ({total['broken_bytes']:,} bytes skipped)"
+        broken_text = f", {total['broken']:,} broken records ({total.get('broken_bytes', 0):,} bytes skipped)"
     destination = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     run.finish(
         total, f"{total['documents']:,} documents of {total['pages']:,} pages{skipped_text}{broken_text}; {destination}"
