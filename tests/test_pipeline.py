@@ -134,7 +134,7 @@ def test_one_pipe_and_its_lineage_run_again(workspace: Path) -> None:
     assert [stage for stage in ("train", "mix", "tokenize", "dedup", "filter", "vocab") if f"<- {stage}" in tree] == [
         "train", "mix", "tokenize", "dedup", "filter", "vocab",
     ]  # fmt: skip
-    assert shell("llmkit lineage piped/ --check", workspace).startswith("unchecked piped\nok        tok\n")
+    assert shell("llmkit lineage piped/ --check", workspace).startswith("ok        piped\n")
 
 
 def test_same_bytes_for_any_number_of_jobs(workspace: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows 
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import zlib
@@ -220,36 +219,35 @@ def _gather_gzip_note(part: bytes, notes: Notes) -> bytes:
 
 
 def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
+    """The streams of an xz or bzip2 file. Anything but another stream or padding after one is damage."""
     import bz2
     import lzma
 
-    source = io.BufferedReader(_Prefixed(data, raw))
-    opened: Any = lzma.open(source) if data.startswith(XZ_MAGIC) else bz2.open(source)
-    kind = "xz" if data.startswith(XZ_MAGIC) else "bzip2"
-    try:
-        while block := opened.read1(BLOCK):  # `read` would lose what precedes an error
-            yield block
-    except EOFError as error:
-        raise _truncated(name, kind) from error
-    except (lzma.LZMAError, OSError) as error:
-        raise LlmkitError(f"{name}: corrupt {kind} data ({error})", "the file is damaged") from error
+    kind, magic = ("xz", XZ_MAGIC) if data.startswith(XZ_MAGIC) else ("bzip2", BZIP2_MAGIC)
+    while data := (data.lstrip(b"\0") or _after_padding(raw)):
+        data = _fill(raw, data, len(magic))
+        if not data.startswith(magic):
+            raise LlmkitError(f"{name}: corrupt {kind} data (after the end of a stream)", "the file is damaged")
+        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ) if kind == "xz" else bz2.BZ2Decompressor()
+        while not stream.eof:
+            if stream.needs_input and not (data := data or raw.read(BLOCK)):
+                raise _truncated(name, kind)
+            try:
+                block = stream.decompress(data, BLOCK)
+            except (lzma.LZMAError, OSError, ValueError) as error:
+                raise LlmkitError(f"{name}: corrupt {kind} data ({error})", "the file is damaged") from error
+            data = b""
+            if block:
+                yield block
+        data = stream.unused_data
 
 
-class _Prefixed(io.RawIOBase):
-    """`raw`, preceded by the bytes that were already read from it."""
-
-    def __init__(self, head: bytes, raw: BinaryIO) -> None:
-        self._head = head
-        self._raw = raw
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head[: len(buffer)] or self._raw.read(len(buffer))
-        self._head = self._head[len(data) :] if self._head else b""
-        buffer[: len(data)] = data
-        return len(data)
+def _after_padding(raw: BinaryIO) -> bytes:
+    """The next bytes that are not zeros; empty at the end."""
+    while block := raw.read(BLOCK):
+        if rest := block.lstrip(b"\0"):
+            return rest
+    return b""
 
 
 def _truncated(name: str, kind: str) -> LlmkitError:

@@ -39,9 +39,12 @@ class Columns:
 def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
     """(JSON lines, number of rows) of each batch."""
     with _readable(name):
-        for batch in pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS):
+        file = pq.ParquetFile(raw)
+        names = file.schema_arrow.names
+        if repeated := sorted({field for field in names if names.count(field) > 1}):
+            raise LlmkitError(f"{name}: two columns are called {repeated[0]!r}", "rename one of them")
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
             columns = [_json_values(name, batch, i) for i in range(batch.num_columns)]
-            names = batch.schema.names
             rows = zip(*columns, strict=True) if columns else iter([()] * batch.num_rows)
             lines = [orjson.dumps(dict(zip(names, row, strict=True))) + b"\n" for row in rows]
             yield b"".join(lines), len(lines)

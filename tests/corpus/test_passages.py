@@ -88,7 +88,7 @@ def test_edited_and_unchanged_documents() -> None:
     assert dropped == ["Menu\n \nend", "Menu"]
     odd = b'{"text":   "own spaces",  "n": 1.50}\n'
     (done,) = PassageDedup().run(Rows([odd, b'{"n": 1, "text": "own spaces\\nmore", "z": [1]}\n']))  # type: ignore[arg-type]
-    assert done.kept == odd + b'{"n":1,"text":"more","z":[1]}\n'
+    assert done.kept == odd + b'{"n": 1, "text": "more", "z": [1]}\n'
 
 
 def test_documents_count_not_occurrences() -> None:

@@ -13,8 +13,9 @@ from chains import chain_of, reason_of
 from llmkit.corpus.chain import Chain
 from llmkit.corpus.chain_loader import load_chain
 from llmkit.corpus.filters.url import host_of, normalized_url, parents
-from llmkit.corpus.lists import StringSet, dotted
+from llmkit.corpus.lists import StringSet
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.io.splice import dotted
 
 pytest.importorskip("re2", reason="google-re2 is not installed")
 

@@ -9,6 +9,7 @@ import json
 import lzma
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -368,3 +369,23 @@ def test_lines_do_not_depend_on_the_reads(lines, ended: bool, mark: bool, sizes:
         x + b"\n" for _, x in expected
     )
     assert [(item.line, item.raw) for _, bad in parsed for item in bad] == bad_lines
+
+
+@pytest.mark.parametrize("suffix, compress", [("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_damage_after_the_first_stream(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    """Behaviour: of concatenated streams, padded or not, each is read; one that is damaged anywhere is not the end."""
+    lines = [b"".join(b'{"text": "%d"}\n' % n for n in range(start, start + 50)) for start in (0, 50, 100)]
+    first, second, third = map(compress, lines)
+    path = tmp_path / f"d.jsonl.{suffix}"
+    for padding in (b"", b"\0" * 8):
+        path.write_bytes(padding.join((first, second, third)))
+        assert [document.text for document in DocumentReader([str(path)]).documents()] == [str(n) for n in range(150)]
+    for position in (0, 4, len(second) // 2, len(second) - 1):
+        damaged = bytearray(second)
+        damaged[position] ^= 16
+        path.write_bytes(first + damaged + third)
+        with pytest.raises(LlmkitError, match="damaged|corrupt"):
+            list(DocumentReader([str(path)]).documents())
+    path.write_bytes(first + b'{"text": "plain"}\n')
+    with pytest.raises(LlmkitError, match="after the end of a stream"):
+        list(DocumentReader([str(path)]).documents())

@@ -139,3 +139,11 @@ def test_a_value_of_another_type_changes_its_column_only(tmp_path: Path) -> None
             writer.write(document.with_fields({"reason": "short"}))
         writer.finish({}, reader.inputs)
     assert pq.read_schema(tmp_path / "r.parquet").types == [pa.string(), pa.string(), pa.date32()]
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    """Behaviour: a row as JSON could hold only one of them."""
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array([1]), pa.array([2])], names=["text", "n", "n"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(LlmkitError, match="two columns are called 'n'"):
+        list(DocumentReader([str(tmp_path / "d.parquet")]).documents())

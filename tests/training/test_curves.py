@@ -215,7 +215,7 @@ def test_time(run: Run, tmp_path: Path) -> None:
 
     class Slow(StreamSource):
         def batch(self, step: int, start: int, stop: int) -> Any:
-            time.sleep(0.3)
+            time.sleep(1.0)  # longer than a step on a busy machine
             return super().batch(step, start, stop)
 
     fast = run(2)

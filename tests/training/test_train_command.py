@@ -149,7 +149,7 @@ def test_anneal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train("run/checkpoints/step-00000004", *data, "-o", "named4", command="anneal") == 0
     for made, start in (("from4", "run "), ("named4", "run/checkpoints/step-00000004 ")):
         assert run_command("lineage", [made, "--script"]) == 0
-        lines = capsys.readouterr().out.splitlines()
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("llmkit")]
         assert lines[-2].endswith('--save-every 4 -o "$OUT"/run') and f'llmkit anneal "$OUT"/{start}' in lines[-1]
     # A damaged start, and one with a NaN.
     file = Path("run/checkpoints/step-00000004/state/optimizer.safetensors")
