@@ -51,6 +51,8 @@ def test_bad_files_are_quarantined(llmkit_here, inputs: Path) -> None:
     assert (summary["documents"], summary["bad_files"]) == (400, 3)
     record = read_lineage(inputs / "o.jsonl.zst")
     assert record["counts"]["bad_files"] == 3 and record["options"]["on_bad_file"] == "skip"
+    script = llmkit_here("lineage", "o.jsonl.zst", "--script", cwd=inputs).stdout
+    assert b" --on-bad-file skip " in script  # it could not run without
     rows = [json.loads(line) for line in (inputs / "q.jsonl").read_bytes().splitlines()]
     assert [(row["file"], row["line"]) for row in rows] == [("b.jsonl.zst", 201), ("c.parquet", 1), ("d.jsonl", 1)]
     assert rows[0]["raw"] == ROWS[300][:20].decode()

@@ -223,6 +223,16 @@ def test_bodies(tmp_path: Path, case: str, form: Callable[..., bytes]) -> None:
     ]
 
 
+def test_first_line_of_hexadecimal_digits(tmp_path: Path) -> None:
+    """Behaviour: a text that begins like a chunk, longer than the text, is no chunk; a compressed one cut short is."""
+    text = b"2024\r\nAnnual report of the harbour\r\n"
+    cut = b"2024\r\n" + gzip.compress(body(1))
+    records = warc(0, text, "Transfer-Encoding: chunked"), warc(1, cut, BODIES["gzip in chunks"][0])
+    (tmp_path / "a").write_bytes(b"".join(records))
+    contents = [page.content for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert contents == [text, body(1)]
+
+
 def test_brotli(tmp_path: Path) -> None:
     """Behaviour: Brotli is decoded, and a bomb is reported and costs no neighbour."""
     brotli = pytest.importorskip("brotli")

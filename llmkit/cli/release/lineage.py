@@ -82,7 +82,7 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
     """(flag, negative flag, default) of each option of a command, by parameter name."""
     from importlib import import_module
 
-    from llmkit.cli.shared.options import NEUTRAL, click_command, renamed_options
+    from llmkit.cli.shared.options import NEUTRAL, RECORDED_IF_USED, click_command, renamed_options
     from llmkit.cli.shared.table import COMMANDS, module_of
 
     if name not in COMMANDS:  # "cat" for concatenated streams, or another tool's record
@@ -92,7 +92,7 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
     function = import_module(module_of(name)).main
     built = click_command(function, name)
     # Outputs and other options that no record of ours holds: a record must not make the script write elsewhere.
-    options = [p for p in built.params if p.param_type_name == "option" and p.name not in NEUTRAL]
+    options = [p for p in built.params if p.param_type_name == "option" and p.name not in NEUTRAL - RECORDED_IF_USED]
     flags = {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
     return flags | {old: flags[new] for old, new in renamed_options(function).items() if old not in flags}
 

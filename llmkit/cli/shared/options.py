@@ -149,6 +149,8 @@ class WritingOptions:
 SHARED = tuple(field.name for field in option_fields(SharedOptions))
 # Shared options that do not affect the content of the output, and are therefore not recorded in its lineage.
 NEUTRAL = {*SHARED, "files_from", "plain", "on_bad_file", "fail_on_bad_file"} - {"seed"}
+# Neutral as long as all inputs can be read; recorded where it is used.
+RECORDED_IF_USED = {"on_bad_file"}
 
 
 def command(

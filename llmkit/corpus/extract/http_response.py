@@ -99,6 +99,8 @@ def _without_chunks(body: bytes) -> bytes:
         ending = body[end : end + 2]
         if size and end < len(body) and not ending.startswith((b"\r\n", b"\n")):
             break
+        if end > len(body) and not parts and is_readable(body[match.end() :]):
+            break  # a text that begins with a line such as 2024, rather than its first chunk cut short
         if not size and not parts and body[end:].strip():
             break  # a text that begins with the digit 0
         parts.append(body[match.end() : end])
