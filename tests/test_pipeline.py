@@ -187,13 +187,6 @@ def after_readme(workspace: Path, tmp_path_factory) -> Path:
     """A directory in which every llmkit line of the README has run, in order, at tiny size."""
     directory = tmp_path_factory.mktemp("readme") / "run"
     shutil.copytree(workspace, directory, ignore=shutil.ignore_patterns("piped", "rebuilt", "out*", "tok", "again.sh"))
-    commands = readme_commands()
-    needs_tokenizer = [line for line in commands if "piped/" in line]  # the single pipe comes first, but uses tok/
-    for line in [line for line in commands if line not in needs_tokenizer] + needs_tokenizer:
-        if " mix " in line and "code/" in line:  # the second source of the example
-            shell("llmkit tokenize docs.jsonl -t tok/ -o code/ -q", directory)
-        shell(shrunk(line), directory)
-    shell("llmkit tokenize heldout.jsonl -t tok/ -o heldout/ -q", directory)
     (directory / "gpt2").mkdir()  # vocabularies of other libraries: the bytes alone
     alphabet = byte_alphabet()
     vocabulary = {character: byte for byte, character in enumerate(alphabet)} | {alphabet[32] + "t": 256}
@@ -201,6 +194,13 @@ def after_readme(workspace: Path, tmp_path_factory) -> Path:
     (directory / "gpt2" / "merges.txt").write_text(f"#version: 0.2\n{alphabet[32]} t\n", encoding="utf-8")
     ranks = (base64.b64encode(bytes([byte])).decode() + f" {byte}\n" for byte in range(256))
     (directory / "ranks.tiktoken").write_text("".join(ranks))
+    commands = readme_commands()
+    needs_tokenizer = [line for line in commands if "piped/" in line]  # the single pipe comes first, but uses tok/
+    for line in [line for line in commands if line not in needs_tokenizer] + needs_tokenizer:
+        if " mix " in line and "code/" in line:  # the second source of the example
+            shell("llmkit tokenize docs.jsonl -t tok/ -o code/ -q", directory)
+        shell(shrunk(line), directory)
+    shell("llmkit tokenize heldout.jsonl -t tok/ -o heldout/ -q", directory)
     (directory / "tasks").mkdir()
     (directory / "tasks" / "my_task.jsonl").write_text(
         json.dumps({"q": "What is 1?", "choices": ["one", "two"], "label": 0}) + "\n"

@@ -115,9 +115,13 @@ def dotted(fields: Mapping[str, Any], path: str) -> Any:
 
 def has_big_number(fields: dict[str, Any]) -> bool:
     """Whether a number may be an integer that orjson turned into a float."""
-    for value in fields.values():
-        if (type(value) is float and abs(value) >= 1 << 63) or (type(value) is dict and has_big_number(value)):
-            return True
+    nested: list[dict[str, Any]] = [fields]
+    while nested:
+        for value in nested.pop().values():
+            if type(value) is float and abs(value) >= 1 << 63:
+                return True
+            if type(value) is dict:
+                nested.append(value)
     return False
 
 

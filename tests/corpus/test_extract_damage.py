@@ -233,6 +233,18 @@ def test_first_line_of_hexadecimal_digits(tmp_path: Path) -> None:
     assert contents == [text, body(1)]
 
 
+def test_urls_that_are_not_utf8_stay_apart(tmp_path: Path) -> None:
+    """Behaviour: they are read as Latin-1, as warcio does."""
+    for form, url in ((warc, b"http://e.org/1"), (arc, b"http://e.org/1")):
+        data = form(1)
+        assert url in data
+        (tmp_path / "a").write_bytes(
+            data.replace(url, b"http://e.org/caf\xe9") + data.replace(url, b"http://e.org/caf\xe8")
+        )
+        urls = [page.url for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+        assert urls == ["http://e.org/caf\xe9", "http://e.org/caf\xe8"]
+
+
 def test_brotli(tmp_path: Path) -> None:
     """Behaviour: Brotli is decoded, and a bomb is reported and costs no neighbour."""
     brotli = pytest.importorskip("brotli")

@@ -276,9 +276,9 @@ def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
             if out:
                 yield stored.offset, out
     except zstandard.ZstdError as error:
-        if len(stored.peek(18)) < 18:
-            raise truncated from error
         reason = str(error).rpartition(": ")[2]
+        if len(stored.peek(18)) < 18 and "checksum" not in reason:
+            raise truncated from error
         raise Damaged(f"its zstd frame is damaged ({reason})", checksum="checksum" in reason) from error
 
 
@@ -298,6 +298,8 @@ def _dictionary(content: bytes) -> Any:
 
     try:
         if content.startswith(ZSTD_MAGIC):
+            if zstandard.frame_content_size(content) > KEEP:
+                return None
             content = zstandard.ZstdDecompressor().decompress(content, max_output_size=KEEP)
         return zstandard.ZstdCompressionDict(content)
     except zstandard.ZstdError:

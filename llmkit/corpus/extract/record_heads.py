@@ -48,7 +48,7 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
         first, last = WARC_START.match(data, start), BLANK_LINE.search(data, start, start + MAX_HEAD)
         if first is None or last is None or _is_cut(data, first.end(), last.start()):
             return None
-        fields = header_fields(data[first.end() : last.start()].decode("utf-8", "replace"))
+        fields = header_fields(_text(bytes(data[first.end() : last.start()])))
         kind, length = fields.get("warc-type", "").lower(), _length(fields.get("content-length", ""))
         return RecordHead(kind, length, last.end() - start, fields)
     match = ARC_LINE.match(data, start, start + MAX_HEAD)
@@ -56,7 +56,7 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
         return None
     if ARC_REMAINS.search(match[1]):
         return None
-    url, address, digits, media, length_digits = (part.decode("utf-8", "replace") for part in match.groups())
+    url, address, digits, media, length_digits = map(_text, match.groups())
     fields = {
         "warc-target-uri": url,
         "warc-ip-address": address,
@@ -109,3 +109,12 @@ def _date(digits: str) -> str:
     """`20140216050221` as RFC 3339."""
     d = digits.ljust(14, "0")
     return f"{d[:4]}-{d[4:6]}-{d[6:8]}T{d[8:10]}:{d[10:12]}:{d[12:14]}Z"
+
+
+def _text(data: bytes) -> str:
+    """A head, or a part of one, in UTF-8; each line that is not is Latin-1, so that two URLs never become one."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        lines = data.split(b"\n")
+        return "\n".join(map(_text, lines)) if len(lines) > 1 else data.decode("latin-1")
