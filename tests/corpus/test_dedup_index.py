@@ -265,3 +265,12 @@ def test_exact_alone(llmkit_here, nights: Path) -> None:
     assert [row["text"] for row in rows_of(nights / "e2.jsonl.zst")] == ["b"]
     with pytest.raises(LlmkitError, match="normalise none, this call has loose"):
         Index(str(nights / "e.duckdb"), settings_of(None, Exact("url", "loose"), False) | {"group": None})
+
+
+def test_an_index_that_cannot_be_written_is_removed(tmp_path: Path) -> None:
+    """Behaviour: on a full disk (a limit of 8 blocks a file) no stub remains that a later run could not read."""
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "some words"}\n')
+    call = f"{sys.executable} -m llmkit dedup d.jsonl --index new.duckdb -o out.jsonl.zst"
+    full = subprocess.run(["bash", "-c", f"ulimit -f 8; {call}"], cwd=tmp_path, capture_output=True, text=True)
+    assert full.returncode == 1 and "error: new.duckdb cannot be made" in full.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]

@@ -82,24 +82,28 @@ class Index:
         )
         if not is_utf8(str(path)):
             raise UsageError(f"{path}: DuckDB opens only names in UTF-8", "give the index another name")
+        is_new = not os.path.lexists(path)
         try:
             self._sql = duckdb.connect(path, config=config)
         except duckdb.Error as error:
-            self._refuse(error)
+            self._refuse(error, is_new)
         try:
             self.settings = self._open(settings)
         except duckdb.Error as error:
             self._sql.close()
-            self._refuse(error)
+            self._refuse(error, is_new)
         except LlmkitError:
             self._sql.close()
             raise
 
-    def _refuse(self, error: duckdb.Error) -> None:
-        """Raise a LlmkitError for an error on opening the file."""
+    def _refuse(self, error: duckdb.Error, is_new: bool) -> None:
+        """Raise a LlmkitError for an error on opening the file; a new one that could not be written is removed."""
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "could not set lock" in message.lower():
             raise LockedError(f"{self.path} is in use by another run", "wait for it to finish") from None
+        if is_new:
+            self._remove()
+            raise LlmkitError(f"{self.path} cannot be made ({message:.150})", "check the disk") from None
         raise LlmkitError(
             f"{self.path} cannot be read as an index ({message:.150})",
             "restore a backup, or start a new index under another name",
@@ -146,11 +150,14 @@ class Index:
     ) -> None:
         self._sql.close()
         if self._empty:
-            Path(self.path).unlink(missing_ok=True)
-            Path(self.path + ".wal").unlink(missing_ok=True)
+            self._remove()
         if isinstance(error, duckdb.Error):
             message = str(error).splitlines()[0]
             raise LlmkitError(f"{self.path}: {message:.200}", "nothing of this run is in the index") from error
+
+    def _remove(self) -> None:
+        Path(self.path).unlink(missing_ok=True)
+        Path(self.path + ".wal").unlink(missing_ok=True)
 
     def run_of(self, key: str) -> int:
         """Number of the run with this key; the next number for a new run."""
