@@ -19,6 +19,26 @@ BLOCK_TOKENS = 1 << 20
 MAX_DOCUMENT = 1 << 28  # tokens; a file with a longer one was not made with this tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What documents lost: `documents` of them, `pieces` without tokens, in all or, if `blank`, in that many documents
+    everything; `example` of the first.
+    """
+
+    documents: int = 0
+    pieces: int = 0
+    blank: int = 0
+    example: str = ""
+
+    def __add__(self, other: Losses) -> Losses:
+        return Losses(
+            self.documents + other.documents,
+            self.pieces + other.pieces,
+            self.blank + other.blank,
+            self.example or other.example,
+        )
+
+
 @dataclass(slots=True)
 class TokenBlock:
     """Documents in order: `tokens` flat [sum of lengths], `lengths` int64 [n] with end-of-text, ids and sources [n]."""
@@ -32,6 +52,7 @@ class TokenBlock:
     ended: int = 0  # documents that lacked the end-of-text id
     duplicates: list[int] = field(default_factory=list)  # how often dedup found each, where that is kept
     bad: list[BadLine] = field(default_factory=list)  # lines that are not documents
+    losses: Losses = Losses()
 
     def documents(self) -> Iterator[tuple[Tokens, str, str]]:
         """(tokens, id, source) of each document."""

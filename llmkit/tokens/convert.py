@@ -23,12 +23,14 @@ from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
-from llmkit.shards.token_block import BLOCK_TOKENS, TokenBlock, check_file, check_ids
+from llmkit.shards.token_block import BLOCK_TOKENS, Losses, TokenBlock, check_file, check_ids
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encoder import decode_documents
+from llmkit.tokens.losses import mark_unknown, unknown_id
 from llmkit.tokens.text_encoder import load_tokenizer
 
 BLOCK_DOCUMENTS = 1 << 12
+HINT_BYTES = "use one that is byte-level or has byte fallback; llmkit vocab trains one"
 
 
 @dataclass(slots=True)
@@ -36,7 +38,7 @@ class TokenCounts:
     """Totals over blocks. `documents` includes `empty` ones, which are dropped; `bytes` are UTF-8 bytes, where known.
 
     `ended` counts documents that lacked the end-of-text id; `sources` maps each source to its [documents,
-    tokens, bytes].
+    tokens, bytes]; `losses` is what the texts lost.
     """
 
     documents: int = 0
@@ -45,6 +47,7 @@ class TokenCounts:
     empty: int = 0
     ended: int = 0
     bad_lines: int = 0
+    losses: Losses = Losses()
     sources: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, block: TokenBlock) -> int:
@@ -61,12 +64,26 @@ class TokenCounts:
         self.empty += block.empty
         self.ended += block.ended
         self.bad_lines += len(block.bad)
+        self.losses += block.losses
         return len(block.ids) + block.empty
 
     def counts(self) -> dict[str, int]:
         """The counts for summary and lineage: documents, tokens, empty, and the others where not zero."""
         counts = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
+        counts |= {"lossy_documents": self.losses.documents, "lost_pieces": self.losses.pieces}
         return {name: count for name, count in counts.items() if count or name in ("documents", "tokens", "empty")}
+
+    def check_losses(self) -> str | None:
+        """A warning of what the texts lost; None if nothing. LlmkitError if every one of them was lost entirely."""
+        losses, documents = self.losses, self.documents - self.empty
+        if documents and losses.blank == documents:
+            raise LlmkitError("the tokenizer has no tokens for any of the texts", HINT_BYTES)
+        if not losses.documents:
+            return None
+        return (
+            f"the tokenizer has no tokens for {losses.pieces:,} pieces of text, in {losses.documents:,} of "
+            f"{documents:,} documents: the first is {losses.example}"
+        )
 
 
 def read_stored(
@@ -92,14 +109,23 @@ def read_stored(
             raise LlmkitError(
                 f"{paths[0]}: made with another tokenizer", "leave -t out: the shards carry their tokenizer"
             )
-        return info or store.tokenizer, _shard_blocks(store, source), store.inputs, _not_held(store, target, cut)
+        info = info or store.tokenizer
+        blocks = _with_losses(_shard_blocks(store, source), info, target)
+        return info, blocks, store.inputs, _not_held(store, target, cut)
     assert info is not None
     for path in paths:
         check_file(path)
     inputs = [Input("input", base_name(path), digest_path(path)) for path in paths]
     foreign = FOREIGN_FORMATS.get(kind)
     data_sets = foreign.data_sets(paths)
-    return info, (block for data_set in data_sets for block in foreign.read(data_set, info, source)), inputs, []
+    blocks = (block for data_set in data_sets for block in foreign.read(data_set, info, source))
+    return info, _with_losses(blocks, info, target), inputs, []
+
+
+def _with_losses(blocks: Iterable[TokenBlock], info: TokenizerInfo, target: str) -> Iterator[TokenBlock]:
+    """The blocks; if they are decoded, with their unknown tokens counted."""
+    unknown = unknown_id(info) if target == "documents" else None
+    return (mark_unknown(block, unknown) for block in blocks)
 
 
 def _count_cut(store: TokenStore) -> int:

@@ -26,6 +26,7 @@ from llmkit.io.names import escape_name
 from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble_segments
+from llmkit.tokens.losses import loss_counter
 from llmkit.tokens.text_encoder import TextEncoder
 
 
@@ -55,6 +56,7 @@ class DocumentEncoder:
         options = options or EncodeOptions()
         self._arguments = tokenizer, read_options, options
         self._encode = TextEncoder(tokenizer, allow_special=options.allow_special)
+        self._losses = loss_counter(self._encode)
         self._read_options = read_options
         self._options = options
         self._end = tokenizer.eos_id
@@ -76,9 +78,12 @@ class DocumentEncoder:
             flat, lengths = self._encode(texts, self._end)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         duplicates = [document.count("duplicates") for document in kept] if self._options.keep_duplicates else []
-        return TokenBlock(
+        block = TokenBlock(
             flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=duplicates, bad=bad
         )
+        if self._losses:
+            block.losses = self._losses(texts, names, flat, lengths, 1 + len(self._start))
+        return block
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._options.fim.segments(text, id, source) if self._options.fim else [text]

@@ -43,20 +43,20 @@ class TextEncoder:
             raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
         self._info, self._special = tokenizer, allow_special
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        self._content: dict[str, Any] = orjson.loads(tokenizer.files["tokenizer.json"])
+        self.content: dict[str, Any] = orjson.loads(tokenizer.files["tokenizer.json"])
         self._reference: Any = None
         self._fast: Any = None
         self._library_quota = {None: UNCOMPILED, True: 0, False: NEVER}[compiled]
-        normaliser = self._content.get("normalizer")
+        normaliser = self.content.get("normalizer")
         self._normalizes = normaliser is not None
         if self._normalizes and normaliser != {"type": "NFC"}:
             self._library_quota = NEVER
         # Added tokens that are matched in a text, by their first two characters, which gives few prefixes to
         # search for.
         self._added_tokens: dict[str, list[str]] = defaultdict(list)
-        for token in self._content.get("added_tokens") or []:
+        for token in self.content.get("added_tokens") or []:
             if allow_special or not token.get("special"):
-                for name in {token["content"], self._normalize(token["content"])}:
+                for name in {token["content"], self.normalize(token["content"])}:
                     self._added_tokens[name[:2]].append(name)
         if len(self._added_tokens) > MAX_PREFIXES:
             self._library_quota = NEVER
@@ -72,7 +72,7 @@ class TextEncoder:
         """Ids of all texts, flat, each followed by the id `end` (-1: none); and the number of ids of each text."""
         if not self._ready(texts):
             return self._by_library(texts, end)
-        normal = [self._normalize(text) for text in texts]
+        normal = [self.normalize(text) for text in texts]
         for_library = (
             [i for i in range(len(texts)) if self._has_added(texts[i]) or self._has_added(normal[i])]
             if self._added_tokens
@@ -107,16 +107,16 @@ class TextEncoder:
                 return False
             from llmkit.tokens.bytelevel import ByteLevelEncoder
 
-            self._fast = ByteLevelEncoder.from_json(self._content)
+            self._fast = ByteLevelEncoder.from_json(self.content)
             if self._fast is not None:  # load all but the vocabulary: what the library rejects is rejected everywhere
-                model = self._content["model"] | {"vocab": {}, "merges": []}
-                text = orjson.dumps(self._content | {"model": model}).decode()
+                model = self.content["model"] | {"vocab": {}, "merges": []}
+                text = orjson.dumps(self.content | {"model": model}).decode()
                 load_tokenizer(replace(self._info, files={"tokenizer.json": text}))
             else:
                 self._library_quota = NEVER
         return self._fast is not None
 
-    def _normalize(self, text: str) -> str:
+    def normalize(self, text: str) -> str:
         """The text after the tokenizer's normaliser; NFC does not change ASCII."""
         if not self._normalizes or text.isascii():
             return text

@@ -227,6 +227,7 @@ def _encode(
     paths = run.inputs(inputs)
     if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
+    _warn_of_changes(run, info, str(tokenizer))
     reader = run.reader_of(paths)
     work = DocumentEncoder(info, reader.options, options)
 
@@ -268,7 +269,17 @@ def _read_stored(
     info = load_tokenizer_info(path, eos) if path else None
     if target not in FOREIGN and not run.dry_run and run.up_to_date(paths):
         return None
-    return read_stored(kind, paths, info, source, target, lossy)
+    stream = read_stored(kind, paths, info, source, target, lossy)
+    if target == "documents":
+        _warn_of_changes(run, stream[0], str(path or "the tokenizer"))
+    return stream
+
+
+def _warn_of_changes(run: Run, info: TokenizerInfo, name: str) -> None:
+    from llmkit.tokens.losses import changes
+
+    if changed := changes(info):
+        run.warn(f"{name} changes texts, so that they do not decode to themselves: {', '.join(changed)}")
 
 
 def _write(
@@ -304,6 +315,8 @@ def _write(
                 put(block)
             bar.advance(totals.add(block))
         counts: dict[str, Any] = totals.counts() | run.bad_file_counts()
+        if warning := totals.check_losses():
+            run.warn(warning)
         if not run.dry_run:
             writer.finish(dict(counts), inputs)
     if stats:

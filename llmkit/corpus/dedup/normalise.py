@@ -3,7 +3,7 @@
 | part | makes equal | in datatrove's TextNormConfig |
 |---|---|---|
 | case | upper and lower case | lowercase |
-| accents | letters with and without diacritics | norm_unicode_diacritics |
+| accents | Latin, Greek and Cyrillic letters with and without diacritics | norm_unicode_diacritics |
 | whitespace | any run of whitespace and one space; whitespace at the ends | norm_whitespace |
 | punctuation | the marks of prose (`, . ; : ! ? ' "`, brackets, `_ # $ @ \\`) and a space | remove_punctuation |
 | operators | the marks of formulas and code (`+ - * / % = < > & | ^ ~`) and a space | remove_punctuation |
@@ -12,8 +12,13 @@
 A normalisation is a list of parts (`case,whitespace`), `none`, or `loose`, which is all of them and equal to
 datatrove's default. The parts are applied in this order: lower case; each number (a run of decimal digits of any
 script, with at most one decimal part) becomes `0`; each mark, of the 129 in `words.PUNCTUATION`, becomes a space;
-canonical decomposition without combining marks; whitespace. A number that counts keeps its decimal separator, and a
-mathematical symbol that counts is not decomposed (`≠` would become `=`).
+canonical decomposition without accents; whitespace. Two things are not lost:
+
+- A number that counts keeps the marks that decide its value, although other marks of prose do not count: between digits
+  (`1,234.567`, `10:30`, `1'000`), before them (`.5`, `$5`, `–5`) and after them (`5'`, `5"`, `5$`). Marks that only
+  enclose or end it do not count: `(5)`, `5.`, `5!`.
+- Combining marks of other scripts are letters: vowel signs, voicing marks (`が`), tone marks, vowel points; so is a bar
+  over a digit, and the stroke of a mathematical symbol (`≠`). `loose` drops them, as datatrove does.
 
 `comparable` is the form from which MinHash takes its shingles: marks that count precede the next word, without spaces,
 so that `a+b` and `a + b` are equal, and a text has as many words as without its marks.
@@ -27,6 +32,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import dropwhile
 
 from llmkit.corpus.words import PUNCTUATION
 from llmkit.errors import UsageError, unknown_name
@@ -38,8 +44,18 @@ DEFAULT = "case,accents,whitespace,punctuation"  # of MinHash: numbers and opera
 OPERATORS = frozenset(c for c in PUNCTUATION if c in "-*/%&^％" or unicodedata.category(c) == "Sm")
 PROSE = frozenset(c for c in PUNCTUATION - OPERATORS if not c.isspace() and not c.isdecimal())
 
+# Marks of prose that are part of a number: before digits (at most two), after them, and between them, with the others.
+LEADING, TRAILING = ".,$–—．，", "'’´\"”$"
+WITHIN = LEADING + TRAILING + ":：_"
+_DIGITS = rf"\d+(?:[{WITHIN}]\d+)*[{TRAILING}]?"
 _NUMBER = r"\d+(?:[.,\u060c\u066b\u2396\u2397\u2398]\d+)?"
 _numbers = re.compile(_NUMBER)
+# Blocks of the letters that have accents: Latin, Greek and Cyrillic.
+ACCENTED = ((0x41, 0x5B), (0x61, 0x7B), (0xC0, 0xD7), (0xD8, 0xF7), (0xF8, 0x2B0), (0x370, 0x3F6), (0x3F7, 0x482))
+ACCENTED += ((0x48A, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000), (0x2C60, 0x2C80), (0xA640, 0xA66F), (0xA680, 0xA69E))
+ACCENTED += ((0xA720, 0xA800), (0xAB30, 0xAB70))
+_LETTERS = "".join(f"{chr(start)}-{chr(stop - 1)}" for start, stop in ACCENTED)
+_after_letter = re.compile(rf"(?<=[{_LETTERS}])[^\w\s\x00-\u02ff]+")
 # Where mathematical symbols are; looking at every character would take 0.2 s.
 _WITH_SYMBOLS = ((0, 0x3000), (0xFB29, 0xFB2A), (0xFE62, 0xFFED), (0x1D6C1, 0x1D7C4), (0x1EEF0, 0x1EEF2))
 
@@ -92,12 +108,16 @@ def counted_marks(parts: frozenset[str]) -> frozenset[str]:
 
 
 def _without_accents(text: str, kept: frozenset[str]) -> str:
-    """Canonical decomposition without nonspacing marks, except for the characters `kept`."""
+    """Canonical decomposition without the accents of letters, except for the characters `kept`."""
     pieces = re.split(f"([{re.escape(''.join(sorted(kept)))}])", text) if kept else [text]
     decomposed = (
-        p if i % 2 else unicodedata.normalize("NFD", p).translate(_WITHOUT_MARKS) for i, p in enumerate(pieces)
+        p if i % 2 else _after_letter.sub(_after_accents, unicodedata.normalize("NFD", p)) for i, p in enumerate(pieces)
     )
     return "".join(decomposed)
+
+
+def _after_accents(match: re.Match[str]) -> str:
+    return "".join(dropwhile(lambda c: unicodedata.category(c) == "Mn", match[0]))
 
 
 def _apply(parts: frozenset[str], marks_first: bool, text: str) -> str:
@@ -108,13 +128,22 @@ def _apply(parts: frozenset[str], marks_first: bool, text: str) -> str:
         text = _numbers.sub("0", text)
     dropped, marks = _blanked(parts), _mark_patterns(parts)
     if dropped:
-        pieces = [text] if "numbers" in parts else re.split(f"({_NUMBER})", text)
+        number = rf"[{LEADING}]{{0,2}}{_DIGITS}" if keeps_numbers(parts) else _NUMBER
+        pieces = [text] if "numbers" in parts else re.split(f"({number})", text)
         text = "".join(piece if i % 2 else piece.translate(dropped) for i, piece in enumerate(pieces))
     if marks_first and marks:
         text = marks.sub(_before_next_word, text)
     if "accents" in parts and not text.isascii():
-        text = _without_accents(text, _decomposed_symbols() if "operators" not in parts else frozenset())
+        if len(parts) == len(PARTS):
+            text = unicodedata.normalize("NFD", text).translate(_WITHOUT_MARKS)
+        else:
+            text = _without_accents(text, _decomposed_symbols() if "operators" not in parts else frozenset())
     return " ".join(text.split()) if "whitespace" in parts else text
+
+
+def keeps_numbers(parts: frozenset[str]) -> bool:
+    """Whether marks of prose count in numbers only."""
+    return "punctuation" in parts and "numbers" not in parts
 
 
 @cache
@@ -132,8 +161,9 @@ def _decomposed_symbols() -> frozenset[str]:
 @cache
 def _mark_patterns(parts: frozenset[str]) -> re.Pattern[str] | None:
     """A number, or a run of marks that count with the whitespace around them."""
-    marks = re.escape("".join(sorted(counted_marks(parts))))
-    return re.compile(rf"({_NUMBER})|\s*((?:[{marks}]\s*)+)") if marks else None
+    marks = counted_marks(parts).union(LEADING if keeps_numbers(parts) else "")
+    number = _DIGITS if keeps_numbers(parts) else _NUMBER
+    return re.compile(rf"({number})|\s*((?:[{re.escape(''.join(sorted(marks)))}]\s*)+)") if marks else None
 
 
 def _before_next_word(match: re.Match[str]) -> str:

@@ -2,16 +2,16 @@
 
 `normalised(data, *tables(how, marks_first))` returns the normalised text and whether it is complete; for normalisations
 in which whitespace does not count. The result for a single character is taken from the Python function, so that the
-definition stays there. Four things depend on more than one character:
+definition stays there. What depends on more than one character is done here, except where noted:
 
 - numbers: a run of digits of any script with at most one decimal part becomes one `0`, or is copied with its
-  separator, which is done here;
-- marks that count, which precede the next word without spaces (`normalise.comparable`), also done here;
+  separator; where punctuation does not count, the marks that are part of a number are told by their neighbours;
+- marks that count, which precede the next word without spaces (`normalise.comparable`);
+- combining marks: dropped after a letter that has accents, else copied. Where canonical decomposition would reorder
+  them, the kernel stops, and the Python function has to normalise the text; so it does at 38 characters that are not
+  nonspacing marks but are reordered too (among them signs of Javanese and Balinese, and of musical notation);
 - the capital sigma, whose lower case differs at the end of a word: `utf8` lower-cases a text that contains one
-  in Python, which is correct because lower-casing twice changes nothing;
-- characters other than marks that canonical decomposition reorders (38, among them signs of Javanese and
-  Balinese, of musical notation, and of old Korean): the kernel stops, and the Python function has to normalise
-  the text.
+  in Python, which is correct because lower-casing twice changes nothing.
 
 Cost: linear (tests/bench/minhash_recall.md). Tables: 4.4 MB at most for each normalisation in use.
 """
@@ -28,10 +28,15 @@ from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
 from llmkit.kernels import kernel
-from llmkit.kernels.utf8 import Bytes, decode
+from llmkit.kernels.utf8 import Bytes, decode, start_of
 
 # What a character becomes; values above 0 refer to bytes in a pool.
 SAME, DROPPED, BLANK, ZERO, NUMBER, NEEDS_REORDERING, MARK = 0, -1, -2, -3, -4, -5, -6  # ZERO, NUMBER: digits
+DIGIT = -7  # in a number that keeps its marks
+PART = -8  # minus some of the following: a mark that may be part of a number
+LEADING, TRAILING, SPACED = 1, 2, 4  # SPACED: after a space
+COMBINING = -16  # minus the canonical combining class: a nonspacing mark
+ACCENTED = normalise.ACCENTED
 GROWTH = 3  # maximum bytes written per byte read, for Hangul syllables
 # All other characters stay unchanged: ideographs, private use, unassigned.
 RANGES = ((0, 0x3400), (0xA000, 0xD800), (0xF900, 0x17000), (0x1B000, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE0200))
@@ -43,7 +48,7 @@ class Tables(NamedTuple):
 
     `fast`: uint8[256], the byte that each byte becomes regardless of its neighbours, 0 if that is not known from it.
     `table`: int32[0x110000], what each character becomes; a value above 0 is 16 · offset + length of the replacement in
-    `pool`, uint8[...].
+    `pool`, uint8[...], which is followed by the combining class of its last character.
     """
 
     fast: Bytes
@@ -59,7 +64,7 @@ def tables(how: str, marks_first: bool) -> Tables:
     """The tables of a normalisation in which whitespace does not count; `marks_first`: of its comparable form."""
     parts, apply = normalise.parts_of(how), normalise.normaliser(how)
     assert "whitespace" in parts
-    digits = ZERO if "numbers" in parts else NUMBER
+    digits = ZERO if "numbers" in parts else DIGIT if normalise.keeps_numbers(parts) else NUMBER
     table = np.zeros(0x110000, np.int32)
     entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
@@ -69,21 +74,33 @@ def tables(how: str, marks_first: bool) -> Tables:
         for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
             if old.isdecimal():
                 table[code] = digits
-            elif old == new and not unicodedata.combining(old):
+            elif old == new and not unicodedata.category(old).startswith("M"):
                 continue  # most characters
-            elif "accents" in parts and any(map(unicodedata.combining, new)):
+            elif "accents" in parts and old == new and unicodedata.category(old) == "Mn":
+                table[code] = COMBINING - unicodedata.combining(old)
+            elif "accents" in parts and _is_reordered(old, new):
                 table[code] = NEEDS_REORDERING
             elif old != new:
                 if new not in entry_of:
                     entry_of[new] = 16 * len(pool) + len(new.encode())
-                    pool += new.encode()
+                    pool += new.encode() + bytes([unicodedata.combining(new[-1])])
                 table[code] = entry_of[new]
+    if normalise.keeps_numbers(parts):
+        for mark in normalise.WITHIN:
+            roles = LEADING * (mark in normalise.LEADING) + TRAILING * (mark in normalise.TRAILING)
+            table[ord(mark)] = PART - roles - SPACED * marks_first
     if marks_first:
         table[[ord(mark) for mark in normalise.counted_marks(parts)]] = MARK
-    fast = [0 if c.isdecimal() or table[ord(c)] == MARK else ord(apply(f"a{c}b")[1]) for c in map(chr, range(128))]
+    fast = [0 if table[ord(c)] < BLANK else ord(apply(f"a{c}b")[1]) for c in map(chr, range(128))]
     for array in (table, fast_bytes := np.array(fast + [0] * 128, np.uint8)):
         array.setflags(write=False)
     return Tables(fast_bytes, table, np.frombuffer(bytes(pool), np.uint8))
+
+
+def _is_reordered(old: str, new: str) -> bool:
+    """Whether a character, or what it becomes, could be reordered in a way that the kernel does not follow."""
+    signs = [c for c in new if unicodedata.combining(c)]
+    return any(unicodedata.category(c) != "Mn" for c in signs) or (old != new and new[:1] in signs)
 
 
 def utf8(text: str, how: str) -> Bytes:
@@ -117,6 +134,33 @@ def after_number(data, i, table):  # type: ignore[no-untyped-def]
     return end
 
 
+@kernel
+def is_digit(data, i, table):  # type: ignore[no-untyped-def]
+    """Whether a digit of a number that keeps its marks is at byte `i`."""
+    return i < len(data) and table[decode(data, i)[0]] == DIGIT
+
+
+@kernel
+def is_leading(data, i, width, table):  # type: ignore[no-untyped-def]
+    """Whether the mark at byte `i`, which may precede a number, does so, alone or with another such mark."""
+    i += width
+    if i >= len(data) or is_digit(data, i, table):
+        return i < len(data)
+    code, width = decode(data, i)
+    action = np.int64(table[code])
+    return COMBINING < action <= PART and (PART - action) & LEADING != 0 and is_digit(data, i + width, table)
+
+
+@kernel
+def has_accents(out, n):  # type: ignore[no-untyped-def]
+    """Whether the last of `n` bytes belongs to a letter of the kind that has accents."""
+    code, _ = decode(out, start_of(out, n - 1))
+    for start, stop in ACCENTED:
+        if start <= code < stop:
+            return True
+    return False
+
+
 @njit(cache=True, nogil=True)
 def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
     """(normalised bytes, True), or (the bytes so far, False) at a character that needs the Python function."""
@@ -127,6 +171,8 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
     out = np.empty(capacity, np.uint8)
     out[0] = previous = np.uint8(0x20)  # so that leading spaces follow a space and are dropped
     n, i = 1, 0
+    number_end = marks_end = -1  # bytes after the last digit and after the last combining mark that was copied
+    order = np.int64(0)  # combining class of that mark
     while i < size:
         new = fast[data[i]]
         if new:
@@ -137,10 +183,27 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
             continue
         code, width = decode(data, i)
         action = np.int64(table[code])
+        if COMBINING < action <= PART:
+            roles = PART - action
+            if i == number_end and (roles & TRAILING or is_digit(data, i + width, table)):
+                action = SAME
+            elif roles & LEADING and is_leading(data, i, width, table):
+                action = MARK if roles & SPACED else SAME
+            else:
+                action = BLANK
+        elif action <= COMBINING:
+            if has_accents(out, n):
+                action = DROPPED
+            else:
+                if COMBINING - action < order and action != COMBINING and i == marks_end:
+                    return out[1:n], False
+                order, marks_end = COMBINING - action, i + width
+                action = SAME
         if action > 0:
             for k in range(action >> 4, (action >> 4) + (action & 15)):
                 out[n] = pool[k]
                 n += 1
+            order, marks_end = np.int64(pool[(action >> 4) + (action & 15)]), i + width
         elif action == ZERO:
             out[n] = 0x30
             n += 1
@@ -150,8 +213,10 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
             for k in range(i, i + width):
                 out[n] = data[k]
                 n += 1
-        elif action in (SAME, MARK):
-            if action == MARK and previous != 0x20:
+        elif action in (SAME, MARK, DIGIT):
+            if action == DIGIT:
+                number_end = i + width
+            elif action == MARK and previous != 0x20:
                 out[n] = 0x20
                 n += 1
             out[n] = data[i]

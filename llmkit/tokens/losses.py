@@ -1,0 +1,164 @@
+"""What a tokenizer loses of a text: characters without tokens, and what encoding and decoding change.
+
+    changes(info)                                # ["upper case", "accents"]; [] for byte-level tokenizers
+    counter = loss_counter(encoder)              # None: every text has tokens
+    counter(texts, names, ids, lengths, extra)   # Losses(documents=3, pieces=7, ...)
+
+Byte-level vocabularies with all 256 bytes, and those with byte fallback, have tokens for every text; that is read once
+from tokenizer.json. In others a character without a token becomes the unknown token, which is counted in the ids, or,
+in BPE without one, nothing: each character that occurs is looked up once. Texts are never decoded to compare them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from llmkit.shards.token_block import Losses, TokenBlock
+from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.tokens.pretokenize import byte_alphabet, pattern_name
+from llmkit.tokens.text_encoder import TextEncoder, load_tokenizer
+
+# What a text may lose on the way to tokens and back, and a text that shows it.
+PROBES = {
+    "upper case": "Aa BB",
+    "white space": " a  b\t\nc ",
+    "spaces before punctuation": "a , b . c ! n 't",
+    "accents": "é ñ",
+    "separate combining accents": "e\u0301",
+    "ligatures, superscripts and full-width characters": "ﬁ²Ａ",
+    "control characters": "a\0b\ufeffc",
+}
+EXAMPLE = 40  # characters of an example
+
+
+class Coverage:
+    """Which characters the model of a tokenizer.json has tokens for. `unknown`: the id of its unknown token."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        model, vocabulary = content["model"], content["model"]["vocab"]
+        unigram = isinstance(vocabulary, list)
+        self._vocabulary = {entry[0] for entry in vocabulary} if unigram else vocabulary
+        self._is_bpe = not unigram and model.get("type", "BPE") == "BPE"
+        self._byte_level = _is_byte_level(content)
+        name = model.get("unk_token")
+        self.unknown: int | None = model.get("unk_id") if unigram else vocabulary.get(name)
+        before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+        self._forms = {(a, b) for a in ("", before) for b in ("", after)}
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)} if model.get("byte_fallback") else {}
+        self._fallback = {byte for name, byte in names.items() if name in self._vocabulary}
+        has_bytes = self._is_bpe and self._byte_level and len(self._forms) == 1
+        self.complete = len(self._fallback) == 256 or (has_bytes and all(map(self._holds, byte_alphabet())))
+        self.drops = self._is_bpe and not self.complete and self.unknown is None  # without a trace
+
+    def _holds(self, symbol: str) -> bool:
+        return any(before + symbol + after in self._vocabulary for before, after in self._forms)
+
+    def lacks(self, text: str) -> bool:
+        """Whether a BPE model has no token for some of the characters of a normalised text."""
+        symbols = [byte_alphabet()[byte] for byte in text.encode()] if self._byte_level else text
+        return any(
+            not (self._holds(symbol) or symbol.isspace() or self._fallback.issuperset(symbol.encode()))
+            for symbol in symbols
+        )
+
+
+class LossCounter:
+    """Counts what texts lose. Use one per process: it keeps the characters that it has looked up."""
+
+    def __init__(self, coverage: Coverage, encoder: TextEncoder) -> None:
+        self._coverage, self._encoder = coverage, encoder
+        self._lacking: dict[str, bool] = {}
+
+    def __call__(
+        self, texts: Sequence[str], names: Sequence[str], ids: NDArray[Any], lengths: NDArray[np.int64], extra: int
+    ) -> Losses:
+        """The losses of texts that became `ids`, flat, of which `extra` per text do not stand for it."""
+        unknown = self._coverage.unknown
+        lost = np.zeros(len(texts), np.int64) if unknown is None else _count(ids == unknown, lengths)
+        blank = int((lengths - lost <= extra).sum())
+        if self._coverage.drops:
+            lost += np.array([self._dropped(text) for text in texts], np.int64)
+        affected = np.flatnonzero(lost)
+        if not len(affected):
+            return Losses(blank=blank)
+        first = int(affected[0])
+        return Losses(len(affected), int(lost.sum()), blank, f"{self._example(texts[first])} in {names[first]!r}")
+
+    def _dropped(self, text: str) -> int:
+        characters = set(text)
+        for character in characters - self._lacking.keys():
+            self._lacking[character] = self._coverage.lacks(self._encoder.normalize(character))
+        return sum(text.count(character) for character in characters if self._lacking[character])
+
+    def _example(self, text: str) -> str:
+        """The first piece of a text that is lost."""
+        if self._coverage.drops:
+            return repr(next(character for character in text if self._lacking[character]))
+        encoding = self._encoder.reference.encode(text, add_special_tokens=False)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        start, stop = next((span for id, span in spans if id == self._coverage.unknown), (0, EXAMPLE))
+        return repr(text[start : min(stop, start + EXAMPLE)])
+
+
+def loss_counter(encoder: TextEncoder) -> LossCounter | None:
+    """The counter for a tokenizer; None if it has tokens for every text."""
+    coverage = Coverage(encoder.content)
+    return None if coverage.complete else LossCounter(coverage, encoder)
+
+
+def mark_unknown(block: TokenBlock, unknown: int | None) -> TokenBlock:
+    """The block with its unknown tokens counted as losses."""
+    if unknown is not None and (counts := _count(block.tokens == unknown, block.lengths)).any():
+        first = block.ids[int(counts.argmax())]
+        block.losses = Losses(int(np.count_nonzero(counts)), int(counts.sum()), 0, f"in {first!r}")
+    return block
+
+
+def unknown_id(info: TokenizerInfo) -> int | None:
+    """The id that stands for text without tokens; None where there is none."""
+    try:
+        coverage = Coverage(orjson.loads(info.files["tokenizer.json"]))
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return None  # `load_tokenizer` reports how it is damaged
+    return None if coverage.complete else coverage.unknown
+
+
+def changes(info: TokenizerInfo) -> list[str]:
+    """What encoding and decoding change although the vocabulary has tokens for it, as `PROBES` names it.
+
+    LlmkitError where tokenizer.json does not load.
+    """
+    try:
+        content = orjson.loads(info.files["tokenizer.json"])
+        coverage, decoder = Coverage(content), content.get("decoder") or {}
+    except (LookupError, TypeError, AttributeError, ValueError):
+        load_tokenizer(info)
+        raise
+    plain = content.get("normalizer") is None and pattern_name(content.get("pre_tokenizer")) is not None
+    if plain and coverage.complete and decoder.get("type") == "ByteLevel":
+        return []
+    library, changed = load_tokenizer(info), list[str]()
+    for name, text in PROBES.items():
+        ids = library.encode(text, add_special_tokens=False).ids
+        normal = library.normalizer.normalize_str(text) if library.normalizer else text
+        lost = coverage.unknown in ids or (coverage.drops and coverage.lacks(normal))
+        if not lost and library.decode(ids, skip_special_tokens=False) != text:
+            changed.append(name)
+    return changed
+
+
+def _count(mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of each text's ids are marked."""
+    total = np.concatenate(([0], np.cumsum(mask)))
+    stops = np.cumsum(lengths)
+    return np.asarray(total[stops] - total[stops - lengths], np.int64)
+
+
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    kind = content.get("pre_tokenizer") or {}
+    return any(part.get("type") == "ByteLevel" for part in [kind, *(kind.get("pretokenizers") or [])])
