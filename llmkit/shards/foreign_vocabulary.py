@@ -37,9 +37,9 @@ def name_format(path: Path) -> tuple[str, str] | None:
             head = file.read(HEAD)
     except OSError:
         return None
-    if RANKS.match(head):
+    if RANKS.match(head) or path.suffix == ".tiktoken":
         return "the ranks of a tiktoken vocabulary", f"llmkit vocab convert {path} --pattern NAME --eos NAME -o tok/"
-    if b'"token_bytes"' in head:
+    if b'"token_bytes"' in head or path.name == "tekken.json":
         return "a tekken vocabulary", f"llmkit vocab convert {path} -o tok/"
     if SENTENCEPIECE.match(head):
         return "a SentencePiece model", SPM_HINT

@@ -90,13 +90,13 @@ def main(
     if run.options["text_key"] != "text":
         raise UsageError("--text-key has no effect here", "--html-key names the field that contains the page")
     _check_libraries(engine)
-    from llmkit.corpus.extract.extractor import Extractor, PageReader
+    from llmkit.corpus.extract.extractor import Extractor, PageReader, distinct_names
 
     paths = run.inputs(inputs, suffixes=SUFFIXES)
     if backend == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)
-    page_reader = PageReader(run.read_options(html_key), max_page_bytes, verify, allow_empty)
+    page_reader = PageReader(run.read_options(html_key), max_page_bytes, verify, allow_empty, distinct_names(paths))
     warned = 0
 
     def make(job: Job, writer: DocumentWriter | None, rejected: DocumentWriter | None) -> JobResult:

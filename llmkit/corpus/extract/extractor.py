@@ -106,13 +106,15 @@ class PageReader:
     """Reads the pages of files.
 
     `rows` are the options for JSON lines, including the field that holds the page; with `verify`, records with a wrong
-    digest are broken; with `allow_empty`, an archive without any page is no error.
+    digest are broken; with `allow_empty`, an archive without any page is no error. `names` replace those of files in ids
+    (`distinct_names`).
     """
 
     rows: ReadOptions
     max_bytes: int
     verify: bool = False
     allow_empty: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     def pages(
         self, path: str, inputs_read: list[Input], reader_of: Callable[[str], DocumentReader] | None = None
@@ -130,10 +132,26 @@ class PageReader:
             inputs_read += reader.inputs
             return
         digest: list[str] | None = [] if path == STDIN else None  # that of a file can be computed later
-        yield from read_pages(
+        pages = read_pages(
             path, max_bytes=self.max_bytes, verify=self.verify, digest=digest, allow_empty=self.allow_empty
         )
+        name = base_name(path)
+        for page in pages:
+            if path in self.names and isinstance(page, PageRecord) and f"{page.id}#".startswith(f"{name}#"):
+                page.id = self.names[path] + page.id.removeprefix(name)
+            yield page
         inputs_read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
+
+
+def distinct_names(paths: Sequence[str]) -> dict[str, str]:
+    """Names for files of which an earlier one has the same base name: `2/x.html`, as lineage scripts lay them out."""
+    counts, names = Counter[str](), dict[str, str]()
+    for path in dict.fromkeys(paths):
+        name = base_name(path)
+        counts[name] += 1
+        if counts[name] > 1:
+            names[path] = f"{counts[name]}/{name}"
+    return names
 
 
 def extract_files(
