@@ -32,7 +32,16 @@ import xxhash
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.digest import digest_bytes, digest_damaged
-from llmkit.io.inputs import STDIN, UTF8_BOM, display_name, is_remote, open_raw, peek_stdin, refuse_archive
+from llmkit.io.inputs import (
+    STDIN,
+    UTF8_BOM,
+    display_name,
+    hint_for_first_line,
+    is_remote,
+    open_raw,
+    peek_stdin,
+    refuse_archive,
+)
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, join_notes
 from llmkit.io.splice import (
@@ -407,7 +416,8 @@ class DocumentReader:
             first = bad[0]
             raise LlmkitError(
                 f"{first.file}:{first.line}: {first.reason}",
-                "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file",
+                (hint_for_first_line(first.file, first.raw) if first.line == 1 else "")
+                or "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file",
             ) from (WorkerError(first.trace) if first.trace else None)
         self.bad += len(bad)
         if self._line_quarantine:

@@ -209,6 +209,21 @@ def refuse_archive(beginning: bytes, name: str) -> None:
         )
 
 
+HINT_IDS = "token ids of other trainers become shards by: llmkit tokenize FILE --from FORMAT -t TOKENIZER -o shards/"
+
+
+def holds_ids(name: str) -> bool:
+    """Whether a file is named like those of token ids that nanoGPT and Megatron-LM write."""
+    return name.endswith((".bin", ".idx"))
+
+
+def hint_for_first_line(name: str, line: bytes) -> str:
+    """How a file becomes documents whose first line is not JSON; "" if it begins like JSON."""
+    if holds_ids(name):
+        return HINT_IDS
+    return "" if line.lstrip()[:1] in b"{[" else "text files and pages become documents by: llmkit extract FILE"
+
+
 def display_name(path: str) -> str:
     """The name of an input in messages, and as the source of documents."""
     return "<stdin>" if is_pipe(path) else redacted(path)

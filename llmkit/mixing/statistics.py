@@ -53,7 +53,9 @@ def mix_counts(
 
 
 def _warn_missed(request: MixRequest, stages: Sequence[Row], warn: Warn) -> None:
-    """Warn of stages, or else sources, of over 1 % more or fewer tokens than they were to have."""
+    """Warn of stages, or else sources, of over 1 % more or fewer tokens than they were to have, and of shares that miss
+    the weights by over 1 %.
+    """
     hint = ": documents stay whole" + ("" if request.documents else " without --cut-last")
     for stage in request.stages:
         rows = [row for row in stages if row["stage"] == stage.name]
@@ -64,6 +66,13 @@ def _warn_missed(request: MixRequest, stages: Sequence[Row], warn: Warn) -> None
         for name, tokens, goal in goals:
             if goal and abs(tokens - goal) > goal / 100:
                 warn(f"{name}: {tokens:,} tokens instead of {round(goal):,} ({tokens / goal - 1:+.1%}){hint}")
+        weights = {request.paths[i]: spec.value for i, spec in stage.specs.items() if spec.kind == "weight"}
+        taken = {row["source"]: row["tokens"] for row in rows if row["source"] in weights}
+        total, all_weights = sum(taken.values()), sum(weights.values())
+        shares = {path: (taken[path] / max(total, 1), weight / all_weights) for path, weight in weights.items()}
+        if any(abs(share - wanted) > wanted / 100 for share, wanted in shares.values()):
+            reached = (f"{escape_name(path)} {a:.2%} instead of {b:.2%}" for path, (a, b) in shares.items())
+            warn(f"{stage.name or 'the mix'}: shares are {', '.join(reached)}{hint}")
 
 
 def tokens_per_pass(lengths: Sequence[Numbers], copies: Sequence[Numbers | None]) -> list[int]:

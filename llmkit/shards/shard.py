@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
+from llmkit.io.inputs import HINT_IDS, holds_ids
 from llmkit.shards.arrow import Tokens, as_numpy
 from llmkit.shards.digest import LINEAGE, ColumnDigest
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
@@ -60,7 +61,7 @@ class Shard:
                 raise LlmkitError(f"{name}: empty file", "token shards come from: llmkit tokenize")
             if not start.startswith(STREAM_START):
                 reason = "an Arrow file, not an Arrow stream" if start.startswith(b"ARROW1") else "not a token shard"
-                raise LlmkitError(f"{name}: {reason}", HINT_TOKENIZE)
+                raise LlmkitError(f"{name}: {reason}", HINT_IDS if holds_ids(name) else HINT_TOKENIZE)
             source = pa.memory_map(os.fsencode(path))
             stream = pa.ipc.open_stream(source)
             self._schema = stream.schema

@@ -150,3 +150,89 @@ def test_end_of_text_is_chosen(tmp_path: Path, llmkit: Command) -> None:
     lines = llmkit("tokenize", "s", "--to", "jsonl", "--plain", "-q", cwd=tmp_path).stdout
     assert json.loads(lines)["tokens"] == [97, 98, 99, 256]
     assert read_tokenizer(tmp_path / "s").eos_id == 256
+
+
+BYTES = [(bytes([byte]), byte) for byte in range(256)]
+
+
+def _lines(rows: list[tuple[bytes, object]]) -> bytes:
+    return b"".join(base64.b64encode(token) + f" {rank}\n".encode() for token, rank in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_lines([*BYTES, (b"ab", 256), (b"ab", 257)]), ":258: a token that is already at x.tiktoken:257"),
+        (_lines([*BYTES, (b"ab", 97)]), ":257: id 97, which is already at x.tiktoken:98"),
+        (_lines(BYTES) + b"Y*I= 256\n", ":257: invalid base64 "),
+        (_lines(BYTES) + b"YWI=\n", ":257: not a token in base64 and its rank"),
+        (_lines([*BYTES, (b"ab", "1e3")]), ":257: not a token in base64 and its rank"),
+        (_lines([*BYTES, (b"ab", -1)]), ":257: -1 is not an id"),
+        (_lines([*BYTES, (b"ab", 1 << 32)]), ":257: 4294967296 is not an id"),
+        (_lines([*BYTES, (b"ab", "9" * 9999)]), ":257: 99999999999999999999 is not an id"),
+        (_lines([*BYTES, (b"ab", 30_000_000)]), ": no token with id 256, and 29,999,743 other gaps"),
+        (_lines([*BYTES, (b"ab", 257)]), ": no token with id 256$"),
+        (_lines([*BYTES, (b"a" * 5_000_000, 256)]), ":257: a token of 5,000,000 bytes"),
+        (_lines(BYTES[:13] + [(token, rank - 1) for token, rank in BYTES[14:]]), r": no token for 1 of the 256 bytes \(0x0d\)"),
+        (b"", ": empty file"),
+    ],
+)  # fmt: skip
+def test_damaged_ranks(tmp_path: Path, content: bytes, message: str) -> None:
+    """Behaviour: what no vocabulary can hold is refused at once, in one line with its place, and a hint."""
+    (tmp_path / "x.tiktoken").write_bytes(content)
+    with pytest.raises(LlmkitError, match=rf"^{tmp_path}/x\.tiktoken{message}") as error:
+        convert(tmp_path / "x.tiktoken", "gpt-2", [])
+    assert "\n" not in str(error.value) and error.value.hint
+
+
+def test_gaps_may_be_special_tokens(tmp_path: Path) -> None:
+    """Behaviour: a special token given with an id fills a gap, as in p50k_base; ids after the last one may be left out."""
+    (tmp_path / "x.tiktoken").write_bytes(_lines([*BYTES, (b"ab", 257)]))
+    text = convert(tmp_path / "x.tiktoken", "gpt-2", ["<|endoftext|>=256", "<a>=300"])
+    assert parse_tokenizer({"tokenizer.json": text}, "x").eos_id == 256
+
+
+@pytest.mark.parametrize("damage", ["pattern", "reserved", "repeated", "no rank", "rank", "base64", "config", "type"])
+def test_damaged_tekken(place: Path, tmp_path: Path, damage: str) -> None:
+    """Behaviour: one line for each damage of a tekken file, never an error of another library."""
+    content = json.loads((place / "tekken.json").read_text())
+    rows, config = content["vocab"], content["config"]
+    if damage == "pattern":
+        config["pattern"] = "((["
+    elif damage == "reserved":
+        config["default_num_special_tokens"] = 10**12
+    elif damage == "repeated":
+        rows[5] = rows[4]
+    elif damage == "no rank":
+        del rows[5]["rank"]
+    elif damage == "rank":
+        rows[5]["rank"] = -7
+    elif damage == "base64":
+        rows[5]["token_bytes"] = "\u00e9"
+    elif damage == "config":
+        del content["config"]
+    else:
+        content["vocab"] = 5
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(LlmkitError, match=r"tekken\.json: ") as error:
+        convert(tmp_path / "tekken.json", None, [])
+    assert "\n" not in str(error.value) and error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("more", "merges", "message"),
+    [
+        (', "a": 256', "", r"vocab\.json: 'a': a token that is already at"),
+        (', "ab": -1', "", r"vocab\.json: 'ab': -1 is not an id"),
+        (', "ab": 1e99', "", r"vocab\.json: 'ab': 1e\+99 is not an id"),
+        (', "ab": 256', "a b\nb c\n", r"merges\.txt:2: not a merge of two tokens"),
+        (', "ab": 256', "a b c\n", r"merges\.txt:1: not a merge of two tokens"),
+    ],
+)
+def test_damaged_merges(tmp_path: Path, more: str, merges: str, message: str) -> None:
+    """Behaviour: the same for vocab.json and merges.txt."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_alphabet())}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary)[:-1] + more + "}")
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(LlmkitError, match=message):
+        convert(tmp_path / "vocab.json", None, [])

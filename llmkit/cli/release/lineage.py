@@ -45,6 +45,7 @@ def main(
     earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the digest that such
     comparisons use. --json prints the record as stored.
     """
+    from llmkit.io.inputs import holds_ids
     from llmkit.lineage.formats import describe_part, own_digest, read_lineage
     from llmkit.lineage.script import as_script
     from llmkit.lineage.tree import as_tree
@@ -54,9 +55,10 @@ def main(
         return
     record = read_lineage(artefact)
     if record is None:
-        raise LlmkitError(
-            f"{artefact}: no lineage found", "plain .jsonl files cannot hold it, and other tools do not write it"
-        )
+        hint = "plain .jsonl files cannot hold it, and other tools do not write it"
+        if holds_ids(artefact):
+            hint = "exports for other trainers carry none: name the shards that they were made from"
+        raise LlmkitError(f"{artefact}: no lineage found", hint)
     if run.as_json:
         _print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:

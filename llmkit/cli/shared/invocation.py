@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter, Quarantine
     from llmkit.io.documents import BadLine, DocumentReader, ReadOptions
     from llmkit.io.record import Lineage
+
+# "1 documents": messages count in the plural.
+ONE_OF_MANY = re.compile(
+    r"(?<![^ (])1 ((?:bad |broken |other )?(?:character|completion|document|file|gap|line|merge|model|page|piece|prompt"
+    r"|record|run|sequence|shard|source|step|token|word))s\b(?!\.\w)"
+)
 
 
 class Run:
@@ -67,6 +74,7 @@ class Run:
         self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
+        text = ONE_OF_MANY.sub("1 \\1", text)
         with suppress(OSError):  # a log on a full disk must not stop the command
             print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
 

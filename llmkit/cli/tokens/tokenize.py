@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.options import InputPaths, Run, command, count_option
+from llmkit.cli.shared.options import COMMON, InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
 from llmkit.shards.formats import FOREIGN_FORMATS
@@ -54,10 +54,12 @@ def main(
         typer.Option(
             "--tokenizer", "-t", help="Tokenizer or model directory, tokenizer.json, or shards that carry one"
         ),
+        COMMON,
     ] = None,
     eos: Annotated[
         str | None,
         typer.Option("--eos", metavar="NAME", help="End-of-text token (default: the one that the tokenizer names)"),
+        COMMON,
     ] = None,
     source: Annotated[
         str | None,
@@ -83,19 +85,23 @@ def main(
             envvar="LLMKIT_TOKENIZE_FROM",
             help=f"{', '.join(SOURCE_FORMATS)} (default: by the names of the inputs)",
         ),
+        COMMON,
     ] = None,
     to: Annotated[
         str,
         typer.Option(
             "--to", metavar="FORMAT", help=", ".join(["shards", "jsonl (id, source, tokens)", *FOREIGN_FILES])
         ),
+        COMMON,
     ] = "shards",
-    decode: Annotated[bool, typer.Option("--decode", help="Decode token ids to documents")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode token ids to documents"), COMMON] = False,
     lossy: Annotated[
         bool,
         typer.Option("--lossy", help="Export packed or cut documents to formats that cannot mark them as such"),
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes by source")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print documents, tokens and bytes by source"), COMMON
+    ] = False,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep the duplicate counts of dedup, for mix --weight-by")
     ] = False,
@@ -330,7 +336,8 @@ def _write(
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
     parts += [f"{totals.bad_lines:,} bad lines skipped"] if totals.bad_lines else []
     parts += [f"{len(run.bad_files):,} bad files skipped"] if run.bad_files else []
-    where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
+    output = foreign.output_name(run.output) if foreign and run.output else run.output or "stdout"
+    where = "nothing written (--dry-run)" if run.dry_run else f"written to {output}"
     if not_held:
         counts["not_held"] = not_held
         where += f"; not kept: {', '.join(not_held)}"

@@ -44,7 +44,8 @@ DEFAULT = "case,accents,whitespace,punctuation"  # of MinHash: numbers and opera
 OPERATORS = frozenset(c for c in PUNCTUATION if c in "-*/%&^％" or unicodedata.category(c) == "Sm")
 PROSE = frozenset(c for c in PUNCTUATION - OPERATORS if not c.isspace() and not c.isdecimal())
 
-# Marks of prose that are part of a number: before digits (at most two), after them, and between them, with the others.
+# Marks of prose that are part of a number: before digits, after them (one), and between them, with the others.
+MAX_LEADING = 3  # as in –$.5
 LEADING, TRAILING = ".,$–—．，", "'’´\"”$"
 WITHIN = LEADING + TRAILING + ":：_"
 _DIGITS = rf"\d+(?:[{WITHIN}]\d+)*[{TRAILING}]?"
@@ -128,7 +129,7 @@ def _apply(parts: frozenset[str], marks_first: bool, text: str) -> str:
         text = _numbers.sub("0", text)
     dropped, marks = _blanked(parts), _mark_patterns(parts)
     if dropped:
-        number = rf"[{LEADING}]{{0,2}}{_DIGITS}" if keeps_numbers(parts) else _NUMBER
+        number = rf"[{LEADING}]{{0,{MAX_LEADING}}}{_DIGITS}" if keeps_numbers(parts) else _NUMBER
         pieces = [text] if "numbers" in parts else re.split(f"({number})", text)
         text = "".join(piece if i % 2 else piece.translate(dropped) for i, piece in enumerate(pieces))
     if marks_first and marks:

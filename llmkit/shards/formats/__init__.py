@@ -55,6 +55,10 @@ class ForeignFormat:
             return list(paths)
         return list(dict.fromkeys(without_suffix(path, self.suffixes) for path in paths))
 
+    def output_name(self, output: str) -> str:
+        """The names of the files that are written for an output, for messages."""
+        return " and ".join(self.paths(self.data_sets([output])[0]))
+
     def paths(self, data_set: str) -> list[str]:
         """The files of a data set."""
         return [data_set] if len(self.suffixes) == 1 else [data_set + suffix for suffix in self.suffixes]

@@ -35,6 +35,7 @@ SAME, DROPPED, BLANK, ZERO, NUMBER, NEEDS_REORDERING, MARK = 0, -1, -2, -3, -4, 
 DIGIT = -7  # in a number that keeps its marks
 PART = -8  # minus some of the following: a mark that may be part of a number
 LEADING, TRAILING, SPACED = 1, 2, 4  # SPACED: after a space
+MAX_LEADING = normalise.MAX_LEADING
 COMBINING = -16  # minus the canonical combining class: a nonspacing mark
 ACCENTED = normalise.ACCENTED
 GROWTH = 3  # maximum bytes written per byte read, for Hangul syllables
@@ -142,13 +143,18 @@ def is_digit(data, i, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def is_leading(data, i, width, table):  # type: ignore[no-untyped-def]
-    """Whether the mark at byte `i`, which may precede a number, does so, alone or with another such mark."""
-    i += width
-    if i >= len(data) or is_digit(data, i, table):
-        return i < len(data)
-    code, width = decode(data, i)
-    action = np.int64(table[code])
-    return COMBINING < action <= PART and (PART - action) & LEADING != 0 and is_digit(data, i + width, table)
+    """Whether the mark at byte `i`, which may precede a number, does so, alone or with one or two more such marks."""
+    for _ in range(MAX_LEADING):
+        i += width
+        if i >= len(data):
+            return False
+        code, width = decode(data, i)
+        action = np.int64(table[code])
+        if action == DIGIT:
+            return True
+        if not COMBINING < action <= PART or not (PART - action) & LEADING:
+            return False
+    return False
 
 
 @kernel
