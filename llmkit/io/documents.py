@@ -174,6 +174,11 @@ class Document:
             return raw_values(self._stored)[self._options.id_key].decode() if beyond_64_bits else str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
 
+    @property
+    def has_numeric_id(self) -> bool:
+        """Whether the id field holds a number, of which `id` is the text in JSON."""
+        return type(self.fields.get(self._options.id_key)) in (int, float)
+
     def value(self, path: str) -> Any:
         """The value of a field, with dots for nested fields; integers are exact, also those beyond 64 bits."""
         value = dotted(self.fields, path)

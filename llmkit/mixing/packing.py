@@ -93,7 +93,7 @@ def _pack_window(sizes: Numbers, length: int) -> tuple[Numbers, Numbers, Numbers
     gap = length - np.bincount(bins, size).astype(np.int64)
     largest, position = np.empty(len(gap), np.int64), np.empty(len(gap), np.int64)
     largest[bins[descending[::-1]]] = descending[::-1]  # the last write wins: the piece that opened the bin
-    position[np.argsort(largest)] = np.arange(len(gap))
+    position[np.argsort(largest)] = np.arange(len(gap))  # no two are equal, so that any sort gives this order
     short = np.flatnonzero(gap)
     order = np.argsort(np.concatenate((position[bins], position[short])), kind="stable")
     padding = np.full(len(short), -1)

@@ -146,7 +146,8 @@ class ShardMix:
         lineage.part = HELD_OUT
         with ShardWriter(str(directory / HELD_OUT), self.stores[0].tokenizer, lineage) as writer:
             for store, source in zip(self.stores, self.plan.sources, strict=True):
-                names = store.sources
+                names, numeric = store.sources, store.numeric
                 for i in source.held_out:
-                    writer.write(store.document(i), store.id(i), names[store.codes[i]])
+                    is_number = numeric is not None and bool(numeric[i])
+                    writer.write(store.document(i), store.id(i), names[store.codes[i]], numeric=is_number)
             writer.finish({"documents": documents}, self.inputs)

@@ -2,8 +2,9 @@
 
 That of one shard is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored
 (little-endian), document lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of
-nothing where there is no such column), and of a sixth where there are duplicates (int64). That of several
-shards is xxh3-128 of theirs. Cutting documents into batches does not change it.
+nothing where there is no such column), and of further ones where there are duplicates (int64) and where ids are
+numbers (positions of their documents, int64, after the byte `n`). That of several shards is xxh3-128 of theirs.
+Cutting documents into batches does not change it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class ColumnDigest:
 
     def __init__(self) -> None:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
+        self._numbers: Any = None
+        self._documents = 0
 
     def add(
         self,
@@ -38,8 +41,9 @@ class ColumnDigest:
         sources: SourceCodes,
         epochs: Any,
         duplicates: Any,
+        numeric: NDArray[np.bool_] | None = None,
     ) -> None:
-        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None."""
+        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None, `numeric`: whose ids are numbers."""
         codes, names = sources
         terminated = [name.encode() + b"\0" for name in names]
         columns: tuple[Any, ...] = (
@@ -56,10 +60,15 @@ class ColumnDigest:
             if len(self._states) == 5:
                 self._states.append(xxhash.xxh3_128())
             self._states[5].update(np.ascontiguousarray(duplicates, "<i8").data)
+        if numeric is not None and numeric.any():
+            self._numbers = self._numbers or xxhash.xxh3_128(b"n")
+            self._numbers.update((np.flatnonzero(numeric) + self._documents).astype("<i8").data)
+        self._documents += len(lengths)
 
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
-        return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in self._states))
+        states = [*self._states, *([self._numbers] if self._numbers else [])]
+        return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in states))
 
 
 def metadata_digest(metadata: Mapping[bytes, bytes], texts: Mapping[str, str], digest: str) -> str:

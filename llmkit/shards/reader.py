@@ -46,6 +46,7 @@ class TokenStore:
         self.has_epochs = True
         self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
         self._columns: list[tuple[Any, Any]] = []  # id column, and epoch column or None, of each batch
+        self._numeric: list[NDArray[np.bool_] | None] = []  # which ids of each batch are numbers
         self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has that column, views
         self._shards: list[Shard] = []
         self._first_document: list[int] = []
@@ -99,6 +100,7 @@ class TokenStore:
                 HINT_REMAKE,
             )
         documents = tokens = 0
+        self._numeric += shard.numeric
         for batch in shard.batches:
             offsets, values = batch_tokens(batch, shard.name)
             source = batch.column("source")
@@ -162,6 +164,16 @@ class TokenStore:
     def duplicates(self) -> NDArray[np.int64] | None:
         """How often `dedup` found each document, int64 [documents]; None where that was not kept."""
         return np.concatenate(self._duplicates) if len(self._duplicates) == len(self._values) > 0 else None
+
+    @property
+    def numeric(self) -> NDArray[np.bool_] | None:
+        """Which ids are numbers in the documents, bool [documents]; None where none are."""
+        if all(flags is None for flags in self._numeric):
+            return None
+        sizes = [len(ids) for ids, _ in self._columns]
+        return np.concatenate(
+            [np.zeros(n, np.bool_) if flags is None else flags for flags, n in zip(self._numeric, sizes, strict=True)]
+        )
 
     @property
     def documents(self) -> int:

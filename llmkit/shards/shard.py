@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -28,6 +29,7 @@ TOKENIZER_TEXTS = b"llmkit.tokenizer_files"
 SEQUENCE_LENGTH = b"llmkit.sequence_length"
 STAGES = b"llmkit.stages"
 TRAILER = b"llmkit.trailer"
+NUMERIC = b"llmkit.numeric_ids"  # in the custom metadata of a batch: a bit per row
 COLUMN_TYPES = {
     "tokens": ("large_list<uint16>", "large_list<uint32>"),
     "id": ("string",),
@@ -53,6 +55,7 @@ class Shard:
         self.name = name
         self.path = path
         self.batches: list[pa.RecordBatch] = []
+        self.numeric: list[NDArray[np.bool_] | None] = []  # of each batch: which of its ids are numbers
         trailer: Any = None
         try:
             with open(path, "rb") as file:
@@ -78,6 +81,7 @@ class Shard:
                     trailer = self._json(custom[TRAILER], "trailer")
                 else:
                     self.batches.append(batch)
+                    self.numeric.append(self._flags(custom, batch.num_rows))
             remaining = source.size() - source.tell()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
@@ -113,6 +117,17 @@ class Shard:
                 raise LlmkitError(
                     f"{self.name}: column {name!r} has type {type_name}", "token shards hold " + " or ".join(types)
                 )
+
+    def _flags(self, custom: Any, rows: int) -> NDArray[np.bool_] | None:
+        if custom is None or NUMERIC not in custom:
+            return None
+        try:
+            flags = np.unpackbits(np.frombuffer(base64.b64decode(custom[NUMERIC]), np.uint8))[:rows].view(np.bool_)
+        except ValueError:
+            flags = np.zeros(0, np.bool_)
+        if len(flags) < rows:
+            raise LlmkitError(f"{self.name}: damaged (which ids are numbers)", HINT_REMAKE)
+        return flags
 
     def _json(self, text: bytes, what: str) -> Any:
         try:
@@ -200,11 +215,11 @@ def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], T
 def scan_shard(shard: Shard) -> tuple[str, int]:
     """Digest of a shard's content, computed from its documents, and its largest token id."""
     digest, largest = ColumnDigest(), 0
-    for batch in shard.batches:
+    for batch, numeric in zip(shard.batches, shard.numeric, strict=True):
         offsets, values = batch_tokens(batch, shard.name)
         source = batch.column("source")
         sources = as_numpy(source.indices), source.dictionary.to_pylist()
         optional = [as_numpy(batch.column(name)) if name in batch.schema.names else None for name in OPTIONAL_COLUMNS]
-        digest.add(values, np.diff(offsets), batch.column("id"), sources, *optional)
+        digest.add(values, np.diff(offsets), batch.column("id"), sources, *optional, numeric)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

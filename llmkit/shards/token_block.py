@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import orjson
 import xxhash
 from numpy.typing import NDArray
 
@@ -39,6 +40,9 @@ class Losses:
         )
 
 
+NO_LOSSES = Losses()
+
+
 @dataclass(slots=True)
 class TokenBlock:
     """Documents in order: `tokens` flat [sum of lengths], `lengths` int64 [n] with end-of-text, ids and sources [n]."""
@@ -52,7 +56,15 @@ class TokenBlock:
     ended: int = 0  # documents that lacked the end-of-text id
     duplicates: list[int] = field(default_factory=list)  # how often dedup found each, where that is kept
     bad: list[BadLine] = field(default_factory=list)  # lines that are not documents
-    losses: Losses = Losses()
+    losses: Losses = NO_LOSSES
+    numeric: NDArray[np.bool_] | None = None  # [n], which ids are numbers; None: none
+
+    def json_ids(self) -> list[str | orjson.Fragment]:
+        """The ids as JSON values: text, or numbers as they were."""
+        if self.numeric is None:
+            return [*self.ids]
+        numeric = self.numeric.tolist()
+        return [orjson.Fragment(id) if number else id for id, number in zip(self.ids, numeric, strict=True)]
 
     def documents(self) -> Iterator[tuple[Tokens, str, str]]:
         """(tokens, id, source) of each document."""

@@ -23,12 +23,16 @@ empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, to
 defines the digest) and in the last shard the trailer of the lineage record: a stream without it was cut off and
 is refused, as is a directory that lacks a shard.
 
+Ids that are numbers in the documents are stored as text too; the custom metadata `llmkit.numeric_ids` of a batch that
+has some marks them, in base64 a bit for each row.
+
 Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file
 into memory and copies nothing: opening reads the metadata of each batch, `span` within one batch is a view.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from collections.abc import Sequence
@@ -47,7 +51,7 @@ from llmkit.io.record import Input, Lineage
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.shards.arrow import SourceCodes, Tokens, as_arrow, encode_sources
 from llmkit.shards.digest import LINEAGE, ColumnDigest, combined_digest, metadata_digest
-from llmkit.shards.shard import SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
+from llmkit.shards.shard import NUMERIC, SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
@@ -130,7 +134,9 @@ class ShardWriter:
         """The directory that is being filled, under its temporary name; None for other outputs."""
         return self._directory
 
-    def write(self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0) -> None:
+    def write(
+        self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0, *, numeric: bool = False
+    ) -> None:
         """Append one document."""
         self.extend(
             np.asarray(tokens),
@@ -138,6 +144,7 @@ class ShardWriter:
             as_arrow([id]),
             encode_sources([source]),
             np.array([epoch], np.int32),
+            numeric=np.array([numeric]),
         )
 
     def extend(
@@ -148,9 +155,10 @@ class ShardWriter:
         sources: SourceCodes,
         epochs: NDArray[np.int32] | None = None,
         duplicates: NDArray[np.int64] | None = None,
+        numeric: NDArray[np.bool_] | None = None,
     ) -> None:
         """Append n documents: `tokens` flat [sum of lengths], and for each document [n] its length, id, source,
-        how often it was seen before (`epochs`), and how often `dedup` found it.
+        how often it was seen before (`epochs`), how often `dedup` found it, and whether its id is a number.
 
         Writes the same bytes as n calls of `write`. Nothing is copied before its batch is full: arrays must not
         change until `finish`.
@@ -158,6 +166,7 @@ class ShardWriter:
         ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
         duplicates = np.ones(len(ends), np.int64) if duplicates is None else duplicates
+        numeric = np.zeros(len(ends), np.bool_) if numeric is None else numeric
         first = start = 0  # next document and token
         while first < len(ends):
             full = int(np.searchsorted(ends, start + self.batch_room)) + 1
@@ -175,6 +184,7 @@ class ShardWriter:
             self._codes.append(self._shard_codes(codes[first:end], names))
             self._epoch_numbers.append(epochs[first:end])
             self._duplicate_numbers.append(duplicates[first:end])
+            self._numeric.append(numeric[first:end])
             self._pending_documents += end - first
             self._pending_tokens += stop - start
             self._shard_tokens += stop - start
@@ -229,6 +239,7 @@ class ShardWriter:
         self._codes: list[NDArray[np.int32]] = []
         self._epoch_numbers: list[NDArray[np.int32]] = []
         self._duplicate_numbers: list[NDArray[np.int64]] = []
+        self._numeric: list[NDArray[np.bool_]] = []
         self._pending_documents = self._pending_tokens = 0
 
     def _shard_codes(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
@@ -268,8 +279,10 @@ class ShardWriter:
             pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._source_codes))),
             *(as_arrow(numbers) for numbers in (epochs, duplicates) if numbers is not None),
         ]
-        self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates)
+        numeric = np.concatenate(self._numeric)
+        marks = {NUMERIC: base64.b64encode(np.packbits(numeric))} if numeric.any() else None
+        self._stream.write_batch(pa.record_batch(columns, schema=self._schema), custom_metadata=marks)
+        self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates, numeric)
         self._shard_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)

@@ -23,7 +23,7 @@ from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
-from llmkit.shards.token_block import BLOCK_TOKENS, Losses, TokenBlock, check_file, check_ids
+from llmkit.shards.token_block import BLOCK_TOKENS, NO_LOSSES, Losses, TokenBlock, check_file, check_ids
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.encoder import decode_documents
 from llmkit.tokens.losses import mark_unknown, unknown_id
@@ -47,7 +47,7 @@ class TokenCounts:
     empty: int = 0
     ended: int = 0
     bad_lines: int = 0
-    losses: Losses = Losses()
+    losses: Losses = NO_LOSSES
     sources: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, block: TokenBlock) -> int:
@@ -197,7 +197,7 @@ def end_documents(block: TokenBlock, info: TokenizerInfo, *, flat: bool, lossy: 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
     """Documents in stored order, without the padding of packed ones."""
-    first, names = 0, store.sources
+    first, names, numeric = 0, store.sources, store.numeric
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
     while first < store.documents:
         limit = int(store.offsets[first]) + BLOCK_TOKENS
@@ -210,6 +210,7 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
             lengths[mask],
             [store.id(first + i) for i in np.flatnonzero(mask).tolist()],
             [source or names[code] for code in store.codes[first:stop][mask]],
+            numeric=None if numeric is None else numeric[first:stop][mask],
         )
         first = stop
 
@@ -217,7 +218,8 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
 def token_lines(block: TokenBlock) -> bytes:
     """One line {"id", "source", "tokens"} per document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    rows = ({"id": id, "source": source, "tokens": tokens} for tokens, id, source in block.documents())
+    documents = zip(block.json_ids(), block.documents(), strict=True)
+    rows = ({"id": id, "source": source, "tokens": tokens} for id, (tokens, _, source) in documents)
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
@@ -231,7 +233,7 @@ def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
     def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
         texts = decode_documents(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
-        rows = zip(block.ids, texts, block.sources, strict=True)
+        rows = zip(block.json_ids(), texts, block.sources, strict=True)
         return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for id, text, name in rows)
 
     return lines

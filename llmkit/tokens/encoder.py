@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.io.documents import Chunk, ReadOptions, parse
@@ -70,6 +71,7 @@ class DocumentEncoder:
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
         names = [document.id for document in kept]
+        numeric = np.fromiter((document.has_numeric_id for document in kept), np.bool_, len(kept))
         sources = [self._options.source or self._source_of(document.fields, document.file) for document in kept]
         if self._options.fim or self._start:
             parts = map(self._segments, texts, names, sources)
@@ -81,6 +83,7 @@ class DocumentEncoder:
         block = TokenBlock(
             flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=duplicates, bad=bad
         )
+        block.numeric = numeric if numeric.any() else None
         if self._losses:
             block.losses = self._losses(texts, names, flat, lengths, 1 + len(self._start))
         return block

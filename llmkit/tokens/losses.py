@@ -30,7 +30,7 @@ PROBES = {
     "upper case": ("AaBB",),
     "accents": ("éñ",),
     "combining accents": ("e\u0301",),
-    "ligatures, superscripts and full-width characters": ("ﬁ²Ａ",),
+    "ligatures, superscripts and full-width characters": ("ﬁ²ａ",),
     "control characters": ("a\0b\ufeffc",),
 }
 EXAMPLE = 40  # characters of an example

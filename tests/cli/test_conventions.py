@@ -64,11 +64,12 @@ def test_unknown_names_get_a_suggestion(llmkit, docs: Path) -> None:
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_every_command_has_the_shared_options_and_examples(llmkit, command: str) -> None:
-    """Property: every command has the shared options and at least two examples."""
+    """Property: every command has the shared options and at least two examples; --help shows some of its own options."""
     text = llmkit(command, "--help-all").stdout.decode()
     for flag in ("-o,", "-f,", "-n,", "-q,", "-v,", "-j,", "-c,", "--seed", "--json", "--summary", "-h,", "-V,"):
         assert flag in text, flag
     assert text.count(f"  llmkit {command}") >= 2
+    assert ("\nOptions:\n" in llmkit(command, "--help").stdout.decode()) == ("\nOptions:\n" in text)
 
 
 def test_version(llmkit) -> None:

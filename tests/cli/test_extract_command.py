@@ -130,3 +130,22 @@ def test_a_file_for_each_input(llmkit, crawl: Path) -> None:
     again = json.loads(llmkit(*command, "--resume", cwd=crawl).stderr.splitlines()[-1])
     assert (again["files"], again["up_to_date"], again["documents"]) == (1, 1, 37)
     assert (crawl / "pages" / "a.jsonl.zst").read_bytes() == whole
+
+
+def test_ids_of_files_of_one_name(llmkit, tmp_path: Path) -> None:
+    """Behaviour: files of one name get ids of their own, which depend on their order and not on their directories: laid
+    out as the script of the lineage demands, they give the same bytes. The first keeps its id."""
+    for place in ("a", "b", "c/d"):
+        (tmp_path / "p" / place).mkdir(parents=True)
+        (tmp_path / "p" / place / "x.html").write_text(f"<p>{STORY}{place}</p>")
+    (tmp_path / "p" / "c" / "y.html").write_text(f"<p>{STORY}</p>")
+    assert llmkit("extract", "p", "-o", "o.jsonl.zst", cwd=tmp_path).returncode == 0
+    lines = llmkit("dedup", "o.jsonl.zst", "--method", "exact", "--plain", cwd=tmp_path).stdout.splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["x.html", "2/x.html", "3/x.html", "y.html"]
+    for source, target in (("a", "in"), ("b", "in/2"), ("c/d", "in/3")):
+        (tmp_path / target).mkdir(exist_ok=True)
+        (tmp_path / "p" / source / "x.html").rename(tmp_path / target / "x.html")
+    (tmp_path / "p" / "c" / "y.html").rename(tmp_path / "in" / "y.html")
+    files = ["in/x.html", "in/2/x.html", "in/3/x.html", "in/y.html"]
+    assert llmkit("extract", *files, "-o", "o2.jsonl.zst", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o.jsonl.zst").read_bytes() == (tmp_path / "o2.jsonl.zst").read_bytes()

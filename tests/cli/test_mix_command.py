@@ -220,3 +220,16 @@ def test_documents_by_directory_and_tokenizer(llmkit, texts: Path, small_tokeniz
     (texts / "all" / "z.jsonl").write_bytes(b"{}\n")
     bad = llmkit("mix", "all/", cwd=texts)
     assert bad.returncode == 1 and b"z.jsonl:1: no field 'text'" in bad.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--tokens", "2k"]])
+def test_missed_weights_are_reported(llmkit, place: Path, options: list[str]) -> None:
+    """Behaviour: shares that miss the weights by over 1 % are warned of, with those reached; exact ones are not."""
+    call = ("mix", "web/:0.5", "wiki/:0.5", *options, "--seed", "3", "-o", "m", "-f")
+    done = llmkit(*call, cwd=place)
+    assert done.returncode == 0, done.stderr
+    store = TokenStore.open(str(place / "m"))
+    web = sum(len(store.document(i)) for i in range(store.documents) if store.source(i) == "web") / store.tokens
+    missed = abs(web - 0.5) > 0.005
+    assert missed == (f"shares are web/ {web:.2%} instead of 50.00%".encode() in done.stderr)
+    assert b"shares are" not in llmkit(*call, "--cut-last", cwd=place).stderr

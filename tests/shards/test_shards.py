@@ -320,3 +320,34 @@ def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -
         load_tokenizer_info(tmp_path / "bare")
     layout = {**small_tokenizer, "tokenizer.json": small_tokenizer["tokenizer.json"].replace(" ", "  ", 1)}
     assert parse_tokenizer(layout, "x").digest == parse_tokenizer(small_tokenizer, "y").digest
+
+
+def test_numeric_ids_stay_numbers(llmkit: Callable[..., Any], tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: ids that are numbers are numbers in JSON lines of ids and of texts, straight and through shards, mixes
+    and held-out parts."""
+    texts = [b"7", b'"7"', b"18446744073709551617", b"1.5", b'"a"', b"null", b"true", b"-3"] * 40
+    rows = [b'{"id":%s,"text":"a %d"}\n' % (id, i) for i, id in enumerate(texts)]
+    (tmp_path / "d.jsonl").write_bytes(b"".join(rows))
+    (tmp_path / "tok").mkdir()
+    for name, text in small_tokenizer.items():
+        (tmp_path / "tok" / name).write_text(text)
+    for call in (
+        ("tokenize", "d.jsonl", "-t", "tok", "-o", "s", "--max-tokens-per-shard", "200"),
+        ("mix", "s", "--holdout", "20%", "-o", "m"),
+        ("tokenize", "d.jsonl", "-t", "tok", "--to", "jsonl", "-o", "direct.jsonl"),
+        *(("tokenize", name, "--to", "jsonl", "-o", f"{out}.jsonl") for name, out in (("s", "s"), ("m", "m"), ("m/heldout", "h"))),
+        ("tokenize", "--decode", "s", "-o", "texts.jsonl"),
+    ):  # fmt: skip
+        done = llmkit(*call, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+    def ids(*names: str) -> list[bytes]:
+        lines = b"".join((tmp_path / name).read_bytes() for name in names).splitlines()
+        return [line.partition(b":")[2].partition(b",")[0] for line in lines]
+
+    expected = [b'"True"' if id == b"true" else id for id in texts if id != b"null"]
+    direct = ids("direct.jsonl")
+    assert [id for id in direct if len(id) < 30] == expected
+    assert ids("s.jsonl") == direct == ids("texts.jsonl")
+    assert sorted(ids("m.jsonl", "h.jsonl")) == sorted(direct) and ids("h.jsonl")
+    TokenStore.open([str(tmp_path / "s"), str(tmp_path / "m")]).verify()

@@ -131,7 +131,11 @@ def test_files_of_exports_are_named(tmp_path: Path, llmkit: Command, options: li
     assert done.stderr.endswith(f"written to {' and '.join(names)}; not kept: ids, sources\n".encode())
     assert b": 1 document, 2 tokens" in done.stderr
     assert b"made from" in llmkit("lineage", "corpus.bin", cwd=tmp_path).stderr
-    for command in (["mix", "corpus.bin"], ["tokenize", "corpus.bin", "-t", "."], ["tokenize", "--decode", "corpus.bin"]):
+    for command in (
+        ["mix", "corpus.bin"],
+        ["tokenize", "corpus.bin", "-t", "."],
+        ["tokenize", "--decode", "corpus.bin"],
+    ):
         assert b"--from FORMAT" in llmkit(*command, cwd=tmp_path).stderr
 
 

@@ -99,9 +99,7 @@ def main(
         bool,
         typer.Option("--lossy", help="Export packed or cut documents to formats that cannot mark them as such"),
     ] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Print documents, tokens and bytes by source"), COMMON
-    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print documents, tokens and bytes by source"), COMMON] = False,
     keep_duplicates: Annotated[
         bool, typer.Option("--keep-duplicates", help="Keep the duplicate counts of dedup, for mix --weight-by")
     ] = False,
@@ -366,8 +364,7 @@ def _open_writer(
 
     def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
-        shards.extend(
-            block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources), duplicates=duplicates
-        )
+        columns = block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources)
+        shards.extend(*columns, duplicates=duplicates, numeric=block.numeric)
 
     return shards, put

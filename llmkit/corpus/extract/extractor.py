@@ -106,8 +106,8 @@ class PageReader:
     """Reads the pages of files.
 
     `rows` are the options for JSON lines, including the field that holds the page; with `verify`, records with a wrong
-    digest are broken; with `allow_empty`, an archive without any page is no error. `names` replace those of files in ids
-    (`distinct_names`).
+    digest are broken; with `allow_empty`, an archive without any page is no error. `names` replace those of files in
+    ids (`distinct_names`).
     """
 
     rows: ReadOptions

@@ -161,7 +161,7 @@ def is_leading(data, i, width, table):  # type: ignore[no-untyped-def]
 def has_accents(out, n):  # type: ignore[no-untyped-def]
     """Whether the last of `n` bytes belongs to a letter of the kind that has accents."""
     code, _ = decode(out, start_of(out, n - 1))
-    for start, stop in ACCENTED:
+    for start, stop in ACCENTED:  # noqa: SIM110, any() is not compiled
         if start <= code < stop:
             return True
     return False
