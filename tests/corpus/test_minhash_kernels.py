@@ -42,6 +42,7 @@ PIECES = [
     "\u302f",
     "\u1b44",
 ]
+PIECES += [*"$–—'´\"”:_．，：кηがא்ไ", "\u3099", "\u093c", "\u094d", "\u05b8", "\u0e49", "\u0338", "\ufe0f"]
 PIECES += [
     "\U0001d165",
     "\U0001d16d",
@@ -98,9 +99,9 @@ def test_every_character_alone_and_inside(how: str) -> None:
                 left_to_python.append(text)
             else:
                 assert found == comparable(how)(text).encode(), ascii(text)
-    assert ("accents" in how or how == "loose") == (len(left_to_python) > 0) and len(left_to_python) < 200
-    for text in left_to_python:
-        kept = [c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"]
+    assert ("accents" in how or how == "loose") == (len(left_to_python) > 0) and len(left_to_python) < 1000
+    for text in left_to_python:  # they hold marks in another order than the canonical one, or signs that are no marks
+        kept = [c for c in unicodedata.normalize("NFD", text) if how != "loose" or unicodedata.category(c) != "Mn"]
         assert any(map(unicodedata.combining, kept))
 
 

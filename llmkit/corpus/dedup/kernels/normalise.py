@@ -49,7 +49,8 @@ class Tables(NamedTuple):
 
     `fast`: uint8[256], the byte that each byte becomes regardless of its neighbours, 0 if that is not known from it.
     `table`: int32[0x110000], what each character becomes; a value above 0 is 16 · offset + length of the replacement in
-    `pool`, uint8[...], which is followed by the combining class of its last character.
+    `pool`, uint8[...], which is followed by the combining class of its last character, and by 1 if it begins with a
+    nonspacing mark.
     """
 
     fast: Bytes
@@ -84,7 +85,7 @@ def tables(how: str, marks_first: bool) -> Tables:
             elif old != new:
                 if new not in entry_of:
                     entry_of[new] = 16 * len(pool) + len(new.encode())
-                    pool += new.encode() + bytes([unicodedata.combining(new[-1])])
+                    pool += new.encode() + bytes([unicodedata.combining(new[-1]), unicodedata.category(new[0]) == "Mn"])
                 table[code] = entry_of[new]
     if normalise.keeps_numbers(parts):
         for mark in normalise.WITHIN:
@@ -206,10 +207,13 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
                 order, marks_end = COMBINING - action, i + width
                 action = SAME
         if action > 0:
-            for k in range(action >> 4, (action >> 4) + (action & 15)):
+            end = (action >> 4) + (action & 15)
+            if pool[end + 1] and has_accents(out, n):
+                return out[1:n], False
+            for k in range(action >> 4, end):
                 out[n] = pool[k]
                 n += 1
-            order, marks_end = np.int64(pool[(action >> 4) + (action & 15)]), i + width
+            order, marks_end = np.int64(pool[end]), i + width
         elif action == ZERO:
             out[n] = 0x30
             n += 1
