@@ -220,6 +220,6 @@ def scan_shard(shard: Shard) -> tuple[str, int]:
         source = batch.column("source")
         sources = as_numpy(source.indices), source.dictionary.to_pylist()
         optional = [as_numpy(batch.column(name)) if name in batch.schema.names else None for name in OPTIONAL_COLUMNS]
-        digest.add(values, np.diff(offsets), batch.column("id"), sources, *optional, numeric)
+        digest.add(values, np.diff(offsets), batch.column("id"), sources, optional[0], optional[1], numeric)
         largest = max(largest, int(values.max(initial=0)))
     return digest.result(), largest

@@ -280,7 +280,7 @@ class ShardWriter:
             *(as_arrow(numbers) for numbers in (epochs, duplicates) if numbers is not None),
         ]
         numeric = np.concatenate(self._numeric)
-        marks = {NUMERIC: base64.b64encode(np.packbits(numeric))} if numeric.any() else None
+        marks = {NUMERIC: base64.b64encode(np.packbits(numeric).tobytes())} if numeric.any() else None
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema), custom_metadata=marks)
         self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates, numeric)
         self._shard_documents += len(lengths)

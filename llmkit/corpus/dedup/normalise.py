@@ -32,7 +32,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import dropwhile
+from itertools import dropwhile, groupby
 
 from llmkit.corpus.words import PUNCTUATION
 from llmkit.errors import UsageError, unknown_name
@@ -51,12 +51,19 @@ WITHIN = LEADING + TRAILING + ":：_"
 _DIGITS = rf"\d+(?:[{WITHIN}]\d+)*[{TRAILING}]?"
 _NUMBER = r"\d+(?:[.,\u060c\u066b\u2396\u2397\u2398]\d+)?"
 _numbers = re.compile(_NUMBER)
-# Blocks of the letters that have accents: Latin, Greek and Cyrillic.
-ACCENTED = ((0x41, 0x5B), (0x61, 0x7B), (0xC0, 0xD7), (0xD8, 0xF7), (0xF8, 0x2B0), (0x370, 0x3F6), (0x3F7, 0x482))
-ACCENTED += ((0x48A, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000), (0x2C60, 0x2C80), (0xA640, 0xA66F), (0xA680, 0xA69E))
-ACCENTED += ((0xA720, 0xA800), (0xAB30, 0xAB70))
-_LETTERS = "".join(f"{chr(start)}-{chr(stop - 1)}" for start, stop in ACCENTED)
+# Blocks with the letters that have accents: Latin, Greek and Cyrillic.
+_BLOCKS = (
+    *((0x41, 0x2B0), (0x370, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000)),
+    *((0x2C60, 0x2C80), (0xA640, 0xA6A0), (0xA720, 0xA800), (0xAB30, 0xAB70)),
+)
+_LETTERS = "".join(filter(str.isalpha, (chr(code) for block in _BLOCKS for code in range(*block))))
 _after_letter = re.compile(rf"(?<=[{_LETTERS}])[^\w\s\x00-\u02ff]+")
+# The same letters as ascending ranges of code points.
+ACCENTED = tuple(
+    (ord(run[0]), ord(run[-1]) + 1)
+    for _, group in groupby(enumerate(_LETTERS), key=lambda item: ord(item[1]) - item[0])
+    if (run := [letter for _, letter in group])
+)
 # Where mathematical symbols are; looking at every character would take 0.2 s.
 _WITH_SYMBOLS = ((0, 0x3000), (0xFB29, 0xFB2A), (0xFE62, 0xFFED), (0x1D6C1, 0x1D7C4), (0x1EEF0, 0x1EEF2))
 

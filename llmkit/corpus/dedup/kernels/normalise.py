@@ -150,7 +150,7 @@ def is_leading(data, i, width, table):  # type: ignore[no-untyped-def]
         if i >= len(data):
             return False
         code, width = decode(data, i)
-        action = np.int64(table[code])
+        action = int(table[code])
         if action == DIGIT:
             return True
         if not COMBINING < action <= PART or not (PART - action) & LEADING:
@@ -162,9 +162,9 @@ def is_leading(data, i, width, table):  # type: ignore[no-untyped-def]
 def has_accents(out, n):  # type: ignore[no-untyped-def]
     """Whether the last of `n` bytes belongs to a letter of the kind that has accents."""
     code, _ = decode(out, start_of(out, n - 1))
-    for start, stop in ACCENTED:  # noqa: SIM110, any() is not compiled
-        if start <= code < stop:
-            return True
+    for start, stop in ACCENTED:
+        if code < stop:
+            return code >= start
     return False
 
 
@@ -179,7 +179,7 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
     out[0] = previous = np.uint8(0x20)  # so that leading spaces follow a space and are dropped
     n, i = 1, 0
     number_end = marks_end = -1  # bytes after the last digit and after the last combining mark that was copied
-    order = np.int64(0)  # combining class of that mark
+    order = 0  # combining class of that mark
     while i < size:
         new = fast[data[i]]
         if new:
@@ -189,7 +189,7 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
             i += 1
             continue
         code, width = decode(data, i)
-        action = np.int64(table[code])
+        action = int(table[code])
         if COMBINING < action <= PART:
             roles = PART - action
             if i == number_end and (roles & TRAILING or is_digit(data, i + width, table)):
@@ -213,7 +213,7 @@ def normalised(data, fast, table, pool):  # type: ignore[no-untyped-def]
             for k in range(action >> 4, end):
                 out[n] = pool[k]
                 n += 1
-            order, marks_end = np.int64(pool[end]), i + width
+            order, marks_end = int(pool[end]), i + width
         elif action == ZERO:
             out[n] = 0x30
             n += 1
