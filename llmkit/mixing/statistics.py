@@ -33,7 +33,7 @@ def mix_counts(
     """The counts of a mix for its summary, those in `TABLES` as rows.
 
     `order` is not packed; `packed` is the same order after best-fit packing, where that was requested. Calls
-    `warn` for each source from which a stage takes nothing, and for each number of tokens that is missed by over 1 %.
+    `warn` for each source from which a stage takes nothing, and for tokens and shares that are missed by over 1 %.
     """
     stages = stage_rows(order, request.paths, request.stages)
     sources = source_rows(order, request.paths, lengths, copies)

@@ -43,7 +43,7 @@ FAMILY = 40
 OPERATORS = ["+", "-", "*", "/", "%", "==", "<", ">", "|", "&", "^", "<=", ">=", "~"]
 THINGS = ["apples", "pears", "books", "coins", "stamps"]
 PIECES = [*"aZ09.,٣ \t\n-’ΣéİßA가+*=<>|~%^&/(){}[]#$@!?:;_\"'≠×日。％～", "１", "\u0301", "1.5", "Über", "the "]
-INTENDED = """Not equal, by intention: a number that counts keeps its decimals (`1.5`; datatrove `1 5`); a symbol that counts keeps its stroke (`≠`; datatrove `=`); if
+INTENDED = """Not equal, by intention: a number that counts keeps the marks in it (`1.5`; datatrove `1 5`); a symbol that counts keeps its stroke (`≠`; datatrove `=`); if
 whitespace counts, line breaks stay line breaks under removal of marks (datatrove: spaces), and the ends are not stripped."""
 PARITY = """
 import itertools, json, sys

@@ -68,9 +68,10 @@ def main(
 ) -> None:
     """Remove duplicates. One document of each cluster is kept, by default the first in input order.
 
-    minhash finds documents that share most of their word 5-grams, regardless of case, diacritics and the marks of
-    prose. Numbers and operators (+ - * / % = < > & | ^ ~) count as words do: a page in which one number was edited is a
-    near copy, a table with other numbers or a function with other operators is not. Candidates are found by 112 hash
+    minhash finds documents that share most of their word 5-grams, regardless of case, the diacritics of Latin, Greek
+    and Cyrillic letters, and the marks of prose. Numbers, with the marks in them (1,234.5, 10:30, $.5), and operators
+    (+ - * / % = < > & | ^ ~) count as words do: a page in which one number was edited is a near copy, a table with
+    other numbers or a function with other operators is not. Candidates are found by 112 hash
     functions in 14 bands of 8 (other bands for other thresholds) and verified: every removed document has a kept one
     whose Jaccard similarity is at least --threshold. Pairs just above the threshold may be missed, equal texts never.
     Texts of fewer than 5 words are compared as a whole, after the same normalisation. exact compares texts, or a field,

@@ -13,9 +13,10 @@
 
 What is a near copy? Numbers and operators are part of the shingles, and count as much as words: another number changes
 the 5 shingles around it. A page with one number edited is therefore a near copy; a table, a log or a list of exercises
-with other numbers is not, nor is a function with other operators. Case, diacritics, whitespace and the marks of prose
-do not count, since copies often differ in them. FineWeb's and datatrove's choice, `loose`, makes all numbers equal and
-drops all marks; what it removes beyond ours is measured in tests/bench/dedup_numbers.md.
+with other numbers is not, nor is a function with other operators. Case, the diacritics of Latin, Greek and Cyrillic
+letters, whitespace and the marks of prose outside numbers do not count, since copies often differ in them. FineWeb's
+and datatrove's choice, `loose`, makes all numbers equal and drops all marks; what it removes beyond ours is measured in
+tests/bench/dedup_numbers.md.
 
 Cost: compiled; figures for both widths are in tests/bench/minhash_recall.md.
 """
