@@ -32,16 +32,7 @@ import xxhash
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.digest import digest_bytes, digest_damaged
-from llmkit.io.inputs import (
-    STDIN,
-    UTF8_BOM,
-    display_name,
-    hint_for_first_line,
-    is_remote,
-    open_raw,
-    peek_stdin,
-    refuse_archive,
-)
+from llmkit.io.inputs import STDIN, UTF8_BOM, display_name, is_remote, line_hint, open_raw, peek_stdin, refuse_archive
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, join_notes
 from llmkit.io.splice import (
@@ -173,11 +164,6 @@ class Document:
             beyond_64_bits = type(value) is float and abs(value) >= 1 << 63
             return raw_values(self._stored)[self._options.id_key].decode() if beyond_64_bits else str(value)
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
-
-    @property
-    def has_numeric_id(self) -> bool:
-        """Whether the id field holds a number, of which `id` is the text in JSON."""
-        return type(self.fields.get(self._options.id_key)) in (int, float)
 
     def value(self, path: str) -> Any:
         """The value of a field, with dots for nested fields; integers are exact, also those beyond 64 bits."""
@@ -421,8 +407,7 @@ class DocumentReader:
             first = bad[0]
             raise LlmkitError(
                 f"{first.file}:{first.line}: {first.reason}",
-                (hint_for_first_line(first.file, first.raw) if first.line == 1 else "")
-                or "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file",
+                line_hint(first.file, first.line, first.raw),
             ) from (WorkerError(first.trace) if first.trace else None)
         self.bad += len(bad)
         if self._line_quarantine:

@@ -217,11 +217,13 @@ def holds_ids(name: str) -> bool:
     return name.endswith((".bin", ".idx"))
 
 
-def hint_for_first_line(name: str, line: bytes) -> str:
-    """How a file becomes documents whose first line is not JSON; "" if it begins like JSON."""
-    if holds_ids(name):
+def line_hint(name: str, number: int, line: bytes) -> str:
+    """What to do about a line that is not a document: how the file becomes documents if it does not begin like JSON."""
+    if number == 1 and holds_ids(name):
         return HINT_IDS
-    return "" if line.lstrip()[:1] in b"{[" else "text files and pages become documents by: llmkit extract FILE"
+    if number == 1 and line.lstrip()[:1] not in b"{[":
+        return "text files and pages become documents by: llmkit extract FILE"
+    return "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file"
 
 
 def display_name(path: str) -> str:

@@ -71,7 +71,8 @@ class DocumentEncoder:
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
         names = [document.id for document in kept]
-        numeric = np.fromiter((document.has_numeric_id for document in kept), np.bool_, len(kept))
+        id_types = [type(document.fields.get(self._read_options.id_key)) for document in kept]
+        numeric = np.array([kind in (int, float) for kind in id_types], np.bool_)
         sources = [self._options.source or self._source_of(document.fields, document.file) for document in kept]
         if self._options.fim or self._start:
             parts = map(self._segments, texts, names, sources)

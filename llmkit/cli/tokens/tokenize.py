@@ -124,9 +124,9 @@ def main(
 
     -o DIRECTORY writes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer
     inside; without -o a stream goes to stdout. Every document ends with the end-of-text token; documents without text
-    are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special. Parts of
-    texts for which the tokenizer has no tokens are counted, with a warning; so is what it changes, such as upper case.
-    If it has no tokens for any of the texts, nothing is written.
+    are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
+    Parts of texts for which the tokenizer has no tokens are counted, with a warning, and what it changes (such as upper
+    case) is named. If it has no tokens for any of the texts, nothing is written.
 
     Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
     --from. --to writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is
