@@ -128,8 +128,9 @@ def unknown_id(info: TokenizerInfo) -> int | None:
     return None if coverage.complete else coverage.unknown
 
 
-def changes(info: TokenizerInfo) -> list[str]:
-    """What encoding and decoding change although the vocabulary has tokens for it, as `PROBES` names it.
+def changes(info: TokenizerInfo, *, stored: bool = False) -> list[str]:
+    """What encoding and decoding change although the vocabulary has tokens for it, as `PROBES` names it. For `stored`
+    ids, which leave nothing to count, also that characters without tokens were dropped, if the tokenizer does that.
 
     LlmkitError where tokenizer.json does not load.
     """
@@ -151,7 +152,8 @@ def changes(info: TokenizerInfo) -> list[str]:
             return normal.replace("▁", " ")  # what it lacks is counted, and hides the rest
         return str(library.decode(ids, skip_special_tokens=False))
 
-    return [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
+    found = [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
+    return found + ["characters that it has no tokens for"] * (stored and coverage.drops)
 
 
 def _differs(one: str, other: str, name: str) -> bool:

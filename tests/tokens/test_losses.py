@@ -109,6 +109,8 @@ def test_losses_are_reported(tmp_path: Path, llmkit: Command) -> None:
     done = llmkit("tokenize", "d.jsonl", "-t", "gap", "-o", "gap-s", "-j", "2", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr.count(b"warning") == 1
     assert b"no tokens for 2 pieces of text, in 1 of 2 documents: the first is '\xc3\xa9' in 'b'" in done.stderr
+    done = llmkit("tokenize", "--decode", "gap-s", "--plain", cwd=tmp_path)
+    assert b"changes texts" in done.stderr and b"characters that it has no tokens for" in done.stderr
     done = llmkit("tokenize", "d.jsonl", "-t", "word", "-o", "word-s", "--json", cwd=tmp_path)
     assert b"warning: word changes texts" in done.stderr and b"upper case" in done.stderr
     summary = json.loads(done.stderr.splitlines()[-1])

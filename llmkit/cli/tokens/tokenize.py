@@ -277,14 +277,14 @@ def _read_stored(
         return None
     stream = read_stored(kind, paths, info, source, target, lossy)
     if target == "documents":
-        _warn_of_changes(run, stream[0], str(path or "the tokenizer"))
+        _warn_of_changes(run, stream[0], str(path or "the tokenizer"), stored=True)
     return stream
 
 
-def _warn_of_changes(run: Run, info: TokenizerInfo, name: str) -> None:
+def _warn_of_changes(run: Run, info: TokenizerInfo, name: str, *, stored: bool = False) -> None:
     from llmkit.tokens.losses import changes
 
-    if changed := changes(info):
+    if changed := changes(info, stored=stored):
         run.warn(f"{name} changes texts, so that they do not decode to themselves: {', '.join(changed)}")
 
 
