@@ -49,6 +49,7 @@ MAX_LEADING = 3  # as in –$.5
 LEADING, TRAILING = ".,$–—．，", "'’´\"”$"
 WITHIN = LEADING + TRAILING + ":：_"
 _DIGITS = rf"\d+(?:[{WITHIN}]\d+)*[{TRAILING}]?"
+_WHOLE_NUMBER = rf"[{LEADING}]{{0,{MAX_LEADING}}}{_DIGITS}"
 _NUMBER = r"\d+(?:[.,\u060c\u066b\u2396\u2397\u2398]\d+)?"
 _numbers = re.compile(_NUMBER)
 # Blocks with the letters that have accents: Latin, Greek and Cyrillic.
@@ -56,14 +57,14 @@ _BLOCKS = (
     *((0x41, 0x2B0), (0x370, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000)),
     *((0x2C60, 0x2C80), (0xA640, 0xA6A0), (0xA720, 0xA800), (0xAB30, 0xAB70)),
 )
-_LETTERS = "".join(filter(str.isalpha, (chr(code) for block in _BLOCKS for code in range(*block))))
-_after_letter = re.compile(rf"(?<=[{_LETTERS}])[^\w\s\x00-\u02ff]+")
-# The same letters as ascending ranges of code points.
-ACCENTED = tuple(
-    (ord(run[0]), ord(run[-1]) + 1)
-    for _, group in groupby(enumerate(_LETTERS), key=lambda item: ord(item[1]) - item[0])
-    if (run := [letter for _, letter in group])
+_letters = [code for block in _BLOCKS for code in range(*block) if chr(code).isalpha()]
+ACCENTED = tuple(  # the letters as ascending ranges
+    (run[0][1], run[-1][1] + 1)
+    for _, items in groupby(enumerate(_letters), key=lambda item: item[1] - item[0])
+    if (run := list(items))
 )
+_accented = "".join(f"{chr(start)}-{chr(stop - 1)}" for start, stop in ACCENTED)
+_after_letter = re.compile(rf"(?<=[{_accented}])[^\w\s\x00-\u02ff]+")
 # Where mathematical symbols are; looking at every character would take 0.2 s.
 _WITH_SYMBOLS = ((0, 0x3000), (0xFB29, 0xFB2A), (0xFE62, 0xFFED), (0x1D6C1, 0x1D7C4), (0x1EEF0, 0x1EEF2))
 
@@ -136,7 +137,7 @@ def _apply(parts: frozenset[str], marks_first: bool, text: str) -> str:
         text = _numbers.sub("0", text)
     dropped, marks = _blanked(parts), _mark_patterns(parts)
     if dropped:
-        number = rf"[{LEADING}]{{0,{MAX_LEADING}}}{_DIGITS}" if keeps_numbers(parts) else _NUMBER
+        number = _WHOLE_NUMBER if keeps_numbers(parts) else _NUMBER
         pieces = [text] if "numbers" in parts else re.split(f"({number})", text)
         text = "".join(piece if i % 2 else piece.translate(dropped) for i, piece in enumerate(pieces))
     if marks_first and marks:

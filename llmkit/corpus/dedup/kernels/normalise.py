@@ -8,8 +8,8 @@ definition stays there. What depends on more than one character is done here, ex
   separator; where punctuation does not count, the marks that are part of a number are told by their neighbours;
 - marks that count, which precede the next word without spaces (`normalise.comparable`);
 - combining marks: dropped after a letter that has accents, else copied. Where canonical decomposition would reorder
-  them, the kernel stops, and the Python function has to normalise the text; so it does at 38 characters that are not
-  nonspacing marks but are reordered too (among them signs of Javanese and Balinese, and of musical notation);
+  them, the kernel stops, and the Python function has to normalise the text; so it does at 45 rare characters (among
+  them signs of Javanese and Balinese, and of musical notation);
 - the capital sigma, whose lower case differs at the end of a word: `utf8` lower-cases a text that contains one
   in Python, which is correct because lower-casing twice changes nothing.
 
