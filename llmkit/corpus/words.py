@@ -27,6 +27,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 from llmkit.errors import LlmkitError
 from llmkit.registry import Registry
@@ -55,6 +56,17 @@ def _characters(ranges: str) -> frozenset[str]:
 
 TERMINALS = _characters(_TERMINALS)  # 159 marks that end a sentence
 PUNCTUATION = _characters(_PUNCTUATION)  # 129 marks that normalisation turns into spaces
+_BLOCKS = (
+    *((0x41, 0x2B0), (0x370, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000)),
+    *((0x2C60, 0x2C80), (0xA640, 0xA6A0), (0xA720, 0xA800), (0xAB30, 0xAB70)),
+)
+_letters = [code for block in _BLOCKS for code in range(*block) if chr(code).isalpha()]
+ACCENTED = tuple(  # the letters that have accents, Latin, Greek and Cyrillic, as ascending ranges of code points
+    (run[0][1], run[-1][1] + 1)
+    for _, items in groupby(enumerate(_letters), key=lambda item: item[1] - item[0])
+    if (run := list(items))
+)
+MAX_LEADING = 3  # marks before the digits of a number that belong to it, as in –$.5
 MARKS = TERMINALS | PUNCTUATION  # 281 marks; a word that consists of these is a symbol
 
 

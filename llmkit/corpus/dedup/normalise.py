@@ -32,9 +32,9 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import dropwhile, groupby
+from itertools import dropwhile
 
-from llmkit.corpus.words import PUNCTUATION
+from llmkit.corpus.words import ACCENTED, MAX_LEADING, PUNCTUATION
 from llmkit.errors import UsageError, unknown_name
 
 PARTS = ("case", "accents", "whitespace", "punctuation", "operators", "numbers")
@@ -45,24 +45,12 @@ OPERATORS = frozenset(c for c in PUNCTUATION if c in "-*/%&^％" or unicodedata.
 PROSE = frozenset(c for c in PUNCTUATION - OPERATORS if not c.isspace() and not c.isdecimal())
 
 # Marks of prose that are part of a number: before digits, after them (one), and between them, with the others.
-MAX_LEADING = 3  # as in –$.5
 LEADING, TRAILING = ".,$–—．，", "'’´\"”$"
 WITHIN = LEADING + TRAILING + ":：_"
 _DIGITS = rf"\d+(?:[{WITHIN}]\d+)*[{TRAILING}]?"
 _WHOLE_NUMBER = rf"[{LEADING}]{{0,{MAX_LEADING}}}{_DIGITS}"
 _NUMBER = r"\d+(?:[.,\u060c\u066b\u2396\u2397\u2398]\d+)?"
 _numbers = re.compile(_NUMBER)
-# Blocks with the letters that have accents: Latin, Greek and Cyrillic.
-_BLOCKS = (
-    *((0x41, 0x2B0), (0x370, 0x530), (0x1D00, 0x1DC0), (0x1E00, 0x2000)),
-    *((0x2C60, 0x2C80), (0xA640, 0xA6A0), (0xA720, 0xA800), (0xAB30, 0xAB70)),
-)
-_letters = [code for block in _BLOCKS for code in range(*block) if chr(code).isalpha()]
-ACCENTED = tuple(  # the letters as ascending ranges
-    (run[0][1], run[-1][1] + 1)
-    for _, items in groupby(enumerate(_letters), key=lambda item: item[1] - item[0])
-    if (run := list(items))
-)
 _accented = "".join(f"{chr(start)}-{chr(stop - 1)}" for start, stop in ACCENTED)
 _after_letter = re.compile(rf"(?<=[{_accented}])[^\w\s\x00-\u02ff]+")
 # Where mathematical symbols are; looking at every character would take 0.2 s.

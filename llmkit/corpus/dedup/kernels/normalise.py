@@ -27,6 +27,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
+from llmkit.corpus.words import ACCENTED, MAX_LEADING
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode, start_of
 
@@ -35,9 +36,7 @@ SAME, DROPPED, BLANK, ZERO, NUMBER, NEEDS_REORDERING, MARK = 0, -1, -2, -3, -4, 
 DIGIT = -7  # in a number that keeps its marks
 PART = -8  # minus some of the following: a mark that may be part of a number
 LEADING, TRAILING, SPACED = 1, 2, 4  # SPACED: after a space
-MAX_LEADING = normalise.MAX_LEADING
 COMBINING = -16  # minus the canonical combining class: a nonspacing mark
-ACCENTED = normalise.ACCENTED
 GROWTH = 3  # maximum bytes written per byte read, for Hangul syllables
 # All other characters stay unchanged: ideographs, private use, unassigned.
 RANGES = ((0, 0x3400), (0xA000, 0xD800), (0xF900, 0x17000), (0x1B000, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE0200))
