@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from llmkit.shards.token_block import Losses, TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.pretokenize import byte_alphabet, pattern_name
-from llmkit.tokens.text_encoder import TextEncoder, load_tokenizer
+from llmkit.tokens.text_encoder import CANNOT_ENCODE, TextEncoder, library_errors, load_tokenizer
 
 # What a text may lose on the way to tokens and back, and texts that show it; but for the first, white space aside.
 WHITE_SPACE = "white space"
@@ -152,7 +152,8 @@ def changes(info: TokenizerInfo, *, stored: bool = False) -> list[str]:
             return normal.replace("▁", " ")  # what it lacks is counted, and hides the rest
         return str(library.decode(ids, skip_special_tokens=False))
 
-    found = [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
+    with library_errors(*CANNOT_ENCODE):
+        found = [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
     return found + ["characters that it has no tokens for"] * (stored and coverage.drops)
 
 

@@ -29,6 +29,7 @@ from llmkit.shards.tokenizer_info import TokenizerInfo
 
 NEVER = -1  # library quota of a tokenizer that is never compiled
 MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total
+CANNOT_ENCODE = "the tokenizer fails to encode", "its tokenizer.json is incomplete"
 UNCOMPILED = 1 << 22  # characters that the library encodes before anything is compiled
 
 
@@ -91,7 +92,7 @@ class TextEncoder:
         return ids, lengths
 
     def _by_library(self, texts: Sequence[str], end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        with _library_errors("the tokenizer fails to encode", "its tokenizer.json is incomplete"):
+        with library_errors(*CANNOT_ENCODE):
             suffix = [end] if end >= 0 else []
             encoded = [item.ids + suffix for item in self.reference.encode_batch_fast(texts, add_special_tokens=False)]
         lengths = np.array([len(ids) for ids in encoded], np.int64)
@@ -138,7 +139,7 @@ def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
 
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    with _library_errors("tokenizer.json does not load", "check it with the tokenizers library"):
+    with library_errors("tokenizer.json does not load", "check it with the tokenizers library"):
         tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -149,7 +150,7 @@ def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
 
 
 @contextmanager
-def _library_errors(message: str, hint: str) -> Iterator[None]:
+def library_errors(message: str, hint: str) -> Iterator[None]:
     """Turn what the library raises into LlmkitError: bare Exceptions, and panics, which derive from BaseException."""
     try:
         yield
