@@ -13,6 +13,7 @@ have no locks.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -73,7 +74,7 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
             raise
         return
     if is_special(Path(path)):
-        with open(path, "wb") as sink:
+        with _named(path), open(path, "wb") as sink:
             yield sink
         return
     final = Path(os.path.realpath(path))
@@ -83,7 +84,7 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     descriptor = _open_locked(partial, os.O_RDWR | os.O_CREAT, str(path))
     try:
         os.ftruncate(descriptor, 0)
-        with os.fdopen(descriptor, "wb") as sink:
+        with _named(path), os.fdopen(descriptor, "wb") as sink:
             yield sink
             sink.flush()
             os.fsync(sink.fileno())
@@ -93,6 +94,17 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_directory(final.parent)
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    """Name the file in the error of a full disk, which a write raises without a name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager

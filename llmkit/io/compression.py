@@ -28,6 +28,8 @@ GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 BZIP2_MAGIC = b"BZh"
 
+PACKED = {".zst": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}  # suffix -> format
+
 NOTE_MAGIC = struct.pack("<I", 0x184D2A5B)
 NOTE_PREFIX = b"llmkit\0"
 MAX_NOTE_BYTES = 64 << 20  # longer skippable frames are skipped, never held in memory
@@ -84,6 +86,8 @@ def decompress(raw: BinaryIO, name: str, notes: Notes, min_bytes: int = BLOCK) -
     truncated, corrupt, or has a header and no trailer.
     """
     magic = _fill(raw, b"", 6)
+    if not magic:
+        refuse_empty(name)
     if is_zstd(magic):
         pieces = _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
@@ -252,6 +256,16 @@ def _after_padding(raw: BinaryIO) -> bytes:
 
 def _truncated(name: str, kind: str) -> LlmkitError:
     return LlmkitError(f"{name}: truncated {kind} stream", "the file is incomplete; fetch or make it again")
+
+
+def refuse_empty(name: str) -> None:
+    """Raise LlmkitError for a file without any byte if its name is that of a compressed file, which has some."""
+    for suffix, kind in PACKED.items():
+        if name.endswith(suffix):
+            raise LlmkitError(
+                f"{name}: truncated {kind} stream: the file is empty",
+                "the file is incomplete; fetch or make it again",
+            )
 
 
 class OutputFormat(Protocol):

@@ -72,7 +72,11 @@ class DocumentWriter:
     def write(self, lines: bytes) -> None:
         """Append complete lines, each with its newline."""
         self._digest.update(lines)
-        self._target.write(lines)
+        try:
+            self._target.write(lines)
+        except OSError as error:
+            error.filename = error.filename or self.output
+            raise
 
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content and its lineage; call it once, last."""

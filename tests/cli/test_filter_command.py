@@ -166,7 +166,7 @@ def test_error_leaves_no_rejects_either(llmkit_here, docs: Path) -> None:
     assert done.returncode == 1 and b"docs.jsonl:33: invalid JSON" in done.stderr
     assert [path.name for path in docs.iterdir()] == ["docs.jsonl"]
     done = llmkit_here("filter", "docs.jsonl", "-o", "out.jsonl", "--on-bad-line", "skip", cwd=docs)
-    assert done.returncode == 0 and b"1 bad lines skipped" in done.stderr
+    assert done.returncode == 0 and b"1 bad line skipped" in done.stderr
 
 
 def test_repeated_with_rejects_does_nothing(llmkit_here, docs: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter, Quarantine
     from llmkit.io.documents import BadLine, DocumentReader, ReadOptions
     from llmkit.io.record import Lineage
+
+
+QUARANTINES = {"--on-bad-line": "bad_lines", "--on-bad-file": "bad_files"}  # option -> count of what it stores
 
 
 class Run:
@@ -48,6 +51,8 @@ class Run:
             self.reads(role, str(path))
         self._stack = ExitStack()
         self._quarantines: dict[str, Quarantine] = {}
+        outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values["summary"]}
+        self.check_quarantine({name: path for name, path in outputs.items() if path})
         self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
 
@@ -143,7 +148,8 @@ class Run:
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
-        expand_options["missing_ok"] = self.skips_bad_files
+        if self.skips_bad_files:
+            expand_options |= {"missing_ok": True, "on_empty": self._bad_input}
         if source is None:
             return expand(paths, **expand_options)
         if self._listed is None:
@@ -176,6 +182,30 @@ class Run:
             self._quarantines[path] = self._stack.enter_context(Quarantine(path))
         return self._quarantines[path]
 
+    def quarantine_files(self) -> dict[str, str]:
+        """Option -> FILE of its quarantine=FILE."""
+        values = {name: str(self._values.get(name.strip("-").replace("-", "_"))) for name in QUARANTINES}
+        if not any(value.startswith("quarantine=") for value in values.values()):
+            return {}
+        return {name: file for name, file in zip(values, self.read_options().quarantine_files(), strict=True) if file}
+
+    def check_quarantine(self, others: Mapping[str, str]) -> None:
+        """UsageError where a quarantine would be written to another file of the call; `others`: name -> path."""
+        for option, file in self.quarantine_files().items():
+            for name, path in others.items():
+                if os.path.realpath(file) == os.path.realpath(path):
+                    raise UsageError(
+                        f"{option} quarantine={file}: this is also the file of {name}", "name another file"
+                    )
+
+    def warn_of_missing_quarantine(self, counts: dict[str, Any]) -> None:
+        """Warn where the quarantine that belongs to an output with these counts does not exist any more."""
+        from llmkit.io.inputs import exists
+
+        for option, file in self.quarantine_files().items():
+            if counts.get(QUARANTINES[option]) and not exists(file):
+                self.warn(f"{file} does not exist any more; -f makes it again, with the output")
+
     @property
     def skips_bad_files(self) -> bool:
         """Whether --on-bad-file allows unreadable inputs."""
@@ -190,6 +220,12 @@ class Run:
         self.warn(f"{bad.file}: {bad.reason}{line}")
         if quarantine and (file := self.read_options().quarantine_files()[1]):
             self._open_quarantine(file).add([bad.row()])
+
+    def _bad_input(self, name: str, reason: str) -> None:
+        """Count a directory or pattern without files as a bad file."""
+        from llmkit.io.documents import BadLine
+
+        self.bad_file(BadLine(name, 1, reason), quarantine=True)
 
     def bad_file_counts(self) -> dict[str, int]:
         """The number of unreadable inputs, for summary and lineage, if there are any."""
@@ -227,6 +263,7 @@ class Run:
         record = self.has_made(paths, other_outputs)
         if record is None:
             return False
+        self.warn_of_missing_quarantine(record["counts"])
         self.finish(record["counts"] | {"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 

@@ -4,6 +4,8 @@ A record is trusted if another one, or the end, follows its block. Otherwise its
 follows is damaged: the next plausible head is searched for, inside the block first. What lies between is one `Fault`,
 with its offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are
 passed over.
+
+Cost: linear. A block is copied when it is accepted, and what is hashed without that is limited (`Text.may_hash`).
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmkit.corpus.extract.members import Gap, Piece, Stored, is_compressed, pieces
+from llmkit.corpus.extract.decoders import is_compressed
+from llmkit.corpus.extract.members import PLAIN, Gap, Piece, pieces
 from llmkit.corpus.extract.record_heads import (
     BLANK,
     MAX_HEAD,
+    MAX_LINE,
     RecordHead,
     find_head,
     parse_head,
     starts_record,
 )
+from llmkit.corpus.extract.stored import Stored
 
 PAGES = frozenset(("response", "resource", "conversion"))
 AFTER = 64  # bytes after a record that usually show whether another one follows
 STEP = 1 << 20  # bytes per step of a search
+MAX_LENGTH = 1 << 40  # bytes; a longer record is not plausible
+HASHED, HASHED_SHARE = 64 << 20, 4  # bytes hashed to confirm doubtful records: a constant, and a share of all
 HTTP_HEAD_END = re.compile(rb"\n\r?\n")
+LINE_ENDS = re.compile(rb"[\r\n]*")
 HTTP_LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r?\n", re.IGNORECASE)
 DIGESTS = ("md5:", "sha1:", "sha256:", "sha512:")
 
@@ -44,10 +52,13 @@ class Place(NamedTuple):
     is_plain: bool = False
 
     def size(self, end: Place) -> int:
-        """Stored bytes up to `end`; decompressed ones if both places are in the same member."""
+        """Stored bytes up to `end`; decompressed ones if both places are in the same member.
+
+        A damaged member may seem to extend beyond what follows it: then it counts from its beginning.
+        """
         if self.member == end.member and not self.is_plain:
             return end.position - self.position
-        return end.offset - self.offset
+        return end.offset - (self.offset if self.offset <= end.offset else min(self.member, end.offset))
 
 
 @dataclass(slots=True)
@@ -95,6 +106,7 @@ class Text:
         self._pieces = pieces(stored)
         self._buffer_position = 0
         self._marks: deque[Place] = deque()  # the beginning of each piece
+        self._hashed = 0
         self.buffer = bytearray()
         self.start = 0
         self.ended = False  # at a gap, or at the end of the archive
@@ -124,6 +136,18 @@ class Text:
             del self.buffer[: self.start]
             self._buffer_position, self.start = self._buffer_position + self.start, 0
 
+    @property
+    def position(self) -> int:
+        """The current position in the decompressed text."""
+        return self._buffer_position + self.start
+
+    def may_hash(self, size: int) -> bool:
+        """Whether `size` more bytes may be hashed to confirm a record; they are counted."""
+        if self._hashed + size > HASHED + HASHED_SHARE * self.position:
+            return False
+        self._hashed += size
+        return True
+
     def skip_blank(self) -> bool:
         """Move to the next byte that can begin a head. Returns False if the text ends before."""
         while self.fill(1):
@@ -136,7 +160,7 @@ class Text:
 
     def place(self) -> Place:
         """The current place."""
-        position = self._buffer_position + self.start
+        position = self.position
         if not self.fill(1):
             member, offset = (self.gap.member, self.gap.offset) if self.gap else (self._stored.offset,) * 2
             return Place(position, offset, member, 0)
@@ -170,7 +194,7 @@ class Text:
         here = self.place()
         if not here.is_plain or not is_compressed(bytes(self.buffer[self.start : self.start + 8])):
             return False
-        if not self._stored.rewind(here.offset):
+        if not self._stored.rewind(here.offset, free=2 * PLAIN):
             return False
         self._buffer_position, self.start, self.ended = here.position, 0, False
         self.buffer.clear()
@@ -202,7 +226,8 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
         if head is None or not head.kind or head.length is None:
             if head is None and text.reopen():
                 continue
-            if head is None and text.ended and text.gap is None and not text.buffer[text.start :].strip(b"\0"):
+            is_zero = text.buffer[text.start] == 0
+            if is_zero and text.ended and text.gap is None and not text.buffer[text.start :].strip(b"\0"):
                 text.advance(len(text.buffer) - text.start)  # padding
                 continue
             reason = "not the head of a record" if head is None else _what_lacks(head)
@@ -214,11 +239,12 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
             yield Fault(fault[0].member, fault[0].size(place), fault[1])
             fault = None
         if head.length > max_bytes:
-            if head.kind in PAGES:
-                fault = place, f"longer than {max_bytes:,} bytes"
-            text.advance(head.size)
-            if text.search(head.length) or text.place().position < place.position + head.size + head.length:
-                fault = place, f"its Content-Length of {head.length:,} is wrong"
+            reason, is_whole = _pass_over(text, head, max_bytes)
+            if not is_whole:
+                fault = place, reason
+            elif head.kind in PAGES:
+                text.skip_blank()
+                yield Fault(place.member, place.size(text.place()), reason)
             continue
         record = Record(head, b"", place)
         end, reason = _read_block(text, record)
@@ -237,60 +263,117 @@ def _read_block(text: Text, record: Record) -> tuple[int, str]:
     """Set the block of a record. Returns the size of the record, and why it is not to be trusted, otherwise empty."""
     head = record.head
     assert head.length is not None
-    end = head.size + head.length
-    text.fill(end + AFTER)
-    begin, stop = text.start + head.size, text.start + end
-    record.block = bytes(memoryview(text.buffer)[begin:stop])
+    text.fill(head.size + head.length + AFTER)
+    begin = text.start + head.size
+    size, reason = _block_size(text, record, begin, begin + head.length)
+    if not reason:
+        record.block = bytes(memoryview(text.buffer)[begin : begin + size])
+    return head.size + size, reason
+
+
+def _block_size(text: Text, record: Record, begin: int, stop: int) -> tuple[int, str]:
+    """The size of a block that should be `text.buffer[begin:stop]`, and why it is not to be trusted."""
+    length, available = stop - begin, min(stop, len(text.buffer)) - begin
     after = bytes(text.buffer[stop : stop + AFTER])
-    is_complete, rest = len(record.block) == head.length, after.lstrip(BLANK)
+    is_complete, rest = available == length, after.lstrip(BLANK)
     gap = text.gap if text.gap and text.gap.member == record.place.member else None
-    if is_complete and rest.startswith(b"WARC/"):
-        return end, ""
+    if is_complete and (rest.startswith(b"WARC/") or (record.place.is_plain and is_compressed(rest[:8]))):
+        return length, ""
     if is_complete and not rest:
         is_intact = gap is None or gap.truncated or (not gap.checksum and after.count(b"\n") > 1)
-        return end, "" if is_intact else gap.reason  # type: ignore[union-attr]
-    text.fill(end + STEP)
-    if is_complete and starts_record(bytes(text.buffer[stop : stop + MAX_HEAD])):
-        return end, ""
-    if is_complete and record.place.is_plain and is_compressed(rest[:8]):
-        return end, ""
+        return length, "" if is_intact else gap.reason  # type: ignore[union-attr]
+    text.fill(stop - text.start + STEP)
+    if is_complete and starts_record(bytes(text.buffer[stop : stop + AFTER + MAX_LINE])):
+        return length, ""
     # No record follows: the length is wrong, or what follows is damaged.
-    if is_complete and _whole_block(record, record.block) == record.block:
-        return end, ""
+    if is_complete and _confirmed_size(text, record, begin, stop) == length:
+        return length, ""
     if gap and not is_complete and not gap.truncated:
-        return end, gap.reason
+        return length, gap.reason
     following = find_head(text.buffer, begin, len(text.buffer))
-    whole = _whole_block(record, bytes(text.buffer[begin : following if following >= 0 else None]))
-    if whole is not None:
-        record.block = whole
-        return head.size + len(whole), ""
-    wrong = f"its Content-Length of {head.length:,} is wrong"
+    size = _confirmed_size(text, record, begin, following if following >= 0 else len(text.buffer))
+    if size is not None:
+        return size, ""
+    wrong = f"its Content-Length of {length:,} is wrong"
     if 0 <= following < stop:
-        return end, wrong
+        return length, wrong
     if not is_complete:
-        return end, gap.reason if gap else f"truncated: {len(record.block):,} of {head.length:,} bytes"
-    if after.startswith((b"\n", b"\r\n") if head.is_arc else (b"\n\n", b"\r\n\r\n")):
-        return end, ""
-    return end, wrong if record.has_digest or _http_size(record.block) > head.length else ""
+        return length, gap.reason if gap else f"truncated: {available:,} of {length:,} bytes"
+    if after.startswith((b"\n", b"\r\n") if record.head.is_arc else (b"\n\n", b"\r\n\r\n")):
+        return length, ""
+    return length, wrong if record.has_digest or _http_size(text.buffer, begin, stop) > length else ""
 
 
-def _whole_block(record: Record, data: bytes) -> bytes | None:
-    """The block in `data`, without line ends after it, if its digest or the length in the response confirms it."""
+def _confirmed_size(text: Text, record: Record, begin: int, stop: int) -> int | None:
+    """The size of the block in `text.buffer[begin:stop]`, without line ends after it, if its digest or the length in
+    the response confirms it.
+    """
     if record.has_digest:
+        if not text.may_hash(stop - begin):
+            return None
+        data, size = bytes(memoryview(text.buffer)[begin:stop]), -1
         for line_ends in (b"", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n"):
             record.block = data.removesuffix(line_ends)
-            if not record.digest_is_wrong():
-                return record.block
+            if len(record.block) != size and not record.digest_is_wrong():
+                return len(record.block)
+            size = len(record.block)
         return None
-    size = _http_size(data)
-    return data[:size] if 0 < size <= len(data) and not data[size:].strip(b"\r\n") else None
+    size = _http_size(text.buffer, begin, stop)
+    is_whole = 0 < size <= stop - begin and LINE_ENDS.match(text.buffer, begin + size, stop).end() == stop  # type: ignore[union-attr]
+    return size if is_whole else None
 
 
-def _http_size(block: bytes) -> int:
+def _http_size(data: bytearray, begin: int, stop: int) -> int:
     """The size of a block according to the Content-Length of the HTTP response in it; 0 if that is not given."""
-    end = HTTP_HEAD_END.search(block) if block.startswith(b"HTTP/") else None
-    length = HTTP_LENGTH.search(block, 0, end.end()) if end else None
-    return end.end() + int(length[1]) if end and length else 0
+    limit = min(stop, begin + MAX_HEAD)
+    end = HTTP_HEAD_END.search(data, begin, limit) if data.startswith(b"HTTP/", begin, limit) else None
+    length = HTTP_LENGTH.search(data, begin, end.end()) if end else None
+    return end.end() - begin + int(length[1]) if end and length else 0
+
+
+def _pass_over(text: Text, head: RecordHead, max_bytes: int) -> tuple[str, bool]:
+    """Move past a record that is too long to be held, to what follows it, or else to a record inside of its length.
+
+    Returns the reason, and whether the record is whole: then a head in it is a quotation. That can be seen if the
+    response confirms the length, or once the end is near; until then, a head counts if another record follows its own.
+    """
+    assert head.length is not None
+    wrong = f"its Content-Length of {head.length:,} is wrong"
+    near, left = max(max_bytes, STEP), head.length
+    text.advance(head.size)
+    text.fill(MAX_HEAD)
+    is_confirmed = _http_size(text.buffer, text.start, len(text.buffer)) == left
+    while left > near and text.fill(1):
+        position = text.position
+        if is_confirmed:
+            text.fill(STEP)
+            text.advance(min(STEP, left - near, len(text.buffer) - text.start))
+        elif text.search(min(STEP, left - near)):
+            quoted = parse_head(text.buffer, text.start)
+            size = quoted.size + (quoted.length or 0) if quoted else 0
+            if head.length > MAX_LENGTH or (0 < size <= near and _is_followed(text, size)):
+                return wrong, False
+            text.advance(1)
+        left -= text.position - position
+    if not text.fill(left):
+        reason = text.gap.reason if text.gap else f"truncated: fewer than {head.length:,} bytes"
+        return (wrong if text.search() else reason), False
+    if is_confirmed or _is_followed(text, left):
+        text.advance(left)
+    elif text.search(left):
+        return wrong, False
+    return f"longer than {max_bytes:,} bytes", True
+
+
+def _is_followed(text: Text, size: int) -> bool:
+    """Whether a record, a member or the end follows the next `size` bytes."""
+    text.fill(size + AFTER)
+    stop = text.start + size
+    rest = bytes(text.buffer[stop : stop + AFTER]).lstrip(BLANK)
+    if stop > len(text.buffer) or not rest or rest.startswith(b"WARC/") or is_compressed(rest[:8]):
+        return stop <= len(text.buffer)
+    text.fill(size + AFTER + MAX_LINE)
+    return starts_record(bytes(text.buffer[stop : stop + AFTER + MAX_LINE]))
 
 
 def _what_lacks(head: RecordHead) -> str:
