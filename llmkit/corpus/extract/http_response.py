@@ -116,7 +116,7 @@ def _without_chunks(body: bytes) -> bytes:
 
 
 def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes | None:
-    """The members in `body` before a damaged one, up to one byte more than `max_bytes`; None if the first is damaged."""
+    """The members in `body` before a damaged one, up to a byte more than `max_bytes`; None if the first is damaged."""
     parts: list[bytes] = []
     size = start = complete = 0
     while True:
