@@ -84,7 +84,7 @@ def test_archives_without_pages(llmkit_here, crawl: Path) -> None:
     missing = b"HTTP/1.1 404 Not Found\r\n\r\n"
     for name, content in {
         "request.warc": head.format("request", 5).encode() + b"GET /\r\n\r\n",
-        "empty.warc.gz": b"",
+        "empty.warc": b"",
         "junk.warc": b"\x01junk" * 99,
         "cut.warc": head.format("response", 500).encode() + b"HTTP/1.1 200 OK\r\n",
         "missing.warc": head.format("response", len(missing)).encode() + missing + b"\r\n\r\n",

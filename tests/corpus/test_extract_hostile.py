@@ -46,11 +46,11 @@ def test_stored_members_are_read_once(tmp_path: Path, pack: str, damage: str, ma
     member = STORED[pack](data)
     at = {"content": -40, "checksum": -6 if pack == "gzip" else -2, "length": 11 if pack == "gzip" else 7}
     member = member[:-300] if damage == "truncated" else flipped(member, at[damage] % len(member))
-    for after in (b"", gzip.compress(warc(7)) + zstandard.compress(warc(8)), warc(8)):
+    for after in (b"", gzip.compress(warc(7)) + zstandard.compress(warc(8))):
         pages, broken = read(gzip.compress(warc(0)) + member + after, tmp_path)
         assert len(set(pages)) == len(pages) and pages[0] == "0" and set(pages) <= set("012378")
         assert ("8" in pages) == (after != b"")
-        assert len(broken) >= 1 and all(0 < record.size <= len(data) + len(member) for record in broken)
+        assert broken and all(0 <= record.size <= len(data) + len(member) for record in broken)
         if damage in ("content", "checksum"):
             assert pages[1:many] == [str(i) for i in range(1, many)] and str(many) not in pages
             assert [record.offset for record in broken] == [len(gzip.compress(warc(0)))]
@@ -208,7 +208,7 @@ def test_archives_whose_first_head_is_cut(tmp_path: Path) -> None:
 def test_plain_text_keeps_its_bytes(tmp_path: Path, text: str) -> None:
     """Behaviour: white space at the beginning and end stays, in files, WET records and responses."""
     (tmp_path / "a.txt").write_text(text, newline="")
-    response = warc(1, text.encode()).replace(b"text/html", b"text/plain")
+    response = warc(1, text.encode(), "Content-Type: text/plain")
     wet = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(text), text.encode())
     (tmp_path / "a.warc").write_bytes(response + wet)
     if "\0" in text:

@@ -88,8 +88,7 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     """
     if rejects is not None and rejects in (run.output, STDIN):
         raise UsageError(f"--rejects {rejects}: this is the output of the documents", "name another file")
-    if run.quarantine_files():
-        run.check_quarantine({f"the input {path}": path for path in inputs if path != STDIN})
+    run.check_quarantine({f"the input {path}": path for path in inputs if path != STDIN})
     target = run.output
     if target is None or not is_directory(target):
         yield Job(run, inputs, target, rejects)
@@ -104,8 +103,8 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
             raise LlmkitError(f"-o {target}: {problem}", "name a file as output, or rename the inputs")
         names[name] = path
     outputs = [os.path.join(target, name) for name in names]
-    for directory in (target, rejects):
-        run.check_quarantine({f"an output in {directory}": os.path.join(directory or "", name) for name in names})
+    rejected = [] if rejects is None else [os.path.join(rejects, name) for name in names]
+    run.check_quarantine({f"the output {path}": path for path in outputs + rejected})
     if not resume and not run.force and (existing := [path for path in outputs if exists(path)]):
         raise LlmkitError(f"{existing[0]} exists", "--resume makes only the missing files, -f replaces all of them")
     for directory in (target, rejects):

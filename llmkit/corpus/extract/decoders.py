@@ -26,12 +26,12 @@ MAX_BLOCK = 1 << 17  # of zstd, bytes
 class Damaged(Exception):
     """Raised where a member cannot be decompressed further.
 
-    `checksum`: of its content; `complete`: all of the member was read; `truncated`: the stored bytes end within it.
+    `checksum`: only that of its content is wrong; `truncated`: the stored bytes end within it.
     """
 
-    def __init__(self, reason: str, *, checksum: bool = False, complete: bool = False, truncated: bool = False) -> None:
+    def __init__(self, reason: str, *, checksum: bool = False, truncated: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.checksum, self.complete, self.truncated = reason, checksum, complete, truncated
+        self.reason, self.checksum, self.truncated = reason, checksum, truncated
 
 
 def is_compressed(data: bytes) -> bool:
@@ -60,11 +60,8 @@ def _gzip(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
         except zlib.error as error:
             stored.advance((yield from _before_error(before, data, offset)))
             reason = str(error).rpartition(": ")[2]
-            # Checksum and length, of 4 bytes each, end a member; the error is at the last byte of one of them.
-            size = {"incorrect data check": 5, "incorrect length check": 1}.get(reason, 0)
-            stored.advance(len(stored.peek(size)))
             text = f"its gzip member is damaged ({reason})"
-            raise Damaged(text, checksum=size == 5, complete=size > 0) from error
+            raise Damaged(text, checksum=reason == "incorrect data check") from error
         rest = member.unused_data if member.eof else member.unconsumed_tail  # at the end, both may hold the same
         stored.advance(len(data) - len(rest))
         if out:
@@ -128,8 +125,7 @@ def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
         reason = str(error).rpartition(": ")[2]
         if len(stored.peek(18)) < 18 and "checksum" not in reason:
             raise truncated from error
-        of_content = "checksum" in reason
-        raise Damaged(f"its zstd frame is damaged ({reason})", checksum=of_content, complete=of_content) from error
+        raise Damaged(f"its zstd frame is damaged ({reason})", checksum="checksum" in reason) from error
 
 
 def block_size(header: bytes) -> tuple[int, int]:

@@ -6,8 +6,8 @@ decompressed, in order. Where a member is damaged it yields a `Gap`, and continu
 decompressed, or with the next record head in plain text. It never seeks, so that a pipe is read like a file.
 
 What a damaged member stores uncompressed (gzip level 0, raw zstd blocks) has been given already, and does not count as
-plain text that follows: else its records would be read twice. A member of which only the checksum is wrong, and behind
-which another one begins, ends where it says.
+plain text that follows: else its records would be read twice. Where a damaged member ends is unknown, even if only its
+checksum is wrong: decoders have been seen to continue through the next member, to its very end.
 
 Memory: KEEP stored bytes behind the current position, SCAN ahead of it, TAIL decompressed ones, and the window of the
 decompressor (128 MiB at most). Cost: linear, also for crafted data, since what is read again is limited (stored.py).
@@ -15,17 +15,19 @@ decompressor (128 MiB at most). Cost: linear, also for crafted data, since what 
 
 from __future__ import annotations
 
+import bz2
+import lzma
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmkit.corpus.extract.decoders import FEED, MAX_BLOCK, Damaged, block_size, decoder_of, is_compressed
+from llmkit.corpus.extract.decoders import FEED, MAX_BLOCK, Damaged, block_size, decoder_of
 from llmkit.corpus.extract.record_heads import MAX_HEAD, find_head, parse_head, starts_record
 from llmkit.corpus.extract.stored import KEEP, REREAD, REREAD_SHARE, Stored
-from llmkit.io.compression import BZIP2_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
+from llmkit.io.compression import GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
 
 PLAIN = 64 << 10  # bytes of plain text in a piece
 SCAN, PROBE = 1 << 20, 64 << 10  # stored bytes per step of a search; bytes from which a member is recognised
@@ -60,27 +62,30 @@ class Gap:
 def pieces(stored: Stored) -> Iterator[Piece | Gap]:
     """What can be decompressed of the stored bytes, and the gaps between."""
     dictionary: Any = None
-    compressed = False  # whether a member has been read
+    begin = 0  # of the last member
+    tail: _Tail | None = None
     search = _Search(stored)
     while magic := stored.peek(8):
-        begin, decoder = stored.offset, decoder_of(magic)
+        here, decoder = stored.offset, decoder_of(magic)
         if is_zstd(magic) and magic[:4] != ZSTD_MAGIC:
-            payload = _skippable(stored, keep=magic[:4] == DICTIONARY and begin == 0)
+            payload = _skippable(stored, keep=magic[:4] == DICTIONARY and here == 0)
             dictionary = _dictionary(payload) if payload else dictionary
             continue
-        tail = _Tail()
         if decoder is None:
             head = stored.peek(MAX_HEAD)
             if starts_record(head):
                 yield from _plain(stored)
                 return
-            if compressed and not head.strip(b"\0\r\n"):  # padding
+            if tail and not head.strip(b"\0\r\n"):  # padding
                 stored.advance(len(head))
                 continue
-            yield Gap(begin, begin, "not the head of a record")
-            search.move(dictionary, tail)
+            yield Gap(here, here, "not the head of a record")
+            if tail and tail.end != here:  # without a checksum, a member may have lost its end, and taken what follows
+                tail.end = here
+                stored.rewind(begin + 1)
+            search.move(dictionary, tail or _Tail())
             continue
-        compressed = starts = True
+        begin, tail, starts = here, _Tail(), True
         try:
             for offset, data in decoder(stored, dictionary):
                 stored.decompressed(len(data))
@@ -90,8 +95,6 @@ def pieces(stored: Stored) -> Iterator[Piece | Gap]:
         except Damaged as damage:
             place = begin if starts else stored.offset
             yield Gap(begin, place, damage.reason, damage.checksum, damage.truncated)
-            if damage.complete and _begins_another(stored):
-                continue
             tail.end = stored.offset
             if not stored.rewind(begin + 1) and stored.offset == begin:
                 stored.advance(1)
@@ -102,12 +105,6 @@ def _plain(stored: Stored) -> Iterator[Piece]:
     while data := stored.peek(PLAIN):
         stored.advance(len(data))
         yield Piece(data, stored.offset - len(data), starts=True, is_plain=True)
-
-
-def _begins_another(stored: Stored) -> bool:
-    """Whether another member, a record or the end is here."""
-    magic = stored.peek(8)
-    return not magic or is_compressed(magic) or magic.startswith(b"WARC/")
 
 
 class _Tail:
@@ -161,7 +158,7 @@ class _Search:
             text = self._next_head(window, base, end, tail)
             for match in MEMBER.finditer(window, 0, text if text >= 0 else len(window)):
                 start = match.start()
-                content = self._content(window, start, dictionary) if start < end else None
+                content = member_content(window, start, dictionary, self._may_probe) if start < end else None
                 if content is None:
                     continue
                 if starts_record(content) or not tail.holds("member", base + start, window[start : start + 32]):
@@ -189,30 +186,42 @@ class _Search:
                 return index
             self._head = -1
 
-    def _content(self, window: bytes, start: int, dictionary: Any) -> bytes | None:
-        """The first decompressed bytes of the member at `start`, empty if unknown; None if there is no member."""
-        magic = window[start : start + 18]
-        if magic.startswith(XZ_MAGIC):
-            return b"" if zlib.crc32(magic[6:8]).to_bytes(4, "little") == magic[8:12] else None
-        if magic.startswith(BZIP2_MAGIC):
-            return b""  # ten bytes that do not occur otherwise; its first block may be longer than PROBE
-        if magic.startswith(ZSTD_MAGIC):
-            return _first_block(window, start, dictionary)
-        for size in (FIRST_PROBE, PROBE):
-            member = zlib.decompressobj(wbits=31)
-            try:
-                content = member.decompress(window[start : start + size], PROBE_OUTPUT)
-            except zlib.error:
-                return None
-            if member.eof or len(content) >= PROBE_OUTPUT:
-                return content
-            if self._probed > REREAD + REREAD_SHARE * self._stored.offset:
-                break
-            self._probed += PROBE
-        return content or None
+    def _may_probe(self) -> bool:
+        self._probed += PROBE
+        return self._probed <= REREAD + REREAD_SHARE * self._stored.offset
 
 
-def _first_block(window: bytes, start: int, dictionary: Any) -> bytes | None:
+def member_content(
+    data: bytes | bytearray, start: int, dictionary: Any = None, may_probe: Callable[[], bool] = lambda: False
+) -> bytes | None:
+    """The first decompressed bytes of the member at `start`, empty if unknown; None if there is no member.
+
+    `may_probe` decides whether more than FIRST_PROBE bytes of a gzip member may be tried.
+    """
+    magic = bytes(data[start : start + 8])
+    if magic.startswith(ZSTD_MAGIC):
+        return _first_block(data, start, dictionary)
+    if not magic.startswith(GZIP_MAGIC):  # more than PROBE bytes may be needed for the first that are decompressed
+        member: Any = lzma.LZMADecompressor() if magic.startswith(XZ_MAGIC) else bz2.BZ2Decompressor()
+        try:
+            content: bytes = member.decompress(data[start : start + FIRST_PROBE], PROBE_OUTPUT)
+        except (lzma.LZMAError, OSError, ValueError):
+            return None
+        return content
+    for size in (FIRST_PROBE, PROBE):
+        member = zlib.decompressobj(wbits=31)
+        try:
+            content = member.decompress(data[start : start + size], PROBE_OUTPUT)
+        except zlib.error:
+            return None
+        if member.eof or len(content) >= PROBE_OUTPUT:
+            return content
+        if not may_probe():
+            break
+    return content or None
+
+
+def _first_block(window: bytes | bytearray, start: int, dictionary: Any) -> bytes | None:
     """The content of the first block of a zstd frame, empty if it is not in `window`; None if there is no frame."""
     import zstandard
 

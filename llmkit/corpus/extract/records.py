@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import xxhash
+
 from llmkit.corpus.extract.decoders import is_compressed
-from llmkit.corpus.extract.members import PLAIN, Gap, Piece, pieces
+from llmkit.corpus.extract.members import MEMBER, PLAIN, Gap, Piece, member_content, pieces
 from llmkit.corpus.extract.record_heads import (
     BLANK,
     MAX_HEAD,
@@ -34,6 +36,7 @@ from llmkit.corpus.extract.stored import Stored
 PAGES = frozenset(("response", "resource", "conversion"))
 AFTER = 64  # bytes after a record that usually show whether another one follows
 STEP = 1 << 20  # bytes per step of a search
+GIVEN = 1024  # records of a member that are remembered until its end
 MAX_LENGTH = 1 << 40  # bytes; a longer record is not plausible
 HASHED, HASHED_SHARE = 64 << 20, 4  # bytes hashed to confirm doubtful records: a constant, and a share of all
 HTTP_HEAD_END = re.compile(rb"\n\r?\n")
@@ -107,10 +110,13 @@ class Text:
         self._buffer_position = 0
         self._marks: deque[Place] = deque()  # the beginning of each piece
         self._hashed = 0
+        self._given: deque[tuple[str | None, int]] = deque(maxlen=GIVEN)  # records of the current member
+        self._member, self._covered = 0, 0  # its offset, and where the damage was that the last gap is for
         self.buffer = bytearray()
         self.start = 0
         self.ended = False  # at a gap, or at the end of the archive
         self.gap: Gap | None = None
+        self.has_members = False  # whether anything was compressed
 
     def fill(self, size: int) -> bool:
         """Whether there are `size` unread bytes, after reading on as needed."""
@@ -120,6 +126,7 @@ class Text:
                 self.gap, self.ended = piece, True
                 break
             position = self._buffer_position + len(self.buffer)
+            self.has_members = self.has_members or not piece.is_plain
             if piece.starts or not self._marks:
                 self._marks.append(Place(position, piece.offset, piece.offset, 0, piece.is_plain))
             else:
@@ -180,14 +187,34 @@ class Text:
             step = available if self.ended else STEP
             step = step if size is None else min(step, size)
             found = find_head(self.buffer, self.start, self.start + step)
-            if found >= 0:
+            member = self.next_member(self.start, found if found >= 0 else self.start + step)
+            if member >= 0:
+                step = member - self.start
+                self.advance(step)
+                if self.reopen():
+                    return True
+                self.advance(1)
+                step += 1
+            elif found >= 0:
                 self.advance(found - self.start)
                 return True
-            self.advance(step)
+            else:
+                self.advance(step)
             size = None if size is None else size - step
             if self.ended and not self.fill(1):
                 break
         return False
+
+    def next_member(self, begin: int, stop: int) -> int:
+        """Index of the first compressed member with records in the plain text of `buffer[begin:stop]`, or -1."""
+        if not self._marks or not self._marks[-1].is_plain:
+            return -1
+        plain = next(mark.position for mark in self._marks if mark.is_plain) - self._buffer_position
+        for match in MEMBER.finditer(self.buffer, max(begin, plain), stop):
+            content = member_content(self.buffer, match.start())
+            if content is not None and (not content or starts_record(content)):
+                return match.start()
+        return -1
 
     def reopen(self) -> bool:
         """Whether plain text is followed by a compressed member here, which is then read as such."""
@@ -205,7 +232,20 @@ class Text:
     def resume(self) -> bool:
         """Continue after the gap; False at the end of the archive."""
         gap, self.gap, self.ended = self.gap, None, False
+        self._covered = max(self._covered, gap.offset if gap else 0)
         return gap is not None
+
+    def is_repeated(self, record: Record) -> bool:
+        """Whether a record was given before, in a damaged member that seemed to extend beyond its end."""
+        place = record.place
+        if place.member != self._member and place.offset >= self._covered:
+            self._given.clear()
+        self._member = place.member
+        key = record.head.fields.get("warc-record-id"), xxhash.xxh3_64_intdigest(record.block)
+        if place.offset < self._covered and key in self._given:
+            return True
+        self._given.append(key)
+        return False
 
 
 def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
@@ -256,7 +296,8 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
         text.advance(end)
         text.skip_blank()
         record.size = place.size(text.place())
-        yield record
+        if not text.is_repeated(record):
+            yield record
 
 
 def _read_block(text: Text, record: Record) -> tuple[int, str]:
@@ -295,13 +336,17 @@ def _block_size(text: Text, record: Record, begin: int, stop: int) -> tuple[int,
     if size is not None:
         return size, ""
     wrong = f"its Content-Length of {length:,} is wrong"
-    if 0 <= following < stop:
+    if 0 <= following < stop or text.next_member(begin, stop) >= 0:
         return length, wrong
     if not is_complete:
         return length, gap.reason if gap else f"truncated: {available:,} of {length:,} bytes"
     if after.startswith((b"\n", b"\r\n") if record.head.is_arc else (b"\n\n", b"\r\n\r\n")):
         return length, ""
-    return length, wrong if record.has_digest or _http_size(text.buffer, begin, stop) > length else ""
+    if gap and not gap.truncated:
+        return length, gap.reason
+    # In plain text behind a damaged member, bytes of its format may lie between those of a record.
+    is_doubtful = record.has_digest or _http_size(text.buffer, begin, stop) > length
+    return length, wrong if is_doubtful or (record.place.is_plain and text.has_members) else ""
 
 
 def _confirmed_size(text: Text, record: Record, begin: int, stop: int) -> int | None:
