@@ -30,7 +30,8 @@ from llmkit.corpus.extract.stored import KEEP, REREAD, REREAD_SHARE, Stored
 from llmkit.io.compression import GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
 
 PLAIN = 64 << 10  # bytes of plain text in a piece
-SCAN, PROBE = 1 << 20, 64 << 10  # stored bytes per step of a search; bytes from which a member is recognised
+SCAN = 1 << 20  # stored bytes per step of a search
+PROBE = MAX_BLOCK + (1 << 10)  # bytes from which a member is recognised, and a head
 FIRST_PROBE = 1 << 10  # of these, which nearly always suffice
 PROBE_OUTPUT = 4 << 10  # decompressed bytes after which a member is accepted
 TAIL = 1 << 20  # decompressed bytes of a member among which its plain text is found again

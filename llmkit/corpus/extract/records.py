@@ -37,6 +37,7 @@ PAGES = frozenset(("response", "resource", "conversion"))
 AFTER = 64  # bytes after a record that usually show whether another one follows
 STEP = 1 << 20  # bytes per step of a search
 GIVEN = 1024  # records of a member that are remembered until its end
+IDENTITY = ("warc-record-id", "warc-target-uri", "warc-date")
 MAX_LENGTH = 1 << 40  # bytes; a longer record is not plausible
 HASHED, HASHED_SHARE = 64 << 20, 4  # bytes hashed to confirm doubtful records: a constant, and a share of all
 HTTP_HEAD_END = re.compile(rb"\n\r?\n")
@@ -110,7 +111,7 @@ class Text:
         self._buffer_position = 0
         self._marks: deque[Place] = deque()  # the beginning of each piece
         self._hashed = 0
-        self._given: deque[tuple[str | None, int]] = deque(maxlen=GIVEN)  # records of the current member
+        self._given: deque[tuple[str | int | None, ...]] = deque(maxlen=GIVEN)  # records of the current member
         self._member, self._covered = 0, 0  # its offset, and where the damage was that the last gap is for
         self.buffer = bytearray()
         self.start = 0
@@ -179,15 +180,18 @@ class Text:
             return Place(position, mark.offset + ahead, mark.offset + ahead, 0, True)
         return Place(position, mark.offset, mark.member, mark.inner + ahead)
 
-    def search(self, size: int | None = None) -> bool:
-        """Move to the next plausible head. Without one, move on by `size` bytes (None: to the end of the text)."""
+    def search(self, size: int | None = None, members: bool = True) -> bool:
+        """Move to the next plausible head, with `members` also in compressed members behind plain text.
+
+        Without one, move on by `size` bytes (None: to the end of the text).
+        """
         while size is None or size > 0:
             self.fill(STEP + MAX_HEAD)
             available = len(self.buffer) - self.start
             step = available if self.ended else STEP
             step = step if size is None else min(step, size)
             found = find_head(self.buffer, self.start, self.start + step)
-            member = self.next_member(self.start, found if found >= 0 else self.start + step)
+            member = self.next_member(self.start, found if found >= 0 else self.start + step) if members else -1
             if member >= 0:
                 step = member - self.start
                 self.advance(step)
@@ -241,7 +245,7 @@ class Text:
         if place.member != self._member and place.offset >= self._covered:
             self._given.clear()
         self._member = place.member
-        key = record.head.fields.get("warc-record-id"), xxhash.xxh3_64_intdigest(record.block)
+        key = *map(record.head.fields.get, IDENTITY), xxhash.xxh3_64_intdigest(record.block)
         if place.offset < self._covered and key in self._given:
             return True
         self._given.append(key)
@@ -393,7 +397,7 @@ def _pass_over(text: Text, head: RecordHead, max_bytes: int) -> tuple[str, bool]
         if is_confirmed:
             text.fill(STEP)
             text.advance(min(STEP, left - near, len(text.buffer) - text.start))
-        elif text.search(min(STEP, left - near)):
+        elif text.search(min(STEP, left - near), members=False):
             quoted = parse_head(text.buffer, text.start)
             size = quoted.size + (quoted.length or 0) if quoted else 0
             if head.length > MAX_LENGTH or (0 < size <= near and _is_followed(text, size)):
@@ -405,7 +409,7 @@ def _pass_over(text: Text, head: RecordHead, max_bytes: int) -> tuple[str, bool]
         return (wrong if text.search() else reason), False
     if is_confirmed or _is_followed(text, left):
         text.advance(left)
-    elif text.search(left):
+    elif text.search(left, members=False):
         return wrong, False
     return f"longer than {max_bytes:,} bytes", True
 
