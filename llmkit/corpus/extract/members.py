@@ -36,6 +36,7 @@ FIRST_PROBE = 1 << 10  # of these, which nearly always suffice
 PROBE_OUTPUT = 4 << 10  # decompressed bytes after which a member is accepted
 TAIL = 1 << 20  # decompressed bytes of a member among which its plain text is found again
 MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]|\x28\xb5\x2f\xfd|\xfd7zXZ\x00|BZh[1-9]1AY&SY")
+MAX_MAGIC = 10  # bytes
 DICTIONARY = b"\x5d\x2a\x4d\x18"  # skippable frame with the dictionary of a .warc.zst
 
 

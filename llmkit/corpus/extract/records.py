@@ -21,7 +21,7 @@ from typing import NamedTuple
 import xxhash
 
 from llmkit.corpus.extract.decoders import is_compressed
-from llmkit.corpus.extract.members import MEMBER, PLAIN, Gap, Piece, member_content, pieces
+from llmkit.corpus.extract.members import MAX_MAGIC, MEMBER, PLAIN, Gap, Piece, member_content, pieces
 from llmkit.corpus.extract.record_heads import (
     BLANK,
     MAX_HEAD,
@@ -214,8 +214,8 @@ class Text:
         if not self._marks or not self._marks[-1].is_plain:
             return -1
         plain = next(mark.position for mark in self._marks if mark.is_plain) - self._buffer_position
-        for match in MEMBER.finditer(self.buffer, max(begin, plain), stop):
-            content = member_content(self.buffer, match.start())
+        for match in MEMBER.finditer(self.buffer, max(begin, plain), stop + MAX_MAGIC - 1):
+            content = member_content(self.buffer, match.start()) if match.start() < stop else None
             if content is not None and (not content or starts_record(content)):
                 return match.start()
         return -1
