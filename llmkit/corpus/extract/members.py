@@ -112,18 +112,20 @@ def _plain(stored: Stored) -> Iterator[Piece]:
 class _Tail:
     """The last TAIL bytes that a member gave, up to the damage at offset `end`."""
 
+    __slots__ = ("_pieces", "_positions", "_size", "_text", "end")
+
     def __init__(self) -> None:
         self.end = 0
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._size = 0
         self._text: bytes | None = None
-        self._positions = {"head": 0, "member": 0}
+        self._positions: dict[str, int] = {}
 
     def add(self, offset: int, data: bytes) -> None:
         """Append what was decompressed from the bytes at `offset`."""
         self._pieces.append((offset, data))
         self._size += len(data)
-        while self._size - len(self._pieces[0][1]) >= TAIL:
+        while self._size >= TAIL and self._size - len(self._pieces[0][1]) >= TAIL:
             self._size -= len(self._pieces.popleft()[1])
 
     def holds(self, kind: str, offset: int, data: bytes) -> bool:
@@ -137,7 +139,7 @@ class _Tail:
             return True
         if self._text is None:
             self._text = b"".join(piece for _, piece in self._pieces)
-        position = self._text.find(data, self._positions[kind])
+        position = self._text.find(data, self._positions.get(kind, 0))
         self._positions[kind] = position + 1 if position >= 0 else len(self._text)
         return position >= 0
 
