@@ -60,9 +60,9 @@ def expand(
             empty.append((item, error))
     if empty and (on_empty is None or not files):
         raise empty[0][1]
-    for item, error in empty:
+    for item, reason in empty:
         assert on_empty
-        on_empty(redacted(item), error.message.removeprefix(f"{redacted(item)}: "))
+        on_empty(redacted(item), reason.message.removeprefix(f"{redacted(item)}: "))
     if files.count(STDIN) > 1:
         raise UsageError("stdin ('-') is given more than once", "it can be read only once")
     return files

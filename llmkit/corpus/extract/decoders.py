@@ -128,7 +128,7 @@ def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
         raise Damaged(f"its zstd frame is damaged ({reason})", checksum="checksum" in reason) from error
 
 
-def block_size(header: bytes) -> tuple[int, int]:
+def block_size(header: bytes | bytearray) -> tuple[int, int]:
     """The type of a zstd block and its stored size, with its header: a run stores one byte."""
     fields = int.from_bytes(header, "little")
     return fields >> 1 & 3, 3 + (1 if fields >> 1 & 3 == 1 else fields >> 3)
