@@ -2,8 +2,8 @@
 
     python tests/bench/checkout_speed.py OLD NEW [--pairs 5]
 
-Both run with this interpreter on the same corpus, pinned to one core: `filter`, `dedup`, `tokenize` and a short `train`
-as whole commands, and `llmkit --help`, `llmkit train --help`. After a warm-up of each, which also compiles the kernels,
+Both run with this interpreter on the same corpus, pinned to one core: `extract`, `filter`, `dedup`, `tokenize` and a short
+`train` as whole commands, and `llmkit --help`, `llmkit train --help`. After a warm-up of each, which also compiles the kernels,
 OLD and NEW take turns. The figure is the ratio NEW / OLD of CPU time (user and system, children included): median and
 range over the pairs, and the peak memory of each.
 """
@@ -11,6 +11,8 @@ range over the pairs, and the peak memory of each.
 from __future__ import annotations
 
 import argparse
+import gzip
+import html
 import os
 import resource
 import statistics
@@ -27,6 +29,7 @@ MODEL = "tiny"
 COMMANDS = {
     "llmkit --help": ("--help",),
     "llmkit train --help": ("train", "--help"),
+    "extract": ("extract", "pages.warc.gz", "-q", "-f", "-o", "extracted.jsonl.zst"),
     "filter": ("filter", "docs.jsonl", "--preset", "fineweb", "-q", "-f", "-o", "filtered.jsonl.zst"),
     "dedup": ("dedup", "docs.jsonl", "-q", "-f", "-o", "unique.jsonl.zst"),
     "tokenize": ("tokenize", "docs.jsonl", "-t", "tok/", "-q", "-f", "-o", "tokens.arrow"),
@@ -66,6 +69,22 @@ def corpus(path: Path, size: int) -> None:
                 return
 
 
+def archive(documents: Path, path: Path) -> None:
+    """The documents as HTML pages of 4 kB in a WARC file, a gzip member each."""
+    with open(documents, "rb") as source, open(path, "wb") as sink:
+        for number, line in enumerate(source):
+            paragraphs = "".join(f"<p>{html.escape(part)}</p>" for part in orjson.loads(line)["text"].split("\n\n"))
+            page = f"<html><head><title>{number}</title></head><body>{paragraphs}</body></html>".encode()
+            body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + page
+            head = (
+                "WARC/1.0\r\nWARC-Type: response\r\n"
+                f"WARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-{number:012}>\r\n"
+                f"WARC-Target-URI: https://example.org/{number}\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
+                f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            sink.write(gzip.compress(head.encode() + body + b"\r\n\r\n", mtime=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
@@ -87,6 +106,7 @@ def main() -> None:
         for directory in directories:
             directory.mkdir()
             corpus(directory / "docs.jsonl", options.megabytes * 1_000_000)
+            archive(directory / "docs.jsonl", directory / "pages.warc.gz")
         for checkout, directory in zip(checkouts, directories, strict=True):
             run(checkout, directory, "vocab", "docs.jsonl", "--size", "4096", "-q", "-o", "tok/")
             run(checkout, directory, "tokenize", "docs.jsonl", "-t", "tok/", "-q", "-o", "shards.arrow")

@@ -176,8 +176,8 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     begin = time.monotonic()
     undisturbed = start(*call, "-o", str(whole))
     assert undisturbed.wait(400) == 0, undisturbed.stderr.read().decode()  # type: ignore[union-attr]
-    # No pause of a healthy rank is as long as a whole run, however busy the machine is.
-    patience = str(max(10, round(time.monotonic() - begin)))
+    # No pause of a healthy rank is as long as a third of a whole run, however busy the machine is.
+    patience = str(max(10, round((time.monotonic() - begin) / 3)))
     group = start(*call, "-o", str(run), "--max-restarts", "2", "--hang-timeout", patience)
 
     def trained(steps: int, starts: int) -> Callable[[], bool]:
