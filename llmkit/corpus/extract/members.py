@@ -24,9 +24,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llmkit.corpus.extract.decoders import FEED, MAX_BLOCK, Damaged, block_size, decoder_of
 from llmkit.corpus.extract.record_heads import MAX_HEAD, find_head, parse_head, starts_record
-from llmkit.corpus.extract.stored import KEEP, REREAD, REREAD_SHARE, Stored
+from llmkit.corpus.extract.stored import (
+    FEED,
+    KEEP,
+    MAX_BLOCK,
+    REREAD,
+    REREAD_SHARE,
+    Damaged,
+    Stored,
+    block_size,
+    decoder_of,
+)
 from llmkit.io.compression import GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
 
 PLAIN = 64 << 10  # bytes of plain text in a piece
