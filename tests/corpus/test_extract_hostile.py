@@ -151,26 +151,30 @@ def arc_lines(count: int) -> bytes:
     return warc(0) + b"junk\n" + (b"http:x " * 1100 + b"123456789012 " * 14 + b" 1\n") * count + warc(1)
 
 
-HUGE = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 16000003\r\n\r\n"
+HUGE = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 2000003\r\n\r\n"
 DIGEST = HUGE[:-2] + b"WARC-Block-Digest: sha1:3I42H3S6NNFQ2MSVX7XZKYAYSCX5QBYJ\r\n\r\n"
+FILL = b"x" * 2_100_000  # so that the records are complete
 CRAFTED: dict[str, tuple[Callable[[int], bytes], int]] = {
-    "heads without a blank line": (lambda n: warc(0) + b"WARC/1.0\nA:\n" * n + b"\n" + warc(1), 40_000),
-    "heads of long records": (lambda n: warc(0) + HUGE * n + warc(1), 9_000),
-    "heads with digests": (lambda n: warc(0) + DIGEST * n + warc(1), 5_000),
+    "heads without a blank line": (lambda n: warc(0) + b"WARC/1.0\nA:\n" * n + b"\n" + warc(1), 15_000),
+    "heads of long records": (lambda n: warc(0) + HUGE * n + FILL + warc(1), 5_000),
+    "heads with digests": (lambda n: warc(0) + DIGEST * n + FILL + warc(1), 2_000),
     "lines like heads": (arc_lines, 40),
-    "gzip heads": (gzip_heads, 50_000),
-    "bzip2 heads": (bzip2_heads, 5_000),
+    "gzip heads": (gzip_heads, 20_000),
+    "bzip2 heads": (bzip2_heads, 30_000),
     "gzip members in a body": (
         lambda n: warc(0) + warc(2, gzip.compress(b"x", mtime=0) * n, "Content-Encoding: gzip") + warc(1),
-        20_000,
+        40_000,
     ),
-    "codings": (nested_chunks, 10_000),
+    "codings": (nested_chunks, 50_000),
 }
 
 
 @pytest.mark.parametrize("name", CRAFTED)
 def test_time_is_linear(tmp_path: Path, name: str) -> None:
-    """Behaviour: twice as much of what is hard to read takes no more than three times as long, or nearly no time."""
+    """Behaviour: what is hard to read takes at most seconds, and twice as much of it no more than three times as long.
+
+    The limits are far from what was measured: below a second, where the first readers took between ten and thousands.
+    """
     make, count = CRAFTED[name]
     taken = []
     for size in (count, 2 * count):
@@ -179,7 +183,7 @@ def test_time_is_linear(tmp_path: Path, name: str) -> None:
         pages, _ = read(data, tmp_path)
         taken.append(time.process_time() - start)
         assert (pages[0], pages[-1]) == ("0", "1")
-    assert taken[1] < max(3 * taken[0], 2.0)
+    assert taken[1] < max(3 * taken[0], 1.0) and taken[1] < 5.0
 
 
 def test_lines_like_heads_in_texts(tmp_path: Path) -> None:

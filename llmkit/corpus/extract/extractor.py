@@ -152,7 +152,7 @@ class PageReader:
         """The fields of a row but for the page, as they are stored; also an id that is not text."""
         raw, id_key = document.raw_fields(), self.rows.id_key
         fields = {key: value for key, value in raw.items() if key not in (self.rows.text_key, "id")}
-        for key in {"id", id_key}:
+        for key in (id_key, "id"):
             value = document.fields.get(key)
             if value is not None and (key != id_key or not isinstance(value, str)):
                 fields["id"] = raw[key]
