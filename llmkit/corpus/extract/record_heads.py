@@ -19,7 +19,7 @@ WARC_START = re.compile(rb"WARC/\S{1,12}[ \t]*\r?\n")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(r"\r?\n[ \t]+")
 ARC_DATE, ARC_LENGTH = re.compile(rb"(?<= )\d{12,18}(?= )"), re.compile(rb"-?\w+")
-ARC_URL = re.compile(rb"[A-Za-z][\w+.-]*:")
+ARC_URL = re.compile(rb"[A-Za-z][\w+.-]{0,40}:")
 ARC_ADDRESS = re.compile(rb"\d{1,3}(?:\.\d{1,3}){3}|[\da-fA-F]*:[\da-fA-F:.]+|-")
 # What a search accepts inside damaged data is stricter than what is accepted where a head is expected.
 CANDIDATE = re.compile(
