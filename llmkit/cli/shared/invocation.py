@@ -203,7 +203,8 @@ class Run:
         from llmkit.io.inputs import exists
 
         for option, file in self.quarantine_files().items():
-            if counts.get(QUARANTINES[option]) and not exists(file):
+            known = len(self.bad_files) if option == "--on-bad-file" else 0  # directories, which are not in it
+            if counts.get(QUARANTINES[option], 0) > known and not exists(file):
                 self.warn(f"{file} does not exist any more; -f makes it again, with the output")
 
     @property
@@ -222,10 +223,10 @@ class Run:
             self._open_quarantine(file).add([bad.row()])
 
     def _bad_input(self, name: str, reason: str) -> None:
-        """Count a directory or pattern without files as a bad file."""
+        """Count a directory or pattern without files as a bad file; there is nothing to quarantine."""
         from llmkit.io.documents import BadLine
 
-        self.bad_file(BadLine(name, 1, reason), quarantine=True)
+        self.bad_file(BadLine(name, 1, reason))
 
     def bad_file_counts(self) -> dict[str, int]:
         """The number of unreadable inputs, for summary and lineage, if there are any."""
