@@ -99,6 +99,7 @@ def test_members_that_a_neighbour_swallowed(tmp_path: Path) -> None:
         warc(0) + b"junk" * 9 + gzip.compress(warc(1)) + b"junk" + warc(2) + zstandard.compress(warc(3)), tmp_path
     )
     assert pages == others(4)
+    assert read(arc(0) + b"junk\rof \0 bytes" + arc(1) + arc(2), tmp_path, "a.arc")[0] == others(3)
 
 
 NESTED_TAIL = b"\r\n\r\n</pre>" + b"x y z " * 20_000

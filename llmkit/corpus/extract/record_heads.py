@@ -145,7 +145,7 @@ def find_head(data: bytes | bytearray, start: int, end: int) -> int:
                 return begin
             continue
         lowest = max(start, begin - MAX_URL)  # the date in an ARC line: its URL is before it
-        begin_of_line = max(lowest, data.rfind(b"\n", lowest, begin) + 1)
+        begin_of_line = max(lowest, data.rfind(b"\n", lowest, begin) + 1, data.rfind(b"\r", lowest, begin) + 1)
         if begin_of_line != line:
             line = begin_of_line
             found = _arc_start(data, line)
