@@ -193,8 +193,8 @@ def _confirmed_size(text: Text, record: Record, begin: int, stop: int) -> int | 
             size = len(record.block)
         return None
     size = _http_size(text.buffer, begin, stop)
-    line_ends = LINE_ENDS.match(text.buffer, begin + size, stop) if 0 < size <= stop - begin else None
-    return size if line_ends and line_ends.end() == stop else None
+    rest = LINE_ENDS.match(text.buffer, begin + size, stop) if 0 < size <= stop - begin else None
+    return size if rest and rest.end() == stop else None
 
 
 def _http_size(data: bytearray, begin: int, stop: int) -> int:
