@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, Run
 from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
@@ -262,9 +263,9 @@ def add_counts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
     """The summary as a line: `kept 90 of 100 documents (90.0 %), ...`."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
-    bad = f", {counts['bad_lines']:,} bad lines skipped" if counts.get("bad_lines") else ""
-    bad += f", {counts['bad_files']:,} bad files skipped" if counts.get("bad_files") else ""
-    up_to_date = f", {counts['up_to_date']:,} files up to date" if counts.get("up_to_date") else ""
+    bad = f", {counted(counts['bad_lines'], 'bad line')} skipped" if counts.get("bad_lines") else ""
+    bad += f", {counted(counts['bad_files'], 'bad file')} skipped" if counts.get("bad_files") else ""
+    up_to_date = f", {counted(counts['up_to_date'], 'file')} up to date" if counts.get("up_to_date") else ""
     where = (
         "nothing written (--dry-run)"
         if run.dry_run
@@ -272,5 +273,5 @@ def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
         if run.output
         else "written to stdout"
     )
-    kept = f"kept {counts['kept']:,} of {counts['documents']:,} documents{share}"
+    kept = f"kept {counts['kept']:,} of {counted(counts['documents'], 'document')}{share}"
     return f"{kept}, {verb} {counts['dropped']:,}{bad}{up_to_date}; {where}"
