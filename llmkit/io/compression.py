@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from llmkit.errors import LlmkitError
+from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -74,7 +75,8 @@ class Notes:
 
 
 def encode_note(kind: str, content: dict[str, Any]) -> bytes:
-    """Payload of a note: prefix and JSON with sorted keys."""
+    """Payload of a note: prefix and JSON with sorted keys. A trailer has a place for the digest of all bytes."""
+    content = content | ({BYTES: PENDING} if kind == "trailer" else {})
     body = json.dumps({"kind": kind, "content": content}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return NOTE_PREFIX + body.encode()
 
@@ -285,7 +287,7 @@ class ZstdOutput:
     def __init__(self, sink: BinaryIO, level: int) -> None:
         import zstandard
 
-        self._sink = sink
+        self._sink = SealedSink(sink)
         self._frame = (
             zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else StoredFrame()
         )
@@ -298,7 +300,9 @@ class ZstdOutput:
         It would split the content between two `write`s: call it before the first, or after `finish`.
         """
         payload = encode_note(kind, content)
+        self._sink.hold()
         self._sink.write(NOTE_MAGIC + struct.pack("<I", len(payload)) + payload)
+        self._sink.complete()
 
     def write(self, data: bytes) -> None:
         self._pending.append(data)
@@ -341,12 +345,13 @@ class GzipOutput:
     """One gzip member between empty members that hold the notes. No name, no time: equal content, equal bytes."""
 
     def __init__(self, sink: BinaryIO, level: int = 6) -> None:
-        self._sink = sink
+        self._sink = SealedSink(sink)
         self._member = zlib.compressobj(level, wbits=31)
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
         payload = encode_note(kind, content)
         parts = [payload[i : i + 65_000] for i in range(0, len(payload), 65_000)]
+        self._sink.hold()
         for i, part in enumerate(parts):
             body = (b"\1" if i + 1 < len(parts) else b"\0") + part
             extra = b"LK" + struct.pack("<H", len(body)) + body
@@ -354,6 +359,7 @@ class GzipOutput:
             self._sink.write(
                 b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra + b"\x03\0" + bytes(8)
             )
+        self._sink.complete()
 
     def write(self, data: bytes) -> None:
         self._sink.write(self._member.compress(data))

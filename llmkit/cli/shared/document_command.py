@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, Run
 from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
@@ -266,19 +267,14 @@ def add_counts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
     """The summary as a line: `kept 90 of 100 documents (90.0 %), ...`."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
-    kept = f"kept {counts['kept']:,} of {plural(counts['documents'], 'document')}{share}"
+    kept = f"kept {counts['kept']:,} of {counted(counts['documents'], 'document')}{share}"
     return f"{kept}, {verb} {counts['dropped']:,}{summary_end(run, counts)}"
 
 
 def summary_end(run: Run, counts: dict[str, Any]) -> str:
     """The end of a summary line: what was skipped, and where the output is."""
-    bad = [plural(counts[f"bad_{noun}s"], f"bad {noun}") for noun in ("line", "file") if counts.get(f"bad_{noun}s")]
+    bad = [counted(counts[f"bad_{noun}s"], f"bad {noun}") for noun in ("line", "file") if counts.get(f"bad_{noun}s")]
     skipped = "".join(f", {text} skipped" for text in bad)
-    up_to_date = f", {plural(counts['up_to_date'], 'file')} up to date" if counts.get("up_to_date") else ""
+    up_to_date = f", {counted(counts['up_to_date'], 'file')} up to date" if counts.get("up_to_date") else ""
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
     return f"{skipped}{up_to_date}; {where}"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 document`, `2 documents`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -72,8 +72,10 @@ class Run:
         self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
+        from llmkit.io.names import printable
+
         with suppress(OSError):  # a log on a full disk must not stop the command
-            print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
+            print(f"llmkit {self.command}: {printable(text)}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
@@ -235,8 +237,9 @@ class Run:
     def check_bad_files(self) -> None:
         """At the end of a call: LlmkitError with --fail-on-bad-file if there was an unreadable input."""
         if self.bad_files and self._values.get("fail_on_bad_file"):
-            count = "1 file" if len(self.bad_files) == 1 else f"{len(self.bad_files):,} files"
-            raise LlmkitError(f"{count} could not be read", "the output has everything else")
+            raise LlmkitError(
+                f"{counted(len(self.bad_files), 'file')} could not be read", "the output has everything else"
+            )
 
     def read_options(self, text_key: str | None = "") -> ReadOptions:
         """The reading options, for io.documents."""
@@ -315,6 +318,7 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     """The record inside `path`, if it was made by the command, version and options of `header`."""
     from llmkit.io.atomic import is_special
     from llmkit.io.inputs import exists
+    from llmkit.lineage.fields import present_options
     from llmkit.lineage.formats import read_lineage
 
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
@@ -323,8 +327,16 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
         record = read_lineage(path)
     except LlmkitError:
         return None
+    if record is None:
+        return None
     expected = json.loads(json.dumps(header.header()))
-    return record if record is not None and {key: record.get(key) for key in expected} == expected else None
+    present = record | {"options": present_options(record)}
+    return record if {key: present.get(key) for key in expected} == expected else None
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 bad file", "2,000 bad files"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Progress:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, plural, run_jobs, summary_end
+from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs, summary_end
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
@@ -97,7 +97,7 @@ def main(
     paths = run.inputs(inputs, suffixes=SUFFIXES, left_out=left_out)
     if left_out:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
-        run.note(f"{plural(left_out.total(), 'file')} in the directories not read: {kinds}")
+        run.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
     if backend == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)
@@ -138,9 +138,9 @@ def main(
         return
     by_count = sorted(total["skipped"].items(), key=lambda item: -item[1])
     skipped_text = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in by_count)})" if by_count else ""
-    documents, pages = plural(total["documents"], "document"), plural(total["pages"], "page")
+    documents, pages = counted(total["documents"], "document"), counted(total["pages"], "page")
     broken = total.get("broken_bytes", 0)
-    broken_text = f", {plural(total['broken'], 'broken record')} ({broken:,} bytes skipped)" if total["broken"] else ""
+    broken_text = f", {counted(total['broken'], 'broken record')} ({broken:,} bytes skipped)" if total["broken"] else ""
     truncated_text = f", {total['truncated']:,} truncated" if total.get("truncated") else ""
     line = f"{documents} of {pages}{skipped_text}{truncated_text}{broken_text}"
     run.finish(total, line + summary_end(run, total | run.bad_file_counts()))
