@@ -72,11 +72,7 @@ class DocumentWriter:
     def write(self, lines: bytes) -> None:
         """Append complete lines, each with its newline."""
         self._digest.update(lines)
-        try:
-            self._target.write(lines)
-        except OSError as error:
-            error.filename = error.filename or self.output
-            raise
+        self._target.write(lines)
 
     def finish(self, counts: dict[str, Any], inputs: list[Input]) -> None:
         """Complete the content and its lineage; call it once, last."""
