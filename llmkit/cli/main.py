@@ -74,7 +74,8 @@ def _print(text: str) -> None:
         _exit_on_broken_pipe()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered must not fail once more at the exit
-        sys.exit(_fail("llmkit", str(error.strerror or error), _os_hint(error), 1))
+        error.filename = "standard output"
+        sys.exit(_fail("llmkit", _os_message(error), _os_hint(error), 1))
 
 
 def _exit_on_broken_pipe() -> NoReturn:
@@ -149,8 +150,7 @@ def run_command(name: str, arguments: list[str]) -> int:
     except OSError as error:
         if debug:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", _os_hint(error), ExitCode.ERROR)
+        return fail(_os_message(error), _os_hint(error), ExitCode.ERROR)
     except MemoryError:
         return fail("out of memory", "use fewer jobs (-j) or smaller batches", ExitCode.ERROR)
     except Exception as error:
@@ -164,11 +164,22 @@ def run_command(name: str, arguments: list[str]) -> int:
         )
 
 
+def _os_message(error: OSError) -> str:
+    from llmkit.io.atomic import FULL
+
+    # Outputs with a name give it, io/atomic.py.
+    where = error.filename or ("standard output, or a temporary file" if error.errno in FULL else "")
+    return f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
+
+
 def _os_hint(error: OSError) -> str:
     import errno
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space, or write to another disk with -o; no partial output was left behind"
+    from llmkit.io.atomic import FULL
+
+    if error.errno in FULL:
+        other = "write to another disk with -o" if error.filename else "name an output with -o, or set TMPDIR"
+        return f"free some space, or {other}; nothing incomplete was left behind"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check the permissions"
     return ""

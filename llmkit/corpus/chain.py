@@ -222,7 +222,8 @@ def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered
         measurements: dict[str, Any] = {}
         for name, check in checks:
             measurements.setdefault(name, {})[check.statistic or check.reason] = check.value
-        if "dropped_by" not in document.fields.get("filter", {"dropped_by"}):
+        earlier = document.fields.get("filter", {"dropped_by": []})
+        if not isinstance(earlier, dict) or "dropped_by" not in earlier:
             raise LlmkitError(
                 f"{document}: the field 'filter' already exists", "rename it: --annotate writes a field of that name"
             )

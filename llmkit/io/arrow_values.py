@@ -7,7 +7,7 @@
 | decimals | strings of their digits |
 | dates, times, timestamps | ISO 8601, with the digits of the unit; timestamps with a time zone in UTC ("...Z") |
 | durations | ISO 8601, in seconds: "PT1.500S" |
-| binary | base64 |
+| binary | base64; in columns that hold text (io/parquet.py), the text |
 | structs, lists | objects, arrays |
 | maps | arrays of [key, value] |
 | dictionary | its values |
@@ -45,15 +45,36 @@ class Codec(NamedTuple):
     decode: Convert | None = None
 
 
-def to_json(array: pa.Array) -> list[Any]:
-    """The values of an array. Raises pa.ArrowException for types that have no form in JSON."""
-    if isinstance(array.type, pa.BaseExtensionType):
-        array = array.storage
-    if kinds.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    plain, encode, _ = codec(array.type)
+def to_json(array: pa.Array, escape: bool = False) -> list[Any]:
+    """The values of an array. Raises pa.ArrowException for types that have no form in JSON.
+
+    Strings that are not UTF-8 raise UnicodeDecodeError, unless their bytes are to be escaped as lone surrogates.
+    """
+    array = decoded(array)
+    plain, encode, _ = codec(array.type, escape)
     values: list[Any] = (array if plain == array.type else array.cast(plain)).to_pylist()
     return [None if value is None else encode(value) for value in values] if encode else values
+
+
+def decoded(array: pa.Array) -> pa.Array:
+    """The array without extension types and dictionaries."""
+    if isinstance(array.type, pa.BaseExtensionType):
+        array = array.storage
+    return array.dictionary_decode() if kinds.is_dictionary(array.type) else array
+
+
+def is_bytes(type: pa.DataType) -> bool:
+    """Whether values are bytes of any number."""
+    if kinds.is_dictionary(type):
+        return is_bytes(type.value_type)
+    return any(test(type) for test in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view))
+
+
+def as_strings(array: pa.Array) -> pa.Array:
+    """Bytes as strings, which are not validated."""
+    array = decoded(array)
+    array = array.cast(pa.large_binary()) if kinds.is_binary_view(array.type) else array
+    return array.view(pa.string() if kinds.is_binary(array.type) else pa.large_string())
 
 
 def from_json(values: list[Any], type: pa.DataType) -> pa.Array:
@@ -69,10 +90,12 @@ def from_json(values: list[Any], type: pa.DataType) -> pa.Array:
     return pa.array(values, type)
 
 
-def codec(type: pa.DataType) -> Codec:
-    """The conversion of a type."""
+def codec(type: pa.DataType, escape: bool = False) -> Codec:
+    """The conversion of a type; `escape` as for `to_json`."""
     if kinds.is_dictionary(type):
-        return codec(type.value_type)
+        return codec(type.value_type, escape)
+    if escape and (kinds.is_string(type) or kinds.is_large_string(type) or kinds.is_string_view(type)):
+        return Codec(pa.large_binary(), lambda value: value.decode("utf-8", "surrogateescape"))
     if kinds.is_floating(type):
         return Codec(type, _encode_float, _decode_float)
     if kinds.is_decimal(type):
@@ -86,16 +109,16 @@ def codec(type: pa.DataType) -> Codec:
         return Codec(pa.int32() if kinds.is_time32(type) else pa.int64(), *_time_point(DIGITS[type.unit], 11, ""))
     if kinds.is_duration(type):
         return Codec(pa.int64(), *_duration(DIGITS[type.unit]))
-    if kinds.is_binary(type) or kinds.is_large_binary(type) or kinds.is_fixed_size_binary(type):
+    if is_bytes(type) or kinds.is_fixed_size_binary(type):
         return Codec(type, lambda value: base64.b64encode(value).decode(), _decode_binary)
     if kinds.is_struct(type):
-        return _struct(type)
+        return _struct(type, escape)
     if kinds.is_map(type):
-        key, item = codec(type.key_type), codec(type.item_type)
+        key, item = codec(type.key_type, escape), codec(type.item_type, escape)
         plain = pa.map_(key.plain, item.plain)
         return Codec(plain, _pairs(key.encode, item.encode), _pairs(key.decode, item.decode))
     if kinds.is_list(type) or kinds.is_large_list(type) or kinds.is_fixed_size_list(type):
-        inner = codec(type.value_type)
+        inner = codec(type.value_type, escape)
         new = pa.large_list if kinds.is_large_list(type) else pa.list_
         size = (type.list_size,) if kinds.is_fixed_size_list(type) else ()
         plain = type if inner.plain == type.value_type else new(type.value_field.with_type(inner.plain), *size)
@@ -115,9 +138,9 @@ def _pairs(of_key: Convert | None, of_item: Convert | None) -> Convert:
     return lambda pairs: [(_call(of_key, key), _call(of_item, item)) for key, item in pairs]
 
 
-def _struct(type: pa.StructType) -> Codec:
+def _struct(type: pa.StructType, escape: bool) -> Codec:
     fields = [type.field(i) for i in range(type.num_fields)]
-    codecs = {field.name: codec(field.type) for field in fields}
+    codecs = {field.name: codec(field.type, escape) for field in fields}
     plain = pa.struct([field.with_type(codecs[field.name].plain) for field in fields])
 
     def encode(value: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Outputs that appear under their final name only when they are complete.
+"""Outputs that appear under their final name only when they are complete, and locks between runs.
 
 A file is written as `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by
 file. The partial file is also the lock: it is held with flock(2) while it is written, so a second run on the
@@ -13,18 +13,21 @@ have no locks.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import io
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llmkit.errors import LlmkitError, LockedError
 from llmkit.io.inputs import exists, is_remote, redacted, remote_path
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Protocols of storage with directories, which must exist before a file is written.
 DIRECTORY_PROTOCOLS = {"file", "sftp", "smb", "hdfs", "webhdfs"}
 
@@ -73,7 +76,7 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
             raise
         return
     if is_special(Path(path)):
-        with open(path, "wb") as sink:
+        with _NamedFile.open(os.open(path, os.O_WRONLY), path) as sink:
             yield sink
         return
     final = Path(os.path.realpath(path))
@@ -83,10 +86,11 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
     descriptor = _open_locked(partial, os.O_RDWR | os.O_CREAT, str(path))
     try:
         os.ftruncate(descriptor, 0)
-        with os.fdopen(descriptor, "wb") as sink:
+        with _NamedFile.open(descriptor, path) as sink:
             yield sink
             sink.flush()
-            os.fsync(sink.fileno())
+            with full_disk_names(path):
+                os.fsync(sink.fileno())
             check_output(path, force)  # it may have been created meanwhile
             os.replace(partial, final)
     except BaseException:
@@ -120,11 +124,12 @@ def atomic_directory(
     descriptor = _open_locked(partial, os.O_RDONLY, str(path))
     try:
         _empty(partial)
-        yield partial
-        for directory, _, files in os.walk(partial):
-            for name in files:
-                _sync(os.path.join(directory, name))
-            sync_directory(directory)
+        with full_disk_names(path):
+            yield partial
+            for directory, _, files in os.walk(partial):
+                for name in files:
+                    _sync(os.path.join(directory, name))
+                sync_directory(directory)
         check_output(path, force)
         if final.exists():
             old = final.with_name(f".{final.name}.old")
@@ -140,6 +145,33 @@ def atomic_directory(
     finally:
         os.close(descriptor)
     sync_directory(final.parent)
+
+
+@contextmanager
+def full_disk_names(path: str | Path) -> Iterator[None]:
+    """Errors of a full disk or quota, or of a limit on the size of files, name this output unless they name a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file that is written under another name than that of the output, which is the one that its errors give."""
+
+    output: str | Path
+
+    @classmethod
+    def open(cls, descriptor: int, output: str | Path) -> BinaryIO:
+        file = cls(descriptor, "wb")
+        file.output = output
+        return io.BufferedWriter(file)
+
+    def write(self, data: Any, /) -> int:
+        with full_disk_names(self.output):
+            return super().write(data)
 
 
 def _open_locked(partial: Path, flags: int, name: str) -> int:
@@ -188,3 +220,20 @@ def _sync(path: str) -> None:
 def sync_directory(path: str | Path) -> None:
     """Make the directory entries of `path` durable."""
     _sync(str(path))
+
+
+@contextmanager
+def lock(path: str | Path) -> Iterator[None]:
+    """Hold the lock file `path` (created if missing), which the kernel releases even after kill -9.
+
+    LockedError (exit code 75) where another run holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(f"{path} is locked by another run", "wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -22,11 +22,14 @@ from typing import Any, BinaryIO, Protocol
 import xxhash
 
 from llmkit.errors import LlmkitError
+from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 BZIP2_MAGIC = b"BZh"
+
+PACKED = {".zst": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}  # suffix -> format
 
 NOTE_MAGIC = struct.pack("<I", 0x184D2A5B)
 NOTE_PREFIX = b"llmkit\0"
@@ -72,7 +75,8 @@ class Notes:
 
 
 def encode_note(kind: str, content: dict[str, Any]) -> bytes:
-    """Payload of a note: prefix and JSON with sorted keys."""
+    """Payload of a note: prefix and JSON with sorted keys. A trailer has a place for the digest of all bytes."""
+    content = content | ({BYTES: PENDING} if kind == "trailer" else {})
     body = json.dumps({"kind": kind, "content": content}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return NOTE_PREFIX + body.encode()
 
@@ -84,6 +88,8 @@ def decompress(raw: BinaryIO, name: str, notes: Notes, min_bytes: int = BLOCK) -
     truncated, corrupt, or has a header and no trailer.
     """
     magic = _fill(raw, b"", 6)
+    if not magic:
+        refuse_empty(name)
     if is_zstd(magic):
         pieces = _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
@@ -254,6 +260,16 @@ def _truncated(name: str, kind: str) -> LlmkitError:
     return LlmkitError(f"{name}: truncated {kind} stream", "the file is incomplete; fetch or make it again")
 
 
+def refuse_empty(name: str) -> None:
+    """Raise LlmkitError for a file without any byte if its name is that of a compressed file, which has some."""
+    for suffix, kind in PACKED.items():
+        if name.endswith(suffix):
+            raise LlmkitError(
+                f"{name}: truncated {kind} stream: the file is empty",
+                "the file is incomplete; fetch or make it again",
+            )
+
+
 class OutputFormat(Protocol):
     """The interface of an output format for document writers."""
 
@@ -271,7 +287,7 @@ class ZstdOutput:
     def __init__(self, sink: BinaryIO, level: int) -> None:
         import zstandard
 
-        self._sink = sink
+        self._sink = SealedSink(sink)
         self._frame = (
             zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj() if level else StoredFrame()
         )
@@ -284,7 +300,9 @@ class ZstdOutput:
         It would split the content between two `write`s: call it before the first, or after `finish`.
         """
         payload = encode_note(kind, content)
+        self._sink.hold()
         self._sink.write(NOTE_MAGIC + struct.pack("<I", len(payload)) + payload)
+        self._sink.complete()
 
     def write(self, data: bytes) -> None:
         self._pending.append(data)
@@ -327,12 +345,13 @@ class GzipOutput:
     """One gzip member between empty members that hold the notes. No name, no time: equal content, equal bytes."""
 
     def __init__(self, sink: BinaryIO, level: int = 6) -> None:
-        self._sink = sink
+        self._sink = SealedSink(sink)
         self._member = zlib.compressobj(level, wbits=31)
 
     def note(self, kind: str, content: dict[str, Any]) -> None:
         payload = encode_note(kind, content)
         parts = [payload[i : i + 65_000] for i in range(0, len(payload), 65_000)]
+        self._sink.hold()
         for i, part in enumerate(parts):
             body = (b"\1" if i + 1 < len(parts) else b"\0") + part
             extra = b"LK" + struct.pack("<H", len(body)) + body
@@ -340,6 +359,7 @@ class GzipOutput:
             self._sink.write(
                 b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra + b"\x03\0" + bytes(8)
             )
+        self._sink.complete()
 
     def write(self, data: bytes) -> None:
         self._sink.write(self._member.compress(data))

@@ -381,7 +381,7 @@ class DocumentReader:
         self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.entries)))
 
     def _parquet_chunks(self, path: str, raw: BinaryIO, damage: list[BadLine]) -> Iterator[Chunk]:
-        from llmkit.io.parquet import describe, read_lines
+        from llmkit.io.parquet import ParquetRows, describe
 
         line = 1
         name, spool, digest = display_name(path), None, ""
@@ -390,13 +390,16 @@ class DocumentReader:
                 spool = stack.enter_context(tempfile.TemporaryFile())
                 digest = digest_bytes(_copied(raw, spool))
                 spool.seek(0)
-            for data, rows in self._until_damage(path, read_lines(spool or raw, name), damage):
-                yield Chunk(name, line, data)
-                line += rows
+            rows = ParquetRows(spool or raw, name, self.options.text_key or "", self.options.id_key)
+            for data, lines, bad_rows in self._until_damage(path, rows.lines(), damage):
+                yield Chunk(
+                    name, line, data, [BadLine(name, line + bad.number, bad.reason, bad.raw) for bad in bad_rows]
+                )
+                line += lines
             if damage:
-                damage[:] = [replace(bad, line=line) for bad in damage]
+                damage[:] = [replace(problem, line=line) for problem in damage]
             else:
-                self.inputs.append(describe(path, spool, digest))
+                self.inputs.append(describe(path, spool, digest, rows.texts))
 
     def accept(self, bad: list[BadLine]) -> None:
         """Handle bad lines by `on_bad_line`: raise LlmkitError for the first, count them, or quarantine them."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -30,13 +31,16 @@ def expand(
     suffixes: tuple[str, ...] = DOCUMENT_SUFFIXES,
     files_from: str | None = None,
     missing_ok: bool = False,
+    on_empty: Callable[[str, str], object] | None = None,
+    left_out: Counter[str] | None = None,
 ) -> list[str]:
     """Every input file: arguments in the given order, the files of a directory or glob sorted by name.
 
     A directory (a URL that ends in "/") stands for the files below it that end in one of `suffixes`, hidden
     ones excepted. `files_from` names a file with one input per line (`-`: stdin). Raises UsageError where there
     is nothing to read, LlmkitError where an input is missing (unless `missing_ok`: its reader reports it) or a
-    directory holds no such file.
+    directory holds no such file; with `on_empty`, that is called with the name of such a directory or pattern and the
+    reason, as long as there is another input. `left_out` counts the other files of directories by suffix.
     """
     arguments = list(inputs or [])
     if files_from is not None:
@@ -48,37 +52,68 @@ def expand(
             raise UsageError("no input: stdin is a terminal", "name input files, or pipe documents in")
         return [STDIN]
     files: list[str] = []
+    empty: list[tuple[str, LlmkitError]] = []
     for item in arguments:
-        if item == STDIN:
-            files.append(item)
-        elif is_remote(item):
-            files += _remote(item, suffixes)
-        elif os.path.isdir(item):
-            contents = sorted(
-                str(p)
-                for p in Path(item).rglob("*")
-                if p.name.endswith(suffixes) and p.is_file() and not _hidden(p, item)
-            )
-            if not contents:
-                raise LlmkitError(f"{item}: no input files in this directory", "looked for " + " ".join(suffixes))
-            files += contents
-        elif os.path.exists(item):
-            files.append(item)
-        elif glob.has_magic(item):
-            matched = sorted(glob.glob(item, recursive=True))
-            if not matched:
-                raise LlmkitError(f"{item}: nothing matches this pattern", "quote it only if llmkit is to expand it")
-            files += matched
-        elif missing_ok:
-            files.append(item)
-        else:
-            raise LlmkitError(f"{item}: no such file or directory", "check the path")
+        try:
+            files += _files_of(item, suffixes, missing_ok, left_out)
+        except EmptyInput as error:
+            empty.append((item, error))
+    if empty and (on_empty is None or not files):
+        raise empty[0][1]
+    for item, reason in empty:
+        assert on_empty
+        on_empty(redacted(item), reason.message.removeprefix(f"{redacted(item)}: "))
     if files.count(STDIN) > 1:
         raise UsageError("stdin ('-') is given more than once", "it can be read only once")
     return files
 
 
-def _remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
+class EmptyInput(LlmkitError):
+    """A directory without a file to read, or a pattern that nothing matches."""
+
+
+def _files_of(item: str, suffixes: tuple[str, ...], missing_ok: bool, left_out: Counter[str] | None) -> list[str]:
+    """The files that an argument stands for."""
+    if item == STDIN:
+        return [item]
+    if is_remote(item):
+        return _remote(item, suffixes, left_out)
+    if os.path.isdir(item):
+        contents = sorted(str(p) for p in Path(item).rglob("*") if p.is_file() and not _hidden(p, item))
+        selected = _selected(contents, suffixes, left_out)
+        if not selected:
+            raise EmptyInput(f"{item}: no input files in this directory", _looked_for(suffixes))
+        return selected
+    if os.path.exists(item):
+        return [item]
+    if glob.has_magic(item):
+        matched = sorted(glob.glob(item, recursive=True))
+        if not matched:
+            raise EmptyInput(f"{item}: nothing matches this pattern", "quote it only if llmkit is to expand it")
+        return matched
+    if missing_ok:
+        return [item]
+    raise LlmkitError(f"{item}: no such file or directory", "check the path")
+
+
+def _looked_for(suffixes: tuple[str, ...]) -> str:
+    plain = [suffix for suffix in suffixes if not suffix.endswith(COMPRESSIONS[1:])]
+    return f"looked for {' '.join(plain or suffixes)}{', compressed or not' if plain != list(suffixes) else ''}"
+
+
+def _selected(names: list[str], suffixes: tuple[str, ...], left_out: Counter[str] | None) -> list[str]:
+    """The names that end in one of `suffixes`; the others are counted."""
+    selected = []
+    for name in names:
+        if name.endswith(suffixes):
+            selected.append(name)
+        elif left_out is not None:
+            stem, suffix = os.path.splitext(os.path.basename(name))
+            left_out[os.path.splitext(stem)[1] + suffix if suffix in COMPRESSIONS else suffix] += 1
+    return selected
+
+
+def _remote(url: str, suffixes: tuple[str, ...], left_out: Counter[str] | None) -> list[str]:
     """The files of a URL: those that match a pattern, those below a directory, or the URL itself."""
     if not (url.endswith("/") or glob.has_magic(url)):
         return [url]
@@ -86,9 +121,9 @@ def _remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
         directory, prefix_length = url.endswith("/"), url.rfind(path)
         names = sorted(system.find(path) if directory else system.glob(path))
     if directory:
-        names = [name for name in names if name.endswith(suffixes) and "/." not in name[len(path) :]]
+        names = _selected([name for name in names if "/." not in name[len(path) :]], suffixes, left_out)
     if not names or prefix_length < 0:
-        raise LlmkitError(f"{redacted(url)}: no input files there", "looked for " + " ".join(suffixes))
+        raise EmptyInput(f"{redacted(url)}: no input files there", _looked_for(suffixes))
     return [url[:prefix_length] + name for name in names]
 
 

@@ -48,6 +48,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _as_escapes(text))
 
 
+def printable(text: str) -> str:
+    """The text with escapes for control characters, line breaks excepted: a name must not steer the terminal."""
+    return text if text.isprintable() else "\n".join(map(one_line, text.split("\n")))
+
+
 def is_utf8(text: str) -> bool:
     """Whether all of a name or argument is UTF-8."""
     return not _BYTE.search(text)
@@ -55,10 +60,19 @@ def is_utf8(text: str) -> bool:
 
 def shell_name(text: str) -> str:
     """An escaped name as a word for bash."""
-    name = unescape_name(text)
-    if is_utf8(name):
-        return shlex.quote(name)
-    return "$'" + _as_escapes(re.sub(r"[\\']", r"\\\g<0>", name).replace("\n", "\\n")) + "'"
+    return shell_word(unescape_name(text))
+
+
+def shell_word(text: str) -> str:
+    """Any text as a word for bash; bytes that are not UTF-8, and what does not print, as escapes."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + "".join(c if c.isprintable() and c not in "\\'" else _shell_escapes(c) for c in text) + "'"
+
+
+def _shell_escapes(character: str) -> str:
+    data = character.encode("utf-8", "surrogateescape" if _BYTE.match(character) else "replace")
+    return "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """Parquet rows as JSON lines.
 
-Reading holds one record batch in memory. The forms of values that JSON lacks (dates, bytes, NaN, ...) are those of
-io/arrow_values.py. What is needed to write rows with the types of the file again is returned as `Columns`.
+Reading holds one record batch in memory, and verifies the checksums of pages where the writer stored them. The forms of
+values that JSON lacks (dates, bytes, NaN, ...) are those of io/arrow_values.py. What is needed to write rows with the
+types of the file again is returned as `Columns`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import pyarrow as pa
@@ -19,45 +21,115 @@ import pyarrow.parquet as pq
 import xxhash
 
 from llmkit.errors import LlmkitError
-from llmkit.io.arrow_values import to_json
+from llmkit.io.arrow_values import as_strings, is_bytes, to_json
 from llmkit.io.compression import BLOCK
 from llmkit.io.digest import digest_stored, digest_text
 from llmkit.io.inputs import display_name, open_raw
 from llmkit.io.record import Input, base_name, parse_record
 
 BATCH_ROWS = 1024
+STRING_FIELDS = ("source", "url", "language")  # of documents, besides id and text
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names, types and metadata of the columns of a file, and the number of rows of its largest row group."""
+    """Names, types and metadata of the columns of a file, and the number of rows of its largest row group.
+
+    `texts`: the BINARY columns that are read as text.
+    """
 
     schema: pa.Schema
     group_rows: int
+    texts: frozenset[str] = frozenset()
 
 
-def read_lines(raw: BinaryIO, name: str) -> Iterator[tuple[bytes, int]]:
-    """(JSON lines, number of rows) of each batch."""
-    with _readable(name):
-        file = pq.ParquetFile(raw)
-        names = file.schema_arrow.names
-        if repeated := sorted({field for field in names if names.count(field) > 1}):
-            raise LlmkitError(f"{name}: two columns are called {repeated[0]!r}", "rename one of them")
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
-            columns = [_json_values(name, batch, i) for i in range(batch.num_columns)]
-            rows = zip(*columns, strict=True) if columns else iter([()] * batch.num_rows)
-            lines = [orjson.dumps(dict(zip(names, row, strict=True))) + b"\n" for row in rows]
-            yield b"".join(lines), len(lines)
+class BadRow(NamedTuple):
+    """A row with a string that is not UTF-8: number in the batch, reason, and the row as JSON with these bytes."""
+
+    number: int
+    reason: str
+    raw: bytes
 
 
-def _json_values(name: str, batch: pa.RecordBatch, i: int) -> list[Any]:
+class ParquetRows:
+    """The rows of a file. `texts` is complete once the first have been read."""
+
+    def __init__(self, raw: BinaryIO, name: str, text_key: str, id_key: str) -> None:
+        self.texts: frozenset[str] = frozenset()
+        self._raw, self._name, self._text_key, self._id_key = raw, name, text_key, id_key
+
+    def lines(self) -> Iterator[tuple[bytes, int, list[BadRow]]]:
+        """(JSON lines, number of lines, bad rows) of each batch; a bad row is an empty line."""
+        with _readable(self._name):
+            file = pq.ParquetFile(self._raw, page_checksum_verification=True)
+            names = file.schema_arrow.names
+            if repeated := sorted({field for field in names if names.count(field) > 1}):
+                raise LlmkitError(f"{self._name}: two columns are called {repeated[0]!r}", "rename one of them")
+            self.texts = self._text_columns(file)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for name in self.texts:
+                    batch = batch.set_column(names.index(name), name, as_strings(batch.column(name)))
+                bad: list[BadRow] = []
+                try:
+                    lines = self._lines(batch)
+                except UnicodeDecodeError:
+                    lines = []
+                    for number in range(batch.num_rows):
+                        row = batch.slice(number, 1)
+                        try:
+                            lines += self._lines(row)
+                        except UnicodeDecodeError:
+                            lines.append(b"\n")
+                            bad.append(_bad_row(number, row))
+                yield b"".join(lines), len(lines), bad
+
+    def _text_columns(self, file: pq.ParquetFile) -> frozenset[str]:
+        """The BINARY columns that hold text, which many writers do not declare: that of the text in any case, those of
+        the other strings of a document, and all those of other rows, if all of their values are UTF-8.
+        """
+        schema = file.schema_arrow
+        names = {name for name in schema.names if is_bytes(schema.field(name).type)}
+        others = (names & {self._id_key, *STRING_FIELDS} if self._text_key else names) - {self._text_key}
+        return frozenset(names & {self._text_key} | {name for name in others if _is_text(file, name)})
+
+    def _lines(self, batch: pa.RecordBatch) -> list[bytes]:
+        columns = [self._json_values(batch, i) for i in range(batch.num_columns)]
+        rows = zip(*columns, strict=True) if columns else iter([()] * batch.num_rows)
+        names = batch.schema.names
+        return [orjson.dumps(dict(zip(names, row, strict=True))) + b"\n" for row in rows]
+
+    def _json_values(self, batch: pa.RecordBatch, i: int) -> list[Any]:
+        try:
+            return to_json(batch.column(i))
+        except pa.ArrowNotImplementedError as error:
+            field = batch.schema.field(i)
+            raise LlmkitError(
+                f"{self._name}: column {field.name!r}: values of type {field.type} have no form in JSON",
+                "omit the column",
+            ) from error
+
+
+def _is_text(file: pq.ParquetFile, name: str) -> bool:
     try:
-        return to_json(batch.column(i))
-    except pa.ArrowNotImplementedError as error:
-        field = batch.schema.field(i)
-        raise LlmkitError(
-            f"{name}: column {field.name!r}: values of type {field.type} have no form in JSON", "omit the column"
-        ) from error
+        for batch in file.iter_batches(BATCH_ROWS, columns=[name]):
+            for column in batch.columns:
+                as_strings(column).validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def _bad_row(number: int, row: pa.RecordBatch) -> BadRow:
+    """A row with at least one string that is not UTF-8."""
+    reason, fields = "", dict[str, Any]()
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        fields[name] = to_json(column, escape=True)[0]
+        try:
+            to_json(column)
+        except UnicodeDecodeError as error:
+            reason = reason or f"field {name!r}: invalid UTF-8 (byte {error.start})"
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+    return BadRow(number, reason, text.encode("utf-8", "surrogateescape"))
 
 
 def read_record(path: str) -> bytes | None:
@@ -66,12 +138,12 @@ def read_record(path: str) -> bytes | None:
         return (pq.read_metadata(raw).metadata or {}).get(b"llmkit")
 
 
-def describe(path: str, raw: BinaryIO | None = None, digest: str = "") -> Input:
+def describe(path: str, raw: BinaryIO | None = None, digest: str = "", texts: frozenset[str] = frozenset()) -> Input:
     """Name, digest, own record and columns of a Parquet file; `raw` and `digest`: those of stdin."""
     with open_raw(path) if raw is None else nullcontext(raw) as source, _readable(display_name(path)):
         file = pq.ParquetFile(source)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        columns = Columns(file.schema_arrow, max(groups, default=0))
+        columns = Columns(file.schema_arrow, max(groups, default=0), texts)
         record = parse_record((file.metadata.metadata or {}).get(b"llmkit"))
     return Input("input", base_name(path), digest or digest_stored(path), record, columns=columns)
 
@@ -96,26 +168,6 @@ def with_schema(stored: xxhash.xxh3_128, schema: pa.Schema, rows: int) -> str:
     columns = [(field.name, str(field.type), field.nullable) for field in schema]
     stored.update(f"{columns} {rows}".encode())
     return digest_text(stored)
-
-
-class DigestedSink:
-    """A sink that digests what is written."""
-
-    def __init__(self, sink: BinaryIO) -> None:
-        self.state, self._sink, self.closed = xxhash.xxh3_128(), sink, False
-
-    def write(self, data: bytes) -> int:
-        self.state.update(data)
-        return self._sink.write(data)
-
-    def tell(self) -> int:
-        return self._sink.tell()
-
-    def flush(self) -> None:
-        self._sink.flush()
-
-    def close(self) -> None:
-        """Leave the sink open: its owner completes it."""
 
 
 @contextmanager

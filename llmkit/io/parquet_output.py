@@ -26,13 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmkit.errors import LlmkitError
-from llmkit.io.arrow_values import NON_FINITE, from_json
-from llmkit.io.atomic import atomic_file
+from llmkit.io.arrow_values import NON_FINITE, from_json, is_bytes
+from llmkit.io.atomic import atomic_file, full_disk_names
 from llmkit.io.compression import Notes, ZstdOutput, decompress
 from llmkit.io.inputs import is_remote
-from llmkit.io.parquet import Columns, DigestedSink, with_schema
+from llmkit.io.parquet import Columns, with_schema
 from llmkit.io.record import sealed
-from llmkit.io.splice import exact_fields, may_hold_big_integer
+from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
+from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values
 
 GROUP_BYTES = 32 << 20  # of JSON in a row group, without a Parquet input
 MAX_GROUP_BYTES = 16 * GROUP_BYTES  # of JSON in any row group
@@ -84,7 +85,8 @@ class ParquetOutput:
             self._write_file()
 
     def write(self, data: bytes) -> None:
-        self._spool.write(data)
+        with full_disk_names(self._path):
+            self._spool.write(data)
         self._pending += data
         if len(self._pending) >= GROUP_BYTES // 8:
             self._widen_types()
@@ -95,13 +97,15 @@ class ParquetOutput:
 
     def finish(self) -> None:
         self._widen_types()
-        self._spool.finish()
-        self._spool_file.flush()
+        with full_disk_names(self._path):
+            self._spool.finish()
+            self._spool_file.flush()
 
     # The types.
     def _widen_types(self) -> None:
         """Add the fields and types of the pending rows."""
-        rows = [_parse(line) for line in bytes(self._pending).split(b"\n") if line]
+        lines = (line for line in bytes(self._pending).split(b"\n") if line)
+        rows = [self._parse(line, number) for number, line in enumerate(lines, self._rows + 1)]
         self._pending.clear()
         for name in {key: None for row in rows for key in row}:
             values = [row.get(name) for row in rows]
@@ -113,14 +117,22 @@ class ParquetOutput:
                     self._refuse(name)
         self._rows += len(rows)
 
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            return _parse(line)
+        except orjson.JSONDecodeError:
+            field = next(name for name, raw in raw_values(line).items() if _is_beyond_floats(raw))
+            problem = f"field {field!r}, row {number:,}: a number beyond the range of floats"
+            raise LlmkitError(f"{self._path}: {problem}", "write .jsonl.zst instead") from None
+
     def _type_with(self, name: str, values: list[Any]) -> pa.DataType:
         """The type of a field with more values."""
         try:
-            new = pa.array(values).type
+            new = _type_of(values)
         except MISFITS:
             if not any(isinstance(value, (int, float)) for value in values):
                 raise
-            new = pa.array([NON_FINITE.get(v, v) if isinstance(v, str) else v for v in values]).type
+            new = _type_of([NON_FINITE.get(v, v) if isinstance(v, str) else v for v in values])
         return _unified(self._types[name], new) if name in self._types else new
 
     def _conflict(self, name: str, values: list[Any], error: Exception) -> str:
@@ -134,8 +146,13 @@ class ParquetOutput:
             except MISFITS:
                 high = middle
         location = f"field {name!r}, row {self._rows + high:,}: {_shown(values[high - 1])}"
-        if low or name in self._types:
-            return f"{location} follows values of type {self._type_with(name, values[:low])}"
+        try:
+            _type_of(values[high - 1 : high])
+        except MISFITS as alone:
+            error = alone
+        else:
+            if low or name in self._types:
+                return f"{location} follows values of type {self._type_with(name, values[:low])}"
         return f"{location}: {str(error).splitlines()[0]}"
 
     def _refuse(self, name: str) -> None:
@@ -145,9 +162,12 @@ class ParquetOutput:
         """The columns of the inputs, then other fields."""
         fields: dict[str, pa.Field] = {}
         metadata: dict[bytes, bytes] = {}
+        self._texts = self._text_columns()
         for columns in self._inputs:
             metadata = (columns.schema.metadata or {}) | metadata
             for field in columns.schema:
+                if field.name in columns.texts - self._texts:
+                    field = field.with_type(pa.string())
                 known = fields.setdefault(field.name, field)
                 if known.type != field.type:
                     try:
@@ -170,6 +190,12 @@ class ParquetOutput:
         metadata.pop(b"llmkit", None)  # the record of an input
         return pa.schema([*fields.values()], metadata)
 
+    def _text_columns(self) -> set[str]:
+        """The BINARY columns that hold text in each of the inputs that has them."""
+        texts = {name for columns in self._inputs for name in columns.texts}
+        others = {name for columns in self._inputs for name in {*columns.schema.names} - columns.texts}
+        return texts - others
+
     # The file.
     def _write_file(self) -> None:
         schema = self._schema()
@@ -189,20 +215,37 @@ class ParquetOutput:
                 self._sink.truncate()
 
     def _write_rows(self, schema: pa.Schema) -> None:
-        first, sink = 1, DigestedSink(self._sink)
+        first, sink = 1, SealedSink(self._sink)
         try:
             with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
                 for group in self._groups():
                     rows = [_parse(line) for line in group]
-                    arrays = [_column(rows, schema, i, first) for i in range(len(schema))]
+                    arrays = [self._column(rows, schema, i, first) for i in range(len(schema))]
                     writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=len(rows))
                     first += len(rows)
-                record = sealed(self._record, with_schema(sink.state, schema, first - 1))
+                record = sealed(self._record, with_schema(sink.state.copy(), schema, first - 1)) | {BYTES: PENDING}
+                sink.hold()
                 writer.add_key_value_metadata({"llmkit": json.dumps(record, sort_keys=True, ensure_ascii=False)})
+            sink.complete()
         except pa.ArrowException as error:
             raise LlmkitError(
                 f"{self._path}: cannot be written as Parquet ({str(error).splitlines()[0]})", "write .jsonl.zst instead"
             ) from error
+
+    def _column(self, rows: list[dict[str, Any]], schema: pa.Schema, i: int, first: int) -> pa.Array:
+        """A column of a row group. Raises _Misfit; `first`: number of the first row."""
+        field = schema.field(i)
+        values = [row.get(field.name) for row in rows]
+        convert = pa.array if field.name in self._texts and is_bytes(field.type) else from_json
+        try:
+            return convert(values, field.type)
+        except MISFITS as error:
+            for row, value in zip(count(first), values, strict=False):
+                try:
+                    convert([value], field.type)
+                except MISFITS as reason:
+                    raise _Misfit(i, row, f"{_shown(value)} is not of type {field.type}") from reason
+            raise _Misfit(i, first, str(error)) from error
 
     def _groups(self) -> Iterator[list[bytes]]:
         """The lines of each row group."""
@@ -223,28 +266,58 @@ class ParquetOutput:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    row: dict[str, Any] = exact_fields(line) if may_hold_big_integer(line) else orjson.loads(line)
-    return row
+    """A row with exact integers. JSONDecodeError for a number that is infinite as a float."""
+    row: dict[str, Any] = orjson.loads(line)
+    return exact_fields(line) if may_hold_big_integer(line) else row
+
+
+def _is_beyond_floats(raw: bytes) -> bool:
+    try:
+        orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return True
+    return False
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    """The type of JSON values. Arrow itself knows no integers beyond int64 when it infers a type."""
+    try:
+        return pa.array(values).type
+    except OverflowError:
+        present = [value for value in values if value is not None]
+        if all(isinstance(value, dict) for value in present):
+            names = {name: None for value in present for name in value}
+            return pa.struct([(name, _type_of([value.get(name) for value in present])) for name in names])
+        if all(isinstance(value, list) for value in present):
+            return pa.list_(_type_of([item for value in present for item in value]))
+        integers = [value for value in present if type(value) is int]
+        if any(not -1 << 63 <= value < 1 << 64 for value in integers):
+            raise ValueError("Parquet has no type for integers beyond 64 bits") from None
+        if len(integers) == len(present) and min(integers) >= 0:
+            return pa.uint64()
+        raise
 
 
 def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """The type that holds the values of both. Raises pa.ArrowException where there is none."""
+    if is_bytes(one) != is_bytes(other) and not (pa.types.is_null(one) or pa.types.is_null(other)):
+        raise pa.ArrowInvalid("text is not bytes")
     schemas = [pa.schema([("value", type)]) for type in (one, other)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    return _unsigned(pa.unify_schemas(schemas, promote_options="permissive").field(0).type, one, other)
 
 
-def _column(rows: list[dict[str, Any]], schema: pa.Schema, i: int, first: int) -> pa.Array:
-    """A column of a row group. Raises _Misfit; `first`: number of the first row."""
-    field = schema.field(i)
-    values = [row.get(field.name) for row in rows]
-    try:
-        return from_json(values, field.type)
-    except MISFITS as error:
-        for row, value in zip(count(first), values, strict=False):
-            try:
-                from_json([value], field.type)
-            except MISFITS as reason:
-                raise _Misfit(i, row, f"{_shown(value)} is not of type {field.type}") from reason
-        raise _Misfit(i, first, str(error)) from error
+def _unsigned(unified: pa.DataType, *types: pa.DataType) -> pa.DataType:
+    """Signed integers as uint64 where one of `types` is: of its values, most are of no signed type."""
+    if pa.types.is_int64(unified):
+        return pa.uint64() if pa.uint64() in types else unified
+    if pa.types.is_list(unified):
+        inner = [type.value_type for type in types if pa.types.is_list(type)]
+        return pa.list_(unified.value_field.with_type(_unsigned(unified.value_type, *inner)))
+    if pa.types.is_struct(unified):
+        structs = [type for type in types if pa.types.is_struct(type)]
+        inner_types = {f.name: [s.field(f.name).type for s in structs if f.name in s.names] for f in unified}
+        return pa.struct([field.with_type(_unsigned(field.type, *inner_types[field.name])) for field in unified])
+    return unified
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ an artefact that is itself a part (`heldout` of a mix) says so too, wherever it 
 
 A writer stores the *header* before it reads any input and the *trailer* once the content is complete. Which
 format keeps them where: llmkit/lineage/formats.py. The trailer ends with a digest of the record itself, so that a
-damaged one is noticed.
+damaged one is noticed. Formats of one file add a digest of all its bytes (io/sealed_file.py).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import xxhash
 from llmkit import __version__
 from llmkit.io.inputs import STDIN, is_pipe, is_remote, redacted
 from llmkit.io.names import escape_name, is_utf8
+from llmkit.io.sealed_file import BYTES, PENDING
 
-PENDING = "xxh3:" + "0" * 32  # placeholder of a digest that is not known yet, and as long as any
 # Digests of one file in one place, which the records of later artefacts do not repeat.
-OWN_DIGESTS = ("record",)
+OWN_DIGESTS = ("record", BYTES)
 
 
 @dataclass(slots=True)
@@ -100,8 +100,8 @@ def record_text(record: dict[str, Any]) -> str:
 
 
 def record_digest(record: dict[str, Any]) -> str:
-    """The digest of a record, without the one it contains."""
-    plain = json.loads(json.dumps({key: value for key, value in record.items() if key != "record"}))
+    """The digest of a record, without those of its own that it contains."""
+    plain = json.loads(json.dumps({key: value for key, value in record.items() if key not in OWN_DIGESTS}))
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 

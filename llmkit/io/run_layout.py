@@ -21,6 +21,7 @@ from llmkit.errors import LlmkitError
 FINAL, LATEST = "final", "latest"
 CHECKPOINTS = "checkpoints"
 STATE = "state"
+DIGESTS = "digests.json"  # in the state of a checkpoint: of its other files; in a finished run: of its own files
 RUN_COMMANDS = ("train", "anneal", "sft", "dpo")  # commands that write runs
 STEP_PREFIX = "step-"
 STEP_DIGITS = 8  # at least; also what makes names sort by step

@@ -1,43 +1,70 @@
 """Verification of an artefact and of the inputs in its record, by every digest that the record and the files hold.
 
-Of the artefact: its content, its other files (`files`), the record itself, and where it is a directory of several
-artefacts (the held-out documents of a mix, the checkpoints of a run) each of them. Of the inputs: the content.
+Of the artefact: its content, its other files (`files`), all its bytes (`bytes`), the record itself, and where it is a
+directory of several artefacts (the held-out documents of a mix, the checkpoints of a run) each of them. Of the inputs:
+the content. An index of earlier runs is intact if it holds the runs that it had then, and DuckDB's checksums are right.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llmkit.errors import LlmkitError
+from llmkit.io.digest import digest_stored
 from llmkit.io.inputs import STDIN
 from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import STATE, final_model, find_checkpoints
-from llmkit.lineage.fields import MAX_DEPTH, Record, counts_of, file_name, inputs_of, is_intact, place_of
-from llmkit.lineage.formats import content_digest, digest_path, files_digest, read_lineage, verify
+from llmkit.io.run_layout import DIGESTS, STATE, final_model, find_checkpoints
+from llmkit.io.sealed_file import BYTES, is_sealed_by
+from llmkit.lineage.fields import (
+    MAX_DEPTH,
+    Record,
+    counts_of,
+    file_name,
+    inputs_of,
+    is_intact,
+    is_well_formed,
+    place_of,
+)
+from llmkit.lineage.formats import content_digest, digest_path, file_of_record, files_digest, read_lineage, verify
 
 HELD_OUT = "heldout"
-DIGESTS = "digests.json"  # of a checkpoint: the digest of every file, in its state/
+INDEX = "index"  # role of an index of earlier runs
+INDEX_MODULE = "llmkit.corpus.dedup.index"  # with `holds(path, digest)`
 
 
-def check(record: Record, path: str, directories: list[str]) -> Iterator[tuple[str, str]]:
-    """(name, "ok" | "DIFFERS" | "not found" | "unchecked") of the artefact, its parts, and each input in its record.
+class Checked(NamedTuple):
+    """A result: "ok", "DIFFERS", "not found" or "unchecked". `path`: the file that was taken for an input."""
+
+    name: str
+    state: str
+    path: str = ""
+
+
+def check(record: Record, path: str, directories: list[str]) -> Iterator[Checked]:
+    """The state of the artefact, of its parts, and of each input in its record.
 
     Inputs are looked for in `directories` and in that of the artefact, also in the numbered directories where a
     script finds a second original of one name.
     """
     name, artefact = base_name(path), Path(path)
-    yield name, _state_of_artefact(record, artefact)
+    yield Checked(name, _state_of_artefact(record, artefact))
     for checkpoint in find_checkpoints(artefact):
-        yield f"{name}/{checkpoint.parent.name}/{checkpoint.name}", _state_of_checkpoint(checkpoint)
+        state = _state_of_files(checkpoint, checkpoint / STATE / DIGESTS)
+        yield Checked(f"{name}/{checkpoint.parent.name}/{checkpoint.name}", state)
+    if (artefact / DIGESTS).is_file():
+        yield Checked(f"{name}/{DIGESTS}", _state_of_files(artefact, artefact / DIGESTS))
     held_out = artefact / HELD_OUT
     if held_out.is_dir():
         inner = _read(held_out)
-        yield f"{name}/{HELD_OUT}", "DIFFERS" if inner is None else _state_of_artefact(inner, held_out)
+        yield Checked(f"{name}/{HELD_OUT}", "DIFFERS" if inner is None else _state_of_artefact(inner, held_out))
     elif counts_of(record).get("held_out") and artefact.is_dir() and not record.get("part"):
-        yield f"{name}/{HELD_OUT}", "not found"
+        yield Checked(f"{name}/{HELD_OUT}", "not found")
     yield from _check_inputs(record, [*map(Path, directories), artefact.resolve().parent])
 
 
@@ -51,27 +78,35 @@ def _read(path: Path) -> Record | None:
 def _state_of_artefact(record: Record, path: Path) -> str:
     """The state of an artefact by the digests in its record; those of earlier versions hold fewer."""
     path = final_model(path)
-    results = [is_intact(record), None if {"counts", "inputs"} <= record.keys() else False]
+    complete = {"counts", "inputs"} <= record.keys() and is_well_formed(record)
+    results = [is_intact(record), None if complete else False]
     try:
         verify(path)
         for key, compute in (("digest", content_digest), ("files", files_digest)):
-            if isinstance(record.get(key), str) and (digest := compute(path)) is not None:
+            if key in record and (digest := compute(path)) is not None:
                 results.append(digest == record[key])
-    except LlmkitError:
+        if isinstance(record.get(BYTES), str) and (file := file_of_record(path)):
+            results.append(is_sealed_by(file, record[BYTES]))
+    except (LlmkitError, OSError):
         results.append(False)
     if (path / STATE / DIGESTS).is_file():
-        results.append(_state_of_checkpoint(path) == "ok")
+        results.append(_state_of_files(path, path / STATE / DIGESTS) == "ok")
     verified = any(results[2:])
     return "DIFFERS" if False in results else "ok" if verified else "unchecked"
 
 
-def _state_of_checkpoint(checkpoint: Path) -> str:
-    """The state of a checkpoint by the list of digests that was written with it."""
+def _state_of_files(directory: Path, digests: Path) -> str:
+    """The state of a directory by the list of digests that was written with it."""
     try:
-        expected = json.loads((checkpoint / STATE / DIGESTS).read_bytes())
-        intact = isinstance(expected, dict) and all(
-            ".." not in Path(name).parts and digest_path(checkpoint / name) == digest
-            for name, digest in expected.items()
+        stored = digests.read_bytes()
+        expected = json.loads(stored)
+        intact = (
+            isinstance(expected, dict)
+            and json.dumps(expected, indent=1).encode() == stored
+            and all(
+                ".." not in Path(name).parts and digest_stored(str(directory / name)) == digest
+                for name, digest in expected.items()
+            )
         )
     except FileNotFoundError:
         return "unchecked"
@@ -80,7 +115,7 @@ def _state_of_checkpoint(checkpoint: Path) -> str:
     return "ok" if intact else "DIFFERS"
 
 
-def _check_inputs(record: Record, directories: list[Path]) -> Iterator[tuple[str, str]]:
+def _check_inputs(record: Record, directories: list[Path]) -> Iterator[Checked]:
     items: dict[tuple[str, str, str], Record] = {}
 
     def collect(node: Record, depth: int) -> None:
@@ -95,33 +130,42 @@ def _check_inputs(record: Record, directories: list[Path]) -> Iterator[tuple[str
     digests: dict[str, set[str]] = {}
     for name, digest, _ in items:
         digests.setdefault(file_name(name), set()).add(digest)
-    known: dict[Path, str] = {}
+    known = cache(_digest)
+    places = [place for directory in directories for place in (directory, *_numbered(directory))]
     for item in items.values():
-        is_index = item["role"] == "index"  # its digest is that of the runs before, not of the file
+        name = item["part"] or item["name"]
+        candidates = list(dict.fromkeys(filter(Path.exists, _candidates(item, places))))
+        if item["role"] == INDEX:
+            yield Checked(name, *_state_of_index(item, candidates))
+            continue
         others = digests[file_name(item["name"])] - {item["digest"]}
-        yield item["part"] or item["name"], "unchecked" if is_index else _state(item, directories, others, known)
+        same = [path for path in candidates if known(path) == item["digest"]]
+        # A file with the digest of another input of its name is that one.
+        differing = [path for path in candidates if known(path) not in others]
+        state = "ok" if same else "DIFFERS" if differing else "not found"
+        yield Checked(name, state, "".join(map(str, (same or differing)[:1])))
 
 
-def _state(item: Record, directories: list[Path], others: set[str], known: dict[Path, str]) -> str:
-    """The state of an input. A file with the digest of another input of its name (`others`) is that one."""
-    name = unescape_name(file_name(item["name"]))  # a record must not lead outside the directories
-    candidates = [candidate for directory in directories for candidate in _candidates(directory, name)]
+def _candidates(item: Record, places: list[Path]) -> Iterator[Path]:
+    """The paths at which an input may be; a record must not lead outside the directories."""
+    name = unescape_name(file_name(item["name"]))
     artefact, inside = map(unescape_name, place_of(item))
-    if inside:
-        candidates += [c / inside for directory in directories for c in _candidates(directory, artefact)]
-    differing = 0
-    for candidate in dict.fromkeys(filter(Path.exists, candidates)):
-        if candidate not in known:
-            known[candidate] = _digest(candidate)
-        if known[candidate] == item["digest"]:
-            return "ok"
-        differing += known[candidate] not in others
-    return "DIFFERS" if differing else "not found"
+    for place in places:
+        yield place / name
+    for place in places if inside else []:
+        yield place / artefact / inside
 
 
-def _candidates(directory: Path, name: str) -> list[Path]:
-    numbered = sorted(path for path in directory.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
-    return [place / name for place in (directory, *numbered)]
+def _numbered(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+
+def _state_of_index(item: Record, candidates: list[Path]) -> tuple[str, str]:
+    """The state of an index, whose digest is that of the runs before; later runs may have been added since."""
+    holds: Any = import_module(INDEX_MODULE).holds
+    for path in candidates:
+        return "ok" if holds(str(path), item["digest"]) else "DIFFERS", str(path)
+    return "not found", ""
 
 
 def _digest(path: Path) -> str:

@@ -16,9 +16,11 @@ import xxhash
 from llmkit.errors import LlmkitError
 from llmkit.io.record import record_digest
 from llmkit.io.run_layout import CHECKPOINTS, RUN_COMMANDS, STEP_PREFIX
+from llmkit.io.sealed_file import BYTES
 
 Record = dict[str, Any]
 MAX_DEPTH = 200  # nested records beyond this depth are ignored
+BAD = ("on_bad_line", "on_bad_file")
 REJECTS = " --rejects"  # end of the command in the record of a stage's second output
 
 _SHARD = re.compile(r"part-\d{5}\.arrow")
@@ -27,6 +29,20 @@ _SHARD = re.compile(r"part-\d{5}\.arrow")
 def options_of(node: Record) -> dict[str, Any]:
     options = node.get("options")
     return options if isinstance(options, dict) else {}
+
+
+def present_options(node: Record) -> Record:
+    """The options of a record as the commands have them today, so that they do what they did then.
+
+    Earlier versions recorded the file of a quarantine, which must not be written by a script; and before minhash had
+    `normalise` (and `shingle`), all numbers and operators were equal.
+    """
+    options = dict(options_of(node))
+    options |= {key: "skip" for key in BAD if str(options.get(key)).startswith("quarantine")}
+    is_old = node.get("command") in ("dedup", f"dedup{REJECTS}") and "shingle" not in options
+    if is_old and "minhash" in str(options.get("method")) and not options.get("key"):
+        options.setdefault("normalise", "loose")
+    return options
 
 
 def counts_of(node: Record) -> dict[str, Any]:
@@ -94,6 +110,15 @@ def identity(node: Record, known: dict[int, str], depth: int = 0) -> str:
             raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit") from None
         known[id(node)] = xxhash.xxh3_128_hexdigest(text.encode())
     return known[id(node)]
+
+
+def is_well_formed(record: Record) -> bool:
+    """Whether a complete record names its inputs, and each of its digests is text."""
+    inputs = record.get("inputs")
+    texts = [record.get(key, "") for key in ("digest", "files", BYTES)]
+    for item in inputs if isinstance(inputs, list) else [None]:
+        texts += [item.get("name"), item.get("digest")] if isinstance(item, dict) else [None]
+    return all(isinstance(text, str) for text in texts)
 
 
 def is_intact(record: Record) -> bool | None:

@@ -98,6 +98,7 @@ FORMATS = (
         ("model.safetensors", "model-00001-of-*.safetensors"),
         "llmkit.model.pretrained.header:read_record",
         beside="llmkit.model.pretrained.content:files_digest",
+        verify="llmkit.model.pretrained.content:verify",
         seal="llmkit.model.pretrained.content:seal",
         parts=("config.json", *TOKENIZER_FILES),
     ),
@@ -117,6 +118,7 @@ FORMATS = (
         "llmkit.shards.lineage:read_record",
         "llmkit.shards.lineage:shard_digest",
         beside="llmkit.shards.lineage:files_digest",
+        verify="llmkit.shards.lineage:verify",
         parts=("part-*.arrow", *TOKENIZER_FILES, *HELD_OUT),
     ),
     Format(
@@ -125,6 +127,7 @@ FORMATS = (
         ("tokenizer_config.json",),
         "llmkit.shards.tokenizer_info:read_record",
         beside="llmkit.shards.tokenizer_files:files_digest",
+        verify="llmkit.shards.tokenizer_files:verify",
         seal="llmkit.shards.tokenizer_files:seal",
         parts=TOKENIZER_FILES,
     ),
@@ -139,6 +142,12 @@ def find_format(path: Path) -> tuple[Format, Path] | None:
         if file := format.file(path):
             return format, file
     return None
+
+
+def file_of_record(path: Path) -> Path | None:
+    """The local file that holds the record of a file or directory."""
+    found = None if is_remote(str(path)) else find_format(path)
+    return found[1] if found else None
 
 
 def read_lineage(path: str | Path) -> dict[str, Any] | None:
@@ -188,7 +197,7 @@ def verify(path: str | Path) -> None:
     path = final_model(Path(path))
     found = find_format(path)
     if found and found[0].verify:
-        _function(found[0].verify)(found[1] if path.is_dir() else path)
+        _function(found[0].verify)(path)
 
 
 def own_digest(path: str) -> str:

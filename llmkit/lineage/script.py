@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN, STDIN_PATH
-from llmkit.io.names import one_line, shell_name
+from llmkit.io.names import one_line, shell_name, shell_word
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import CHECKPOINTS, MAX_DIGITS, RUN_COMMANDS, checkpoint_name, parse_step
 from llmkit.lineage.fields import (
@@ -29,10 +28,22 @@ from llmkit.lineage.fields import (
     inputs_of,
     options_of,
     place_of,
+    present_options,
 )
 
-# Parameter name -> (flag, negative flag or "", default) of one command's options.
-Flags = Callable[[str], dict[str, tuple[str, str, Any]]]
+
+class Flag(NamedTuple):
+    """An option of a command. With `by_role` its value is an input of that role, or does not decide the content, and a
+    record that gives another one may want to write there.
+    """
+
+    name: str
+    negative: str = ""
+    default: Any = None
+    by_role: bool = False
+
+
+Flags = Callable[[str], dict[str, Flag]]  # of a command, by the names of its parameters
 
 INDEX = "index"  # role of an index of earlier runs
 MAX_COMMANDS = 10_000
@@ -89,7 +100,7 @@ def _comment(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    return shlex.quote(text.replace("\0", "?"))
+    return shell_word(text.replace("\0", "?"))
 
 
 def _file(name: str) -> str:
@@ -210,7 +221,7 @@ class _Script:
         """The command of `node`, preceded by the commands whose output it reads from pipes."""
         if depth > MAX_DEPTH:
             raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit")
-        command, options, inputs = str(node.get("command")), options_of(node), inputs_of(node)
+        command, options, inputs = str(node.get("command")), present_options(node), inputs_of(node)
         if command == "cat":  # streams joined by other means than llmkit
             return "cat " + " ".join(self.reference(item | {"name": f"{item['name']}.jsonl.zst"}) for item in inputs)
         command = command.removesuffix(REJECTS)
@@ -221,7 +232,7 @@ class _Script:
         suffixes = suffixes if isinstance(suffixes, list) else []
         for item in inputs:
             if item["role"] == INDEX and INDEX in flags:
-                words += [flags[INDEX][0], self._index(node, item)]
+                words += [flags[INDEX].name, self._index(node, item)]
                 continue
             if item["name"] == STDIN:
                 source, is_command = self._stream(item, depth)
@@ -237,7 +248,7 @@ class _Script:
             option, _, template = item["role"].partition(" ")
             if option in flags:  # "rule url.domains=*": the path replaces the asterisk
                 before, _, after = template.partition("*")
-                words += [flags[option][0], _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
+                words += [flags[option].name, _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
                 suffix = suffix if isinstance(suffix, str) else ""
@@ -247,9 +258,10 @@ class _Script:
         roles = {item["role"] for item in inputs}
         given: set[str] = set()
         for key, value in sorted(options.items()):
-            if key in flags and key not in roles and flags[key][0] not in given:  # a former and a present name
-                given.add(flags[key][0])
-                words += _as_words(value, *flags[key])
+            flag = flags.get(key)
+            if flag and not flag.by_role and key not in roles and flag.name not in given:  # a former and a present name
+                given.add(flag.name)
+                words += _as_words(value, flag)
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
     def _stream(self, item: Record, depth: int) -> tuple[str, bool]:
@@ -330,12 +342,12 @@ def _interval(node: Record) -> int:
     return math.gcd(*intermediate)
 
 
-def _as_words(value: Any, flag: str, negative: str, default: Any) -> list[str]:
+def _as_words(value: Any, flag: Flag) -> list[str]:
     """The words of one option; none for its default."""
-    if value == default or (value in (None, []) and default in (None, [], ())):
+    if value == flag.default or (value in (None, []) and flag.default in (None, [], ())):
         return []
     if isinstance(value, bool):
-        return [flag] if value else [negative] if negative else []
+        return [flag.name] if value else [flag.negative] if flag.negative else []
     if isinstance(value, list):
-        return [word for item in value for word in (flag, _quote(str(item)))]
-    return [flag, _quote(str(value))]
+        return [word for item in value for word in (flag.name, _quote(str(item)))]
+    return [flag.name, _quote(str(value))]

@@ -185,7 +185,8 @@ def read_record(path: str) -> Any:
 
 
 def verify(path: Path) -> None:
-    """Raise LlmkitError unless a plan is as `format_plan` wrote it, and its sources are there."""
+    """Raise LlmkitError unless the plan in a file or directory is as it was written, and its sources are there."""
+    path = path / PLAN_NAME if path.is_dir() else path
     plan, record = read_plan(path), parse_record(read_record(str(path)))
     if path.read_bytes() != format_plan(plan, record).encode():
         raise LlmkitError(f"{path}: not as llmkit mix wrote it", "the file is damaged, or was edited")

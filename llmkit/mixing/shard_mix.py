@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.record import Lineage
+from llmkit.io.sealed_file import BYTES, PENDING, filled
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.mixing.gather import write_ordered
 from llmkit.mixing.holdout import held_out_documents
@@ -123,7 +124,8 @@ class ShardMix:
         def text(directory: str) -> bytes:
             base = os.path.realpath(directory)
             sources = [replace(s, path=os.path.relpath(os.path.realpath(s.path), base)) for s in self.plan.sources]
-            return format_plan(replace(self.plan, sources=tuple(sources)), lineage.to_dict()).encode()
+            record = lineage.to_dict() | {BYTES: PENDING}
+            return filled(format_plan(replace(self.plan, sources=tuple(sources)), record).encode())
 
         if output is None:
             sys.stdout.buffer.write(text("."))

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
+from llmkit.io.sealed_file import BYTES, is_sealed_by
 from llmkit.shards.digest import combined_digest, metadata_digest
 from llmkit.shards.reader import TokenStore, stream_files
 from llmkit.shards.shard import TOKENIZER_TEXTS, Shard, scan_shard
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES
+
+TRAILER_KEYS = {"part", "last", "documents", "tokens", "digest", "lineage", BYTES}
 
 
 def read_record(path: str) -> dict[str, Any] | None:
@@ -31,3 +34,13 @@ def files_digest(path: Path) -> str:
     beside = [] if TOKENIZER_TEXTS in metadata or not path.is_dir() else [path / name for name in TOKENIZER_FILES]
     texts = {file.name: file.read_bytes().decode("utf-8", "replace") for file in beside if file.is_file()}
     return metadata_digest(metadata, texts, combined_digest([str(shard.trailer.get("digest")) for shard in shards]))
+
+
+def verify(path: Path) -> None:
+    """Raise LlmkitError where a byte of a shard is not what was written, whatever it stands for."""
+    for file, name in stream_files(str(path), None):
+        trailer = Shard(file, name).trailer
+        digest = trailer.get(BYTES)
+        is_sealed = isinstance(digest, str) and is_sealed_by(file, digest)
+        if (BYTES in trailer and not is_sealed) or not trailer.keys() <= TRAILER_KEYS:
+            raise LlmkitError(f"{name}: not what was written", "the file is damaged")

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_stored
 from llmkit.io.record import sealed
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, read_record
@@ -35,8 +36,20 @@ def seal(directory: Path) -> None:
     """Enter the digest of the files into the record."""
     record, config, digest = read_record(str(directory / CONFIG)), _config(directory), files_digest(directory)
     if isinstance(record, dict) and config is not None and digest is not None:
-        text = json.dumps(config | {"llmkit": sealed(record, digest)}, indent=2, sort_keys=True, ensure_ascii=False)
-        (directory / CONFIG).write_bytes(text.encode() + b"\n")
+        (directory / CONFIG).write_bytes(_encoded(config | {"llmkit": sealed(record, digest)}))
+
+
+def verify(directory: Path) -> None:
+    """Raise LlmkitError where a configuration with a digest has another form than the one that was written."""
+    config = _config(directory)
+    record = config.get("llmkit") if config else None
+    is_sealed = isinstance(record, dict) and "files" in record
+    if config and is_sealed and (directory / CONFIG).read_bytes() != _encoded(config):
+        raise LlmkitError(f"{directory / CONFIG}: not what was written", "the file is damaged, or was edited")
+
+
+def _encoded(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def _config(directory: Path) -> dict[str, Any] | None:

@@ -19,9 +19,9 @@ Schema metadata:
 | llmkit.stages | of a mix with several stages: tokens after which each ends |
 
 In a directory of part-00000.arrow, ... the tokenizer's files are stored beside the shards. The last batch is
-empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest} (shards/digest.py
-defines the digest) and in the last shard the trailer of the lineage record: a stream without it was cut off and
-is refused, as is a directory that lacks a shard.
+empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, tokens, digest, bytes} (shards/digest.py
+defines the digest, io/sealed_file.py that of all bytes) and in the last shard the trailer of the lineage record: a
+stream without it was cut off and is refused, as is a directory that lacks a shard.
 
 Ids that are numbers in the documents are stored as text too; the custom metadata `llmkit.numeric_ids` of a batch that
 has some marks them, in base64 a bit for each row.
@@ -48,6 +48,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN
 from llmkit.io.record import Input, Lineage
+from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.shards.arrow import SourceCodes, Tokens, as_arrow, encode_sources
 from llmkit.shards.digest import LINEAGE, ColumnDigest, combined_digest, metadata_digest
@@ -216,8 +217,6 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             assert self._finished, "ShardWriter left without finish()"
-        if isinstance(error, OSError) and self.output and not error.filename:
-            error.filename = self.output  # names the full disk
         self._stack.__exit__(kind, error, trace)
 
     def _open_shard(self) -> None:
@@ -226,7 +225,8 @@ class ShardWriter:
         if self._directory:
             path = self._directory / f"part-{self._number:05d}.arrow"
             self._sink = self._stack.enter_context(open(path, "wb"))
-        self._stream = pa.ipc.new_stream(pa.PythonFile(self._sink, "w"), self._schema)
+        self._sealed = SealedSink(self._sink)
+        self._stream = pa.ipc.new_stream(pa.PythonFile(self._sealed, "w"), self._schema)
         self._digest = ColumnDigest()
         self._shard_documents = self._shard_tokens = 0
         self._source_codes: dict[str, int] = {}  # of this shard so far, in order of appearance
@@ -297,11 +297,14 @@ class ShardWriter:
             "documents": self._shard_documents,
             "tokens": self._shard_tokens,
             "digest": digest,
+            BYTES: PENDING,
         } | last
         empty = pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in self._schema], schema=self._schema)
         text = json.dumps(trailer, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        self._sealed.hold()
         self._stream.write_batch(empty, custom_metadata={TRAILER: text})
         self._stream.close()
+        self._sealed.complete()
         if self._directory:
             self._sink.close()
 

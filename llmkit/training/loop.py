@@ -273,7 +273,7 @@ class Loop:
             if self.step and (checkpoint is None or step_of(checkpoint) != self.step):
                 last_good = f"{checkpoint} is the last good one" if checkpoint else "there is none"
                 raise LlmkitError(
-                    f"the checkpoint of step {self.step:,} could not be stored",
+                    f"{context.directory.path}: the checkpoint of step {self.step:,} could not be stored",
                     f"{last_good}; free some space, then continue with --resume",
                 )
             if completed and checkpoint is not None:
@@ -284,6 +284,8 @@ class Loop:
                     "lower the learning rate"
                 )
         self._event("end" if completed else "stop", step=self.step)
+        if completed and self.log:
+            context.directory.seal()
         context.processes.barrier()
         return {
             "steps": self.step,

@@ -30,8 +30,8 @@ import xxhash
 from peers import SHARED, members
 
 from llmkit.corpus.extract.archives import BrokenRecord, read_pages
-from llmkit.corpus.extract.members import Stored
 from llmkit.corpus.extract.records import Fault, read_records
+from llmkit.corpus.extract.stored import Stored
 from llmkit.errors import LlmkitError
 
 NOTES = """

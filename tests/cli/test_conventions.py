@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ LINES = b"".join(
 )
 # Drops exact repeats only: the simplest document stage.
 STAGE = ("dedup", "--method", "exact", "--no-counts")
+STAGE_WORDS = " ".join(STAGE)
 
 
 @pytest.fixture
@@ -235,6 +237,60 @@ def test_full_disk(llmkit, docs: Path) -> None:
             [sys.executable, "-m", "llmkit", *STAGE, "docs.jsonl"], cwd=docs, stdout=full, stderr=subprocess.PIPE
         )
     assert result.returncode == 1 and b"No space left" in result.stderr and b"Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, write_shards, make_model) -> Path:
+    """Inputs of every command that writes: documents that do not compress, shards, models."""
+    place = tmp_path_factory.mktemp("sources")
+    rows = [{"text": f"{os.urandom(80).hex()} of text"} for _ in range(400)]
+    (place / "big.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    write_shards(place / "shards", [2000] * 20)
+    make_model(place / "a"), make_model(place / "b", seed=1)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        (f"{STAGE_WORDS} big.jsonl", "out.jsonl"),
+        (f"{STAGE_WORDS} big.jsonl", "out.jsonl.zst"),
+        (f"{STAGE_WORDS} big.jsonl", "out.jsonl.gz"),
+        (f"{STAGE_WORDS} big.jsonl", "out.parquet"),
+        ("tokenize big.jsonl -t a", "out"),
+        ("tokenize big.jsonl -t a", "out.arrow"),
+        ("tokenize shards --to nanogpt --lossy", "out.bin"),
+        ("tokenize shards --to megatron --lossy", "out.idx"),
+        ("mix shards", "out"),
+        ("vocab big.jsonl --size 2000", "out"),
+        ("average a b", "out"),
+        ("quantize a --to int8", "out"),
+        ("train shards -m a/config.json --tokens 512", "out"),
+    ],
+)
+def test_a_full_disk_is_named(sources: Path, tmp_path: Path, llmkit_here, command: str, output: str) -> None:
+    """Property: whatever a command writes, a file that cannot grow is an error with the name of the output and a hint, and
+    leaves nothing incomplete (a limit on the size of files stands in for a full disk)."""
+    name, *arguments = command.split()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, hard))
+    try:
+        done = llmkit_here(name, *arguments, "-q", "-o", str(tmp_path / output), cwd=sources)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    message = done.stderr.decode()
+    assert done.returncode == 1 and f"{tmp_path}/out" in message, message
+    assert "File too large" in message and "free some space" in message and "Traceback" not in message
+    assert name == "train" or list(tmp_path.iterdir()) == []  # a run can be resumed
+
+
+def test_one_is_singular(llmkit_here, tmp_path: Path) -> None:
+    """Behaviour: summaries count one bad line and one bad file as such."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{broken\n')
+    (tmp_path / "b.jsonl.gz").write_bytes(b"\x1f\x8b")
+    skip = ("--on-bad-line", "skip", "--on-bad-file", "skip")
+    done = llmkit_here(*STAGE, "a.jsonl", "b.jsonl.gz", *skip, "-o", "out.jsonl", cwd=tmp_path)
+    assert b"kept 1 of 1 document (100.0 %), removed 0, 1 bad line skipped, 1 bad file skipped" in done.stderr
 
 
 def test_names_cannot_drive_the_terminal(llmkit, docs: Path) -> None:

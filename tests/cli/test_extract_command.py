@@ -84,7 +84,7 @@ def test_archives_without_pages(llmkit_here, crawl: Path) -> None:
     missing = b"HTTP/1.1 404 Not Found\r\n\r\n"
     for name, content in {
         "request.warc": head.format("request", 5).encode() + b"GET /\r\n\r\n",
-        "empty.warc.gz": b"",
+        "empty.warc": b"",
         "junk.warc": b"\x01junk" * 99,
         "cut.warc": head.format("response", 500).encode() + b"HTTP/1.1 200 OK\r\n",
         "missing.warc": head.format("response", len(missing)).encode() + missing + b"\r\n\r\n",
@@ -149,3 +149,127 @@ def test_ids_of_files_of_one_name(llmkit, tmp_path: Path) -> None:
     files = ["in/x.html", "in/2/x.html", "in/3/x.html", "in/y.html"]
     assert llmkit("extract", *files, "-o", "o2.jsonl.zst", cwd=tmp_path).returncode == 0
     assert (tmp_path / "o.jsonl.zst").read_bytes() == (tmp_path / "o2.jsonl.zst").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("command", ["extract", "filter"])
+def test_an_empty_compressed_file_is_damage(llmkit_here, crawl: Path, command: str, suffix: str) -> None:
+    """Behaviour: zero bytes are no gzip, zstd, xz or bzip2 file: an error that names it, or a bad file."""
+    (crawl / f"cut.jsonl{suffix}").write_bytes(b"")
+    (crawl / "rows.jsonl").write_text(json.dumps({"text": STORY, "html": f"<p>{STORY}"}) + "\n")
+    call = (command, f"cut.jsonl{suffix}", "rows.jsonl", "-o", "o.jsonl")
+    done = llmkit_here(*call, cwd=crawl)
+    assert done.returncode == 1 and f"cut.jsonl{suffix}: truncated".encode() in done.stderr
+    done = llmkit_here(*call, "--on-bad-file", "skip", cwd=crawl)
+    assert done.returncode == 0 and b"1 bad file skipped" in done.stderr
+    (crawl / "empty.jsonl").write_bytes(b"")
+    assert llmkit_here(command, "empty.jsonl", "-o", "p.jsonl", cwd=crawl).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["extract", "filter"])
+def test_a_directory_without_inputs_is_a_bad_file(llmkit_here, crawl: Path, command: str) -> None:
+    """Behaviour: with --on-bad-file an empty directory, and a pattern without a match, are named and counted."""
+    (crawl / "empty").mkdir()
+    (crawl / "rows.jsonl").write_text(json.dumps({"text": STORY, "html": f"<p>{STORY}"}) + "\n")
+    call = (command, "empty", "no*.jsonl", "rows.jsonl", "-o", "o.jsonl.zst", "--json")
+    assert llmkit_here(*call, cwd=crawl).returncode == 1
+    for _ in range(2):  # made, then up to date
+        done = llmkit_here(*call, "--on-bad-file", "quarantine=q.jsonl", cwd=crawl)
+        assert done.returncode == 0 and b"warning: empty: no input files in this directory" in done.stderr
+        summary = json.loads(done.stderr.splitlines()[-1])
+        assert (summary["bad_files"], summary["documents"]) == (2, 1) and b"any more" not in done.stderr
+    assert llmkit_here(command, "empty", "--on-bad-file", "skip", "-o", "p.jsonl", cwd=crawl).returncode == 1
+
+
+@pytest.mark.parametrize("option", ["--on-bad-line", "--on-bad-file"])
+@pytest.mark.parametrize("command", ["extract", "filter"])
+def test_a_quarantine_has_a_file_of_its_own(llmkit_here, crawl: Path, command: str, option: str) -> None:
+    """Behaviour: a quarantine that is the output, the rejects, the summary or an input is a usage error, before work."""
+    (crawl / "rows.jsonl").write_text(json.dumps({"text": STORY, "html": f"<p>{STORY}"}) + "\n")
+    before = sorted(crawl.iterdir())
+    for more in (("-o", "q.jsonl"), ("-o", "o.jsonl", "--rejects", "./q.jsonl"), ("--summary", "q.jsonl")):
+        done = llmkit_here(command, "rows.jsonl", option, "quarantine=q.jsonl", *more, cwd=crawl)
+        assert done.returncode == 2 and b"quarantine=q.jsonl" in done.stderr, done.stderr
+    done = llmkit_here(command, "rows.jsonl", option, "quarantine=rows.jsonl", "-f", "-o", "o.jsonl", cwd=crawl)
+    assert done.returncode == 2 and b"the input rows.jsonl" in done.stderr
+    done = llmkit_here(command, "rows.jsonl", option, "quarantine=out/rows.jsonl.zst", "-o", "out/", cwd=crawl)
+    assert done.returncode == 2 and sorted(crawl.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["extract", "filter"])
+def test_a_quarantine_that_is_gone(llmkit_here, crawl: Path, command: str) -> None:
+    """Behaviour: a repeated command does nothing, and says so if the quarantine it wrote does not exist any more."""
+    (crawl / "rows.jsonl").write_text(json.dumps({"text": STORY, "html": f"<p>{STORY}"}) + "\nnot JSON\n")
+    call = (command, "rows.jsonl", "--on-bad-line", "quarantine=q.jsonl", "-o", "o.jsonl.zst")
+    done = llmkit_here(*call, cwd=crawl)
+    assert done.returncode == 0 and b"1 bad line skipped" in done.stderr and b"1 document" in done.stderr
+    assert b"any more" not in llmkit_here(*call, cwd=crawl).stderr
+    (crawl / "q.jsonl").unlink()
+    done = llmkit_here(*call, cwd=crawl)
+    assert done.returncode == 0 and b"q.jsonl does not exist any more" in done.stderr and b"up to date" in done.stderr
+
+
+def test_all_texts_of_a_directory(llmkit_here, crawl: Path) -> None:
+    """Behaviour: a directory gives what its files give by name; those that are not read are counted by suffix."""
+    for name in ("a.txt", "b.md", "c.txt.gz"):
+        text = f"{name}:\n{STORY}\n".encode()
+        (crawl / "crawl" / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    for name in ("a.zip", "b.zip", "LICENSE", "c.tar.gz"):
+        (crawl / "crawl" / name).write_bytes(b"PK\x03\x04")
+    done = llmkit_here("extract", "crawl", "-o", "o.jsonl", cwd=crawl)
+    assert done.returncode == 0
+    assert b"4 files in the directories not read: 2 .zip, 1 without a suffix, 1 .tar.gz\n" in done.stderr
+    ids = [json.loads(line)["id"] for line in (crawl / "o.jsonl").read_text().splitlines()]
+    assert {"a.txt", "b.md", "c.txt.gz", "b.html"} <= set(ids)
+
+
+def test_ids_of_rows_keep_their_type(llmkit_here, crawl: Path) -> None:
+    """Behaviour: an id that is a number stays that number to the digit, in documents and rejects."""
+    ids = ["7", "1.10", "123456789012345678901234567890", '"x"', "null"]
+    rows = [f'{{"id": {value}, "html": "<p>{STORY}"}}\n' for value in ids]
+    (crawl / "rows.jsonl").write_text("".join(rows) + '{"id": 8, "html": ""}\n')
+    call = ("extract", "rows.jsonl", "--rejects", "r.jsonl", "-o", "o.jsonl")
+    assert llmkit_here(*call, cwd=crawl).returncode == 0
+    lines = (crawl / "o.jsonl").read_text().splitlines()
+    assert [line.partition(",")[0] for line in lines[:4]] == [f'{{"id":{value}' for value in ids[:4]]
+    assert (crawl / "r.jsonl").read_text().startswith('{"id":8,')
+    (crawl / "rows.jsonl").write_text(f'{{"key": 5, "id": 6, "html": "<p>{STORY}"}}\n')
+    assert llmkit_here("extract", "rows.jsonl", "--id-key", "key", "-f", "-o", "o.jsonl", cwd=crawl).returncode == 0
+    row = json.loads((crawl / "o.jsonl").read_text())
+    assert (row["key"], row["id"]) == (5, 6)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_without_a_page(llmkit_here, crawl: Path, name: str) -> None:
+    """Behaviour: the hint names the option for the field with the page."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for content in ({"text": STORY}, {"text": STORY, "html": 5}):
+        (crawl / "rows.jsonl").write_text(json.dumps(content) + "\n")
+        pq.write_table(pa.Table.from_pylist([content]), crawl / "rows.parquet")
+        done = llmkit_here("extract", name, "-o", "o.jsonl", cwd=crawl)
+        assert done.returncode == 1 and b"hint: --html-key names the field" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["extract", "filter"])
+def test_a_full_disk(llmkit_here, crawl: Path, command: str) -> None:
+    """Behaviour: the error names the file that could not be written, and what to do."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (crawl / "rows.jsonl").write_text("".join(json.dumps({"text": STORY, "html": STORY}) + "\n" for _ in range(99)))
+    rules = ("--filter", "length") if command == "filter" else ()
+    done = llmkit_here(command, "rows.jsonl", *rules, "-o", "/dev/full", cwd=crawl)
+    assert (
+        done.returncode == 1 and b"/dev/full: No space left" in done.stderr and b"hint: free some space" in done.stderr
+    )
+
+
+def test_cut_pages_are_counted(llmkit_here, crawl: Path) -> None:
+    """Behaviour: documents of pages that the archive marks as cut have the reason, and the summary their number."""
+    block = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>{STORY}".encode()
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Truncated: length\r\nContent-Length: {len(block)}\r\n\r\n".encode()
+    (crawl / "cut.warc").write_bytes(head + block + b"\r\n\r\n")
+    done = llmkit_here("extract", "cut.warc", "-o", "o.jsonl", cwd=crawl)
+    assert b"1 document of 1 page, 1 truncated; written to o.jsonl" in done.stderr
+    assert json.loads((crawl / "o.jsonl").read_text())["truncated"] == "length"

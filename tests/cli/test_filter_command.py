@@ -195,6 +195,10 @@ def test_annotate_drops_nothing(llmkit_here, docs: Path) -> None:
     assert short["dropped_by"][0] == "gopher_repetition.top_2_gram" and "c4.too_few_sentences" in short["dropped_by"]
     assert short["gopher_quality"]["words"] == 2 and short["c4"]["sentences"] == 0
     assert next(row for row in rows if row["id"] == "g3")["filter"]["dropped_by"] == []
+    for value in (b"5", b"null", b'"x"', b'"dropped_by"', b"[]", b'{"a":1}'):
+        (docs / "taken.jsonl").write_bytes(b'{"text":"a","filter":%s}\n' % value)
+        refused = llmkit_here("filter", "taken.jsonl", "--annotate", "-o", "t.jsonl", cwd=docs)
+        assert refused.returncode == 1 and b"the field 'filter' already exists" in refused.stderr
     refused = llmkit_here("filter", "docs.jsonl", "--annotate", "--rejects", "r.jsonl", cwd=docs)
     assert refused.returncode == 2 and b"drops nothing" in refused.stderr
 

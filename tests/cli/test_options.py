@@ -229,7 +229,7 @@ def test_help_on_a_full_disk() -> None:
         with open("/dev/full", "w") as full:
             done = subprocess.run([sys.executable, "-m", "llmkit", *arguments], stdout=full, stderr=subprocess.PIPE)
         assert done.returncode == 1
-        assert done.stderr.startswith(b"llmkit: error: No space left on device\n")
+        assert done.stderr.startswith(b"llmkit: error: standard output: No space left on device\n")
     with pytest.raises(SystemExit) as end:
         main(["help", "lineage", "--"])
     assert not end.value.code

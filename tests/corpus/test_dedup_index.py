@@ -274,3 +274,31 @@ def test_an_index_that_cannot_be_written_is_removed(tmp_path: Path) -> None:
     full = subprocess.run(["bash", "-c", f"ulimit -f 8; {call}"], cwd=tmp_path, capture_output=True, text=True)
     assert full.returncode == 1 and "error: new.duckdb cannot be made" in full.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+def test_a_batch_given_twice(llmkit_here, tmp_path: Path) -> None:
+    """Behaviour: the same content under another name gives only duplicates, also within one call; the same call again
+    makes its output again, and both say so. The digest of an index does not depend on it before."""
+    for name in ("a", "b", "sub/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", [(f"d{i}", text(i)) for i in range(5)])
+
+    def dedup(name: str, output: str) -> tuple[int, bytes]:
+        done = llmkit_here("dedup", name, "--index", "seen.duckdb", "-q", "-o", output, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return len(rows_of(tmp_path / output)), done.stderr
+
+    assert dedup("a.jsonl", "1.jsonl.zst") == (5, b"")
+    kept, warning = dedup("b.jsonl", "2.jsonl.zst")
+    assert kept == 0 and b"run 1 of seen.duckdb read the same content under the name a.jsonl" in warning
+    kept, warning = dedup("sub/a.jsonl", "3.jsonl.zst")
+    assert kept == 5 and b"run 1 of seen.duckdb read the same input: this makes its output again" in warning
+    kept, warning = dedup("b.jsonl", "4.jsonl.zst")
+    assert kept == 0 and b"run 2 of seen.duckdb read the same input" in warning
+    assert (tmp_path / "4.jsonl.zst").read_bytes() == (tmp_path / "2.jsonl.zst").read_bytes()
+    for call in range(2):  # each is found up to date by the second
+        done = llmkit_here(
+            "dedup", "a.jsonl", "b.jsonl", "--index", "new.duckdb", "--resume", "-o", "out/", cwd=tmp_path
+        )
+        assert done.returncode == 0 and (b"up to date: nothing to do" in done.stderr) == bool(call)
+    assert [len(rows_of(tmp_path / "out" / f"{name}.jsonl.zst")) for name in "ab"] == [5, 0]

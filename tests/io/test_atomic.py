@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmkit.errors import LlmkitError, LockedError
-from llmkit.io.atomic import atomic_directory, atomic_file
-from llmkit.io.locks import lock
+from llmkit.io.atomic import atomic_directory, atomic_file, lock
 
 
 def names(path: Path) -> list[str]:
@@ -97,7 +96,7 @@ def test_second_writer_is_locked_out_and_a_killed_one_is_not(tmp_path: Path) -> 
 
 def test_lock_excludes_another_process(tmp_path: Path) -> None:
     """Behaviour: a second process gets LockedError; after release it gets the lock."""
-    code = f"from llmkit.io.locks import lock\nwith lock({str(tmp_path / 'l')!r}): pass"
+    code = f"from llmkit.io.atomic import lock\nwith lock({str(tmp_path / 'l')!r}): pass"
     with lock(tmp_path / "l"):
         assert b"LockedError" in subprocess.run([sys.executable, "-c", code], capture_output=True).stderr
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -108,7 +108,7 @@ def test_damaged_parquet_is_an_error_of_one_line(tmp_path: Path) -> None:
             try:
                 read(path)
             except LlmkitError as error:
-                assert error.message.startswith(f"{path}: "), error.message
+                assert error.message.startswith(f"{path}:"), error.message
                 failed += 1
     assert failed > 200
     path.write_bytes(b"PAR1")

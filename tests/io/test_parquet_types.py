@@ -10,13 +10,13 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError
 from llmkit.io.arrow_values import from_json, to_json
 from llmkit.io.document_writer import DocumentWriter
-from llmkit.io.documents import DocumentReader
+from llmkit.io.documents import DocumentReader, ReadOptions
 from llmkit.io.record import Lineage
 
 TYPES = [
@@ -116,7 +116,14 @@ def test_several_inputs_and_through_json(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (b'{"text":"a","x":1}\n{"text":"b","x":"s"}\n', "field 'x', row 2: 's' follows values of type int64"),
-        (b'{"text":"a","n":18446744073709551616}\n', "field 'n', row 1: 18446744073709551616"),
+        (
+            b'{"text":"a","n":18446744073709551616}\n',
+            "field 'n', row 1: 18446744073709551616: .* integers beyond 64 bits",
+        ),
+        (b'{"text":"a","n":5}\n{"text":"a","n":[18446744073709551616]}\n', "row 2: .* integers beyond 64 bits"),
+        (b'{"text":"a","n":%s}\n' % (b"9" * 5000), "field 'n', row 1: a number beyond the range of floats"),
+        (b'{"text":"a","n":1e400}\n', "field 'n', row 1: a number beyond the range of floats"),
+        (b'{"text":"a","n":-5}\n{"text":"a","n":9223372036854775808}\n', "field 'n', row 2: 9223372036854775808"),
         (b'{"text":"a","n":9007199254740993}\n{"text":"a","n":0.5}\n', "field 'n', row"),
     ],
 )
@@ -147,3 +154,103 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(LlmkitError, match="two columns are called 'n'"):
         list(DocumentReader([str(tmp_path / "d.parquet")]).documents())
+
+
+INTEGERS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1)) | st.lists(st.integers(0, (1 << 64) - 1))
+
+
+@settings(max_examples=30, deadline=None)
+@example([5, (1 << 64) - 1], "[%s]")
+@given(INTEGERS, st.sampled_from(["%s", "[%s]", '{"a":[{"b":%s}]}']))
+def test_integers_of_64_bits_come_back(tmp_path_factory: pytest.TempPathFactory, values: list[int], form: str) -> None:
+    """Property: signed or unsigned integers, also inside lists and objects, have the same digits after JSON, Parquet, JSON."""
+    place = tmp_path_factory.mktemp("integers")
+    lines = b"".join(b'{"text":"a","n":%s}\n' % (form % value).encode() for value in values)
+    (place / "a.jsonl").write_bytes(lines)
+    copy([place / "a.jsonl"], place / "b.parquet")
+    copy([place / "b.parquet"], place / "c.jsonl")
+    assert (place / "c.jsonl").read_bytes() == lines
+
+
+def test_signed_and_unsigned_inputs_are_united(tmp_path: Path) -> None:
+    """Behaviour: a column that is int64 in one file and uint64 in another holds the values of both."""
+    for name, type, value in (("a", pa.int64(), 5), ("b", pa.uint64(), (1 << 64) - 1)):
+        pq.write_table(pa.table({"text": ["t"], "n": pa.array([value], type)}), tmp_path / f"{name}.parquet")
+    copy([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "c.parquet")
+    assert pq.read_table(tmp_path / "c.parquet")["n"].to_pylist() == [5, (1 << 64) - 1]
+
+
+def undeclared(path: Path, kind: pa.DataType, raw: bytes = b"\xff", url: bytes = b"http://a/") -> None:
+    """A file whose writer did not declare its strings."""
+    columns = {"id": [b"1"], "text": ["caf\u00e9".encode()], "url": [url], "raw": [raw]}
+    pq.write_table(pa.table({name: pa.array(values, kind) for name, values in columns.items()}), path)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_binary_columns_of_text_are_text(tmp_path: Path, kind: pa.DataType) -> None:
+    """Behaviour: text, id, source, url and language are text without a declaration, other BINARY columns base64; Parquet
+    to Parquet keeps types and bytes."""
+    undeclared(tmp_path / "a.parquet", kind)
+    copy([tmp_path / "a.parquet"], tmp_path / "b.jsonl")
+    assert orjson.loads((tmp_path / "b.jsonl").read_bytes()) == {
+        "id": "1", "text": "café", "url": "http://a/", "raw": "/w==",
+    }  # fmt: skip
+    copy([tmp_path / "a.parquet"], tmp_path / "b.parquet")
+    before, after = pq.read_table(tmp_path / "a.parquet"), pq.read_table(tmp_path / "b.parquet")
+    assert before.schema.equals(after.schema) and before.to_pylist() == after.to_pylist()
+    pq.write_table(
+        pa.table({"prompt": pa.array([b"why"], kind), "raw": pa.array([b"\xff"], kind)}), tmp_path / "r.parquet"
+    )
+    rows = DocumentReader([str(tmp_path / "r.parquet")], ReadOptions(text_key=None)).documents()
+    assert [row.fields for row in rows] == [{"prompt": "why", "raw": "/w=="}]
+
+
+def test_binary_and_declared_text_together(tmp_path: Path) -> None:
+    """Behaviour: with strings of another file, text becomes a column of strings; bytes that are not text stay base64, and
+    are never mixed with text."""
+    undeclared(tmp_path / "a.parquet", pa.binary())
+    pq.write_table(pa.table({"text": ["b"], "url": ["http://b/"]}), tmp_path / "b.parquet")
+    copy([tmp_path / "a.parquet", tmp_path / "b.parquet"], tmp_path / "c.parquet")
+    assert pq.read_table(tmp_path / "c.parquet")["url"].to_pylist() == ["http://a/", "http://b/"]
+    undeclared(tmp_path / "d.parquet", pa.binary(), url=b"\xff\xfe")
+    copy([tmp_path / "d.parquet"], tmp_path / "d.jsonl")
+    assert orjson.loads((tmp_path / "d.jsonl").read_bytes())["url"] == "//4="
+    with pytest.raises(LlmkitError, match="field 'url' is"):
+        copy([tmp_path / "a.parquet", tmp_path / "d.parquet"], tmp_path / "e.parquet")
+    pq.write_table(pa.table({"text": ["b"], "raw": ["abcd"]}), tmp_path / "f.parquet")
+    with pytest.raises(LlmkitError, match="field 'raw' is binary in one input, string in another"):
+        copy([tmp_path / "a.parquet", tmp_path / "f.parquet"], tmp_path / "g.parquet")
+
+
+@pytest.mark.parametrize("column", ["text", "binary", "nested", "dictionary"])
+def test_a_string_that_is_not_utf8_is_a_bad_row(tmp_path: Path, column: str) -> None:
+    """Property: of 2,000 rows exactly those with invalid strings are bad, with their number and their bytes in the quarantine."""
+    texts, bad = [f"text {i}".encode() for i in range(2000)], (5, 1500, 1501)
+    for row in bad:
+        texts[row] = b"b\xe9d"
+    strings = pa.array(texts, pa.binary()).view(pa.string())
+    values = {
+        "text": strings,
+        "binary": pa.array(texts, pa.binary()),
+        "nested": pa.ListArray.from_arrays(pa.array(range(2001), pa.int32()), strings),
+        "dictionary": strings.dictionary_encode(),
+    }[column]
+    columns = {"id": pa.array(range(2000)), "text": pa.array(["t"] * 2000)}
+    columns["tags" if column == "nested" else "text"] = values
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=700)
+    policy = ReadOptions(on_bad_line=f"quarantine={tmp_path / 'bad.jsonl'}")
+    with DocumentReader([str(tmp_path / "a.parquet")], policy) as reader:
+        assert [d.fields["id"] for d in reader.documents()] == [i for i in range(2000) if i not in bad]
+    rows = [orjson.loads(line) for line in (tmp_path / "bad.jsonl").read_bytes().splitlines()]
+    assert [row["line"] for row in rows] == [row + 1 for row in bad]
+    assert "invalid UTF-8" in rows[0]["reason"] and '"id":5' in rows[0]["raw"] and "b\\xe9d" in rows[0]["raw"]
+
+
+def test_checksums_of_pages_are_verified(tmp_path: Path) -> None:
+    """Behaviour: a page that does not match its checksum is damage of the file, also where its values can be decoded."""
+    texts = pa.table({"text": [f"birds {i}" for i in range(100)]})
+    pq.write_table(texts, tmp_path / "a.parquet", compression="none", write_page_checksum=True, use_dictionary=False)
+    stored = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(stored.replace(b"birds 50", b"words 50"))
+    with pytest.raises(LlmkitError, match="CRC"):
+        list(DocumentReader([str(tmp_path / "a.parquet")]).documents())

@@ -13,7 +13,7 @@ import pytest
 
 from llmkit.errors import LlmkitError
 from llmkit.io.document_writer import DocumentWriter
-from llmkit.io.record import Lineage
+from llmkit.io.record import Lineage, record_digest
 from llmkit.lineage.check import check
 from llmkit.lineage.formats import digest_path, files_digest, own_digest, read_lineage
 
@@ -67,43 +67,140 @@ def artefacts(
     state = TrainerState("train", {}, [], 1, 0, 0.0, 1, 8, {}, {})
     saved = run.save(state, {}, lambda directory: shutil.copytree(root / "avg", directory, dirs_exist_ok=True) and None)
     run.link_final(saved)
+    (root / "run" / "trace").mkdir()
+    for name in ("config.toml", "metrics.jsonl", "trace/trace.json"):
+        (root / "run" / name).write_text(f"{name} = 0.5\n" * 3)
+    run.event("end")
+    run.seal()
     return root
 
 
 def states(path: Path) -> dict[str, str]:
     record = read_lineage(path)
     assert record is not None
-    return dict(list(check(record, str(path), []))[: 1 + path.is_dir() * 2])
+    return {name: state for name, state, _ in list(check(record, str(path), []))[: 1 + path.is_dir() * 2]}
 
 
 def files_of(path: Path) -> Iterator[Path]:
     yield from sorted(p for p in path.rglob("*") if p.is_file() and not p.is_symlink()) if path.is_dir() else [path]
 
 
+def places(size: int, count: int) -> Iterator[int]:
+    """Positions in all parts of a file: the first and last bytes, and evenly spaced ones."""
+    ends = count // 3
+    yield from sorted(
+        {*range(min(ends, size)), *range(max(0, size - ends), size), *range(0, size, max(1, size // count))}
+    )
+
+
+def is_damage(path: Path, states_of: Callable[[], dict[str, str]]) -> Callable[[int, int], bool]:
+    """A function that changes the byte of a file at a position by a mask, and returns whether that is found."""
+    stored = path.read_bytes()
+
+    def damaged(place: int, mask: int) -> bool:
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(bytes([stored[place] ^ mask]))
+            file.flush()
+            try:
+                return "DIFFERS" in states_of().values()
+            except (LlmkitError, AssertionError):
+                return True
+            finally:
+                file.seek(place)
+                file.write(stored[place : place + 1])
+
+    return damaged
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_byte_is_found(artefacts: Path, kind: str, tmp_path: Path) -> None:
-    """Property: an intact artefact is ok; with one byte changed at any of several places in any of its files it differs,
-    or cannot be read at all."""
+    """Property: an intact artefact is ok; with one byte changed anywhere in any of its files (headers, footers, padding and
+    white space included) it differs, or cannot be read at all."""
     intact = states(artefacts / kind)
     assert set(intact.values()) <= {"ok", "not found"} and "ok" in intact.values(), intact
     copy = tmp_path / kind
     subprocess.run(["cp", "-a", str(artefacts / kind), str(copy)], check=True)
     for name in ("shards", "a", "b"):
         (tmp_path / name).exists() or shutil.copytree(artefacts / name, tmp_path / name)
+    count = 12 if copy.is_dir() else 150
     for file in files_of(copy):
-        stored = file.read_bytes()
-        size = len(stored)
-        if file.suffix == ".parquet":  # the statistics in its footer are not covered
-            size -= int.from_bytes(stored[-8:-4], "little") + 8
-        for place in (size // 3, size // 2, 2 * size // 3):
-            file.write_bytes(stored[:place] + bytes([stored[place] ^ 1]) + stored[place + 1 :])
-            try:
-                found = "DIFFERS" in states(copy).values()
-            except (LlmkitError, AssertionError):
-                found = True
-            padding = file.suffix == ".arrow" and stored[place] == 0
-            assert found or padding, f"{file.relative_to(tmp_path)}: byte {place} of {len(stored)}"
-        file.write_bytes(stored)
+        damaged, size = is_damage(file, lambda: states(copy)), file.stat().st_size
+        for number, place in enumerate(places(size, count)):
+            mask = (1, 0x29, 0x80, 0xFF)[number % 4]  # 0x29 makes a tab of a space
+            assert damaged(place, mask), f"{file.relative_to(tmp_path)}: byte {place} of {size}, mask {mask}"
+    assert "DIFFERS" not in states(copy).values()
+
+
+def test_a_damaged_byte_of_an_index_is_found(tmp_path: Path, llmkit_here: Call) -> None:
+    """Property: an index that an artefact was made with is ok, also with later runs in it, and differs with one byte
+    changed anywhere, or where its runs are others."""
+    (tmp_path / "docs.jsonl").write_bytes(ROWS)
+    (tmp_path / "more.jsonl").write_bytes(ROWS.replace(b"seven", b"eight"))
+    for number, name in enumerate(("docs", "more")):
+        call = (
+            "dedup",
+            f"{name}.jsonl",
+            "--method",
+            "exact",
+            "--index",
+            "seen.duckdb",
+            "-q",
+            "-o",
+            f"{number}.jsonl.zst",
+        )
+        assert llmkit_here(*call, cwd=tmp_path).returncode == 0
+
+    def state() -> dict[str, str]:
+        record = read_lineage(tmp_path / "1.jsonl.zst")
+        assert record is not None
+        results = check(record, str(tmp_path / "1.jsonl.zst"), [])
+        return {f"{number} {result.name}": result.state for number, result in enumerate(results)}
+
+    assert list(state().values()) == ["ok"] * 5, state()  # the index before both runs, too
+    damaged, size = is_damage(tmp_path / "seen.duckdb", state), (tmp_path / "seen.duckdb").stat().st_size
+    assert all(damaged(place, 0x29) for place in (*places(size, 30), 4096, 8192, 12_288))
+    (tmp_path / "seen.duckdb").unlink()
+    call = ("dedup", "more.jsonl", "--method", "exact", "--index", "seen.duckdb", "-q", "-o", "other.jsonl.zst")
+    assert llmkit_here(*call, cwd=tmp_path).returncode == 0
+    assert state()["2 seen.duckdb"] == "DIFFERS"
+
+
+@pytest.mark.parametrize("key", ["digest", "files", "bytes"])
+def test_a_digest_that_is_not_text_differs(artefacts: Path, key: str) -> None:
+    """Behaviour: no llmkit writes a number or a list as a digest, or an input without one."""
+    record = read_lineage(artefacts / "docs.parquet")
+    assert record is not None
+    path = str(artefacts / "docs.parquet")
+    assert next(check(record, path, [])).state == "ok"
+    for changed in (record | {key: 5}, record | {"inputs": [{"name": "x", "digest": []}]}, record | {"inputs": "x"}):
+        changed["record"] = record_digest(changed)
+        assert next(check(changed, path, [])).state == "DIFFERS"
+
+
+def test_the_command_tells_what_it_compared(tmp_path: Path, llmkit_here: Call) -> None:
+    """Behaviour: the path of each input is printed, also of another file of its name; what is unchecked is counted; -o
+    names a file for the report."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "docs.jsonl").write_bytes(ROWS)
+    call = ("dedup", "in/docs.jsonl", "--method", "exact", "-q", "-o", "out.jsonl.zst")
+    assert llmkit_here(*call, cwd=tmp_path).returncode == 0
+    done = llmkit_here("lineage", "out.jsonl.zst", "--check", "--inputs", "in", cwd=tmp_path)
+    assert done.stdout == b"ok        out.jsonl.zst\nok        docs.jsonl  (in/docs.jsonl)\n"
+    assert b"2 artefacts verified, 0 not found, 0 unchecked" in done.stderr
+    (tmp_path / "docs.jsonl").write_text("unrelated\n")
+    done = llmkit_here("lineage", "out.jsonl.zst", "--check", "-o", "report.txt", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == b""
+    assert b"/docs.jsonl: content differs" in done.stderr and b"or is another file of that name" in done.stderr
+    assert "DIFFERS   docs.jsonl" in (tmp_path / "report.txt").read_text()
+    assert llmkit_here("lineage", "out.jsonl.zst", "-o", "report.txt", cwd=tmp_path).returncode == 1  # exists
+    assert llmkit_here("lineage", "out.jsonl.zst", "-f", "-o", "report.txt", cwd=tmp_path).stdout == b""
+    assert (tmp_path / "report.txt").read_text().startswith("out.jsonl.zst  <- dedup")
+    joined = (tmp_path / "out.jsonl.zst").read_bytes() * 2  # has no digest of its own
+    (tmp_path / "joined.jsonl.zst").write_bytes(joined)
+    (tmp_path / "docs.jsonl").unlink()
+    done = llmkit_here("lineage", "joined.jsonl.zst", "--check", "--inputs", "in", cwd=tmp_path)
+    assert b"unchecked; joined.jsonl.zst itself was not checked" in done.stderr
 
 
 def test_the_digest_of_a_model_does_not_depend_on_the_record(artefacts: Path) -> None:
@@ -134,8 +231,8 @@ def test_inputs_of_one_name(tmp_path: Path) -> None:
     inputs: list[dict[str, Any]] = [{"name": "web", "digest": digest} for digest in (first, second)]
     record = {"command": "mix", "inputs": inputs, "counts": {}}
     (tmp_path / "out.jsonl").write_text("")
-    assert [state for _, state in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["ok", "ok"]
+    assert [state for _, state, _ in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["ok", "ok"]
     shutil.rmtree(tmp_path / "2")
-    assert [state for _, state in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["ok", "not found"]
+    assert [state for _, state, _ in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["ok", "not found"]
     (tmp_path / "web" / "page.html").write_text("<p>y</p>")
-    assert [state for _, state in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["DIFFERS", "DIFFERS"]
+    assert [state for _, state, _ in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["DIFFERS", "DIFFERS"]

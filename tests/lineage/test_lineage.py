@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from llmkit.lineage.script import as_script
+from llmkit.lineage.script import Flag, as_script
 from llmkit.lineage.tree import as_tree
 
 FLAGS = {
-    "filter": {"preset": ("--preset", "", ["gopher"])},
-    "mix": {"tokens": ("--tokens", "", None), "even": ("--even", "--no-even", True)},
+    "filter": {"preset": Flag("--preset", "", ["gopher"])},
+    "mix": {"tokens": Flag("--tokens"), "even": Flag("--even", "--no-even", True)},
 }
 
 
@@ -82,6 +82,75 @@ def test_a_record_leads_out_of_no_directory(tmp_path: Path) -> None:
     script = as_script(record, "tok", _flags)
     assert "--size 512" in script
     assert not any(word in script for word in ("/tmp", "/etc", "--force", "--version", "/.."))
-    assert {state for name, state in check(record, str(tmp_path), [str(tmp_path)]) if ".." in name} == {"not found"}
+    assert {state for name, state, _ in check(record, str(tmp_path), [str(tmp_path)]) if ".." in name} == {"not found"}
     both = {"command": "train", "options": {"final_lr_fraction": 0.25, "min_lr": 0.5}}
     assert "--final-lr-fraction 0.25" in (script := as_script(both, "run", _flags)) and "0.5" not in script
+
+
+HOSTILE = "$(touch owned)\x1b[31m\x07\u202e\n'`\\"
+
+
+def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
+    """Property: whatever a record holds, script and tree print no control characters, and the words of the script are
+    still what the record holds."""
+    record = {
+        "command": "filter", "options": {"preset": [HOSTILE]}, "counts": {HOSTILE: HOSTILE}, "llmkit": HOSTILE,
+        "inputs": [{"name": HOSTILE, "digest": HOSTILE, "role": HOSTILE}],
+    }  # fmt: skip
+    script = as_script(record, HOSTILE, lambda name: FLAGS[name])
+    for text in (script, as_tree(record, HOSTILE), as_tree(record, HOSTILE, 40)):
+        assert all(line.isprintable() for line in text.split("\n"))
+    (tmp_path / "llmkit").write_text('#!/bin/sh\nprintf "%s\\0" "$@" > words\n')
+    (tmp_path / "llmkit").chmod(0o755)
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    words = (tmp_path / "words").read_text().split("\0")
+    assert words[1:4] == [f"./{HOSTILE}", "--preset", HOSTILE] and not (tmp_path / "owned").exists()
+
+
+def test_a_wide_tree_fits_the_terminal() -> None:
+    """Behaviour: lines are wrapped under their own branch; without a width they are not."""
+    options = {"preset": ["gopher", "fineweb", "c4"], "rule": [f"rule.number{i}=0.5" for i in range(20)], "seed": 1}
+    leaf = {"name": "docs.jsonl", "digest": "xxh3:" + "0" * 32}
+    inner = {"command": "filter", "options": options, "counts": {f"count{i}": i for i in range(30)}, "inputs": [leaf]}
+    record = {"command": "dedup", "inputs": [{"name": "a.jsonl", "digest": "", "lineage": inner}] * 2}
+    lines = as_tree(record, "out.jsonl.zst", 70).splitlines()
+    assert max(map(len, lines)) <= 70 and len(lines) > len(as_tree(record, "out.jsonl.zst").splitlines())
+    assert " ".join(" ".join(lines).replace("│", "").split()) == " ".join(
+        as_tree(record, "out.jsonl.zst").replace("│", "").split()
+    )
+
+
+def test_records_of_earlier_versions_are_scripted_as_what_they_did() -> None:
+    """Behaviour: all numbers were equal for minhash before it had --normalise, and a quarantine was recorded by its
+    path; a record must not make the script write there, nor to any other output."""
+    from llmkit.cli.release.lineage import _flags
+
+    leaf = {"name": "docs.jsonl", "digest": "1"}
+    old = {
+        "method": "minhash",
+        "threshold": 0.75,
+        "on_bad_line": "quarantine=/tmp/bad",
+        "rejects": "/tmp/r",
+        "index": "/tmp/i",
+    }
+    script = as_script({"command": "dedup", "options": old, "inputs": [leaf]}, "x.jsonl.zst", _flags)
+    assert "--normalise loose" in script and "--on-bad-line skip" in script and "/tmp" not in script
+    rejects = as_script({"command": "dedup --rejects", "options": old, "inputs": [leaf]}, "x.jsonl.zst", _flags)
+    assert "--normalise loose" in rejects
+    for options in ({"method": "exact"}, {"method": "lines"}, old | {"shingle": "words"}, old | {"normalise": "none"}):
+        script = as_script({"command": "dedup", "options": options, "inputs": [leaf]}, "x.jsonl.zst", _flags)
+        assert "loose" not in script
+
+
+def test_a_directory_of_documents_names_a_file_with_lineage(tmp_path: Path, llmkit_here) -> None:
+    """Behaviour: the hint says where the lineage is, or why there is none."""
+    from llmkit.io.document_writer import DocumentWriter
+    from llmkit.io.record import Lineage
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.jsonl").write_text("{}\n")
+    assert b"other tools do not write it" in llmkit_here("lineage", "out", cwd=tmp_path).stderr
+    with DocumentWriter(str(tmp_path / "out" / "b.jsonl.zst"), Lineage("filter")) as writer:
+        writer.finish({}, [])
+    done = llmkit_here("lineage", "out", cwd=tmp_path)
+    assert done.returncode == 1 and b"hint: its files have their own, such as out/b.jsonl.zst" in done.stderr

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmkit.lineage.formats import describe_input, locate, read_lineage
-from llmkit.lineage.script import as_script
+from llmkit.lineage.script import Flag, as_script
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -21,7 +20,7 @@ sys.path.insert(0, str(BENCH))
 Call = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
-def flags_of(command: str) -> dict[str, tuple[str, str, Any]]:
+def flags_of(command: str) -> dict[str, Flag]:
     from llmkit.cli.release.lineage import _flags
 
     return _flags(command)

@@ -54,6 +54,14 @@ def test_record(train: Train, tmp_path: Path) -> None:
     assert recorded["processes"] == 1
 
 
+def test_a_run_of_an_earlier_version_with_a_quarantine_resumes(train: Train, tmp_path: Path) -> None:
+    """Behaviour: earlier versions recorded the file of a quarantine, which decides nothing."""
+    stopped(train, tmp_path / "run", options={"on_bad_line": "quarantine=/elsewhere/bad.jsonl"})
+    with pytest.raises(LlmkitError, match="--on-bad-line was 'skip'"):
+        train(tmp_path / "run", resume=True, options={"on_bad_line": "stop"})
+    train(tmp_path / "run", resume=True, options={"on_bad_line": "skip"})
+
+
 def test_another_torch_is_refused_until_it_is_accepted(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from llmkit.errors import LlmkitError, LockedError, Terminated, UsageError
-from llmkit.io.locks import lock
+from llmkit.io.atomic import lock
 from llmkit.io.run_layout import find_checkpoints
 from llmkit.training import loop, session, train_step
 from llmkit.training.checkpoint import run_directory

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN, open_raw
@@ -129,7 +130,7 @@ def main(
                     )
             results[model] = scores
     _write(run, results, format or ("json" if run.output or not sys.stdout.isatty() else "table"))
-    run.finish({"models": len(models), "tasks": len(names)}, f"{len(models)} models scored")
+    run.finish({"models": len(models), "tasks": len(names)}, f"{counted(len(models), 'model')} scored")
 
 
 def _version() -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import ModelPath, Run, command, count_option
 from llmkit.errors import UsageError
 
@@ -162,7 +163,10 @@ def main(
         if writer:
             source = describe_input(info.path, name=model)
             writer.finish(counts, [source, *(reader.inputs if reader else [])])
-    line = f"{counts['completions']:,} completions of {counts['prompts']:,} prompts, {counts['tokens']:,} tokens"
+    line = (
+        f"{counted(counts['completions'], 'completion')} of {counted(counts['prompts'], 'prompt')},"
+        f" {counted(counts['tokens'], 'token')}"
+    )
     run.finish(counts, line + (f": {run.output}" if run.output else ""))
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from typing import Annotated
+from contextlib import suppress
+from pathlib import Path
+from shutil import get_terminal_size
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError
+
+if TYPE_CHECKING:
+    from llmkit.lineage.script import Flag
 
 
 @command(
@@ -40,52 +47,73 @@ def main(
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
     directory of the original inputs. The script stops at the first output that is not what was recorded. --check
-    computes the digests of the artefact, of its other files and of its record, and of each input that it finds by name
-    beside the artefact or in the directories given by --inputs; if one differs, the exit code is 1. Artefacts of
-    earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the digest that such
-    comparisons use. --json prints the record as stored.
+    computes the digests of the artefact, of every byte of its files and of its record, and of each input that it finds
+    by name beside the artefact or in the directories given by --inputs, and prints where; if one differs, the exit code
+    is 1. Artefacts of earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the
+    digest that such comparisons use. --json prints the record as stored.
     """
-    from llmkit.io.inputs import holds_ids
     from llmkit.lineage.formats import describe_part, own_digest, read_lineage
     from llmkit.lineage.script import as_script
     from llmkit.lineage.tree import as_tree
 
     if digest:
-        print(own_digest(artefact))
+        _print(run, own_digest(artefact) + "\n")
         return
     record = read_lineage(artefact)
     if record is None:
-        hint = "plain .jsonl files cannot hold it, and other tools do not write it"
-        if holds_ids(artefact):
-            hint = "exports for other trainers carry none: name the shards that they were made from"
-        raise LlmkitError(f"{artefact}: no lineage found", hint)
+        raise LlmkitError(f"{artefact}: no lineage found", _where_else(Path(artefact)))
     if run.as_json:
-        _print(jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
+        _print(run, jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:
-        _print(as_script(record, artefact, _flags, describe_part(artefact, record)))
+        _print(run, as_script(record, artefact, _flags, describe_part(artefact, record)))
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
-        _print(as_tree(record, artefact))
+        is_terminal = sys.stdout.isatty() and not run.output
+        _print(run, as_tree(record, artefact, get_terminal_size().columns if is_terminal else 0))
 
 
-def _print(text: str) -> None:
-    """Print text in which file names may have bytes that are not UTF-8, and a hostile record lone surrogates."""
+def _where_else(path: Path) -> str:
+    """The hint for an artefact without a record."""
+    from llmkit.io.inputs import DOCUMENT_SUFFIXES, holds_ids
+    from llmkit.lineage.formats import read_lineage
+
+    if path.is_dir():
+        for file in sorted(path.iterdir()):
+            with suppress(LlmkitError):
+                if file.name.endswith(DOCUMENT_SUFFIXES) and file.is_file() and read_lineage(file):
+                    return f"its files have their own, such as {file}"
+    if path.suffix == ".duckdb":
+        return f"the runs of an index: llmkit dedup --index {path} --stats"
+    if holds_ids(path.name):
+        return "exports for other trainers carry none: name the shards that they were made from"
+    return "plain .jsonl files cannot hold it, and other tools do not write it"
+
+
+def _print(run: Run, text: str) -> None:
+    """Write text to the output; file names in it may have bytes that are not UTF-8, and a hostile record surrogates."""
+    from llmkit.io.atomic import atomic_file
+
     try:
         data = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         data = text.encode("utf-8", "replace")
+    if run.output:
+        with atomic_file(run.output, run.force) as sink:
+            sink.write(data)
+        return
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
-def _flags(name: str) -> dict[str, tuple[str, str, object]]:
-    """(flag, negative flag, default) of each option of a command, by parameter name."""
+def _flags(name: str) -> dict[str, Flag]:
+    """The options of a command that a script may give, by parameter name."""
     from importlib import import_module
 
-    from llmkit.cli.shared.options import NEUTRAL, RECORDED_IF_USED, click_command, renamed_options
+    from llmkit.cli.shared.options import NEUTRAL, RECORDED_IF_USED, click_command, neutral_options, renamed_options
     from llmkit.cli.shared.table import COMMANDS, module_of
+    from llmkit.lineage.script import Flag
 
     if name not in COMMANDS:  # "cat" for concatenated streams, or another tool's record
         raise LlmkitError(
@@ -95,7 +123,11 @@ def _flags(name: str) -> dict[str, tuple[str, str, object]]:
     built = click_command(function, name)
     # Outputs and other options that no record of ours holds: a record must not make the script write elsewhere.
     options = [p for p in built.params if p.param_type_name == "option" and p.name not in NEUTRAL - RECORDED_IF_USED]
-    flags = {p.name: (p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default) for p in options}
+    by_role = neutral_options(function)
+    flags = {
+        p.name: Flag(p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default, p.name in by_role)
+        for p in options
+    }
     return flags | {old: flags[new] for old, new in renamed_options(function).items() if old not in flags}
 
 
@@ -104,14 +136,16 @@ def _check(run: Run, artefact: str, record: dict[str, object], directories: list
     from llmkit.lineage.check import check
 
     results = list(check(record, artefact, directories))
-    for name, state in results:
-        _print(f"{state:<9} {one_line(name)}\n")
-    differing = [name for name, state in results if state == "DIFFERS"]
-    if differing:
-        raise LlmkitError(
-            f"{', '.join(map(one_line, differing))}: content differs from the lineage",
-            "it was changed after it was made or used",
-        )
-    counts = {state: sum(1 for _, result in results if result == state) for state in ("ok", "not found")}
-    itself = f"; {one_line(results[0][0])} itself was not checked" if results[0][1] == "unchecked" else ""
-    run.finish(counts, f"{counts['ok']} digests verified, {counts['not found']} inputs not found{itself}")
+    lines = (f"{state:<9} {one_line(name)}" + f"  ({one_line(path)})" * bool(path) for name, state, path in results)
+    _print(run, "".join(f"{line}\n" for line in lines))
+    if differing := [result for result in results if result.state == "DIFFERS"]:
+        names = ", ".join(one_line(result.path or result.name) for result in differing)
+        hint = "it was changed after it was made or used"
+        if any(result.path for result in differing):
+            hint += ", or is another file of that name: --inputs names the directory of the right one"
+        raise LlmkitError(f"{names}: content differs from the lineage", hint)
+    counts = {state: sum(result.state == state for result in results) for state in ("ok", "not found", "unchecked")}
+    verified = f"{counted(counts['ok'], 'artefact')} verified"
+    missing = f"{counts['not found']:,} not found, {counts['unchecked']:,} unchecked"
+    itself = f"; {one_line(results[0].name)} itself was not checked" if results[0].state == "unchecked" else ""
+    run.finish(counts, f"{verified}, {missing}{itself}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, Run
 from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
@@ -88,6 +89,7 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     """
     if rejects is not None and rejects in (run.output, STDIN):
         raise UsageError(f"--rejects {rejects}: this is the output of the documents", "name another file")
+    run.check_quarantine({f"the input {path}": path for path in inputs if path != STDIN})
     target = run.output
     if target is None or not is_directory(target):
         yield Job(run, inputs, target, rejects)
@@ -102,6 +104,8 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
             raise LlmkitError(f"-o {target}: {problem}", "name a file as output, or rename the inputs")
         names[name] = path
     outputs = [os.path.join(target, name) for name in names]
+    rejected = [] if rejects is None else [os.path.join(rejects, name) for name in names]
+    run.check_quarantine({f"the output {path}": path for path in outputs + rejected})
     if not resume and not run.force and (existing := [path for path in outputs if exists(path)]):
         raise LlmkitError(f"{existing[0]} exists", "--resume makes only the missing files, -f replaces all of them")
     for directory in (target, rejects):
@@ -173,6 +177,7 @@ def run_jobs(
         finished = (is_finished(job) if is_finished else True) if record is not None else None
         if finished and record is not None:
             skipped += 1
+            run.warn_of_missing_quarantine(record["counts"])
             stored = add_counts(stored, record["counts"])
             continue
         replace = finished is False
@@ -262,15 +267,14 @@ def add_counts(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
     """The summary as a line: `kept 90 of 100 documents (90.0 %), ...`."""
     share = f" ({100 * counts['kept'] / counts['documents']:.1f} %)" if counts["documents"] else ""
-    bad = f", {counts['bad_lines']:,} bad lines skipped" if counts.get("bad_lines") else ""
-    bad += f", {counts['bad_files']:,} bad files skipped" if counts.get("bad_files") else ""
-    up_to_date = f", {counts['up_to_date']:,} files up to date" if counts.get("up_to_date") else ""
-    where = (
-        "nothing written (--dry-run)"
-        if run.dry_run
-        else f"written to {run.output}"
-        if run.output
-        else "written to stdout"
-    )
-    kept = f"kept {counts['kept']:,} of {counts['documents']:,} documents{share}"
-    return f"{kept}, {verb} {counts['dropped']:,}{bad}{up_to_date}; {where}"
+    kept = f"kept {counts['kept']:,} of {counted(counts['documents'], 'document')}{share}"
+    return f"{kept}, {verb} {counts['dropped']:,}{summary_end(run, counts)}"
+
+
+def summary_end(run: Run, counts: dict[str, Any]) -> str:
+    """The end of a summary line: what was skipped, and where the output is."""
+    bad = [counted(counts[f"bad_{noun}s"], f"bad {noun}") for noun in ("line", "file") if counts.get(f"bad_{noun}s")]
+    skipped = "".join(f", {text} skipped" for text in bad)
+    up_to_date = f", {counted(counts['up_to_date'], 'file')} up to date" if counts.get("up_to_date") else ""
+    where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
+    return f"{skipped}{up_to_date}; {where}"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,7 @@ if TYPE_CHECKING:
     from llmkit.io.documents import BadLine, DocumentReader, ReadOptions
     from llmkit.io.record import Lineage
 
-# "1 documents": messages count in the plural.
-ONE_OF_MANY = re.compile(
-    r"(?<![^ (])1 ((?:bad |broken |other )?(?:character|completion|document|file|gap|line|merge|model|page|piece|prompt"
-    r"|record|run|sequence|shard|source|step|token|word))s\b(?!\.\w)"
-)
+QUARANTINES = {"--on-bad-line": "bad_lines", "--on-bad-file": "bad_files"}  # option -> count of what it stores
 
 
 class Run:
@@ -55,6 +50,8 @@ class Run:
             self.reads(role, str(path))
         self._stack = ExitStack()
         self._quarantines: dict[str, Quarantine] = {}
+        outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values["summary"]}
+        self.check_quarantine({name: path for name, path in outputs.items() if path})
         self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
 
@@ -74,9 +71,10 @@ class Run:
         self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
-        text = ONE_OF_MANY.sub("1 \\1", text)
+        from llmkit.io.names import printable
+
         with suppress(OSError):  # a log on a full disk must not stop the command
-            print(f"llmkit {self.command}: {text}", file=sys.stderr, flush=True)
+            print(f"llmkit {self.command}: {printable(text)}", file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:
@@ -151,7 +149,8 @@ class Run:
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
-        expand_options["missing_ok"] = self.skips_bad_files
+        if self.skips_bad_files:
+            expand_options |= {"missing_ok": True, "on_empty": self._bad_input}
         if source is None:
             return expand(paths, **expand_options)
         if self._listed is None:
@@ -184,6 +183,31 @@ class Run:
             self._quarantines[path] = self._stack.enter_context(Quarantine(path))
         return self._quarantines[path]
 
+    def quarantine_files(self) -> dict[str, str]:
+        """Option -> FILE of its quarantine=FILE."""
+        values = {name: str(self._values.get(name.strip("-").replace("-", "_"))) for name in QUARANTINES}
+        if not any(value.startswith("quarantine=") for value in values.values()):
+            return {}
+        return {name: file for name, file in zip(values, self.read_options().quarantine_files(), strict=True) if file}
+
+    def check_quarantine(self, others: Mapping[str, str]) -> None:
+        """UsageError where a quarantine would be written to another file of the call; `others`: name -> path."""
+        for option, file in self.quarantine_files().items():
+            for name, path in others.items():
+                if os.path.realpath(file) == os.path.realpath(path):
+                    raise UsageError(
+                        f"{option} quarantine={file}: this is also the file of {name}", "name another file"
+                    )
+
+    def warn_of_missing_quarantine(self, counts: dict[str, Any]) -> None:
+        """Warn where the quarantine that belongs to an output with these counts does not exist any more."""
+        from llmkit.io.inputs import exists
+
+        for option, file in self.quarantine_files().items():
+            known = len(self.bad_files) if option == "--on-bad-file" else 0  # directories, which are not in it
+            if counts.get(QUARANTINES[option], 0) > known and not exists(file):
+                self.warn(f"{file} does not exist any more; -f makes it again, with the output")
+
     @property
     def skips_bad_files(self) -> bool:
         """Whether --on-bad-file allows unreadable inputs."""
@@ -199,6 +223,12 @@ class Run:
         if quarantine and (file := self.read_options().quarantine_files()[1]):
             self._open_quarantine(file).add([bad.row()])
 
+    def _bad_input(self, name: str, reason: str) -> None:
+        """Count a directory or pattern without files as a bad file; there is nothing to quarantine."""
+        from llmkit.io.documents import BadLine
+
+        self.bad_file(BadLine(name, 1, reason))
+
     def bad_file_counts(self) -> dict[str, int]:
         """The number of unreadable inputs, for summary and lineage, if there are any."""
         return {"bad_files": len(self.bad_files)} if self.bad_files else {}
@@ -206,8 +236,9 @@ class Run:
     def check_bad_files(self) -> None:
         """At the end of a call: LlmkitError with --fail-on-bad-file if there was an unreadable input."""
         if self.bad_files and self._values.get("fail_on_bad_file"):
-            count = "1 file" if len(self.bad_files) == 1 else f"{len(self.bad_files):,} files"
-            raise LlmkitError(f"{count} could not be read", "the output has everything else")
+            raise LlmkitError(
+                f"{counted(len(self.bad_files), 'file')} could not be read", "the output has everything else"
+            )
 
     def read_options(self, text_key: str | None = "") -> ReadOptions:
         """The reading options, for io.documents."""
@@ -235,6 +266,7 @@ class Run:
         record = self.has_made(paths, other_outputs)
         if record is None:
             return False
+        self.warn_of_missing_quarantine(record["counts"])
         self.finish(record["counts"] | {"up_to_date": True}, f"{self.output} is up to date: nothing to do")
         return True
 
@@ -285,6 +317,7 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
     """The record inside `path`, if it was made by the command, version and options of `header`."""
     from llmkit.io.atomic import is_special
     from llmkit.io.inputs import exists
+    from llmkit.lineage.fields import present_options
     from llmkit.lineage.formats import read_lineage
 
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
@@ -293,8 +326,16 @@ def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
         record = read_lineage(path)
     except LlmkitError:
         return None
+    if record is None:
+        return None
     expected = json.loads(json.dumps(header.header()))
-    return record if record is not None and {key: record.get(key) for key in expected} == expected else None
+    present = record | {"options": present_options(record)}
+    return record if {key: present.get(key) for key in expected} == expected else None
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 bad file", "2,000 bad files"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Progress:

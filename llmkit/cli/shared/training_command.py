@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import NEUTRAL, Run
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN
@@ -105,7 +106,7 @@ def train_or_plan(
     if outcome is None:
         run.finish({"up_to_date": True}, f"{run.output} is finished: nothing to do")
         return
-    line = f"{outcome['steps']:,} steps, {outcome['tokens']:,} tokens"
+    line = f"{counted(outcome['steps'], 'step')}, {counted(outcome['tokens'], 'token')}"
     if "loss" in outcome:
         line += f", loss {outcome['loss']:.4f}"
     if "heldout_loss" in outcome:

@@ -19,6 +19,7 @@ from llmkit.cli.shared.document_command import (
     run_stage,
     summary_line,
 )
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods, with_preset
@@ -88,9 +89,10 @@ def main(
     that made them duplicates.
 
     --index keeps a DuckDB file across runs: documents of earlier runs always win. A run is added once its output is
-    complete and in place. If it is killed before, nothing of it is in the index, and repeating it makes the same
-    output. The index takes about 200 bytes per document. It holds signatures, not texts: the similarity to documents
-    of earlier runs is an estimate with a standard error of 0.04.
+    complete and in place. If it is killed before, nothing of it is in the index. Repeating a run makes the same output
+    again, with a warning where the index has it; the same content under another name is a new run, and gives only
+    duplicates. The index takes about 200 bytes per document. It holds signatures, not texts: the similarity to
+    documents of earlier runs is an estimate with a standard error of 0.04.
 
     With -o DIRECTORY each file is deduplicated separately; with --index, one after the other as if each were a run.
     --engine ray joins bands across all machines of a cluster.
@@ -143,15 +145,18 @@ def main(
             if against
             else stage.run(reader)
         )
+        if notice := getattr(stage, "notice", ""):
+            run.warn(notice)
 
     def is_finished(job: Job) -> bool | None:
         """Whether the run that made an existing output is in the index; None if it used another state of the index."""
-        from llmkit.corpus.dedup.index import run_key
+        from llmkit.io.record import Input, base_name
         from llmkit.lineage.fields import inputs_of
         from llmkit.lineage.formats import digest_path, read_lineage
 
         assert index is not None and job.output is not None
-        key = run_key([digest_path(path) for path in job.inputs], index_options)
+        read = [Input("input", base_name(path), digest_path(path)) for path in job.inputs]
+        key = index.key_of(read, index_options)
         digests = [i["digest"] for i in inputs_of(read_lineage(job.output) or {}) if i["role"] == "index"]
         return index.has(key) if digests == [index.history(index.run_of(key))] else None
 
@@ -213,4 +218,4 @@ def _show_index(run: Run, path: str) -> None:
     rows = [[row["run"], row["documents"], row["kept"]] for row in stats["runs"]]
     run.table(path, ["run", "documents", "kept"], rows)
     size = f"{stats['bytes'] / 1e6:,.1f} MB, {stats['bytes_per_document']} bytes each"
-    run.finish(stats, f"{stats['kept']:,} documents of {len(stats['runs']):,} runs in {path}, {size}")
+    run.finish(stats, f"{counted(stats['kept'], 'document')} of {counted(len(stats['runs']), 'run')} in {path}, {size}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs
+from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs, summary_end
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
@@ -17,13 +18,12 @@ from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
 if TYPE_CHECKING:
     from llmkit.cli.shared.document_command import JobResult
     from llmkit.corpus.extract.archives import BrokenRecord, PageRecord
-    from llmkit.corpus.extract.extractor import ExtractionResult, Extractor, PageReader
+    from llmkit.corpus.extract.extractor import ExtractionResult, Extractor, FilesRead, PageReader
     from llmkit.io.document_writer import DocumentWriter
     from llmkit.io.documents import DocumentReader
-    from llmkit.io.record import Input
 
-ARCHIVES = tuple(kind + packed for kind in (".warc", ".arc", ".wet") for packed in COMPRESSIONS)
-SUFFIXES = (*ARCHIVES, ".html", ".htm", ".xhtml", ".pdf", ".html.gz", *DOCUMENT_SUFFIXES)
+KINDS = (".warc", ".arc", ".wet", ".html", ".htm", ".xhtml", ".pdf", ".txt", ".text", ".md", ".rst")
+SUFFIXES = (*(kind + packed for kind in KINDS for packed in COMPRESSIONS), *DOCUMENT_SUFFIXES)
 MAX_WARNINGS = 5  # broken records that are reported individually
 
 
@@ -67,17 +67,19 @@ def main(
 ) -> None:
     """Extract text from WARC, WET and ARC files, HTML pages, plain text, PDFs, and JSON rows with HTML.
 
-    The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions.
-    Plain text is kept as it is.
+    The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions,
+    and other files in them are counted. Plain text is kept as it is.
     A document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence`
     (cc-by-4.0, or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots
     directives (noai, noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one
     is wrong. The text of a PDF is its text layer; pages without one are counted.
 
     Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
-    next intact record, also in a pipe. An archive from which no page can be read is an error, unless --allow-empty is
-    given. A page that takes longer than --time-limit, or more memory than 48 times --max-page-bytes plus 1 GB, is
-    skipped. Memory: three batches of about 1 MB for each worker, one page, and a few megabytes of the archive.
+    next intact record, also in a pipe. Segments of a record are joined. A document whose page is cut has `truncated`,
+    the reason in the archive (WARC-Truncated), or "segmented" where segments are missing. An archive from which no page
+    can be read is an error, unless --allow-empty is given. A page that takes longer than --time-limit, or more memory
+    than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each worker, one page,
+    and a few megabytes of the archive.
     """
     from llmkit.corpus.extract.engines import ENGINES
 
@@ -90,9 +92,13 @@ def main(
     if run.options["text_key"] != "text":
         raise UsageError("--text-key has no effect here", "--html-key names the field that contains the page")
     _check_libraries(engine)
-    from llmkit.corpus.extract.extractor import Extractor, PageReader, distinct_names
+    from llmkit.corpus.extract.extractor import Extractor, FilesRead, PageReader, distinct_names
 
-    paths = run.inputs(inputs, suffixes=SUFFIXES)
+    left_out: Counter[str] = Counter()
+    paths = run.inputs(inputs, suffixes=SUFFIXES, left_out=left_out)
+    if left_out:
+        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
+        run.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
     if backend == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)
@@ -103,9 +109,9 @@ def main(
         nonlocal warned
         counts: Counter[str] = Counter(pages=0, documents=0, broken=0, characters=0)
         skipped: Counter[str] = Counter()
-        inputs_read: list[Input] = []
+        files = FilesRead()
         with run.progress(None, "pages") as bar:
-            for outcome in _outcomes(run, extractor, page_reader, job.inputs, inputs_read, backend):
+            for outcome in _outcomes(run, extractor, page_reader, job.inputs, files, backend):
                 for broken in outcome.broken[: max(0, MAX_WARNINGS - warned)]:
                     run.warn(
                         f"{broken.file}: offset {broken.offset:,}: {broken.reason} ({broken.size:,} bytes skipped)"
@@ -113,6 +119,8 @@ def main(
                 warned += len(outcome.broken)
                 counts.update(pages=outcome.pages, documents=outcome.documents, characters=outcome.characters)
                 counts["broken"] += len(outcome.broken)
+                if outcome.truncated:
+                    counts["truncated"] += outcome.truncated
                 if outcome.broken:
                     counts["broken_bytes"] += sum(broken.size for broken in outcome.broken)
                 skipped += outcome.skipped
@@ -122,8 +130,8 @@ def main(
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
         without_document = counts["pages"] + counts["broken"] - counts["documents"]
-        all_counts = dict(counts) | {"skipped": dict(sorted(skipped.items()))} | run.bad_file_counts()
-        return all_counts, without_document, inputs_read
+        bad = ({"bad_lines": files.bad_lines} if files.bad_lines else {}) | run.bad_file_counts()
+        return dict(counts) | {"skipped": dict(sorted(skipped.items()))} | bad, without_document, files.inputs
 
     cluster_arguments = ("--engine", engine) if backend == "ray" else None
     total = run_jobs(run, plan_jobs(run, paths, rejects, resume), make, cluster_arguments=cluster_arguments)
@@ -131,13 +139,12 @@ def main(
         return
     by_count = sorted(total["skipped"].items(), key=lambda item: -item[1])
     skipped_text = f" (not: {', '.join(f'{count:,} {reason}' for reason, count in by_count)})" if by_count else ""
-    broken_text = ""
-    if total["broken"]:
-        broken_text = f", {total['broken']:,} broken records ({total.get('broken_bytes', 0):,} bytes skipped)"
-    destination = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    run.finish(
-        total, f"{total['documents']:,} documents of {total['pages']:,} pages{skipped_text}{broken_text}; {destination}"
-    )
+    documents, pages = counted(total["documents"], "document"), counted(total["pages"], "page")
+    broken = total.get("broken_bytes", 0)
+    broken_text = f", {counted(total['broken'], 'broken record')} ({broken:,} bytes skipped)" if total["broken"] else ""
+    truncated_text = f", {total['truncated']:,} truncated" if total.get("truncated") else ""
+    line = f"{documents} of {pages}{skipped_text}{truncated_text}{broken_text}"
+    run.finish(total, line + summary_end(run, total | run.bad_file_counts()))
 
 
 def _parser_and_backend(engine: str) -> tuple[str, str]:
@@ -150,10 +157,10 @@ def _parser_and_backend(engine: str) -> tuple[str, str]:
 
 
 def _outcomes(
-    run: Run, extractor: Extractor, page_reader: PageReader, paths: list[str], inputs_read: list[Input], backend: str
+    run: Run, extractor: Extractor, page_reader: PageReader, paths: list[str], files: FilesRead, backend: str
 ) -> Iterator[ExtractionResult]:
-    """The outcomes for the pages of all files; the lineage of the files is appended to `inputs_read`."""
-    from llmkit.corpus.extract.extractor import extract_files, tasks
+    """The outcomes for the pages of all files; the files are added to `files`."""
+    from llmkit.corpus.extract.extractor import FilesRead, extract_files, tasks
     from llmkit.io.digest import digest_damaged
     from llmkit.io.documents import unreadable_file
     from llmkit.io.record import Input, base_name
@@ -167,13 +174,13 @@ def _outcomes(
 
         def pages(path: str) -> Iterator[PageRecord | BrokenRecord]:
             try:
-                yield from page_reader.pages(path, inputs_read, reader_of)
+                yield from page_reader.pages(path, files, reader_of)
             except (LlmkitError, OSError) as error:
                 unreadable = unreadable_file(path, error)
                 if own_output or path == STDIN or not run.skips_bad_files:
                     raise unreadable from error
                 run.bad_file(unreadable.bad, quarantine=True)
-                inputs_read.append(Input("input", base_name(path), digest_damaged(path)))
+                files.inputs.append(Input("input", base_name(path), digest_damaged(path)))
 
         yield from extractor.run((page for path in paths for page in pages(path)), run.jobs)
         return
@@ -184,8 +191,9 @@ def _outcomes(
     from llmkit.engine.cluster import Cluster
 
     for result in Cluster().flat_map(partial(extract_files, extractor, page_reader), tasks(paths)):
-        if isinstance(result, list):
-            inputs_read += result
+        if isinstance(result, FilesRead):
+            files.inputs += result.inputs
+            files.bad_lines += result.bad_lines
         else:
             yield result
 

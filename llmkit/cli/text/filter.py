@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.shared.document_command import Rejects, Resume, announce_compilation, run_stage, summary_line
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
@@ -277,4 +278,4 @@ def _print_statistics(run: Run, chain: Chain, statistics: Statistics) -> None:
     print("\n".join(lines))
     counts = {"documents": statistics.documents, "kept": kept, "rules": drops}
     quantile = {name: dict(zip(map(str, SHARES), row, strict=True)) for name, row in distributions.items()}
-    run.finish(counts | {"statistics": quantile}, f"measured {statistics.documents:,} documents")
+    run.finish(counts | {"statistics": quantile}, f"measured {counted(statistics.documents, 'document')}")

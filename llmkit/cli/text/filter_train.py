@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import InputPaths, Run, command
 from llmkit.errors import LlmkitError, UsageError
 
@@ -78,7 +79,7 @@ def main(
             model.write(sink)
         destination = f"written to {run.output}"
     class_sizes = ", ".join(f"{size:,} {label}" for label, size in zip(labels, sizes, strict=True))
-    run.finish(counts, f"{len(texts):,} documents ({class_sizes}); {destination}")
+    run.finish(counts, f"{counted(len(texts), 'document')} ({class_sizes}); {destination}")
 
 
 def _read(run: Run, inputs: list[str] | None, label_key: str | None) -> tuple[list[str], list[int], tuple[str, ...]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError, unknown_name
 
@@ -285,5 +286,8 @@ def _finish(run: Run, counts: dict[str, Any]) -> None:
     held_out = f", {counts['held_out']:,} held out" if "held_out" in counts else ""
     for piece in counts.get("cut", []):
         run.note(f"cut {piece}")
-    taken = f"{counts['tokens']:,} tokens in {counts['taken']:,} documents from {len(counts['sources'])} sources"
+    taken = (
+        f"{counted(counts['tokens'], 'token')} in {counted(counts['taken'], 'document')}"
+        f" from {counted(len(counts['sources']), 'source')}"
+    )
     run.finish(counts, f"{taken}{held_out}; {where}")

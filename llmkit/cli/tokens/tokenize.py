@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
@@ -330,12 +331,12 @@ def _write(
         rows = [[name, *row][: len(columns)] for name, row in totals.sources.items()]
         run.table("sources", columns, rows)
         counts["sources"] = [dict(zip(columns, row, strict=True)) for row in rows]
-    parts = [f"{totals.documents - totals.empty:,} documents, {totals.tokens:,} tokens"]
+    parts = [f"{counted(totals.documents - totals.empty, 'document')}, {counted(totals.tokens, 'token')}"]
     parts += [f"{totals.bytes / totals.tokens:.2f} bytes each"] if totals.bytes else []
     parts += [f"dropped {totals.empty:,} without text"] if totals.empty else []
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
-    parts += [f"{totals.bad_lines:,} bad lines skipped"] if totals.bad_lines else []
-    parts += [f"{len(run.bad_files):,} bad files skipped"] if run.bad_files else []
+    parts += [f"{counted(totals.bad_lines, 'bad line')} skipped"] if totals.bad_lines else []
+    parts += [f"{counted(len(run.bad_files), 'bad file')} skipped"] if run.bad_files else []
     output = foreign.output_name(run.output) if foreign and run.output else run.output or "stdout"
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {output}"
     if not_held:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 
@@ -128,7 +129,7 @@ def main(
     run.finish(
         counts,
         f"{trained.size:,} tokens ({trained.merges:,} merges) "
-        f"from {counts.get('taken', counts['documents']):,} documents, "
+        f"from {counted(counts.get('taken', counts['documents']), 'document')}, "
         f"{counts['characters']:,} characters; {where}",
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import UsageError
 
@@ -113,7 +114,7 @@ def main(
                 for name, text in files.items():
                     (directory / name).write_bytes(text.encode())
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output}"
-    run.finish(counts, f"{extended.added:,} tokens added, {info.vocab_size:,} to {extended.size:,}; {where}")
+    run.finish(counts, f"{counted(extended.added, 'token')} added, {info.vocab_size:,} to {extended.size:,}; {where}")
 
 
 def _read_text(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.cli.shared.invocation import counted
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import UsageError
 
@@ -101,7 +102,7 @@ def main(
     _warn_high_fertility(run, names, total, base)
     write_json(run, report | {"inputs": [item.to_dict() for item in reader.inputs]})
     counts = {"documents": total[fertility.ALL].documents if total else 0, "groups": len(total)}
-    run.finish(counts | reader.counts(), f"{counts['documents']:,} documents measured")
+    run.finish(counts | reader.counts(), f"{counted(counts['documents'], 'document')} measured")
 
 
 def _has_values(total: dict[GroupKey, GroupCounts], field: str) -> bool:

@@ -95,7 +95,8 @@ def main(
     methods.check_options(method, method_options)
     if run.output is None:
         raise UsageError("no output", "name the directory of the merged model with -o")
-    from llmkit.io.record import PENDING, base_name
+    from llmkit.io.record import base_name
+    from llmkit.io.sealed_file import PENDING
     from llmkit.lineage.formats import describe_input, digest_path
     from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging.average import Digests, write_average

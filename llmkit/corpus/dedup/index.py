@@ -15,8 +15,9 @@ candidates are verified by the share of equal hash functions, corrected for thos
 b-bit minwise hashing). With 112 functions the estimate has a standard error of √(0.75·0.25/112) = 0.04 at 0.75; its
 effect on decisions is measured in tests/bench/dedup_scale.md.
 
-A run is identified by the digests of its inputs and by its options: a repeated run sees what it saw the first time and
-writes the same output. A run killed before `commit` leaves nothing in the index. DuckDB locks the file: a second run at
+A run is identified by its inputs and its options: a repeated run sees what it saw the first time and writes the same
+output. The same content under another name is another run, all of whose documents are duplicates. A run killed before
+`commit` leaves nothing in the index. DuckDB locks the file: a second run at
 the same time raises LockedError.
 """
 
@@ -24,6 +25,8 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +42,7 @@ from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.normalise import LOOSE
 from llmkit.errors import LlmkitError, LockedError, UsageError
 from llmkit.io.names import is_utf8
+from llmkit.io.record import Input
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -46,6 +50,8 @@ MAX_RECORDS = 1 << 18  # characters of the records of earlier runs in that of a 
 FORMER_SETTINGS = {"shingle": "words", "minhash normalise": LOOSE}  # of indexes that do not record them
 MATCHES_PER_KEY = 16  # earliest indexed documents with a band key that are compared
 Columns = dict[str, NDArray[Any]]
+HEADERS, HEADER_BYTES, BLOCK_BYTES = 3, 1 << 12, 1 << 18  # of a DuckDB file
+FACTOR, START = np.uint64(0xBF58476D1CE4E5B9), np.uint64(5381)  # of their checksums
 
 
 def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[str, Any]:
@@ -62,6 +68,11 @@ def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[s
 def run_key(digests: list[str], options: dict[str, Any]) -> str:
     """Identity of a run: a hash of the digests of its inputs, in order, and of the options that decide its output."""
     return xxhash.xxh3_128_hexdigest(json.dumps([digests, options], sort_keys=True).encode())
+
+
+def history_of(settings: dict[str, Any], keys: list[tuple[str]]) -> str:
+    """The digest of an index by its settings and the keys of its runs."""
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([settings, keys], sort_keys=True).encode())
 
 
 class Index:
@@ -159,6 +170,22 @@ class Index:
         Path(self.path).unlink(missing_ok=True)
         Path(self.path + ".wal").unlink(missing_ok=True)
 
+    def key_of(self, inputs: list[Input], options: dict[str, Any]) -> str:
+        """The key of a run on these inputs. Their names are part of it only where a run in the index read the same
+        content under others, so that keys of earlier versions remain valid.
+        """
+        digests, names = [item.digest for item in inputs], [item.name for item in inputs]
+        key = run_key(digests, options)
+        return key if self.names_of(key) in ([], names) else run_key(digests + names, options)
+
+    def names_of(self, key: str) -> list[str]:
+        """Names of the inputs of the run with this key; empty where no run has it, or where they are not known."""
+        row = (
+            self._has_records()
+            and self._sql.execute("SELECT record FROM runs JOIN records USING (run) WHERE inputs = ?", [key]).fetchone()
+        )
+        return [item["name"] for item in json.loads(row[0])["inputs"] if item["role"] == "input"] if row else []
+
     def run_of(self, key: str) -> int:
         """Number of the run with this key; the next number for a new run."""
         row = self._sql.execute("SELECT run FROM runs WHERE inputs = ?", [key]).fetchone()
@@ -174,7 +201,7 @@ class Index:
     def history(self, run: int) -> str:
         """A digest of the runs before this one: equal histories are equal indexes, whatever the bytes of the files."""
         keys = self._sql.execute("SELECT inputs FROM runs WHERE run < ? ORDER BY run", [run]).fetchall()
-        return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([self.settings, keys], sort_keys=True).encode())
+        return history_of(self.settings, keys)
 
     def find(
         self, run: int, columns: Columns, threshold: float
@@ -332,6 +359,36 @@ class Index:
             "bytes": size,
             "bytes_per_document": round(size / max(1, kept), 1),
         }
+
+
+def holds(path: str, history: str) -> bool:
+    """Whether an index is undamaged and has the history that a run recorded, and perhaps later runs."""
+    try:
+        if not _is_intact(path):
+            return False
+        with closing(duckdb.connect(path, read_only=True)) as sql:
+            (settings,) = sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
+            keys = sql.execute("SELECT inputs FROM runs ORDER BY run").fetchall()
+        return any(history_of(json.loads(settings), keys[:runs]) == history for runs in range(len(keys) + 1))
+    except (duckdb.Error, OSError, ValueError):
+        return False
+
+
+def _is_intact(path: str) -> bool:
+    """Whether the checksums of all headers and blocks of a DuckDB file are right.
+
+    Each is in the first 8 bytes: the exclusive or of the other words, multiplied by an odd constant
+    (src/common/checksum.cpp). DuckDB verifies the blocks that it reads; here a changed byte is found wherever it is.
+    """
+    with open(path, "rb") as file:
+        for size in chain(repeat(HEADER_BYTES, HEADERS), repeat(BLOCK_BYTES)):
+            data = file.read(size)
+            if not data and size == BLOCK_BYTES:
+                return True
+            words = np.frombuffer(data[: len(data) & ~7], "<u8")
+            if len(data) != size or words[0] != np.bitwise_xor.reduce(words[1:] * FACTOR) ^ START:
+                return False
+    raise AssertionError("blocks end with the file")
 
 
 def _arrow(values: NDArray[Any]) -> pa.Array:

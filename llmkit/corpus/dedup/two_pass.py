@@ -67,7 +67,8 @@ class TwoPassDedup(DedupCounts):
     index: Index | None = None
     options: dict[str, Any] = field(default_factory=dict)  # of the command; part of the identity of a run in the index
     record: dict[str, Any] = field(default_factory=dict)  # lineage of the command, with the inputs named by options
-    _record: dict[str, Any] = field(default_factory=dict)  # the same with the documents read
+    notice: str = ""  # for the user, where the index knows the inputs already
+    _record: dict[str, Any] = field(default_factory=dict)  # the lineage with the documents read
     _commit: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
@@ -133,8 +134,9 @@ class TwoPassDedup(DedupCounts):
         from llmkit.corpus.dedup.index import run_key
 
         assert self.index
-        key = run_key([item.digest for item in reader.inputs], self.options)
+        key = self.index.key_of(reader.inputs, self.options)
         run, decisions = self.index.run_of(key), None
+        self.notice = self._notice(key, run_key([item.digest for item in reader.inputs], self.options))
         history, runs = self.index.history(run), self.index.runs_before(run)
         seen = Input("index", self.index.name, history, runs=None if runs else runs)
         self._record = self.record | {
@@ -152,6 +154,17 @@ class TwoPassDedup(DedupCounts):
                 np.where(found, reasons, 0).astype(np.uint8),
             )
         return decisions, None if self.index.has(key) else (run, key)
+
+    def _notice(self, key: str, content: str) -> str:
+        """What the user must know where a run in the index has this key, or read the same content under other names."""
+        assert self.index
+        if self.index.has(key):
+            run = self.index.run_of(key)
+            return f"run {run} of {self.index.path} read the same input: this makes its output again, and adds nothing"
+        if not (names := self.index.names_of(content)):
+            return ""
+        name, run = f"{names[0]}, ..." if len(names) > 1 else names[0], self.index.run_of(content)
+        return f"run {run} of {self.index.path} read the same content under the name {name}: all are duplicates"
 
     def _add(self, index: Index, store: LocalStore, run: int, key: str, kept: NDArray[np.int64]) -> None:
         """Add the kept documents to the index; they become visible when `commit` is called."""

@@ -25,14 +25,17 @@ from llmkit.corpus.extract.file_formats import (
     refuse_binary,
     refuse_other_formats,
 )
-from llmkit.corpus.extract.http_response import ContentError, parse_response
-from llmkit.corpus.extract.members import Stored
+from llmkit.corpus.extract.http_response import ContentError, is_readable, parse_response
 from llmkit.corpus.extract.records import PAGES, Fault, Record, read_records
+from llmkit.corpus.extract.segments import join_segments
+from llmkit.corpus.extract.stored import Stored
 from llmkit.errors import LlmkitError
+from llmkit.io.compression import Notes, decompress, refuse_empty
 from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import base_name
 
 MAX_PAGE_BYTES = 16 << 20
+UNKNOWN_TYPES = frozenset(("no-type", "unknown", "unknown/unknown", "application/unknown"))  # as crawlers write them
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class PageRecord:
     headers: dict[str, str] = field(default_factory=dict)
     language: str = ""
     is_text: bool = False  # plain text, or text extracted earlier, as in WET files
+    truncated: str = ""  # why the content is cut: a value of WARC-Truncated, or "segmented"
     fields: dict[str, Any] = field(default_factory=dict)  # other fields of a JSON row
 
 
@@ -83,6 +87,8 @@ def read_pages(
         source = _HashedStream(raw)
         stored = Stored(source, name)
         head = stored.peek(HEAD)
+        if not head:
+            refuse_empty(name)
         runs = beginnings(head)
         refuse_other_formats(runs[0] or head, name)
         if is_archive(runs, head, name):
@@ -120,7 +126,7 @@ def _archive(
 ) -> Iterator[PageRecord | BrokenRecord]:
     kinds: Counter[str] = Counter()
     first, pages = "", 0
-    for record in read_records(stored, max_bytes):
+    for record in join_segments(read_records(stored, max_bytes), max_bytes):
         if isinstance(record, Fault):
             result: PageRecord | BrokenRecord = BrokenRecord(name, record.offset, record.reason, record.size)
         elif record.head.kind in PAGES:
@@ -172,6 +178,7 @@ def _read_page(record: Record, name: str, max_bytes: int) -> PageRecord:
         date=_clean(head.fields.get("warc-date", "")),
         language=_clean(head.fields.get("warc-identified-content-language", "")).partition(",")[0],
         is_text=head.kind == "conversion",
+        truncated=_clean(head.fields.get("warc-truncated", "")),
     )
     if head.is_arc or head.kind == "response" or "application/http" in declared:
         response = parse_response(record.block, max_bytes)
@@ -179,6 +186,9 @@ def _read_page(record: Record, name: str, max_bytes: int) -> PageRecord:
             page.status, page.content, page.headers = response.status, response.body, response.headers
             declared = response.headers.get("content-type", declared if head.is_arc else "")
     page.content_type, page.charset = _media_type(declared)
+    if page.content_type in UNKNOWN_TYPES:
+        is_plain = is_readable(page.content) and not is_html(page.content, "")
+        page.content_type = "text/plain" if is_plain else ""
     return page
 
 
@@ -199,8 +209,6 @@ def _clean(text: str) -> str:
 
 def _single(stored: Stored, path: str, max_bytes: int) -> Iterator[PageRecord | BrokenRecord]:
     """A file that is a single page or text; the id is its name."""
-    from llmkit.io.compression import Notes, decompress
-
     name, blocks, size = display_name(path), [], 0
     for block in decompress(stored, name, Notes()):  # type: ignore[arg-type]
         blocks.append(block)

@@ -24,7 +24,10 @@ class Skip(Exception):
 
 
 def document_of(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str, Any]:
-    """The document in a page: id, text, url, date, content_type and what the page declares. Raises Skip if none."""
+    """The document in a page: id, text, url, date, content_type and what the page declares. Raises Skip if none.
+
+    Plain text is kept as it is, with the white space at its beginning and end.
+    """
     if not 200 <= page.status < 300:
         raise Skip("http status")
     if page.is_text:
@@ -40,8 +43,12 @@ def document_of(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str
     text = extracted["text"].replace("\x00", "").strip()
     if not text:
         raise Skip("no text")
+    if page.is_text or extracted.get("content_type") == "text/plain":
+        text = extracted["text"]  # as it is
     row = {"id": page.id or xxhash.xxh3_128_hexdigest(text.encode()), "text": text, "url": page.url, "date": page.date}
     row = {key: value for key, value in (row | extracted | {"text": text}).items() if value != ""}
+    if page.truncated:
+        row["truncated"] = page.truncated
     return row | {key: value for key, value in page.fields.items() if key != "text"}
 
 

@@ -16,7 +16,8 @@ import orjson
 from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
-from llmkit.io.documents import DocumentReader, ReadOptions
+from llmkit.errors import LlmkitError
+from llmkit.io.documents import Document, DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
@@ -35,6 +36,7 @@ class ExtractionResult:
     rejected: bytes = b""
     pages: int = 0
     documents: int = 0
+    truncated: int = 0  # documents of pages that their records mark as cut
     characters: int = 0
     broken: list[BrokenRecord] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -84,6 +86,7 @@ def _outcome(batch: list[PageRecord | BrokenRecord], results: list[dict[str, Any
             try:
                 kept.append(orjson.dumps(result, default=orjson.Fragment))
                 outcome.characters += len(result["text"])
+                outcome.truncated += isinstance(record, PageRecord) and record.truncated != ""
                 continue
             except TypeError as error:
                 result = f"cannot be written ({error})"
@@ -93,8 +96,9 @@ def _outcome(batch: list[PageRecord | BrokenRecord], results: list[dict[str, Any
             row = {"file": record.file, "offset": record.offset, "bytes": record.size, "reason": reason}
         else:
             outcome.skipped[reason] += 1
-            row = {"id": record.id, "url": record.url, "content_type": record.content_type, "reason": reason}
-        rejected.append(orjson.dumps(row))
+            page_id = record.fields.get("id", record.id)
+            row = {"id": page_id, "url": record.url, "content_type": record.content_type, "reason": reason}
+        rejected.append(orjson.dumps(row, default=orjson.Fragment))
     outcome.pages, outcome.documents = len(batch) - len(outcome.broken), len(kept)
     outcome.kept = b"".join(line + b"\n" for line in kept)
     outcome.rejected = b"".join(line + b"\n" for line in rejected)
@@ -117,19 +121,28 @@ class PageReader:
     names: dict[str, str] = field(default_factory=dict)
 
     def pages(
-        self, path: str, inputs_read: list[Input], reader_of: Callable[[str], DocumentReader] | None = None
+        self, path: str, files: FilesRead, reader_of: Callable[[str], DocumentReader] | None = None
     ) -> Iterator[PageRecord | BrokenRecord]:
-        """The pages of one file; its lineage is appended to `inputs_read` at the end."""
+        """The pages of one file; it is added to `files` at the end."""
         if path.endswith(ROWS):
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
-            for document in reader.documents():
-                other_fields = {
-                    key: raw for key, raw in document.raw_fields().items() if key not in (self.rows.text_key, "id")
-                }
-                yield PageRecord(
-                    document.id, document.text.encode("utf-8", "replace"), charset="utf-8", fields=other_fields
-                )
-            inputs_read += reader.inputs
+            try:
+                for document in reader.documents():
+                    yield PageRecord(
+                        document.id,
+                        document.text.encode("utf-8", "replace"),
+                        charset="utf-8",
+                        fields=self._other_fields(document),
+                    )
+            except LlmkitError as error:
+                column = f"field {self.rows.text_key!r}"
+                if f": no {column}" in error.message or f": {column} is not" in error.message:
+                    hint = f"--html-key names the field that holds the page; {error.hint}"
+                    raise LlmkitError(error.message, hint) from error
+                raise
+            finally:
+                files.bad_lines += reader.bad
+            files.inputs += reader.inputs
             return
         digest: list[str] | None = [] if path == STDIN else None  # that of a file can be computed later
         pages = read_pages(
@@ -140,7 +153,25 @@ class PageReader:
             if path in self.names and isinstance(page, PageRecord) and f"{page.id}#".startswith(f"{name}#"):
                 page.id = self.names[path] + page.id.removeprefix(name)
             yield page
-        inputs_read.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
+        files.inputs.append(Input("input", base_name(path), digest[0] if digest else digest_path(path)))
+
+    def _other_fields(self, document: Document) -> dict[str, Any]:
+        """The fields of a row but for the page, as they are stored; also an id that is not text."""
+        raw, id_key = document.raw_fields(), self.rows.id_key
+        fields = {key: value for key, value in raw.items() if key not in (self.rows.text_key, "id")}
+        for key in (id_key, "id"):
+            value = document.fields.get(key)
+            if value is not None and (key != id_key or not isinstance(value, str)):
+                fields["id"] = raw[key]
+        return fields
+
+
+@dataclass(slots=True)
+class FilesRead:
+    """The lineage of files, and the number of bad lines in them."""
+
+    inputs: list[Input] = field(default_factory=list)
+    bad_lines: int = 0
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
@@ -156,11 +187,11 @@ def distinct_names(paths: Sequence[str]) -> dict[str, str]:
 
 def extract_files(
     extractor: Extractor, reader: PageReader, paths: Sequence[str]
-) -> Iterator[ExtractionResult | list[Input]]:
-    """The outcomes for the pages of some files, then the lineage of the files: the work of one task on a cluster."""
-    inputs_read: list[Input] = []
-    yield from extractor.run(page for path in paths for page in reader.pages(path, inputs_read))
-    yield inputs_read
+) -> Iterator[ExtractionResult | FilesRead]:
+    """The outcomes for the pages of some files, then what was read: the work of one task on a cluster."""
+    files = FilesRead()
+    yield from extractor.run(page for path in paths for page in reader.pages(path, files))
+    yield files
 
 
 def tasks(paths: Iterable[str]) -> Iterator[list[str]]:

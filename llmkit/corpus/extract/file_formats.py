@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from io import BytesIO
 
-from llmkit.corpus.extract.members import Gap, Stored, pieces
-from llmkit.corpus.extract.record_heads import BLANK, starts_record
+from llmkit.corpus.extract.members import Gap, pieces
+from llmkit.corpus.extract.record_heads import BLANK, starts_archive
+from llmkit.corpus.extract.stored import Stored
 from llmkit.errors import LlmkitError
 from llmkit.io.inputs import COMPRESSIONS
 
@@ -73,10 +74,10 @@ def is_archive(runs: list[bytes], head: bytes, name: str) -> bool:
 
     A page or text that quotes a record is none.
     """
-    if starts_record(runs[0]) or name.lower().endswith(ARCHIVES):
+    if starts_archive(runs[0]) or name.lower().endswith(ARCHIVES):
         return True
     is_page = not runs[0] and (name.lower().endswith(TEXT_FILES) or is_html(head, name))
-    return not is_page and any(starts_record(run) for run in runs[1:])
+    return not is_page and any(starts_archive(run) for run in runs[1:])
 
 
 def is_html(content: bytes, name: str) -> bool:

@@ -1,7 +1,8 @@
 """HTTP responses in archive records: status, headers, and the body with its codings removed.
 
 Archives of proxies often store a body that is already decoded below headers that still name its codings. A coding that
-the body evidently does not have is therefore ignored. Decoded data is limited to `max_bytes`.
+the body evidently does not have is therefore ignored. Decoded data is limited to `max_bytes`, and the number of codings
+to MAX_CODINGS, so that the cost is linear in the sizes of the body and of what is decoded.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from llmkit.corpus.extract.record_heads import header_fields
 from llmkit.io.compression import GZIP_MAGIC, ZSTD_MAGIC
 
+MAX_CODINGS = 8  # of one body; servers send one or two
+FEED, FIRST_FEED = 64 << 10, 4 << 10  # bytes of gzip data per call; what a member does not use is copied
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
 ALIASES = {"x-gzip": "gzip", "x-compress": "compress", "brotli": "br"}
@@ -46,6 +49,8 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
     headers = header_fields(lines, last=True)
     match = re.match(r"HTTP/[\d.]+\s+(\d{3})\b", status)
     codings = _codings(headers, "content-encoding") + _codings(headers, "transfer-encoding")
+    if len(codings) > MAX_CODINGS:
+        raise ContentError(f"its headers name {len(codings):,} codings")
     for coding in reversed(codings):
         body = decode_body(body, coding, max_bytes)
     return HttpResponse(int(match[1]) if match else 200, body, headers)
@@ -53,7 +58,7 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
 
 def _codings(headers: dict[str, str], name: str) -> list[str]:
     names = [coding.strip(" \t\"'").lower() for coding in headers.get(name, "").split(",")]
-    return [ALIASES.get(coding, coding) for coding in names]
+    return [ALIASES.get(coding, coding) for coding in names if coding]
 
 
 def decode_body(body: bytes, coding: str, max_bytes: int) -> bytes:
@@ -111,19 +116,23 @@ def _without_chunks(body: bytes) -> bytes:
 
 
 def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes | None:
-    """All members in `body`, up to one byte more than `max_bytes`; None if they are damaged."""
+    """The members in `body` before a damaged one, up to a byte more than `max_bytes`; None if the first is damaged."""
     parts: list[bytes] = []
-    size = 0
+    size = start = complete = 0
     while True:
-        member = zlib.decompressobj(wbits)
-        try:
-            parts.append(member.decompress(body, max_bytes + 1 - size))
-        except zlib.error:
-            return b"".join(parts) if size else None
-        size += len(parts[-1])
-        body = member.unused_data
-        if wbits == 15 or not body.startswith(GZIP_MAGIC) or size > max_bytes:
+        member, feed = zlib.decompressobj(wbits), FIRST_FEED if start else FEED
+        while not member.eof and start < len(body) and size <= max_bytes:
+            data = body[start : start + feed]
+            try:
+                parts.append(member.decompress(data, max_bytes + 1 - size))
+            except zlib.error:
+                return b"".join(parts[:complete]) if complete else None
+            start += len(data) - len(member.unused_data)
+            size += len(parts[-1])
+            feed = FEED
+        if wbits == 15 or not member.eof or not body.startswith(GZIP_MAGIC, start) or size > max_bytes:
             return b"".join(parts)
+        complete = len(parts)
 
 
 def _deflate(body: bytes, max_bytes: int) -> bytes | None:

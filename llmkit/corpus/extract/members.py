@@ -5,8 +5,12 @@ then the other, as `cat` makes it. A member may hold one record, a part of one, 
 decompressed, in order. Where a member is damaged it yields a `Gap`, and continues with the next member that can be
 decompressed, or with the next record head in plain text. It never seeks, so that a pipe is read like a file.
 
-Memory: KEEP stored bytes behind the current position, SCAN ahead of it, LIMIT decompressed ones, and the window of the
-decompressor (128 MiB at most).
+What a damaged member stores uncompressed (gzip level 0, raw zstd blocks) has been given already, and does not count as
+plain text that follows: else its records would be read twice. Where a damaged member ends is unknown, even if only its
+checksum is wrong: decoders have been seen to continue through the next member, to its very end.
+
+Memory: KEEP stored bytes behind the current position, SCAN ahead of it, TAIL decompressed ones, and the window of the
+decompressor (128 MiB at most). Cost: linear, also for crafted data, since what is read again is limited (stored.py).
 """
 
 from __future__ import annotations
@@ -15,24 +19,33 @@ import bz2
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
-from llmkit.corpus.extract.record_heads import MAX_HEAD, find_head, starts_record
-from llmkit.errors import LlmkitError
-from llmkit.io.compression import BZIP2_MAGIC, GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
+from llmkit.corpus.extract.record_heads import MAX_HEAD, find_head, parse_head, starts_record
+from llmkit.corpus.extract.stored import (
+    FEED,
+    KEEP,
+    MAX_BLOCK,
+    REREAD,
+    REREAD_SHARE,
+    Damaged,
+    Stored,
+    block_size,
+    decoder_of,
+)
+from llmkit.io.compression import GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
 
-KEEP = 4 << 20  # stored bytes that can be read again after a damaged member
-FEED, LIMIT = 32 << 10, 256 << 10  # of a decompressor: bytes in, bytes out
-READ = 256 << 10  # bytes of a read
-FIRST_FEED = 4 << 10  # of a member: most are small, and what it does not use is copied back
-SCAN, PROBE = 1 << 20, 64 << 10  # stored bytes per step of a search; bytes from which a member is recognised
+PLAIN = 64 << 10  # bytes of plain text in a piece
+SCAN = 1 << 20  # stored bytes per step of a search
+PROBE = MAX_BLOCK + (1 << 10)  # bytes from which a member is recognised, and a head
+FIRST_PROBE = 1 << 10  # of these, which nearly always suffice
 PROBE_OUTPUT = 4 << 10  # decompressed bytes after which a member is accepted
-REREAD = 256 << 20  # bytes that may be read again without limit, after that REREAD_SHARE of all bytes
-REREAD_SHARE = 8
+TAIL = 1 << 20  # decompressed bytes of a member among which its plain text is found again
 MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f]|\x28\xb5\x2f\xfd|\xfd7zXZ\x00|BZh[1-9]1AY&SY")
+MAX_MAGIC = 10  # bytes
 DICTIONARY = b"\x5d\x2a\x4d\x18"  # skippable frame with the dictionary of a .warc.zst
 
 
@@ -57,78 +70,16 @@ class Gap:
     truncated: bool = False  # what precedes the gap is intact
 
 
-class Damaged(Exception):
-    """Raised where a member cannot be decompressed further."""
-
-    def __init__(self, reason: str, *, checksum: bool = False, truncated: bool = False) -> None:
-        super().__init__(reason)
-        self.reason, self.checksum, self.truncated = reason, checksum, truncated
-
-
-class Stored:
-    """The bytes of an unseekable stream; the last KEEP of them can be read again."""
-
-    def __init__(self, raw: Any, name: str = "") -> None:
-        self._raw, self._name = raw, name
-        self._window = bytearray()
-        self._base = 0  # offset of the window
-        self._ended = False
-        self._reread = 0
-        self.offset = 0
-
-    def peek(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end."""
-        start = self.offset - self._base
-        while len(self._window) - start < size and not self._ended:
-            surplus = start - KEEP
-            if surplus > 0:
-                del self._window[:surplus]
-                self._base += surplus
-                start = KEEP
-            try:
-                block = self._raw.read(max(READ, size))
-            except OSError as error:
-                raise LlmkitError(f"{self._name}: {error.strerror or error}", "check the disk") from error
-            self._ended = not block
-            self._window += block
-        return bytes(memoryview(self._window)[start : start + size])
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, as of a file."""
-        data = self.peek(size)
-        self.offset += len(data)
-        return data
-
-    def advance(self, size: int) -> None:
-        """Move on by bytes that were peeked at."""
-        self.offset += size
-
-    def rewind(self, offset: int) -> bool:
-        """Go back to `offset`, or as far as bytes are kept. Returns whether it was reached.
-
-        The total is limited, since crafted data could have every part of it read again and again.
-        """
-        target = max(offset, self._base)
-        if self._reread + self.offset - target > REREAD + REREAD_SHARE * self.offset:
-            return False
-        self._reread += self.offset - target
-        self.offset = target
-        return target == offset
-
-
-def is_compressed(data: bytes) -> bool:
-    """Whether `data`, 8 bytes or more, begins a compressed member."""
-    return _decoder(data) is not None or is_zstd(data)
-
-
 def pieces(stored: Stored) -> Iterator[Piece | Gap]:
     """What can be decompressed of the stored bytes, and the gaps between."""
     dictionary: Any = None
-    compressed = False  # whether a member has been read
+    begin = 0  # of the last member
+    tail: _Tail | None = None
+    search = _Search(stored)
     while magic := stored.peek(8):
-        begin, decoder = stored.offset, _decoder(magic)
+        here, decoder = stored.offset, decoder_of(magic)
         if is_zstd(magic) and magic[:4] != ZSTD_MAGIC:
-            payload = _skippable(stored, keep=magic[:4] == DICTIONARY and begin == 0)
+            payload = _skippable(stored, keep=magic[:4] == DICTIONARY and here == 0)
             dictionary = _dictionary(payload) if payload else dictionary
             continue
         if decoder is None:
@@ -136,150 +87,168 @@ def pieces(stored: Stored) -> Iterator[Piece | Gap]:
             if starts_record(head):
                 yield from _plain(stored)
                 return
-            if compressed and not head.strip(b"\0\r\n"):  # padding
+            if tail and not head.strip(b"\0\r\n"):  # padding
                 stored.advance(len(head))
                 continue
-            yield Gap(begin, begin, "not the head of a record")
-            _resynchronise(stored, dictionary)
+            yield Gap(here, here, "not the head of a record")
+            if tail and tail.end != here:  # without a checksum, a member may have lost its end, and taken what follows
+                tail.end = here
+                stored.rewind(begin + 1)
+            search.move(dictionary, tail or _Tail())
             continue
-        compressed = starts = True
+        begin, tail, starts = here, _Tail(), True
         try:
             for offset, data in decoder(stored, dictionary):
+                stored.decompressed(len(data))
+                tail.add(offset, data)
                 yield Piece(data, begin if starts else offset, starts)
                 starts = False
         except Damaged as damage:
             place = begin if starts else stored.offset
             yield Gap(begin, place, damage.reason, damage.checksum, damage.truncated)
-            stored.rewind(begin + 1)
-            _resynchronise(stored, dictionary)
+            tail.end = stored.offset
+            if not stored.rewind(begin + 1) and stored.offset == begin:
+                stored.advance(1)
+            search.move(dictionary, tail)
 
 
 def _plain(stored: Stored) -> Iterator[Piece]:
-    while data := stored.peek(LIMIT):
+    while data := stored.peek(PLAIN):
         stored.advance(len(data))
         yield Piece(data, stored.offset - len(data), starts=True, is_plain=True)
 
 
-def _resynchronise(stored: Stored, dictionary: Any) -> None:
-    """Move to the next member that can be decompressed, or record head in plain text, or to the end."""
-    while window := stored.peek(SCAN):
-        last = len(window) < SCAN
-        end = len(window) if last else SCAN - PROBE  # what begins after that is examined in the next step
-        text = find_head(window, 0, end)
-        for match in MEMBER.finditer(window, 0, text if text >= 0 else len(window)):
-            start = match.start()
-            if start < end and _is_member(window[start : start + PROBE], dictionary):
-                stored.advance(start)
+class _Tail:
+    """The last TAIL bytes that a member gave, up to the damage at offset `end`."""
+
+    __slots__ = ("_pieces", "_positions", "_size", "_text", "end")
+
+    def __init__(self) -> None:
+        self.end = 0
+        self._pieces: deque[tuple[int, bytes]] = deque()
+        self._size = 0
+        self._text: bytes | None = None
+        self._positions: dict[str, int] = {}
+
+    def add(self, offset: int, data: bytes) -> None:
+        """Append what was decompressed from the bytes at `offset`."""
+        self._pieces.append((offset, data))
+        self._size += len(data)
+        while self._size >= TAIL and self._size - len(self._pieces[0][1]) >= TAIL:
+            self._size -= len(self._pieces.popleft()[1])
+
+    def holds(self, kind: str, offset: int, data: bytes) -> bool:
+        """Whether the stored bytes at `offset` were given as they are, which is assumed of those before the tail.
+
+        Asked for one `kind` in the order of the offsets, so that the tail is searched once.
+        """
+        if offset >= self.end or not self._pieces:
+            return False
+        if offset < self._pieces[0][0]:
+            return True
+        if self._text is None:
+            self._text = b"".join(piece for _, piece in self._pieces)
+        position = self._text.find(data, self._positions.get(kind, 0))
+        self._positions[kind] = position + 1 if position >= 0 else len(self._text)
+        return position >= 0
+
+
+class _Search:
+    """The search for what can be read behind damage. Heads are searched for once, also if members are tried again."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+        self._head = -1  # offset of the next record head, if it has been found
+        self._searched = 0  # offset before which there is no other
+        self._probed = 0  # bytes in which members were looked for
+
+    def move(self, dictionary: Any, tail: _Tail) -> None:
+        """Move to the next member that can be decompressed, or record head in plain text, or to the end."""
+        stored, size = self._stored, 2 * PROBE
+        while window := stored.peek(size):
+            base, last = stored.offset, len(window) < size
+            end = len(window) if last else size - PROBE  # what begins after that is examined in the next step
+            text = self._next_head(window, base, end, tail)
+            for match in MEMBER.finditer(window, 0, text if text >= 0 else len(window)):
+                start = match.start()
+                content = member_content(window, start, dictionary, self._may_probe) if start < end else None
+                if content is None:
+                    continue
+                if starts_record(content) or not tail.holds("member", base + start, window[start : start + 32]):
+                    stored.advance(start)
+                    return
+            stored.advance(text if text >= 0 else end)
+            if text >= 0:
                 return
-        stored.advance(text if text >= 0 else end)
-        if text >= 0:
-            return
+            size = min(2 * size, SCAN)
+
+    def _next_head(self, window: bytes, base: int, end: int, tail: _Tail) -> int:
+        """Index of the first record head in `window[:end]` that was not read already, or -1."""
+        while True:
+            if self._head < base:
+                begin = max(self._searched - base, 0)
+                if begin >= end:
+                    return -1
+                found = find_head(window, begin, end)
+                self._head, self._searched = (base + found, base + found + 1) if found >= 0 else (-1, base + end)
+            index = self._head - base
+            if not 0 <= index < end:
+                return -1
+            head = parse_head(window, index)
+            if not tail.holds("head", self._head, window[index : index + (head.size if head else 1)]):
+                return index
+            self._head = -1
+
+    def _may_probe(self) -> bool:
+        self._probed += PROBE
+        return self._probed <= REREAD + REREAD_SHARE * self._stored.offset
 
 
-def _is_member(data: bytes, dictionary: Any) -> bool:
-    """Whether `data` begins with a member of which PROBE_OUTPUT bytes, or all, can be decompressed."""
-    size, decoder = 0, _decoder(data)
-    try:
-        for _, out in decoder(Stored(BytesIO(data)), dictionary):
-            size += len(out)
-            if size >= PROBE_OUTPUT:
-                return True
-    except Damaged as damage:
-        return size > 0 and damage.truncated
-    return True
+def member_content(
+    data: bytes | bytearray, start: int, dictionary: Any = None, may_probe: Callable[[], bool] = lambda: False
+) -> bytes | None:
+    """The first decompressed bytes of the member at `start`, empty if unknown; None if there is no member.
 
-
-# ---- decoders: the pieces of one member, each with the offset of the stored bytes it begins in; Damaged ends them
-
-
-def _decoder(magic: bytes) -> Any:
-    if magic.startswith(GZIP_MAGIC):
-        return _gzip
-    if magic[:4] == ZSTD_MAGIC:
-        return _zstd
-    if magic.startswith(XZ_MAGIC):
-        return _xz
-    return _bzip2 if magic.startswith(BZIP2_MAGIC) and magic[4:8] == b"1AY&" else None
-
-
-def _gzip(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    member, before = zlib.decompressobj(wbits=31), None
-    while not member.eof:
-        data, offset = stored.peek(FEED if before else FIRST_FEED), stored.offset
-        before = member.copy() if before else zlib.decompressobj(wbits=31)
+    `may_probe` decides whether more than FIRST_PROBE bytes of a gzip member may be tried.
+    """
+    magic = bytes(data[start : start + 8])
+    if magic.startswith(ZSTD_MAGIC):
+        return _first_block(data, start, dictionary)
+    if not magic.startswith(GZIP_MAGIC):  # more than PROBE bytes may be needed for the first that are decompressed
+        member: Any = lzma.LZMADecompressor() if magic.startswith(XZ_MAGIC) else bz2.BZ2Decompressor()
         try:
-            out = member.decompress(data, LIMIT)
-        except zlib.error as error:
-            yield from ((offset, out) for out in _before_error(before, data))
-            reason = str(error).rpartition(": ")[2]
-            raise Damaged(
-                f"its gzip member is damaged ({reason})", checksum=reason.startswith("incorrect data")
-            ) from error
-        rest = member.unused_data if member.eof else member.unconsumed_tail  # at the end, both may hold the same
-        stored.advance(len(data) - len(rest))
-        if out:
-            yield offset, out
-        elif not data:
-            raise Damaged("its gzip member is truncated", truncated=True)
+            content: bytes = member.decompress(data[start : start + FIRST_PROBE], PROBE_OUTPUT)
+        except (lzma.LZMAError, OSError, ValueError):
+            return None
+        return content
+    for size in (FIRST_PROBE, PROBE):
+        member = zlib.decompressobj(wbits=31)
+        try:
+            content = member.decompress(data[start : start + size], PROBE_OUTPUT)
+        except zlib.error:
+            return None
+        if member.eof or len(content) >= PROBE_OUTPUT:
+            return content
+        if not may_probe():
+            break
+    return content or None
 
 
-def _before_error(member: Any, data: bytes) -> Iterator[bytes]:
-    """The output of a decompressor before the byte that it fails at, in ever smaller steps."""
-    start = 0
-    for step in (1024, 32, 1):
-        while start < len(data):
-            before = member.copy()
-            try:
-                out = member.decompress(data[start : start + step])
-            except zlib.error:
-                member = before
-                break
-            start += step
-            if out:
-                yield out
-
-
-def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
-    """One frame, fed block by block (RFC 8878, section 3.1.1), since a failing call loses its output."""
+def _first_block(window: bytes | bytearray, start: int, dictionary: Any) -> bytes | None:
+    """The content of the first block of a zstd frame, empty if it is not in `window`; None if there is no frame."""
     import zstandard
 
-    truncated = Damaged("its zstd frame is truncated", truncated=True)
     try:
-        size = zstandard.frame_header_size(stored.peek(18))
-        checked = zstandard.get_frame_parameters(stored.peek(18)).has_checksum
+        begin = start + zstandard.frame_header_size(window[start : start + 18])
+        kind, size = block_size(window[begin : begin + 3])
+        if size > 3 + MAX_BLOCK or kind == 3 or begin + 3 > len(window):
+            return None
+        if begin + size > len(window):
+            return b""
         frame = zstandard.ZstdDecompressor(max_window_size=1 << 27, dict_data=dictionary).decompressobj()
-        frame.decompress(stored.peek(size))
-        stored.advance(size)
-        is_last = False
-        while not is_last:
-            header, offset = stored.peek(3), stored.offset
-            if len(header) < 3:
-                raise truncated
-            fields = int.from_bytes(header, "little")
-            is_last = bool(fields & 1)
-            size = 3 + (1 if fields >> 1 & 3 == 1 else fields >> 3)  # a run stores one byte
-            if size > 3 + (1 << 17):
-                raise Damaged("its zstd frame is damaged (a block is too long)")
-            block = stored.peek(size)
-            out = frame.decompress(block)
-            if out:
-                yield offset, out
-            stored.advance(len(block))
-            if len(block) < size:
-                raise truncated
-        if checked:
-            check = stored.peek(4)
-            stored.advance(len(check))
-            out = frame.decompress(check)
-            if len(check) < 4:
-                raise truncated
-            if out:
-                yield stored.offset, out
-    except zstandard.ZstdError as error:
-        reason = str(error).rpartition(": ")[2]
-        if len(stored.peek(18)) < 18 and "checksum" not in reason:
-            raise truncated from error
-        raise Damaged(f"its zstd frame is damaged ({reason})", checksum="checksum" in reason) from error
+        return frame.decompress(window[start:begin]) + frame.decompress(window[begin : begin + size])
+    except zstandard.ZstdError:
+        return None
 
 
 def _skippable(stored: Stored, keep: bool) -> bytes:
@@ -304,26 +273,3 @@ def _dictionary(content: bytes) -> Any:
         return zstandard.ZstdCompressionDict(content)
     except zstandard.ZstdError:
         return None  # the frames that need it will be reported
-
-
-def _xz(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    return _stdlib(stored, lzma.LZMADecompressor(memlimit=1 << 30), "xz stream")
-
-
-def _bzip2(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    return _stdlib(stored, bz2.BZ2Decompressor(), "bzip2 stream")
-
-
-def _stdlib(stored: Stored, member: Any, name: str) -> Iterator[tuple[int, bytes]]:
-    while not member.eof:
-        data, offset = stored.peek(FEED) if member.needs_input else b"", stored.offset
-        if member.needs_input and not data:
-            raise Damaged(f"its {name} is truncated", truncated=True)
-        stored.advance(len(data))
-        try:
-            out = member.decompress(data, LIMIT)
-        except (lzma.LZMAError, OSError, ValueError) as error:
-            raise Damaged(f"its {name} is damaged ({error})") from error
-        if out:
-            yield offset, out
-    stored.rewind(stored.offset - len(member.unused_data))

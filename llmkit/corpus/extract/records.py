@@ -4,6 +4,8 @@ A record is trusted if another one, or the end, follows its block. Otherwise its
 follows is damaged: the next plausible head is searched for, inside the block first. What lies between is one `Fault`,
 with its offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are
 passed over.
+
+Cost: linear. A block is copied when it is accepted, and what is hashed without that is limited (`Text.may_hash`).
 """
 
 from __future__ import annotations
@@ -11,43 +13,30 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from llmkit.corpus.extract.members import Gap, Piece, Stored, is_compressed, pieces
+import xxhash
+
 from llmkit.corpus.extract.record_heads import (
     BLANK,
     MAX_HEAD,
+    MAX_LINE,
     RecordHead,
     find_head,
     parse_head,
     starts_record,
 )
+from llmkit.corpus.extract.stored import Stored, is_compressed
+from llmkit.corpus.extract.text import AFTER, STEP, Place, Text
 
 PAGES = frozenset(("response", "resource", "conversion"))
-AFTER = 64  # bytes after a record that usually show whether another one follows
-STEP = 1 << 20  # bytes per step of a search
+IDENTITY = ("warc-record-id", "warc-target-uri", "warc-date")  # with its block, fields that make a record unique
+MAX_LENGTH = 1 << 40  # bytes; a longer record is not plausible
 HTTP_HEAD_END = re.compile(rb"\n\r?\n")
+LINE_ENDS = re.compile(rb"[\r\n]*")
 HTTP_LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r?\n", re.IGNORECASE)
 DIGESTS = ("md5:", "sha1:", "sha256:", "sha512:")
-
-
-class Place(NamedTuple):
-    """A place in an archive, in bytes."""
-
-    position: int  # in the decompressed text
-    offset: int  # in the stored file: exact for plain text, otherwise near
-    member: int  # offset of the member that holds it
-    inner: int  # position in this member
-    is_plain: bool = False
-
-    def size(self, end: Place) -> int:
-        """Stored bytes up to `end`; decompressed ones if both places are in the same member."""
-        if self.member == end.member and not self.is_plain:
-            return end.position - self.position
-        return end.offset - self.offset
 
 
 @dataclass(slots=True)
@@ -87,103 +76,6 @@ class Fault:
     reason: str
 
 
-class Text:
-    """The decompressed bytes up to the next gap; `start` is the index of the first unread one in `buffer`."""
-
-    def __init__(self, stored: Stored) -> None:
-        self._stored = stored
-        self._pieces = pieces(stored)
-        self._buffer_position = 0
-        self._marks: deque[Place] = deque()  # the beginning of each piece
-        self.buffer = bytearray()
-        self.start = 0
-        self.ended = False  # at a gap, or at the end of the archive
-        self.gap: Gap | None = None
-
-    def fill(self, size: int) -> bool:
-        """Whether there are `size` unread bytes, after reading on as needed."""
-        while len(self.buffer) - self.start < size and not self.ended:
-            piece = next(self._pieces, None)
-            if not isinstance(piece, Piece):
-                self.gap, self.ended = piece, True
-                break
-            position = self._buffer_position + len(self.buffer)
-            if piece.starts or not self._marks:
-                self._marks.append(Place(position, piece.offset, piece.offset, 0, piece.is_plain))
-            else:
-                last = self._marks[-1]
-                inner = last.inner + position - last.position
-                self._marks.append(Place(position, piece.offset, last.member, inner))
-            self.buffer += piece.data
-        return len(self.buffer) - self.start >= size
-
-    def advance(self, size: int) -> None:
-        """Move on by bytes that are there."""
-        self.start += size
-        if self.start > STEP or self.start == len(self.buffer):
-            del self.buffer[: self.start]
-            self._buffer_position, self.start = self._buffer_position + self.start, 0
-
-    def skip_blank(self) -> bool:
-        """Move to the next byte that can begin a head. Returns False if the text ends before."""
-        while self.fill(1):
-            ahead = bytes(self.buffer[self.start : self.start + AFTER])
-            rest = ahead.lstrip(BLANK)
-            self.advance(len(ahead) - len(rest))
-            if rest:
-                return True
-        return False
-
-    def place(self) -> Place:
-        """The current place."""
-        position = self._buffer_position + self.start
-        if not self.fill(1):
-            member, offset = (self.gap.member, self.gap.offset) if self.gap else (self._stored.offset,) * 2
-            return Place(position, offset, member, 0)
-        while len(self._marks) > 1 and self._marks[1].position <= position:
-            self._marks.popleft()
-        mark = self._marks[0]
-        ahead = position - mark.position
-        if mark.is_plain:
-            return Place(position, mark.offset + ahead, mark.offset + ahead, 0, True)
-        return Place(position, mark.offset, mark.member, mark.inner + ahead)
-
-    def search(self, size: int | None = None) -> bool:
-        """Move to the next plausible head. Without one, move on by `size` bytes (None: to the end of the text)."""
-        while size is None or size > 0:
-            self.fill(STEP + MAX_HEAD)
-            available = len(self.buffer) - self.start
-            step = available if self.ended else STEP
-            step = step if size is None else min(step, size)
-            found = find_head(self.buffer, self.start, self.start + step)
-            if found >= 0:
-                self.advance(found - self.start)
-                return True
-            self.advance(step)
-            size = None if size is None else size - step
-            if self.ended and not self.fill(1):
-                break
-        return False
-
-    def reopen(self) -> bool:
-        """Whether plain text is followed by a compressed member here, which is then read as such."""
-        here = self.place()
-        if not here.is_plain or not is_compressed(bytes(self.buffer[self.start : self.start + 8])):
-            return False
-        if not self._stored.rewind(here.offset):
-            return False
-        self._buffer_position, self.start, self.ended = here.position, 0, False
-        self.buffer.clear()
-        self._marks.clear()
-        self._pieces = pieces(self._stored)
-        return True
-
-    def resume(self) -> bool:
-        """Continue after the gap; False at the end of the archive."""
-        gap, self.gap, self.ended = self.gap, None, False
-        return gap is not None
-
-
 def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
     """The records of an archive, and the faults between them, in order."""
     text = Text(stored)
@@ -202,7 +94,8 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
         if head is None or not head.kind or head.length is None:
             if head is None and text.reopen():
                 continue
-            if head is None and text.ended and text.gap is None and not text.buffer[text.start :].strip(b"\0"):
+            is_zero = text.buffer[text.start] == 0
+            if is_zero and text.ended and text.gap is None and not text.buffer[text.start :].strip(b"\0"):
                 text.advance(len(text.buffer) - text.start)  # padding
                 continue
             reason = "not the head of a record" if head is None else _what_lacks(head)
@@ -214,11 +107,12 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
             yield Fault(fault[0].member, fault[0].size(place), fault[1])
             fault = None
         if head.length > max_bytes:
-            if head.kind in PAGES:
-                fault = place, f"longer than {max_bytes:,} bytes"
-            text.advance(head.size)
-            if text.search(head.length) or text.place().position < place.position + head.size + head.length:
-                fault = place, f"its Content-Length of {head.length:,} is wrong"
+            reason, is_whole = _pass_over(text, head, max_bytes)
+            if not is_whole:
+                fault = place, reason
+            elif head.kind in PAGES:
+                text.skip_blank()
+                yield Fault(place.member, place.size(text.place()), reason)
             continue
         record = Record(head, b"", place)
         end, reason = _read_block(text, record)
@@ -230,67 +124,130 @@ def read_records(stored: Stored, max_bytes: int) -> Iterator[Record | Fault]:
         text.advance(end)
         text.skip_blank()
         record.size = place.size(text.place())
-        yield record
+        key = *map(head.fields.get, IDENTITY), xxhash.xxh3_64_intdigest(record.block)
+        if not text.is_repeated(place, key):
+            yield record
 
 
 def _read_block(text: Text, record: Record) -> tuple[int, str]:
     """Set the block of a record. Returns the size of the record, and why it is not to be trusted, otherwise empty."""
     head = record.head
     assert head.length is not None
-    end = head.size + head.length
-    text.fill(end + AFTER)
-    begin, stop = text.start + head.size, text.start + end
-    record.block = bytes(memoryview(text.buffer)[begin:stop])
+    text.fill(head.size + head.length + AFTER)
+    begin = text.start + head.size
+    size, reason = _block_size(text, record, begin, begin + head.length)
+    if not reason:
+        record.block = bytes(memoryview(text.buffer)[begin : begin + size])
+    return head.size + size, reason
+
+
+def _block_size(text: Text, record: Record, begin: int, stop: int) -> tuple[int, str]:
+    """The size of a block that should be `text.buffer[begin:stop]`, and why it is not to be trusted."""
+    length, available = stop - begin, min(stop, len(text.buffer)) - begin
     after = bytes(text.buffer[stop : stop + AFTER])
-    is_complete, rest = len(record.block) == head.length, after.lstrip(BLANK)
+    is_complete, rest = available == length, after.lstrip(BLANK)
     gap = text.gap if text.gap and text.gap.member == record.place.member else None
-    if is_complete and rest.startswith(b"WARC/"):
-        return end, ""
+    if is_complete and (rest.startswith(b"WARC/") or (record.place.is_plain and is_compressed(rest[:8]))):
+        return length, ""
     if is_complete and not rest:
         is_intact = gap is None or gap.truncated or (not gap.checksum and after.count(b"\n") > 1)
-        return end, "" if is_intact else gap.reason  # type: ignore[union-attr]
-    text.fill(end + STEP)
-    if is_complete and starts_record(bytes(text.buffer[stop : stop + MAX_HEAD])):
-        return end, ""
-    if is_complete and record.place.is_plain and is_compressed(rest[:8]):
-        return end, ""
+        return length, "" if is_intact else gap.reason  # type: ignore[union-attr]
+    text.fill(stop - text.start + STEP)
+    if is_complete and starts_record(bytes(text.buffer[stop : stop + AFTER + MAX_LINE])):
+        return length, ""
     # No record follows: the length is wrong, or what follows is damaged.
-    if is_complete and _whole_block(record, record.block) == record.block:
-        return end, ""
+    if is_complete and _confirmed_size(text, record, begin, stop) == length:
+        return length, ""
     if gap and not is_complete and not gap.truncated:
-        return end, gap.reason
+        return length, gap.reason
     following = find_head(text.buffer, begin, len(text.buffer))
-    whole = _whole_block(record, bytes(text.buffer[begin : following if following >= 0 else None]))
-    if whole is not None:
-        record.block = whole
-        return head.size + len(whole), ""
-    wrong = f"its Content-Length of {head.length:,} is wrong"
-    if 0 <= following < stop:
-        return end, wrong
+    size = _confirmed_size(text, record, begin, following if following >= 0 else len(text.buffer))
+    if size is not None:
+        return size, ""
+    wrong = f"its Content-Length of {length:,} is wrong"
+    if 0 <= following < stop or text.next_member(begin, stop) >= 0:
+        return length, wrong
     if not is_complete:
-        return end, gap.reason if gap else f"truncated: {len(record.block):,} of {head.length:,} bytes"
-    if after.startswith((b"\n", b"\r\n") if head.is_arc else (b"\n\n", b"\r\n\r\n")):
-        return end, ""
-    return end, wrong if record.has_digest or _http_size(record.block) > head.length else ""
+        return length, gap.reason if gap else f"truncated: {available:,} of {length:,} bytes"
+    if after.startswith((b"\n", b"\r\n") if record.head.is_arc else (b"\n\n", b"\r\n\r\n")):
+        return length, ""
+    if gap and not gap.truncated:
+        return length, gap.reason
+    # In plain text behind a damaged member, bytes of its format may lie between those of a record.
+    is_doubtful = record.has_digest or _http_size(text.buffer, begin, stop) > length
+    return length, wrong if is_doubtful or (record.place.is_plain and text.has_members) else ""
 
 
-def _whole_block(record: Record, data: bytes) -> bytes | None:
-    """The block in `data`, without line ends after it, if its digest or the length in the response confirms it."""
+def _confirmed_size(text: Text, record: Record, begin: int, stop: int) -> int | None:
+    """The size of the block in `text.buffer[begin:stop]`, without line ends after it, if its digest or the length in
+    the response confirms it.
+    """
     if record.has_digest:
+        if not text.may_hash(stop - begin):
+            return None
+        data, size = bytes(memoryview(text.buffer)[begin:stop]), -1
         for line_ends in (b"", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n"):
             record.block = data.removesuffix(line_ends)
-            if not record.digest_is_wrong():
-                return record.block
+            if len(record.block) != size and not record.digest_is_wrong():
+                return len(record.block)
+            size = len(record.block)
         return None
-    size = _http_size(data)
-    return data[:size] if 0 < size <= len(data) and not data[size:].strip(b"\r\n") else None
+    size = _http_size(text.buffer, begin, stop)
+    rest = LINE_ENDS.match(text.buffer, begin + size, stop) if 0 < size <= stop - begin else None
+    return size if rest and rest.end() == stop else None
 
 
-def _http_size(block: bytes) -> int:
+def _http_size(data: bytearray, begin: int, stop: int) -> int:
     """The size of a block according to the Content-Length of the HTTP response in it; 0 if that is not given."""
-    end = HTTP_HEAD_END.search(block) if block.startswith(b"HTTP/") else None
-    length = HTTP_LENGTH.search(block, 0, end.end()) if end else None
-    return end.end() + int(length[1]) if end and length else 0
+    limit = min(stop, begin + MAX_HEAD)
+    end = HTTP_HEAD_END.search(data, begin, limit) if data.startswith(b"HTTP/", begin, limit) else None
+    length = HTTP_LENGTH.search(data, begin, end.end()) if end else None
+    return end.end() - begin + int(length[1]) if end and length else 0
+
+
+def _pass_over(text: Text, head: RecordHead, max_bytes: int) -> tuple[str, bool]:
+    """Move past a record that is too long to be held, to what follows it, or else to a record inside of its length.
+
+    Returns the reason, and whether the record is whole: then a head in it is a quotation. That can be seen if the
+    response confirms the length, or once the end is near; until then, a head counts if another record follows its own.
+    """
+    assert head.length is not None
+    wrong = f"its Content-Length of {head.length:,} is wrong"
+    near, left = max(max_bytes, STEP), head.length
+    text.advance(head.size)
+    text.fill(MAX_HEAD)
+    is_confirmed = _http_size(text.buffer, text.start, len(text.buffer)) == left
+    while left > near and text.fill(1):
+        position = text.position
+        if is_confirmed:
+            text.fill(STEP)
+            text.advance(min(STEP, left - near, len(text.buffer) - text.start))
+        elif text.search(min(STEP, left - near), members=False):
+            quoted = parse_head(text.buffer, text.start)
+            size = quoted.size + (quoted.length or 0) if quoted else 0
+            if head.length > MAX_LENGTH or (0 < size <= near and _is_followed(text, size)):
+                return wrong, False
+            text.advance(1)
+        left -= text.position - position
+    if not text.fill(left):
+        reason = text.gap.reason if text.gap else f"truncated: fewer than {head.length:,} bytes"
+        return (wrong if text.search() else reason), False
+    if is_confirmed or _is_followed(text, left):
+        text.advance(left)
+    elif text.search(left, members=False):
+        return wrong, False
+    return f"longer than {max_bytes:,} bytes", True
+
+
+def _is_followed(text: Text, size: int) -> bool:
+    """Whether a record, a member or the end follows the next `size` bytes."""
+    text.fill(size + AFTER)
+    stop = text.start + size
+    rest = bytes(text.buffer[stop : stop + AFTER]).lstrip(BLANK)
+    if stop > len(text.buffer) or not rest or rest.startswith(b"WARC/") or is_compressed(rest[:8]):
+        return stop <= len(text.buffer)
+    text.fill(size + AFTER + MAX_LINE)
+    return starts_record(bytes(text.buffer[stop : stop + AFTER + MAX_LINE]))
 
 
 def _what_lacks(head: RecordHead) -> str:

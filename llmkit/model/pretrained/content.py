@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_stored
-from llmkit.io.record import PENDING, parse_record, record_text, sealed
+from llmkit.io.record import parse_record, record_text, sealed
+from llmkit.io.sealed_file import PENDING
 from llmkit.model.pretrained.header import MAX_HEADER_BYTES
 
 COVERED = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -46,10 +47,26 @@ def seal(directory: Path) -> None:
             if not isinstance(metadata, dict) or record is None or record.get("files") != PENDING:
                 continue
             metadata["llmkit"] = record_text(sealed(record, files_digest(directory) or ""))
-            encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+            encoded = _encoded(header, length)
             assert len(encoded) == length, "a digest is as long as its placeholder"
             stored.seek(8)
             stored.write(encoded)
+
+
+def verify(path: Path) -> None:
+    """Raise LlmkitError where the header of weights with a digest has another form than the one that was written."""
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as stored:
+            length, header = _read_header(stored, file)
+            stored.seek(8)
+            metadata = header.get("__metadata__")
+            record = parse_record(metadata.get("llmkit")) if isinstance(metadata, dict) else None
+            if record and "files" in record and stored.read(length) != _encoded(header, length):
+                raise LlmkitError(f"{file}: the header is not what was written", "the file is damaged")
+
+
+def _encoded(header: dict[str, Any], length: int) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
 
 
 def _weights_digest(file: Path) -> str:

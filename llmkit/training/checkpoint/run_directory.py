@@ -9,6 +9,7 @@
         state/trainer.json            step, tokens, learning rate, options, input digests, environment, guard state
         state/digests.json            xxh3-128 of every other file
     RUN/latest, RUN/final         links to the last checkpoint and to the finished model
+    RUN/digests.json              of a finished run: xxh3-128 of its files outside the checkpoints
 
 A checkpoint is written under a temporary name, synced and renamed, so one with its final name was complete;
 its digests are checked before a run resumes from it. The state is safetensors and JSON because torch's own
@@ -30,10 +31,11 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_file, check_output
-from llmkit.io.locks import lock
+from llmkit.io.atomic import atomic_file, check_output, full_disk_names, lock
+from llmkit.io.digest import digest_stored
 from llmkit.io.run_layout import (
     CHECKPOINTS,
+    DIGESTS,
     FINAL,
     LATEST,
     STATE,
@@ -47,9 +49,9 @@ from llmkit.lineage.outputs import artefact_directory
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.training.checkpoint.trainer_state import OPTIMIZER, TRAINER, TrainerState, load_trainer_state
 
-DIGESTS = "digests.json"
 CONFIG = "config.toml"
 EVENTS = "events.jsonl"
+SEALED = (CONFIG, EVENTS, "metrics.jsonl", "samples.jsonl", "reference.safetensors", "trace", "data")
 LEFTOVERS = {".lock", CHECKPOINTS, "data"}  # of a run that was killed before it started
 
 
@@ -136,6 +138,18 @@ class RunDirectory:
         """Link the checkpoint as `final`: the run is complete."""
         self._link(FINAL, checkpoint)
 
+    def seal(self) -> None:
+        """Store the digests of the files beside the checkpoints of a finished run, for `lineage --check`."""
+        files = [
+            path for name in SEALED for path in (self.path / name, *(self.path / name).rglob("*")) if path.is_file()
+        ]
+        digests = {str(path.relative_to(self.path)): digest_stored(str(path)) for path in sorted(files)}
+        with (
+            suppress(OSError),  # a full disk must not fail a finished run
+            atomic_file(self.path / DIGESTS, force=True) as sink,
+        ):
+            sink.write(json.dumps(digests, indent=1).encode())
+
     def remove_all_except(self, *names: str) -> None:
         """Remove everything in the directory except these names."""
         for entry in self.path.iterdir():
@@ -187,7 +201,8 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
         directory.checkpoints_path.mkdir(exist_ok=True)
         directory.remove_partial_checkpoints()
         try:
-            yield directory
+            with full_disk_names(path):
+                yield directory
         except BaseException as error:
             started = (directory.path / CONFIG).exists()
             failed = isinstance(error, Exception) and not resume and not (directory.path / EVENTS).exists()

@@ -18,6 +18,7 @@ import torch
 from llmkit.errors import LlmkitError
 from llmkit.io.names import utf8_path
 from llmkit.io.run_layout import STATE
+from llmkit.lineage.fields import present_options
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.options import former_names
 from llmkit.training.options import RampOptions, ScheduleOptions
@@ -72,7 +73,8 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
         if min(state.batch_size, state.length) < 1 or min(state.step, state.tokens, state.rate) < 0:
             raise ValueError("a size below 1, or a count below 0")
         current_names = former_names(RampOptions if state.command == "anneal" else ScheduleOptions)
-        state.options = {current_names.get(name, name): value for name, value in state.options.items()}
+        options = {current_names.get(name, name): value for name, value in state.options.items()}
+        state.options = present_options({"command": state.command, "options": options})
         return state
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LlmkitError(
