@@ -20,6 +20,7 @@ from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcom
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run `llmkit ARGV...` and exit the process."""
     if argv is None:
+        _open_closed_streams()
         _use_utf8()
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else "--help"
@@ -32,6 +33,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     else:
         sys.exit(_dispatch(*split(arguments)))
     sys.exit(0)
+
+
+def _open_closed_streams() -> None:
+    """Give streams that the caller closed (`>&-`) a descriptor, so that no file that is opened later takes its place.
+
+    What is written to stdout is an error then; messages are lost.
+    """
+    for descriptor, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest number that is free
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
 
 
 def _use_utf8() -> None:

@@ -104,7 +104,7 @@ def _from_lines(file: Path, data: bytes) -> _Ids:
     ids = _Ids()
     for number, line in enumerate(io.BytesIO(data), 1):
         place, fields = f"{file}:{number}", line.split()
-        if fields and (len(fields) != 2 or not fields[1].lstrip(b"-").isdigit()):
+        if fields and (len(fields) != 2 or not fields[1].removeprefix(b"-").isdigit()):
             raise LlmkitError(f"{place}: not a token in base64 and its rank", DAMAGED)
         if fields:
             rank = int(fields[1]) if len(fields[1]) < 20 else fields[1].decode()

@@ -140,9 +140,10 @@ def changes(info: TokenizerInfo, *, stored: bool = False) -> list[str]:
     except (LookupError, TypeError, AttributeError, ValueError):
         load_tokenizer(info)
         raise
+    found = _stated_changes(content)
     plain = content.get("normalizer") is None and pattern_name(content.get("pre_tokenizer")) is not None
     if plain and coverage.complete and decoder.get("type") == "ByteLevel":
-        return []
+        return found
     library = load_tokenizer(info)
 
     def after(text: str) -> str:
@@ -153,8 +154,28 @@ def changes(info: TokenizerInfo, *, stored: bool = False) -> list[str]:
         return str(library.decode(ids, skip_special_tokens=False))
 
     with library_errors(*CANNOT_ENCODE):
-        found = [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
+        found += [name for name, texts in PROBES.items() if any(_differs(after(text), text, name) for text in texts)]
     return found + ["characters that it has no tokens for"] * (stored and coverage.drops)
+
+
+def _stated_changes(content: dict[str, Any]) -> list[str]:
+    """Changes that no probe would show, since they concern a text that only tokenizer.json states."""
+    added = [token for token in content.get("added_tokens") or [] if not token.get("special")]  # found in all texts
+    replacements = [part for part in _steps(content, "normalizer") if part.get("type") == "Replace"]
+    removals = [part for part in _steps(content, "pre_tokenizer") if part.get("behavior") == "Removed"]
+    removals += [part for part in _steps(content, "pre_tokenizer") if part.get("type") == "CharDelimiterSplit"]
+    found = {
+        "white space beside added tokens": any(token.get("lstrip") or token.get("rstrip") for token in added),
+        "what its normaliser replaces": any("▁" not in str(part.get("content")) for part in replacements),
+        "what its pre-tokenizer removes": bool(removals),
+    }
+    return [name for name, is_changed in found.items() if is_changed]
+
+
+def _steps(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The parts of a normaliser or pre-tokenizer."""
+    step = content.get(name) or {}
+    return [step, *(step.get("normalizers") or []), *(step.get("pretokenizers") or [])]
 
 
 def _differs(one: str, other: str, name: str) -> bool:
@@ -169,5 +190,4 @@ def _count(mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> NDArray[np.in
 
 
 def _is_byte_level(content: dict[str, Any]) -> bool:
-    kind = content.get("pre_tokenizer") or {}
-    return any(part.get("type") == "ByteLevel" for part in [kind, *(kind.get("pretokenizers") or [])])
+    return any(part.get("type") == "ByteLevel" for part in _steps(content, "pre_tokenizer"))

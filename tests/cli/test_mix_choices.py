@@ -86,7 +86,7 @@ def test_a_plan_and_shards_train_the_same(llmkit_here, place: Path, monkeypatch:
         assert mixed == planned, name
         found.append(mixed)
         checked = check(read_lineage(place / f"{name}-plan") or {}, str(place / f"{name}-plan"), [])
-        assert {state for _, state in checked} == {"ok"}
+        assert {result.state for result in checked} == {"ok"}
         if "--holdout" in choices:
             stores = [TokenStore.open(str(place / f"{name}-{form}" / "heldout")) for form in ("mix", "plan")]
             assert stores[0].inputs[0].digest == stores[1].inputs[0].digest

@@ -41,7 +41,7 @@ def read(data: bytes, tmp_path: Path, name: str = "a.warc") -> tuple[list[str], 
     """The last parts of the URLs of the pages, and the broken records."""
     (tmp_path / name).write_bytes(data)
     found = list(read_pages(str(tmp_path / name)))
-    pages = [page.url.rpartition("/")[2] for page in found if isinstance(page, PageRecord)]
+    pages = [page.url.rpartition("/")[2] for page in found if isinstance(page, PageRecord) and not page.skip]
     return pages, [record for record in found if isinstance(record, BrokenRecord)]
 
 

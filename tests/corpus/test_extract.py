@@ -6,6 +6,7 @@ import gzip
 import io
 import random
 from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,56 @@ def test_boilerplate_blocks_are_removed() -> None:
     assert text.startswith("A tale of two animals\n\n") and text.endswith("for the dog of the house.")
     assert "• Grass, as" in text and "\n• Mice, when" in text and "  for mouse in mice:\n\n      eat(mouse)" in text
     assert "Another tale" not in text and "Share this" not in text and "Subscribe" not in text
+
+
+@pytest.mark.parametrize(
+    "paragraphs",
+    [
+        ["光合作用是植物和藻类利用光能，把二氧化碳和水转化为有机物并释放氧气的过程。", "这一过程是地球上几乎所有生命的能量来源。"],
+        ["蟋蟀が一匹とまっている。羅生門が、朱雀大路にある以上は、この男のほかにもありそうなものである。", "それがこの男のほかには誰もいない。"],
+        ["กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย เป็นศูนย์กลางการปกครอง", "เมืองนี้ตั้งอยู่บนสามเหลี่ยมปากแม่น้ำเจ้าพระยา"],
+    ],
+)  # fmt: skip
+def test_scripts_without_spaces(paragraphs: list[str]) -> None:
+    """Behaviour: paragraphs of such a script count as text, also on a page with one in English."""
+    html = "".join(f"<p>{paragraph}</p>" for paragraph in [paragraphs[0], f"About this page: {STORY}", *paragraphs[1:]])
+    text = text_of(f"<body><main>{html}</main></body>")["text"]
+    assert all(paragraph in text for paragraph in paragraphs)
+
+
+@pytest.mark.parametrize(
+    "content", ["不", "別", "€", "≤", "−", "’", "이", "。", "&rsquo;", "&#8804;", " 不 ", "é", "😀", "ab"]
+)
+def test_single_characters_in_elements_are_kept(content: str) -> None:
+    """Behaviour: no piece of text is lost for being a single character, whichever way it is written; icons are."""
+    for template in (f"one<b>{content}</b>two", f"<i>one</i>{content}<i>two</i>"):
+        text = text_of(f"<body><main><p>{STORY}</p><p>{template} {STORY}</p></main></body>")["text"]
+        one, other = text.index("one"), text.index("two")
+        assert "".join(text[one + 3 : other].split()) == unescape(content).strip()
+    assert "→" not in text_of(f"<body><main><p>{STORY} <span>→</span></p></main></body>")["text"]
+
+
+@pytest.mark.parametrize("charset", ["", "utf-8"])
+@pytest.mark.parametrize("damage", [(b"", ""), (b"\xff", "\ufffd"), (b"\xc3", "\ufffd")])
+def test_damaged_utf8_stays_utf8(charset: str, damage: tuple[bytes, str]) -> None:
+    """Behaviour: a bad byte becomes U+FFFD and leaves the others as they are; another encoding that is declared counts."""
+    text = "Les élèves étaient allés à la plage, le café était fermé. 光合作用 😀"
+    meta = f"<meta charset={charset}>" if charset else ""
+    content = f"<body>{meta}<p>{text} ".encode() + damage[0] + b"</p>"
+    for declared in ("", "utf-8"):
+        page = PageRecord("a", content, charset=declared)
+        assert document_of(page, ENGINES["plain"])["text"] == f"{text} {damage[1]}".strip()
+    latin = "<meta charset=windows-1252><p>Ã© déjà, là, où €".encode("windows-1252")
+    assert document_of(PageRecord("a", latin), ENGINES["plain"])["text"] == "Ã© déjà, là, où €"
+
+
+def test_markdown_may_begin_with_a_tag(tmp_path: Path) -> None:
+    """Behaviour: a .md file keeps its bytes; one that is a whole page is HTML all the same."""
+    text = "<p align='center'>x</p>\n\n```c\nint a;\nif (a<b) x;\n```\nLast line.\n"
+    for content, is_text in ((text, True), ("<!doctype html><p>Some words", False)):
+        (tmp_path / "README.md").write_text(content)
+        (page,) = read_pages(str(tmp_path / "README.md"))
+        assert isinstance(page, PageRecord) and page.is_text == is_text
 
 
 def test_a_page_without_sentences_is_kept() -> None:

@@ -108,7 +108,12 @@ def test_unusual_heads(tmp_path: Path) -> None:
     anonymous = warc(3).replace(b"WARC-Record-ID: <urn:uuid:3>\r\n", b"")
     data = warc(0, end="\n") + folded + version + unknown + anonymous
     assert read(data, tmp_path) == (others(4), [])
-    ids = [[page.id for page in read_pages(str(tmp_path / "a.warc")) if isinstance(page, PageRecord)] for _ in range(2)]
+    pages = [page for page in read_pages(str(tmp_path / "a.warc")) if isinstance(page, PageRecord)]
+    assert [page.skip for page in pages] == ["", "", "", "unknown type of record", "unknown type of record", ""]
+    ids = [
+        [page.id for page in read_pages(str(tmp_path / "a.warc")) if isinstance(page, PageRecord) and not page.skip]
+        for _ in range(2)
+    ]
     assert ids[0] == ids[1] and len(set(ids[0])) == 4 and ids[0][3] == f"a.warc#{len(data) - len(anonymous)}"
     (tmp_path / "b.warc.gz").write_bytes(gzip.compress(anonymous * 3))
     assert len({page.id for page in read_pages(str(tmp_path / "b.warc.gz")) if isinstance(page, PageRecord)}) == 3

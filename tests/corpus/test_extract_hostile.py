@@ -310,3 +310,22 @@ def test_gzip_bodies_of_several_members(tmp_path: Path) -> None:
         )
         pages = list(read_pages(str(tmp_path / "a")))
         assert [page.content for page in pages if isinstance(page, PageRecord)] == [b"".join(contents)] * 2
+
+
+def test_a_head_with_zeros_is_damaged(tmp_path: Path) -> None:
+    """Behaviour: a zero-filled part from one head to the next joins no page to the address of another."""
+    first, second, third = warc(1), warc(2), warc(3)
+    cut = second.index(b"WARC-Target"), len(second) + third.index(b"Content-Length")
+    joined = second + third
+    data = first + joined[: cut[0]] + b"\0" * (cut[1] - cut[0]) + joined[cut[1] :]
+    pages, faults = read(data, tmp_path)
+    assert pages == ["1"] and len(faults) == 1
+
+
+def test_decompression_of_beginnings_is_bounded(tmp_path: Path) -> None:
+    """Behaviour: a small file of bombs behind damage is refused at once."""
+    (tmp_path / "a.txt").write_bytes(b"junk\n" + bz2.compress(bytes(1 << 24)) * 60)
+    begin = time.process_time()
+    with pytest.raises(LlmkitError):
+        list(read_pages(str(tmp_path / "a.txt")))
+    assert time.process_time() - begin < 20  # decompressing all takes minutes

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.losses import changes, loss_counter, unknown_id
@@ -92,6 +92,15 @@ def test_what_is_changed() -> None:
         (bpe(list("abc")), ["white space"]),
     ):  # fmt: skip
         assert changes(info_of(tokenizer)) == named
+    stripping = byte_level()
+    stripping.add_tokens([AddedToken("fox", lstrip=True, special=False)])
+    assert changes(info_of(stripping)) == ["white space beside added tokens"]
+    replacing = byte_level()
+    replacing.normalizer = normalizers.Replace("fox", "cat")
+    assert changes(info_of(replacing)) == ["what its normaliser replaces"]
+    removing = byte_level()
+    removing.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("q", "removed"), removing.pre_tokenizer])
+    assert changes(info_of(removing)) == ["what its pre-tokenizer removes"]
     assert unknown_id(info_of(llama)) is None and unknown_id(info_of(byte_level({13}, True))) == 1
 
 

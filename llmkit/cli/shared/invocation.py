@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -50,7 +51,7 @@ class Run:
             self.reads(role, str(path))
         self._stack = ExitStack()
         self._quarantines: dict[str, Quarantine] = {}
-        outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values["summary"]}
+        outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values.get("summary")}
         self.check_quarantine({name: path for name, path in outputs.items() if path})
         self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
@@ -145,18 +146,26 @@ class Run:
         return Lineage(self.command, dict(self.options), inputs)
 
     def inputs(self, paths: list[str] | None, **expand_options: Any) -> list[str]:
-        """The input files of the call (llmkit.io.inputs.expand), including --files-from unless `files_from=None`."""
+        """The input files of the call (llmkit.io.inputs.expand), including --files-from unless `files_from=None`.
+
+        Other files in the directories are counted in a message, unless `left_out=None`.
+        """
         from llmkit.io.inputs import expand, read_list
 
         source = expand_options.pop("files_from", self.files_from)
         if self.skips_bad_files:
             expand_options |= {"missing_ok": True, "on_empty": self._bad_input}
-        if source is None:
-            return expand(paths, **expand_options)
-        if self._listed is None:
+        if source is not None and self._listed is None:
             self._listed = read_list(source)  # only once: the list may come from stdin
-        all_paths = list(paths or []) + self._listed
-        return expand(all_paths, **expand_options) if all_paths else []
+        all_paths = paths if source is None else list(paths or []) + (self._listed or [])
+        if source is not None and not all_paths:
+            return []
+        left_out: Counter[str] | None = expand_options.setdefault("left_out", Counter())
+        files = expand(all_paths, **expand_options)
+        if left_out:
+            kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
+            self.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
+        return files
 
     def reader(self, paths: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """A reader of documents named on the command line, with the reading options; `text_key=None` reads any rows."""

@@ -94,11 +94,7 @@ def main(
     _check_libraries(engine)
     from llmkit.corpus.extract.extractor import Extractor, FilesRead, PageReader, distinct_names
 
-    left_out: Counter[str] = Counter()
-    paths = run.inputs(inputs, suffixes=SUFFIXES, left_out=left_out)
-    if left_out:
-        kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
-        run.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
+    paths = run.inputs(inputs, suffixes=SUFFIXES)
     if backend == "ray" and STDIN in paths:
         raise UsageError("stdin cannot be read on a cluster", "name files, or omit ray")
     extractor = Extractor(engine, time_limit, max_page_bytes)

@@ -270,7 +270,7 @@ def _read_stored(
         foreign = FOREIGN_FORMATS.get(kind)
         *others, suffix = foreign.suffixes
         named = [path + suffix if others and not os.path.exists(path) else path for path in paths]
-        data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,)))
+        data_sets = foreign.data_sets(run.inputs(named, files_from=None, suffixes=(suffix,), left_out=None))
         paths = [path for data_set in data_sets for path in foreign.paths(data_set)]
     path, eos = tokenizer  # and its end-of-text token
     info = load_tokenizer_info(path, eos) if path else None

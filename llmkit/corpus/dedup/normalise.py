@@ -159,7 +159,7 @@ def _decomposed_symbols() -> frozenset[str]:
 def _mark_patterns(parts: frozenset[str]) -> re.Pattern[str] | None:
     """A number, or a run of marks that count with the whitespace around them."""
     marks = counted_marks(parts).union(LEADING if keeps_numbers(parts) else "")
-    number = _DIGITS if keeps_numbers(parts) else _NUMBER
+    number = _DIGITS if keeps_numbers(parts) else "0" if "numbers" in parts else _NUMBER
     return re.compile(rf"({number})|\s*((?:[{re.escape(''.join(sorted(marks)))}]\s*)+)") if marks else None
 
 

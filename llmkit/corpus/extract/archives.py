@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import xxhash
@@ -35,6 +35,7 @@ from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import base_name
 
 MAX_PAGE_BYTES = 16 << 20
+OTHER_KINDS = frozenset(("warcinfo", "request", "metadata", "revisit", "continuation"))
 UNKNOWN_TYPES = frozenset(("no-type", "unknown", "unknown/unknown", "application/unknown"))  # as crawlers write them
 
 
@@ -52,6 +53,7 @@ class PageRecord:
     headers: dict[str, str] = field(default_factory=dict)
     language: str = ""
     is_text: bool = False  # plain text, or text extracted earlier, as in WET files
+    skip: str = ""  # why there is no document in it
     truncated: str = ""  # why the content is cut: a value of WARC-Truncated, or "segmented"
     fields: dict[str, Any] = field(default_factory=dict)  # other fields of a JSON row
 
@@ -133,6 +135,9 @@ def _archive(
             result = _page(record, name, max_bytes, verify)
         else:
             kinds[record.head.kind] += 1
+            if record.head.kind not in OTHER_KINDS:  # perhaps a page whose type is damaged
+                page = _page(record, name, max_bytes, verify=False)
+                yield replace(page, skip="unknown type of record") if isinstance(page, PageRecord) else page
             continue
         if isinstance(result, PageRecord):
             pages += 1

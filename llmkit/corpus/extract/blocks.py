@@ -5,14 +5,21 @@ share bars, lists of links at the end) differs from the text in its length and i
 classified by these two, as in Kohlschütter et al., "Boilerplate Detection using Shallow Text Features" (WSDM
 2010). A block with few links is text if it has at least 12 words, or at least 5 and a sentence end. Everything
 between the first and the last of these blocks is kept unless it is mostly links, together with the headings
-before the first; stray text blocks far after the end are removed.
+before the first; stray text blocks far after the end are removed. In scripts without spaces between words, two
+characters of Chinese or Japanese count as a word, and four of Thai, Lao, Burmese or Khmer.
+
+resiliparse 2.0.1 drops pieces of text that are a single character of three bytes, as most of Chinese, `€` or `’` in an
+element of its own. These are lengthened before the page is parsed, except for bullets, arrows and other icons.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from html import unescape
 from typing import Any, NamedTuple
+
+from llmkit.corpus.words import TERMINALS
 
 # Elements that declare themselves to contain the text; used if there is exactly one of a kind.
 CONTAINERS = ("[itemprop~=articleBody]", "article", "main")
@@ -20,7 +27,16 @@ CONTAINER_SHARE = 0.6  # minimum share of the main content in such an element
 TEXT_WORDS, SENTENCE_WORDS = 12, 5
 TEXT_LINKS, KEPT_LINKS = 0.4, 0.5  # share of characters inside links
 STRAY_GAP, STRAY_SHARE = 4, 0.12  # after more than this many other blocks, at most this share of the words is stray
-SENTENCE_ENDS = (".", "!", "?", '"', "”", "…", ":")
+SENTENCE_ENDS = tuple(TERMINALS | set('"”…:：」』》'))
+# Characters of scripts without spaces, and how many of them are about as much as a word.
+UNSPACED = (
+    (re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"), 2),
+    (re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"), 4),
+)
+SINGLE = re.compile(r">\s*([\u0800-\uffff]|&#?\w{1,31};)(?=\s*<)")
+FILLERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # characters that no text has
+ICONS = frozenset("•‣⁃∙‹›")
+ICON_KINDS = ("So", "Co", "Cf", "Zs")
 
 LINK = re.compile(r"<a\b[^>]*>(.*?)</a>", re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
@@ -44,10 +60,30 @@ class TextBlock(NamedTuple):
         return self.words >= TEXT_WORDS or (self.words >= SENTENCE_WORDS and self.text.endswith(SENTENCE_ENDS))
 
 
-def main_text(tree: Any) -> str:
+def main_text(tree: Any, source: str) -> str:
     """The main text of a parsed page: paragraphs with a blank line between them, list items with bullets."""
+    lengthened, filler = _lengthen(source)
+    if filler:
+        from resiliparse.parse.html import HTMLTree
+
+        tree = HTMLTree.parse(lengthened)
     blocks = split(_main_markup(tree))
-    return join(block for block, keep in zip(blocks, choose(blocks), strict=True) if keep)
+    text = join(block for block, keep in zip(blocks, choose(blocks), strict=True) if keep)
+    return text.replace(filler, "") if filler else text
+
+
+def _lengthen(source: str) -> tuple[str, str]:
+    """A page with a filler after each character that resiliparse would drop, and the filler; "" if there is none."""
+    filler = next((filler for filler in FILLERS if filler not in source), "")
+    lengthened = SINGLE.sub(lambda match: match[0] + filler * _is_dropped(unescape(match[1])), source)
+    return (lengthened, filler) if len(lengthened) != len(source) else (source, "")
+
+
+def _is_dropped(text: str) -> bool:
+    """Whether resiliparse would drop this character, and it is no icon."""
+    if len(text) != 1 or not "\u0800" <= text <= "\uffff" or text in ICONS or "\u2190" <= text <= "\u21ff":
+        return False
+    return unicodedata.category(text) not in ICON_KINDS
 
 
 def split(markup: str) -> list[TextBlock]:
@@ -60,8 +96,15 @@ def split(markup: str) -> list[TextBlock]:
             text = text.rstrip().lstrip("\n") if kind and kind[1] == "pre" else text.strip()
             if text:
                 linked = sum(len(TAG.sub("", link)) for link in LINK.findall(piece))
-                blocks.append(TextBlock(kind[1] if kind else "", text, min(1.0, linked / len(text)), len(text.split())))
+                blocks.append(
+                    TextBlock(kind[1] if kind else "", text, min(1.0, linked / len(text)), _count_words(text))
+                )
     return blocks
+
+
+def _count_words(text: str) -> int:
+    words = len(text.split())
+    return words if text.isascii() else words + sum(len(script.findall(text)) // size for script, size in UNSPACED)
 
 
 def choose(blocks: list[TextBlock]) -> list[bool]:

@@ -7,6 +7,7 @@ gold text are in tests/bench/extraction.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from llmkit.corpus.extract.blocks import main_text
 from llmkit.corpus.extract.page_metadata import declared
 
 HTML = ("text/html", "application/xhtml+xml", "application/xml", "text/xml", "")
+META_CHARSET = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
+META_BYTES = 4096  # in which a page declares its encoding
 
 
 class Skip(Exception):
@@ -28,6 +31,8 @@ def document_of(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str
 
     Plain text is kept as it is, with the white space at its beginning and end.
     """
+    if page.skip:
+        raise Skip(page.skip)
     if not 200 <= page.status < 300:
         raise Skip("http status")
     if page.is_text:
@@ -63,7 +68,10 @@ def _is_text(content: bytes) -> bool:
 
 
 def _decode(content: bytes, charset: str) -> str:
-    """The text of `content` in the encoding `charset`, or in a detected one if it is missing or wrong."""
+    """The text of `content` in the encoding `charset`, or in a detected one if it is missing or wrong.
+
+    Content that is UTF-8 but for a few bytes stays UTF-8, with U+FFFD for these, unless another encoding is declared.
+    """
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
 
     declared_encoding = map_encoding_to_html5(charset, False) if charset else None
@@ -72,6 +80,14 @@ def _decode(content: bytes, charset: str) -> str:
             return content.decode(declared_encoding)
         except (UnicodeDecodeError, LookupError):
             pass  # the declared encoding is wrong
+    if not content.isascii():
+        match = META_CHARSET.search(content, 0, META_BYTES)
+        meta = map_encoding_to_html5(match[1].decode("ascii"), False) if match else None
+        if {declared_encoding, meta} <= {None, "utf-8"}:
+            decoded = content.decode("utf-8", "replace")
+            replaced = decoded.count("\ufffd")
+            if len(decoded) - len(decoded.encode("ascii", "ignore")) > 2 * replaced:
+                return decoded.removeprefix("\ufeff")
     text: str = bytes_to_str(content, detect_encoding(content, from_html_meta=True) or "utf-8")
     return text
 
@@ -110,7 +126,7 @@ def _pdf(content: bytes) -> dict[str, Any]:
 
 
 def _resiliparse(tree: Any, source: str) -> str:
-    return main_text(tree)
+    return main_text(tree, source.encode("utf-8", "replace").decode())
 
 
 def _plain(tree: Any, source: str) -> str:

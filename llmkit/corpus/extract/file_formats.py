@@ -53,18 +53,21 @@ TAG = re.compile(
     re.IGNORECASE,
 )
 HTML_START = re.compile(rb"<(?:!doctype\s+html|html|\?xml|!--)", re.IGNORECASE)
+WHOLE_PAGE = re.compile(rb"<(?:!doctype\s+html|html[\s>])", re.IGNORECASE)  # Markdown may begin with another tag
+MAX_BEGINNINGS = 16 << 20  # decompressed bytes of the first ones of a file
 TAG_SPACING = 500  # a text without a name is HTML if it has a tag in so many bytes
 
 
 def beginnings(head: bytes) -> list[bytes]:
     """The first decompressed bytes of `head`, and those after each damaged place."""
-    runs = [b""]
+    runs, size = [b""], 0
     for piece in pieces(Stored(BytesIO(head))):
         if isinstance(piece, Gap):
             runs.append(b"")
         elif len(runs[-1]) < HEAD:
             runs[-1] += piece.data[:HEAD]
-        if len(runs[0]) >= HEAD:
+        size += 0 if isinstance(piece, Gap) else len(piece.data)
+        if len(runs[0]) >= HEAD or size > MAX_BEGINNINGS:
             break
     return runs
 
@@ -90,9 +93,11 @@ def is_html(content: bytes, name: str) -> bool:
         head = head.decode("utf-16", "replace").encode()
     head = head.lstrip(BLANK + b" \t")
     name = name.lower()
+    if name.endswith(TEXT_FILES):
+        return WHOLE_PAGE.match(head) is not None
     if HTML_START.match(head) or TAG.match(head) or name.endswith(HTML_FILES):
         return True
-    return not name.endswith(TEXT_FILES) and len(TAG.findall(head)) * TAG_SPACING > len(head)
+    return len(TAG.findall(head)) * TAG_SPACING > len(head)
 
 
 def refuse_other_formats(head: bytes, file: str) -> None:

@@ -88,7 +88,7 @@ def parse_head(data: bytes | bytearray, start: int = 0) -> RecordHead | None:
 def _warc_head(data: bytes | bytearray, start: int, last: re.Match[bytes]) -> RecordHead | None:
     """The WARC head between `start` and its blank line."""
     first = WARC_START.match(data, start)
-    if first is None or _is_cut(data, first.end(), last.start()):
+    if first is None or _is_cut(data, first.end(), last.start()) or data.find(b"\0", start, last.start()) >= 0:
         return None
     fields = header_fields(_text(bytes(data[first.end() : last.start()])))
     kind, length = fields.get("warc-type", "").lower(), _length(fields.get("content-length", ""))
@@ -98,7 +98,7 @@ def _warc_head(data: bytes | bytearray, start: int, last: re.Match[bytes]) -> Re
 def _arc_fields(data: bytes | bytearray, start: int) -> ArcFields | None:
     """The fields of the ARC head that begins at `start`; None if there is none."""
     parts = _split_line(data, start) if ARC_URL.match(data, start, start + MAX_LINE) else None
-    return parts if parts and ARC_URL.match(parts[0]) else None
+    return parts if parts and ARC_URL.match(parts[0]) and b"\0" not in parts[0] else None
 
 
 def _split_line(data: bytes | bytearray, start: int) -> ArcFields | None:
@@ -161,7 +161,7 @@ def _arc_start(data: bytes | bytearray, line: int) -> int:
         return -1
     remains = max((match.start() + 1 for match in ARC_REMAINS.finditer(parts[0])), default=0)
     scheme = ARC_SCHEME.search(parts[0], remains)
-    return line + scheme.start() if scheme else -1
+    return line + scheme.start() if scheme and parts[0].find(b"\0", scheme.start()) < 0 else -1
 
 
 def _is_cut(data: bytes | bytearray, start: int, end: int) -> bool:

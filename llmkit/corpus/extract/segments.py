@@ -17,8 +17,8 @@ def join_segments(records: Iterable[Record | Fault], max_bytes: int) -> Iterator
     """The records, with segments joined. Records that are no pages may lie between them, and are yielded first."""
     parts: list[Record] = []  # of a segmented record, in order
     for record in records:
-        if isinstance(record, Record) and "warc-segment-number" in record.head.fields:
-            if record.head.kind != "continuation":
+        if isinstance(record, Record) and ("warc-segment-number" in record.head.fields or _is_later(record)):
+            if not _is_later(record):
                 yield from _joined(parts, complete=False)
                 parts = [record]
             elif parts and _continues(record, parts):
@@ -40,9 +40,13 @@ def join_segments(records: Iterable[Record | Fault], max_bytes: int) -> Iterator
     yield from _joined(parts, complete=False)
 
 
+def _is_later(record: Record) -> bool:
+    return record.head.kind == "continuation"
+
+
 def _continues(record: Record, parts: list[Record]) -> bool:
     fields, origin = record.head.fields, parts[0].head.fields.get("warc-record-id")
-    return fields.get("warc-segment-origin-id") == origin and fields["warc-segment-number"] == str(len(parts) + 1)
+    return fields.get("warc-segment-origin-id") == origin and fields.get("warc-segment-number") == str(len(parts) + 1)
 
 
 def _joined(parts: list[Record], complete: bool) -> Iterator[Record]:
