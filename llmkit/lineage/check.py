@@ -31,7 +31,15 @@ from llmkit.lineage.fields import (
     is_well_formed,
     place_of,
 )
-from llmkit.lineage.formats import content_digest, digest_path, file_of_record, files_digest, read_lineage, verify
+from llmkit.lineage.formats import (
+    content_digest,
+    digest_path,
+    file_of_record,
+    files_digest,
+    find_format,
+    read_lineage,
+    verify,
+)
 
 HELD_OUT = "heldout"
 INDEX = "index"  # role of an index of earlier runs
@@ -66,6 +74,19 @@ def check(record: Record, path: str, directories: list[str]) -> Iterator[Checked
     elif counts_of(record).get("held_out") and artefact.is_dir() and not record.get("part"):
         yield Checked(f"{name}/{HELD_OUT}", "not found")
     yield from _check_inputs(record, [*map(Path, directories), artefact.resolve().parent])
+
+
+def is_whole(record: Record, directory: Path) -> bool:
+    """Whether a directory with this record lacks no file, as far as is known without reading its tokens or weights."""
+    if counts_of(record).get("held_out") and not (directory / HELD_OUT).is_dir():
+        return False
+    found = find_format(directory)
+    if found is None or found[0].suffix == ".safetensors" or not isinstance(record.get("files"), str):
+        return True
+    try:
+        return bool(files_digest(directory) == record["files"])
+    except (LlmkitError, OSError):
+        return False
 
 
 def _read(path: Path) -> Record | None:

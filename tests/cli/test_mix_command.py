@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_shares_table_and_epochs(llmkit, place: Path) -> None:
     assert [item["name"] for item in record["inputs"]] == ["web", "code", "wiki"]
     assert record["counts"]["tokens"] == mixed.tokens and record["digest"] == mixed.inputs[0].digest
     assert llmkit("lineage", "mix", "--check", cwd=place).returncode == 0
+
+
+@pytest.mark.parametrize("missing", ["", "heldout", "tokenizer.json"])
+def test_a_mix_that_lacks_a_file_is_not_up_to_date(llmkit_here, place: Path, missing: str) -> None:
+    """Behaviour: a repeated command does nothing only if the whole output is there; else it says so, and -f is needed."""
+    call = ("mix", "web", "code", "--holdout", "20%", "-o", "mix")
+    assert llmkit_here(*call, cwd=place).returncode == 0
+    if missing == "heldout":
+        shutil.rmtree(place / "mix" / missing)
+    elif missing:
+        (place / "mix" / missing).unlink()
+    done = llmkit_here(*call, cwd=place)
+    if missing:
+        assert done.returncode == 1 and b"missing or was changed" in done.stderr and b"-f" in done.stderr
+    else:
+        assert done.returncode == 0 and b"nothing to do" in done.stderr
 
 
 def test_plan_and_shards_are_one_order(llmkit, place: Path) -> None:

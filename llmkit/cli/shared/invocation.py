@@ -288,6 +288,7 @@ class Run:
         (command, version, options, digests of the inputs), never their mere existence.
         """
         from llmkit.io.inputs import exists
+        from llmkit.lineage.check import is_whole
         from llmkit.lineage.fields import inputs_of
 
         output = output or self.output
@@ -296,6 +297,9 @@ class Run:
         outputs = {output: self.lineage()} | (other_outputs or {})
         records = {path: _record_of(path, header) for path, header in outputs.items()}
         if None in records.values():
+            return None
+        if os.path.isdir(output) and not is_whole(records[output] or {}, Path(output)):
+            self.warn(f"{output} is not as it was made: a file in it is missing or was changed")
             return None
         digests = [self._digest(path) for path in paths]
         for path, header in outputs.items():

@@ -72,7 +72,9 @@ def main(
     A document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence`
     (cc-by-4.0, or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots
     directives (noai, noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one
-    is wrong. The text of a PDF is its text layer; pages without one are counted.
+    is wrong; a byte that is invalid in it becomes U+FFFD. The text of a PDF is its text layer; pages without one are
+    counted. Of a page, --engine resiliparse keeps the main content: menus, lists of links and short blocks before the
+    first paragraph of text or after the last are left out. --engine plain keeps everything that is visible.
 
     Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
     next intact record, also in a pipe. Segments of a record are joined. A document whose page is cut has `truncated`,
