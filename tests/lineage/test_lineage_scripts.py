@@ -144,8 +144,8 @@ def test_random_pipelines(tmp_path: Path, preloaded_bin: Path) -> None:
     from random_pipelines import try_pipeline
 
     environment = os.environ | {"PATH": f"{preloaded_bin}:{os.environ['PATH']}"}
-    for seed in (0, 44, 45):
-        count, failures = try_pipeline(seed, 6, 1, tmp_path / str(seed), environment)
+    for seed in (0, 44):
+        count, failures = try_pipeline(seed, 3, 1, tmp_path / str(seed), environment)
         assert count and not failures, "\n".join(failures)
 
 

@@ -74,6 +74,8 @@ def main_text(tree: Any, source: str) -> str:
 
 def _lengthen(source: str) -> tuple[str, str]:
     """A page with a filler after each character that resiliparse would drop, and the filler; "" if there is none."""
+    if source.isascii() and "&" not in source:
+        return source, ""
     filler = next((filler for filler in FILLERS if filler not in source), "")
     lengthened = SINGLE.sub(lambda match: match[0] + filler * _is_dropped(unescape(match[1])), source)
     return (lengthened, filler) if len(lengthened) != len(source) else (source, "")

@@ -98,7 +98,9 @@ def _html(page: PageRecord, engine: Callable[[Any, str], str]) -> dict[str, Any]
     source = _decode(page.content, page.charset)
     if not source.strip():
         raise Skip("no text")
-    tree = HTMLTree.parse(source.encode("utf-8", "replace").decode())
+    if not source.isascii():
+        source = source.encode("utf-8", "replace").decode()
+    tree = HTMLTree.parse(source)
     return declared(tree, page.headers) | {"text": engine(tree, source)}
 
 
@@ -126,7 +128,7 @@ def _pdf(content: bytes) -> dict[str, Any]:
 
 
 def _resiliparse(tree: Any, source: str) -> str:
-    return main_text(tree, source.encode("utf-8", "replace").decode())
+    return main_text(tree, source)
 
 
 def _plain(tree: Any, source: str) -> str:
