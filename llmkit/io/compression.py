@@ -256,18 +256,15 @@ def _after_padding(raw: BinaryIO) -> bytes:
     return b""
 
 
-def _truncated(name: str, kind: str) -> LlmkitError:
-    return LlmkitError(f"{name}: truncated {kind} stream", "the file is incomplete; fetch or make it again")
+def _truncated(name: str, kind: str, detail: str = "") -> LlmkitError:
+    return LlmkitError(f"{name}: truncated {kind} stream{detail}", "the file is incomplete; fetch or make it again")
 
 
 def refuse_empty(name: str) -> None:
     """Raise LlmkitError for a file without any byte if its name is that of a compressed file, which has some."""
     for suffix, kind in PACKED.items():
         if name.endswith(suffix):
-            raise LlmkitError(
-                f"{name}: truncated {kind} stream: the file is empty",
-                "the file is incomplete; fetch or make it again",
-            )
+            raise _truncated(name, kind, ": the file is empty")
 
 
 class OutputFormat(Protocol):

@@ -2,9 +2,8 @@
 
 A document has `id` (xxh3-128 of the text where missing), `text`, and any other fields, which pass through
 unchanged: a document that a stage does not change keeps its bytes, and one that it changes keeps those of all other
-fields (io/splice.py). Files are read in chunks of complete lines
-(about 1 MiB), the unit of work that `engine` sends to worker processes. Memory does not grow with the input:
-one chunk, and at most one line of `max_line_bytes`.
+fields (io/splice.py). Files are read in chunks of complete lines (about 1 MiB), the unit of work that `engine` sends to
+worker processes. Memory does not grow with the input: one chunk, and at most one line of `max_line_bytes`.
 
     with DocumentReader(["docs.jsonl.zst"], ReadOptions()) as reader:
         for document in reader.documents():

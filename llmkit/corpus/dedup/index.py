@@ -17,8 +17,7 @@ effect on decisions is measured in tests/bench/dedup_scale.md.
 
 A run is identified by its inputs and its options: a repeated run sees what it saw the first time and writes the same
 output. The same content under another name is another run, all of whose documents are duplicates. A run killed before
-`commit` leaves nothing in the index. DuckDB locks the file: a second run at
-the same time raises LockedError.
+`commit` leaves nothing in the index. DuckDB locks the file: a second run at the same time raises LockedError.
 """
 
 from __future__ import annotations
