@@ -1,8 +1,8 @@
 """Documents as output: JSON lines or Parquet with lineage, and the file of what could not be read.
 
-    with DocumentWriter("out.jsonl.zst", lineage) as writer:
-        writer.write(lines)
-        writer.finish({"documents": n}, reader.inputs)
+with DocumentWriter("out.jsonl.zst", lineage) as writer:
+    writer.write(lines)
+    writer.finish({"documents": n}, reader.inputs)
 """
 
 from __future__ import annotations

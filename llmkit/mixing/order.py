@@ -3,9 +3,9 @@
 Each source is an endless sequence of documents: pass after pass over it ("epochs"), each in an order of its
 own. The stages of a mix take documents from it, one stage after another, until their token budgets are met; the
 last document of a stage is taken only if that brings the total closer to the budget; with `cut_last` it is cut, and
-the next stage starts with the rest. Within a stage the sources are interleaved by progress: the position of a document is (tokens of its source before it + a random part of
-its own length) / tokens taken from that source. Any stretch of the order therefore holds the shares of the
-whole, to within one document per source.
+the next stage starts with the rest. Within a stage the sources are interleaved by progress: the position of a
+document is (tokens of its source before it + a random part of its own length) / tokens taken from that source. Any
+stretch of the order therefore holds the shares of the whole, to within one document per source.
 
 `shuffle` decides the order of a pass: global, a seeded permutation of the documents; block, a permutation of
 blocks of 2^18 tokens, each read in its stored order; none, the stored order. A document with several copies

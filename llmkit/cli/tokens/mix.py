@@ -140,9 +140,9 @@ def main(
     stretch has their shares. The order depends only on the content of the sources, the budgets and --seed.
     Documents stay whole, so that a budget is met to within half a document, with a warning if tokens or shares are off
     by over 1 %; --cut-last cuts the last one of each source and stage (the next stage starts with the rest), and names
-    it in the summary. A piece keeps its id and does not end with the end-of-text token. --stages makes a curriculum: one stage after
-    another, each with its own amounts; passes over a source continue from stage to stage. Sources on the command
-    line then replace the paths in the file.
+    it in the summary. A piece keeps its id and does not end with the end-of-text token. --stages makes a curriculum:
+    one stage after another, each with its own amounts; passes over a source continue from stage to stage. Sources on
+    the command line then replace the paths in the file.
 
     -o DIRECTORY or FILE.arrow writes shards in training order; with --plan, -o FILE.toml or DIRECTORY writes a
     plan, which names the shards by path and digest and gives exactly the same order. With --pack best-fit the
