@@ -50,9 +50,9 @@ SUMMANDS = 8
 
 SCALARS = frozenset((str, int, float, bool, NoneType))
 NUMBERS = frozenset((int, float, bool))
-VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 SIZED = frozenset((str, list, tuple, dict, range, *VIEWS))
-METHODS = {
+METHODS: dict[type, frozenset[str]] = {
     str: frozenset(
         "capitalize casefold center count endswith find format index isalnum isalpha isascii isdecimal isdigit islower "
         "isnumeric isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace rfind "
@@ -213,7 +213,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return formatted
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         kind = type(__obj)
         if kind is BuiltinMethodType:
             kwargs.pop("_loop_vars", None)
@@ -414,18 +414,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if columns > MAX_INDENT or (separators is not None and sum(map(len, separators)) > MAX_INDENT):
             raise TemplateRuntimeError(f"an indent or separator above {MAX_INDENT}")
         self.spend((before - self._left) * (1 + depth * columns // 4 + (0 if separators is None else MAX_INDENT // 4)))
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     # ---- tests
 
     def _test(self, name: str) -> Callable[..., bool]:
-        function = self.tests[name]
+        function: Any = self.tests[name]
         return lambda value, other: function(self._compared(value), self._compared(other))
 
     def _text_test(self, name: str) -> Callable[..., bool]:
-        function = self.tests[name]
+        function: Any = self.tests[name]
         return lambda value: function(self._paid_text(value))
 
     def _numeric_test(self, name: str) -> Callable[..., bool]:
@@ -513,13 +511,13 @@ class _Counting(NodeTransformer):
         return nodes.Filter(node, name, constants, [], None, None, lineno=getattr(node, "lineno", 1))
 
     def visit_For(self, node: Any) -> Any:
-        weight = _weight(*node.body, *([node.test] if node.test else []))
+        weight = 1 + _weight(*node.body, *([node.test] if node.test else []))
         self.generic_visit(node)
         node.iter = self._filter("{%for", node.iter, weight)
         return node
 
     def visit_Macro(self, node: Any) -> Any:
-        weight = _weight(*node.body)
+        weight = 1 + _weight(*node.body)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(self._filter("{%macro", nodes.Const(weight)), lineno=node.lineno))
         return node
