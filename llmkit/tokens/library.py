@@ -11,13 +11,15 @@ costs about 0.1 ms per text. Either way the library's errors and panics become L
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
@@ -26,10 +28,11 @@ from llmkit.tokens.pretokenize import PATTERNS
 
 SECONDS = 10.0  # per text, and per million characters
 MEMORY = 1 << 30  # bytes, beyond 16 times the size of tokenizer.json
+MAX_RESULT = 1 << 24  # tokens or characters that are made of a text, and of each million characters
 MAX_STEPS = 64  # of all normalisers, pre-tokenizers, decoders and post-processors
 REPEATED = 8  # patterns and replacements
 MAX_WORD = 1000  # characters; WordPiece and Unigram take quadratic time in longer ones
-INCOMPLETE = "its tokenizer.json is incomplete"
+HINT = "leave the text out, or use another tokenizer"
 # Steps in linear time, whose result is a few times as long as their input.
 PLAIN = frozenset(
     "BPEDecoder BertNormalizer BertPreTokenizer BertProcessing ByteFallback ByteLevel CTC CharDelimiterSplit Digits "
@@ -120,7 +123,7 @@ class LoadedTokenizer:
 
     def _errors(self) -> Any:
         where = f"{self._name}: " if self._name else ""
-        return _named(f"{where}the tokenizer fails to encode", INCOMPLETE)
+        return _named(f"{where}the tokenizer fails to encode", HINT)
 
 
 def load(text: str, name: str, hint: str, allow_special: bool | None = None) -> LoadedTokenizer:
@@ -225,7 +228,7 @@ class _Guard:
         self.special: bool | None = None
         self._text = text
         self._requests: list[Any] = []
-        self._results: dict[tuple[int, int], Iterator[list[Any]]] = {}  # by process and size of the texts
+        self._results: dict[tuple[int, int], Any] = {}  # by process and size of the texts
 
     def ask(self, calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """Results of (method, arguments, options), in order. Raises _Stopped for the first that fails."""
@@ -237,7 +240,10 @@ class _Guard:
         key = os.getpid(), size  # a forked worker needs a process of its own
         if key not in self._results:
             work, memory = partial(_answer, self._text), MEMORY + 16 * len(self._text)
-            self._results[key] = guarded_map(work, self._batches(), seconds=seconds, memory=memory << size)
+            self._results[key] = answers = cast(
+                Any, guarded_map(work, self._batches(), seconds=seconds, memory=memory << size)
+            )
+            atexit.register(answers.close)  # while the interpreter is intact
         self._requests = [(self.special, *call) for call in calls]
         results: list[Any] = []
         while len(results) < len(calls):
@@ -266,14 +272,17 @@ def _answer(text: str, request: tuple[bool | None, str, tuple[Any, ...], dict[st
     special, method, args, options = request
     try:
         if _answering is None:
+            faulthandler.disable()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the library prints panics
             _answering = _load(text)
         if special is not None:
             _answering.encode_special_tokens = special
         if method == "load":
-            return None
+            return True  # guarded_map drops None
         part = {"normalize_str": "normalizer", "pre_tokenize_str": "pre_tokenizer"}.get(method)
         result = getattr(getattr(_answering, part) if part else _answering, method)(*args, **options)
+        if len(result) > MAX_RESULT + len(args[0]) * MAX_RESULT // (1 << 20):
+            return _Stopped("stopped, as it makes too much of a text")
         return Encoded(result.ids, result.offsets) if method == "encode" else result
     except MemoryError:
         raise

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo
-from llmkit.tokens.library import load
+from llmkit.tokens.library import LoadedTokenizer, load
 
 NEVER = -1  # library quota of a tokenizer that is never compiled
 MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total
@@ -131,13 +131,14 @@ class TextEncoder:
         )
 
 
-def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
+def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> LoadedTokenizer:
     """The `tokenizers` library's tokenizer for `info`. Raises LlmkitError where its tokenizer.json is missing
     or does not load.
     """
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    return load(info.files["tokenizer.json"], *DOES_NOT_LOAD, allow_special)
+    message, hint = DOES_NOT_LOAD
+    return load(info.files["tokenizer.json"], f"{info.name}: {message}" if info.name else message, hint, allow_special)
 
 
 @contextmanager
