@@ -39,14 +39,14 @@ from jinja2.filters import escape, make_attrgetter
 from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+
+from llmkit.chat.counting import Counting, size_of, weight_of
 
 UNITS = 1_000_000
 DATA_FACTOR = 32  # a template may make about as many copies of the conversation
 MAX_TEMPLATE = 1 << 18  # characters; published ones have at most 30,000
 LARGE = 1 << 64
 MAX_INDENT = 100  # columns
-SUMMANDS = 8
 
 SCALARS = frozenset((str, int, float, bool, NoneType))
 NUMBERS = frozenset((int, float, bool))
@@ -111,8 +111,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         tree = self.parse(text)
         if modifier := next(tree.find_all((nodes.EvalContextModifier, nodes.ScopedEvalContextModifier)), None):
             raise TemplateSyntaxError("chat templates have no autoescape", modifier.lineno)
-        self._nodes = _weight(tree)
-        return self.from_string(_Counting().visit(tree))
+        self._nodes = weight_of(tree)
+        return self.from_string(Counting().visit(tree))
 
     def render(self, template: Any, variables: Mapping[str, Any]) -> str:
         """The text that a template of `load` makes. It may raise any Exception."""
@@ -128,7 +128,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _overdraw(self) -> None:
         if self._data is not None:
             data, self._data = self._data, None
-            self._left += DATA_FACTOR * _size(data)
+            self._left += DATA_FACTOR * size_of(data)
         if self._left < 0:
             raise TemplateRuntimeError("it does too much work for a chat template, or makes too much text")
 
@@ -285,7 +285,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return str(value)
 
     def _filters(self) -> dict[str, Callable[..., Any]]:
-        """The filters of chat templates, and those that `_Counting` inserts, whose names no template can write."""
+        """The filters of chat templates, and those that `Counting` inserts, whose names no template can write."""
         old = self.filters
         kept = {name: old[name] for name in ("attr", "count", "d", "default", "first", "items", "last", "length")}
         for name in ("map", "reject", "rejectattr", "select", "selectattr", "list"):
@@ -436,7 +436,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return test
 
 
-TEXTUAL = ("~", "trim", "tojson", "join", "replace", "string")  # filters that return text
 COMPARISONS = "== eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le in".split()
 
 
@@ -469,110 +468,3 @@ def _priced(function: Callable[..., Any], price: Callable[[Any], Any]) -> Callab
         return function(*args[:position], price(args[position]), *args[position + 1 :], **kwargs)
 
     return paid
-
-
-def _size(data: Any) -> int:
-    """Units of a conversation: one per value, and one per four characters."""
-    total, rest = 0, [data]
-    while rest:
-        item = rest.pop()
-        total += 1 + len(item) // 4 if isinstance(item, str) else 1
-        if isinstance(item, dict):
-            rest += item.values()
-        elif isinstance(item, (list, tuple)):
-            rest += item
-    return total
-
-
-def _weight(*trees: nodes.Node) -> int:
-    """What running these nodes once costs."""
-    total, rest = 0, list(trees)
-    while rest:
-        node = rest.pop()
-        total += 1 + (len(node.value) // 32 if isinstance(node, nodes.Const) and isinstance(node.value, str) else 0)
-        rest += node.iter_child_nodes()
-    return total
-
-
-def _adds_text(node: Any) -> bool:
-    """Whether a sum has a string in it, so that it can only be a string."""
-    while isinstance(node, nodes.Add):
-        if isinstance(node.right, nodes.Const) and isinstance(node.right.value, str):
-            return True
-        node = node.left
-    return isinstance(node, nodes.Const) and isinstance(node.value, str)
-
-
-class _Counting(NodeTransformer):
-    """Inserts into a template what pays for its loops, calls, comparisons and texts."""
-
-    def _filter(self, name: str, node: Any, *args: Any) -> nodes.Filter:
-        constants = [nodes.Const(arg) for arg in args]
-        return nodes.Filter(node, name, constants, [], None, None, lineno=getattr(node, "lineno", 1))
-
-    def visit_For(self, node: Any) -> Any:
-        weight = 1 + _weight(*node.body, *([node.test] if node.test else []))
-        self.generic_visit(node)
-        node.iter = self._filter("{%for", node.iter, weight)
-        return node
-
-    def visit_Macro(self, node: Any) -> Any:
-        weight = 1 + _weight(*node.body)
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(self._filter("{%macro", nodes.Const(weight)), lineno=node.lineno))
-        return node
-
-    visit_CallBlock = visit_Block = visit_Macro
-
-    def visit_Output(self, node: Any) -> Any:
-        self.generic_visit(node)
-        for i, child in enumerate(node.nodes):
-            is_text = isinstance(child, nodes.Filter) and (child.name in TEXTUAL or _adds_text(child.node))
-            if not is_text and not isinstance(child, nodes.TemplateData | nodes.Const):
-                node.nodes[i] = self._filter("{{", child)
-        return node
-
-    def visit_Add(self, node: Any) -> Any:
-        """A chain of sums is paid for as a whole, at most SUMMANDS at a time."""
-        chain, first = [], node
-        while isinstance(first, nodes.Add):
-            chain.append(first)
-            first = first.left
-        result = self.visit(first)
-        for number, add in enumerate(reversed(chain), 2):
-            add.left, add.right = result, self.visit(add.right)
-            result = self._filter("+", add) if number % SUMMANDS == 0 or add is node else add
-        return result
-
-    def visit_Concat(self, node: Any) -> Any:
-        self.generic_visit(node)
-        return self._filter("~", nodes.List(node.nodes, lineno=node.lineno))
-
-    def visit_Getitem(self, node: Any) -> Any:
-        self.generic_visit(node)
-        return self._filter("[:]", node) if isinstance(node.arg, nodes.Slice) else node
-
-    def visit_Pair(self, node: Any) -> Any:
-        self.generic_visit(node)
-        if not isinstance(node.key, nodes.Const):
-            node.key = self._filter("==", node.key)
-        return node
-
-    def visit_Compare(self, node: Any) -> Any:
-        """Comparing with a constant costs nothing, and what is sought in a container is a scalar."""
-        self.generic_visit(node)
-        operands = [node.expr, *(operand.expr for operand in node.ops)]
-        paid = {}
-        for i, operand in enumerate(node.ops):
-            if operand.op in ("in", "notin"):
-                paid[i] = "?in"
-                paid[i + 1] = "in?"
-            elif not any(isinstance(side, nodes.Const) for side in operands[i : i + 2]):
-                paid |= {side: "==" for side in (i, i + 1) if side not in paid}
-        for i, name in paid.items():
-            if not isinstance(operands[i], nodes.Const):
-                operands[i] = self._filter(name, operands[i])
-        node.expr = operands[0]
-        for operand, side in zip(node.ops, operands[1:], strict=True):
-            operand.expr = side
-        return node
