@@ -17,12 +17,13 @@ from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import Document, DocumentReader, ReadOptions
+from llmkit.io.documents import BadLine, Document, DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 
 ROWS = DOCUMENT_SUFFIXES  # names of files with HTML in a field of JSON rows; other formats are recognised by content
+OWN_TEXT = "the field 'text' already exists (rename it: extract writes a field of that name)"
 TASK_BYTES = 8 << 20  # minimum size of the files in one task for a cluster
 BATCH_PAGES, BATCH_BYTES = 64, 1 << 20  # a batch ends at whichever is reached first
 MEMORY_PER_BYTE, MEMORY_BASE = 48, 1 << 30  # memory limit of a worker: per byte of the longest page, plus a constant
@@ -128,6 +129,9 @@ class PageReader:
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             try:
                 for document in reader.documents():
+                    if self.rows.text_key != "text" and document.fields.get("text") is not None:
+                        reader.accept([BadLine(document.file, document.line, OWN_TEXT, document.raw)])
+                        continue
                     yield PageRecord(
                         document.id,
                         document.text.encode("utf-8", "replace"),
