@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ class DocumentWriter:
 
     stdout is one zstd stream: stored in a pipe, level 1 in a regular file; plain on a terminal or with `plain`.
     A block that ends without `finish`, or by an exception, leaves no file. `json_only`: no input is Parquet, so that
-    none has types for a Parquet output.
+    none has types for a Parquet output. `warn` is called with what a Parquet output cannot hold as it is.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class DocumentWriter:
         force: bool = False,
         plain: bool = False,
         json_only: bool = False,
+        warn: Callable[[str], object] | None = None,
     ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.lineage = lineage
         self.force = force
         self.plain = plain
         self._json_only = json_only
+        self._warn = warn
         self._digest = xxhash.xxh3_128()
         self._stack = ExitStack()
         self._finished = False
@@ -61,7 +64,9 @@ class DocumentWriter:
         if self.output and self.output.endswith(".parquet"):
             from llmkit.io.parquet_output import ParquetOutput
 
-            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force, self._json_only))
+            self._target = self._stack.enter_context(
+                ParquetOutput(self.output, self.force, self._json_only, self._warn)
+            )
         elif self.output:
             self._target = _by_suffix(self.output, self._stack.enter_context(atomic_file(self.output, self.force)))
         else:

@@ -189,7 +189,8 @@ def run_jobs(
                     writer = stack.enter_context(run.writer(replace, job.output, json_only))
                     for path, lineage in job.rejects.items():
                         force = replace or job.may_replace(path, lineage)
-                        rejects = stack.enter_context(DocumentWriter(path, lineage, force=force, json_only=json_only))
+                        how: dict[str, Any] = {"force": force, "json_only": json_only, "warn": run.warn}
+                        rejects = stack.enter_context(DocumentWriter(path, lineage, **how))
                 counts, dropped, read = make(job, writer, rejects)
                 if rejects:
                     rejects.finish({"documents": dropped}, read)

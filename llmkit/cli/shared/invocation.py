@@ -263,8 +263,8 @@ class Run:
         from llmkit.io.document_writer import DocumentWriter
 
         path = self.output if output is None else output
-        plain = self._values.get("plain", False)
-        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=plain, json_only=json_only)
+        how: dict[str, Any] = {"plain": self._values.get("plain", False), "json_only": json_only, "warn": self.warn}
+        return DocumentWriter(path, self.lineage(), force=self.force or force, **how)
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
