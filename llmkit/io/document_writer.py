@@ -22,11 +22,13 @@ import xxhash
 from llmkit.errors import UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import FILE_LEVEL, STORED, GzipOutput, OutputFormat, PlainOutput, ZstdOutput
-from llmkit.io.inputs import STDIN
+from llmkit.io.inputs import STDIN, has_suffix
 from llmkit.io.record import Input, Lineage
 
 if TYPE_CHECKING:
     from llmkit.io.parquet_output import ParquetOutput
+
+OUTPUT_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
 
 
 class DocumentWriter:
@@ -61,7 +63,7 @@ class DocumentWriter:
 
     def __enter__(self) -> DocumentWriter:
         self._target: OutputFormat
-        if self.output and self.output.endswith(".parquet"):
+        if self.output and has_suffix(self.output, ".parquet"):
             from llmkit.io.parquet_output import ParquetOutput
 
             self._target = self._stack.enter_context(
@@ -84,7 +86,7 @@ class DocumentWriter:
         self.lineage.inputs += inputs
         self.lineage.counts = counts
         self.lineage.digest = "xxh3:" + self._digest.hexdigest()
-        if self.output and self.output.endswith(".parquet"):
+        if self.output and has_suffix(self.output, ".parquet"):
             cast("ParquetOutput", self._target).keep_types(item.columns for item in inputs if item.columns)
         self._target.finish()
         self._target.note("trailer", self.lineage.trailer())
@@ -107,18 +109,16 @@ def check_suffix(output: str) -> None:
     """
     from llmkit.io.atomic import is_special
 
-    if not output.endswith(
-        (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
-    ) and not is_special(Path(output)):
+    if not has_suffix(output, OUTPUT_SUFFIXES) and not is_special(Path(output)):
         raise UsageError(
             f"{output}: unknown document format", "use a name that ends in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
         )
 
 
 def _by_suffix(path: str, sink: BinaryIO) -> OutputFormat:
-    if path.endswith(".zst"):
+    if has_suffix(path, ".zst"):
         return ZstdOutput(sink, FILE_LEVEL)
-    return GzipOutput(sink) if path.endswith(".gz") else PlainOutput(sink)
+    return GzipOutput(sink) if has_suffix(path, ".gz") else PlainOutput(sink)
 
 
 def _for_stdout(plain: bool) -> OutputFormat:

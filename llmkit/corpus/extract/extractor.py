@@ -18,7 +18,7 @@ from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine, Document, DocumentReader, ReadOptions
-from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
+from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, has_suffix, is_remote
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 
@@ -125,7 +125,7 @@ class PageReader:
         self, path: str, files: FilesRead, reader_of: Callable[[str], DocumentReader] | None = None
     ) -> Iterator[PageRecord | BrokenRecord]:
         """The pages of one file; it is added to `files` at the end."""
-        if path.endswith(ROWS):
+        if has_suffix(path, ROWS):
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             try:
                 for document in reader.documents():
