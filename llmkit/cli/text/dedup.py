@@ -188,6 +188,8 @@ def main(
             on_durable=(lambda: cast("TwoPassDedup", stage).commit()) if index else None,
             cluster_arguments=() if engine == "ray" and not index else None,
         )
+    if index and index.log:
+        run.warn(f"{index.log} is a part of the index, for which the disk is too full: keep them together")
     if counts is None:
         return
     for option, field in (("--group", survivors.group), ("--key", options.exact.key)):
