@@ -31,17 +31,7 @@ import xxhash
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.digest import digest_bytes, digest_damaged
-from llmkit.io.inputs import (
-    STDIN,
-    UTF8_BOM,
-    display_name,
-    has_suffix,
-    is_remote,
-    line_hint,
-    open_raw,
-    peek_stdin,
-    refuse_archive,
-)
+from llmkit.io.inputs import STDIN, UTF8_BOM, display_name, is_remote, line_hint, open_raw, peek_stdin, refuse_archive
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, join_notes
 from llmkit.io.splice import (
@@ -329,7 +319,7 @@ class DocumentReader:
 
     def _file_chunks(self, path: str, damage: list[BadLine]) -> Iterator[Chunk]:
         # No JSON and no compressed stream begins with the P of Parquet's PAR1.
-        is_parquet = peek_stdin() == b"P" if path == STDIN else has_suffix(path, ".parquet")
+        is_parquet = peek_stdin() == b"P" if path == STDIN else path.lower().endswith(".parquet")
         with open_raw(path) as raw:
             yield from (self._parquet_chunks if is_parquet else self._line_chunks)(path, raw, damage)
 

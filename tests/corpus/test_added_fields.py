@@ -95,16 +95,15 @@ def test_own_output_is_input_again(llmkit_here, tmp_path: Path, form: str) -> No
         assert done.returncode == 0 or refused, (name, options, done.stderr)
 
 
-def test_extract_keeps_the_text_beside_a_page(llmkit_here, tmp_path: Path) -> None:
-    """Behaviour: a row with a page and a `text` of its own is a bad line; its other fields win over what a page says."""
+def test_extract_replaces_a_text_with_a_warning(llmkit_here, tmp_path: Path) -> None:
+    """Behaviour: a `text` beside the page is replaced with a warning; other fields win over what a page declares."""
     page = f"<html lang=de><title>T</title><body><p>{WORDS}</p></body></html>"
     rows = [{"html": page, "title": "mine", "language": "xx"}, {"html": page, "text": "mine"}]
     (tmp_path / "d.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     done = llmkit_here("extract", "d.jsonl", "-o", "o.jsonl", cwd=tmp_path)
-    assert done.returncode == 1 and b"d.jsonl:2: the field 'text' already exists" in done.stderr
-    done = llmkit_here("extract", "d.jsonl", "-o", "o.jsonl", "--on-bad-line", "skip", cwd=tmp_path)
-    (row,) = map(orjson.loads, (tmp_path / "o.jsonl").read_bytes().splitlines())
-    assert done.returncode == 0 and (row["title"], row["language"]) == ("mine", "xx")
+    assert b"warning: the text of the page replaces the field `text` of 1 row\n" in done.stderr
+    row, other = map(orjson.loads, (tmp_path / "o.jsonl").read_bytes().splitlines())
+    assert (row["title"], row["language"], other["text"]) == ("mine", "xx", WORDS)
 
 
 def test_generate_keeps_the_users_fields(small_tokenizer: dict[str, str]) -> None:

@@ -17,13 +17,12 @@ from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.errors import LlmkitError
-from llmkit.io.documents import BadLine, Document, DocumentReader, ReadOptions
+from llmkit.io.documents import Document, DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, has_suffix, is_remote
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 
 ROWS = DOCUMENT_SUFFIXES  # names of files with HTML in a field of JSON rows; other formats are recognised by content
-OWN_TEXT = "the field 'text' already exists (rename it: extract writes a field of that name)"
 TASK_BYTES = 8 << 20  # minimum size of the files in one task for a cluster
 BATCH_PAGES, BATCH_BYTES = 64, 1 << 20  # a batch ends at whichever is reached first
 MEMORY_PER_BYTE, MEMORY_BASE = 48, 1 << 30  # memory limit of a worker: per byte of the longest page, plus a constant
@@ -129,9 +128,7 @@ class PageReader:
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             try:
                 for document in reader.documents():
-                    if self.rows.text_key != "text" and document.fields.get("text") is not None:
-                        reader.accept([BadLine(document.file, document.line, OWN_TEXT, document.raw)])
-                        continue
+                    files.replaced += self.rows.text_key != "text" and document.fields.get("text") is not None
                     yield PageRecord(
                         document.id,
                         document.text.encode("utf-8", "replace"),
@@ -172,10 +169,11 @@ class PageReader:
 
 @dataclass(slots=True)
 class FilesRead:
-    """The lineage of files, and the number of bad lines in them."""
+    """The lineage of files, the number of bad lines in them, and that of rows with another text beside the page."""
 
     inputs: list[Input] = field(default_factory=list)
     bad_lines: int = 0
+    replaced: int = 0
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:
