@@ -10,7 +10,7 @@ a filter of the user's own sets (`Page.note`) are not listed here: it may set an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError
@@ -89,9 +89,11 @@ ADDED: dict[str, Callable[[Fields], bool]] = {
 IN_EVERY_DOCUMENT = ("filter",)  # never null in our own Parquet files
 
 
-def check_added(document: Document, names: Iterable[str], writer: str) -> None:
+def check_added(document: Document, names: Collection[str], writer: str) -> None:
     """Raise LlmkitError if `writer`, a command or option, would replace one of these fields of the user's own."""
     fields = document.fields
+    if fields.keys().isdisjoint(names):  # as of nearly all documents
+        return
     for name in names:
         if name not in fields or name not in ADDED or (fields[name] is None and name not in IN_EVERY_DOCUMENT):
             continue
