@@ -319,7 +319,7 @@ class DocumentReader:
 
     def _file_chunks(self, path: str, damage: list[BadLine]) -> Iterator[Chunk]:
         # No JSON and no compressed stream begins with the P of Parquet's PAR1.
-        is_parquet = peek_stdin() == b"P" if path == STDIN else path.endswith(".parquet")
+        is_parquet = peek_stdin() == b"P" if path == STDIN else path.lower().endswith(".parquet")
         with open_raw(path) as raw:
             yield from (self._parquet_chunks if is_parquet else self._line_chunks)(path, raw, damage)
 

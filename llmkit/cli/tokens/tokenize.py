@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.invocation import counted, skipped
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
@@ -159,6 +159,8 @@ def main(
     if tokenizer is None and kind != "shards":
         raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
     target = "documents" if decode else to
+    if target in ("documents", "jsonl"):
+        run.check_documents(run.output)
     if max_tokens_per_shard != DEFAULT_SHARD_TOKENS and target != "shards":
         raise UsageError("--max-tokens-per-shard applies to token shards only", "drop it, or write shards")
     if fim_spm_rate != DEFAULT_SPM_RATE and not fim_rate:
@@ -335,14 +337,12 @@ def _write(
     parts += [f"{totals.bytes / totals.tokens:.2f} bytes each"] if totals.bytes else []
     parts += [f"dropped {totals.empty:,} without text"] if totals.empty else []
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
-    parts += [f"{counted(totals.bad_lines, 'bad line')} skipped"] if totals.bad_lines else []
-    parts += [f"{counted(len(run.bad_files), 'bad file')} skipped"] if run.bad_files else []
     output = foreign.output_name(run.output) if foreign and run.output else run.output or "stdout"
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {output}"
     if not_held:
         counts["not_held"] = not_held
         where += f"; not kept: {', '.join(not_held)}"
-    run.finish(counts, f"{', '.join(parts)}; {where}")
+    run.finish(counts, f"{', '.join(parts)}{skipped(counts)}; {where}")
 
 
 def _open_writer(
