@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import UNREADABLE, LlmkitError
 from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -54,19 +54,21 @@ class Notes:
         self.partial = b""  # the first parts of a note that spans several gzip members
 
     def add(self, payload: bytes) -> None:
-        """Add one note; payloads of other tools, or not JSON, are skipped as the formats demand."""
+        """Add one note. Payloads of other tools are skipped, as the formats demand.
+
+        One of ours that cannot be read stands for the note that should be there.
+        """
         if not payload.startswith(NOTE_PREFIX):
             return
         try:
             note = json.loads(payload[len(NOTE_PREFIX) :])
-        except (ValueError, RecursionError):
-            return
-        if (
-            isinstance(note, dict)
-            and note.get("kind") in ("header", "trailer")
-            and isinstance(note.get("content"), dict)
-        ):
-            self.entries.append((note["kind"], note["content"]))
+            kind, content = note["kind"], note["content"]
+            if kind not in ("header", "trailer") or not isinstance(content, dict):
+                raise ValueError("neither a header nor a trailer")
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            content = {UNREADABLE: f"a damaged note ({(str(error).splitlines() or [''])[0]})"}
+            kind = "header" if self.complete() else "trailer"
+        self.entries.append((kind, content))
 
     def complete(self) -> bool:
         """Whether every header has its trailer."""

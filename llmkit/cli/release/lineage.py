@@ -53,7 +53,7 @@ def main(
     digest that such comparisons use. --json prints the record as stored.
     """
     from llmkit.lineage.formats import describe_part, own_digest, read_lineage
-    from llmkit.lineage.script import as_script
+    from llmkit.lineage.script import as_script, unknown_steps
     from llmkit.lineage.tree import as_tree
 
     if digest:
@@ -65,6 +65,8 @@ def main(
     if run.as_json:
         _print(run, jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:
+        for line in unknown_steps(record):
+            run.warn(line)
         _print(run, as_script(record, artefact, _flags, describe_part(artefact, record)))
     elif check:
         _check(run, artefact, record, inputs or [])
