@@ -131,6 +131,7 @@ def test_the_script_stops_where_a_digest_differs(tmp_path: Path) -> None:
     record = {"command": "dedup", "inputs": [{"name": "b.jsonl.zst", "digest": "2", "lineage": made}]}
     script = as_script(record, "c.jsonl.zst", flags_of).replace("set -euo pipefail", "set -eu")
     (tmp_path / "again.sh").write_text(script)
+    (tmp_path / "a.jsonl").touch()
     (tmp_path / "llmkit").write_text('#!/bin/sh\n[ "$1" = lineage ] && echo xxh3:1 || echo "$1" >> ran\n')
     (tmp_path / "llmkit").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
