@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 MAX_LISTED = 30  # names in a hint
-UNREADABLE = "unreadable"  # the only field of what stands for such a record: what is wrong with it
+UNREADABLE = "unreadable"  # the only field, with the reason, of what stands for a record that cannot be read
 
 
 class ExitCode(IntEnum):

@@ -132,7 +132,7 @@ def test_cut_pages_are_marked(tmp_path: Path) -> None:
         small,
         warc(2, content, short),
         warc(3, content, packed),
-        warc(4, content, "Content-Length: 7"),
+        warc(4, content, "Content-Length: 7²"),
         warc(5, b"", short),
     ]
     (tmp_path / "a").write_bytes(b"".join([warc(0), *cases, warc(6)]))

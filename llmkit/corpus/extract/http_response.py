@@ -53,7 +53,7 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
     if len(codings) > MAX_CODINGS:
         raise ContentError(f"its headers name {len(codings):,} codings")
     length = headers.get("content-length", "")
-    is_cut = not codings and length.isdigit() and len(length) < 16 and 0 < len(body) < int(length)
+    is_cut = not codings and length.isdecimal() and len(length) < 16 and 0 < len(body) < int(length)
     for coding in reversed(codings):
         body = decode_body(body, coding, max_bytes)
     return HttpResponse(int(match[1]) if match else 200, body, headers, is_cut)
