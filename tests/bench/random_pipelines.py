@@ -10,7 +10,7 @@ compression. Then the script of the last artefact, and of some others, runs in a
 under the names that its head demands, and stops where a digest differs; at last the digests of both are compared, and
 `--check` of the first must find no difference.
 
-Prints one line per pipeline, then `N pipelines, N scripts, N equal`; exit code 1 where one differs. Cost: about two
+Prints one line per pipeline, then `N pipelines, N scripts, N equal`; exit code 1 where one differs. Cost: about ten
 seconds of CPU time per pipeline.
 """
 
