@@ -57,6 +57,7 @@ class TokenBlock:
     duplicates: list[int] = field(default_factory=list)  # how often dedup found each, where that is kept
     bad: list[BadLine] = field(default_factory=list)  # lines that are not documents
     losses: Losses = NO_LOSSES
+    replaced: Losses = NO_LOSSES  # characters that become white space
     numeric: NDArray[np.bool_] | None = None  # [n], which ids are numbers; None: none
 
     def json_ids(self) -> list[str | orjson.Fragment]:

@@ -38,7 +38,7 @@ class TokenCounts:
     """Totals over blocks. `documents` includes `empty` ones, which are dropped; `bytes` are UTF-8 bytes, where known.
 
     `ended` counts documents that lacked the end-of-text id; `sources` maps each source to its [documents,
-    tokens, bytes]; `losses` is what the texts lost.
+    tokens, bytes]; `losses` is what the texts lost, `replaced` which of their characters become white space.
     """
 
     documents: int = 0
@@ -48,6 +48,7 @@ class TokenCounts:
     ended: int = 0
     bad_lines: int = 0
     losses: Losses = NO_LOSSES
+    replaced: Losses = NO_LOSSES
     sources: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, block: TokenBlock) -> int:
@@ -65,25 +66,30 @@ class TokenCounts:
         self.ended += block.ended
         self.bad_lines += len(block.bad)
         self.losses += block.losses
+        self.replaced += block.replaced
         return len(block.ids) + block.empty
 
     def counts(self) -> dict[str, int]:
         """The counts for summary and lineage: documents, tokens, empty, and the others where not zero."""
         counts = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
         counts |= {"lossy_documents": self.losses.documents, "lost_pieces": self.losses.pieces}
+        counts |= {"replaced_documents": self.replaced.documents, "replaced_characters": self.replaced.pieces}
         return {name: count for name, count in counts.items() if count or name in ("documents", "tokens", "empty")}
 
-    def check_losses(self) -> str | None:
-        """A warning of what the texts lost; None if nothing. LlmkitError if every one of them was lost entirely."""
-        losses, documents = self.losses, self.documents - self.empty
+    def check_losses(self) -> list[str]:
+        """Warnings of what the texts lost. LlmkitError if every one of them was lost entirely."""
+        losses, replaced, documents = self.losses, self.replaced, self.documents - self.empty
         if documents and losses.blank == documents:
             raise LlmkitError("the tokenizer has no tokens for any of the texts", HINT_BYTES)
-        if not losses.documents:
-            return None
-        return (
-            f"the tokenizer has no tokens for {losses.pieces:,} pieces of text, in {losses.documents:,} of "
-            f"{documents:,} documents: the first is {losses.example}"
-        )
+        facts = {
+            f"has no tokens for {losses.pieces:,} pieces of text": losses,
+            f"reads {replaced.pieces:,} characters of text as spaces": replaced,
+        }
+        return [
+            f"the tokenizer {fact}, in {loss.documents:,} of {documents:,} documents: the first is {loss.example}"
+            for fact, loss in facts.items()
+            if loss.documents
+        ]
 
 
 def read_stored(

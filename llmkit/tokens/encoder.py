@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.io.documents import Chunk, ReadOptions, parse
+from llmkit.errors import LlmkitError
+from llmkit.io.documents import Chunk, Document, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
 from llmkit.io.names import escape_name
 from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble_segments
-from llmkit.tokens.losses import loss_counter
+from llmkit.tokens.losses import count_ids, loss_counter
 from llmkit.tokens.text_encoder import TextEncoder
 
 
@@ -79,6 +80,8 @@ class DocumentEncoder:
             flat, lengths = assemble_segments([[*self._start, *part, self._end] for part in parts], self._encode)
         else:
             flat, lengths = self._encode(texts, self._end)
+        if not self._options.allow_special:
+            self._check_ends(flat, lengths, kept)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         duplicates = [document.count("duplicates") for document in kept] if self._options.keep_duplicates else []
         block = TokenBlock(
@@ -86,8 +89,18 @@ class DocumentEncoder:
         )
         block.numeric = numeric if numeric.any() else None
         if self._losses:
-            block.losses = self._losses(texts, names, flat, lengths, 1 + len(self._start))
+            block.losses, block.replaced = self._losses(texts, names, flat, lengths, 1 + len(self._start))
         return block
+
+    def _check_ends(self, flat: NDArray[Any], lengths: NDArray[np.int64], documents: list[Document]) -> None:
+        """LlmkitError for the first document whose text holds the end-of-text id."""
+        ends, own = flat == self._end, 1 + self._start.count(self._end)
+        if np.count_nonzero(ends) > own * len(lengths):
+            first = documents[int(count_ids(ends, lengths, len(self._start), 1).argmax())]
+            raise LlmkitError(
+                f"{first}: in its text the tokenizer finds the end-of-text token (id {self._end})",
+                "name another one with --eos, which texts do not form and which does not stand for unknown characters",
+            )
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._options.fim.segments(text, id, source) if self._options.fim else [text]

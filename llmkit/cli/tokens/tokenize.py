@@ -322,7 +322,7 @@ def _write(
                 put(block)
             bar.advance(totals.add(block))
         counts: dict[str, Any] = totals.counts() | run.bad_file_counts()
-        if warning := totals.check_losses():
+        for warning in totals.check_losses():
             run.warn(warning)
         if not run.dry_run:
             writer.finish(dict(counts), inputs)
