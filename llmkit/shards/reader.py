@@ -46,7 +46,7 @@ class TokenStore:
         self.has_epochs = True
         self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
         self._columns: list[tuple[Any, Any]] = []  # id column, and epoch column or None, of each batch
-        self._numeric: list[NDArray[np.bool_] | None] = []  # which ids of each batch are numbers
+        self._json_marks: list[NDArray[np.uint8] | None] = []  # of each batch
         self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has that column, views
         self._shards: list[Shard] = []
         self._first_document: list[int] = []
@@ -100,7 +100,7 @@ class TokenStore:
                 HINT_REMAKE,
             )
         documents = tokens = 0
-        self._numeric += shard.numeric
+        self._json_marks += shard.json_marks
         for batch in shard.batches:
             offsets, values = batch_tokens(batch, shard.name)
             source = batch.column("source")
@@ -166,13 +166,16 @@ class TokenStore:
         return np.concatenate(self._duplicates) if len(self._duplicates) == len(self._values) > 0 else None
 
     @property
-    def numeric(self) -> NDArray[np.bool_] | None:
-        """Which ids are numbers in the documents, bool [documents]; None where none are."""
-        if all(flags is None for flags in self._numeric):
+    def json_marks(self) -> NDArray[np.uint8] | None:
+        """Which ids and sources are not text in the documents (shards/arrow.py) [documents]; None where all are."""
+        if all(marks is None for marks in self._json_marks):
             return None
         sizes = [len(ids) for ids, _ in self._columns]
         return np.concatenate(
-            [np.zeros(n, np.bool_) if flags is None else flags for flags, n in zip(self._numeric, sizes, strict=True)]
+            [
+                np.zeros(n, np.uint8) if marks is None else marks
+                for marks, n in zip(self._json_marks, sizes, strict=True)
+            ]
         )
 
     @property

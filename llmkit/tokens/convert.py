@@ -21,6 +21,7 @@ import orjson
 from llmkit.errors import LlmkitError
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
+from llmkit.shards.arrow import JSON_ID
 from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.token_block import BLOCK_TOKENS, NO_LOSSES, Losses, TokenBlock, check_file, check_ids
@@ -203,7 +204,9 @@ def end_documents(block: TokenBlock, info: TokenizerInfo, *, flat: bool, lossy: 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
     """Documents in stored order, without the padding of packed ones."""
-    first, names, numeric = 0, store.sources, store.numeric
+    first, names, json_marks = 0, store.sources, store.json_marks
+    if source and json_marks is not None:
+        json_marks = json_marks & np.uint8(JSON_ID)
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
     while first < store.documents:
         limit = int(store.offsets[first]) + BLOCK_TOKENS
@@ -216,7 +219,7 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
             lengths[mask],
             [store.id(first + i) for i in np.flatnonzero(mask).tolist()],
             [source or names[code] for code in store.codes[first:stop][mask]],
-            numeric=None if numeric is None else numeric[first:stop][mask],
+            json_marks=None if json_marks is None else json_marks[first:stop][mask],
         )
         first = stop
 
@@ -224,8 +227,8 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
 def token_lines(block: TokenBlock) -> bytes:
     """One line {"id", "source", "tokens"} per document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    documents = zip(block.json_ids(), block.documents(), strict=True)
-    rows = ({"id": id, "source": source, "tokens": tokens} for id, (tokens, _, source) in documents)
+    documents = zip(block.origins(), block.documents(), strict=True)
+    rows = ({"id": id, "source": source, "tokens": tokens} for (id, source), (tokens, _, _) in documents)
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
@@ -239,7 +242,7 @@ def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
     def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
         texts = decode_documents(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
-        rows = zip(block.json_ids(), texts, block.sources, strict=True)
-        return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for id, text, name in rows)
+        rows = zip(block.origins(), texts, strict=True)
+        return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for (id, name), text in rows)
 
     return lines

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.record import Lineage
+from llmkit.io.splice import raw_values
 from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.shards import writer as shards
 from llmkit.shards.arrow import as_arrow
@@ -322,11 +323,22 @@ def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -
     assert parse_tokenizer(layout, "x").digest == parse_tokenizer(small_tokenizer, "y").digest
 
 
-def test_numeric_ids_stay_numbers(llmkit: Callable[..., Any], tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: ids that are numbers are numbers in JSON lines of ids and of texts, straight and through shards, mixes
-    and held-out parts."""
-    texts = [b"7", b'"7"', b"18446744073709551617", b"1.5", b'"a"', b"null", b"true", b"-3"] * 40
-    rows = [b'{"id":%s,"text":"a %d"}\n' % (id, i) for i, id in enumerate(texts)]
+def test_ids_and_sources_stay_json(llmkit: Callable[..., Any], tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: ids and sources that are not text come back as they were in JSON lines of ids and of texts, straight
+    and through shards, mixes and held-out parts."""
+    values = [
+        b"7",
+        b'"7"',
+        b"18446744073709551617",
+        b"1.5",
+        b'"a"',
+        b"null",
+        b"true",
+        b"-3",
+        b"[1, null]",
+        b'{"a": "b"}',
+    ] * 32
+    rows = [b'{"id":%s,"text":"a %d","source":%s}\n' % (id, i, values[i // 10]) for i, id in enumerate(values)]
     (tmp_path / "d.jsonl").write_bytes(b"".join(rows))
     (tmp_path / "tok").mkdir()
     for name, text in small_tokenizer.items():
@@ -341,13 +353,18 @@ def test_numeric_ids_stay_numbers(llmkit: Callable[..., Any], tmp_path: Path, sm
         done = llmkit(*call, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
-    def ids(*names: str) -> list[bytes]:
+    def origins(*names: str) -> list[tuple[bytes, bytes]]:
         lines = b"".join((tmp_path / name).read_bytes() for name in names).splitlines()
-        return [line.partition(b":")[2].partition(b",")[0] for line in lines]
+        return [(fields["id"], fields["source"]) for fields in map(raw_values, lines)]
 
-    expected = [b'"True"' if id == b"true" else id for id in texts if id != b"null"]
-    direct = ids("direct.jsonl")
-    assert [id for id in direct if len(id) < 30] == expected
-    assert ids("s.jsonl") == direct == ids("texts.jsonl")
-    assert sorted(ids("m.jsonl", "h.jsonl")) == sorted(direct) and ids("h.jsonl")
+    direct = origins("direct.jsonl")
+    expected = [(id, b'"d"' if values[i // 10] == b"null" else values[i // 10]) for i, id in enumerate(values)]
+    assert [(b"null" if len(id) > 30 else id, source) for id, source in direct] == expected
+    assert origins("s.jsonl") == direct == origins("texts.jsonl")
+    assert sorted(origins("m.jsonl", "h.jsonl")) == sorted(direct) and origins("h.jsonl")
     TokenStore.open([str(tmp_path / "s"), str(tmp_path / "m")]).verify()
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "source": "<padding>"}\n')
+    assert (
+        b"p.jsonl:1: the source '<padding>' is reserved"
+        in llmkit("tokenize", "p.jsonl", "-t", "tok", cwd=tmp_path).stderr
+    )

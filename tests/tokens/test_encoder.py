@@ -117,10 +117,10 @@ def test_empty_documents_are_dropped(trained: Trained) -> None:
 
 
 def test_sources(trained: Trained) -> None:
-    """Behaviour: the option, else the field, else the file name without its suffix."""
+    """Behaviour: the option, else the field (as JSON unless text), else the file name without its suffix."""
     info = trained("gpt-2")
     rows = [{"text": "a", "source": "wiki"}, {"text": "b"}, {"text": "c", "source": 7}]
-    assert encode(info, *rows).sources == ["wiki", "web", "web"]
+    assert encode(info, *rows).sources == ["wiki", "web", "7"]
     assert encode(info, *rows, source="all").sources == ["all"] * 3
     assert source_name("<stdin>") == "stdin"
     assert source_name("a/b.c.parquet") == "b.c"

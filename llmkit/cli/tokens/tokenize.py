@@ -368,6 +368,6 @@ def _open_writer(
     def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
         columns = block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources)
-        shards.extend(*columns, duplicates=duplicates, numeric=block.numeric)
+        shards.extend(*columns, duplicates=duplicates, json_marks=block.json_marks)
 
     return shards, put
