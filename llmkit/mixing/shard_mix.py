@@ -100,7 +100,11 @@ class ShardMix:
     def write_shards(
         self, output: str | None, new_lineage: Callable[[], Lineage], progress: Progress, *, force: bool
     ) -> None:
-        """Write the tokens in training order: a directory, a .arrow file, or stdout (None)."""
+        """Write the tokens in training order: a directory, a .arrow file, or stdout (None).
+
+        LlmkitError where a source is damaged; a plan leaves that check to the run that follows it.
+        """
+        self.ordered.verify()
         with ShardWriter(
             output,
             self.ordered.tokenizer,

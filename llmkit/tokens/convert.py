@@ -109,6 +109,7 @@ def read_stored(
     """
     if kind == "shards":
         store = TokenStore.open(paths)
+        store.verify()
         cut = _count_cut(store)
         if not lossy:
             _check_whole(store, paths[0], target, cut)

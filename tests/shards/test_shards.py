@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,38 @@ def test_verify_finds_changed_tokens(tmp_path: Path, write_shards: Write) -> Non
     (tmp_path / "b.arrow").write_bytes(data)
     with pytest.raises(LlmkitError, match=r"b\.arrow: the content does not match its digest"):
         TokenStore.open(str(tmp_path / "b.arrow")).verify()
+
+
+@pytest.mark.parametrize("stored", ["parts", "a.arrow"])
+def test_readers_refuse_damaged_shards(
+    tmp_path: Path, write_shards: Write, llmkit_here: Callable[..., Any], stored: str
+) -> None:
+    """Behaviour: a changed token, id or tokenizer is an error of each command that reads shards, one that follows a plan
+    too; a change of the record is not. A copy without a digest of all bytes, as earlier versions wrote, is read."""
+    from llmkit.training.inputs import open_stream
+
+    path = write_shards(tmp_path / stored, [60, 70, 80], **({"max_tokens_per_shard": 100} if stored == "parts" else {}))
+    file = path / "part-00001.arrow" if path.is_dir() else path
+    intact, store = file.read_bytes(), TokenStore.open(str(path))
+    assert llmkit_here("mix", stored, "--plan", "-o", "p.toml", cwd=tmp_path).returncode == 0
+    token = store.document(1).tobytes()[:40]
+    changes = [
+        ("content", token, b"\1" + token[1:]),
+        ("content", store.id(1).encode(), b"x" * len(store.id(1))),
+        ("metadata", b'"bos_id":null', b'"bos_id":1   '),
+        ("", b'"command":"tokenize"', b'"command":"tokenise"'),
+        ("", b'"bytes":', b'"bytez":'),
+    ]
+    for message, old, new in changes:
+        assert old in intact
+        file.write_bytes(intact.replace(old, new))
+        for data in (path, tmp_path / "p.toml"):
+            with pytest.raises(LlmkitError, match=message) if message else nullcontext():
+                open_stream(str(data), None)  # type: ignore[arg-type]
+        for words in (("mix", stored), ("tokenize", "--decode", stored), ("tokenize", stored, "--to", "jsonl")):
+            done = llmkit_here(*words, "-f", "-q", "-o", "o.jsonl" if words[0] == "tokenize" else "m", cwd=tmp_path)
+            assert done.returncode == bool(message), done.stderr
+            assert not message or (message.encode() in done.stderr and b"llmkit lineage --check" in done.stderr)
 
 
 def test_failed_writes_leave_no_file(tmp_path: Path) -> None:
