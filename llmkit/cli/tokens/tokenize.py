@@ -126,10 +126,12 @@ def main(
     -o DIRECTORY writes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer
     inside; without -o a stream goes to stdout. Every document ends with the end-of-text token; documents without text
     are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
-    Parts of texts for which the tokenizer has no tokens are counted, with a warning, and what it changes (such as upper
-    case) is named. If it has no tokens for any of the texts, nothing is written.
+    Parts of texts for which the tokenizer has no tokens, and characters that it reads as spaces, are counted, with a
+    warning, and what it changes by design (such as upper case or white space) is named. If it has no tokens for any of
+    the texts, nothing is written. No text holds the end-of-text token, unless --allow-special.
 
-    Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
+    Ids and sources that are not text, such as numbers, are kept as they are. Shards are compared with their digests
+    before they are read. Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
     --from. --to writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is
     named in the summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy
     they are exported without padding, each piece as a document.
