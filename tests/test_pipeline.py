@@ -126,7 +126,7 @@ def test_one_pipe_and_its_lineage_run_again(workspace: Path) -> None:
     script = shell("llmkit lineage piped/ --script | tee again.sh", workspace)
     assert script.count(" |\n") == 4
     assert 'llmkit filter - --preset gopher < "$IN"/docs.jsonl.zst |' in script  # the tokenizer's input is named
-    shell("bash again.sh . rebuilt < /dev/null", workspace, anew=True)
+    shell("bash again.sh . rebuilt < /dev/null", workspace)
     assert (workspace / "rebuilt/piped/final/model.safetensors").read_bytes() == (
         workspace / "piped/final/model.safetensors"
     ).read_bytes()

@@ -25,10 +25,10 @@ from pathlib import Path
 EPOCHS = 3  # of fine-tuning
 # name: (full amount, minimum, amount with LLMKIT_TINY=1, cost of a unit in tokens)
 AMOUNTS = {
-    "TRAIN_TOKENS": (200_000, 100_000, 60_000, 1.0),
-    "ANNEAL_TOKENS": (80_000, 40_000, 20_000, 1.0),
-    "ANSWER_ROWS": (6_000, 4_500, 100, 65.0 * EPOCHS),  # with the bare answer
-    "SUM_ROWS": (2_500, 2_000, 100, 44.0 * EPOCHS),
+    "TRAIN_TOKENS": (200_000, 100_000, 24_000, 1.0),
+    "ANNEAL_TOKENS": (80_000, 40_000, 8_000, 1.0),
+    "ANSWER_ROWS": (6_000, 4_500, 60, 65.0 * EPOCHS),  # with the bare answer
+    "SUM_ROWS": (2_500, 2_000, 60, 44.0 * EPOCHS),
     "PAIR_ROWS": (1_500, 500, 40, 150.0),  # two answers, and a third more for the reference model
 }
 PROBE = 30_720  # tokens

@@ -95,23 +95,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def connected(machines: Machines) -> Iterator[None]:
+    """A connection of this process, so that its commands share Ray's workers instead of starting new ones."""
+    import ray
+
+    ray.init(machines.address, logging_level="ERROR", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
-def both(llmkit, machines: Machines, files: Path, tmp_path: Path):
+def both(llmkit_here, connected: None, files: Path, tmp_path: Path):
     """Run a command locally and on the cluster: the files that each wrote, by name."""
 
-    def run(*arguments: str, stdin: bytes | None = None) -> list[dict[str, bytes]]:
+    def run(*arguments: str, stdin: bytes = b"") -> list[dict[str, bytes]]:
         results = []
         for name, engine in (("local", []), ("ray", ["--engine", "ray"])):
             directory = tmp_path / name
             directory.mkdir()
-            done = llmkit(
-                *arguments,
-                *engine,
-                "-q",
-                cwd=directory,
-                stdin=stdin,
-                env={"RAY_ADDRESS": machines.address},
-            )
+            done = llmkit_here(*arguments, *engine, "-q", cwd=directory, stdin=stdin)
             assert done.returncode == 0, done.stderr.decode()
             written = {path.name: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
             results.append(written | ({"stdout": done.stdout} if done.stdout else {}))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_from_text_to_training_order(tmp_path: Path, shared_data: Path) -> None:
+def test_from_text_to_training_order(tmp_path: Path, shared_data: Path, preloaded_bin: Path) -> None:
     """Behaviour: twenty languages are measured, the mix has the multipliers asked for, and a plan gives `train` the batches of the mix."""
     train = tmp_path / "data/train"
     train.mkdir(parents=True)
@@ -22,7 +21,7 @@ def test_from_text_to_training_order(tmp_path: Path, shared_data: Path) -> None:
         ]
         (train / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "data/summary.json").write_text("{}")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{preloaded_bin}:{os.environ['PATH']}"}
     run = subprocess.run(
         ["bash", ROOT / "examples/tokens.sh", shared_data / "lang/udhr_xml_text.jsonl.zst", tmp_path],
         env=environment,

@@ -170,7 +170,7 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
     """Property: with rank 1 killed, then stopped, the run restarts by itself, reports the rank, and ends in
     the bytes of the undisturbed run (FSDP, 2 processes)."""
     monkeypatch.chdir(workplace)
-    call = ("train", "shards", "-m", "config.json", "--tokens", "100k", "--save-every", "10", "--processes", "2")
+    call = ("train", "shards", "-m", "config.json", "--tokens", "50k", "--save-every", "10", "--processes", "2")
     call = (*call, "--parallel", "fsdp", "-q")
     whole, run = tmp_path / "whole", tmp_path / "run"
     begin = time.monotonic()
