@@ -130,11 +130,11 @@ def main(
     warning, and what it changes by design (such as upper case or white space) is named. If it has no tokens for any of
     the texts, nothing is written. No text holds the end-of-text token, unless --allow-special.
 
-    Ids and sources that are not text, such as numbers, are kept as they are. Shards are compared with their digests
-    before they are read. Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
-    --from. --to writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is
-    named in the summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy
-    they are exported without padding, each piece as a document.
+    Ids and sources that are not text, such as numbers, are kept as they are. Inputs may also hold tokens: directories
+    of shards and .arrow files are recognised by name, and compared with their digests; other formats need --from. --to
+    writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is named in the
+    summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy they are
+    exported without padding, each piece as a document.
 
     --fim-rate splits that share of the documents at two random positions into prefix, middle and suffix, stored in the
     order prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), each after its sentinel token. --seed and the id
