@@ -123,7 +123,9 @@ def test_formats_are_named(place: Path, llmkit: Command) -> None:
     assert special_ids(["a", "b=9", "c", "b", "a=3", "d"], 3) == {"a": 3, "b": 9, "c": 10, "d": 4}
 
 
-@pytest.mark.parametrize("special", [["=259"], [""], ["a=300", "a=301"], ["a=300", "b=300"], ["a", "a=259"]])
+@pytest.mark.parametrize(
+    "special", [["=259"], [""], ["<a>=300", "<a>=301"], ["<a>=300", "<b>=300"], ["<a>", "<a>=259"]]
+)
 def test_special_tokens_have_one_name_and_one_id(tmp_path: Path, special: list[str]) -> None:
     """Behaviour: no special token is dropped for another one, and none lacks a name."""
     (tmp_path / "x.tiktoken").write_bytes(_lines(BYTES))
