@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.cli.shared.messages import Progress, counted, skipped
 from llmkit.errors import LlmkitError, RecordWarning, UsageError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Run:
         """Progress over `total` units (None: unknown): a bar on a terminal, otherwise a line every 30 s; nothing with
         --quiet.
         """
-        bar = Progress(self, total, unit)
+        bar = Progress(self.command, total, unit, None if self.quiet else self.note)
         try:
             yield bar
         finally:
@@ -404,55 +405,3 @@ def _record_in(path: str) -> dict[str, Any] | None:
         return read_lineage(path)
     except LlmkitError:
         return None
-
-
-def skipped(counts: Mapping[str, Any]) -> str:
-    """What was skipped, for a summary line: ", 2 bad lines skipped"; empty if nothing was."""
-    bad = [counted(counts[f"bad_{noun}s"], f"bad {noun}") for noun in ("line", "file") if counts.get(f"bad_{noun}s")]
-    return "".join(f", {text} skipped" for text in bad)
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: "1 bad file", "2,000 bad files"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-class Progress:
-    """A progress bar or progress lines on stderr; cheap to advance."""
-
-    EVERY = 30.0  # seconds between lines where stderr is not a terminal
-
-    def __init__(self, run: Run, total: int | None, unit: str) -> None:
-        self.done = 0
-        self._run, self._total, self._unit = run, total, unit
-        self._next = time.monotonic() + self.EVERY
-        self._bar: Any = None
-        if not run.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn(f"{run.command}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit + " {task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(run.command, total=total, note="")
-            self._bar.start()
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units as done; `note` is shown beside them (a loss, a rate)."""
-        self.done += count
-        if self._bar:
-            self._bar.update(self._task, advance=count, note=note)
-        elif not self._run.quiet and time.monotonic() >= self._next:
-            self._next = time.monotonic() + self.EVERY
-            of = f" of {self._total:,}" if self._total else ""
-            self._run.note(f"{self.done:,}{of} {self._unit} {note}".rstrip())
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

@@ -19,7 +19,7 @@ from llmkit.cli.shared.document_command import (
     run_stage,
     summary_line,
 )
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods, with_preset
