@@ -206,8 +206,11 @@ def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
     while data:
         data = _fill(raw, data, 12)
         if not data.startswith(GZIP_MAGIC):
-            if not data.strip(b"\0"):  # gzip allows zero padding after the last member
+            if data := data.lstrip(b"\0") or _after_padding(raw):  # gzip allows zeros after a member
+                data = _fill(raw, data, 12)
+            if not data:
                 return
+        if not data.startswith(GZIP_MAGIC):
             raise LlmkitError(
                 f"{name}: bytes that are not gzip follow a gzip member", "was something else appended to the file?"
             )

@@ -233,6 +233,27 @@ def test_bodies(tmp_path: Path, case: str, form: Callable[..., bytes]) -> None:
     ]
 
 
+@pytest.mark.parametrize("case", [name for name in BODIES if "not" not in name and name != "unknown"])
+def test_bodies_whose_coding_ends_early_are_marked(tmp_path: Path, case: str) -> None:
+    """Behaviour: what there is of such a page is kept and marked as truncated; whole ones are not marked."""
+    headers, pack = BODIES[case]
+    packed = pack(body(1) * 40)
+    (tmp_path / "a").write_bytes(warc(0, packed, headers) + warc(1, packed[: len(packed) - 9], headers) + warc(2))
+    pages = [page for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert [page.truncated for page in pages] == ["", "unspecified", ""]
+    assert pages[0].content == body(1) * 40 and pages[0].content.startswith(pages[1].content)
+
+
+def test_the_last_chunk_is_missing(tmp_path: Path) -> None:
+    """Behaviour: a page of whole chunks without the last, empty one is marked, a page that is not in chunks is not."""
+    headers, whole = "Transfer-Encoding: chunked", chunked(body(1))
+    records = [warc(0, whole.removesuffix(b"0\r\n\r\n"), headers), warc(1, whole, headers), warc(2, body(2), headers)]
+    (tmp_path / "a").write_bytes(b"".join(records))
+    pages = [page for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert [page.truncated for page in pages] == ["unspecified", "", ""]
+    assert [page.content for page in pages] == [body(1), body(1), body(2)]
+
+
 def test_first_line_of_hexadecimal_digits(tmp_path: Path) -> None:
     """Behaviour: a text that begins like a chunk, longer than the text, is no chunk; a compressed one cut short is."""
     text = b"2024\r\nAnnual report of the harbour\r\n"
