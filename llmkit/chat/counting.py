@@ -1,4 +1,4 @@
-"""What pays for the loops, sums, comparisons and texts of a chat template: filters that are inserted where it is parsed.
+"""What pays for loops, sums, comparisons and texts of a chat template: filters that are inserted where it is parsed.
 
     tree = Counting().visit(sandbox.parse(text))
 
@@ -7,6 +7,8 @@ The names of the filters, which `chat.sandbox` defines, cannot be written in a t
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import nodes
@@ -14,6 +16,26 @@ from jinja2.visitor import NodeTransformer
 
 SUMMANDS = 8
 TEXTUAL = ("~", "trim", "tojson", "join", "replace", "string")  # filters that return text
+
+
+def _padded(value: str, width: Any = 0, *args: Any) -> int:
+    return operator.index(width)
+
+
+def _pieces(value: str, sep: Any = None, maxsplit: Any = -1) -> int:
+    """Characters that take as much memory as the pieces of a split text."""
+    count = value.count(sep) if sep else len(value) // 2
+    return len(value) + 20 * (min(count, maxsplit) if maxsplit >= 0 else count)
+
+
+def _replaced(value: str, old: Any = "", new: Any = "", count: Any = -1) -> int:
+    growth = len(new) - len(old)
+    return growth * (value.count(old) if count < 0 else min(value.count(old), count)) if growth > 0 else 0
+
+
+# Characters that a method may make in addition to those of its result.
+PRICES: dict[str, Callable[..., int]] = dict.fromkeys(("center", "ljust", "rjust", "zfill"), _padded)
+PRICES |= {"split": _pieces, "rsplit": _pieces, "replace": _replaced, "splitlines": lambda value, *args: 8 * len(value)}
 
 
 def size_of(data: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -22,7 +23,7 @@ from llmkit.io.record import Lineage
 TYPES = [
     *(pa.timestamp(unit, tz) for unit in ("s", "ms", "us", "ns") for tz in (None, "Europe/Berlin")),
     *(pa.duration(unit) for unit in ("s", "ms", "us", "ns")),
-    *(pa.date32(), pa.int64()),
+    *(pa.time32("s"), pa.time32("ms"), pa.time64("us"), pa.time64("ns"), pa.date32(), pa.int64()),
 ]
 SHARED = Path(__file__).parents[2].parent / "shared/cases/documents/column_types.parquet"
 
@@ -33,11 +34,12 @@ SHARED = Path(__file__).parents[2].parent / "shared/cases/documents/column_types
 )
 def test_points_in_time_come_back(type: pa.DataType, units: list[int | None]) -> None:
     """Property: every value of a temporal type has a form in JSON that gives the same value."""
-    if type == pa.date32():
+    narrow = type.bit_width == 32
+    if narrow:
         units = [unit and unit % 10**7 - 10**6 for unit in units]
     array = pa.array(units, type)
     back = from_json(orjson.loads(orjson.dumps(to_json(array))), type)
-    assert back.cast(pa.int32() if type == pa.date32() else pa.int64()).to_pylist() == units
+    assert back.cast(pa.int32() if narrow else pa.int64()).to_pylist() == units
 
 
 def table() -> pa.Table:
@@ -156,6 +158,49 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
         list(DocumentReader([str(tmp_path / "d.parquet")]).documents())
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+        pa.array([[1]], pa.list_view(pa.timestamp("ns"))),
+    ],
+)
+def test_types_without_a_form_in_json_are_refused(tmp_path: Path, array: pa.Array) -> None:
+    """Behaviour: a struct with two fields of one name, also inside a list, and lists that pyarrow cannot cast, are an error
+    that names the column."""
+    for number, column in enumerate((array, pa.ListArray.from_arrays([0, 1], array))):
+        pq.write_table(pa.table({"text": ["a"], "s": column}), tmp_path / f"{number}.parquet")
+        with pytest.raises(LlmkitError, match="column 's': values of type .* have no form in JSON"):
+            list(DocumentReader([str(tmp_path / f"{number}.parquet")]).documents())
+
+
+OBJECTS = st.recursive(
+    st.integers(0, 9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@example([{}, {"a": 1}])
+@example([[{"a": 1}, {"a": 1, "b": [{}]}, {"b": [{"a": 2}]}]])
+@given(st.lists(OBJECTS, max_size=3))
+def test_objects_change_only_with_a_warning(tmp_path_factory: pytest.TempPathFactory, values: list[object]) -> None:
+    """Property: objects, also nested ones, are equal after JSON, Parquet, JSON; or there is a warning that names the field;
+    or an error."""
+    place, warnings = tmp_path_factory.mktemp("objects"), list[str]()
+    rows = [{"text": "a", "m": value} for value in values]
+    try:
+        with DocumentWriter(str(place / "a.parquet"), Lineage("t"), warn=warnings.append) as writer:
+            writer.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+            writer.finish({}, [])
+    except LlmkitError:
+        return
+    back = [document.fields for document in DocumentReader([str(place / "a.parquet")]).documents()]
+    assert (back == rows) == (not warnings)
+    assert all("field 'm': keys that an object lacks are null (first in row " in text for text in warnings)
+
+
 INTEGERS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1)) | st.lists(st.integers(0, (1 << 64) - 1))
 
 
@@ -254,3 +299,25 @@ def test_checksums_of_pages_are_verified(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(stored.replace(b"birds 50", b"words 50"))
     with pytest.raises(LlmkitError, match="CRC"):
         list(DocumentReader([str(tmp_path / "a.parquet")]).documents())
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"),
+    [
+        ("9007199254740993.0", True), ("12345678901234567.25", True), ("0.1234567890123456789012345", True),
+        ("1e-400", True), ("1.0000000000000000000000000000000000001e2", True), ("0.1", False), ("1.10", False),
+        ("0.10000000000000001", False), ("1.5e300", False), ("5e-324", False), ("0e-400", False),
+        ("9007199254740992.0", False), ("18446744073709551615", False),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_rounded_are_named(tmp_path: Path, llmkit_here: Any, number: str, rounded: bool) -> None:
+    """Behaviour: a number that no float holds gives a warning with its field and row; the digits of a float do not."""
+    rows = '{"id":"12345678901234567890.5","text":"a","v":[{"n":0.5}]}\n{"id":"b","text":"b","v":[{"n":NUMBER}]}\n'
+    rows = rows.replace("NUMBER", number)
+    (tmp_path / "a.jsonl").write_text(rows)
+    if "." not in number and "e" not in number:
+        (tmp_path / "a.jsonl").write_text(rows.replace("0.5", "1"))
+    done = llmkit_here("dedup", "a.jsonl", "--method", "exact", "--no-counts", "-o", "a.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    warning = b"field 'v': numbers are rounded to floats (first in row 2)"
+    assert (warning in done.stderr) == rounded and b"field 'id'" not in done.stderr
