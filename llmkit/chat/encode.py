@@ -16,7 +16,7 @@ import numpy as np
 
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans
 from llmkit.chat.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
-from llmkit.chat.templates import special_contents, special_tokens
+from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
@@ -100,6 +100,8 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
     if row.text is None:
         try:
             encoded = encode_chat(row.messages, files, row.tools)
+        except DamagedTemplateError:
+            raise
         except LlmkitError as error:
             raise RowError(f"{error.message} ({error.hint})") from error
     else:

@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any
 
 from llmkit.chat.rows import CONVERSATIONS, Messages, RowError, Schema, to_conversation
-from llmkit.chat.templates import render, tokenizer_of
+from llmkit.chat.templates import DamagedTemplateError, render, tokenizer_of
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
 from llmkit.model.generate import generate
@@ -90,6 +90,8 @@ def read_prompt(
             _check_kept(fields, name, [content, *turns, reference])
     try:
         return Prompt(content, encode(content, files, tools), other_fields)
+    except DamagedTemplateError:
+        raise
     except LlmkitError as error:  # a conversation that the template refuses
         raise RowError(f"{error.message} ({error.hint})") from error
 

@@ -46,7 +46,7 @@ ROLES = {
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-class RowError(ValueError):
+class RowError(LlmkitError, ValueError):
     """A row that matches no schema, or is malformed; the message names the field."""
 
 

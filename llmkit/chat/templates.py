@@ -1,8 +1,8 @@
 """Chat templates: conversations to text.
 
 Templates are Jinja, as in every Hugging Face tokenizer directory. They come with models, so they are untrusted
-and run in jinja2's immutable sandbox, with the environment of transformers: trim_blocks, lstrip_blocks, loop
-controls, `tojson`, `raise_exception`, `strftime_now` and the `generation` tag.
+and run in a sandbox that counts their work (chat.sandbox), with the environment of transformers: trim_blocks,
+lstrip_blocks, loop controls, `tojson`, `raise_exception`, `strftime_now` and the `generation` tag.
 
     text = render(messages, files, add_generation_prompt=True)           # prompt for `generate`
 
@@ -13,13 +13,17 @@ controls, `tojson`, `raise_exception`, `strftime_now` and the `generation` tag.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_tokenizer
+
+if TYPE_CHECKING:
+    from llmkit.chat.sandbox import Sandbox
 
 CHATML = """\
 {%- for message in messages %}
@@ -48,6 +52,12 @@ TULU = """\
 """
 
 Message = Mapping[str, Any]
+MAX_REASON = 300  # characters of a template's message that are shown
+MAX_DATE_FORMAT = 100  # characters
+
+
+class DamagedTemplateError(LlmkitError):
+    """A template that no conversation can be rendered with."""
 
 
 def chat_template(files: Mapping[str, str], tools: bool = False) -> str | None:
@@ -86,23 +96,45 @@ def render(
 ) -> str:
     """The text of a conversation; with `add_generation_prompt` it ends where the assistant's answer begins.
 
-    `now` is the date for templates that print one; None is today. Raises LlmkitError if the directory has no
-    template, or the template rejects these messages.
+    `now` is the date for templates that print one; None is today. Raises DamagedTemplateError if the template is not
+    Jinja, and another LlmkitError if the directory has none, or it rejects these messages or does too much work.
     """
     template = chat_template(files, bool(tools))
     if template is None:
         raise LlmkitError("the model has no chat template", "fine-tune it with `llmkit sft`, or use plain prompts")
     try:
-        return _compile(template).render(
-            messages=[dict(m) for m in messages],
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            strftime_now=lambda form: (now or datetime.now()).strftime(form),
-            **special_tokens(files),
-        )
+        sandbox, compiled = _compile(template, threading.get_ident())
     except Exception as error:  # a template is a program and may raise anything
-        raise LlmkitError(f"the chat template fails: {error}", "check the roles and fields of the messages") from error
+        raise DamagedTemplateError(_failure(error, files), "correct it, or use another template") from error
+
+    def strftime_now(form: str) -> str:
+        if len(form) > MAX_DATE_FORMAT:
+            raise ValueError(f"a date format of more than {MAX_DATE_FORMAT} characters")
+        return (now or datetime.now()).strftime(form)
+
+    variables = {
+        "messages": [dict(m) for m in messages],
+        "tools": list(tools) if tools else None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        "strftime_now": strftime_now,
+    }
+    try:
+        return sandbox.render(compiled, variables | special_tokens(files))
+    except Exception as error:
+        raise LlmkitError(_failure(error, files), "check the roles and fields of the messages") from error
+
+
+def _failure(error: Exception, files: Mapping[str, str]) -> str:
+    """How a template fails, and where."""
+    file = "chat_template.jinja" if "chat_template.jinja" in files else "tokenizer_config.json"
+    line, trace = getattr(error, "lineno", None), error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    reason = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
+    return f"{file}{f':{line}' if line else ''}: the chat template fails: {reason[:MAX_REASON]}"
 
 
 def special_tokens(files: Mapping[str, str]) -> dict[str, str]:
@@ -160,34 +192,9 @@ def _tokenizer(tokenizer_json: str) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _compile(template: str) -> Any:
-    """The compiled template, in the same environment as in transformers."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _compile(template: str, thread: int) -> tuple[Sandbox, Any]:
+    """A sandbox of this thread, and the compiled template."""
+    from llmkit.chat.sandbox import Sandbox
 
-    class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks the assistant's part; the tag itself renders as
-        nothing.
-        """
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template)
+    sandbox = Sandbox()
+    return sandbox, sandbox.load(template)

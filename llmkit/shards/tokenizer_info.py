@@ -39,7 +39,9 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endâ–ofâ
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """A tokenizer: digest, ids (`vocab_size` is the largest plus one), and its files by name (empty where unknown)."""
+    """A tokenizer: digest, ids (`vocab_size` is the largest plus one), its files by name (empty where unknown), and the
+    path for messages.
+    """
 
     digest: str
     vocab_size: int
@@ -47,6 +49,7 @@ class TokenizerInfo:
     bos_id: int | None = None
     pad_id: int | None = None
     files: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    name: str = field(default="", compare=False, repr=False)
 
     def header(self) -> dict[str, Any]:
         """The record of the tokenizer in every shard."""
@@ -70,7 +73,7 @@ class TokenizerInfo:
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise LlmkitError(f"{name}: malformed tokenizer record", "the file was not written by llmkit") from None
-        return cls(digest, sizes[0], sizes[1], optional[0], optional[1], files)
+        return cls(digest, sizes[0], sizes[1], optional[0], optional[1], files, name)
 
 
 def read_tokenizer(path: str | Path, eos: str | None = None) -> TokenizerInfo:
@@ -182,6 +185,7 @@ def parse_tokenizer(files: dict[str, str], name: str, eos: str | None = None) ->
         ids[bos] if bos else None,
         ids[pad] if pad else None,
         files,
+        name,
     )
 
 

@@ -88,7 +88,8 @@ class ByteLevelEncoder:
         try:
             pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
             if (
-                any(len(pair) != 2 for pair in pairs)
+                len(set(map(type, merges))) > 1  # the library takes either form, but not both
+                or any(len(pair) != 2 for pair in pairs)
                 or not 0 <= min(vocabulary.values()) <= max(vocabulary.values()) < kernels.MAX_IDS
                 or len(set(vocabulary.values())) < len(vocabulary)  # names that share an id share merges
                 or len(pairs) > kernels.MAX_IDS

@@ -13,7 +13,6 @@ tokenizer.json declares them. A model's dropout is disabled.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,10 +26,12 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo, added_ids
+from llmkit.tokens.library import LoadedTokenizer, load
 
 NEVER = -1  # library quota of a tokenizer that is never compiled
 MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total
 CANNOT_ENCODE = "the tokenizer fails to encode", "its tokenizer.json is incomplete"
+DOES_NOT_LOAD = "tokenizer.json does not load", "check it with the tokenizers library"
 UNCOMPILED = 1 << 22  # characters that the library encodes before anything is compiled
 UNREACHABLE = "\U0010ffff"  # a noncharacter, which no text contains; in front of names that models must not find
 
@@ -163,23 +164,14 @@ def _without_special_names(info: TokenizerInfo) -> str:
     return orjson.dumps(content).decode() if plain or hidden else text
 
 
-def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:
+def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> LoadedTokenizer:
     """The `tokenizers` library's tokenizer for `info`. Raises LlmkitError where its tokenizer.json is missing
     or does not load.
     """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
     if "tokenizer.json" not in info.files:
         raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-    with library_errors("tokenizer.json does not load", "check it with the tokenizers library"):
-        tokenizer = Tokenizer.from_str(info.files["tokenizer.json"])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None):  # the same text must always give the same ids
-        tokenizer.model.dropout = None
-    tokenizer.encode_special_tokens = not allow_special
-    return tokenizer
+    message, hint = DOES_NOT_LOAD
+    return load(info.files["tokenizer.json"], f"{info.name}: {message}" if info.name else message, hint, allow_special)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import orjson
@@ -139,6 +140,40 @@ def test_bad_rows_and_calls(
     assert call(command, "base", "rows.jsonl", "-o", "x", *more) in (1, 2)
     assert message in capsys.readouterr().err
     assert not (directory / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no\nway') }}", "the chat template fails: no way"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "too much work"),
+        ("{{ broken", "chat_template.jinja:1: "),
+    ],
+)
+def test_refusing_templates(directory: Path, capfd: pytest.CaptureFixture[str], template: str, reason: str) -> None:
+    """Behaviour: one line that names the template's file, in every command that renders; no internal error."""
+    shutil.copytree(directory / "base", directory / "model")
+    (directory / "model" / "chat_template.jinja").write_text(template)
+    (directory / "row.jsonl").write_bytes(b'{"messages": [{"role": "user", "content": "is it"}]}\n')
+    calls = [("sft", "model", "chat.jsonl"), ("dpo", "model", "pairs.jsonl"), ("generate", "model", "row.jsonl")]
+    for command, *arguments in [*calls, ("generate", "model", "--chat", "-p", "a")]:
+        assert call(command, *arguments, "-o", "x.jsonl" if command == "generate" else "x") == 1
+        error, *hints = capfd.readouterr().err.splitlines()
+        assert "chat_template.jinja" in error and reason in error and "internal error" not in error
+        assert all(hint.startswith("hint: ") for hint in hints) and len(hints) < 2
+    assert not (directory / "x").exists() and not (directory / "x.jsonl").exists()
+
+
+def test_a_template_that_refuses_a_row_makes_it_bad(directory: Path) -> None:
+    """Behaviour: the other rows are completed."""
+    shutil.copytree(directory / "base", directory / "model")
+    template = "{% if 'b' in messages[0].content %}{{ raise_exception('no b') }}{% endif %}{{ messages[0].content }}"
+    (directory / "model" / "chat_template.jinja").write_text(template)
+    (directory / "rows.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}\n')
+    skip = ["--on-bad-line", "quarantine=bad.jsonl", "--max-tokens", "1"]
+    assert call("generate", "model", "rows.jsonl", "--chat", *skip, "-o", "x.jsonl") == 0
+    assert len((directory / "x.jsonl").read_bytes().splitlines()) == 2
+    assert "no b" in json.loads((directory / "bad.jsonl").read_bytes())["reason"]
 
 
 def test_skipped_rows_are_counted(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:

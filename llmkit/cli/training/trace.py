@@ -77,15 +77,12 @@ def _line(record: dict[str, Any]) -> str:
 
 def _decoder(trace: Trace, run: Path) -> Any:
     """A function from token ids to text, with the tokenizer of the run or, failing that, of its data."""
-    from tokenizers import Tokenizer
+    from llmkit.tokens.library import load
 
     files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)
     content = content or trace.shard(0, 0).tokenizer().files.get("tokenizer.json")
     if content is None:
         raise LlmkitError(f"{run}: no tokenizer in the run or with its data", "omit --text")
-    try:
-        tokenizer = Tokenizer.from_str(content)
-    except Exception as error:  # the library raises plain Exception
-        raise LlmkitError(f"{run}: its tokenizer.json is damaged ({error})", "omit --text") from error
+    tokenizer = load(content, f"{run}: its tokenizer.json is damaged", "omit --text")
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=False)

@@ -12,14 +12,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import resolve_model
 from llmkit.model.config import ModelConfig, read_json
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from llmkit.tokens.library import LoadedTokenizer, load
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -105,25 +103,14 @@ def _check_object(file: Path, text: str) -> None:
         raise LlmkitError(f"{file}: not a JSON object", "the file is damaged")
 
 
-def load_tokenizer(files: Mapping[str, str], where: str | Path) -> Tokenizer:
+def load_tokenizer(files: Mapping[str, str], where: str | Path) -> LoadedTokenizer:
     """The tokenizer (of the `tokenizers` library) in a directory's files; LlmkitError if it is missing or damaged."""
-    from tokenizers import Tokenizer
-
     if "tokenizer.json" not in files:
         raise LlmkitError(f"{where}: no tokenizer.json", "copy the tokenizer's files into the model directory")
-    try:
-        tokenizer = Tokenizer.from_str(files["tokenizer.json"])
-    except Exception as error:  # the library raises bare Exception
-        raise LlmkitError(
-            f"{where}: tokenizer.json is not readable ({error})", "the file is damaged or too new"
-        ) from error
-    # The file may enable truncation or padding, which would silently change texts.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return load(files["tokenizer.json"], f"{where}: tokenizer.json is not readable", "the file is damaged or too new")
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
+def check_vocabulary(tokenizer: LoadedTokenizer, vocab_size: int, where: str | Path) -> None:
     """LlmkitError if the tokenizer has ids without an embedding in the model."""
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if size > vocab_size:
