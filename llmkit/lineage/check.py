@@ -19,7 +19,7 @@ from llmkit.io.digest import digest_stored
 from llmkit.io.inputs import STDIN
 from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import DIGESTS, STATE, final_model, find_checkpoints
+from llmkit.io.run_layout import DIGESTS, STATE, final_model, find_checkpoints, is_run
 from llmkit.io.sealed_file import BYTES, is_sealed_by
 from llmkit.lineage.fields import (
     MAX_DEPTH,
@@ -163,6 +163,9 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
             continue
         others = digests[file_name(item["name"])] - {item["digest"]}
         same = [path for path in candidates if known(path) == item["digest"]]
+        if not same:  # a command may have read an earlier checkpoint of a run
+            checkpoints = [checkpoint for path in filter(is_run, candidates) for checkpoint in find_checkpoints(path)]
+            same = [checkpoint for checkpoint in checkpoints if known(checkpoint) == item["digest"]]
         # A file with the digest of another input of its name is that one.
         differing = [path for path in candidates if known(path) not in others]
         state = "ok" if same else "DIFFERS" if differing else "not found"

@@ -236,3 +236,14 @@ def test_inputs_of_one_name(tmp_path: Path) -> None:
     assert [state for _, state, _ in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["ok", "not found"]
     (tmp_path / "web" / "page.html").write_text("<p>y</p>")
     assert [state for _, state, _ in check(record, str(tmp_path / "out.jsonl"), [])][1:] == ["DIFFERS", "DIFFERS"]
+
+
+def test_an_earlier_checkpoint_of_a_run_is_found(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    """Behaviour: an input that is a run is compared with its final model and its checkpoints; one of another run differs."""
+    run, other = tmp_path / "run", make_model(tmp_path / "other", seed=9)
+    first, second = (make_model(run / f"checkpoints/step-0000000{step}", seed=step) for step in (1, 2))
+    (run / "final").symlink_to("checkpoints/step-00000002")
+    for path, state, place in ((first, "ok", first), (second, "ok", run), (other, "DIFFERS", run)):
+        record = {"command": "anneal", "inputs": [{"name": "run", "digest": digest_path(path)}]}
+        found = [checked for checked in check(record, str(tmp_path / "out"), [str(tmp_path)]) if checked.name == "run"]
+        assert found == [("run", state, str(place))]
