@@ -42,8 +42,8 @@ def mutated(data: bytes, draw: random.Random, others: Sequence[bytes], words: Se
     """`data` after one or more mutations, some of them in one of its views."""
     most = max(MOST_BYTES, len(data))
     for _ in range(min(1 + int(draw.expovariate(0.6)), 9)):
-        choices = [view for find in views for view in _found(find, data)]
-        view = draw.choice(choices) if choices and draw.random() < 0.75 else View(data, False, bytes)
+        choices = [view for find in views for view in _found(find, data)] if draw.random() < 0.75 else []
+        view = draw.choice(choices) if choices else View(data, False, bytes)
         changed = _changed_json(view.content, draw, words) if view.is_json else None
         if changed is None:
             changed = _changed(view.content, draw, others, words)

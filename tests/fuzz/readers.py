@@ -40,7 +40,8 @@ class Unread(Exception):
 @cache
 def preload() -> None:
     """Import what the readers need, before workers are forked."""
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in HEAVY:
         import_module(name)
 
@@ -204,8 +205,9 @@ def vocabulary(path: Path) -> None:
     from llmkit.shards.foreign_vocabulary import convertible_file, name_format
     from llmkit.tokens.convert_vocabulary import convert
 
-    name_format(path), convertible_file(path), name_format(path.parent), convertible_file(path.parent)
-    convert(path, "llama-bpe", ["<|endoftext|>"])
+    name_format(path), name_format(path.parent), convertible_file(path.parent)
+    if convertible_file(path):
+        convert(path, "llama-bpe", ["<|endoftext|>"])
 
 
 def nanogpt(path: Path) -> None:
@@ -378,7 +380,6 @@ def _train_command(click_command: Any) -> Any:
 
 def lineage(path: Path) -> None:
     """An artefact's record, wherever it stands: as a tree, as a script, checked, and as that of an input."""
-    from llmkit.cli.release.lineage import _flags
     from llmkit.lineage.check import check
     from llmkit.lineage.formats import describe_input, describe_part, own_digest, read_lineage
     from llmkit.lineage.script import as_script
@@ -390,15 +391,18 @@ def lineage(path: Path) -> None:
         raise Unread
     list(check(record, str(artefact), [str(path.parent)]))
     describe_input(artefact), own_digest(str(artefact))
-    printed = as_tree(record, str(path), 80) + as_script(record, str(path), _flags, describe_part(str(artefact), record))
+    printed = as_tree(record, str(path), 80) + as_script(record, str(path), _flags_of, describe_part(str(artefact), record))
     raw = [c for c in printed if not c.isprintable() and c not in "\n "]
     assert not raw, f"printed raw: {raw[:5]}"
 
 
+@cache
+def _flags_of(command: str) -> Any:
+    return import_module("llmkit.cli.release.lineage")._flags(command)
+
+
 def index(path: Path) -> None:
     """An index of deduplication."""
-    import duckdb
-
     from llmkit.corpus.dedup.index import Index, holds
 
     try:
@@ -410,7 +414,6 @@ def index(path: Path) -> None:
         for left in path.parent.glob("case.duckdb.*"):
             left.unlink() if left.is_file() else None
     holds(str(path), "xxh3:" + "0" * 32)
-    del duckdb
 
 
 HTML = "<html> <body> <p> </p> <table> <tr> <td> <ul> <li> <dl> <math> <script> <title> <meta\\x20charset=utf-16> <!-- --> <![CDATA[ &amp; &#x10ffff; <pre> <sub>"

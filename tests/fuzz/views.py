@@ -117,6 +117,8 @@ def arrow_metadata(data: bytes) -> Iterator[View]:
     """The values in the schema metadata and in the last batch of an Arrow stream, each of them JSON."""
     import pyarrow as pa
 
+    if data[:4] != b"\xff" * 4:
+        return
     stream = pa.ipc.open_stream(data)
     schema, batches = stream.schema, []
     while True:
@@ -144,7 +146,9 @@ def parquet_record(data: bytes) -> Iterator[View]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(BytesIO(data))
+    if data[:4] != b"PAR1":
+        return
+    table = pq.ParquetFile(BytesIO(data)).read()
 
     def written(table: pa.Table) -> bytes:
         sink = BytesIO()
