@@ -15,6 +15,7 @@ instrumentation of the libraries that parse here. What a mutation reaches is sho
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import mmap
 import os
@@ -29,6 +30,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -233,6 +235,8 @@ def _work(
     os.chdir(empty)
     os.environ["TMPDIR"] = tempfile.tempdir = str(inside)
     importlib.metadata.entry_points = cache(importlib.metadata.entry_points)  # 50 ms for each configuration
+    with suppress(ImportError):
+        importlib.import_module("llmkit.memory").set_budget(target.budget or BUDGET)
     target.prepare(inside)
     for name, data in seeds_of(target):  # load and compile what a reader needs, before its time counts
         if not name.startswith(FOUND):

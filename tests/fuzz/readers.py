@@ -184,7 +184,10 @@ def shards(path: Path) -> None:
 
 
 def tokenizer(path: Path) -> None:
-    """A tokenizer directory: its facts, texts encoded by the library and compiled, and decoded."""
+    """A tokenizer directory: its facts, texts encoded by the library, compiled, and for chats, and decoded."""
+    from llmkit.chat.masks import Span, encode_spans
+    from llmkit.chat.templates import special_contents
+    from llmkit.model.pretrained.directory import read_tokenizer_files
     from llmkit.shards.tokenizer_files import files_digest, verify
     from llmkit.shards.tokenizer_info import read_record, read_tokenizer, token_bytes
     from llmkit.tokens.encoder import decode_documents
@@ -197,6 +200,8 @@ def tokenizer(path: Path) -> None:
         for special in (False, True):
             ids, lengths = TextEncoder(info, allow_special=special, compiled=compiled)(TEXTS, info.eos_id)
     decode_documents(load_tokenizer(info), [ids[:200]], info.eos_id)
+    files = read_tokenizer_files(directory)
+    special_contents(files), encode_spans(TEXTS[1], [Span(3, 9)], files)
     files_digest(directory), verify(directory), read_record(str(directory / "tokenizer_config.json"))
 
 

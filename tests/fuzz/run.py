@@ -48,6 +48,8 @@ def main() -> int:
             result = run(target, options.seed, number * size, size, deadline)
             _add(totals[target.name], result, target, options.findings)
         number += 1
+        whole = _sum(totals)
+        print(f"round {number - 1}: {whole.cases:,} cases in {whole.seconds:,.0f} s", file=sys.stderr, flush=True)
     print(f"\nseed {options.seed}, rounds {options.first} to {number - 1}\n\n{table(totals)}")
     return 1 if any(total.findings for total in totals.values()) else 0
 

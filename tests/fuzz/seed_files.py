@@ -376,6 +376,39 @@ def indexes() -> None:
         path.unlink()
 
 
+def former_findings() -> None:
+    """Findings from before this folder that can be made: files that swelled, hung or panicked."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    save("compression", "found-runs.jsonl.zst", zstandard.compress(b'{"text": "' + bytes(97 for _ in range(1 << 26))))
+    save("compression", "found-runs.jsonl.bz2", bz2.compress(b'{"text": "' + b"a" * (1 << 23)))
+    sink = BytesIO()
+    pq.write_table(pa.table({"text": pa.array(["x" * (1 << 20)] * 400).dictionary_encode()}), sink, compression="zstd")
+    save("parquet", "found-long_texts.parquet", sink.getvalue())
+    stream = pa.ipc.open_stream((CORPUS / "shards" / "plain.arrow").read_bytes())
+    sink, codes = BytesIO(), pa.array([0], pa.int32())
+    tokens = pa.LargeListArray.from_arrays(pa.array([0, 1 << 20], pa.int64()), pa.array(np.zeros(1 << 20, np.uint16)))
+    row = pa.record_batch([tokens, pa.array(["a"]), pa.DictionaryArray.from_arrays(codes, pa.array(["s"]))], schema=stream.schema)
+    with pa.ipc.new_stream(sink, stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(row)
+    save("shards", "found-packed.arrow", sink.getvalue())
+    content = json.loads((CORPUS / "tokenizer" / "byte_level.json").read_text(encoding="utf-8"))
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    nested = {"type": "Sequence", "pretokenizers": [step] * 40}
+    panic = {"type": "Split", "pattern": {"Regex": "(?:a{999}){999}"}, "behavior": "Isolated", "invert": False}
+    slow = panic | {"pattern": {"Regex": "(a|aa|aaa)+$x"}}
+    for name, steps in {"nested": nested, "panic": panic, "slow": slow}.items():
+        save("tokenizer", f"found-{name}.json", json.dumps(content | {"pre_tokenizer": steps}, ensure_ascii=False, separators=(",", ":")))
+    save("template", "found-loops.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    save("template", "found-product.jinja", "{{ 'A' * 10**9 }}")
+    save("template", "found-power.jinja", "{{ 9**9**9 }}")
+    save("template", "found-format.jinja", "{{ '%2000000000d' % 1 }}")
+    save("template", "found-doubled.jinja", "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}")
+
+
 def main() -> None:
     CORPUS.mkdir(exist_ok=True)
     for path in [*CORPUS.glob("*/*")]:
@@ -393,6 +426,7 @@ def main() -> None:
     chats()
     configurations()
     indexes()
+    former_findings()
 
 
 if __name__ == "__main__":
