@@ -161,18 +161,18 @@ def _run_worker(
         sys.stdout.flush()
         process = os.fork()
         if process == 0:
-            code = 70
             try:
                 os.close(receiver)
                 _work(target, draw, numbers, deadline, Path(scratch), position, sender)
-                code = 0
             except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
+                _send(sender, {"broken": traceback.format_exc()})
             finally:
-                os._exit(code)
+                os._exit(0)
         os.close(sender)
         number, report = _await(process, receiver, position)
         os.close(receiver)
+    if "broken" in report:
+        raise AssertionError(report["broken"])
     for outcome, n in report.get("counts", {}).items():
         result.counts[outcome] += n
     result.peak = max(result.peak, report.get("peak", 0))
@@ -276,9 +276,13 @@ def _work(
             break  # a new worker can measure the next one
     else:
         number = numbers.stop
-    report = pickle.dumps({"counts": counts, "findings": list(findings.values()), "peak": peak, "next": number})
-    while report:
-        report = report[os.write(sender, report) :]
+    _send(sender, {"counts": counts, "findings": list(findings.values()), "peak": peak, "next": number})
+
+
+def _send(sender: int, report: dict[str, Any]) -> None:
+    data = pickle.dumps(report)
+    while data:
+        data = data[os.write(sender, data) :]
 
 
 def _stored(target: Target, directory: Path, name: str, data: bytes) -> Path:

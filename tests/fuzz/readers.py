@@ -174,7 +174,7 @@ def shards(path: Path) -> None:
     store = TokenStore.open(str(path))
     for i in range(min(store.documents, 50)):
         store.document(i), store.id(i), store.source(i), store.epoch(i)
-    store.origins(), store.sequence_length, store.stages, store.padding, store.duplicates, store.numeric
+    store.origins(), store.sequence_length, store.stages, store.padding, store.duplicates
     for target in ("shards", "texts"):
         info, blocks, _, _ = read_stored("shards", [str(path)], None, target=target, lossy=True)
         for block in blocks:
