@@ -178,7 +178,7 @@ def shards(path: Path) -> None:
     for target in ("shards", "texts"):
         info, blocks, _, _ = read_stored("shards", [str(path)], None, target=target, lossy=True)
         for block in blocks:
-            block.json_ids(), list(block.documents())
+            list(block.documents())
     store.verify()
     read_record(str(path)), shard_digest(path), files_digest(path), verify(path)
 
