@@ -46,9 +46,18 @@ BUDGET, SLACK = 512 << 20, 300 << 20  # bytes that a reader may take beyond thos
 ADDRESSES = 6 << 30  # beyond those of the worker; libraries reserve more than they use
 CASES_PER_WORKER = 20_000
 FOUND = "found-"  # files of the corpus that were findings, and may be refused
-SHRINK_TRIES = 120
+SHRINK_TRIES = 60
 OUTCOMES = ("intact", "refused", "skipped")  # read; LlmkitError; failed inside of a guard that skips it
-FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn", "socket.connect", "pickle.find_class")
+FORBIDDEN = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+    "socket.connect",
+    "pickle.find_class",
+)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -66,7 +75,9 @@ class Finding:
     @property
     def key(self) -> str:
         """Findings of one cause have one key: the kind, and the last place of llmkit in the traceback."""
-        places = [line.strip() for line in self.detail.splitlines() if line.startswith("  File ") and "/llmkit/" in line]
+        places = [
+            line.strip() for line in self.detail.splitlines() if line.startswith("  File ") and "/llmkit/" in line
+        ]
         return f"{self.target}: {self.kind} {places[-1] if places else ''}"
 
 
@@ -203,10 +214,8 @@ def _await(process: int, receiver: int, position: mmap.mmap) -> tuple[int, dict[
             killed = True
             os.killpg(process, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)  # what it has started
-    except ProcessLookupError:
-        pass
     number, _ = struct.unpack("<qd", position[:])
     if status == 0:
         return number, pickle.loads(b"".join(parts))
@@ -286,7 +295,9 @@ def _send(sender: int, report: dict[str, Any]) -> None:
 
 
 def _stored(target: Target, directory: Path, name: str, data: bytes) -> Path:
-    path = directory / (target.file or "case" + "".join(Path(name.removesuffix(".zst") if target.packed else name).suffixes[-2:]))
+    path = directory / (
+        target.file or "case" + "".join(Path(name.removesuffix(".zst") if target.packed else name).suffixes[-2:])
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path

@@ -16,13 +16,86 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 MOST_BYTES = 1 << 18  # of a case, unless its seed is longer
-NUMBERS = (-1, 0, 1, 2, 7, 127, 128, 255, 256, 32767, 65535, 65536, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32)
-NUMBERS += ((1 << 53) + 1, (1 << 62) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 1 << 64, 10**15, 10**30, -(1 << 63))
+NUMBERS = (
+    -1,
+    0,
+    1,
+    2,
+    7,
+    127,
+    128,
+    255,
+    256,
+    32767,
+    65535,
+    65536,
+    1 << 24,
+    (1 << 31) - 1,
+    1 << 31,
+    (1 << 32) - 1,
+    1 << 32,
+)
+NUMBERS += (
+    (1 << 53) + 1,
+    (1 << 62) - 1,
+    1 << 62,
+    (1 << 63) - 1,
+    1 << 63,
+    (1 << 64) - 1,
+    1 << 64,
+    10**15,
+    10**30,
+    -(1 << 63),
+)
 INTEGER = re.compile(rb"\d+")
 BYTES = (0, 1, 9, 10, 13, 32, 34, 39, 44, 58, 60, 91, 92, 123, 125, 127, 128, 192, 237, 239, 244, 255)
-STRINGS = ("", " ", "\0", "\n", "a\nb", "..", "../x", "/", "/etc/passwd", "-", "--force", "*", "%s", "{0}", "{{ 7 * 7 }}", "$(touch x)", "`touch x`")
-STRINGS += ("; touch x", "\x1b[2J", "\u202eabc", "\ud800", "\ufeff", "é" * 9, "\U0010ffff", "x" * 300, "x" * 5000, "nan", "NaN", "1e999", "xxh3:" + "0" * 32)
-STRINGS += ("quarantine=/tmp/x", "rules.py:f", "(a+)+$", "(?:a{999}){999}", "[", "\\", "C:\\x", "CON", "http://127.0.0.1:9/x", "s3://x/y", "<|endoftext|>")
+STRINGS = (
+    "",
+    " ",
+    "\0",
+    "\n",
+    "a\nb",
+    "..",
+    "../x",
+    "/",
+    "/etc/passwd",
+    "-",
+    "--force",
+    "*",
+    "%s",
+    "{0}",
+    "{{ 7 * 7 }}",
+    "$(touch x)",
+    "`touch x`",
+)
+STRINGS += (
+    "; touch x",
+    "\x1b[2J",
+    "\u202eabc",
+    "\ud800",
+    "\ufeff",
+    "é" * 9,
+    "\U0010ffff",
+    "x" * 300,
+    "x" * 5000,
+    "nan",
+    "NaN",
+    "1e999",
+    "xxh3:" + "0" * 32,
+)
+STRINGS += (
+    "quarantine=/tmp/x",
+    "rules.py:f",
+    "(a+)+$",
+    "(?:a{999}){999}",
+    "[",
+    "\\",
+    "C:\\x",
+    "CON",
+    "http://127.0.0.1:9/x",
+    "s3://x/y",
+    "<|endoftext|>",
+)
 DEEP = "\u2620deep"  # replaced by nested brackets, which json.dumps cannot write
 LONG = "x" * 200
 
@@ -38,7 +111,9 @@ class View(NamedTuple):
 Views = Callable[[bytes], Iterator[View]]
 
 
-def mutated(data: bytes, draw: random.Random, others: Sequence[bytes], words: Sequence[bytes], views: Sequence[Views]) -> bytes:
+def mutated(
+    data: bytes, draw: random.Random, others: Sequence[bytes], words: Sequence[bytes], views: Sequence[Views]
+) -> bytes:
     """`data` after one or more mutations, some of them in one of its views."""
     most = max(MOST_BYTES, len(data))
     for _ in range(min(1 + int(draw.expovariate(0.6)), 9)):
@@ -63,7 +138,9 @@ def _found(find: Views, data: bytes) -> list[View]:
 
 def _span(draw: random.Random, size: int) -> tuple[int, int]:
     start = draw.randrange(size + 1)
-    return start, min(size, start + 1 + int(draw.expovariate(1 / max(1, min(size // 4, 1 + draw.choice((1, 4, 64, 1024)))))))
+    return start, min(
+        size, start + 1 + int(draw.expovariate(1 / max(1, min(size // 4, 1 + draw.choice((1, 4, 64, 1024))))))
+    )
 
 
 def _changed(data: bytes, draw: random.Random, others: Sequence[bytes], words: Sequence[bytes]) -> bytes:

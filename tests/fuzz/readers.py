@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import views
 from mutation import Views
 
-CORPUS = Path(__file__).parent / "corpus"
+CORPUS, BESIDE = (Path(__file__).parent / name for name in ("corpus", "beside"))
 TEXTS = ["", "The quick brown fox, 12345 jumps;\n\n  déjà vu 漢字 \U0001f600 <|im_end|> don't", "a" * 200]
 HEAVY = (
     "pyarrow.parquet torch duckdb tokenizers numba safetensors.torch jinja2.sandbox resiliparse.parse.html pypdfium2 zstandard "
@@ -155,13 +157,11 @@ def extracted(path: Path) -> None:
 
 @cache
 def _tokenizer_files() -> dict[str, str]:
-    directory = CORPUS.parent / "beside" / "tokenizer"
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted(directory.iterdir())}
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted((BESIDE / "tokenizer").iterdir())}
 
 
 def beside_tokenizer(directory: Path) -> None:
-    for name, text in _tokenizer_files().items():
-        (directory / name).write_text(text, encoding="utf-8")
+    shutil.copytree(BESIDE / "tokenizer", directory, dirs_exist_ok=True)
 
 
 def shards(path: Path) -> None:
@@ -176,8 +176,7 @@ def shards(path: Path) -> None:
         store.document(i), store.id(i), store.source(i), store.epoch(i)
     store.origins(), store.sequence_length, store.stages, store.padding, store.duplicates
     for target in ("shards", "texts"):
-        info, blocks, _, _ = read_stored("shards", [str(path)], None, target=target, lossy=True)
-        for block in blocks:
+        for block in read_stored("shards", [str(path)], None, target=target, lossy=True)[1]:
             list(block.documents())
     store.verify()
     read_record(str(path)), shard_digest(path), files_digest(path), verify(path)
@@ -198,7 +197,7 @@ def tokenizer(path: Path) -> None:
     token_bytes(info.files)
     for compiled in (False, True):
         for special in (False, True):
-            ids, lengths = TextEncoder(info, allow_special=special, compiled=compiled)(TEXTS, info.eos_id)
+            ids = TextEncoder(info, allow_special=special, compiled=compiled)(TEXTS, info.eos_id)[0]
     decode_documents(load_tokenizer(info), [ids[:200]], info.eos_id)
     files = read_tokenizer_files(directory)
     special_contents(files), encode_spans(TEXTS[1], [Span(3, 9)], files)
@@ -240,18 +239,14 @@ def _tokenizer_info() -> Any:
 
 
 def beside_megatron(directory: Path) -> None:
-    (directory / "pair.bin").write_bytes((CORPUS.parent / "beside" / "pair.bin").read_bytes())
+    shutil.copy(BESIDE / "pair.bin", directory)
 
 
 # ---- models
 
 
 def beside_model(directory: Path) -> None:
-    for path in sorted((CORPUS.parent / "beside" / "model").rglob("*")):
-        if path.is_file():
-            target = directory / path.relative_to(CORPUS.parent / "beside" / "model")
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(path.read_bytes())
+    shutil.copytree(BESIDE / "model", directory, dirs_exist_ok=True)
 
 
 def model(path: Path) -> None:
@@ -283,6 +278,22 @@ def checkpoint(path: Path) -> None:
     load_optimizer_tensors(directory)
 
 
+def trace(path: Path) -> None:
+    """The trace of a run: the documents of its first and last steps, and the steps of a document."""
+    from llmkit.training.trace import Trace, skipped_steps, steps_done
+
+    run = path.parent.parent
+    skipped_steps(run), steps_done(run)
+    opened = Trace(run)
+    for number in (1, 2, opened.steps):
+        list(islice(opened.step(number), 50))
+    list(islice(opened.find("0"), 50))
+
+
+def beside_run(directory: Path) -> None:
+    shutil.copytree(BESIDE / "run", directory, dirs_exist_ok=True)
+
+
 def fasttext(path: Path) -> None:
     """A classifier, and its predictions."""
     from llmkit.corpus.fasttext import load
@@ -295,11 +306,6 @@ def fasttext(path: Path) -> None:
 # ---- chats
 
 
-@cache
-def _chat_files() -> dict[str, str]:
-    return _tokenizer_files()
-
-
 def rows(path: Path) -> None:
     """Rows for fine-tuning, alignment and generation, with the template of the tokenizer."""
     from llmkit.chat.encode import encode_conversations, encode_preferences
@@ -308,7 +314,7 @@ def rows(path: Path) -> None:
     from llmkit.errors import LlmkitError
     from llmkit.io.documents import DocumentReader, ReadOptions
 
-    files, refused = _chat_files(), 0
+    files, refused = _tokenizer_files(), 0
     for on_bad_line in ("stop", "skip"):
         options = ReadOptions(None, on_bad_line=on_bad_line)
         for read in (
@@ -333,7 +339,7 @@ def template(path: Path) -> None:
     from llmkit.chat.masks import check_template, encode_chat, stop_token_ids
     from llmkit.chat.templates import with_template
 
-    files = with_template(_chat_files(), path.read_bytes().decode("utf-8", "replace"))
+    files = with_template(_tokenizer_files(), path.read_bytes().decode("utf-8", "replace"))
     messages = [
         {"role": "system", "content": "s"}, {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "hi <|im_end|>", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
@@ -396,7 +402,9 @@ def lineage(path: Path) -> None:
         raise Unread
     list(check(record, str(artefact), [str(path.parent)]))
     describe_input(artefact), own_digest(str(artefact))
-    printed = as_tree(record, str(path), 80) + as_script(record, str(path), _flags_of, describe_part(str(artefact), record))
+    printed = as_tree(record, str(path), 80) + as_script(
+        record, str(path), _flags_of, describe_part(str(artefact), record)
+    )
     raw = [c for c in printed if not c.isprintable() and c not in "\n "]
     assert not raw, f"printed raw: {raw[:5]}"
 
@@ -455,6 +463,8 @@ TARGETS = (
     Target("model config", model, (views.whole_json,), "llama qwen3 olmo2 rope_scaling llama3 yarn auto_map quantization_config", file="config.json", beside=beside_model, share=0.2),
     Target("trainer state", checkpoint, (views.whole_json,), "step tokens options", file="state/trainer.json", beside=beside_model, share=0.4),
     Target("optimizer state", checkpoint, (views.safetensors_header,), "F32", file="state/optimizer.safetensors", beside=beside_model, share=0.4),
+    Target("trace", trace, (views.whole_json,), "version legs total stores", file="trace/trace.json", beside=beside_run, share=0.4),
+    Target("trace table", trace, (), "descr fortran_order shape <i8 |O", file="trace/offsets.npy", beside=beside_run, share=0.4),
     Target("lineage", lineage, (views.compressed, views.parquet_record, views.arrow_metadata), RECORD, share=0.3),
     Target("lineage of a tokenizer", lineage, (views.inner_record,), RECORD, file="tokenizer_config.json", beside=beside_tokenizer, share=0.3),
     Target("lineage of a model", lineage, (views.safetensors_header,), RECORD, file="model.safetensors", beside=beside_model, share=0.3),

@@ -62,9 +62,10 @@ def _add(total: Result, result: Result, target: Target, directory: Path) -> None
     for key, finding in result.findings.items():
         if key not in total.findings:
             total.findings[key] = finding
+            print(f"--- {key} (case {finding.case})", flush=True)
             smaller = shrunk(target, finding)
             path = keep(smaller, target, directory)
-            print(f"--- {key} (case {finding.case})\n{path}: {len(smaller.data):,} bytes\n{smaller.detail}", flush=True)
+            print(f"{path}: {len(smaller.data):,} bytes\n{smaller.detail}", flush=True)
 
 
 def table(totals: dict[str, Result]) -> str:
@@ -72,7 +73,9 @@ def table(totals: dict[str, Result]) -> str:
     rows = ["| target | cases | per second | intact | peak MiB | findings |", "|---|---:|---:|---:|---:|---:|"]
     for name, total in [*totals.items(), ("all", _sum(totals))]:
         rate, intact = total.cases / max(total.seconds, 1e-9), total.counts["intact"] / max(total.cases, 1)
-        rows.append(f"| {name} | {total.cases:,} | {rate:,.0f} | {intact:.0%} | {total.peak >> 20:,} | {len(total.findings)} |")
+        rows.append(
+            f"| {name} | {total.cases:,} | {rate:,.0f} | {intact:.0%} | {total.peak >> 20:,} | {len(total.findings)} |"
+        )
     return "\n".join(rows)
 
 

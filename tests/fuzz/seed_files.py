@@ -22,11 +22,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent / "corpus")]
 
 from archive_records import arc, chunked, warc
-from readers import CORPUS
+from readers import BESIDE, CORPUS
 
 from llmkit.io.record import Input, Lineage
 
-BESIDE = HERE / "beside"
 LINES = b"".join(
     json.dumps(row, ensure_ascii=False).encode() + b"\n"
     for row in (
@@ -56,7 +55,12 @@ def record(command: str, options: dict[str, Any], *inputs: Input) -> dict[str, A
 
 def lineage() -> Lineage:
     """One with inputs of every kind: an original, a pipe, a part, an index with its runs, a file of an option."""
-    run = record("dedup", {"method": "exact"}, Input("input", "old.jsonl", "xxh3:" + "7" * 32), Input("index", "seen.duckdb", "", None, "", []))
+    run = record(
+        "dedup",
+        {"method": "exact"},
+        Input("input", "old.jsonl", "xxh3:" + "7" * 32),
+        Input("index", "seen.duckdb", "", None, "", []),
+    )
     first = record("extract", {"engine": "plain"}, Input("input", "crawl.warc.gz", "xxh3:" + "2" * 32))
     piped = record("filter", {"preset": ["fineweb"], "rule": ["length.minimum=5"]}, Input("input", "-", "", first))
     inputs = [
@@ -112,7 +116,12 @@ def parquet() -> None:
 def archives() -> None:
     page = b"<html><head><title>T</title></head><body><p>Words of a page, enough of them.</p></body></html>"
     body = gzip.compress(page, mtime=0)
-    records = [warc(0, page), warc(1, body, "Content-Encoding: gzip"), warc(2, chunked(page), "Transfer-Encoding: chunked"), warc(3, page, end="\n")]
+    records = [
+        warc(0, page),
+        warc(1, body, "Content-Encoding: gzip"),
+        warc(2, chunked(page), "Transfer-Encoding: chunked"),
+        warc(3, page, end="\n"),
+    ]
     info = b"WARC/1.0\r\nWARC-Type: warcinfo\r\nContent-Length: 0\r\n\r\n\r\n\r\n"
     segment = warc(4, page[:40]).replace(b"WARC-Type: response", b"WARC-Type: response\r\nWARC-Segment-Number: 1")
     rest = b"WARC/1.0\r\nWARC-Type: continuation\r\nWARC-Segment-Origin-ID: <urn:uuid:4>\r\nWARC-Segment-Number: 2\r\nWARC-Record-ID: <urn:uuid:5>\r\n"
@@ -128,7 +137,11 @@ def archives() -> None:
     save("warc", "stream.warc.xz", lzma.compress(records[0]))
     save("warc", "stream.warc.bz2", bz2.compress(records[0]))
     head = b"filedesc://a.arc 0.0.0.0 20200101000000 text/plain 76\n1 0 InternetArchive\nURL IP-address Archive-date Content-type Archive-length\n\n"
-    arcs = [arc(0, page), arc(1, body, "Content-Encoding: gzip\r\n"), arc(2, chunked(page), "Transfer-Encoding: chunked\r\n")]
+    arcs = [
+        arc(0, page),
+        arc(1, body, "Content-Encoding: gzip\r\n"),
+        arc(2, chunked(page), "Transfer-Encoding: chunked\r\n"),
+    ]
     save("arc", "plain.arc", b"".join([head, *arcs]))
     save("arc", "members.arc.gz", b"".join(gzip.compress(r, mtime=0) for r in [head, *arcs]))
 
@@ -142,7 +155,11 @@ def pages() -> None:
 <pre>code  here</pre><math><mfrac><mn>1</mn><mi>x</mi></mfrac><annotation encoding="application/x-tex">\\frac{1}{x}</annotation></math>
 <blockquote>Quoted &amp; &#x263a;</blockquote></main><footer>Footer</footer></body></html>"""
     save("html", "page.html", html)
-    save("html", "latin.html", "<html><meta charset=iso-8859-1><p>Straße und Café, ein Absatz mit Wörtern.</p>".encode("latin-1"))
+    save(
+        "html",
+        "latin.html",
+        "<html><meta charset=iso-8859-1><p>Straße und Café, ein Absatz mit Wörtern.</p>".encode("latin-1"),
+    )
     save("html", "wide.html", "<html><p>Ein Absatz in UTF-16, 漢字.</p>".encode("utf-16"))
     save("html", "fragment.html", "<p>A fragment</p><p>of <i>two</i> paragraphs.")
     content = b"BT /F1 12 Tf 20 100 Td (Hello from a page of text) Tj ET"
@@ -178,20 +195,41 @@ def tokenizers() -> dict[str, str]:
     byte_level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte_level.decoder = decoders.ByteLevel()
     byte_level.add_special_tokens(special)
-    unigram = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("▁the", -2.0), ("▁", -3.0), ("t", -4.0), ("fox", -4.0)], 0, False))
-    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
+    unigram = Tokenizer(
+        models.Unigram(
+            [("<unk>", 0.0), ("</s>", 0.0), ("▁the", -2.0), ("▁", -3.0), ("t", -4.0), ("fox", -4.0)], 0, False
+        )
+    )
+    unigram.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")]
+    )
     unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2, "</s>": 3}, unk_token="[UNK]"))
     words.normalizer, words.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     level = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     level.pre_tokenizer = pre_tokenizers.Split(__import__("tokenizers").Regex(pattern), "isolated")
-    for name, tokenizer in {"byte_level": byte_level, "unigram": unigram, "wordpiece": words, "word_level": level}.items():
-        save("tokenizer", f"{name}.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")))
-    config = {"eos_token": "<|endoftext|>", "bos_token": {"content": "<|im_start|>"}, "chat_template": [{"name": "default", "template": TEMPLATE}]}
+    for name, tokenizer in {
+        "byte_level": byte_level,
+        "unigram": unigram,
+        "wordpiece": words,
+        "word_level": level,
+    }.items():
+        save(
+            "tokenizer",
+            f"{name}.json",
+            json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")),
+        )
+    config = {
+        "eos_token": "<|endoftext|>",
+        "bos_token": {"content": "<|im_start|>"},
+        "chat_template": [{"name": "default", "template": TEMPLATE}],
+    }
     from llmkit.tokens.vocabulary import tokenizer_config
 
-    content = json.loads(tokenizer_config(record("vocab", {"size": 264}, Input("input", "docs.jsonl", "xxh3:" + "7" * 32))))
+    content = json.loads(
+        tokenizer_config(record("vocab", {"size": 264}, Input("input", "docs.jsonl", "xxh3:" + "7" * 32)))
+    )
     save("tokenizer_config", "config.json", json.dumps(config))
     save("lineage_of_a_tokenizer", "config.json", json.dumps(content | {"chat_template": TEMPLATE}))
     files = {"tokenizer.json": (CORPUS / "tokenizer" / "byte_level.json").read_text(encoding="utf-8")}
@@ -234,21 +272,66 @@ def token_files(files: dict[str, str]) -> None:
     save("nanogpt", "with_header.bin", header + np.array([5, 6, 0, 7, 0, 8, 9, 0], "<u2").tobytes())
 
 
+def runs() -> None:
+    """The trace of a run that read mixed documents."""
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from llmkit.shards.reader import TokenStore
+    from llmkit.training.trace import write_trace
+
+    run = BESIDE / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(CORPUS / "shards" / "mixed.arrow", run / "data.arrow")
+    store = TokenStore.open(str(run / "data.arrow"))
+    order = SimpleNamespace(
+        source=np.array([0, -1, 0, 0]), document=np.array([2, 0, 0, 1]), epoch=np.array([0, 0, 0, 1]), start=None
+    )
+    stream = SimpleNamespace(order=order, stores=[store], offsets=np.array([0, 3, 4, 8, 10], np.int64))
+    write_trace(run, stream, [(0, 0, 1, 4), (2, 8, 2, 4)], 24)
+    (run / "events.jsonl").write_text('{"skipped": [2], "cause": "noise"}\n')
+    (run / "metrics.jsonl").write_text('{"step": 3}\n')
+    (run / "checkpoints").rmdir()
+    save("trace", "trace.json", (run / "trace" / "trace.json").read_bytes())
+    save("trace_table", "offsets.npy", (run / "trace" / "offsets.npy").read_bytes())
+
+
 def vocabularies() -> None:
     import base64
 
-    encoded = [base64.b64encode(bytes([i])).decode() for i in range(256)] + [base64.b64encode(t).decode() for t in (b"th", b"the", b" the")]
+    encoded = [base64.b64encode(bytes([i])).decode() for i in range(256)] + [
+        base64.b64encode(t).decode() for t in (b"th", b"the", b" the")
+    ]
     save("vocabulary", "ranks.tiktoken", "".join(f"{token} {i}\n" for i, token in enumerate(encoded)))
     rows = [{"rank": i, "token_bytes": token} for i, token in enumerate(encoded)]
-    config = {"pattern": r"\p{L}+|\s+|.", "num_vocab_tokens": 262, "default_vocab_size": 262, "default_num_special_tokens": 3, "version": "v3"}
-    special = [{"rank": 0, "token_str": "<unk>", "is_control": True}, {"rank": 1, "token_str": "<|endoftext|>", "is_control": True}]
-    save("vocabulary", "tekken.json", json.dumps({"config": config, "vocab": rows, "special_tokens": special}, separators=(",", ":")))
+    config = {
+        "pattern": r"\p{L}+|\s+|.",
+        "num_vocab_tokens": 262,
+        "default_vocab_size": 262,
+        "default_num_special_tokens": 3,
+        "version": "v3",
+    }
+    special = [
+        {"rank": 0, "token_str": "<unk>", "is_control": True},
+        {"rank": 1, "token_str": "<|endoftext|>", "is_control": True},
+    ]
+    save(
+        "vocabulary",
+        "tekken.json",
+        json.dumps({"config": config, "vocab": rows, "special_tokens": special}, separators=(",", ":")),
+    )
 
     def piece(text: bytes, score: float, kind: int) -> bytes:
         body = b"\n" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
         return b"\n" + bytes([len(body)]) + body
 
-    save("vocabulary", "pieces.model", b"".join(piece(t, -1.0, k) for t, k in ((b"<unk>", 2), (b"<s>", 3), (b"</s>", 3), ("▁the".encode(), 1))))
+    save(
+        "vocabulary",
+        "pieces.model",
+        b"".join(piece(t, -1.0, k) for t, k in ((b"<unk>", 2), (b"<s>", 3), (b"</s>", 3), ("▁the".encode(), 1))),
+    )
 
 
 def models(files: dict[str, str]) -> None:
@@ -280,34 +363,67 @@ def models(files: dict[str, str]) -> None:
     save("lineage_of_a_model", "model.safetensors", weights)
     save("model_config", "config.json", described)
     content = json.loads(described)
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8}
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    }
     save("model_config", "rope.json", json.dumps(content | {"rope_scaling": rope}))
-    scheme = {"weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4}, "targets": ["Linear"]}
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": scheme}}
+    scheme = {
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 4},
+        "targets": ["Linear"],
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": scheme},
+    }
     save("model_config", "quantized.json", json.dumps(content | {"quantization_config": quantization}))
     save("trainer_state", "trainer.json", state.to_json())
     save("optimizer_state", "optimizer.safetensors", (directory / "state" / "optimizer.safetensors").read_bytes())
 
 
 def classifiers() -> None:
-    from dataclasses import replace
-
-    from llmkit.corpus.classifier_training import train
-
-    texts = [("good", "a fine text of words"), ("bad", "spam spam spam buy now")] * 8
-    del replace, train, texts
     header = struct.pack("<ii", 793712314, 12)
 
-    def model(loss: int, bucket: int, word_ngrams: int, max_n: int) -> bytes:
+    def quantised(rows: int, dim: int) -> bytes:
+        centroids = struct.pack("<4i", dim, 2, 2, 2) + struct.pack(
+            f"<{dim * 256}f", *(0.01 * (i % 99) for i in range(dim * 256))
+        )
+        return struct.pack("<?2qi", False, rows, dim, rows * 2) + bytes(i % 256 for i in range(rows * 2)) + centroids
+
+    def model(loss: int, bucket: int, word_ngrams: int, max_n: int, packed: bool = False) -> bytes:
         words, labels = [b"</s>", b"the", b"fox"], [b"__label__en", b"__label__de"]
-        entries = b"".join(word + struct.pack("<xqb", 5, 0) for word in words) + b"".join(label + struct.pack("<xqb", 3, 1) for label in labels)
+        entries = b"".join(word + struct.pack("<xqb", 5, 0) for word in words) + b"".join(
+            label + struct.pack("<xqb", 3, 1) for label in labels
+        )
         hyper = struct.pack("<12id", 4, 5, 5, 1, 5, word_ngrams, loss, 3, bucket, 2 if max_n else 0, max_n, 100, 1e-4)
         rows = 3 + bucket
         values = struct.pack(f"<{4 * rows}f", *(0.01 * i for i in range(4 * rows)))
         output = struct.pack("<8f", *(0.1 * i for i in range(8)))
-        return header + hyper + struct.pack("<3i2q", 5, 3, 2, 21, -1) + entries + struct.pack("<?2q", False, rows, 4) + values + struct.pack("<?2q", False, 2, 4) + output
+        if packed:  # one n-gram is left after pruning
+            start = header + hyper + struct.pack("<3i2q", 5, 3, 2, 21, 1) + entries + struct.pack("<2i", 7, 0)
+            return start + b"\1" + quantised(4, 4) + struct.pack("<?2q", False, 2, 4) + output
+        return (
+            header
+            + hyper
+            + struct.pack("<3i2q", 5, 3, 2, 21, -1)
+            + entries
+            + struct.pack("<?2q", False, rows, 4)
+            + values
+            + struct.pack("<?2q", False, 2, 4)
+            + output
+        )
 
-    for name, arguments in {"softmax": (3, 20, 2, 3), "hierarchical": (1, 0, 1, 0), "one_vs_all": (4, 20, 1, 3), "negative": (2, 20, 2, 0)}.items():
+    for name, arguments in {
+        "softmax": (3, 20, 2, 3),
+        "hierarchical": (1, 0, 1, 0),
+        "one_vs_all": (4, 20, 1, 3),
+        "negative": (2, 20, 2, 0),
+        "pruned": (3, 20, 2, 3, True),
+    }.items():
         save("fasttext", f"{name}.bin", model(*arguments))
 
 
@@ -333,7 +449,12 @@ def chats() -> None:
     save("template", "chatml.jinja", CHATML)
     save("template", "tulu.jinja", TULU)
     namespace = "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ ns.n }}"
-    save("template", "namespace.jinja", namespace + "{% macro turn(m) %}{{ m.role | trim }}{% generation %}{{ m.content | default('', true) }}<|im_end|>{% endgeneration %}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}")
+    save(
+        "template",
+        "namespace.jinja",
+        namespace
+        + "{% macro turn(m) %}{{ m.role | trim }}{% generation %}{{ m.content | default('', true) }}<|im_end|>{% endgeneration %}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    )
 
 
 def configurations() -> None:
@@ -341,13 +462,23 @@ def configurations() -> None:
 
     from llmkit.mixing.plan import Plan, PlannedSource, format_plan
 
-    save("toml", "options.toml", 'tokens = "2B"\nlr = 3e-4\nseed = 7\nbatch-size = 8\n[train]\nmodel = "tiny"\nresume = true\n')
+    save(
+        "toml",
+        "options.toml",
+        'tokens = "2B"\nlr = 3e-4\nseed = 7\nbatch-size = 8\n[train]\nmodel = "tiny"\nresume = true\n',
+    )
     save("toml", "recipe.toml", resources.files("llmkit.training.optim").joinpath("recipes", "olmo.toml").read_bytes())
     save("toml", "preset.toml", resources.files("llmkit.corpus").joinpath("presets", "c4.toml").read_bytes())
     stages = '[sources]\nweb = "web/"\nwiki = "wiki/"\n[[stage]]\nname = "first"\ntokens = "2M"\nmix = { web = 0.9, wiki = "x2" }\nlr = 1e-3\n[[stage]]\nmix = { wiki = 1000 }\n'
     save("toml", "stages.toml", stages)
-    sources = (PlannedSource("../web", "xxh3:" + "1" * 32, (600, 20), (17, 801)), PlannedSource("plan.toml", "xxh3:" + "2" * 32, (5, 5)))
-    plan = format_plan(Plan(sources, 7, "xxh3:" + "3" * 32, "global", 64, ((1, 1), (2, 3)), True), record("mix", {"seed": 7}, *lineage().inputs))
+    sources = (
+        PlannedSource("../web", "xxh3:" + "1" * 32, (600, 20), (17, 801)),
+        PlannedSource("plan.toml", "xxh3:" + "2" * 32, (5, 5)),
+    )
+    plan = format_plan(
+        Plan(sources, 7, "xxh3:" + "3" * 32, "global", 64, ((1, 1), (2, 3)), True),
+        record("mix", {"seed": 7}, *lineage().inputs),
+    )
     save("toml", "plan.toml", plan)
     save("lineage_of_a_plan", "plan.toml", plan)
 
@@ -359,7 +490,7 @@ def indexes() -> None:
     from llmkit.corpus.dedup.exact import Exact
     from llmkit.corpus.dedup.index import Index, settings_of
 
-    settings = settings_of(None, Exact("text", "none") if False else None, full=False) | {"exact": True, "key": "text", "normalise": "none"}
+    settings = settings_of(None, Exact(), full=False)
     for name, size in (("small_blocks", 16384), ("blocks", 262144)):
         path = CORPUS / "index" / f"{name}.duckdb"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -391,7 +522,9 @@ def former_findings() -> None:
     stream = pa.ipc.open_stream((CORPUS / "shards" / "plain.arrow").read_bytes())
     sink, codes = BytesIO(), pa.array([0], pa.int32())
     tokens = pa.LargeListArray.from_arrays(pa.array([0, 1 << 20], pa.int64()), pa.array(np.zeros(1 << 20, np.uint16)))
-    row = pa.record_batch([tokens, pa.array(["a"]), pa.DictionaryArray.from_arrays(codes, pa.array(["s"]))], schema=stream.schema)
+    row = pa.record_batch(
+        [tokens, pa.array(["a"]), pa.DictionaryArray.from_arrays(codes, pa.array(["s"]))], schema=stream.schema
+    )
     with pa.ipc.new_stream(sink, stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_batch(row)
     save("shards", "found-packed.arrow", sink.getvalue())
@@ -401,12 +534,35 @@ def former_findings() -> None:
     panic = {"type": "Split", "pattern": {"Regex": "(?:a{999}){999}"}, "behavior": "Isolated", "invert": False}
     slow = panic | {"pattern": {"Regex": "(a|aa|aaa)+$x"}}
     for name, steps in {"nested": nested, "panic": panic, "slow": slow}.items():
-        save("tokenizer", f"found-{name}.json", json.dumps(content | {"pre_tokenizer": steps}, ensure_ascii=False, separators=(",", ":")))
-    save("template", "found-loops.jinja", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+        save(
+            "tokenizer",
+            f"found-{name}.json",
+            json.dumps(content | {"pre_tokenizer": steps}, ensure_ascii=False, separators=(",", ":")),
+        )
+    pruned = (CORPUS / "fasttext" / "pruned.bin").read_bytes()
+    for part in (1 << 20, 1 << 28):  # one part of many numbers, of which the file holds four
+        save(
+            "fasttext",
+            f"found-part_{part}.bin",
+            pruned.replace(struct.pack("<4i", 4, 2, 2, 2), struct.pack("<4i", 4, 1, part, 4))
+            .replace(struct.pack("<?2qi", False, 4, 4, 8), struct.pack("<?2qi", False, 4, 4, 4))
+            .replace(
+                bytes(range(8)) + struct.pack("<4i", 4, 1, part, 4), bytes(range(4)) + struct.pack("<4i", 4, 1, part, 4)
+            ),
+        )
+    save(
+        "template",
+        "found-loops.jinja",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    )
     save("template", "found-product.jinja", "{{ 'A' * 10**9 }}")
     save("template", "found-power.jinja", "{{ 9**9**9 }}")
     save("template", "found-format.jinja", "{{ '%2000000000d' % 1 }}")
-    save("template", "found-doubled.jinja", "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}")
+    save(
+        "template",
+        "found-doubled.jinja",
+        "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    )
 
 
 def main() -> None:
@@ -420,6 +576,7 @@ def main() -> None:
     pages()
     files = tokenizers()
     token_files(files)
+    runs()
     vocabularies()
     models(files)
     classifiers()

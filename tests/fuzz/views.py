@@ -44,21 +44,25 @@ def compressed(data: bytes) -> Iterator[View]:
         for i, (kind, content) in enumerate(parts):
             is_note = kind == "note" and content.startswith(NOTE_PREFIX)
             body = content.removeprefix(NOTE_PREFIX) if is_note else content
+
             def rebuild(new: bytes, i: int = i, is_note: bool = is_note, kind: str = kind) -> bytes:
                 changed = [*parts[:i], (kind, NOTE_PREFIX + new if is_note else new), *parts[i + 1 :]]
                 return b"".join(
                     NOTE_MAGIC + struct.pack("<I", len(c)) + c if k == "note" else zstandard.compress(c)
                     for k, c in changed
                 )
+
             yield View(body, is_note, rebuild)
     elif data.startswith(b"\x1f\x8b"):
         start = 0
         while data.startswith(NOTE_START, start):
             (size,) = struct.unpack_from("<H", data, start + 10)
             begin, end = start + 12 + 5 + len(NOTE_PREFIX), start + 12 + size
+
             def rebuild(new: bytes, start: int = start, begin: int = begin, end: int = end) -> bytes:
                 extra = b"LK" + struct.pack("<H", len(new) + 1 + len(NOTE_PREFIX)) + b"\0" + NOTE_PREFIX + new
                 return data[:start] + NOTE_START + struct.pack("<H", len(extra)) + extra + data[end:]
+
             yield View(data[begin:end], True, rebuild)
             start = end + 10
         yield View(gzip.decompress(data), False, lambda new: data[:start] + gzip.compress(new, mtime=0))
