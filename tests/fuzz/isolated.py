@@ -46,7 +46,7 @@ BUDGET, SLACK = 512 << 20, 300 << 20  # bytes that a reader may take beyond thos
 ADDRESSES = 6 << 30  # beyond those of the worker; libraries reserve more than they use
 CASES_PER_WORKER = 20_000
 FOUND = "found-"  # files of the corpus that were findings, and may be refused
-SHRINK_TRIES = 60
+SHRINK_ROUNDS, SHRINK_PIECES = 25, 200
 OUTCOMES = ("intact", "refused", "skipped")  # read; LlmkitError; failed inside of a guard that skips it
 FORBIDDEN = (
     "subprocess.Popen",
@@ -124,32 +124,23 @@ def run(target: Target, seed: int, first: int, count: int, deadline: float = flo
     return result
 
 
-def read_one(target: Target, name: str, data: bytes) -> tuple[str, str]:
-    """(outcome or kind of finding, detail) of one case in a worker of its own."""
-    result = Result()
-    preload()
-    _run_worker(target, lambda _: (name, data), range(1), float("inf"), result)
-    for finding in result.findings.values():
-        return finding.kind, finding.detail
-    return next(outcome for outcome, n in result.counts.items() if n), ""
-
-
 def shrunk(target: Target, finding: Finding) -> Finding:
-    """A finding with as few bytes as some tries give, or as it is where it takes long or cannot be repeated."""
+    """A finding with as few bytes as some rounds of removing pieces give; as it is where a case takes long."""
     if finding.kind in ("time", "memory"):
         return finding
-    data, size, tries = finding.data, max(1, len(finding.data) // 2), 0
-    while size and tries < SHRINK_TRIES:
-        start = 0
-        while start < len(data) and tries < SHRINK_TRIES:
-            smaller, tries = data[:start] + data[start + size :], tries + 1
-            kind, detail = read_one(target, finding.name, smaller)
-            if Finding(finding.target, 0, "", b"", kind, detail).key == finding.key:
-                data = smaller
-            else:
-                start += size
-        size //= 2
-    return Finding(finding.target, finding.case, finding.name, data, finding.kind, finding.detail)
+    smallest, size = finding, len(finding.data) // 2
+    for _ in range(SHRINK_ROUNDS):
+        data = smallest.data
+        pieces = [data[:i] + data[i + size :] for i in range(0, len(data), max(1, size))][:SHRINK_PIECES]
+        if not size or not pieces:
+            break
+        result = Result()
+        _run_worker(target, lambda i, pieces=pieces: (finding.name, pieces[i]), range(len(pieces)), float("inf"), result)  # type: ignore[misc]
+        if finding.key in result.findings:
+            smallest = result.findings[finding.key]
+        else:
+            size //= 2
+    return smallest
 
 
 def keep(finding: Finding, target: Target, directory: Path) -> Path:
