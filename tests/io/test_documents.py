@@ -90,6 +90,7 @@ def test_lineage_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert (record["command"], record["options"], record["counts"]) == ("test", {"a": 1}, {"documents": 500})
 
 
+@pytest.mark.filterwarnings("ignore:.*lineage record")
 def test_damaged_parquet_is_an_error_of_one_line(tmp_path: Path) -> None:
     """Property: with changed bytes anywhere, content and lineage are read, or an LlmkitError names the file; as an output, a
     damaged file is not replaced without -f."""

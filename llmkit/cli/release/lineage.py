@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError
 
@@ -46,14 +46,15 @@ def main(
     """Print the tree of commands that made an artefact, each with its options, inputs and counts.
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
-    directory of the original inputs. The script stops at the first output that is not what was recorded. --check
-    computes the digests of the artefact, of every byte of its files and of its record, and of each input that it finds
-    by name beside the artefact or in the directories given by --inputs, and prints where; if one differs, the exit code
-    is 1. Artefacts of earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the
-    digest that such comparisons use. --json prints the record as stored.
+    directory of the original inputs. The script stops where an original is missing, and at the first output that is not
+    what was recorded. A step whose record could not be read is named there as unknown. --check computes the digests of
+    the artefact, of every byte of its files and of its record, and of each input that it finds by name beside the
+    artefact or in the directories given by --inputs, and prints where; if one differs, the exit code is 1. Artefacts of
+    earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the digest that such
+    comparisons use. --json prints the record as stored.
     """
     from llmkit.lineage.formats import describe_part, own_digest, read_lineage
-    from llmkit.lineage.script import as_script
+    from llmkit.lineage.script import as_script, unknown_steps
     from llmkit.lineage.tree import as_tree
 
     if digest:
@@ -65,6 +66,8 @@ def main(
     if run.as_json:
         _print(run, jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:
+        for line in unknown_steps(record):
+            run.warn(line)
         _print(run, as_script(record, artefact, _flags, describe_part(artefact, record)))
     elif check:
         _check(run, artefact, record, inputs or [])
@@ -75,13 +78,13 @@ def main(
 
 def _where_else(path: Path) -> str:
     """The hint for an artefact without a record."""
-    from llmkit.io.inputs import DOCUMENT_SUFFIXES, holds_ids
+    from llmkit.io.inputs import DOCUMENT_SUFFIXES, has_suffix, holds_ids
     from llmkit.lineage.formats import read_lineage
 
     if path.is_dir():
         for file in sorted(path.iterdir()):
             with suppress(LlmkitError):
-                if file.name.endswith(DOCUMENT_SUFFIXES) and file.is_file() and read_lineage(file):
+                if has_suffix(file.name, DOCUMENT_SUFFIXES) and file.is_file() and read_lineage(file):
                     return f"its files have their own, such as {file}"
     if path.suffix == ".duckdb":
         return f"the runs of an index: llmkit dedup --index {path} --stats"

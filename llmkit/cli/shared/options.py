@@ -19,7 +19,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from llmkit.cli.shared.configuration import environment_prefix, load_config, present_spelling
-from llmkit.cli.shared.invocation import Progress, Run
+from llmkit.cli.shared.invocation import Run
+from llmkit.cli.shared.messages import Progress
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.record import recorded
 from llmkit.options import (
@@ -286,7 +287,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         record = {key: recorded(value, marks[key]) for key, value in decisive.items() if value is not None}
         run = Run(name, values, record, paths)
         run.config = partial(_as_toml, context)
-        with run._stack:
+        with run._stack, run.shows_warnings():
             function(run, **arguments)
         run.check_bad_files()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs, summary_end
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
@@ -78,10 +78,10 @@ def main(
 
     Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
     next intact record, also in a pipe. Segments of a record are joined. A document whose page is cut has `truncated`,
-    the reason in the archive (WARC-Truncated), or "segmented" where segments are missing. An archive from which no page
-    can be read is an error, unless --allow-empty is given. A page that takes longer than --time-limit, or more memory
-    than 48 times --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each worker, one page,
-    and a few megabytes of the archive.
+    the reason in the archive (WARC-Truncated), "segmented" where segments are missing, or "unspecified" where a
+    Content-Length shows it. An archive from which no page can be read is an error, unless --allow-empty is given. A
+    page that takes longer than --time-limit, or more memory than 48 times --max-page-bytes plus 1 GB, is skipped.
+    Memory: three batches of about 1 MB for each worker, one page, and a few megabytes of the archive.
     """
     from llmkit.corpus.extract.engines import ENGINES
 
@@ -127,6 +127,8 @@ def main(
                 if rejected:
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
+        if files.replaced:
+            run.warn(f"the text of the page replaces the field `text` of {counted(files.replaced, 'row')}")
         without_document = counts["pages"] + counts["broken"] - counts["documents"]
         bad = ({"bad_lines": files.bad_lines} if files.bad_lines else {}) | run.bad_file_counts()
         return dict(counts) | {"skipped": dict(sorted(skipped.items()))} | bad, without_document, files.inputs
@@ -192,6 +194,7 @@ def _outcomes(
         if isinstance(result, FilesRead):
             files.inputs += result.inputs
             files.bad_lines += result.bad_lines
+            files.replaced += result.replaced
         else:
             yield result
 
