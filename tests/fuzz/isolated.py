@@ -135,7 +135,9 @@ def shrunk(target: Target, finding: Finding) -> Finding:
         if not size or not pieces:
             break
         result = Result()
-        _run_worker(target, lambda i, pieces=pieces: (finding.name, pieces[i]), range(len(pieces)), float("inf"), result)  # type: ignore[misc]
+        _run_worker(
+            target, lambda i, pieces=pieces: (finding.name, pieces[i]), range(len(pieces)), float("inf"), result
+        )  # type: ignore[misc]
         if finding.key in result.findings:
             smallest = result.findings[finding.key]
         else:
