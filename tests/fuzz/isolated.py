@@ -248,7 +248,6 @@ def _work(
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     resource.setrlimit(resource.RLIMIT_AS, (pages + ADDRESSES, resource.RLIM_INFINITY))
     trespasses = _audited(scratch)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     counts, findings, peak = dict.fromkeys(OUTCOMES, 0), dict[str, Finding](), 0
     limit, number = target.budget or BUDGET, numbers.start
     for number in numbers:
@@ -257,14 +256,15 @@ def _work(
         name, data = draw(number)
         path = _stored(target, inside, name, data)
         trespasses.clear()
+        present, before = _resident(), _peak()  # the mutation may have taken more than the reader
         position[:] = struct.pack("<qd", number, time.monotonic())
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         kind, detail = _outcome(target, path)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - base
+        used = _peak() - present if _peak() > before else 0
         if trespasses or os.listdir(empty):
             kind, detail = "forbidden", f"{trespasses[:3]} {os.listdir(empty)}"
-        elif used > limit + SLACK and peak <= limit + SLACK:
+        elif used > limit + SLACK:
             kind, detail = "memory", f"{used >> 20} MiB"
         peak = max(peak, used)
         if kind in counts:
@@ -273,12 +273,21 @@ def _work(
             counts["refused"] += 1
             finding = Finding(target.name, number, name, data, kind, detail)
             findings.setdefault(finding.key, finding)
-        if peak > limit + SLACK:
+        if before - present > limit + SLACK or peak > limit + SLACK:
             number += 1
             break  # a new worker can measure the next one
     else:
         number = numbers.stop
     _send(sender, {"counts": counts, "findings": list(findings.values()), "peak": peak, "next": number})
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _send(sender: int, report: dict[str, Any]) -> None:

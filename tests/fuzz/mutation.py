@@ -131,7 +131,7 @@ def mutated(
 
 def _found(find: Views, data: bytes) -> list[View]:
     try:
-        return list(find(data))
+        return [view for view in find(data) if len(view.content) <= 4 * MOST_BYTES]
     except Exception:  # a mutated file need not have this part
         return []
 

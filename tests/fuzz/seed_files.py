@@ -514,8 +514,8 @@ def former_findings() -> None:
     import pyarrow.parquet as pq
     import zstandard
 
-    save("compression", "found-runs.jsonl.zst", zstandard.compress(b'{"text": "' + bytes(97 for _ in range(1 << 26))))
-    save("compression", "found-runs.jsonl.bz2", bz2.compress(b'{"text": "' + b"a" * (1 << 23)))
+    save("compression", "found-runs.jsonl.zst", zstandard.compress(b'{"text": "' + bytes(97 for _ in range(1 << 22))))
+    save("compression", "found-runs.jsonl.bz2", bz2.compress(b'{"text": "' + b"a" * (1 << 21)))
     sink = BytesIO()
     pq.write_table(pa.table({"text": pa.array(["x" * (1 << 20)] * 400).dictionary_encode()}), sink, compression="zstd")
     save("parquet", "found-long_texts.parquet", sink.getvalue())
