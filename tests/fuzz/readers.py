@@ -450,7 +450,7 @@ TARGETS = (
     Target("pdf", extracted, (), PDF, guarded=True, share=0.3),
     Target("plain text", extracted, (), "\\xff\\xfe \\xfe\\xff \\xef\\xbb\\xbf <p> <br> WARC/1.0 %PDF- {\\\\rtf \\0", guarded=True, share=0.4),
     Target("shards", shards, (views.arrow_metadata,), JSON, beside=None, share=0.3),
-    Target("tokenizer", tokenizer, (views.whole_json,), TOKENIZER, file="tokenizer.json", beside=beside_tokenizer, share=0.2),
+    Target("tokenizer", tokenizer, (views.whole_json,), TOKENIZER, file="tokenizer.json", beside=beside_tokenizer, share=0.1),
     Target("tokenizer config", tokenizer, (views.whole_json,), TOKENIZER, file="tokenizer_config.json", beside=beside_tokenizer, share=0.1),
     Target("vocabulary", vocabulary, (views.whole_json,), "YQ== token_bytes token_str rank config pattern default_vocab_size special_tokens 0 = \\n", share=0.5),
     Target("nanogpt", nanogpt, (), "\\x98\\x3c\\x34\\x01 \\0\\0", share=0.6),

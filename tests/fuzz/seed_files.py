@@ -1,6 +1,6 @@
 """Makes the small files that mutations start from, mostly with llmkit's own writers: `python tests/fuzz/seed_files.py`.
 
-They are kept in corpus/TARGET/, beside the findings (found-*), and what a case is read together with in beside/. Other
+They are kept in corpus/TARGET/, beside the findings (found-*, bomb-*), and what a case is read together with in beside/. Other
 versions of the libraries may write other bytes, so that the files, not this script, are what the tests use.
 """
 
@@ -514,11 +514,11 @@ def former_findings() -> None:
     import pyarrow.parquet as pq
     import zstandard
 
-    save("compression", "found-runs.jsonl.zst", zstandard.compress(b'{"text": "' + bytes(97 for _ in range(1 << 22))))
-    save("compression", "found-runs.jsonl.bz2", bz2.compress(b'{"text": "' + b"a" * (1 << 21)))
+    save("compression", "bomb-runs.jsonl.zst", zstandard.compress(b'{"text": "' + bytes(97 for _ in range(1 << 22))))
+    save("compression", "bomb-runs.jsonl.bz2", bz2.compress(b'{"text": "' + b"a" * (1 << 21)))
     sink = BytesIO()
     pq.write_table(pa.table({"text": pa.array(["x" * (1 << 20)] * 400).dictionary_encode()}), sink, compression="zstd")
-    save("parquet", "found-long_texts.parquet", sink.getvalue())
+    save("parquet", "bomb-long_texts.parquet", sink.getvalue())
     stream = pa.ipc.open_stream((CORPUS / "shards" / "plain.arrow").read_bytes())
     sink, codes = BytesIO(), pa.array([0], pa.int32())
     tokens = pa.LargeListArray.from_arrays(pa.array([0, 1 << 20], pa.int64()), pa.array(np.zeros(1 << 20, np.uint16)))
@@ -527,7 +527,7 @@ def former_findings() -> None:
     )
     with pa.ipc.new_stream(sink, stream.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_batch(row)
-    save("shards", "found-packed.arrow", sink.getvalue())
+    save("shards", "bomb-packed.arrow", sink.getvalue())
     content = json.loads((CORPUS / "tokenizer" / "byte_level.json").read_text(encoding="utf-8"))
     step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     nested = {"type": "Sequence", "pretokenizers": [step] * 40}
@@ -536,14 +536,14 @@ def former_findings() -> None:
     for name, steps in {"nested": nested, "panic": panic, "slow": slow}.items():
         save(
             "tokenizer",
-            f"found-{name}.json",
+            f"bomb-{name}.json",
             json.dumps(content | {"pre_tokenizer": steps}, ensure_ascii=False, separators=(",", ":")),
         )
     pruned = (CORPUS / "fasttext" / "pruned.bin").read_bytes()
     for part in (1 << 20, 1 << 28):  # one part of many numbers, of which the file holds four
         save(
             "fasttext",
-            f"found-part_{part}.bin",
+            f"bomb-part_{part}.bin",
             pruned.replace(struct.pack("<4i", 4, 2, 2, 2), struct.pack("<4i", 4, 1, part, 4))
             .replace(struct.pack("<?2qi", False, 4, 4, 8), struct.pack("<?2qi", False, 4, 4, 4))
             .replace(
@@ -552,15 +552,15 @@ def former_findings() -> None:
         )
     save(
         "template",
-        "found-loops.jinja",
+        "bomb-loops.jinja",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     )
-    save("template", "found-product.jinja", "{{ 'A' * 10**9 }}")
-    save("template", "found-power.jinja", "{{ 9**9**9 }}")
-    save("template", "found-format.jinja", "{{ '%2000000000d' % 1 }}")
+    save("template", "bomb-product.jinja", "{{ 'A' * 10**9 }}")
+    save("template", "bomb-power.jinja", "{{ 9**9**9 }}")
+    save("template", "bomb-format.jinja", "{{ '%2000000000d' % 1 }}")
     save(
         "template",
-        "found-doubled.jinja",
+        "bomb-doubled.jinja",
         "{% set ns = namespace(s='ab') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     )
 
