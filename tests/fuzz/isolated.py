@@ -46,7 +46,7 @@ BUDGET, SLACK = 512 << 20, 300 << 20  # bytes that a reader may take beyond thos
 ADDRESSES = 6 << 30  # beyond those of the worker; libraries reserve more than they use
 CASES_PER_WORKER = 20_000
 FOUND, BOMB = "found-", "bomb-"  # files of the corpus that were findings, and may be refused; bombs are not mutated
-SHRINK_ROUNDS, SHRINK_PIECES = 25, 200
+SHRINK_ROUNDS, SHRINK_PIECES = 40, 200
 OUTCOMES = ("intact", "refused", "skipped")  # read; LlmkitError; failed inside of a guard that skips it
 FORBIDDEN = (
     "subprocess.Popen",

@@ -8,7 +8,7 @@ and 300 MB, or a forbidden event: a program started, a connection, a pickle, a f
 directory. Each finding is made smaller and written to corpus/TARGET/found-*, from where every later run reads it.
 
 Prints a table of cases, cases per second, the share that was read without error, and findings with their tracebacks;
-exit code 1 if there are any. --first continues a former run of the same seed. Cost: about 1,000 cases per CPU second.
+exit code 1 if there are any. --first continues a former run of the same seed. Cost: see run.md.
 """
 
 from __future__ import annotations
