@@ -384,7 +384,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]] | None:
     if isinstance(tools, str) and tools:  # datasets with one type per column store them as JSON
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"field 'tools' is not JSON ({error})") from error
     if not tools:
         return None
@@ -435,6 +435,6 @@ def _function_call(content: str, extra: dict[str, Any]) -> tuple[dict[str, Any],
     try:
         call = json.loads(content)
         function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return extra, content
     return extra | {"tool_calls": [{"type": "function", "function": function}]}, ""

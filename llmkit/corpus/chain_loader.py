@@ -162,7 +162,7 @@ def _load_function(path: str, function: str) -> Any:
 def _parse_preset(preset: str) -> list[dict[str, Any]]:
     try:
         content = tomllib.loads(preset_text(preset))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise LlmkitError(
             f"{preset}: invalid TOML ({error})", "llmkit filter --print-preset shows a valid one"
         ) from error

@@ -393,7 +393,7 @@ def _quantised(file: _ModelFile, dim: int) -> Quantised:
 def _centroids(file: _ModelFile, dim: int) -> Floats:
     """Centroids of a product quantiser, [parts, 256, part]; a shorter last part is padded with zeros."""
     quantizer_dim, parts, part, last = file.numbers("<4i", "a quantiser")
-    valid = quantizer_dim == dim and part > 0 and parts == -(-dim // part) and last == dim - part * (parts - 1)
+    valid = quantizer_dim == dim and 0 < part <= dim and parts == -(-dim // part) and last == dim - part * (parts - 1)
     file.require(valid, f"a quantiser of {quantizer_dim} dimensions in {parts} parts of {part}, the last of {last}")
     flat = file.array("<f4", dim * CODES, "the centroids of a quantiser")
     full = (parts - 1) * CODES * part

@@ -206,7 +206,7 @@ def end_of_text_id(info: LoadedModel) -> int:
     """Id of the end-of-text token: the tokenizer's eos_token, else the configuration's first eos id."""
     try:
         token = json.loads(info.tokenizer_files.get("tokenizer_config.json", "{}")).get("eos_token")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         token = None
     text = token.get("content") if isinstance(token, dict) else token
     if isinstance(text, str):

@@ -8,6 +8,7 @@ the content. An index of earlier runs is intact if it holds the runs that it had
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -155,7 +156,7 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
     places = [place for directory in directories for place in (directory, *_numbered(directory))]
     for item in items.values():
         name = item["part"] or item["name"]
-        found = dict.fromkeys(filter(Path.exists, _candidates(item, places)))
+        found = dict.fromkeys(filter(os.path.exists, _candidates(item, places)))
         # Nothing is made from itself: an input of the artefact's name is another file.
         candidates = [path for path in found if artefact not in (path.resolve(), *path.resolve().parents)]
         if item["role"] == INDEX:

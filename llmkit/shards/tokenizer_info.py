@@ -179,7 +179,7 @@ def parse_tokenizer(files: dict[str, str], name: str, eos: str | None = None) ->
         )
     bos, pad = named("bos_token"), named("pad_token")
     return TokenizerInfo(
-        _identity(content),
+        _identity(content, name),
         max(ids.values()) + 1,
         ids[ends[0]],
         ids[bos] if bos else None,
@@ -250,7 +250,7 @@ def _object(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _identity(content: dict[str, Any]) -> str:
+def _identity(content: dict[str, Any], name: str) -> str:
     """xxh3-128 of the parts that decide the ids.
 
     Merges are "a b" or ["a", "b"], depending on the version of the library.
@@ -262,4 +262,10 @@ def _identity(content: dict[str, Any]) -> str:
             " ".join(m) if isinstance(m, list) and all(isinstance(p, str) for p in m) else m for m in merges
         ]
     parts = {"model": model} | {key: content.get(key) for key in ("added_tokens", "normalizer", "pre_tokenizer")}
-    return "xxh3:" + xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
+    try:
+        text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
+    except TypeError as error:  # orjson reads deeper nesting than it writes
+        raise LlmkitError(
+            f"{name}: tokenizer.json is nested too deeply", "it was not written by the tokenizers library"
+        ) from error
+    return "xxh3:" + xxhash.xxh3_128_hexdigest(text)

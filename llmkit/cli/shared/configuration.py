@@ -79,7 +79,7 @@ def load_config(context: Any, path: str | None, name: str, renamed: dict[str, st
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LlmkitError(f"{path}: cannot read the configuration ({error.strerror})", "see --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise LlmkitError(f"{path}: invalid TOML ({error})", "--print-config shows the format") from error
     sections = set(map(_section, COMMANDS))
     top = {key: value for key, value in content.items() if not (isinstance(value, dict) and key in sections)}

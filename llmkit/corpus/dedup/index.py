@@ -43,6 +43,7 @@ from llmkit.corpus.dedup.normalise import LOOSE
 from llmkit.errors import LlmkitError, LockedError, UsageError
 from llmkit.io.names import is_utf8
 from llmkit.io.record import Input
+from llmkit.lineage.fields import inputs_of
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -131,7 +132,7 @@ class Index:
         if not {"llmkit", "runs", "seen"} <= tables:
             raise LlmkitError(f"{self.path} is not an index of llmkit dedup", "name another file")
         (text,) = self._sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
-        stored: dict[str, Any] = json.loads(text)
+        stored = self._parsed(text)
         for name, value in (expected or {"version": VERSION}).items():
             made_with = stored.get(name, FORMER_SETTINGS.get(name))
             if made_with != value:
@@ -141,6 +142,19 @@ class Index:
                     f"use {option}, or start a new index under another name",
                 )
         return stored
+
+    def _parsed(self, text: Any) -> dict[str, Any]:
+        """The settings or a record in the file. LlmkitError where they are not JSON."""
+        try:
+            content = json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise LlmkitError(
+                f"{self.path} cannot be read as an index (settings or a record in it are damaged)",
+                "restore a backup, or start a new index under another name",
+            )
+        return content
 
     def _create(self, settings: dict[str, Any]) -> None:
         columns = ["run INTEGER", "id VARCHAR"]
@@ -197,7 +211,7 @@ class Index:
             self._has_records()
             and self._sql.execute("SELECT record FROM runs JOIN records USING (run) WHERE inputs = ?", [key]).fetchone()
         )
-        return [item["name"] for item in json.loads(row[0])["inputs"] if item["role"] == "input"] if row else []
+        return [item["name"] for item in inputs_of(self._parsed(row[0])) if item["role"] == "input"] if row else []
 
     def run_of(self, key: str) -> int:
         """Number of the run with this key; the next number for a new run."""
@@ -321,7 +335,7 @@ class Index:
         known = texts[max((i + 1 for i, text in enumerate(texts) if text is None), default=0) :]
         if (texts and not known) or sum(map(len, known)) > MAX_RECORDS:
             return None
-        return [json.loads(text) for text in known]
+        return [self._parsed(text) for text in known]
 
     def _has_records(self) -> bool:
         return bool(self._sql.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'").fetchone())
@@ -383,7 +397,7 @@ def holds(path: str, history: str) -> bool:
             (settings,) = sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
             keys = sql.execute("SELECT inputs FROM runs ORDER BY run").fetchall()
         return any(history_of(json.loads(settings), keys[:runs]) == history for runs in range(len(keys) + 1))
-    except (duckdb.Error, OSError, ValueError):
+    except (duckdb.Error, OSError, ValueError, TypeError, RecursionError):
         return False
 
 
