@@ -75,10 +75,8 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with (
-            suppress(OSError),
-            open(self.path / EVENTS, "a", encoding="utf-8", opener=no_follow) as file,
-        ):  # a full disk must not stop the run
+        # A full disk must not stop the run.
+        with suppress(OSError), open(self.path / EVENTS, "a", encoding="utf-8", opener=no_follow) as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
