@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 MAX_LISTED = 30  # names in a hint
+UNREADABLE = "unreadable"  # the only field, with the reason, of what stands for a record that cannot be read
 
 
 class ExitCode(IntEnum):
@@ -98,6 +99,24 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """Error for a `name` that is not a known filter, preset, architecture, ..."""
     return UsageError(f"unknown {kind} {name!r}", suggestion(name, known))
+
+
+class UnreadableRecordError(LlmkitError):
+    """The lineage record of `name` is there, but not as a command writes it. `reason`: what is wrong with it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name}: its lineage record is there, but cannot be read: {reason}",
+            "the step that made it is unknown; make it again, or use a copy that is intact",
+        )
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type[LlmkitError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)
+
+
+class RecordWarning(UserWarning):
+    """The record of an input cannot be read, so that the lineage of the output ends there."""
 
 
 class Terminated(KeyboardInterrupt):

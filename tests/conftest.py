@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,45 @@ def shared_data() -> Path:
 REAL = [sys.executable, "-m", "llmkit"]
 
 
-@pytest.fixture(scope="session")
-def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+@contextmanager
+def serving(directory: Path, *what: str) -> Iterator[list[str]]:
     """The command for calling llmkit without the seconds that imports take; see preloaded.py."""
-    socket_path, script = tmp_path_factory.mktemp("preloaded") / "socket", str(ROOT / "tests" / "preloaded.py")
+    socket_path, script = directory / "socket", str(ROOT / "tests" / "preloaded.py")
     with subprocess.Popen(
-        [sys.executable, "-P", script, "serve", socket_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-P", script, "serve", socket_path, *what], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as server:
         assert server.stdout and server.stdout.readline() == b"ready\n"
         yield [sys.executable, "-IS", script, str(socket_path)]
         server.terminate()
 
 
-@pytest.fixture(scope="session")
-def preloaded_bin(preloaded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for the PATH, with a preloaded `llmkit`, and `python`."""
-    directory = tmp_path_factory.mktemp("preloaded-bin")
-    for name, command in (("llmkit", preloaded), ("python", [sys.executable])):
+def as_programs(directory: Path, llmkit: list[str]) -> Path:
+    """A directory for the PATH, with the command `llmkit`, and `python`."""
+    for name, command in (("llmkit", llmkit), ("python", [sys.executable])):
         (directory / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         (directory / name).chmod(0o755)
     return directory
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The command of a server that has imported everything."""
+    with serving(tmp_path_factory.mktemp("preloaded")) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def preloaded_bin(preloaded: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for the PATH, with a preloaded `llmkit`, and `python`."""
+    return as_programs(tmp_path_factory.mktemp("preloaded-bin"), preloaded)
+
+
+@pytest.fixture
+def preloaded_text_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Like `preloaded_bin`, and ready sooner: the server has imported nothing that needs torch."""
+    directory = tmp_path_factory.mktemp("preloaded-text")
+    with serving(directory, "text") as command:
+        yield as_programs(directory, command)
 
 
 def caller(command: list[str]) -> Callable[..., subprocess.CompletedProcess[bytes]]:

@@ -1,6 +1,7 @@
 """`llmkit` in its own process without start-up time: forked from a server that has already imported torch, numba, etc.
 
     python tests/preloaded.py serve SOCKET           # prints "ready"; ends when its stdin closes
+    python tests/preloaded.py serve SOCKET text      # is ready in a third of the time: imports nothing that needs torch
     python tests/preloaded.py SOCKET filter -h       # like `python -m llmkit filter -h`
 
 A call has the caller's arguments, directory, environment, stdin, stdout and stderr; its exit code becomes the caller's,
@@ -10,30 +11,28 @@ numba and other libraries. Tests of these, of the start itself, and of signals a
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import gc
-import json
 import os
-import select
-import signal
-import socket
 import sys
+
+TEXT = "cli", "io", "lineage", "engine", "shards", "corpus", "tokens", "mixing", "kernels"  # folders without torch
 
 
 def call(socket_path: str, arguments: list[str]) -> int:
-    """Send one call to the server; returns its exit code."""
-    with socket.socket(socket.AF_UNIX) as server:
-        server.connect(socket_path)
-        numbers = [0, 1, 2, *(int(word[8:]) for word in arguments if word.startswith("/dev/fd/"))]  # <(command)
-        socket.send_fds(server, [b"."], numbers)
-        server.sendall(json.dumps([arguments, numbers, os.getcwd(), dict(os.environ)]).encode())
-        server.shutdown(socket.SHUT_WR)
-        return int(server.recv(3))
+    """Send one call to the server; returns its exit code. Nothing is imported that takes time."""
+    import _socket
+
+    server = _socket.socket(_socket.AF_UNIX)
+    server.connect(socket_path)
+    numbers = [0, 1, 2, *(int(word[8:]) for word in arguments if word.startswith("/dev/fd/"))]  # <(command)
+    files = b"".join(number.to_bytes(4, sys.byteorder) for number in numbers)
+    server.sendmsg([b"."], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)])
+    server.sendall(ascii((arguments, numbers, os.getcwd(), dict(os.environ))).encode())
+    server.shutdown(_socket.SHUT_WR)
+    return int(server.recv(3))
 
 
-def preload() -> None:
-    """Import everything that commands import."""
+def preload(text_only: bool) -> None:
+    """Import everything that commands import, and load what compiled kernels need."""
     import pkgutil
     from importlib import import_module
 
@@ -41,17 +40,51 @@ def preload() -> None:
     from llmkit.cli.shared.options import build
     from llmkit.cli.shared.table import COMMANDS, module_of
 
-    for name in ("accelerate", "lm_eval.evaluator", "tokenizers", "torch._dynamo"):  # imported lazily
+    lazy = ("numba", "tokenizers", "typer._adapters")
+    for name in lazy if text_only else (*lazy, "accelerate", "lm_eval.evaluator", "torch._dynamo"):
         import_module(name)
     for module in pkgutil.walk_packages(llmkit.__path__, "llmkit."):
-        if module.name != "llmkit.__main__":
+        if module.name != "llmkit.__main__" and (not text_only or module.name.split(".")[1] in TEXT):
             import_module(module.name)
     for name in COMMANDS:
         build(import_module(module_of(name)).main, name)
+    warm_up()
+
+
+def warm_up() -> None:
+    """Run the commonest commands, which load their compiled kernels and build tables."""
+    import shlex
+    import signal
+    import tempfile
+
+    from llmkit.cli.main import run_command
+
+    before = signal.getsignal(signal.SIGTERM)
+    with tempfile.TemporaryDirectory() as directory:
+        documents = f"{directory}/docs.jsonl"
+        with open(documents, "w") as file:
+            file.writelines(
+                f'{{"text": "{number} birds over a river, and under the hill {number} stones"}}\n'
+                for number in range(40)
+            )
+        for line in (
+            f"vocab {documents} --size 300 -o {directory}/tok",
+            f"tokenize {documents} -t {directory}/tok -o {directory}/shards",
+            f"filter {documents} --preset gopher -o {directory}/clean.jsonl.zst",
+            f"dedup {documents} -o {directory}/unique.jsonl.zst",
+        ):
+            name, *arguments = shlex.split(line)
+            if run_command(name, [*arguments, "-q"]):
+                sys.exit(f"could not run: llmkit {line}")
+    signal.signal(signal.SIGTERM, before)
 
 
 def serve(socket_path: str) -> list[str]:
     """Accept calls until stdin closes. Returns in the forked process of each call, with its arguments."""
+    import contextlib
+    import select
+    import socket
+
     server = socket.socket(socket.AF_UNIX)
     server.bind(socket_path)
     server.listen(64)
@@ -68,11 +101,16 @@ def serve(socket_path: str) -> list[str]:
     os._exit(0)
 
 
-def handle(connection: socket.socket) -> list[str]:
+def handle(connection: Any) -> list[str]:
     """Fork the process of one call, in which this returns; the parent reports its exit code and exits."""
+    import ast
+    import select
+    import signal
+    import socket
+
     _, files, _, _ = socket.recv_fds(connection, 1, 16)
     with connection.makefile("rb") as message:
-        arguments, numbers, directory, environment = json.load(message)
+        arguments, numbers, directory, environment = ast.literal_eval(message.read().decode())
     process = os.fork()
     if process == 0:
         connection.close()
@@ -101,7 +139,11 @@ def handle(connection: socket.socket) -> list[str]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        preload()
+        import atexit
+        import gc
+        from typing import Any
+
+        preload(sys.argv[3:] == ["text"])
         from llmkit.cli.main import main
 
         gc.freeze()  # so that garbage collection in a call does not touch, and thus copy, shared pages

@@ -9,26 +9,31 @@ zstd and gzip have a place for metadata that other readers skip; llmkit stores l
 A *header* note comes before the content, a *trailer* note after it. A stream with a header and no trailer was
 cut off, and reading it is an error. Memory is bounded: input is fed in pieces of 8 KiB, so that the worst zstd
 bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows over 128 MiB and xz dictionaries that
-need more than 256 MiB are refused (`zstd --long=27` and `xz -9` stay below).
+need more than 256 MiB are refused (`zstd --long=27` and `xz -9` stay below). A block of bzip2 is held until its
+checksum is verified: 46 MB at most, 0.9 MB as a rule.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import UNREADABLE, LlmkitError
 from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
 XZ_MAGIC = b"\xfd7zXZ\x00"
 BZIP2_MAGIC = b"BZh"
+LZ4_MAGICS = (b"\x04\x22\x4d\x18", b"\x02\x21\x4c\x18")  # not read, but not text either
 
 PACKED = {".zst": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}  # suffix -> format
 
@@ -39,6 +44,14 @@ MAX_NOTE_VALUES = 8 << 20  # about 500 MB of Python objects
 XZ_MEMORY = 256 << 20
 FEED = 8 << 10
 BLOCK = 1 << 20
+# The numbers before each block of bzip2 and after the last, at any bit: five bytes of the seven that may hold them.
+BORDER = re.compile(
+    b"|".join(
+        re.escape((number << 8 - bit).to_bytes(7, "big")[1:6])
+        for number in (0x314159265359, 0x177245385090)
+        for bit in range(8)
+    )
+)
 
 STORED = 0  # level of a pipe: not compressed
 FILE_LEVEL = 1  # compression is a large part of the time of a text stage; level 3 makes files only a little smaller
@@ -57,19 +70,23 @@ class Notes:
         self.partial = bytearray()  # the first parts of a note that spans several gzip members
 
     def add(self, payload: bytes) -> None:
-        """Add one note; payloads of other tools, or not JSON, are skipped as the formats demand."""
-        if not payload.startswith(NOTE_PREFIX) or sum(map(payload.count, (b",", b"[", b"{"))) > MAX_NOTE_VALUES:
+        """Add one note. Payloads of other tools are skipped, as the formats demand.
+
+        One of ours that cannot be read stands for the note that should be there.
+        """
+        if not payload.startswith(NOTE_PREFIX):
             return
         try:
+            if sum(map(payload.count, (b",", b"[", b"{"))) > MAX_NOTE_VALUES:
+                raise ValueError("too many values")
             note = json.loads(payload[len(NOTE_PREFIX) :])
-        except (ValueError, RecursionError):
-            return
-        if (
-            isinstance(note, dict)
-            and note.get("kind") in ("header", "trailer")
-            and isinstance(note.get("content"), dict)
-        ):
-            self.entries.append((note["kind"], note["content"]))
+            kind, content = note["kind"], note["content"]
+            if kind not in ("header", "trailer") or not isinstance(content, dict):
+                raise ValueError("neither a header nor a trailer")
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            content = {UNREADABLE: f"a damaged note ({(str(error).splitlines() or [''])[0]})"}
+            kind = "header" if self.complete() else "trailer"
+        self.entries.append((kind, content))
 
     def complete(self) -> bool:
         """Whether every header has its trailer."""
@@ -97,6 +114,8 @@ def decompress(raw: BinaryIO, name: str, notes: Notes, min_bytes: int = BLOCK) -
         pieces = _read_zstd(raw, magic, name, notes)
     elif magic.startswith(GZIP_MAGIC):
         pieces = _read_gzip(raw, magic, name, notes)
+    elif magic.startswith(LZ4_MAGICS):
+        raise LlmkitError(f"{name}: compressed with LZ4, which is not read", "lz4 -dc FILE | llmkit ... reads it")
     elif magic.startswith((XZ_MAGIC, BZIP2_MAGIC)):
         pieces = _read_stdlib(raw, magic, name)
     else:
@@ -232,7 +251,6 @@ def _gather_gzip_note(part: bytes, notes: Notes) -> bytes:
 
 def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
     """The streams of an xz or bzip2 file. Anything but another stream or padding after one is damage."""
-    import bz2
     import lzma
 
     kind, magic = ("xz", XZ_MAGIC) if data.startswith(XZ_MAGIC) else ("bzip2", BZIP2_MAGIC)
@@ -240,7 +258,7 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
         data = _fill(raw, data, len(magic))
         if not data.startswith(magic):
             raise LlmkitError(f"{name}: corrupt {kind} data (after the end of a stream)", "the file is damaged")
-        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY) if kind == "xz" else bz2.BZ2Decompressor()
+        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY) if kind == "xz" else Bzip2Decoder()
         while not stream.eof:
             if stream.needs_input and not (data := data or raw.read(BLOCK)):
                 raise _truncated(name, kind)
@@ -255,6 +273,46 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
             if block:
                 yield block
         data = stream.unused_data
+
+
+class Bzip2Decoder:
+    """Like bz2.BZ2Decompressor, which gives the content of a block before it verifies it; this one only afterwards."""
+
+    def __init__(self) -> None:
+        import bz2
+
+        self._decoder = bz2.BZ2Decompressor()
+        self._pieces: deque[bytes] = deque()  # of the input, each with the end of one block at most
+        self._verified, self._start = memoryview(b""), 0
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._pieces and self._start == len(self._verified)
+
+    @property
+    def eof(self) -> bool:
+        return self._decoder.eof and self._start == len(self._verified)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decoder.unused_data + b"".join(self._pieces)
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Up to `max_length` bytes of content; OSError where a block is damaged, once all before it have been given."""
+        if data:
+            borders = [0, *(border.start() for border in BORDER.finditer(data)), len(data)]
+            self._pieces += [data[start:stop] for start, stop in pairwise(borders) if start < stop]
+        while self._start == len(self._verified) and self._pieces and not self._decoder.eof:
+            self._verified, self._start = memoryview(self._block(self._pieces.popleft())), 0
+        start, self._start = self._start, min(self._start + max_length, len(self._verified))
+        return bytes(self._verified[start : self._start])
+
+    def _block(self, piece: bytes) -> bytes:
+        """All that the next piece of input completes. libbz2 verifies a block once all of it has been taken."""
+        parts = [self._decoder.decompress(piece, BLOCK)]
+        while parts[-1] and not self._decoder.eof:
+            parts.append(self._decoder.decompress(b"", BLOCK))
+        return b"".join(parts)
 
 
 def _after_padding(raw: BinaryIO) -> bytes:

@@ -33,7 +33,7 @@ from llmkit.io.compression import BLOCK, Notes, decompress
 from llmkit.io.digest import digest_bytes, digest_damaged
 from llmkit.io.inputs import STDIN, UTF8_BOM, display_name, is_remote, line_hint, open_raw, peek_stdin, refuse_archive
 from llmkit.io.names import escape_name
-from llmkit.io.record import Input, base_name, join_notes
+from llmkit.io.record import Input, base_name, join_notes, record_or_warning
 from llmkit.io.splice import (
     beyond_floats,
     dotted,
@@ -377,7 +377,8 @@ class DocumentReader:
             yield Chunk(name, line, b"".join(complete + partial))
         if empty and path == STDIN:  # llmkit's own commands write a header even without documents
             raise LlmkitError("stdin is empty", "the command before this one failed, or wrote nothing")
-        self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), join_notes(notes.entries)))
+        record = record_or_warning(join_notes, notes.entries, name)
+        self.inputs.append(Input("input", base_name(path), "xxh3:" + digest.hexdigest(), record))
 
     def _parquet_chunks(self, path: str, raw: BinaryIO, damage: list[BadLine]) -> Iterator[Chunk]:
         from llmkit.io.parquet import ParquetRows, describe
@@ -444,4 +445,4 @@ def read_record(path: str) -> dict[str, Any] | None:
     with open_raw(path) as raw:
         for _ in decompress(raw, display_name(path), notes):
             pass
-    return join_notes(notes.entries)
+    return join_notes(notes.entries, display_name(path))

@@ -25,7 +25,7 @@ from llmkit.io.arrow_values import as_strings, is_bytes, to_json
 from llmkit.io.compression import BLOCK
 from llmkit.io.digest import digest_stored, digest_text
 from llmkit.io.inputs import display_name, open_raw
-from llmkit.io.record import Input, base_name, parse_record
+from llmkit.io.record import Input, base_name, parse_record, record_or_warning
 
 BATCH_ROWS = 1024
 STRING_FIELDS = ("source", "url", "language")  # of documents, besides id and text
@@ -144,7 +144,8 @@ def describe(path: str, raw: BinaryIO | None = None, digest: str = "", texts: fr
         file = pq.ParquetFile(source)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         columns = Columns(file.schema_arrow, max(groups, default=0), texts)
-        record = parse_record((file.metadata.metadata or {}).get(b"llmkit"))
+        value = (file.metadata.metadata or {}).get(b"llmkit")
+    record = record_or_warning(parse_record, value, display_name(path))
     return Input("input", base_name(path), digest or digest_stored(path), record, columns=columns)
 
 

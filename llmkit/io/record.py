@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,14 @@ from typing import Any
 import xxhash
 
 from llmkit import __version__
+from llmkit.errors import UNREADABLE, RecordWarning, UnreadableRecordError
 from llmkit.io.inputs import STDIN, is_pipe, is_remote, redacted
 from llmkit.io.names import escape_name, is_utf8
 from llmkit.io.sealed_file import BYTES, PENDING
 
 # Digests of one file in one place, which the records of later artefacts do not repeat.
 OWN_DIGESTS = ("record", BYTES)
+_SLOT = re.compile(rb'"llmkit"\s*:|^llmkit\s*=', re.MULTILINE)  # of a record, in JSON or TOML
 
 
 @dataclass(slots=True)
@@ -142,22 +147,69 @@ def recorded(value: Any, marks: tuple[Any, ...]) -> Any:
     return value
 
 
-def join_notes(notes: list[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
-    """The record in a stream's notes; for concatenated streams, one of command `cat` whose inputs are the parts."""
+def join_notes(notes: list[tuple[str, dict[str, Any]]], name: str) -> dict[str, Any] | None:
+    """The record in the notes of stream `name`; for concatenated ones, one of command `cat` whose inputs are the parts.
+
+    Raises UnreadableRecordError as `parse_record` does, but not for one of several parts.
+    """
     headers = [content for kind, content in notes if kind == "header"]
     trailers = [content for kind, content in notes if kind == "trailer"]
     records = [header | (trailers[i] if i < len(trailers) else {}) for i, header in enumerate(headers)]
     if len(records) < 2:
-        return records[0] if records else None
-    parts = [Input("input", f"part-{i}", str(record.get("digest", "")), record) for i, record in enumerate(records)]
+        return parse_record(records[0] if records else None, name)
+    parts = [
+        Input("input", f"part-{i}", str(record.get("digest", "")), record_or_warning(parse_record, record, name))
+        for i, record in enumerate(records)
+    ]
     return Lineage("cat", {}, parts).to_dict()
 
 
-def parse_record(value: Any) -> dict[str, Any] | None:
-    """A record from the text or table in a metadata slot; None where it is anything else."""
-    if isinstance(value, (str, bytes)):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) and "command" in value else None
+def parse_record(value: Any, name: str) -> dict[str, Any] | None:
+    """The record from the text or table in the metadata slot of `name`; None where the slot is empty.
+
+    Raises UnreadableRecordError for anything else than a record.
+    """
+    if value is None:
+        return None
+    try:
+        content = json.loads(value) if isinstance(value, (str, bytes)) else value
+    except (ValueError, RecursionError) as error:
+        raise UnreadableRecordError(name, f"not JSON ({str(error).splitlines()[0]})") from None
+    if problem := record_problem(content):
+        raise UnreadableRecordError(name, problem)
+    return dict(content)
+
+
+def record_problem(record: Any) -> str:
+    """What is wrong with a record, without the ones inside it; "" if nothing is."""
+    if not isinstance(record, dict):
+        return "not an object"
+    if isinstance(record.get(UNREADABLE), str):
+        return str(record[UNREADABLE])
+    if not isinstance(record.get("command"), str):
+        return "it names no command"
+    inputs = record.get("inputs", [])
+    if not isinstance(record.get("options", {}), dict) or not isinstance(inputs, list):
+        return "its options or inputs are of the wrong type"
+    is_named = all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in inputs)
+    return "" if is_named else "one of its inputs has no name"
+
+
+def record_or_warning(read: Callable[..., dict[str, Any] | None], *arguments: Any) -> dict[str, Any] | None:
+    """What `read` returns: the record of an input. Of one that cannot be read, a warning, and what stands for it."""
+    try:
+        return read(*arguments)
+    except UnreadableRecordError as error:
+        warnings.warn(f"{error.message}; the step that made it is unknown", RecordWarning, stacklevel=1)
+        return {UNREADABLE: error.reason}
+
+
+def slot_of(data: bytes, load: Callable[[str], Any], name: str) -> Any:
+    """What a JSON or TOML file holds as `llmkit`, or None. Raises UnreadableRecordError where `load` cannot read it."""
+    try:
+        content = load(data.decode())
+    except (ValueError, RecursionError) as error:
+        if _SLOT.search(data):
+            raise UnreadableRecordError(name, str(error).splitlines()[0]) from None
+        return None
+    return content.get("llmkit") if isinstance(content, dict) else None

@@ -73,7 +73,7 @@ def check(record: Record, path: str, directories: list[str]) -> Iterator[Checked
         yield Checked(f"{name}/{HELD_OUT}", "DIFFERS" if inner is None else _state_of_artefact(inner, held_out))
     elif counts_of(record).get("held_out") and artefact.is_dir() and not record.get("part"):
         yield Checked(f"{name}/{HELD_OUT}", "not found")
-    yield from _check_inputs(record, [*map(Path, directories), artefact.resolve().parent])
+    yield from _check_inputs(record, [*map(Path, directories), artefact.resolve().parent], artefact.resolve())
 
 
 def is_whole(record: Record, directory: Path) -> bool:
@@ -136,7 +136,7 @@ def _state_of_files(directory: Path, digests: Path) -> str:
     return "ok" if intact else "DIFFERS"
 
 
-def _check_inputs(record: Record, directories: list[Path]) -> Iterator[Checked]:
+def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> Iterator[Checked]:
     items: dict[tuple[str, str, str], Record] = {}
 
     def collect(node: Record, depth: int) -> None:
@@ -155,7 +155,9 @@ def _check_inputs(record: Record, directories: list[Path]) -> Iterator[Checked]:
     places = [place for directory in directories for place in (directory, *_numbered(directory))]
     for item in items.values():
         name = item["part"] or item["name"]
-        candidates = list(dict.fromkeys(filter(Path.exists, _candidates(item, places))))
+        found = dict.fromkeys(filter(Path.exists, _candidates(item, places)))
+        # Nothing is made from itself: an input of the artefact's name is another file.
+        candidates = [path for path in found if artefact not in (path.resolve(), *path.resolve().parents)]
         if item["role"] == INDEX:
             yield Checked(name, *_state_of_index(item, candidates))
             continue

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from llmkit.errors import LlmkitError
-from llmkit.io.record import record_digest
+from llmkit.io.record import record_digest, record_problem
 from llmkit.io.run_layout import CHECKPOINTS, RUN_COMMANDS, STEP_PREFIX
 from llmkit.io.sealed_file import BYTES
 
@@ -51,7 +51,10 @@ def counts_of(node: Record) -> dict[str, Any]:
 
 
 def inputs_of(node: Record) -> list[Record]:
-    """The inputs of a record, each with a name, role, digest, part, lineage (or None) and runs (or None)."""
+    """The inputs of a record, each with a name, role, digest, part, lineage (or None) and runs (or None).
+
+    `unreadable`: what is wrong with the record of an input that has one, but none that can be read; else "".
+    """
     inputs = node.get("inputs")
     return (
         [_input(item) for item in inputs if isinstance(item, dict) and isinstance(item.get("name"), str)]
@@ -62,10 +65,12 @@ def inputs_of(node: Record) -> list[Record]:
 
 def _input(item: Record) -> Record:
     lineage, runs = item.get("lineage"), item.get("runs")
+    problem = record_problem(lineage) if lineage is not None else ""
     texts = {key: item[key] if isinstance(item.get(key), str) else "" for key in ("name", "digest", "part")}
     return texts | {
         "role": item["role"] if isinstance(item.get("role"), str) else "input",
-        "lineage": lineage if isinstance(lineage, dict) else None,
+        "lineage": None if problem else lineage,
+        "unreadable": problem,
         "runs": [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else None,
     }
 

@@ -29,11 +29,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UnreadableRecordError
 from llmkit.io.digest import digest_bytes, digest_content, digest_stored
 from llmkit.io.inputs import exists, is_remote
 from llmkit.io.names import escape_name
-from llmkit.io.record import Input, base_name, parse_record
+from llmkit.io.record import Input, base_name, parse_record, record_or_warning
 from llmkit.io.run_layout import (
     CHECKPOINTS,
     FINAL,
@@ -151,7 +151,10 @@ def file_of_record(path: Path) -> Path | None:
 
 
 def read_lineage(path: str | Path) -> dict[str, Any] | None:
-    """The record that `path` (file, model or tokenizer directory, shard directory, run) carries, or None."""
+    """The record that `path` (file, model or tokenizer directory, shard directory, run) carries, or None.
+
+    Raises UnreadableRecordError for one that is there but cannot be read.
+    """
     name = str(path)
     if not exists(name):
         raise LlmkitError(f"{name}: no such file or directory", "check the path")
@@ -159,7 +162,8 @@ def read_lineage(path: str | Path) -> dict[str, Any] | None:
     if (found := find_format(artefact)) is None:
         return None
     format, file = found
-    return parse_record(_function(format.record)(str(file) if artefact.is_dir() else name))
+    holder = str(file) if artefact.is_dir() else name
+    return parse_record(_function(format.record)(holder), holder)
 
 
 def digest_path(path: str | Path, known: Mapping[Path, str] = MappingProxyType({})) -> str:
@@ -202,7 +206,11 @@ def verify(path: str | Path) -> None:
 
 def own_digest(path: str) -> str:
     """The digest by which a script compares what it made: of the content, of all files, or of a file of others."""
-    if read_lineage(path) is None:
+    try:
+        record = read_lineage(path)
+    except UnreadableRecordError:
+        record = None
+    if record is None:
         return digest_path(path)
     return content_digest(final_model(Path(path))) or files_digest(path) or digest_path(path)
 
@@ -235,9 +243,17 @@ def _is_part(directory: Path, part: str) -> bool:
         if not any(matches(format.parts) for format in FORMATS):  # before the directory is searched
             return False
         found = find_format(directory)
-        return found is not None and matches(found[0].parts) and read_lineage(directory) is not None
+        return found is not None and matches(found[0].parts) and _has_record(directory)
     except (OSError, LlmkitError):
         return False
+
+
+def _has_record(path: str | Path) -> bool:
+    """Whether there is a record, readable or not."""
+    try:
+        return read_lineage(path) is not None
+    except UnreadableRecordError:
+        return True
 
 
 def describe_input(path: str | Path, role: str = "input", digest: str = "", name: str | Path = "") -> Input:
@@ -246,10 +262,10 @@ def describe_input(path: str | Path, role: str = "input", digest: str = "", name
     `digest` is that of the content where it is known; `name` the path that was given where it stood for `path`.
     """
     digest = digest or digest_path(path)
-    own = read_lineage(path)
+    own = record_or_warning(read_lineage, path)
     found = locate(name or path)
     if found and not (own and "counts" in own and "inputs" in own):
-        own = _record_around(found[0])
+        own = record_or_warning(_record_around, found[0])
     return Input(role, base_name(name or path), digest, own, describe_part(name or path, own) if own else "")
 
 

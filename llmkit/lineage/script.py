@@ -1,15 +1,16 @@
 """A lineage record as a shell script that makes the artefact again.
 
-Inputs with a record are made by earlier lines, inputs from a pipe by a pipe. Inputs without a record are
-originals, which the script takes from a directory by name. A part of an artefact is taken from the whole, and an
-index is filled by the runs that filled it. After each line the output is compared with the digest in the record.
-Records are untrusted: everything in them is quoted, and the number of commands is bounded.
+Inputs with a record are made by earlier lines, inputs from a pipe by a pipe. Inputs without a record are originals,
+which the script takes from a directory by name; it looks for each before it is used. A part of an artefact is taken
+from the whole, and an index is filled by the runs that filled it. After each line the output is compared with the
+digest in the record. Records are untrusted: everything in them is quoted, and the number of commands is bounded.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,12 +53,21 @@ MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend")
 
 _STREAM = "(standard input)"
 _DIGEST = re.compile(r"xxh3:[0-9a-f]{32}")
-_SAME = """\
+_FUNCTIONS = """\
+stop() {  # MESSAGE, which holds names from the record
+  printf %s "$0: $1" | LC_ALL=C tr '[:cntrl:]' '?' >&2
+  echo >&2
+  exit 1
+}
 same() {  # PATH DIGEST
   made=$(llmkit lineage "$1" --digest)
-  [ "$made" = "$2" ] && return
-  echo "$0: $1 is not what was recorded: its digest is $made, not $2" >&2
-  exit 1
+  [ "$made" = "$2" ] || stop "$1 is not what was recorded: its digest is $made, not $2"
+}
+original() {  # PATH DIGEST [NUMBER of originals of this name, of which it must be the right one]
+  [ -e "$1" ] || stop "there is no $1: put the original there whose digest is $2${3:+ ($3 originals have this name)}"
+  [ $# = 3 ] || return 0
+  made=$(llmkit lineage "$1" --digest) || return 0  # damaged: left to the command that reads it
+  [ "$made" = "$2" ] || stop "$1 is another of the $3 originals of this name: its digest is $made, not $2"
 }"""
 
 
@@ -81,9 +91,19 @@ def as_script(record: Record, name: str, flags: Flags, part: str = "") -> str:
         "IN=${1:-.}",
         "OUT=${2:-rebuilt}",
         'mkdir -p "$OUT"',
-        *([_SAME] if any(line.startswith("same ") for line in script.lines) else []),
+        *([_FUNCTIONS] if any(line.startswith(("same ", "original ")) for line in script.lines) else []),
     ]
     return "\n".join(head + script.lines) + "\n"
+
+
+def unknown_steps(record: Record) -> list[str]:
+    """A line for each input in a record whose own record could not be read when it was used."""
+    return list(dict.fromkeys(_unknown(item) for _, item in _walk(record) if item["unreadable"]))
+
+
+def _unknown(item: Record) -> str:
+    reason = item["unreadable"]
+    return f"the step that made {item['part'] or item['name']} is unknown: its lineage record was unreadable ({reason})"
 
 
 def _walk(record: Record, depth: int = 0) -> Iterator[tuple[Record, Record]]:
@@ -118,6 +138,7 @@ class _Script:
         self._flags = flags
         self._identities: dict[int, str] = {}
         self._files: dict[str, str] = {}  # digest -> name of an original file, which stdin may have been too
+        self._digests: dict[str, set[str]] = defaultdict(set)  # name -> digests of the original files that have it
         self._names: dict[str, str] = {}  # identity -> name of the artefact as an input
         self._steps: dict[str, set[int]] = {}  # identity of a run -> steps of which a checkpoint is needed
         self._made: dict[tuple[str, str], str] = {}  # (identity, kind of file) -> path
@@ -128,7 +149,9 @@ class _Script:
         for parent, item in [({}, top), *_walk(record)]:
             if node := item["lineage"]:
                 self._note(parent, item, node)
-            elif item["name"] != STDIN and item["role"] == "input":
+                continue
+            self._digests[file_name(item["name"])].add(item["digest"])
+            if item["name"] != STDIN and item["role"] == "input":
                 self._files[item["digest"]] = file_name(item["name"])
 
     def _note(self, parent: Record, item: Record, node: Record) -> None:
@@ -148,7 +171,7 @@ class _Script:
         """Path of an input in the script: made by an earlier line, or an original."""
         node, name = item["lineage"], file_name(item["name"])
         if not node:
-            return f'"$IN"/{_file(self._original(name, item["digest"]))}'
+            return self._original(name, item)
         artefact, inside = place_of(item)
         path = whole = self._make(node, artefact)
         steps = counts_of(node).get("steps")
@@ -270,13 +293,14 @@ class _Script:
             return self._pipeline(item["lineage"], depth + 1), True
         digest = item["digest"]
         if digest in self._files:
-            return f'"$IN"/{_file(self._original(self._files[digest], digest))}', False
+            return self._original(self._files[digest], item), False
         # A stream that no llmkit command wrote: the script's own stdin, and files for any further ones.
         self._streams.append(digest)
         if len(self._streams) == 1:
             self.originals[_STREAM] = digest
+            self._tell_unknown(item)
             return "", False
-        return f'"$IN"/{_file(self._original(f"stdin-{len(self._streams) - 1}", digest))}', False
+        return self._original(f"stdin-{len(self._streams) - 1}", item), False
 
     def _index(self, node: Record, item: Record) -> str:
         """Path of the index that a run reads and then adds to, in the state before that run."""
@@ -294,7 +318,7 @@ class _Script:
             path = self._output(name)
             self._indexes[path] = [start]
             if start:
-                self.lines.append(f'cp "$IN"/{_file(self._original(name, start))} {path}')
+                self.lines.append(f"cp {self._original(name, item | {'digest': start})} {path}")
         for number in range(len(self._indexes[path]) - 1, len(runs or [])):
             self._fill(path, name, runs or [], number)
         self._indexes[path].append(own)
@@ -313,14 +337,22 @@ class _Script:
         if self._indexes[path][-1] != key:
             raise LlmkitError("the lineage holds runs of an index in another order", "it was not written by llmkit")
 
-    def _original(self, name: str, digest: str) -> str:
-        """Path of an original in INPUTS; another one of the same name is in a numbered directory."""
-        number, path = 1, name
+    def _original(self, name: str, item: Record) -> str:
+        """Path of an original in INPUTS, which a line looks for. Another one of its name is in a numbered directory."""
+        number, path, digest = 1, name, item["digest"]
         while self.originals.get(path, digest) != digest:
             number += 1
             path = f"{number}/{name}"
-        self.originals[path] = digest
-        return path
+        word = f'"$IN"/{_file(path)}'
+        if path not in self.originals:
+            self.originals[path] = digest
+            self._tell_unknown(item)
+            several = len(self._digests[name]) if _DIGEST.fullmatch(digest) and item["role"] != INDEX else 1
+            self.lines.append(f"original {word} {_quote(digest)}" + f" {several}" * (several > 1))
+        return word
+
+    def _tell_unknown(self, item: Record) -> None:
+        self.lines += [_comment(_unknown(item))] * bool(item["unreadable"])
 
 
 def _expected(node: Record, name: str) -> str:

@@ -44,7 +44,8 @@ def as_tree(record: Record, name: str, width: int = 0) -> str:
             if item["lineage"] and depth < MAX_DEPTH:
                 show(item["lineage"], label, below, depth + 1)
             else:
-                add(f"{label}  {item['digest']}", f"{below}  ")
+                unknown = f"  (made by an unknown step: its record was unreadable, {item['unreadable']})"
+                add(f"{label}  {item['digest']}{unknown * bool(item['unreadable'])}", f"{below}  ")
 
     show(record, base_name(name), "", 0)
     return "\n".join(lines) + "\n"

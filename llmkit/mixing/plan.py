@@ -27,7 +27,7 @@ from typing import Any
 import xxhash
 
 from llmkit.errors import LlmkitError
-from llmkit.io.record import parse_record
+from llmkit.io.record import parse_record, slot_of
 from llmkit.options import from_toml, toml_value
 
 PLAN_NAME = "plan.toml"
@@ -177,17 +177,14 @@ def locate_source(plan: Path, source: PlannedSource) -> Path:
 
 
 def read_record(path: str) -> Any:
-    """The lineage record in a plan, valid or not; None where there is none."""
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8")).get("llmkit")
-    except (OSError, ValueError):
-        return None
+    """The lineage record in a plan, valid or not; None where there is none. Raises UnreadableRecordError."""
+    return slot_of(Path(path).read_bytes(), tomllib.loads, path)
 
 
 def verify(path: Path) -> None:
     """Raise LlmkitError unless the plan in a file or directory is as it was written, and its sources are there."""
     path = path / PLAN_NAME if path.is_dir() else path
-    plan, record = read_plan(path), parse_record(read_record(str(path)))
+    plan, record = read_plan(path), parse_record(read_record(str(path)), str(path))
     if path.read_bytes() != format_plan(plan, record).encode():
         raise LlmkitError(f"{path}: not as llmkit mix wrote it", "the file is damaged, or was edited")
     for source in plan.sources:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file, is_special
 from llmkit.io.inputs import STDIN, display_name, open_raw
-from llmkit.io.record import Input, base_name
+from llmkit.io.record import Input, base_name, record_or_warning
 from llmkit.lineage.formats import describe_input
 from llmkit.shards.arrow import Tokens, as_numpy
 from llmkit.shards.digest import combined_digest
@@ -274,7 +274,7 @@ def stream_files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:
 def _describe(path: str, digest: str, shards: list[Shard]) -> Input:
     """The input of a record: a stream has only its content, and a single shard of several may lie anywhere."""
     if path == STDIN or is_special(Path(path)):
-        return Input("input", base_name(path), digest, shards[-1].lineage())
+        return Input("input", base_name(path), digest, record_or_warning(shards[-1].lineage))
     item = describe_input(path, digest=digest)
     trailer = shards[0].trailer
     if not item.part and not Path(path).is_dir() and (trailer["part"], trailer.get("last")) != (0, True):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UnreadableRecordError
 from llmkit.io.inputs import HINT_IDS, holds_ids
+from llmkit.io.record import parse_record
 from llmkit.shards.arrow import Tokens, as_numpy
 from llmkit.shards.digest import LINEAGE, ColumnDigest
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
@@ -181,11 +182,10 @@ class Shard:
 
     def lineage(self) -> dict[str, Any] | None:
         """The lineage record; complete in the last shard of a directory."""
-        header = self._json(self.metadata.get(LINEAGE, b"null"), "lineage")
-        trailer = self.trailer.get("lineage")
-        if not isinstance(header, dict):
-            return None
-        return header | (trailer if isinstance(trailer, dict) else {})
+        record, trailer = parse_record(self.metadata.get(LINEAGE), self.name), self.trailer.get("lineage", {})
+        if not isinstance(trailer, dict):
+            raise UnreadableRecordError(self.name, "its trailer is not an object")
+        return record and parse_record(record | trailer, self.name)
 
 
 def batch_tokens(batch: pa.RecordBatch, name: str) -> tuple[NDArray[np.int64], Tokens]:

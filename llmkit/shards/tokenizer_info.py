@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.io.record import slot_of
 from llmkit.io.run_layout import final_model, member
 from llmkit.shards.foreign_vocabulary import name_format
 
@@ -190,11 +191,11 @@ def _special_names(added: list[dict[str, Any]]) -> str:
 
 
 def read_record(path: str) -> Any:
-    """The lineage record in a tokenizer_config.json, valid or not; None where there is none."""
-    try:
-        return json.loads(Path(path).read_bytes()).get("llmkit")
-    except (ValueError, AttributeError):
-        return None
+    """The lineage record in a tokenizer_config.json, valid or not; None where there is none.
+
+    Raises UnreadableRecordError.
+    """
+    return slot_of(Path(path).read_bytes(), json.loads, path)
 
 
 def added_ids(content: dict[str, Any]) -> dict[str, int]:

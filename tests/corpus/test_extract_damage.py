@@ -82,7 +82,8 @@ def test_no_intact_record_is_lost(tmp_path_factory: pytest.TempPathFactory, data
     """Property: whatever bytes of an archive are overwritten, cut out or inserted, every untouched record is found."""
     form = data.draw(st.sampled_from([warc, arc]))
     pack = data.draw(st.sampled_from([bytes, gzip.compress, zstandard.compress]))
-    records = [pack(form(i)) for i in range(8)]
+    lines = "" if data.draw(st.booleans()) else f"Content-Length: {len(body(0))}" + "\r\n" * (form is arc)
+    records = [pack(form(i, None, lines)) for i in range(8)]
     touched = data.draw(st.integers(0, 7))
     one = records[touched]
     start = data.draw(st.integers(0, len(one) - 1))
@@ -91,6 +92,55 @@ def test_no_intact_record_is_lost(tmp_path_factory: pytest.TempPathFactory, data
     records[touched] = one[:start] + junk + one[end:]
     pages, _ = read(b"".join(records), tmp_path_factory.mktemp("damage"), "a.warc" if form is warc else "a.arc")
     assert [page for page in pages if page in others(8, touched)] == others(8, touched)
+
+
+QUOTED = {
+    "one": warc(8) + b"</pre> and a tail",
+    "several": warc(8) * 3 + b"</pre>",
+    "at the end": warc(8),
+    "of another length": warc(8).replace(b"Content-Length: ", b"Content-Length: 12") + b"</pre>",
+    "without its end": warc(8)[:-200],
+}
+
+
+@pytest.mark.parametrize("form", [warc, arc])
+@pytest.mark.parametrize("case", QUOTED)
+def test_a_quotation_is_no_record(tmp_path: Path, case: str, form: Callable[..., bytes]) -> None:
+    """Behaviour: a page that quotes records stays whole where the record after it is damaged, also right behind a
+    quotation that ends inside the page; with bytes cut out of the page, the next record is read, not a part of it."""
+    content = b"<pre>\r\n" + QUOTED[case]
+    quoting = form(1, content, f"Content-Length: {len(content)}" + "\r\n" * (form is arc))
+    damaged, behind = b"#" * 40 + form(2)[40:], [form(i) for i in (3, 4)]
+    expected = others(5, 2)
+    for first in [quoting] + [quoting.rstrip() + b"##"] * (case in ("one", "several")):
+        pages, broken = read(b"".join([form(0), first, damaged, *behind]), tmp_path)
+        assert pages == expected and len(broken) == 1, (first[-9:], broken)
+        page = list(read_pages(str(tmp_path / "a.warc")))[1]
+        assert isinstance(page, PageRecord) and page.content == content and not page.truncated
+    pages, _ = read(b"".join([form(0), quoting.replace(b"<pre>", b"", 1), form(2), *behind]), tmp_path)
+    assert [page for page in pages if page not in "18"] == ["0", "2", "3", "4"]
+
+
+def test_cut_pages_are_marked(tmp_path: Path) -> None:
+    """Behaviour: a document is marked where its record's length is too small, as if characters had been counted and not
+    bytes, or where its body is shorter than the response tells; not where a coding explains the difference."""
+    content = "<p>é è ê à â</p>".encode() * 20
+    whole = len(warc(1, content).partition(b"\r\n\r\n")[2]) - 4
+    small = warc(1, content).replace(b": %d\r\n" % whole, b": %d\r\n" % (whole - 100))
+    short, packed = f"Content-Length: {len(content) + 5}", "Content-Encoding: br\r\nContent-Length: 9999"
+    cases = [
+        small,
+        warc(2, content, short),
+        warc(3, content, packed),
+        warc(4, content, "Content-Length: 7²"),
+        warc(5, b"", short),
+    ]
+    (tmp_path / "a").write_bytes(b"".join([warc(0), *cases, warc(6)]))
+    found = list(read_pages(str(tmp_path / "a")))
+    pages = [page for page in found if isinstance(page, PageRecord)]
+    assert [page.truncated for page in pages] == ["", "unspecified", "unspecified", "", "", "", ""]
+    assert [page.content == content for page in pages[1:5]] == [False, True, True, True]
+    assert [record.reason for record in found if isinstance(record, BrokenRecord)] == ["not the head of a record"]
 
 
 @pytest.mark.parametrize("front", [b"\r\n", b"\n\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
+from llmkit.lineage.formats import digest_path
 from llmkit.lineage.script import Flag, as_script
 from llmkit.lineage.tree import as_tree
 
@@ -24,6 +27,7 @@ def test_script_quotes_hostile_records(tmp_path: Path) -> None:
         "inputs": [{"role": "input", "name": "../../" + evil, "digest": evil}],
     }
     script = as_script(record, "x.jsonl", lambda name: FLAGS[name])
+    (tmp_path / evil).touch()
     (tmp_path / "llmkit").write_text("#!/bin/sh\nexit 0\n")
     (tmp_path / "llmkit").chmod(0o755)
     subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
@@ -69,6 +73,43 @@ def test_originals_of_one_name_are_distinguished() -> None:
     assert "#   2/part-0.jsonl  xxh3:2" in script
 
 
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_the_script_tells_where_an_original_belongs(tmp_path: Path, shell: str) -> None:
+    """Behaviour: the script stops before it uses an original that is not there, or another one of the same name, and
+    tells which file belongs there."""
+    for place, text in (("", "one"), ("2/", "two")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / f"{place}a.jsonl").write_text(text)
+    digests = [digest_path(tmp_path / name) for name in ("a.jsonl", "2/a.jsonl")]
+    made = {"command": "filter", "inputs": [{"name": "a.jsonl", "digest": digests[0]}]}
+    inputs = [{"name": "b.jsonl.zst", "digest": "", "lineage": made}, {"name": "a.jsonl", "digest": digests[1]}]
+    script = as_script({"command": "dedup", "inputs": inputs}, "c.jsonl.zst", lambda command: {})
+    (tmp_path / "again.sh").write_text(script.replace("set -euo pipefail", "set -eu"))
+    digest = f'case $(cat "$2") in one) echo {digests[0]};; two) echo {digests[1]};; *) exit 1;; esac'
+    (tmp_path / "llmkit").write_text(f'#!/bin/sh\nif [ "$1" = lineage ]; then {digest}; else echo "$1" >> ran; fi\n')
+    (tmp_path / "llmkit").chmod(0o755)
+
+    def run() -> tuple[int, bytes, str]:
+        (tmp_path / "ran").write_text("")
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        done = subprocess.run([shell, "again.sh"], cwd=tmp_path, env=environment, capture_output=True)
+        return done.returncode, done.stderr, (tmp_path / "ran").read_text()
+
+    assert run() == (0, b"", "filter\ndedup\n")
+    (tmp_path / "2/a.jsonl").write_text("one")  # the same one twice
+    code, message, ran = run()
+    assert (code, ran) == (1, "filter\n") and b"./2/a.jsonl is another of the 2 originals of this name" in message
+    assert digests[1].encode() in message
+    (tmp_path / "2/a.jsonl").unlink()
+    code, message, ran = run()
+    assert (code, ran) == (
+        1,
+        "filter\n",
+    ) and f"there is no ./2/a.jsonl: put the original there whose digest is {digests[1]}" in (message.decode())
+    (tmp_path / "2/a.jsonl").write_text("damaged")
+    assert run() == (0, b"", "filter\ndedup\n")
+
+
 def test_a_record_leads_out_of_no_directory(tmp_path: Path) -> None:
     """Behaviour: options that name outputs, and inputs called `..`, do not reach the script; a former name beside the
     present one is left out."""
@@ -102,7 +143,11 @@ def test_nothing_steers_the_terminal(tmp_path: Path) -> None:
         assert all(line.isprintable() for line in text.split("\n"))
     (tmp_path / "llmkit").write_text('#!/bin/sh\nprintf "%s\\0" "$@" > words\n')
     (tmp_path / "llmkit").chmod(0o755)
-    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    stopped = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert b"there is no ./" in stopped.stderr and not any(byte in stopped.stderr[:-1] for byte in b"\x1b\x07\n")
+    (tmp_path / HOSTILE).touch()
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, check=True)
     words = (tmp_path / "words").read_text().split("\0")
     assert words[1:4] == [f"./{HOSTILE}", "--preset", HOSTILE] and not (tmp_path / "owned").exists()
 

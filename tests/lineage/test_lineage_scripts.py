@@ -131,6 +131,7 @@ def test_the_script_stops_where_a_digest_differs(tmp_path: Path) -> None:
     record = {"command": "dedup", "inputs": [{"name": "b.jsonl.zst", "digest": "2", "lineage": made}]}
     script = as_script(record, "c.jsonl.zst", flags_of).replace("set -euo pipefail", "set -eu")
     (tmp_path / "again.sh").write_text(script)
+    (tmp_path / "a.jsonl").touch()
     (tmp_path / "llmkit").write_text('#!/bin/sh\n[ "$1" = lineage ] && echo xxh3:1 || echo "$1" >> ran\n')
     (tmp_path / "llmkit").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
@@ -139,13 +140,16 @@ def test_the_script_stops_where_a_digest_differs(tmp_path: Path) -> None:
     assert (tmp_path / "ran").read_text() == "filter\n"
 
 
-def test_random_pipelines(tmp_path: Path, preloaded_bin: Path) -> None:
-    """Behaviour: the scripts of a few random pipelines make the same artefacts again; bench/random_pipelines.py runs more."""
+def test_random_pipelines(tmp_path: Path, preloaded_text_bin: Path) -> None:
+    """Behaviour: the scripts of two random pipelines make the same artefacts again; bench/random_pipelines.py runs more.
+
+    They have nine commands each: ten kinds of the generator's steps, all but rejects and those that train.
+    """
     from random_pipelines import try_pipeline
 
-    environment = os.environ | {"PATH": f"{preloaded_bin}:{os.environ['PATH']}"}
-    for seed in (0, 44):
-        count, failures = try_pipeline(seed, 3, 1, tmp_path / str(seed), environment)
+    environment = os.environ | {"PATH": f"{preloaded_text_bin}:{os.environ['PATH']}"}
+    for seed, scripts in ((106, 2), (129, 1)):
+        count, failures = try_pipeline(seed, 9, scripts, tmp_path / str(seed), environment)
         assert count and not failures, "\n".join(failures)
 
 

@@ -171,6 +171,7 @@ def test_truncated_shards_are_refused(tmp_path: Path, write_shards: Write) -> No
             TokenStore.open(str(cut))
 
 
+@pytest.mark.filterwarnings("ignore:.*lineage record")
 def test_damage_anywhere_never_crashes(tmp_path: Path, write_shards: Write) -> None:
     """Property: a shard with changed bytes is read, or refused with an error that names it; Arrow alone would crash the process."""
     intact = write_shards(tmp_path / "intact.arrow", [40, 3, 80] * 8).read_bytes()

@@ -46,14 +46,15 @@ def main(
     """Print the tree of commands that made an artefact, each with its options, inputs and counts.
 
     --script prints the pipeline as a shell script: run it as `bash again.sh INPUTS OUTPUT`, where INPUTS is the
-    directory of the original inputs. The script stops at the first output that is not what was recorded. --check
-    computes the digests of the artefact, of every byte of its files and of its record, and of each input that it finds
-    by name beside the artefact or in the directories given by --inputs, and prints where; if one differs, the exit code
-    is 1. Artefacts of earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the
-    digest that such comparisons use. --json prints the record as stored.
+    directory of the original inputs. The script stops where an original is missing, and at the first output that is not
+    what was recorded. A step whose record could not be read is named there as unknown. --check computes the digests of
+    the artefact, of every byte of its files and of its record, and of each input that it finds by name beside the
+    artefact or in the directories given by --inputs, and prints where; if one differs, the exit code is 1. Artefacts of
+    earlier versions that hold no digest of themselves are reported as unchecked. --digest prints the digest that such
+    comparisons use. --json prints the record as stored.
     """
     from llmkit.lineage.formats import describe_part, own_digest, read_lineage
-    from llmkit.lineage.script import as_script
+    from llmkit.lineage.script import as_script, unknown_steps
     from llmkit.lineage.tree import as_tree
 
     if digest:
@@ -65,6 +66,8 @@ def main(
     if run.as_json:
         _print(run, jsonlib.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
     elif script:
+        for line in unknown_steps(record):
+            run.warn(line)
         _print(run, as_script(record, artefact, _flags, describe_part(artefact, record)))
     elif check:
         _check(run, artefact, record, inputs or [])

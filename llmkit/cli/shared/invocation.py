@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import LlmkitError, RecordWarning, UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter, Quarantine
@@ -76,6 +77,22 @@ class Run:
 
         with suppress(OSError):  # a log on a full disk must not stop the command
             print(f"llmkit {self.command}: {printable(text)}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def shows_warnings(self) -> Iterator[None]:
+        """Print the warnings of records that cannot be read like other warnings, each once."""
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def show_in_a_line(message: Warning | str, category: type[Warning], *place: Any) -> None:
+                if issubclass(category, RecordWarning):
+                    self.warn(str(message))
+                else:
+                    show(message, category, *place)
+
+            warnings.simplefilter("default", RecordWarning)
+            warnings.showwarning = show_in_a_line  # type: ignore[assignment]
+            yield
 
     @contextmanager
     def progress(self, total: int | None, unit: str) -> Iterator[Progress]:

@@ -286,7 +286,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         record = {key: recorded(value, marks[key]) for key, value in decisive.items() if value is not None}
         run = Run(name, values, record, paths)
         run.config = partial(_as_toml, context)
-        with run._stack:
+        with run._stack, run.shows_warnings():
             function(run, **arguments)
         run.check_bad_files()
 

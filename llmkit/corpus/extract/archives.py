@@ -26,7 +26,7 @@ from llmkit.corpus.extract.file_formats import (
     refuse_other_formats,
 )
 from llmkit.corpus.extract.http_response import ContentError, is_readable, parse_response
-from llmkit.corpus.extract.records import PAGES, Fault, Record, read_records
+from llmkit.corpus.extract.records import CUT, PAGES, Fault, Record, read_records
 from llmkit.corpus.extract.segments import join_segments
 from llmkit.corpus.extract.stored import Stored
 from llmkit.errors import LlmkitError
@@ -189,6 +189,7 @@ def _read_page(record: Record, name: str, max_bytes: int) -> PageRecord:
         response = parse_response(record.block, max_bytes)
         if response is not None:
             page.status, page.content, page.headers = response.status, response.body, response.headers
+            page.truncated = page.truncated or CUT * response.is_cut
             declared = response.headers.get("content-type", declared if head.is_arc else "")
     page.content_type, page.charset = _media_type(declared)
     if page.content_type in UNKNOWN_TYPES:

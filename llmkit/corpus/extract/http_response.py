@@ -32,6 +32,7 @@ class HttpResponse:
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    is_cut: bool = False  # the body, to which no coding was applied, is shorter than its Content-Length
 
 
 def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
@@ -51,9 +52,11 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
     codings = _codings(headers, "content-encoding") + _codings(headers, "transfer-encoding")
     if len(codings) > MAX_CODINGS:
         raise ContentError(f"its headers name {len(codings):,} codings")
+    length = headers.get("content-length", "")
+    is_cut = not codings and length.isdecimal() and len(length) < 16 and 0 < len(body) < int(length)
     for coding in reversed(codings):
         body = decode_body(body, coding, max_bytes)
-    return HttpResponse(int(match[1]) if match else 200, body, headers)
+    return HttpResponse(int(match[1]) if match else 200, body, headers, is_cut)
 
 
 def _codings(headers: dict[str, str], name: str) -> list[str]:

@@ -5,6 +5,8 @@ follows is damaged: the next plausible head is searched for, inside the block fi
 with its offset and size. Memory: one record of at most `max_bytes`, and what `members` holds; longer records are
 passed over.
 
+A head inside a block is a quotation, or the next record, which a loss of bytes moved there (`_is_moved`).
+
 Cost: linear. A block is copied when it is accepted, and what is hashed without that is limited (`Text.may_hash`).
 """
 
@@ -35,6 +37,7 @@ IDENTITY = ("warc-record-id", "warc-target-uri", "warc-date")  # with its block,
 MAX_LENGTH = 1 << 40  # bytes; a longer record is not plausible
 HTTP_HEAD_END = re.compile(rb"\n\r?\n")
 LINE_ENDS = re.compile(rb"[\r\n]*")
+CUT = "unspecified"  # the value of WARC-Truncated where the reason is not known
 HTTP_LENGTH = re.compile(rb"\ncontent-length:[ \t]*(\d{1,15})[ \t]*\r?\n", re.IGNORECASE)
 DIGESTS = ("md5:", "sha1:", "sha256:", "sha512:")
 
@@ -156,7 +159,9 @@ def _block_size(text: Text, record: Record, begin: int, stop: int) -> tuple[int,
     if is_complete and starts_record(bytes(text.buffer[stop : stop + AFTER + MAX_LINE])):
         return length, ""
     # No record follows: the length is wrong, or what follows is damaged.
-    if is_complete and _confirmed_size(text, record, begin, stop) == length:
+    is_ended = after.startswith((b"\n", b"\r\n") if record.head.is_arc else (b"\n\n", b"\r\n\r\n"))
+    is_confirmed = is_complete and _confirmed_size(text, record, begin, stop) == length
+    if is_confirmed and (record.has_digest or not _is_moved(text, begin, stop, is_ended)):
         return length, ""
     if gap and not is_complete and not gap.truncated:
         return length, gap.reason
@@ -169,13 +174,33 @@ def _block_size(text: Text, record: Record, begin: int, stop: int) -> tuple[int,
         return length, wrong
     if not is_complete:
         return length, gap.reason if gap else f"truncated: {available:,} of {length:,} bytes"
-    if after.startswith((b"\n", b"\r\n") if record.head.is_arc else (b"\n\n", b"\r\n\r\n")):
+    if is_ended:
         return length, ""
     if gap and not gap.truncated:
         return length, gap.reason
     # In plain text behind a damaged member, bytes of its format may lie between those of a record.
     is_doubtful = record.has_digest or _http_size(text.buffer, begin, stop) > length
-    return length, wrong if is_doubtful or (record.place.is_plain and text.has_members) else ""
+    if is_doubtful or (record.place.is_plain and text.has_members):
+        return length, wrong
+    record.head.fields.setdefault("warc-truncated", CUT)  # what follows the block may be the rest of it
+    return length, ""
+
+
+def _is_moved(text: Text, begin: int, stop: int, is_ended: bool) -> bool:
+    """Whether a head in the block `text.buffer[begin:stop]` is that of the next record, and not a quotation.
+
+    The records from there on decide, by their lengths: those of a quotation end inside the block. `is_ended`: the line
+    ends that belong after a block are at `stop`, which decides where it is not known what follows those records.
+    """
+    while (begin := find_head(text.buffer, begin, stop)) >= 0:
+        head = parse_head(text.buffer, begin)
+        end = begin + head.size + (head.length or 0) if head else begin + 1
+        rest = LINE_ENDS.match(text.buffer, end) if end <= len(text.buffer) else None
+        begin = rest.end() if rest else end
+        if begin > stop:
+            is_last = begin == len(text.buffer) and text.ended
+            return is_last or starts_record(bytes(text.buffer[begin : begin + MAX_LINE])) or not is_ended
+    return False
 
 
 def _confirmed_size(text: Text, record: Record, begin: int, stop: int) -> int | None:
@@ -232,7 +257,7 @@ def _pass_over(text: Text, head: RecordHead, max_bytes: int) -> tuple[str, bool]
     if not text.fill(left):
         reason = text.gap.reason if text.gap else f"truncated: fewer than {head.length:,} bytes"
         return (wrong if text.search() else reason), False
-    if is_confirmed or _is_followed(text, left):
+    if _is_followed(text, left) or (is_confirmed and text.buffer.startswith((b"\n", b"\r\n"), text.start + left)):
         text.advance(left)
     elif text.search(left, members=False):
         return wrong, False

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from llmkit.corpus.extract.records import PAGES, Fault, Record
 
-CUT = "segmented"  # like the values of WARC-Truncated
+SEGMENTED = "segmented"  # like the values of WARC-Truncated
 
 
 def join_segments(records: Iterable[Record | Fault], max_bytes: int) -> Iterator[Record | Fault]:
@@ -58,5 +58,5 @@ def _joined(parts: list[Record], complete: bool) -> Iterator[Record]:
     first.block = b"".join(part.block for part in parts)
     first.size = sum(part.size for part in parts)
     if not complete:
-        first.head.fields["warc-truncated"] = CUT
+        first.head.fields["warc-truncated"] = SEGMENTED
     yield first

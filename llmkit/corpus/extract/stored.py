@@ -14,14 +14,13 @@ what was read once.
 
 from __future__ import annotations
 
-import bz2
 import lzma
 import zlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.io.compression import BZIP2_MAGIC, GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
+from llmkit.io.compression import BZIP2_MAGIC, GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, Bzip2Decoder, is_zstd
 
 KEEP = 4 << 20  # stored bytes that can be read again
 READ = 256 << 10  # bytes of a read
@@ -213,7 +212,7 @@ def _xz(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _bzip2(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    return _stdlib(stored, bz2.BZ2Decompressor(), "bzip2 stream")
+    return _stdlib(stored, Bzip2Decoder(), "bzip2 stream")
 
 
 def _stdlib(stored: Stored, member: Any, name: str) -> Iterator[tuple[int, bytes]]:

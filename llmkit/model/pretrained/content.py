@@ -43,7 +43,7 @@ def seal(directory: Path) -> None:
         with open(file, "r+b") as stored:
             length, header = _read_header(stored, file)
             metadata = header.get("__metadata__")
-            record = parse_record(metadata.get("llmkit")) if isinstance(metadata, dict) else None
+            record = parse_record(metadata.get("llmkit"), str(file)) if isinstance(metadata, dict) else None
             if not isinstance(metadata, dict) or record is None or record.get("files") != PENDING:
                 continue
             metadata["llmkit"] = record_text(sealed(record, files_digest(directory) or ""))
@@ -60,7 +60,7 @@ def verify(path: Path) -> None:
             length, header = _read_header(stored, file)
             stored.seek(8)
             metadata = header.get("__metadata__")
-            record = parse_record(metadata.get("llmkit")) if isinstance(metadata, dict) else None
+            record = parse_record(metadata.get("llmkit"), str(file)) if isinstance(metadata, dict) else None
             if record and "files" in record and stored.read(length) != _encoded(header, length):
                 raise LlmkitError(f"{file}: the header is not what was written", "the file is damaged")
 
