@@ -35,7 +35,7 @@ def budget() -> int:
 
 @contextmanager
 def limited(name: str, size: int = 0) -> Iterator[None]:
-    """LlmkitError about the file `name` where the block needs more memory than what is in use and the budget, or `size`.
+    """LlmkitError about the file `name` where the block needs more memory than is in use and the budget, or `size`.
 
     On Linux this is enforced, by a limit on the data of the process; elsewhere only the machine's memory is. A block
     inside another has the limit of the outer one.
