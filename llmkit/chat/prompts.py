@@ -9,7 +9,8 @@
 
 An output row is `{id?, prompt, completion, completions, ...}`: the prompt as text or messages, the first
 completion, all completions, and the row's other fields. An answer already in the row (its `completion` or
-`output`, or the last assistant message) becomes `reference`.
+`output`, or the last assistant message) becomes `reference`. A row that has another `reference`, or a field that would
+be replaced and is in none of these, is refused; the completions of an earlier run are replaced.
 """
 
 from __future__ import annotations
@@ -76,12 +77,27 @@ def read_prompt(
     if isinstance(content, list) and not content:
         raise RowError("the conversation holds no question")
     other_fields = {key: value for key, value in fields.items() if key not in (*REPLACED, *used)}
+    generated = fields.get("completions")
+    if isinstance(generated, list) and generated[:1] == [fields.get("completion")]:  # by an earlier run
+        used = (*used, "completion", "completions")
+        reference = fields.get("reference") or reference
     if reference is not None:
+        _check_kept(fields, "reference", [reference])
         other_fields["reference"] = reference
+    turns = [turn.get("content") for turn in content] if isinstance(content, list) else []
+    for name in REPLACED:
+        if name not in used:
+            _check_kept(fields, name, [content, *turns, reference])
     try:
         return Prompt(content, encode(content, files, tools), other_fields)
     except LlmkitError as error:  # a conversation that the template refuses
         raise RowError(f"{error.message} ({error.hint})") from error
+
+
+def _check_kept(fields: Mapping[str, Any], name: str, kept: list[Any]) -> None:
+    """RowError for a field that is replaced by another value, unless its own is among those that are kept."""
+    if fields.get(name) is not None and fields[name] not in kept:
+        raise RowError(f"the field {name!r} already exists (rename it: generate writes a field of that name)")
 
 
 def _question(fields: Mapping[str, Any], schema: Schema) -> tuple[Messages, list[dict[str, Any]] | None, Any]:

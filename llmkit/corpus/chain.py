@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmkit.corpus.added_fields import check_added
 from llmkit.corpus.filters import Check, Filter, ThresholdFilter
 from llmkit.corpus.page import Page
 from llmkit.corpus.words import Splitter
@@ -176,34 +177,37 @@ class FilteredChunk:
     statistics: Statistics = field(default_factory=Statistics)
 
 
-def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> FilteredChunk:
+def filter_chunk(chunk: Chunk, options: ReadOptions, chain: Chain, rejects: bool = True) -> FilteredChunk:
     """Apply the chain to every document of a chunk. Pure.
 
-    Kept lines are unchanged, byte for byte, unless a filter edited the text or set a field. Rejected lines are
-    the original documents with the fields `filter`, `reason` and `value` added; existing fields of these names
-    are replaced.
+    Kept lines are unchanged, byte for byte, unless a filter edited the text or set a field. Rejected lines, if wanted,
+    are the original documents with the fields `filter`, `reason` and `value` added. LlmkitError where one of the
+    fields to set is the user's own (corpus/added_fields.py).
     """
     documents, bad = parse(chunk, options)
     result = FilteredChunk(b"", b"", bad, len(documents))
     kept: list[bytes] = []
-    rejects: list[bytes] = []
+    rejected: list[bytes] = []
     for document in documents:
         text = document.text
         decision = chain.judge(text, document, document.exact_fields)
         result.characters += len(text)
         if decision.drop is not None:
             result.dropped[decision.filter, decision.drop.reason] += 1
-            drop = {"filter": decision.filter, "reason": decision.drop.reason, "value": decision.drop.value}
-            rejects.append(document.with_fields(drop))
+            if rejects:
+                drop = {"filter": decision.filter, "reason": decision.drop.reason, "value": decision.drop.value}
+                check_added(document, drop, "--rejects")
+                rejected.append(document.with_fields(drop))
             continue
         if decision.text != text:
             document.change_text(decision.text)
             result.edited += 1
         if decision.notes:
+            check_added(document, decision.notes, "filter")
             document.change(**decision.notes)
         result.characters_kept += len(decision.text)
         kept.append(document.encode())
-    result.kept, result.rejects = b"".join(kept), b"".join(rejects)
+    result.kept, result.rejects = b"".join(kept), b"".join(rejected)
     return result
 
 
@@ -222,11 +226,7 @@ def annotate_chunk(chunk: Chunk, options: ReadOptions, chain: Chain) -> Filtered
         measurements: dict[str, Any] = {}
         for name, check in checks:
             measurements.setdefault(name, {})[check.statistic or check.reason] = check.value
-        earlier = document.fields.get("filter", {"dropped_by": []})
-        if not isinstance(earlier, dict) or "dropped_by" not in earlier:
-            raise LlmkitError(
-                f"{document}: the field 'filter' already exists", "rename it: --annotate writes a field of that name"
-            )
+        check_added(document, (*page.notes, "filter"), "--annotate")
         measurements["dropped_by"] = [f"{name}.{check.reason}" for name, check in checks if check.broken]
         result.characters += len(document.text)
         document.change(**page.notes, filter=measurements)

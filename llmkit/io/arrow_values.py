@@ -6,19 +6,22 @@
 | floats | themselves; "NaN", "Infinity", "-Infinity" as strings |
 | decimals | strings of their digits |
 | dates, times, timestamps | ISO 8601, with the digits of the unit; timestamps with a time zone in UTC ("...Z") |
+| times outside of a day, which Arrow does not allow | the same, as "25:00:00" or "-00:00:05" |
 | durations | ISO 8601, in seconds: "PT1.500S" |
 | binary | base64; in columns that hold text (io/parquet.py), the text |
 | structs, lists | objects, arrays |
 | maps | arrays of [key, value] |
 | dictionary | its values |
 
-As in the JSON mapping of Protocol Buffers, so that nothing is lost: JSON has no NaN, and null is another value.
+As in the JSON mapping of Protocol Buffers, so that nothing is lost: JSON has no NaN, and null is another value. Structs
+with two fields of one name, and all other types, have no form in JSON.
 """
 
 from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -32,6 +35,15 @@ Convert = Callable[[Any], Any]
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 DIGITS = {"s": 0, "ms": 3, "us": 6, "ns": 9}  # of a second
 EPOCH = datetime(1970, 1, 1)
+TIME = re.compile(r"(-?)(\d\d+):([0-5]\d):([0-5]\d)(?:\.(\d+))?", re.ASCII)
+AS_THEY_ARE = (
+    kinds.is_null,
+    kinds.is_boolean,
+    kinds.is_integer,
+    kinds.is_string,
+    kinds.is_large_string,
+    kinds.is_string_view,
+)
 
 
 class Codec(NamedTuple):
@@ -91,7 +103,7 @@ def from_json(values: list[Any], type: pa.DataType) -> pa.Array:
 
 
 def codec(type: pa.DataType, escape: bool = False) -> Codec:
-    """The conversion of a type; `escape` as for `to_json`."""
+    """The conversion of a type; `escape` as for `to_json`. pa.ArrowNotImplementedError for a type without one."""
     if kinds.is_dictionary(type):
         return codec(type.value_type, escape)
     if escape and (kinds.is_string(type) or kinds.is_large_string(type) or kinds.is_string_view(type)):
@@ -102,11 +114,11 @@ def codec(type: pa.DataType, escape: bool = False) -> Codec:
         return Codec(pa.string(), None, Decimal)
     if kinds.is_timestamp(type):
         suffix = "Z" if type.tz else ""
-        return Codec(pa.int64(), *_time_point(DIGITS[type.unit], 0, suffix))
+        return Codec(pa.int64(), *_time_point(DIGITS[type.unit], suffix))
     if kinds.is_date(type):
-        return Codec(pa.int32(), *_days()) if kinds.is_date32(type) else Codec(pa.int64(), *_time_point(3, 0, ""))
+        return Codec(pa.int32(), *_days()) if kinds.is_date32(type) else Codec(pa.int64(), *_time_point(3, ""))
     if kinds.is_time(type):
-        return Codec(pa.int32() if kinds.is_time32(type) else pa.int64(), *_time_point(DIGITS[type.unit], 11, ""))
+        return Codec(pa.int32() if kinds.is_time32(type) else pa.int64(), *_time_of_day(DIGITS[type.unit]))
     if kinds.is_duration(type):
         return Codec(pa.int64(), *_duration(DIGITS[type.unit]))
     if is_bytes(type) or kinds.is_fixed_size_binary(type):
@@ -123,7 +135,13 @@ def codec(type: pa.DataType, escape: bool = False) -> Codec:
         size = (type.list_size,) if kinds.is_fixed_size_list(type) else ()
         plain = type if inner.plain == type.value_type else new(type.value_field.with_type(inner.plain), *size)
         return Codec(plain, _each(inner.encode), _each(inner.decode))
-    return Codec(type)
+    if isinstance(type, pa.BaseExtensionType) or any(test(type) for test in AS_THEY_ARE):
+        return Codec(type)
+    if kinds.is_list_view(type) or kinds.is_large_list_view(type):
+        inner = codec(type.value_type)
+        if inner == Codec(type.value_type):  # pyarrow casts the others to invalid arrays
+            return Codec(type)
+    raise pa.ArrowNotImplementedError(f"values of type {type} have no form in JSON")
 
 
 def _call(convert: Convert | None, value: Any) -> Any:
@@ -140,6 +158,8 @@ def _pairs(of_key: Convert | None, of_item: Convert | None) -> Convert:
 
 def _struct(type: pa.StructType, escape: bool) -> Codec:
     fields = [type.field(i) for i in range(type.num_fields)]
+    if len({field.name for field in fields}) < len(fields):
+        raise pa.ArrowNotImplementedError(f"two fields of {type} have one name")
     codecs = {field.name: codec(field.type, escape) for field in fields}
     plain = pa.struct([field.with_type(codecs[field.name].plain) for field in fields])
 
@@ -170,25 +190,42 @@ def _decode_binary(value: str) -> bytes:
 
 
 def _days() -> tuple[Convert, Convert]:
-    encode, decode = _time_point(0, 0, "")
+    encode, decode = _time_point(0, "")
     return lambda days: encode(days * 86_400)[:-9], lambda text: decode(text + "T00:00:00") // 86_400
 
 
-def _time_point(digits: int, start: int, suffix: str) -> tuple[Convert, Convert]:
-    """To and from units of 10^-digits s since 1970; `start` 11 leaves out the date, for times of a day."""
+def _time_point(digits: int, suffix: str) -> tuple[Convert, Convert]:
+    """To and from units of 10^-digits s since 1970."""
     scale: int = 10**digits
 
     def encode(units: int) -> str:
         seconds, fraction = divmod(units, scale)
-        text = _iso_seconds(seconds)[start:]
-        return text + (f".{fraction:0{digits}}" if digits else "") + suffix
+        return _iso_seconds(seconds) + (f".{fraction:0{digits}}" if digits else "") + suffix
 
     def decode(text: str) -> int:
         whole, _, fraction = text.removesuffix("Z").partition(".")
         if len(fraction) > digits or bool(suffix) != text.endswith("Z") or not (fraction.isdigit() or not fraction):
             raise ValueError(f"{text!r} has another form")
-        seconds = _seconds_of("1970-01-01T" + whole if start else whole)
-        return seconds * scale + int(fraction.ljust(digits, "0") or 0)
+        return _seconds_of(whole) * scale + int(fraction.ljust(digits, "0") or 0)
+
+    return encode, decode
+
+
+def _time_of_day(digits: int) -> tuple[Convert, Convert]:
+    """To and from units of 10^-digits s since midnight; those outside of a day have more hours, or a sign."""
+    scale: int = 10**digits
+
+    def encode(units: int) -> str:
+        seconds, fraction = divmod(abs(units), scale)
+        text = f"{'-' * (units < 0)}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return text + (f".{fraction:0{digits}}" if digits else "")
+
+    def decode(text: str) -> int:
+        match = TIME.fullmatch(text)
+        if not match or len(match[5] or "") > digits:
+            raise ValueError(f"{text!r} has another form")
+        seconds = int(match[2]) * 3600 + int(match[3]) * 60 + int(match[4])
+        return (-1 if match[1] else 1) * (seconds * scale + int((match[5] or "").ljust(digits, "0") or 0))
 
     return encode, decode
 

@@ -29,6 +29,7 @@ from llmkit.errors import LlmkitError, LockedError
 from llmkit.io.inputs import exists, is_remote, redacted, remote_path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HINT_EXISTS = "choose another output, or give -f to replace it"
 # Protocols of storage with directories, which must exist before a file is written.
 DIRECTORY_PROTOCOLS = {"file", "sftp", "smb", "hdfs", "webhdfs"}
 
@@ -36,7 +37,7 @@ DIRECTORY_PROTOCOLS = {"file", "sftp", "smb", "hdfs", "webhdfs"}
 def check_output(path: str | Path, force: bool) -> None:
     """LlmkitError where `path` exists and not `force`, or where its directory does not exist."""
     if exists(str(path)) and not force and not is_special(Path(path)):
-        raise LlmkitError(f"{redacted(str(path))} exists", "choose another output, or give -f to replace it")
+        raise LlmkitError(f"{redacted(str(path))} exists", HINT_EXISTS)
     if is_remote(str(path)):
         return
     parent = Path(os.path.realpath(path)).parent

@@ -330,7 +330,7 @@ def _truncated(name: str, kind: str, detail: str = "") -> LlmkitError:
 def refuse_empty(name: str) -> None:
     """Raise LlmkitError for a file without any byte if its name is that of a compressed file, which has some."""
     for suffix, kind in PACKED.items():
-        if name.endswith(suffix):
+        if name.lower().endswith(suffix):
             raise _truncated(name, kind, ": the file is empty")
 
 

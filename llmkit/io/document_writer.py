@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +22,13 @@ import xxhash
 from llmkit.errors import UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.compression import FILE_LEVEL, STORED, GzipOutput, OutputFormat, PlainOutput, ZstdOutput
-from llmkit.io.inputs import STDIN
+from llmkit.io.inputs import STDIN, has_suffix
 from llmkit.io.record import Input, Lineage
 
 if TYPE_CHECKING:
     from llmkit.io.parquet_output import ParquetOutput
+
+OUTPUT_SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
 
 
 class DocumentWriter:
@@ -33,7 +36,7 @@ class DocumentWriter:
 
     stdout is one zstd stream: stored in a pipe, level 1 in a regular file; plain on a terminal or with `plain`.
     A block that ends without `finish`, or by an exception, leaves no file. `json_only`: no input is Parquet, so that
-    none has types for a Parquet output.
+    none has types for a Parquet output. `warn` is called with what a Parquet output cannot hold as it is.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class DocumentWriter:
         force: bool = False,
         plain: bool = False,
         json_only: bool = False,
+        warn: Callable[[str], object] | None = None,
     ) -> None:
         self.output = None if output in (None, STDIN) else output
         self.lineage = lineage
         self.force = force
         self.plain = plain
         self._json_only = json_only
+        self._warn = warn
         self._digest = xxhash.xxh3_128()
         self._stack = ExitStack()
         self._finished = False
@@ -58,10 +63,12 @@ class DocumentWriter:
 
     def __enter__(self) -> DocumentWriter:
         self._target: OutputFormat
-        if self.output and self.output.endswith(".parquet"):
+        if self.output and has_suffix(self.output, ".parquet"):
             from llmkit.io.parquet_output import ParquetOutput
 
-            self._target = self._stack.enter_context(ParquetOutput(self.output, self.force, self._json_only))
+            self._target = self._stack.enter_context(
+                ParquetOutput(self.output, self.force, self._json_only, self._warn)
+            )
         elif self.output:
             self._target = _by_suffix(self.output, self._stack.enter_context(atomic_file(self.output, self.force)))
         else:
@@ -79,7 +86,7 @@ class DocumentWriter:
         self.lineage.inputs += inputs
         self.lineage.counts = counts
         self.lineage.digest = "xxh3:" + self._digest.hexdigest()
-        if self.output and self.output.endswith(".parquet"):
+        if self.output and has_suffix(self.output, ".parquet"):
             cast("ParquetOutput", self._target).keep_types(item.columns for item in inputs if item.columns)
         self._target.finish()
         self._target.note("trailer", self.lineage.trailer())
@@ -102,18 +109,16 @@ def check_suffix(output: str) -> None:
     """
     from llmkit.io.atomic import is_special
 
-    if not output.endswith(
-        (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson", ".parquet")
-    ) and not is_special(Path(output)):
+    if not has_suffix(output, OUTPUT_SUFFIXES) and not is_special(Path(output)):
         raise UsageError(
             f"{output}: unknown document format", "use a name that ends in .jsonl.zst, .jsonl.gz, .jsonl or .parquet"
         )
 
 
 def _by_suffix(path: str, sink: BinaryIO) -> OutputFormat:
-    if path.endswith(".zst"):
+    if has_suffix(path, ".zst"):
         return ZstdOutput(sink, FILE_LEVEL)
-    return GzipOutput(sink) if path.endswith(".gz") else PlainOutput(sink)
+    return GzipOutput(sink) if has_suffix(path, ".gz") else PlainOutput(sink)
 
 
 def _for_stdout(plain: bool) -> OutputFormat:

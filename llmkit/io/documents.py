@@ -157,11 +157,12 @@ class Document:
 
     @property
     def id(self) -> str:
-        """The id field as text, or else the xxh3-128 of the document's text (of its line, for rows without text)."""
+        """The id field, as its JSON text unless it is a string, or else the xxh3-128 of the document's text (of its
+        line, for rows without text)."""
         value = self.fields.get(self._options.id_key)
         if value is not None:
-            beyond_64_bits = type(value) is float and abs(value) >= 1 << 63
-            return raw_values(self._stored)[self._options.id_key].decode() if beyond_64_bits else str(value)
+            exact = isinstance(value, str) or type(value) is int or (type(value) is float and abs(value) < 1 << 63)
+            return str(value) if exact else raw_values(self._stored)[self._options.id_key].decode()
         return xxhash.xxh3_128_hexdigest(self.raw if self._options.text_key is None else self.text.encode())
 
     def value(self, path: str) -> Any:
@@ -319,7 +320,7 @@ class DocumentReader:
 
     def _file_chunks(self, path: str, damage: list[BadLine]) -> Iterator[Chunk]:
         # No JSON and no compressed stream begins with the P of Parquet's PAR1.
-        is_parquet = peek_stdin() == b"P" if path == STDIN else path.endswith(".parquet")
+        is_parquet = peek_stdin() == b"P" if path == STDIN else path.lower().endswith(".parquet")
         with open_raw(path) as raw:
             yield from (self._parquet_chunks if is_parquet else self._line_chunks)(path, raw, damage)
 

@@ -105,11 +105,11 @@ def _selected(names: list[str], suffixes: tuple[str, ...], left_out: Counter[str
     """The names that end in one of `suffixes`; the others are counted."""
     selected = []
     for name in names:
-        if name.endswith(suffixes):
+        if has_suffix(name, suffixes):
             selected.append(name)
         elif left_out is not None:
             stem, suffix = os.path.splitext(os.path.basename(name))
-            left_out[os.path.splitext(stem)[1] + suffix if suffix in COMPRESSIONS else suffix] += 1
+            left_out[os.path.splitext(stem)[1] + suffix if suffix.lower() in COMPRESSIONS else suffix] += 1
     return selected
 
 
@@ -171,6 +171,11 @@ def read_list(path: str) -> list[str]:
     if b"\0" in data:
         return [os.fsdecode(name) for name in data.split(b"\0") if name]
     return [os.fsdecode(name.removesuffix(b"\r")) for name in data.split(b"\n") if name.strip()]
+
+
+def has_suffix(name: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a name ends in one of the suffixes, in upper or lower case: `.JSONL.GZ` is `.jsonl.gz`."""
+    return name.lower().endswith(suffixes)
 
 
 def is_remote(path: str) -> bool:
@@ -249,7 +254,7 @@ HINT_IDS = "token ids of other trainers become shards by: llmkit tokenize FILE -
 
 def holds_ids(name: str) -> bool:
     """Whether a file is named like those of token ids that nanoGPT and Megatron-LM write."""
-    return name.endswith((".bin", ".idx"))
+    return has_suffix(name, (".bin", ".idx"))
 
 
 def line_hint(name: str, number: int, line: bytes) -> str:

@@ -3,7 +3,8 @@
 A column of the Parquet inputs keeps its type, its metadata and its place, and the file keeps the metadata of the first
 input and the size of its row groups. A column that a stage adds, that comes from JSON, or in which a value no longer
 has its type, has the type of its JSON values; one in which they have incompatible types is an error that names row
-and field. Strings such as "NaN" among numbers are the numbers that JSON lacks (io/arrow_values.py).
+and field. Strings such as "NaN" among numbers are the numbers that JSON lacks (io/arrow_values.py). What a row lacks is
+null; an object inside a row that lacks keys of its column gets them as nulls too, with a warning.
 
 The schema of all rows must be known before the first is stored, so rows are spooled to a compressed temporary file
 while their types are unified, and then written in row groups: memory is one row group, and disk space temporarily twice
@@ -15,9 +16,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import count
+from itertools import count, islice
 from types import TracebackType
 from typing import Any
 
@@ -52,13 +53,17 @@ class ParquetOutput:
     """A Parquet file with one column per field of any row, compressed with zstd, lineage in the file metadata.
 
     With `json_only`, incompatible types are an error at once; otherwise only once it is known that no input names the
-    type of the column.
+    type of the column. `warn` is called with each warning.
     """
 
-    def __init__(self, path: str, force: bool, json_only: bool = False) -> None:
+    def __init__(
+        self, path: str, force: bool, json_only: bool = False, warn: Callable[[str], object] | None = None
+    ) -> None:
         self._path = path
         self._force = force
         self._json_only = json_only
+        self._warn = warn or (lambda warning: None)
+        self._lacking: dict[str, int] = {}  # field -> first row with an object that lacks keys
         self._stack = ExitStack()
         self._types: dict[str, pa.DataType] = {}  # of JSON values, by field
         self._conflicts: dict[str, str] = {}  # by field
@@ -202,7 +207,7 @@ class ParquetOutput:
         while True:
             try:
                 self._write_rows(schema)
-                return
+                break
             except _Misfit as misfit:
                 field = schema.field(misfit.column)
                 if self._types.get(field.name, field.type) == field.type or is_remote(self._path):
@@ -213,6 +218,8 @@ class ParquetOutput:
                 schema = schema.set(misfit.column, pa.field(field.name, self._types[field.name]))
                 self._sink.seek(0)
                 self._sink.truncate()
+        for name, row in self._lacking.items():
+            self._warn(f"{self._path}: field {name!r}: keys that an object lacks are null (first in row {row:,})")
 
     def _write_rows(self, schema: pa.Schema) -> None:
         first, sink = 1, SealedSink(self._sink)
@@ -238,7 +245,7 @@ class ParquetOutput:
         values = [row.get(field.name) for row in rows]
         convert = pa.array if field.name in self._texts and is_bytes(field.type) else from_json
         try:
-            return convert(values, field.type)
+            array = convert(values, field.type)
         except MISFITS as error:
             for row, value in zip(count(first), values, strict=False):
                 try:
@@ -246,6 +253,10 @@ class ParquetOutput:
                 except MISFITS as reason:
                     raise _Misfit(i, row, f"{_shown(value)} is not of type {field.type}") from reason
             raise _Misfit(i, first, str(error)) from error
+        if field.name not in self._lacking and (lacks := _test_of_keys(field.type)):
+            numbers = (row for row, value in zip(count(first), values, strict=False) if lacks(value))
+            self._lacking.update((field.name, row) for row in islice(numbers, 1))
+        return array
 
     def _groups(self) -> Iterator[list[bytes]]:
         """The lines of each row group."""
@@ -318,6 +329,20 @@ def _unsigned(unified: pa.DataType, *types: pa.DataType) -> pa.DataType:
         inner_types = {f.name: [s.field(f.name).type for s in structs if f.name in s.names] for f in unified}
         return pa.struct([field.with_type(_unsigned(field.type, *inner_types[field.name])) for field in unified])
     return unified
+
+
+def _test_of_keys(type: pa.DataType) -> Callable[[Any], bool] | None:
+    """A test whether an object in a JSON value lacks keys of the type; None if the type has no objects."""
+    if pa.types.is_struct(type):
+        inner = [(field.name, test) for field in type if (test := _test_of_keys(field.type))]
+        return lambda value: (
+            value is not None and (len(value) < type.num_fields or any(test(value[name]) for name, test in inner))
+        )
+    if pa.types.is_map(type):
+        of_item = _test_of_keys(type.item_type)
+        return of_item and (lambda pairs: any(of_item(item) for _, item in pairs or ()))
+    test = _test_of_keys(type.value_type) if hasattr(type, "value_type") else None
+    return test and (lambda items: any(map(test, items or ())))
 
 
 def _shown(value: Any) -> str:

@@ -81,12 +81,22 @@ def is_sealed_by(path: str | Path, digest: str) -> bool:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:  # an empty file
             return False
-        with data:
-            place = data.rfind(digest.encode())
-            state = xxhash.xxh3_128()
-            for start in range(0, place, _STEP):
-                state.update(data[start : min(start + _STEP, place)])
-            state.update(PENDING.encode())
-            for start in range(place + len(PENDING), len(data), _STEP):
-                state.update(data[start : start + _STEP])
-            return place >= 0 and f"xxh3:{state.hexdigest()}" == digest
+        with data, memoryview(data) as view:
+            return is_sealed(view, digest)
+
+
+def is_sealed(data: memoryview, digest: str) -> bool:
+    """`is_sealed_by` for the bytes of a file in memory."""
+    start, found = len(data), -1
+    while start and found < 0:  # near the end, usually
+        start = max(0, len(data) - 16 * max(256, len(data) - start))
+        found = bytes(data[start:]).rfind(digest.encode())
+    if found < 0:
+        return False
+    state, place = xxhash.xxh3_128(), start + found
+    for begin in range(0, place, _STEP):
+        state.update(data[begin : min(begin + _STEP, place)])
+    state.update(PENDING.encode())
+    for begin in range(place + len(PENDING), len(data), _STEP):
+        state.update(data[begin : begin + _STEP])
+    return f"xxh3:{state.hexdigest()}" == digest

@@ -20,6 +20,7 @@ from llmkit.io.sealed_file import BYTES
 
 Record = dict[str, Any]
 MAX_DEPTH = 200  # nested records beyond this depth are ignored
+MAX_SHOWN, MAX_CHARACTERS = 3, 60  # names of options or inputs, and characters of a value, in a message
 BAD = ("on_bad_line", "on_bad_file")
 REJECTS = " --rejects"  # end of the command in the record of a stage's second output
 
@@ -43,6 +44,32 @@ def present_options(node: Record) -> Record:
     if is_old and "minhash" in str(options.get("method")) and not options.get("key"):
         options.setdefault("normalise", "loose")
     return options
+
+
+def differences(node: Record, header: Record) -> str:
+    """How the call that made an artefact differs from the one with this header, in words; empty if they are equal."""
+    header = json.loads(json.dumps(header))
+    node = node | {"options": present_options(node)}
+    for key, words in (("command", "another command"), ("llmkit", "another version"), ("part", "another part")):
+        if key in header and node.get(key) != header[key]:
+            return f"made by {words}: {_value(node, key)}, not {_value(header, key)}"
+    made, options = node["options"], header["options"]
+    names = [name for name in sorted({*made, *options}) if made.get(name) != options.get(name)]
+    shown = [f"{name} {_value(made, name)}, not {_value(options, name)}" for name in names[:MAX_SHOWN]]
+    return f"made with other options: {'; '.join(shown)}{' ...' * (len(names) > MAX_SHOWN)}" if names else ""
+
+
+def other_inputs(made: list[tuple[str, str]], now: list[tuple[str, str]]) -> str:
+    """How inputs, each a name and a digest, differ from those from which an artefact was made, in words."""
+    known, present = ({digest for _, digest in items} for items in (made, now))
+    names = {name: None for name, digest in now if digest not in known}
+    names |= {name: None for name, digest in made if digest not in present}
+    shown = ", ".join(list(names)[:MAX_SHOWN]) + " ..." * (len(names) > MAX_SHOWN)
+    return f"made from other inputs: {shown}" if names else "made from the same inputs in another order"
+
+
+def _value(fields: Record, name: str) -> str:
+    return f"{fields[name]}"[:MAX_CHARACTERS] if fields.get(name) is not None else "unset"
 
 
 def counts_of(node: Record) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError, UnreadableRecordError
 from llmkit.io.digest import digest_bytes, digest_content, digest_stored
-from llmkit.io.inputs import exists, is_remote
+from llmkit.io.inputs import exists, has_suffix, is_remote
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, parse_record, record_or_warning
 from llmkit.io.run_layout import (
@@ -78,7 +78,7 @@ class Format:
     def file(self, path: Path) -> Path | None:
         """The file that holds the record of `path`; None where `path` is not of this format."""
         if not path.is_dir():
-            return path if self.suffix in ("", path.suffix) else None
+            return path if self.suffix in ("", path.suffix.lower()) else None
         for pattern in self.files:
             matches = sorted(path.glob(pattern))
             if matches:
@@ -184,7 +184,7 @@ def content_digest(path: str | Path) -> str | None:
     """Digest of an artefact's content as its writer computed it; None for formats without one."""
     path = Path(path)
     digest = _format_digest(path)
-    if digest is None and path.is_file() and path.name.endswith(DOCUMENT_ARCHIVES):
+    if digest is None and path.is_file() and has_suffix(path.name, DOCUMENT_ARCHIVES):
         return digest_path(path)
     return digest
 
@@ -311,7 +311,7 @@ def _format_digest(path: Path) -> str | None:
 
 
 def _file_digest(path: str) -> str:
-    return digest_stored(path) if path.endswith(STORED) else digest_content(path)
+    return digest_stored(path) if has_suffix(path, STORED) else digest_content(path)
 
 
 def _directory_digest(directory: Path, known: Mapping[Path, str]) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llmkit.errors import LlmkitError
-from llmkit.io.inputs import STDIN, STDIN_PATH
+from llmkit.io.inputs import STDIN, STDIN_PATH, has_suffix
 from llmkit.io.names import one_line, shell_name, shell_word
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import CHECKPOINTS, MAX_DIGITS, RUN_COMMANDS, checkpoint_name, parse_step
@@ -200,7 +200,7 @@ class _Script:
     def _make(self, node: Record, name: str) -> str:
         """Append the line that makes `name`, unless there is one, and return its path."""
         command = str(node.get("command"))
-        kind = command if command.endswith(REJECTS) else ".parquet" if name.endswith(".parquet") else ""
+        kind = command if command.endswith(REJECTS) else ".parquet" if has_suffix(name, ".parquet") else ""
         key = (self._identity(node), kind)
         if key in self._made:
             made = self._made[key]
@@ -395,7 +395,7 @@ class _Script:
 
 def _expected(node: Record, name: str) -> str:
     """The digest that `llmkit lineage --digest` prints of an artefact; "" where the record holds none."""
-    digest = node.get("files" if node.get("command") in MODELS or name.endswith(".parquet") else "digest")
+    digest = node.get("files" if node.get("command") in MODELS or has_suffix(name, ".parquet") else "digest")
     return digest if isinstance(digest, str) else ""
 
 

@@ -38,9 +38,10 @@ class DocumentGatherer:
     def __init__(self, stores: Sequence[TokenStore], padding: Tokens) -> None:
         names: dict[str, int] = {}
         codes, epochs, rows, starts, id_starts = [], [], [], [], []
-        flags = [store.numeric for store in stores]
-        numeric = [np.zeros(s.documents, np.bool_) if f is None else f for s, f in zip(stores, flags, strict=True)]
-        self._numeric = np.concatenate([*numeric, [False]]) if any(f is not None for f in flags) else None
+        marks = [store.json_marks for store in stores]
+        json_marks = [np.zeros(s.documents, np.uint8) if m is None else m for s, m in zip(stores, marks, strict=True)]
+        json_marks.append(np.zeros(1, np.uint8))
+        self._json_marks = np.concatenate(json_marks) if any(m is not None for m in marks) else None
         self._tokens: list[memoryview] = []  # of each batch, as bytes
         self._ids: list[memoryview] = []
         for store in stores:
@@ -72,11 +73,11 @@ class DocumentGatherer:
 
     def __call__(
         self, documents: Numbers, start: Numbers | int, size: Numbers
-    ) -> tuple[Tokens, pa.StringArray, SourceCodes, NDArray[np.int32], NDArray[np.bool_] | None]:
+    ) -> tuple[Tokens, pa.StringArray, SourceCodes, NDArray[np.int32], NDArray[np.uint8] | None]:
         """Gather `documents` [n]: `size` [n] tokens of each, from its token `start` on.
 
         Returns the token ids, flat; the document ids; the sources; the epoch of each document [n]; and which ids
-        are numbers [n] (None: none).
+        and sources are not text [n] (None: all are).
         """
         batch = np.searchsorted(self._firsts, documents, side="right") - 1
         index = documents + batch  # a batch has one offset more than documents: the end of its last one
@@ -86,8 +87,8 @@ class DocumentGatherer:
         lengths = self._id_starts[index + 1] - id_start
         ids = string_array(lengths, _join_spans(self._ids, batch, id_start, lengths))
         sources = self._codes[documents], self._names
-        numeric = None if self._numeric is None else self._numeric[documents]
-        return np.frombuffer(tokens, self._dtype), ids, sources, self._epochs[documents], numeric
+        json_marks = None if self._json_marks is None else self._json_marks[documents]
+        return np.frombuffer(tokens, self._dtype), ids, sources, self._epochs[documents], json_marks
 
 
 def _join_spans(content: list[memoryview], batch: Numbers, start: Numbers, size: Numbers) -> bytes:
@@ -113,7 +114,7 @@ def write_ordered(ordered: OrderedTokens, writer: ShardWriter, progress: Callabl
         sizes = np.diff(offsets[first : stop + 1])
         documents = bases[order.source[rows]] + order.document[rows]
         start = 0 if order.start is None else order.start[rows]
-        tokens, ids, sources, epochs, numeric = gather(documents, start, sizes)
-        writer.extend(tokens, sizes, ids, sources, epochs + order.epoch[rows], numeric=numeric)
+        tokens, ids, sources, epochs, json_marks = gather(documents, start, sizes)
+        writer.extend(tokens, sizes, ids, sources, epochs + order.epoch[rows], json_marks=json_marks)
         progress(stop - first)
         first = stop

@@ -279,6 +279,11 @@ class OrderedTokens:
             raise LlmkitError(f"{file}: its sources were made with another tokenizer", "run mix again")
         return cls(plan, stores, [describe_input(path)])
 
+    def verify(self) -> None:
+        """LlmkitError where a shard is damaged; reads all of them."""
+        for store in self.stores:
+            store.verify()
+
     @property
     def tokenizer(self) -> TokenizerInfo:
         return self.stores[0].tokenizer

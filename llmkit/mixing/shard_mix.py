@@ -100,7 +100,11 @@ class ShardMix:
     def write_shards(
         self, output: str | None, new_lineage: Callable[[], Lineage], progress: Progress, *, force: bool
     ) -> None:
-        """Write the tokens in training order: a directory, a .arrow file, or stdout (None)."""
+        """Write the tokens in training order: a directory, a .arrow file, or stdout (None).
+
+        LlmkitError where a source is damaged; a plan leaves that check to the run that follows it.
+        """
+        self.ordered.verify()
         with ShardWriter(
             output,
             self.ordered.tokenizer,
@@ -148,8 +152,8 @@ class ShardMix:
         lineage.part = HELD_OUT
         with ShardWriter(str(directory / HELD_OUT), self.stores[0].tokenizer, lineage) as writer:
             for store, source in zip(self.stores, self.plan.sources, strict=True):
-                names, numeric = store.sources, store.numeric
+                names, json_marks = store.sources, store.json_marks
                 for i in source.held_out:
-                    is_number = numeric is not None and bool(numeric[i])
-                    writer.write(store.document(i), store.id(i), names[store.codes[i]], numeric=is_number)
+                    mark = 0 if json_marks is None else int(json_marks[i])
+                    writer.write(store.document(i), store.id(i), names[store.codes[i]], json_mark=mark)
             writer.finish({"documents": documents}, self.inputs)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Tokens = NDArray[Any]  # uint16 or uint32
+JSON_ID, JSON_SOURCE = 1, 2  # bits of a document's mark: its id, its source is not text, and stored as JSON
 SourceCodes = tuple[NDArray[np.int32], list[str]]  # index of each document's source [n], and the sources
 
 

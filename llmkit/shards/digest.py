@@ -2,8 +2,9 @@
 
 That of one shard is xxh3-128 of five xxh3-128 digests of 16 bytes, in this order: token ids as stored
 (little-endian), document lengths (int64), ids, sources (UTF-8, each followed by a zero byte), epochs (int32; of
-nothing where there is no such column), and of further ones where there are duplicates (int64) and where ids are
-numbers (positions of their documents, int64, after the byte `n`). That of several shards is xxh3-128 of theirs.
+nothing where there is no such column), and of further ones where there are duplicates (int64) and where ids or sources
+are not text (positions of their documents, int64, after the byte `n` or `s`). That of several shards is xxh3-128 of
+theirs.
 Cutting documents into batches does not change it.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.shards.arrow import SourceCodes, Tokens, zero_terminated
+from llmkit.shards.arrow import JSON_ID, JSON_SOURCE, SourceCodes, Tokens, zero_terminated
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +31,7 @@ class ColumnDigest:
 
     def __init__(self) -> None:
         self._states = [xxhash.xxh3_128() for _ in range(5)]
-        self._numbers: Any = None
+        self._json: dict[int, Any] = {}
         self._documents = 0
 
     def add(
@@ -41,9 +42,9 @@ class ColumnDigest:
         sources: SourceCodes,
         epochs: Any,
         duplicates: Any,
-        numeric: NDArray[np.bool_] | None = None,
+        json_marks: NDArray[np.uint8] | None = None,
     ) -> None:
-        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None, `numeric`: whose ids are numbers."""
+        """Documents in order; `epochs` int32 or None, `duplicates` int64 or None, `json_marks` as in arrow.py."""
         codes, names = sources
         terminated = [name.encode() + b"\0" for name in names]
         columns: tuple[Any, ...] = (
@@ -60,14 +61,15 @@ class ColumnDigest:
             if len(self._states) == 5:
                 self._states.append(xxhash.xxh3_128())
             self._states[5].update(np.ascontiguousarray(duplicates, "<i8").data)
-        if numeric is not None and numeric.any():
-            self._numbers = self._numbers or xxhash.xxh3_128(b"n")
-            self._numbers.update((np.flatnonzero(numeric) + self._documents).astype("<i8").data)
+        for bit, name in ((JSON_ID, b"n"), (JSON_SOURCE, b"s")):
+            if json_marks is not None and (json_marks & bit).any():
+                state = self._json.setdefault(bit, xxhash.xxh3_128(name))
+                state.update((np.flatnonzero(json_marks & bit) + self._documents).astype("<i8").data)
         self._documents += len(lengths)
 
     def result(self) -> str:
         """`xxh3:` and 32 hex digits."""
-        states = [*self._states, *([self._numbers] if self._numbers else [])]
+        states = [*self._states, *(self._json[bit] for bit in sorted(self._json))]
         return "xxh3:" + xxhash.xxh3_128_hexdigest(b"".join(state.digest() for state in states))
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.sealed_file import BYTES, is_sealed_by
-from llmkit.shards.digest import combined_digest, metadata_digest
-from llmkit.shards.reader import TokenStore, stream_files
-from llmkit.shards.shard import TOKENIZER_TEXTS, Shard, scan_shard
-from llmkit.shards.tokenizer_info import TOKENIZER_FILES
+from llmkit.shards.digest import combined_digest
+from llmkit.shards.reader import TokenStore, described_digest, stream_files
+from llmkit.shards.shard import Shard, scan_shard
 
 TRAILER_KEYS = {"part", "last", "documents", "tokens", "digest", "lineage", BYTES}
 
@@ -28,12 +27,9 @@ def shard_digest(path: str | Path) -> str:
 def files_digest(path: Path) -> str:
     """Digest of the metadata of the shards, which is the same in all of them, and of the tokenizer beside them."""
     shards = TokenStore.open(str(path)).shards
-    metadata = shards[0].metadata
-    if any(shard.metadata != metadata for shard in shards):
+    if any(shard.metadata != shards[0].metadata for shard in shards):
         raise LlmkitError(f"{path}: the shards do not have the same metadata", "one of them is damaged")
-    beside = [] if TOKENIZER_TEXTS in metadata or not path.is_dir() else [path / name for name in TOKENIZER_FILES]
-    texts = {file.name: file.read_bytes().decode("utf-8", "replace") for file in beside if file.is_file()}
-    return metadata_digest(metadata, texts, combined_digest([str(shard.trailer.get("digest")) for shard in shards]))
+    return described_digest(shards)
 
 
 def verify(path: Path) -> None:

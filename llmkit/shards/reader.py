@@ -22,9 +22,9 @@ from llmkit.io.inputs import STDIN, display_name, open_raw
 from llmkit.io.record import Input, base_name, record_or_warning
 from llmkit.lineage.formats import describe_input
 from llmkit.shards.arrow import Tokens, as_numpy
-from llmkit.shards.digest import combined_digest
-from llmkit.shards.shard import HINT_REMAKE, PADDING_SOURCE, Shard, batch_tokens, scan_shard
-from llmkit.shards.tokenizer_info import TokenizerInfo, read_tokenizer
+from llmkit.shards.digest import LINEAGE, combined_digest, metadata_digest
+from llmkit.shards.shard import HINT_REMAKE, PADDING_SOURCE, TOKENIZER_TEXTS, Shard, batch_tokens, scan_shard
+from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,9 +46,10 @@ class TokenStore:
         self.has_epochs = True
         self._values: list[Tokens] = []  # tokens of each batch, views into the mapped files
         self._columns: list[tuple[Any, Any]] = []  # id column, and epoch column or None, of each batch
-        self._numeric: list[NDArray[np.bool_] | None] = []  # which ids of each batch are numbers
+        self._json_marks: list[NDArray[np.uint8] | None] = []  # of each batch
         self._duplicates: list[NDArray[np.int64]] = []  # of each batch that has that column, views
         self._shards: list[Shard] = []
+        self._opened: list[list[Shard]] = []  # the shards of each path
         self._first_document: list[int] = []
         self._first_token: list[int] = []
         self._counted = (0, 0)  # documents and tokens of the shards so far
@@ -76,6 +77,7 @@ class TokenStore:
                 store._add(shard, lengths, codes)
             if Path(path).is_dir():
                 _check_complete(shards, path)
+            store._opened.append(shards)
             digest = combined_digest([str(shard.trailer.get("digest")) for shard in shards])
             store.inputs.append(_describe(path, digest, shards))
         counts = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
@@ -100,7 +102,7 @@ class TokenStore:
                 HINT_REMAKE,
             )
         documents = tokens = 0
-        self._numeric += shard.numeric
+        self._json_marks += shard.json_marks
         for batch in shard.batches:
             offsets, values = batch_tokens(batch, shard.name)
             source = batch.column("source")
@@ -166,13 +168,16 @@ class TokenStore:
         return np.concatenate(self._duplicates) if len(self._duplicates) == len(self._values) > 0 else None
 
     @property
-    def numeric(self) -> NDArray[np.bool_] | None:
-        """Which ids are numbers in the documents, bool [documents]; None where none are."""
-        if all(flags is None for flags in self._numeric):
+    def json_marks(self) -> NDArray[np.uint8] | None:
+        """Which ids and sources are not text in the documents (shards/arrow.py) [documents]; None where all are."""
+        if all(marks is None for marks in self._json_marks):
             return None
         sizes = [len(ids) for ids, _ in self._columns]
         return np.concatenate(
-            [np.zeros(n, np.bool_) if flags is None else flags for flags, n in zip(self._numeric, sizes, strict=True)]
+            [
+                np.zeros(n, np.uint8) if marks is None else marks
+                for marks, n in zip(self._json_marks, sizes, strict=True)
+            ]
         )
 
     @property
@@ -241,16 +246,39 @@ class TokenStore:
             yield values, ids, epochs
 
     def verify(self) -> None:
-        """Read all documents; LlmkitError where a digest differs or an id is over the vocabulary."""
-        for shard in self._shards:
-            digest, largest = scan_shard(shard)
-            if digest != shard.trailer.get("digest"):
-                raise LlmkitError(f"{shard.name}: the content does not match its digest", "the file is damaged")
-            if largest >= self.tokenizer.vocab_size:
-                raise LlmkitError(
-                    f"{shard.name}: token id {largest} is over the vocabulary of {self.tokenizer.vocab_size}",
-                    "the tokens come from another tokenizer",
-                )
+        """Read all bytes once; LlmkitError where they are not what was written, or a token id is over the vocabulary.
+
+        If only bytes differ on which neither documents nor their tokenizer depend, such as those of the lineage record,
+        that is left to `llmkit lineage --check`.
+        """
+        for shards in self._opened:
+            if all(shard.is_sealed() for shard in shards):
+                continue
+            hint = f"copy or make it again; llmkit lineage --check {shards[-1].name} shows whether a file is intact"
+            for shard in shards:
+                digest, largest = scan_shard(shard)
+                if digest != shard.trailer.get("digest"):
+                    raise LlmkitError(f"{shard.name}: the content does not match its digest", hint)
+                if largest >= self.tokenizer.vocab_size:
+                    raise LlmkitError(
+                        f"{shard.name}: token id {largest} is over the vocabulary of {self.tokenizer.vocab_size}",
+                        "the tokens come from another tokenizer",
+                    )
+            lineage = shards[-1].trailer.get("lineage")
+            recorded = lineage.get("files") if isinstance(lineage, dict) else None
+            used = [{key: value for key, value in shard.metadata.items() if key != LINEAGE} for shard in shards]
+            if any(other != used[0] for other in used) or (recorded and recorded != described_digest(shards)):
+                raise LlmkitError(f"{shards[-1].name}: the metadata do not match their digest", hint)
+
+
+def described_digest(shards: list[Shard]) -> str:
+    """Digest of the metadata of the first shard, which all have, and of the tokenizer beside it."""
+    first = shards[0]
+    beside = [] if TOKENIZER_TEXTS in first.metadata else [first.path.parent / name for name in TOKENIZER_FILES]
+    texts = {file.name: file.read_bytes().decode("utf-8", "replace") for file in beside if file.is_file()}
+    return metadata_digest(
+        first.metadata, texts, combined_digest([str(shard.trailer.get("digest")) for shard in shards])
+    )
 
 
 def stream_files(path: str, spool: Path | None) -> Iterator[tuple[Path, str]]:

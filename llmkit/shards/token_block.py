@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import BadLine
-from llmkit.shards.arrow import Tokens
+from llmkit.shards.arrow import JSON_ID, JSON_SOURCE, Tokens
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 BLOCK_TOKENS = 1 << 20
@@ -57,14 +57,17 @@ class TokenBlock:
     duplicates: list[int] = field(default_factory=list)  # how often dedup found each, where that is kept
     bad: list[BadLine] = field(default_factory=list)  # lines that are not documents
     losses: Losses = NO_LOSSES
-    numeric: NDArray[np.bool_] | None = None  # [n], which ids are numbers; None: none
+    replaced: Losses = NO_LOSSES  # characters that become white space
+    json_marks: NDArray[np.uint8] | None = None  # [n], which ids and sources are not text (arrow.py); None: all are
 
-    def json_ids(self) -> list[str | orjson.Fragment]:
-        """The ids as JSON values: text, or numbers as they were."""
-        if self.numeric is None:
-            return [*self.ids]
-        numeric = self.numeric.tolist()
-        return [orjson.Fragment(id) if number else id for id, number in zip(self.ids, numeric, strict=True)]
+    def origins(self) -> Iterator[tuple[str | orjson.Fragment, str | orjson.Fragment]]:
+        """The id and the source of each document as JSON values: text, or whatever they were."""
+        marks = [0] * len(self.ids) if self.json_marks is None else self.json_marks.tolist()
+        for id, source, mark in zip(self.ids, self.sources, marks, strict=True):
+            yield (
+                orjson.Fragment(id) if mark & JSON_ID else id,
+                orjson.Fragment(source) if mark & JSON_SOURCE else source,
+            )
 
     def documents(self) -> Iterator[tuple[Tokens, str, str]]:
         """(tokens, id, source) of each document."""

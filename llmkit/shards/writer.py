@@ -23,8 +23,8 @@ empty, and its custom metadata `llmkit.trailer` holds {part, last, documents, to
 defines the digest, io/sealed_file.py that of all bytes) and in the last shard the trailer of the lineage record: a
 stream without it was cut off and is refused, as is a directory that lacks a shard.
 
-Ids that are numbers in the documents are stored as text too; the custom metadata `llmkit.numeric_ids` of a batch that
-has some marks them, in base64 a bit for each row.
+Ids and sources that are not text in the documents are stored as JSON text; the custom metadata `llmkit.numeric_ids` and
+`llmkit.json_sources` of a batch that has some mark them, in base64 a bit for each row.
 
 Batches close at 2^20 tokens or 2^16 documents; a longer document is one row all the same. Reading maps the file
 into memory and copies nothing: opening reads the metadata of each batch, `span` within one batch is a view.
@@ -52,7 +52,7 @@ from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
 from llmkit.lineage.outputs import artefact_directory
 from llmkit.shards.arrow import SourceCodes, Tokens, as_arrow, encode_sources
 from llmkit.shards.digest import LINEAGE, ColumnDigest, combined_digest, metadata_digest
-from llmkit.shards.shard import NUMERIC, SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
+from llmkit.shards.shard import JSON_MARKS, SEQUENCE_LENGTH, STAGES, TOKENIZER, TOKENIZER_TEXTS, TRAILER
 from llmkit.shards.tokenizer_info import TokenizerInfo
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class ShardWriter:
         return self._directory
 
     def write(
-        self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0, *, numeric: bool = False
+        self, tokens: Tokens | Sequence[int], id: str, source: str, epoch: int = 0, *, json_mark: int = 0
     ) -> None:
         """Append one document."""
         self.extend(
@@ -145,7 +145,7 @@ class ShardWriter:
             as_arrow([id]),
             encode_sources([source]),
             np.array([epoch], np.int32),
-            numeric=np.array([numeric]),
+            json_marks=np.array([json_mark], np.uint8),
         )
 
     def extend(
@@ -156,10 +156,10 @@ class ShardWriter:
         sources: SourceCodes,
         epochs: NDArray[np.int32] | None = None,
         duplicates: NDArray[np.int64] | None = None,
-        numeric: NDArray[np.bool_] | None = None,
+        json_marks: NDArray[np.uint8] | None = None,
     ) -> None:
         """Append n documents: `tokens` flat [sum of lengths], and for each document [n] its length, id, source,
-        how often it was seen before (`epochs`), how often `dedup` found it, and whether its id is a number.
+        how often it was seen before (`epochs`), how often `dedup` found it, and what of it is not text (`json_marks`).
 
         Writes the same bytes as n calls of `write`. Nothing is copied before its batch is full: arrays must not
         change until `finish`.
@@ -167,7 +167,7 @@ class ShardWriter:
         ends, (codes, names) = np.cumsum(lengths), sources
         epochs = np.zeros(len(ends), np.int32) if epochs is None else epochs
         duplicates = np.ones(len(ends), np.int64) if duplicates is None else duplicates
-        numeric = np.zeros(len(ends), np.bool_) if numeric is None else numeric
+        json_marks = np.zeros(len(ends), np.uint8) if json_marks is None else json_marks
         first = start = 0  # next document and token
         while first < len(ends):
             full = int(np.searchsorted(ends, start + self.batch_room)) + 1
@@ -185,7 +185,7 @@ class ShardWriter:
             self._codes.append(self._shard_codes(codes[first:end], names))
             self._epoch_numbers.append(epochs[first:end])
             self._duplicate_numbers.append(duplicates[first:end])
-            self._numeric.append(numeric[first:end])
+            self._json_marks.append(json_marks[first:end])
             self._pending_documents += end - first
             self._pending_tokens += stop - start
             self._shard_tokens += stop - start
@@ -239,7 +239,7 @@ class ShardWriter:
         self._codes: list[NDArray[np.int32]] = []
         self._epoch_numbers: list[NDArray[np.int32]] = []
         self._duplicate_numbers: list[NDArray[np.int64]] = []
-        self._numeric: list[NDArray[np.bool_]] = []
+        self._json_marks: list[NDArray[np.uint8]] = []
         self._pending_documents = self._pending_tokens = 0
 
     def _shard_codes(self, codes: NDArray[np.int32], names: list[str]) -> NDArray[np.int32]:
@@ -279,10 +279,11 @@ class ShardWriter:
             pa.DictionaryArray.from_arrays(as_arrow(codes), as_arrow(list(self._source_codes))),
             *(as_arrow(numbers) for numbers in (epochs, duplicates) if numbers is not None),
         ]
-        numeric = np.concatenate(self._numeric)
-        marks = {NUMERIC: base64.b64encode(np.packbits(numeric).tobytes())} if numeric.any() else None
-        self._stream.write_batch(pa.record_batch(columns, schema=self._schema), custom_metadata=marks)
-        self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates, numeric)
+        json_marks = np.concatenate(self._json_marks)
+        flags = {key: json_marks & bit for bit, key in JSON_MARKS.items() if (json_marks & bit).any()}
+        custom = {key: base64.b64encode(np.packbits(bits).tobytes()) for key, bits in flags.items()}
+        self._stream.write_batch(pa.record_batch(columns, schema=self._schema), custom_metadata=custom or None)
+        self._digest.add(flat, lengths, ids, (codes, list(self._source_codes)), epochs, duplicates, json_marks)
         self._shard_documents += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(flat)

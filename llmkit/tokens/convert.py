@@ -21,6 +21,7 @@ import orjson
 from llmkit.errors import LlmkitError
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
+from llmkit.shards.arrow import JSON_ID
 from llmkit.shards.formats import FOREIGN_FORMATS
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.token_block import BLOCK_TOKENS, NO_LOSSES, Losses, TokenBlock, check_file, check_ids
@@ -38,7 +39,7 @@ class TokenCounts:
     """Totals over blocks. `documents` includes `empty` ones, which are dropped; `bytes` are UTF-8 bytes, where known.
 
     `ended` counts documents that lacked the end-of-text id; `sources` maps each source to its [documents,
-    tokens, bytes]; `losses` is what the texts lost.
+    tokens, bytes]; `losses` is what the texts lost, `replaced` which of their characters become white space.
     """
 
     documents: int = 0
@@ -48,6 +49,7 @@ class TokenCounts:
     ended: int = 0
     bad_lines: int = 0
     losses: Losses = NO_LOSSES
+    replaced: Losses = NO_LOSSES
     sources: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, block: TokenBlock) -> int:
@@ -65,25 +67,30 @@ class TokenCounts:
         self.ended += block.ended
         self.bad_lines += len(block.bad)
         self.losses += block.losses
+        self.replaced += block.replaced
         return len(block.ids) + block.empty
 
     def counts(self) -> dict[str, int]:
         """The counts for summary and lineage: documents, tokens, empty, and the others where not zero."""
         counts = {name: getattr(self, name) for name in ("documents", "tokens", "bytes", "empty", "ended", "bad_lines")}
         counts |= {"lossy_documents": self.losses.documents, "lost_pieces": self.losses.pieces}
+        counts |= {"replaced_documents": self.replaced.documents, "replaced_characters": self.replaced.pieces}
         return {name: count for name, count in counts.items() if count or name in ("documents", "tokens", "empty")}
 
-    def check_losses(self) -> str | None:
-        """A warning of what the texts lost; None if nothing. LlmkitError if every one of them was lost entirely."""
-        losses, documents = self.losses, self.documents - self.empty
+    def check_losses(self) -> list[str]:
+        """Warnings of what the texts lost. LlmkitError if every one of them was lost entirely."""
+        losses, replaced, documents = self.losses, self.replaced, self.documents - self.empty
         if documents and losses.blank == documents:
             raise LlmkitError("the tokenizer has no tokens for any of the texts", HINT_BYTES)
-        if not losses.documents:
-            return None
-        return (
-            f"the tokenizer has no tokens for {losses.pieces:,} pieces of text, in {losses.documents:,} of "
-            f"{documents:,} documents: the first is {losses.example}"
-        )
+        facts = {
+            f"has no tokens for {losses.pieces:,} pieces of text": losses,
+            f"reads {replaced.pieces:,} characters of text as spaces": replaced,
+        }
+        return [
+            f"the tokenizer {fact}, in {loss.documents:,} of {documents:,} documents: the first is {loss.example}"
+            for fact, loss in facts.items()
+            if loss.documents
+        ]
 
 
 def read_stored(
@@ -102,6 +109,7 @@ def read_stored(
     """
     if kind == "shards":
         store = TokenStore.open(paths)
+        store.verify()
         cut = _count_cut(store)
         if not lossy:
             _check_whole(store, paths[0], target, cut)
@@ -197,7 +205,9 @@ def end_documents(block: TokenBlock, info: TokenizerInfo, *, flat: bool, lossy: 
 
 def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]:
     """Documents in stored order, without the padding of packed ones."""
-    first, names, numeric = 0, store.sources, store.numeric
+    first, names, json_marks = 0, store.sources, store.json_marks
+    if source and json_marks is not None:
+        json_marks = json_marks & np.uint8(JSON_ID)
     kept = np.ones(store.documents, np.bool_) if store.padding is None else ~store.padding
     while first < store.documents:
         limit = int(store.offsets[first]) + BLOCK_TOKENS
@@ -210,7 +220,7 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
             lengths[mask],
             [store.id(first + i) for i in np.flatnonzero(mask).tolist()],
             [source or names[code] for code in store.codes[first:stop][mask]],
-            numeric=None if numeric is None else numeric[first:stop][mask],
+            json_marks=None if json_marks is None else json_marks[first:stop][mask],
         )
         first = stop
 
@@ -218,8 +228,8 @@ def _shard_blocks(store: TokenStore, source: str | None) -> Iterator[TokenBlock]
 def token_lines(block: TokenBlock) -> bytes:
     """One line {"id", "source", "tokens"} per document."""
     options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    documents = zip(block.json_ids(), block.documents(), strict=True)
-    rows = ({"id": id, "source": source, "tokens": tokens} for id, (tokens, _, source) in documents)
+    documents = zip(block.origins(), block.documents(), strict=True)
+    rows = ({"id": id, "source": source, "tokens": tokens} for (id, source), (tokens, _, _) in documents)
     return b"".join(orjson.dumps(row, option=options) for row in rows)
 
 
@@ -233,7 +243,7 @@ def text_lines(info: TokenizerInfo) -> Callable[[TokenBlock], bytes]:
     def lines(block: TokenBlock) -> bytes:
         check_ids(block.tokens, info, "the input")
         texts = decode_documents(library, (tokens for tokens, _, _ in block.documents()), info.eos_id)
-        rows = zip(block.json_ids(), texts, block.sources, strict=True)
-        return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for id, text, name in rows)
+        rows = zip(block.origins(), texts, strict=True)
+        return b"".join(orjson.dumps({"id": id, "text": text, "source": name}) + b"\n" for (id, name), text in rows)
 
     return lines

@@ -9,7 +9,9 @@
 tiktoken merges the adjacent pair whose union has the lowest rank, and a word in the vocabulary becomes its id at once.
 In terms of tokenizer.json: every split of a token into two others is a merge of the token's rank, with `ignore_merges`.
 
-Memory: about twenty times the file.
+Memory: about twenty times the file, and seven times the text of the merges. A token of n bytes has up to n - 1 splits,
+so that text grows with the cube of the longest run of one character in the vocabulary; over 64 Mi characters are
+refused.
 
     llmkit vocab convert o200k_base.tiktoken --pattern llama-bpe --eos '<|endoftext|>=199999' -o tok/
 """
@@ -32,6 +34,7 @@ from llmkit.tokens.pretokenize import Pattern, byte_alphabet, find_pattern, pre_
 DAMAGED = "the file is damaged, or of another kind"
 MAX_FILE = 64 << 20  # bytes; the largest vocabularies in use have 10 MB
 MAX_TOKEN = 1 << 10  # bytes; finding the merges of a token takes time quadratic in its length
+MAX_MERGES = 64 << 20  # characters of all merges; the largest vocabularies in use have 5 million
 MAX_SPECIAL = 1 << 16  # tokens that a tekken file reserves
 EXCERPT = 40  # characters of a token in a message
 LOST = "texts would lose them; " + DAMAGED
@@ -128,15 +131,21 @@ def special_ids(special: Sequence[str], first: int, known: Mapping[str, int] = M
     ids: dict[str, int] = {}
     for text in special:
         name, equals, number = text.rpartition("=")
-        if equals and number.isdecimal():
-            ids[name] = int(number) if len(number) < 20 else MAX_ID
-            if ids[name] >= MAX_ID:
-                raise UsageError(f"special token {text[:EXCERPT]!r}: the id is too large", f"at most {MAX_ID - 1:,}")
-            first = ids[name] + 1
-        elif text in known:
-            ids[text] = known[text]
+        has_id = bool(equals) and number.isdecimal()
+        name, named = name if has_id else text, f"special token {text[:EXCERPT]!r}"
+        if not name:
+            raise UsageError(f"{named}: no name", "give NAME or NAME=ID")
+        if has_id:
+            id = int(number) if len(number) < 20 else MAX_ID
         else:
-            ids[text], first = first, first + 1
+            id = ids.get(name, known.get(name, first))
+        if id >= MAX_ID:
+            raise UsageError(f"{named}: the id is too large", f"at most {MAX_ID - 1:,}")
+        if ids.get(name, id) != id:
+            raise UsageError(f"{named}: it already has the id {ids[name]}", "give each token one id")
+        if has_id or id == first:
+            first = id + 1
+        ids[name] = id
     return ids
 
 
@@ -145,8 +154,15 @@ def _from_tekken(file: Path, content: dict[str, Any], special: Sequence[str]) ->
     reserved, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
     if not 0 <= reserved <= min(size, MAX_SPECIAL):
         raise LlmkitError(f"{file}: {reserved} special tokens in a vocabulary of {size}", DAMAGED)
-    names = {int(token["rank"]): str(token["token_str"]) for token in content.get("special_tokens") or []}
-    special_names = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(reserved)}
+    names = _Ids()
+    for number, token in enumerate(content.get("special_tokens") or []):
+        names.enter(str(token["token_str"]), token["rank"], f"{file}: special_tokens[{number}]")
+        if token["rank"] >= reserved:
+            raise LlmkitError(f"{file}: special_tokens[{number}]: rank {token['rank']} of {reserved}", DAMAGED)
+    by_rank = {rank: name for name, rank in names.items()}
+    special_names = {by_rank.get(i, f"<SPECIAL_{i}>"): i for i in range(reserved)}
+    if len(special_names) < reserved:
+        raise LlmkitError(f"{file}: a special token has the name of one without a name, <SPECIAL_...>", DAMAGED)
     ranks = _Ids()
     for number, row in enumerate(content["vocab"][: size - reserved]):
         place, rank = f"{file}: vocab[{number}]", row["rank"]
@@ -175,11 +191,17 @@ def _from_merges(file: Path, data: bytes, pattern: str, special: Sequence[str]) 
 def _byte_level(file: Path, ranks: _Ids, pattern: Pattern, special: dict[str, int]) -> str:
     alphabet = byte_alphabet()
     texts = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
-    merges = []
+    merges, size = [], 0
     for token, rank in ranks.items():
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        pairs = [(a, b) for a, b in splits if a in ranks and b in ranks]
-        merges += [(rank, ranks[a], ranks[b], texts[a], texts[b]) for a, b in pairs]
+        splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [(rank, ranks[a], ranks[b], texts[a], texts[b]) for a, b in splits if a in ranks and b in ranks]
+        merges += pairs
+        size += len(pairs) * len(token)
+        if size > MAX_MERGES:
+            raise LlmkitError(
+                f"{file}: too many ways to merge its tokens ({MAX_MERGES >> 20} MiB of merges)",
+                "long runs of one character are not tokens of vocabularies in use; " + DAMAGED,
+            )
     ordered = [(a, b) for *_, a, b in sorted(merges)]
     vocabulary = {texts[token]: rank for token, rank in ranks.items()}
     return _as_json(file, vocabulary, ordered, Pattern(pattern.regex, pattern.single_digits, True), special)
@@ -191,9 +213,11 @@ def _as_json(
     from tokenizers import Tokenizer, decoders, models
 
     used = set(vocabulary.values())
+    taken = set(used)
     for name, id in special.items():
-        if vocabulary.get(name, id) != id or (id in used and name not in vocabulary):
+        if vocabulary.get(name, id) != id or (id in taken and name not in vocabulary):
             raise UsageError(f"special token {name!r}: id {id} is taken", "give it another one: NAME=ID")
+        taken.add(id)
     missing = [byte for byte, symbol in enumerate(byte_alphabet()) if symbol not in vocabulary]
     if missing:
         named = ", ".join(f"0x{byte:02x}" for byte in missing[:4]) + ", ..." * (len(missing) > 4)

@@ -16,18 +16,22 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkit.io.documents import Chunk, ReadOptions, parse
+from llmkit.errors import LlmkitError
+from llmkit.io.documents import Chunk, Document, ReadOptions, parse
 from llmkit.io.inputs import DOCUMENT_SUFFIXES
 from llmkit.io.names import escape_name
+from llmkit.shards.arrow import JSON_ID, JSON_SOURCE
+from llmkit.shards.shard import PADDING_SOURCE
 from llmkit.shards.token_block import TokenBlock
 from llmkit.shards.tokenizer_info import TokenizerInfo
 from llmkit.tokens.fill_in_the_middle import FillInTheMiddle, Segment, assemble_segments
-from llmkit.tokens.losses import loss_counter
+from llmkit.tokens.losses import count_ids, loss_counter
 from llmkit.tokens.text_encoder import TextEncoder
 
 
@@ -35,8 +39,8 @@ from llmkit.tokens.text_encoder import TextEncoder
 class EncodeOptions:
     """How documents are encoded.
 
-    `source` is the source of every document; None: its field `source_key`, else the name of its file without
-    the suffix. `bos` puts the beginning-of-text id in front of each (the tokenizer must have one).
+    `source` is the source of every document; None: its field `source_key` (as JSON unless it is text), else the name
+    of its file without the suffix. `bos` puts the beginning-of-text id in front of each (the tokenizer must have one).
     `keep_duplicates` keeps the counts written by dedup.
     """
 
@@ -71,30 +75,51 @@ class DocumentEncoder:
         kept = [document for document in documents if document.text and not document.text.isspace()]
         texts = [document.text for document in kept]
         names = [document.id for document in kept]
-        id_types = [type(document.fields.get(self._read_options.id_key)) for document in kept]
-        numeric = np.array([kind in (int, float) for kind in id_types], np.bool_)
-        sources = [self._options.source or self._source_of(document.fields, document.file) for document in kept]
+        has_json_id = [not isinstance(d.fields.get(self._read_options.id_key), (str, NoneType)) for d in kept]
+        origins = [self._source_of(document) for document in kept]
+        sources, has_json_source = [name for name, _ in origins], [is_json for _, is_json in origins]
         if self._options.fim or self._start:
             parts = map(self._segments, texts, names, sources)
             flat, lengths = assemble_segments([[*self._start, *part, self._end] for part in parts], self._encode)
         else:
             flat, lengths = self._encode(texts, self._end)
+        if not self._options.allow_special:
+            self._check_ends(flat, lengths, kept)
         sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         duplicates = [document.count("duplicates") for document in kept] if self._options.keep_duplicates else []
         block = TokenBlock(
             flat, lengths, names, sources, sizes, len(documents) - len(kept), duplicates=duplicates, bad=bad
         )
-        block.numeric = numeric if numeric.any() else None
+        if any(has_json_id) or any(has_json_source):
+            block.json_marks = JSON_ID * np.array(has_json_id, np.uint8) | JSON_SOURCE * np.array(
+                has_json_source, np.uint8
+            )
         if self._losses:
-            block.losses = self._losses(texts, names, flat, lengths, 1 + len(self._start))
+            block.losses, block.replaced = self._losses(texts, names, flat, lengths, 1 + len(self._start))
         return block
+
+    def _check_ends(self, flat: NDArray[Any], lengths: NDArray[np.int64], documents: list[Document]) -> None:
+        """LlmkitError for the first document whose text holds the end-of-text id."""
+        ends, own = flat == self._end, 1 + self._start.count(self._end)
+        if np.count_nonzero(ends) > own * len(lengths):
+            first = documents[int(count_ids(ends, lengths, len(self._start), 1).argmax())]
+            raise LlmkitError(
+                f"{first}: in its text the tokenizer finds the end-of-text token (id {self._end})",
+                "name another one with --eos, which texts do not form and which does not stand for unknown characters",
+            )
 
     def _segments(self, text: str, id: str, source: str) -> list[Segment]:
         return self._options.fim.segments(text, id, source) if self._options.fim else [text]
 
-    def _source_of(self, fields: dict[str, Any], file: str) -> str:
-        value = fields.get(self._options.source_key)
-        return value if isinstance(value, str) and value else source_name(file)
+    def _source_of(self, document: Document) -> tuple[str, bool]:
+        """The source of a document, and whether it is JSON rather than text."""
+        key = self._options.source_key
+        value = self._options.source or document.fields.get(key)
+        if value == PADDING_SOURCE:
+            raise LlmkitError(f"{document}: the source {value!r} is reserved", "rename it, or give --source NAME")
+        if isinstance(value, str) or value is None:
+            return value or source_name(document.file), False
+        return document.raw_fields()[key].decode(), True
 
 
 _encoders: dict[Any, DocumentEncoder] = {}

@@ -7,7 +7,8 @@ library.
 Byte-level BPE with one of the four patterns runs compiled (bytelevel.py). Everything else goes through the
 library, as do texts that contain an added token to be matched, and the first megabytes on a machine without
 compiled kernels: encoding them takes less time than compiling. Names of special tokens in a text are ordinary
-text, unless `allow_special`. A model's dropout is disabled.
+text, unless `allow_special`; so are those of the end-of-text, beginning-of-text and padding tokens, however
+tokenizer.json declares them. A model's dropout is disabled.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import orjson
 from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
-from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.shards.tokenizer_info import TokenizerInfo, added_ids
 
 NEVER = -1  # library quota of a tokenizer that is never compiled
 MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total
 CANNOT_ENCODE = "the tokenizer fails to encode", "its tokenizer.json is incomplete"
 UNCOMPILED = 1 << 22  # characters that the library encodes before anything is compiled
+UNREACHABLE = "\U0010ffff"  # a noncharacter, which no text contains; in front of names that models must not find
 
 
 class TextEncoder:
@@ -42,9 +44,11 @@ class TextEncoder:
         """
         if "tokenizer.json" not in tokenizer.files:
             raise LlmkitError("the shards do not carry their tokenizer", "name its directory with -t")
-        self._info, self._special = tokenizer, allow_special
+        self._special = allow_special
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        self.content: dict[str, Any] = orjson.loads(tokenizer.files["tokenizer.json"])
+        text = tokenizer.files["tokenizer.json"] if allow_special else _without_special_names(tokenizer)
+        self._info = replace(tokenizer, files={"tokenizer.json": text})
+        self.content: dict[str, Any] = orjson.loads(text)
         self._reference: Any = None
         self._fast: Any = None
         self._library_quota = {None: UNCOMPILED, True: 0, False: NEVER}[compiled]
@@ -128,6 +132,35 @@ class TextEncoder:
         return any(
             prefix in text and any(name in text for name in names) for prefix, names in self._added_tokens.items()
         )
+
+
+def _without_special_names(info: TokenizerInfo) -> str:
+    """The tokenizer.json in which special names in texts are text: the tokens that `info` names are special, and models
+    that look words or pieces up in their vocabulary do not find special ones there. For encoding only.
+    """
+    text = info.files["tokenizer.json"]
+    try:
+        content = orjson.loads(text)
+        ids, model = added_ids(content), content["model"]
+        added = content.get("added_tokens") or []
+        roles = {info.eos_id, info.bos_id, info.pad_id}
+        plain = [token for token in added if not token.get("special") and ids.get(token["content"]) in roles]
+        for token in plain:
+            token["special"] = True
+        vocabulary, is_list = model["vocab"], isinstance(model["vocab"], list)
+        hidden = {token["content"] for token in added if token.get("special")}
+        if is_list:
+            hidden &= {entry[0] for i, entry in enumerate(vocabulary) if i != model.get("unk_id")}
+            model["vocab"] = [[UNREACHABLE * (name in hidden) + name, score] for name, score in vocabulary]
+        elif model.get("type", "BPE") != "BPE":  # whose merges do not form such a name
+            hidden &= vocabulary.keys() - {model.get("unk_token")}
+            model["vocab"] = {UNREACHABLE * (name in hidden) + name: id for name, id in vocabulary.items()}
+        else:
+            hidden = set()
+        content["added_tokens"] = [token for token in added if token["content"] not in hidden]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return text  # `load_tokenizer` reports how it is damaged
+    return orjson.dumps(content).decode() if plain or hidden else text
 
 
 def load_tokenizer(info: TokenizerInfo, *, allow_special: bool = False) -> Any:

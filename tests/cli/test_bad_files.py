@@ -18,12 +18,13 @@ ROWS = [f'{{"id":"{i}","text":"document number {i} of some words","n":1.10}}\n'.
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Intact files, a truncated one of which 200 documents were flushed, garbage, and a file that is not there."""
+    """Intact files, a truncated one of which 200 documents were flushed, garbage, and a link to a file that is gone."""
     (tmp_path / "a.jsonl").write_bytes(b"".join(ROWS[:100]))
     frame = zstandard.ZstdCompressor().compressobj()
     flushed = frame.compress(b"".join(ROWS[100:300]) + ROWS[300][:20]) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     (tmp_path / "b.jsonl.zst").write_bytes(flushed)
     (tmp_path / "c.parquet").write_bytes(b"PAR1 not at all")
+    (tmp_path / "d.jsonl").symlink_to("gone.jsonl")
     (tmp_path / "e.jsonl").write_bytes(b"".join(ROWS[300:]))
     return tmp_path
 

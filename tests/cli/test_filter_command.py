@@ -332,10 +332,13 @@ def test_directory_of_inputs(llmkit_here, docs: Path) -> None:
         == [f"part-{i}.jsonl.zst" for i in range(3)]
         == sorted(p.name for p in (docs / "no").iterdir())
     )
-    assert b"--resume" in llmkit_here(*command, cwd=docs).stderr
+    repeated = llmkit_here(*command, cwd=docs)
+    assert repeated.returncode == 0 and b"up to date" in repeated.stderr
     times = {path: path.stat().st_mtime_ns for path in made}
     (docs / "out" / "part-1.jsonl.zst").unlink()
     (docs / "no" / "part-1.jsonl.zst").unlink()
+    incomplete = llmkit_here(*command, cwd=docs)
+    assert incomplete.returncode == 1 and b"--resume" in incomplete.stderr
     again = llmkit_here(*command, "--resume", "--json", cwd=docs)
     counts = json.loads(again.stderr.splitlines()[-1])
     assert (counts["files"], counts["up_to_date"], counts["documents"]) == (1, 2, 12)
@@ -343,7 +346,7 @@ def test_directory_of_inputs(llmkit_here, docs: Path) -> None:
     assert [path.stat().st_mtime_ns == times[path] for path in made] == [True, False, True]
     assert b"up to date" in llmkit_here(*command, "--resume", cwd=docs).stderr
     other = llmkit_here(*command, "--preset", "c4", "--resume", cwd=docs)
-    assert other.returncode == 1 and b"part-0.jsonl.zst exists" in other.stderr
+    assert other.returncode == 1 and b"part-0.jsonl.zst exists, made with other options: preset" in other.stderr
     (docs / "in" / "more").mkdir()
     (docs / "in" / "more" / "part-1.jsonl.gz").write_bytes(b"")
     clash = llmkit_here("filter", "in", "-o", "new/", cwd=docs)

@@ -73,7 +73,8 @@ def test_progress_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], m
     """Behaviour: one line at most every 30 seconds, with loss, rate and time left."""
     from types import SimpleNamespace
 
-    from llmkit.cli.shared.invocation import Progress, Run
+    from llmkit.cli.shared.invocation import Run
+    from llmkit.cli.shared.messages import Progress
 
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     values = dict.fromkeys(("output", "force", "dry_run", "quiet", "verbose", "json"), False) | {"jobs": 1, "seed": 0}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from resource import RLIMIT_FSIZE, getrlimit, setrlimit
 
 import numpy as np
 import orjson
@@ -274,6 +275,37 @@ def test_an_index_that_cannot_be_written_is_removed(tmp_path: Path) -> None:
     full = subprocess.run(["bash", "-c", f"ulimit -f 8; {call}"], cwd=tmp_path, capture_output=True, text=True)
     assert full.returncode == 1 and "error: new.duckdb cannot be made" in full.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+@pytest.mark.parametrize("kilobytes", [64, 320, 700, 900, 4000])
+def test_a_full_disk_leaves_no_log_in_silence(tmp_path: Path, kilobytes: int) -> None:
+    """Behaviour: whether the log or the index outgrows the disk (a limit on the size of files), a run is in the index or
+    not as it was reported; an empty log is removed, and one that holds a part of the index is named, and merged later."""
+    path, settings, (_, hard) = str(tmp_path / "i.duckdb"), settings_of(None, Exact(), False), getrlimit(RLIMIT_FSIZE)
+
+    def add(run: int, count: int) -> Index:
+        hashes = np.random.default_rng(run).integers(1 << 63, size=count).astype(np.uint64)
+        with Index(path, settings) as index:
+            index.begin()
+            index.add(run, [f"{hash:x}" for hash in hashes], {"exact": hashes, "keyed": np.ones(count, bool)})
+            index.commit(run, f"key {run}", count, count)
+        return index
+
+    assert not add(1, 100).log and not (tmp_path / "i.duckdb.wal").exists()
+    kept = 100
+    setrlimit(RLIMIT_FSIZE, (kilobytes << 10, hard))
+    try:
+        log = add(2, 20_000).log
+        kept += 20_000
+    except LlmkitError as error:
+        assert "nothing of this run is in the index" in error.hint
+        log = ""
+    finally:
+        setrlimit(RLIMIT_FSIZE, (hard, hard))
+    assert (tmp_path / "i.duckdb.wal").exists() == bool(log)
+    with Index(path, None) as index:
+        assert index.stats()["kept"] == kept
+    assert [item.name for item in tmp_path.iterdir()] == ["i.duckdb"]
 
 
 def test_a_batch_given_twice(llmkit_here, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llmkit.io.record import Lineage
 TYPES = [
     *(pa.timestamp(unit, tz) for unit in ("s", "ms", "us", "ns") for tz in (None, "Europe/Berlin")),
     *(pa.duration(unit) for unit in ("s", "ms", "us", "ns")),
-    *(pa.date32(), pa.int64()),
+    *(pa.time32("s"), pa.time32("ms"), pa.time64("us"), pa.time64("ns"), pa.date32(), pa.int64()),
 ]
 SHARED = Path(__file__).parents[2].parent / "shared/cases/documents/column_types.parquet"
 
@@ -33,11 +33,12 @@ SHARED = Path(__file__).parents[2].parent / "shared/cases/documents/column_types
 )
 def test_points_in_time_come_back(type: pa.DataType, units: list[int | None]) -> None:
     """Property: every value of a temporal type has a form in JSON that gives the same value."""
-    if type == pa.date32():
+    narrow = type.bit_width == 32
+    if narrow:
         units = [unit and unit % 10**7 - 10**6 for unit in units]
     array = pa.array(units, type)
     back = from_json(orjson.loads(orjson.dumps(to_json(array))), type)
-    assert back.cast(pa.int32() if type == pa.date32() else pa.int64()).to_pylist() == units
+    assert back.cast(pa.int32() if narrow else pa.int64()).to_pylist() == units
 
 
 def table() -> pa.Table:
@@ -154,6 +155,49 @@ def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(LlmkitError, match="two columns are called 'n'"):
         list(DocumentReader([str(tmp_path / "d.parquet")]).documents())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"]),
+        pa.array([[1]], pa.list_view(pa.timestamp("ns"))),
+    ],
+)
+def test_types_without_a_form_in_json_are_refused(tmp_path: Path, array: pa.Array) -> None:
+    """Behaviour: a struct with two fields of one name, also inside a list, and lists that pyarrow cannot cast, are an error
+    that names the column."""
+    for number, column in enumerate((array, pa.ListArray.from_arrays([0, 1], array))):
+        pq.write_table(pa.table({"text": ["a"], "s": column}), tmp_path / f"{number}.parquet")
+        with pytest.raises(LlmkitError, match="column 's': values of type .* have no form in JSON"):
+            list(DocumentReader([str(tmp_path / f"{number}.parquet")]).documents())
+
+
+OBJECTS = st.recursive(
+    st.integers(0, 9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@example([{}, {"a": 1}])
+@example([[{"a": 1}, {"a": 1, "b": [{}]}, {"b": [{"a": 2}]}]])
+@given(st.lists(OBJECTS, max_size=3))
+def test_objects_change_only_with_a_warning(tmp_path_factory: pytest.TempPathFactory, values: list[object]) -> None:
+    """Property: objects, also nested ones, are equal after JSON, Parquet, JSON; or there is a warning that names the field;
+    or an error."""
+    place, warnings = tmp_path_factory.mktemp("objects"), list[str]()
+    rows = [{"text": "a", "m": value} for value in values]
+    try:
+        with DocumentWriter(str(place / "a.parquet"), Lineage("t"), warn=warnings.append) as writer:
+            writer.write(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+            writer.finish({}, [])
+    except LlmkitError:
+        return
+    back = [document.fields for document in DocumentReader([str(place / "a.parquet")]).documents()]
+    assert (back == rows) == (not warnings)
+    assert all("field 'm': keys that an object lacks are null (first in row " in text for text in warnings)
 
 
 INTEGERS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1)) | st.lists(st.integers(0, (1 << 64) - 1))

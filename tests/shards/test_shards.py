@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.record import Lineage
+from llmkit.io.splice import raw_values
 from llmkit.lineage.formats import digest_path, read_lineage
 from llmkit.shards import writer as shards
 from llmkit.shards.arrow import as_arrow
@@ -264,6 +266,38 @@ def test_verify_finds_changed_tokens(tmp_path: Path, write_shards: Write) -> Non
         TokenStore.open(str(tmp_path / "b.arrow")).verify()
 
 
+@pytest.mark.parametrize("stored", ["parts", "a.arrow"])
+def test_readers_refuse_damaged_shards(
+    tmp_path: Path, write_shards: Write, llmkit_here: Callable[..., Any], stored: str
+) -> None:
+    """Behaviour: a changed token, id or tokenizer is an error of each command that reads shards, one that follows a plan
+    too; a change of the record is not. A copy without a digest of all bytes, as earlier versions wrote, is read."""
+    from llmkit.training.inputs import open_stream
+
+    path = write_shards(tmp_path / stored, [60, 70, 80], **({"max_tokens_per_shard": 100} if stored == "parts" else {}))
+    file = path / "part-00001.arrow" if path.is_dir() else path
+    intact, store = file.read_bytes(), TokenStore.open(str(path))
+    assert llmkit_here("mix", stored, "--plan", "-o", "p.toml", cwd=tmp_path).returncode == 0
+    token = store.document(1).tobytes()[:40]
+    changes = [
+        ("content", token, b"\1" + token[1:]),
+        ("content", store.id(1).encode(), b"x" * len(store.id(1))),
+        ("metadata", b'"bos_id":null', b'"bos_id":1   '),
+        ("", b'"command":"tokenize"', b'"command":"tokenise"'),
+        ("", b'"bytes":', b'"bytez":'),
+    ]
+    for message, old, new in changes:
+        assert old in intact
+        file.write_bytes(intact.replace(old, new))
+        for data in (path, tmp_path / "p.toml"):
+            with pytest.raises(LlmkitError, match=message) if message else nullcontext():
+                open_stream(str(data), None)  # type: ignore[arg-type]
+        for words in (("mix", stored), ("tokenize", "--decode", stored), ("tokenize", stored, "--to", "jsonl")):
+            done = llmkit_here(*words, "-f", "-q", "-o", "o.jsonl" if words[0] == "tokenize" else "m", cwd=tmp_path)
+            assert done.returncode == bool(message), done.stderr
+            assert not message or (message.encode() in done.stderr and b"llmkit lineage --check" in done.stderr)
+
+
 def test_failed_writes_leave_no_file(tmp_path: Path) -> None:
     """Behaviour: an exception, such as for ids over the vocabulary, leaves no file."""
     for name in ("a.arrow", "parts"):
@@ -323,11 +357,22 @@ def test_malformed_tokenizers(tmp_path: Path, small_tokenizer: dict[str, str]) -
     assert parse_tokenizer(layout, "x").digest == parse_tokenizer(small_tokenizer, "y").digest
 
 
-def test_numeric_ids_stay_numbers(llmkit: Callable[..., Any], tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
-    """Behaviour: ids that are numbers are numbers in JSON lines of ids and of texts, straight and through shards, mixes
-    and held-out parts."""
-    texts = [b"7", b'"7"', b"18446744073709551617", b"1.5", b'"a"', b"null", b"true", b"-3"] * 40
-    rows = [b'{"id":%s,"text":"a %d"}\n' % (id, i) for i, id in enumerate(texts)]
+def test_ids_and_sources_stay_json(llmkit: Callable[..., Any], tmp_path: Path, small_tokenizer: dict[str, str]) -> None:
+    """Behaviour: ids and sources that are not text come back as they were in JSON lines of ids and of texts, straight
+    and through shards, mixes and held-out parts."""
+    values = [
+        b"7",
+        b'"7"',
+        b"18446744073709551617",
+        b"1.5",
+        b'"a"',
+        b"null",
+        b"true",
+        b"-3",
+        b"[1, null]",
+        b'{"a": "b"}',
+    ] * 32
+    rows = [b'{"id":%s,"text":"a %d","source":%s}\n' % (id, i, values[i // 10]) for i, id in enumerate(values)]
     (tmp_path / "d.jsonl").write_bytes(b"".join(rows))
     (tmp_path / "tok").mkdir()
     for name, text in small_tokenizer.items():
@@ -342,13 +387,18 @@ def test_numeric_ids_stay_numbers(llmkit: Callable[..., Any], tmp_path: Path, sm
         done = llmkit(*call, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
-    def ids(*names: str) -> list[bytes]:
+    def origins(*names: str) -> list[tuple[bytes, bytes]]:
         lines = b"".join((tmp_path / name).read_bytes() for name in names).splitlines()
-        return [line.partition(b":")[2].partition(b",")[0] for line in lines]
+        return [(fields["id"], fields["source"]) for fields in map(raw_values, lines)]
 
-    expected = [b'"True"' if id == b"true" else id for id in texts if id != b"null"]
-    direct = ids("direct.jsonl")
-    assert [id for id in direct if len(id) < 30] == expected
-    assert ids("s.jsonl") == direct == ids("texts.jsonl")
-    assert sorted(ids("m.jsonl", "h.jsonl")) == sorted(direct) and ids("h.jsonl")
+    direct = origins("direct.jsonl")
+    expected = [(id, b'"d"' if values[i // 10] == b"null" else values[i // 10]) for i, id in enumerate(values)]
+    assert [(b"null" if len(id) > 30 else id, source) for id, source in direct] == expected
+    assert origins("s.jsonl") == direct == origins("texts.jsonl")
+    assert sorted(origins("m.jsonl", "h.jsonl")) == sorted(direct) and origins("h.jsonl")
     TokenStore.open([str(tmp_path / "s"), str(tmp_path / "m")]).verify()
+    (tmp_path / "p.jsonl").write_text('{"text": "a", "source": "<padding>"}\n')
+    assert (
+        b"p.jsonl:1: the source '<padding>' is reserved"
+        in llmkit("tokenize", "p.jsonl", "-t", "tok", cwd=tmp_path).stderr
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +120,27 @@ def test_formats_are_named(place: Path, llmkit: Command) -> None:
     (place / "y.tiktoken").write_bytes(b"YQ== 0\nnot a rank\n")
     with pytest.raises(LlmkitError, match=r"y\.tiktoken:2: not a token in base64"):
         convert(place / "y.tiktoken", "gpt-2", [])
-    assert special_ids(["a", "b=9", "c"], 3) == {"a": 3, "b": 9, "c": 10}
+    assert special_ids(["a", "b=9", "c", "b", "a=3", "d"], 3) == {"a": 3, "b": 9, "c": 10, "d": 4}
+
+
+@pytest.mark.parametrize(
+    "special", [["=259"], [""], ["<a>=300", "<a>=301"], ["<a>=300", "<b>=300"], ["<a>", "<a>=259"]]
+)
+def test_special_tokens_have_one_name_and_one_id(tmp_path: Path, special: list[str]) -> None:
+    """Behaviour: no special token is dropped for another one, and none lacks a name."""
+    (tmp_path / "x.tiktoken").write_bytes(_lines(BYTES))
+    with pytest.raises(UsageError, match="^special token '"):
+        convert(tmp_path / "x.tiktoken", "gpt-2", special)
+
+
+def test_memory_of_merges_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a small file whose merges would fill the memory is refused before they are made."""
+    (tmp_path / "x.tiktoken").write_bytes(_lines([*BYTES, *((b"a" * n, 254 + n) for n in range(2, 1001))]))
+    tracemalloc.start()
+    with pytest.raises(LlmkitError, match="too many ways to merge its tokens"):
+        convert(tmp_path / "x.tiktoken", "gpt-2", [])
+    assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    tracemalloc.stop()
 
 
 def test_end_of_text_is_chosen(tmp_path: Path, llmkit: Command) -> None:
@@ -192,7 +213,23 @@ def test_gaps_may_be_special_tokens(tmp_path: Path) -> None:
     assert parse_tokenizer({"tokenizer.json": text}, "x").eos_id == 256
 
 
-@pytest.mark.parametrize("damage", ["pattern", "reserved", "repeated", "no rank", "rank", "base64", "config", "type"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "one rank",
+        "one name",
+        "high rank",
+        "taken name",
+        "pattern",
+        "reserved",
+        "repeated",
+        "no rank",
+        "rank",
+        "base64",
+        "config",
+        "type",
+    ],
+)
 def test_damaged_tekken(place: Path, tmp_path: Path, damage: str) -> None:
     """Behaviour: one line for each damage of a tekken file, never an error of another library."""
     content = json.loads((place / "tekken.json").read_text())
@@ -209,6 +246,14 @@ def test_damaged_tekken(place: Path, tmp_path: Path, damage: str) -> None:
         rows[5]["rank"] = -7
     elif damage == "base64":
         rows[5]["token_bytes"] = "\u00e9"
+    elif damage == "one rank":
+        content["special_tokens"][2]["rank"] = 0
+    elif damage == "one name":
+        content["special_tokens"][2]["token_str"] = "<s>"
+    elif damage == "high rank":
+        content["special_tokens"][2]["rank"] = 3
+    elif damage == "taken name":
+        content["special_tokens"] = [{"rank": 1, "token_str": "<SPECIAL_0>"}]
     elif damage == "config":
         del content["config"]
     else:

@@ -64,6 +64,47 @@ def test_special_tokens_in_a_text_are_text(trained: Trained) -> None:
     assert [i for i in special if i < 16] == [0, 1, 14, 0]
 
 
+def _ends(kind: str) -> TokenizerInfo:
+    """A tokenizer in whose vocabulary is "</s>", with id 1: by `kind`, its model or how it is declared."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    words = {"[UNK]": 0, "</s>": 1, "a": 2, "b": 3}
+    letters = {name: i for i, name in enumerate(["[UNK]", "</s>", *"ab</s> "])}
+    model = {
+        "Unigram": models.Unigram([(name, 0.0 if name == "</s>" else -5.0) for name in letters], 0, False),
+        "WordLevel": models.WordLevel(words, unk_token="[UNK]"),
+        "WordPiece": models.WordPiece(words, unk_token="[UNK]"),
+        "unknown": models.WordLevel(words, unk_token="</s>"),
+    }.get(kind, models.BPE(letters, [], unk_token="[UNK]"))
+    library = Tokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_tokens([AddedToken("</s>", special=kind in ("Unigram", "WordLevel", "WordPiece", "unknown"))])
+    end = "a" if kind == "letter" else "</s>"
+    return parse_tokenizer(
+        {"tokenizer.json": library.to_str(), "tokenizer_config.json": orjson.dumps({"eos_token": end}).decode()}, "tok"
+    )
+
+
+@pytest.mark.parametrize("kind", ["not special", "Unigram", "WordLevel", "WordPiece", "unknown", "letter"])
+def test_no_text_holds_the_end_of_text_id(kind: str) -> None:
+    """Behaviour: the name of the end-of-text token is text with every model, also where it is not declared special.
+
+    A token that texts form, or that stands for unknown characters, cannot be it: the document is named.
+    """
+    info = _ends(kind)
+    rows = [{"text": "b </s> b</s>b"}, {"text": "b"}]
+    if kind in ("unknown", "letter"):
+        with pytest.raises(LlmkitError, match=r"web.jsonl.zst:2 .*the end-of-text token \(id [12]\)"):
+            encode(info, {"text": "b"}, {"text": "b a c"}, {"text": "b"})
+        assert encode(info, {"text": "b b"}).tokens.tolist()[-1] == info.eos_id
+        return
+    made = encode(info, *rows)
+    assert [tokens.tolist().count(1) for tokens, _, _ in made.documents()] == [1, 1]
+    assert (made.tokens != 1).sum() >= 3 and encode(info, *rows, allow_special=True).tokens.tolist().count(1) > 2
+    decoded = load_tokenizer(info).decode(made.tokens.tolist(), skip_special_tokens=False)
+    assert kind != "not special" or decoded == "b < / s > b < / s > b </s> b </s>"
+
+
 def test_empty_documents_are_dropped(trained: Trained) -> None:
     """Behaviour: documents without text, or with white space only, are counted and dropped; a chunk of them
     gives no rows.
@@ -76,10 +117,10 @@ def test_empty_documents_are_dropped(trained: Trained) -> None:
 
 
 def test_sources(trained: Trained) -> None:
-    """Behaviour: the option, else the field, else the file name without its suffix."""
+    """Behaviour: the option, else the field (as JSON unless text), else the file name without its suffix."""
     info = trained("gpt-2")
     rows = [{"text": "a", "source": "wiki"}, {"text": "b"}, {"text": "c", "source": 7}]
-    assert encode(info, *rows).sources == ["wiki", "web", "web"]
+    assert encode(info, *rows).sources == ["wiki", "web", "7"]
     assert encode(info, *rows, source="all").sources == ["all"] * 3
     assert source_name("<stdin>") == "stdin"
     assert source_name("a/b.c.parquet") == "b.c"

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from llmkit.shards.token_block import Losses
 from llmkit.shards.tokenizer_info import TokenizerInfo
+from llmkit.tokens.convert import TokenCounts
 from llmkit.tokens.losses import changes, loss_counter, unknown_id
 from llmkit.tokens.pretokenize import byte_alphabet
 from llmkit.tokens.text_encoder import TextEncoder
@@ -68,10 +70,82 @@ def test_losses_are_those_of_decoding(lacking: set[str], unknown: bool, kind: st
         decoded.append(tokenizer.decode(ids[start : start + length - 1].tolist(), skip_special_tokens=False))
         start += length
     lossy = sum(text != back for text, back in zip(texts, decoded, strict=True))
-    losses = counter(texts, texts, ids, lengths, 1) if counter else None
+    losses = counter(texts, texts, ids, lengths, 1)[0] if counter else None
     assert (losses.documents if losses else 0) == lossy
     assert losses is None or (losses.pieces >= lossy and bool(losses.example) == bool(lossy))
     assert losses is None or losses.blank >= sum(back in ("", UNKNOWN) for back in decoded)
+
+
+SYMBOLS = [
+    "a",
+    "e",
+    "\u0301",
+    "\u00e9",
+    "\u1112",
+    "\u1161",
+    "\u11ab",
+    "\ud55c",
+    "A",
+    "\ufb01",
+    "f",
+    " ",
+    "\n",
+    "\u3000",
+    "\u2581",
+]
+NORMALISERS = [None, "NFC", "NFKC", "NFD", "Lowercase", "Strip"]
+WORDS = {
+    "none": None,
+    "Whitespace": pre_tokenizers.Whitespace(),
+    "Metaspace": pre_tokenizers.Metaspace(),
+    "ByteLevel": pre_tokenizers.ByteLevel(),
+    "Sequence": pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sets(st.sampled_from([a + s + b for s in SYMBOLS for a in ("", "##") for b in ("", "</w>")] + ["ae", "aef"])),
+    st.tuples(st.sampled_from(["", "##"]), st.sampled_from(["", "</w>"]), st.booleans()),
+    st.sampled_from([*NORMALISERS, "Replace"]),
+    st.sampled_from([*WORDS]),
+    st.lists(st.text(SYMBOLS, max_size=6).map(lambda text: text.lstrip("▁") or "a"), min_size=1, max_size=4),
+)
+def test_dropped_symbols_are_counted(
+    lacking: set[str], forms: tuple[str, str, bool], normaliser: str | None, words: str, texts: list[str]
+) -> None:
+    """Parity with `tokenizers`: exactly those texts are counted of which the BPE model gets a symbol that it drops."""
+    bytes_ = [s for byte, s in enumerate(byte_alphabet()) if words == "ByteLevel" and byte < 0xE2]
+    symbols = [a + s + b for s in {*SYMBOLS, *bytes_} for a in {"", forms[0]} for b in {"", forms[1]}]
+    symbols += ["ae", "aef"] * forms[2]
+    ids = {name: i for i, name in enumerate([END, *sorted({*symbols} - lacking)])}
+    names = ("continuing_subword_prefix", "end_of_word_suffix")
+    options: Any = {name: form for name, form in zip(names, forms[:2], strict=True) if form}
+    tokenizer = Tokenizer(models.BPE(ids, [], ignore_merges=forms[2], **options))
+    if normaliser == "Replace":
+        tokenizer.normalizer = normalizers.Replace("ae", "A")
+    elif normaliser:
+        tokenizer.normalizer = getattr(normalizers, normaliser)()
+    if WORDS[words] is not None:
+        tokenizer.pre_tokenizer = WORDS[words]
+    tokenizer.add_special_tokens([END])
+
+    def loses(text: str) -> bool:
+        text = tokenizer.normalizer.normalize_str(text) if normaliser else text
+        parts = [part for part, _ in WORDS[words].pre_tokenize_str(text)] if WORDS[words] is not None else [text]
+        if words in ("Metaspace", "ByteLevel") and parts and not (forms[2] and parts[0] in ids):  # the mark in front
+            first = tokenizer.model.tokenize(parts[0])
+            if len(parts[0]) - len(first) == 1 and not (first and first[0].value[0] == parts[0][0]):
+                parts = parts[1:]
+        parts = [part for part in parts if part and not (forms[2] and part in ids)]
+        return any(len(tokenizer.model.tokenize(part)) < len(part) for part in parts)
+
+    info = info_of(tokenizer)
+    encoder = TextEncoder(info, compiled=False)
+    counter = loss_counter(encoder)
+    losses = counter(texts, texts, *encoder(texts, 0), 1)[0] if counter else None
+    assert (losses.documents if losses else 0) == sum(map(loses, texts))
+    assert losses is None or (losses.pieces >= losses.documents and bool(losses.example) == bool(losses.pieces))
 
 
 def test_what_is_changed() -> None:
@@ -104,6 +178,28 @@ def test_what_is_changed() -> None:
     assert unknown_id(info_of(llama)) is None and unknown_id(info_of(byte_level({13}, True))) == 1
 
 
+def test_marks_of_white_space_are_counted() -> None:
+    """Behaviour: U+2581 in a text, which decodes to a space, is counted with tokenizers that write spaces so."""
+    unigram = Tokenizer(
+        models.Unigram([("a", -1.0), ("\u2581", -1.0)] + [(f"<0x{i:02X}>", -9.0) for i in range(256)], None, True)
+    )
+    unigram.pre_tokenizer, unigram.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    llama = bpe(["\u2581"], True, list(range(256)), normalizer=normalizers.Replace(" ", "\u2581"))
+    for tokenizer in (unigram, llama):
+        encoder = TextEncoder(info_of(tokenizer), compiled=False)
+        counter = loss_counter(encoder)
+        assert counter
+        texts = ["a a", "\u2581a\u2581"]
+        lost, replaced = counter(texts, ["x", "y"], *encoder(texts, 0), 1)
+        assert (lost.documents, replaced) == (0, Losses(1, 2, 0, "'\u2581' (U+2581) in 'y'"))
+    totals = TokenCounts(documents=2, replaced=replaced)
+    assert totals.check_losses() == [
+        "the tokenizer reads 2 characters of text as spaces, in 1 of 2 documents: the first is '\u2581' (U+2581) in 'y'"
+    ]
+    assert totals.counts()["replaced_characters"] == 2
+    assert loss_counter(TextEncoder(info_of(byte_level()), compiled=False)) is None
+
+
 def test_losses_are_reported(tmp_path: Path, llmkit: Command) -> None:
     """Behaviour: one warning with counts and an example, counts in the summary and the record; a total loss is refused."""
     words = models.WordPiece({"[UNK]": 0, END: 1, "hello": 2, "##s": 3}, unk_token="[UNK]")
@@ -121,7 +217,7 @@ def test_losses_are_reported(tmp_path: Path, llmkit: Command) -> None:
     done = llmkit("tokenize", "--decode", "gap-s", "--plain", cwd=tmp_path)
     assert b"changes texts" in done.stderr and b"characters that it has no tokens for" in done.stderr
     done = llmkit("tokenize", "d.jsonl", "-t", "word", "-o", "word-s", "--json", cwd=tmp_path)
-    assert b"warning: word changes texts" in done.stderr and b"upper case" in done.stderr
+    assert b"warning: word changes texts" in done.stderr and b"white space, upper case" in done.stderr
     summary = json.loads(done.stderr.splitlines()[-1])
     assert (summary["lossy_documents"], summary["lost_pieces"]) == (1, 1)
     done = llmkit("tokenize", "--decode", "word-s", "--plain", cwd=tmp_path)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN, open_raw

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command, count_option
 from llmkit.errors import UsageError
 
@@ -117,6 +117,7 @@ def main(
         raise UsageError("--prompt is not UTF-8", "convert it, or give a file of prompts")
     if text and run.output:
         raise UsageError("--text and -o are mutually exclusive", "use one of them, or redirect stdout")
+    run.check_documents(run.output)
     if any(not text for text in stop or []):
         raise UsageError("--stop is empty", "omit it, or give a string")
     import orjson

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import LlmkitError, UsageError
 
@@ -87,13 +87,13 @@ def main(
 
 def _where_else(path: Path) -> str:
     """The hint for an artefact without a record."""
-    from llmkit.io.inputs import DOCUMENT_SUFFIXES, holds_ids
+    from llmkit.io.inputs import DOCUMENT_SUFFIXES, has_suffix, holds_ids
     from llmkit.lineage.formats import read_lineage
 
     if path.is_dir():
         for file in sorted(path.iterdir()):
             with suppress(LlmkitError):
-                if file.name.endswith(DOCUMENT_SUFFIXES) and file.is_file() and read_lineage(file):
+                if has_suffix(file.name, DOCUMENT_SUFFIXES) and file.is_file() and read_lineage(file):
                     return f"its files have their own, such as {file}"
     if path.suffix == ".duckdb":
         return f"the runs of an index: llmkit dedup --index {path} --stats"

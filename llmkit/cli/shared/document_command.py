@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted, skipped
 from llmkit.cli.shared.options import COMMON, Run
 from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, is_remote
+from llmkit.io.atomic import HINT_EXISTS
+from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, has_suffix, is_remote
 
 if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter
@@ -84,8 +85,8 @@ class Job:
 def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) -> Iterator[Job]:
     """The jobs of a command: one for all inputs, or if -o is a directory, one per input, named like the input.
 
-    Nothing in a directory is replaced: without --resume (or -f) it must contain none of the outputs. With --resume,
-    outputs made by the same command are skipped.
+    Nothing in a directory is replaced: without --resume (or -f) it must contain none of the outputs, or all of them.
+    Outputs made by the same command are skipped.
     """
     if rejects is not None and rejects in (run.output, STDIN):
         raise UsageError(f"--rejects {rejects}: this is the output of the documents", "name another file")
@@ -106,7 +107,8 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     outputs = [os.path.join(target, name) for name in names]
     rejected = [] if rejects is None else [os.path.join(rejects, name) for name in names]
     run.check_quarantine({f"the output {path}": path for path in outputs + rejected})
-    if not resume and not run.force and (existing := [path for path in outputs if exists(path)]):
+    existing = [path for path in outputs if exists(path)]
+    if not resume and not run.force and 0 < len(existing) < len(outputs):
         raise LlmkitError(f"{existing[0]} exists", "--resume makes only the missing files, -f replaces all of them")
     for directory in (target, rejects):
         if directory is not None and not is_remote(directory) and not run.dry_run:
@@ -141,7 +143,7 @@ def _stem(path: str) -> str:
     """Base name of an input without the suffixes of its format and compression."""
     name = os.path.basename(path)
     for suffix in COMPRESSIONS[1:]:
-        name = name.removesuffix(suffix)
+        name = name[: -len(suffix)] if has_suffix(name, suffix) else name
     return os.path.splitext(name)[0] or name
 
 
@@ -175,6 +177,8 @@ def run_jobs(
     for job in jobs:
         record = job.record_if_up_to_date()
         finished = (is_finished(job) if is_finished else True) if record is not None else None
+        if record is not None and finished is None:
+            raise LlmkitError(f"{job.output} exists, made with another state of the index", HINT_EXISTS)
         if finished and record is not None:
             skipped += 1
             run.warn_of_missing_quarantine(record["counts"])
@@ -184,12 +188,13 @@ def run_jobs(
         try:
             with ExitStack() as stack:
                 writer = rejects = None
-                json_only = not any(path == STDIN or path.endswith(".parquet") for path in job.inputs)
+                json_only = not any(path == STDIN or has_suffix(path, ".parquet") for path in job.inputs)
                 if not run.dry_run:
                     writer = stack.enter_context(run.writer(replace, job.output, json_only))
                     for path, lineage in job.rejects.items():
                         force = replace or job.may_replace(path, lineage)
-                        rejects = stack.enter_context(DocumentWriter(path, lineage, force=force, json_only=json_only))
+                        how: dict[str, Any] = {"force": force, "json_only": json_only, "warn": run.warn}
+                        rejects = stack.enter_context(DocumentWriter(path, lineage, **how))
                 counts, dropped, read = make(job, writer, rejects)
                 if rejects:
                     rejects.finish({"documents": dropped}, read)
@@ -273,8 +278,6 @@ def summary_line(run: Run, counts: dict[str, Any], verb: str) -> str:
 
 def summary_end(run: Run, counts: dict[str, Any]) -> str:
     """The end of a summary line: what was skipped, and where the output is."""
-    bad = [counted(counts[f"bad_{noun}s"], f"bad {noun}") for noun in ("line", "file") if counts.get(f"bad_{noun}s")]
-    skipped = "".join(f", {text} skipped" for text in bad)
     up_to_date = f", {counted(counts['up_to_date'], 'file')} up to date" if counts.get("up_to_date") else ""
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {run.output or 'stdout'}"
-    return f"{skipped}{up_to_date}; {where}"
+    return f"{skipped(counts)}{up_to_date}; {where}"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkit.cli.shared.messages import Progress, counted, skipped
 from llmkit.errors import LlmkitError, RecordWarning, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Run:
     reports_json = False  # of the present invocation, also where --json came from a file or the environment
 
     def __init__(self, command: str, values: dict[str, Any], options: dict[str, Any], paths: dict[str, Path]) -> None:
+        from llmkit.io.atomic import check_output
+
         self.command = command
         self.options = options  # the options that decide the content, as JSON values
         self.output: str | None = None if values["output"] == "-" else values["output"]
@@ -51,9 +54,15 @@ class Run:
         for role, path in paths.items():
             self.reads(role, str(path))
         self._stack = ExitStack()
+        self._readers: list[DocumentReader] = []
         self._quarantines: dict[str, Quarantine] = {}
         outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values.get("summary")}
         self.check_quarantine({name: path for name, path in outputs.items() if path})
+        self.check_documents(*self.quarantine_files().values())
+        if values.get("summary"):
+            check_output(values["summary"], force=True)  # written last
+        if "rejects" in values:
+            self.check_documents(self.output, values["rejects"])
         self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
 
@@ -99,7 +108,7 @@ class Run:
         """Progress over `total` units (None: unknown): a bar on a terminal, otherwise a line every 30 s; nothing with
         --quiet.
         """
-        bar = Progress(self, total, unit)
+        bar = Progress(self.command, total, unit, None if self.quiet else self.note)
         try:
             yield bar
         finally:
@@ -125,11 +134,16 @@ class Run:
     def finish(self, counts: dict[str, Any], line: str) -> None:
         """Report the summary: `line` unless --quiet, or with --json `counts` as JSON; with --summary also to a file.
 
-        `counts["documents"]`, if present, is the number of documents read; 0 gives a warning.
+        `counts["documents"]`, if present, is the number of documents read; 0 gives a warning. What was skipped is added
+        to a line without it, before the "; " in front of the output.
         """
         from llmkit.io.names import escape_names
 
-        counts = escape_names(counts | self.bad_file_counts())
+        bad_lines = sum(reader.bad for reader in self._readers)
+        counts = escape_names(({"bad_lines": bad_lines} if bad_lines else {}) | counts | self.bad_file_counts())
+        if "up_to_date" not in counts and (text := skipped(counts)) not in line:
+            line, semicolon, where = line.rpartition("; ") if "; " in line else (line, "", "")
+            line += text + semicolon + where
         if counts.get("documents") == 0:
             self.warn("no documents were read")
         if self.as_json:
@@ -167,10 +181,15 @@ class Run:
 
         Other files in the directories are counted in a message, unless `left_out=None`.
         """
-        from llmkit.io.inputs import expand, read_list
+        from glob import has_magic
+
+        from llmkit.io.inputs import STDIN, expand, is_remote, read_list
 
         source = expand_options.pop("files_from", self.files_from)
         if self.skips_bad_files:
+            for path in paths or []:
+                if not (path == STDIN or is_remote(path) or has_magic(path) or os.path.lexists(path)):
+                    raise UsageError(f"{path}: no such file or directory", "only files in --files-from may be missing")
             expand_options |= {"missing_ok": True, "on_empty": self._bad_input}
         if source is not None and self._listed is None:
             self._listed = read_list(source)  # only once: the list may come from stdin
@@ -197,7 +216,9 @@ class Run:
         options = self.read_options(text_key)
         if on_bad_file is not None:
             options = replace(options, on_bad_file=on_bad_file)
-        return self._stack.enter_context(DocumentReader(paths, options, self._open_quarantine, self.bad_file))
+        reader = DocumentReader(paths, options, self._open_quarantine, self.bad_file)
+        self._readers.append(reader)
+        return self._stack.enter_context(reader)
 
     def _open_quarantine(self, path: str) -> Quarantine:
         """The quarantine of a file, which all readers share."""
@@ -224,6 +245,14 @@ class Run:
                     raise UsageError(
                         f"{option} quarantine={file}: this is also the file of {name}", "name another file"
                     )
+
+    def check_documents(self, *outputs: str | None) -> None:
+        """UsageError where the suffix of an output of documents is that of no format; directories have none."""
+        from llmkit.io.document_writer import check_suffix
+
+        for path in outputs:
+            if path not in (None, "-") and not path.endswith("/") and not os.path.isdir(path):
+                check_suffix(path)
 
     def warn_of_missing_quarantine(self, counts: dict[str, Any]) -> None:
         """Warn where the quarantine that belongs to an output with these counts does not exist any more."""
@@ -280,12 +309,15 @@ class Run:
         from llmkit.io.document_writer import DocumentWriter
 
         path = self.output if output is None else output
-        plain = self._values.get("plain", False)
-        return DocumentWriter(path, self.lineage(), force=self.force or force, plain=plain, json_only=json_only)
+        how: dict[str, Any] = {"plain": self._values.get("plain", False), "json_only": json_only, "warn": self.warn}
+        return DocumentWriter(path, self.lineage(), force=self.force or force, **how)
 
     def made(self, path: str, lineage: Lineage) -> bool:
         """Whether a file was made by the command, version and options of `lineage`."""
-        return _record_of(path, lineage) is not None
+        from llmkit.lineage.fields import differences
+
+        record = _record_in(path)
+        return record is not None and not differences(record, lineage.header())
 
     def up_to_date(self, paths: list[str], other_outputs: dict[str, Lineage] | None = None) -> bool:
         """Whether `has_made` finds the output; then reports its counts, and that there is nothing to do."""
@@ -302,33 +334,51 @@ class Run:
         """The record of the command's output, or `output`, if that already is what this call would make from `paths`.
 
         `other_outputs` are further outputs of the call with their records. The lineage inside the outputs decides
-        (command, version, options, digests of the inputs), never their mere existence.
+        (command, version, options, digests of the inputs), never their mere existence. LlmkitError where that shows how
+        the call that made the output differs from this one, which would have to replace it.
         """
         from llmkit.io.inputs import exists
+        from llmkit.io.record import base_name
         from llmkit.lineage.check import is_whole
-        from llmkit.lineage.fields import inputs_of
+        from llmkit.lineage.fields import differences, inputs_of, other_inputs
 
         output = output or self.output
         if not output or self.force or not (self.skips_bad_files or all(map(exists, paths))):
             return None
         outputs = {output: self.lineage()} | (other_outputs or {})
-        records = {path: _record_of(path, header) for path, header in outputs.items()}
+        records = {path: _record_in(path) for path in outputs}
+        if records[output] is not None:
+            for path, record in records.items():
+                missing = "" if exists(path) else f"but {path} does not"
+                if differs := missing or (record is not None and differences(record, outputs[path].header())):
+                    self._refuse(output, differs)
+                    return None
         if None in records.values():
             return None
         if os.path.isdir(output) and not is_whole(records[output] or {}, Path(output)):
             self.warn(f"{output} is not as it was made: a file in it is missing or was changed")
             return None
-        digests = [self._digest(path) for path in paths]
+        digests = {path: self._digest(path) for path in paths}
         for path, header in outputs.items():
             recorded = [item for item in inputs_of(records[path] or {}) if item["role"] != "index"]
             expected = [(item.role, item.digest) for item in header.inputs]  # inputs named by options come first
             if [(item["role"], item["digest"]) for item in recorded[: len(expected)]] != expected or [
                 item["digest"] for item in recorded[len(expected) :]
-            ] != digests:
+            ] != [digests[path] for path in paths]:
+                now = [(item.name, item.digest) for item in header.inputs]
+                now += [(base_name(path), digests[path]) for path in paths]
+                self._refuse(output, other_inputs([(item["name"], item["digest"]) for item in recorded], now))
                 return None
         record = records[output]
         assert record is not None
         return record | {"counts": record.get("counts", {})}
+
+    def _refuse(self, output: str, differs: str) -> None:
+        """Raise the error for an output that another call made; it is none with --dry-run."""
+        from llmkit.io.atomic import HINT_EXISTS
+
+        if not self.dry_run:
+            raise LlmkitError(f"{output} exists, {differs}", HINT_EXISTS)
 
     def _digest(self, path: str) -> str:
         """The digest of an input as its reader records it."""
@@ -343,67 +393,15 @@ class Run:
             return digest_damaged(path)
 
 
-def _record_of(path: str, header: Lineage) -> dict[str, Any] | None:
-    """The record inside `path`, if it was made by the command, version and options of `header`."""
+def _record_in(path: str) -> dict[str, Any] | None:
+    """The record inside `path`; None if there is none, or it cannot be read."""
     from llmkit.io.atomic import is_special
     from llmkit.io.inputs import exists
-    from llmkit.lineage.fields import present_options
     from llmkit.lineage.formats import read_lineage
 
     if not exists(path) or is_special(Path(path)):  # a device or pipe must not be read
         return None
     try:
-        record = read_lineage(path)
+        return read_lineage(path)
     except LlmkitError:
         return None
-    if record is None:
-        return None
-    expected = json.loads(json.dumps(header.header()))
-    present = record | {"options": present_options(record)}
-    return record if {key: present.get(key) for key in expected} == expected else None
-
-
-def counted(count: int, noun: str) -> str:
-    """A number of things: "1 bad file", "2,000 bad files"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-class Progress:
-    """A progress bar or progress lines on stderr; cheap to advance."""
-
-    EVERY = 30.0  # seconds between lines where stderr is not a terminal
-
-    def __init__(self, run: Run, total: int | None, unit: str) -> None:
-        self.done = 0
-        self._run, self._total, self._unit = run, total, unit
-        self._next = time.monotonic() + self.EVERY
-        self._bar: Any = None
-        if not run.quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn(f"{run.command}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit + " {task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(run.command, total=total, note="")
-            self._bar.start()
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units as done; `note` is shown beside them (a loss, a rate)."""
-        self.done += count
-        if self._bar:
-            self._bar.update(self._task, advance=count, note=note)
-        elif not self._run.quiet and time.monotonic() >= self._next:
-            self._next = time.monotonic() + self.EVERY
-            of = f" of {self._total:,}" if self._total else ""
-            self._run.note(f"{self.done:,}{of} {self._unit} {note}".rstrip())
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

@@ -19,7 +19,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from llmkit.cli.shared.configuration import environment_prefix, load_config, present_spelling
-from llmkit.cli.shared.invocation import Progress, Run
+from llmkit.cli.shared.invocation import Run
+from llmkit.cli.shared.messages import Progress
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.record import recorded
 from llmkit.options import (

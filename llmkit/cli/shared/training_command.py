@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import NEUTRAL, Run
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN

@@ -19,7 +19,7 @@ from llmkit.cli.shared.document_command import (
     run_stage,
     summary_line,
 )
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.corpus.dedup.methods import DedupOptions, StageSettings, build_stage, select_methods, with_preset
@@ -86,7 +86,8 @@ def main(
     The survivor of a cluster gets the fields `duplicates` (number of documents in the cluster, itself included; numbers
     from earlier runs add up) and `cluster`; with --annotate the other documents get `cluster` too. --rejects writes the
     removed documents with `reason`, `duplicate_of` (id of the kept document), `similarity`, and `rule`: the options
-    that made them duplicates.
+    that made them duplicates. A document that has one of these fields in another form than dedup's is a bad line, since
+    the field would be lost.
 
     --index keeps a DuckDB file across runs: documents of earlier runs always win. A run is added once its output is
     complete and in place. If it is killed before, nothing of it is in the index. Repeating a run makes the same output
@@ -187,6 +188,8 @@ def main(
             on_durable=(lambda: cast("TwoPassDedup", stage).commit()) if index else None,
             cluster_arguments=() if engine == "ray" and not index else None,
         )
+    if index and index.log:
+        run.warn(f"{index.log} is a part of the index, for which the disk is too full: keep them together")
     if counts is None:
         return
     for option, field in (("--group", survivors.group), ("--key", options.exact.key)):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmkit.cli.shared.document_command import Job, Resume, is_directory, plan_jobs, run_jobs, summary_end
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 from llmkit.io.inputs import COMPRESSIONS, DOCUMENT_SUFFIXES, STDIN
@@ -127,6 +127,8 @@ def main(
                 if rejected:
                     rejected.write(outcome.rejected)
                 bar.advance(outcome.pages + len(outcome.broken))
+        if files.replaced:
+            run.warn(f"the text of the page replaces the field `text` of {counted(files.replaced, 'row')}")
         without_document = counts["pages"] + counts["broken"] - counts["documents"]
         bad = ({"bad_lines": files.bad_lines} if files.bad_lines else {}) | run.bad_file_counts()
         return dict(counts) | {"skipped": dict(sorted(skipped.items()))} | bad, without_document, files.inputs
@@ -192,6 +194,7 @@ def _outcomes(
         if isinstance(result, FilesRead):
             files.inputs += result.inputs
             files.bad_lines += result.bad_lines
+            files.replaced += result.replaced
         else:
             yield result
 

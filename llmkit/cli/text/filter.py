@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.cli.shared.document_command import Rejects, Resume, announce_compilation, run_stage, summary_line
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
@@ -129,8 +129,8 @@ def main(
     --filter can be combined. The filters run in the order given, presets first; the options for language, licence and
     opt-out run before them, those for quality, contamination and personal data after them. Kept documents that were
     not edited are passed on byte for byte. --rejects stores the dropped documents as they were, with `filter`,
-    `reason` and the measured `value`, which replace existing fields of these names. The rules are made for English;
-    other languages need other thresholds.
+    `reason` and the measured `value`. A document that has a field of its own where one is to be written is a bad line;
+    a declared `language` is replaced. The rules are made for English; other languages need other thresholds.
 
     Memory for each worker: 250 MB plus at most 30 to 60 times the size of the longest line. Kernels are compiled on
     first use and cached.
@@ -179,7 +179,8 @@ def main(
 
         totals.clear()
         reasons.clear()
-        for result in _mapped(run, chain, annotate_chunk if annotate else filter_chunk, reader, backend):
+        work = annotate_chunk if annotate else partial(filter_chunk, rejects=rejects is not None)
+        for result in _mapped(run, chain, work, reader, backend):
             for name in ("documents", "edited", "characters", "characters_kept"):
                 totals[name] += getattr(result, name)
             reasons.update(result.dropped)

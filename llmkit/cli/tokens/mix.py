@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError, unknown_name
 
@@ -197,6 +197,8 @@ def main(
         if shards:
             raise UsageError(f"{option} is for documents; these sources hold tokens", "leave it out")
         raise UsageError(f"{option} is for token shards; these sources hold documents", "tokenize them first")
+    if not shards:
+        run.check_documents(run.output)
     output = run.output or ""
     into_file = not output or output.endswith((".toml", ".arrow")) or is_special(Path(output))
     if fraction and not run.dry_run and into_file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted, skipped
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command, count_option
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError, unknown_name
@@ -126,13 +126,15 @@ def main(
     -o DIRECTORY writes part-00000.arrow, ... with the tokenizer beside them, -o FILE.arrow one file with the tokenizer
     inside; without -o a stream goes to stdout. Every document ends with the end-of-text token; documents without text
     are dropped and counted. The name of a special token inside a text is ordinary text, unless --allow-special.
-    Parts of texts for which the tokenizer has no tokens are counted, with a warning, and what it changes (such as upper
-    case) is named. If it has no tokens for any of the texts, nothing is written.
+    Parts of texts for which the tokenizer has no tokens, and characters that it reads as spaces, are counted, with a
+    warning, and what it changes by design (such as upper case or white space) is named. If it has no tokens for any of
+    the texts, nothing is written. No text holds the end-of-text token, unless --allow-special.
 
-    Inputs may also hold tokens: directories of shards and .arrow files are recognised by name, other formats need
-    --from. --to writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is
-    named in the summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy
-    they are exported without padding, each piece as a document.
+    Ids and sources that are not text, such as numbers, are kept as they are. Inputs may also hold tokens: directories
+    of shards and .arrow files are recognised by name, and compared with their digests; other formats need --from. --to
+    writes other formats. --decode writes JSON lines with id, text and source. What a format cannot hold is named in the
+    summary, or refused: the sequences of a packed mix, and pieces of documents that mix cut. With --lossy they are
+    exported without padding, each piece as a document.
 
     --fim-rate splits that share of the documents at two random positions into prefix, middle and suffix, stored in the
     order prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM), each after its sentinel token. --seed and the id
@@ -159,6 +161,8 @@ def main(
     if tokenizer is None and kind != "shards":
         raise UsageError("no tokenizer", "name one with -t, or train one with: llmkit vocab INPUT... -o tok/")
     target = "documents" if decode else to
+    if target in ("documents", "jsonl"):
+        run.check_documents(run.output)
     if max_tokens_per_shard != DEFAULT_SHARD_TOKENS and target != "shards":
         raise UsageError("--max-tokens-per-shard applies to token shards only", "drop it, or write shards")
     if fim_spm_rate != DEFAULT_SPM_RATE and not fim_rate:
@@ -322,7 +326,7 @@ def _write(
                 put(block)
             bar.advance(totals.add(block))
         counts: dict[str, Any] = totals.counts() | run.bad_file_counts()
-        if warning := totals.check_losses():
+        for warning in totals.check_losses():
             run.warn(warning)
         if not run.dry_run:
             writer.finish(dict(counts), inputs)
@@ -335,14 +339,12 @@ def _write(
     parts += [f"{totals.bytes / totals.tokens:.2f} bytes each"] if totals.bytes else []
     parts += [f"dropped {totals.empty:,} without text"] if totals.empty else []
     parts += [f"added the end-of-text token to {totals.ended:,}"] if totals.ended else []
-    parts += [f"{counted(totals.bad_lines, 'bad line')} skipped"] if totals.bad_lines else []
-    parts += [f"{counted(len(run.bad_files), 'bad file')} skipped"] if run.bad_files else []
     output = foreign.output_name(run.output) if foreign and run.output else run.output or "stdout"
     where = "nothing written (--dry-run)" if run.dry_run else f"written to {output}"
     if not_held:
         counts["not_held"] = not_held
         where += f"; not kept: {', '.join(not_held)}"
-    run.finish(counts, f"{', '.join(parts)}; {where}")
+    run.finish(counts, f"{', '.join(parts)}{skipped(counts)}; {where}")
 
 
 def _open_writer(
@@ -368,6 +370,6 @@ def _open_writer(
     def put(block: TokenBlock) -> None:
         duplicates = np.array(block.duplicates, np.int64) if keep_duplicates else None
         columns = block.tokens, block.lengths, as_arrow(block.ids), encode_sources(block.sources)
-        shards.extend(*columns, duplicates=duplicates, numeric=block.numeric)
+        shards.extend(*columns, duplicates=duplicates, json_marks=block.json_marks)
 
     return shards, put

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import InputPaths, Run, command, count_option
 from llmkit.errors import LlmkitError, UsageError, unknown_name
 

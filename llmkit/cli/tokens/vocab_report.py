@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmkit.cli.shared.invocation import counted
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command
 from llmkit.errors import UsageError
 

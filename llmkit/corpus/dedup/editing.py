@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from llmkit.corpus.added_fields import CUT, check_added
 from llmkit.corpus.dedup.results import DedupCounts
 from llmkit.corpus.dedup.temp_columns import Blobs, Column, pack, unpack
 from llmkit.engine.local import Engine, Local
@@ -40,9 +41,11 @@ class ChunkPieces(NamedTuple):
     bad: list[BadLine]
 
 
-def measure_chunk(measure: MeasureText, options: ReadOptions, chunk: Chunk) -> ChunkPieces:
-    """Measure the documents of a chunk. Pure: runs in a worker."""
+def measure_chunk(measure: MeasureText, added: tuple[str, ...], options: ReadOptions, chunk: Chunk) -> ChunkPieces:
+    """Measure the documents of a chunk; LlmkitError for one with an `added` field of its own. Pure."""
     documents, bad = parse(chunk, options)
+    for document in documents:
+        check_added(document, added, "--rejects")
     with np.errstate(over="ignore"):  # uncompiled kernels rely on unsigned arithmetic that wraps
         measured = [measure(document.text) for document in documents]
         empty = measure("")
@@ -120,7 +123,7 @@ class EditingDedup(DedupCounts):
 
     def measure_chunks(self, reader: DocumentReader, measure: MeasureText) -> Iterator[ChunkPieces]:
         """Measure the documents of a reader, chunk by chunk."""
-        for chunk in self.engine.map(partial(measure_chunk, measure, reader.options), reader):
+        for chunk in self.engine.map(partial(measure_chunk, measure, CUT * self.rejects, reader.options), reader):
             self.characters += chunk.characters
             yield chunk
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from llmkit.corpus.added_fields import DUPLICATE, check_added
 from llmkit.corpus.dedup.normalise import name_of, normaliser, parts_of
 from llmkit.corpus.dedup.results import ChunkResult, DedupCounts, duplicate_fields
 from llmkit.engine.local import Engine, Local
@@ -84,13 +85,14 @@ class _KeyedChunk:
     bad: list[BadLine]
 
 
-def _key_chunk(exact: Exact, ids: bool, options: ReadOptions, chunk: Chunk) -> _KeyedChunk:
-    """Compute the keys of a chunk. Pure: runs in a worker."""
+def _key_chunk(exact: Exact, rejects: bool, options: ReadOptions, chunk: Chunk) -> _KeyedChunk:
+    """Compute the keys of a chunk, and with `rejects` the ids. Pure: runs in a worker."""
     result = _KeyedChunk([], [], [], [])
     for document in iter_documents(chunk, options, result.bad):
         result.lines.append(document.encode())
         result.keys.append(exact.key_of(document, transient_key))
-        if ids:
+        if rejects:
+            check_added(document, (*DUPLICATE, "rule"), "--rejects")
             result.ids.append(document.id)
     return result
 

@@ -17,14 +17,15 @@ effect on decisions is measured in tests/bench/dedup_scale.md.
 
 A run is identified by its inputs and its options: a repeated run sees what it saw the first time and writes the same
 output. The same content under another name is another run, all of whose documents are duplicates. A run killed before
-`commit` leaves nothing in the index. DuckDB locks the file: a second run at the same time raises LockedError.
+`commit` leaves nothing in the index. Where the disk is too full to merge DuckDB's log into the file, the log stays
+beside it, and the next run merges it. DuckDB locks the file: a second run at the same time raises LockedError.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +84,7 @@ class Index:
     def __init__(self, path: str, settings: dict[str, Any] | None, temporary: str | None = None) -> None:
         self.path, self.name = path, os.path.basename(path)
         self._empty = False  # created by this call, nothing committed yet
+        self.log = ""  # a file beside the index that holds a part of it, once the index is closed
         if settings is None and not os.path.exists(path):
             raise LlmkitError(f"{path} does not exist", "a run with --index creates it")
         if not Path(os.path.realpath(path)).parent.is_dir():
@@ -161,9 +163,21 @@ class Index:
         self._sql.close()
         if self._empty:
             self._remove()
+        self._merge_log()
         if isinstance(error, duckdb.Error):
             message = str(error).splitlines()[0]
             raise LlmkitError(f"{self.path}: {message:.200}", "nothing of this run is in the index") from error
+
+    def _merge_log(self) -> None:
+        """Let DuckDB merge its log into the file again, or remove one that is empty.
+
+        On a full disk it closes the file without either, and reports nothing.
+        """
+        log = os.path.realpath(self.path) + ".wal"
+        if os.path.exists(log):
+            with suppress(duckdb.Error):
+                duckdb.connect(self.path).close()
+            self.log = log if os.path.exists(log) else ""
 
     def _remove(self) -> None:
         Path(self.path).unlink(missing_ok=True)

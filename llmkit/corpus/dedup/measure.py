@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from llmkit.corpus.added_fields import check_added
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.temp_columns import pack
@@ -50,6 +51,7 @@ class ChunkMeasurer:
     """Computes the columns of a chunk.
 
     `keep`: "first", "longest" or "best:FIELD". `group`: a field. `bits`: width of each number of a signature (0: none).
+    `added`: the fields that may be added to documents; LlmkitError for a document that has one of its own.
     """
 
     exact: Exact | None = None
@@ -57,10 +59,13 @@ class ChunkMeasurer:
     keep: str = "first"
     group: str | None = None
     bits: int = 0
+    added: tuple[str, ...] = ()
 
     def __call__(self, options: ReadOptions, chunk: Chunk) -> MeasuredChunk:
         """Measure the documents of a chunk. Pure."""
         documents, bad = parse(chunk, options)
+        for document in documents:
+            check_added(document, self.added, "dedup")
         lines = [document.encode() for document in documents]
         columns: dict[str, NDArray[Any]] = {"sizes": np.fromiter(map(len, lines), np.int64, len(lines))}
         group_hashes, lacking = np.zeros(len(lines), np.uint64), Counter[str]()

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.corpus.added_fields import DUPLICATE
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.local import REASONS, Decisions, LocalStore, OutputOptions
 from llmkit.corpus.dedup.measure import ChunkMeasurer
@@ -87,7 +88,8 @@ class TwoPassDedup(DedupCounts):
     def measurer(self) -> ChunkMeasurer:
         """What is computed for each document."""
         bits = self.index.settings["signature bits"] if self.index and self.near else 0
-        return ChunkMeasurer(self.exact, self.near, self.keep, self.group, bits)
+        added = ("cluster", "duplicates") * self.write_counts + DUPLICATE * (self.annotate or self.rejects)
+        return ChunkMeasurer(self.exact, self.near, self.keep, self.group, bits, added + ("rule",) * self.rejects)
 
     def warm_up(self) -> None:
         """Compile the kernels before workers fork."""
@@ -103,7 +105,8 @@ class TwoPassDedup(DedupCounts):
         cluster = self.engine if isinstance(self.engine, Cluster) else None
         with closing(RayStore(cluster, *settings) if cluster else LocalStore(*settings)) as store:
             if against is not None:
-                for chunk in store.measure(self.engine, replace(self.measurer, keep="first"), against, write=False):
+                measurer = replace(self.measurer, keep="first", added=())
+                for chunk in store.measure(self.engine, measurer, against, write=False):
                     yield ChunkResult(b"", b"", chunk.bad, 0)
             for chunk in store.measure(self.engine, self.measurer, reader):
                 self.lacking += chunk.lacking

@@ -18,7 +18,7 @@ from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Document, DocumentReader, ReadOptions
-from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, is_remote
+from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, has_suffix, is_remote
 from llmkit.io.record import Input, base_name
 from llmkit.lineage.formats import digest_path
 
@@ -124,10 +124,11 @@ class PageReader:
         self, path: str, files: FilesRead, reader_of: Callable[[str], DocumentReader] | None = None
     ) -> Iterator[PageRecord | BrokenRecord]:
         """The pages of one file; it is added to `files` at the end."""
-        if path.endswith(ROWS):
+        if has_suffix(path, ROWS):
             reader = reader_of(path) if reader_of else DocumentReader([path], self.rows)
             try:
                 for document in reader.documents():
+                    files.replaced += self.rows.text_key != "text" and document.fields.get("text") is not None
                     yield PageRecord(
                         document.id,
                         document.text.encode("utf-8", "replace"),
@@ -168,10 +169,11 @@ class PageReader:
 
 @dataclass(slots=True)
 class FilesRead:
-    """The lineage of files, and the number of bad lines in them."""
+    """The lineage of files, the number of bad lines in them, and that of rows with another text beside the page."""
 
     inputs: list[Input] = field(default_factory=list)
     bad_lines: int = 0
+    replaced: int = 0
 
 
 def distinct_names(paths: Sequence[str]) -> dict[str, str]:

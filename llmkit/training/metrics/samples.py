@@ -49,7 +49,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "one prompt per line") from error
     prompts = []
     for number, line in enumerate(lines, 1):
-        if Path(path).suffix == ".jsonl" or line.startswith('{"'):
+        if Path(path).suffix.lower() == ".jsonl" or line.startswith('{"'):
             try:
                 record = json.loads(line)
                 line = record["prompt"] if "prompt" in record else record["text"]
