@@ -17,15 +17,19 @@ from contextlib import contextmanager
 
 from llmkit.errors import LlmkitError
 
-MOST = 4 << 30  # of the default
+LEAST, MOST = 64 << 20, 4 << 30  # of a budget, and of the default
 _budget = 0
 _is_limited = False
 
 
+class MemoryLimitError(LlmkitError):
+    """Reading a file needs more memory than its budget."""
+
+
 def set_budget(size: int) -> None:
-    """Set the budget of this process and its forks, in bytes; 0: the default."""
+    """Set the budget of this process and its forks, in bytes, at least 64 MiB; 0: the default."""
     global _budget
-    _budget = size
+    _budget = max(size, LEAST) if size else 0
 
 
 def budget() -> int:
@@ -35,10 +39,10 @@ def budget() -> int:
 
 @contextmanager
 def limited(name: str, size: int = 0) -> Iterator[None]:
-    """LlmkitError about the file `name` where the block needs more memory than is in use and the budget, or `size`.
+    """MemoryLimitError about the file `name` where the block needs more memory than the budget, or `size`, in bytes.
 
-    On Linux this is enforced, by a limit on the data of the process; elsewhere only the machine's memory is. A block
-    inside another has the limit of the outer one.
+    What is in use already does not count. On Linux this is enforced by a limit on the data of the process; elsewhere
+    there is no limit but the machine's. A block inside another has the limit of the outer one.
     """
     global _is_limited
     size, is_outer = size or budget(), not _is_limited and sys.platform == "linux"
@@ -53,7 +57,7 @@ def limited(name: str, size: int = 0) -> Iterator[None]:
     except MemoryError:
         if _is_limited and not is_outer:
             raise
-        raise LlmkitError(
+        raise MemoryLimitError(
             f"{name}: needs more than {size >> 20:,} MiB of memory", "allow more with --memory if you trust the file"
         ) from None
     finally:
