@@ -115,8 +115,8 @@ class UnreadableRecordError(LlmkitError):
         return type(self), (self.name, self.reason)
 
 
-class RecordWarning(UserWarning):
-    """The record of an input cannot be read, so that the lineage of the output ends there."""
+class InputWarning(UserWarning):
+    """A part of an input that the output lacks, such as a record that cannot be read; a command prints it in a line."""
 
 
 class Terminated(KeyboardInterrupt):

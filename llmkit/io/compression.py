@@ -19,9 +19,7 @@ import json
 import re
 import struct
 import zlib
-from collections import deque
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, BinaryIO, Protocol
 
 import xxhash
@@ -42,7 +40,7 @@ NOTE_PREFIX = b"llmkit\0"
 MAX_NOTE_BYTES = 64 << 20  # longer notes are skipped, never held in memory
 MAX_NOTE_VALUES = 8 << 20  # about 500 MB of Python objects
 XZ_MEMORY = 256 << 20
-FEED = 8 << 10
+FEED, GZIP_FEED = 8 << 10, 64 << 10  # bytes at a time; what a member does not use is copied
 BLOCK = 1 << 20
 # The numbers before each block of bzip2 and after the last, at any bit: five bytes of the seven that may hold them.
 BORDER = re.compile(
@@ -211,8 +209,11 @@ def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
     while data:
         data = _fill(raw, data, 12)
         if not data.startswith(GZIP_MAGIC):
-            if not data.strip(b"\0"):  # gzip allows zero padding after the last member
+            if data := data.lstrip(b"\0") or _after_padding(raw):  # gzip allows zeros after a member
+                data = _fill(raw, data, 12)
+            if not data:
                 return
+        if not data.startswith(GZIP_MAGIC):
             raise LlmkitError(
                 f"{name}: bytes that are not gzip follow a gzip member", "was something else appended to the file?"
             )
@@ -228,12 +229,12 @@ def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
                 out = member.decompress(data, BLOCK)
                 if out:
                     yield out
-                data = member.unconsumed_tail or (b"" if member.eof else raw.read(BLOCK))
+                data = member.unconsumed_tail or (b"" if member.eof else raw.read(GZIP_FEED))
                 if not data and not member.eof:
                     raise _truncated(name, "gzip")
         except zlib.error as error:
             raise LlmkitError(f"{name}: corrupt gzip data ({error})", "check the file with: gzip -t") from error
-        data = member.unused_data or raw.read(BLOCK)
+        data = member.unused_data or raw.read(GZIP_FEED)
 
 
 def _gather_gzip_note(part: bytes, notes: Notes) -> bytes:
@@ -260,7 +261,7 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
             raise LlmkitError(f"{name}: corrupt {kind} data (after the end of a stream)", "the file is damaged")
         stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY) if kind == "xz" else Bzip2Decoder()
         while not stream.eof:
-            if stream.needs_input and not (data := data or raw.read(BLOCK)):
+            if stream.needs_input and not (data := data or raw.read(FEED)):
                 raise _truncated(name, kind)
             try:
                 block = stream.decompress(data, BLOCK)
@@ -282,12 +283,12 @@ class Bzip2Decoder:
         import bz2
 
         self._decoder = bz2.BZ2Decompressor()
-        self._pieces: deque[bytes] = deque()  # of the input, each with the end of one block at most
+        self._input, self._at = b"", 0  # what was read, and where the part begins that was not yet taken
         self._verified, self._start = memoryview(b""), 0
 
     @property
     def needs_input(self) -> bool:
-        return not self._pieces and self._start == len(self._verified)
+        return self._at == len(self._input) and self._start == len(self._verified)
 
     @property
     def eof(self) -> bool:
@@ -295,15 +296,16 @@ class Bzip2Decoder:
 
     @property
     def unused_data(self) -> bytes:
-        return self._decoder.unused_data + b"".join(self._pieces)
+        return self._decoder.unused_data + self._input[self._at :]
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         """Up to `max_length` bytes of content; OSError where a block is damaged, once all before it have been given."""
         if data:
-            borders = [0, *(border.start() for border in BORDER.finditer(data)), len(data)]
-            self._pieces += [data[start:stop] for start, stop in pairwise(borders) if start < stop]
-        while self._start == len(self._verified) and self._pieces and not self._decoder.eof:
-            self._verified, self._start = memoryview(self._block(self._pieces.popleft())), 0
+            self._input, self._at = self._input[self._at :] + data, 0
+        while self._start == len(self._verified) and self._at < len(self._input) and not self._decoder.eof:
+            border = BORDER.search(self._input, self._at + 1)  # so that a piece has the end of one block at most
+            begin, self._at = self._at, border.start() if border else len(self._input)
+            self._verified, self._start = memoryview(self._block(self._input[begin : self._at])), 0
         start, self._start = self._start, min(self._start + max_length, len(self._verified))
         return bytes(self._verified[start : self._start])
 
@@ -317,7 +319,7 @@ class Bzip2Decoder:
 
 def _after_padding(raw: BinaryIO) -> bytes:
     """The next bytes that are not zeros; empty at the end."""
-    while block := raw.read(BLOCK):
+    while block := raw.read(FEED):
         if rest := block.lstrip(b"\0"):
             return rest
     return b""

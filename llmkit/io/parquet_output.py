@@ -4,7 +4,8 @@ A column of the Parquet inputs keeps its type, its metadata and its place, and t
 input and the size of its row groups. A column that a stage adds, that comes from JSON, or in which a value no longer
 has its type, has the type of its JSON values; one in which they have incompatible types is an error that names row
 and field. Strings such as "NaN" among numbers are the numbers that JSON lacks (io/arrow_values.py). What a row lacks is
-null; an object inside a row that lacks keys of its column gets them as nulls too, with a warning.
+null; an object inside a row that lacks keys of its column gets them as nulls too, with a warning. So do numbers that no
+float holds, which are rounded.
 
 The schema of all rows must be known before the first is stored, so rows are spooled to a compressed temporary file
 while their types are unified, and then written in row groups: memory is one row group, and disk space temporarily twice
@@ -34,7 +35,7 @@ from llmkit.io.inputs import is_remote
 from llmkit.io.parquet import Columns, with_schema
 from llmkit.io.record import sealed
 from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
-from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values
+from llmkit.io.splice import exact_fields, may_hold_big_integer, raw_values, rounded_field
 
 GROUP_BYTES = 32 << 20  # of JSON in a row group, without a Parquet input
 MAX_GROUP_BYTES = 16 * GROUP_BYTES  # of JSON in any row group
@@ -64,6 +65,7 @@ class ParquetOutput:
         self._json_only = json_only
         self._warn = warn or (lambda warning: None)
         self._lacking: dict[str, int] = {}  # field -> first row with an object that lacks keys
+        self._rounded: dict[str, int] = {}  # field -> first row with a number that is rounded
         self._stack = ExitStack()
         self._types: dict[str, pa.DataType] = {}  # of JSON values, by field
         self._conflicts: dict[str, str] = {}  # by field
@@ -124,7 +126,10 @@ class ParquetOutput:
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
-            return _parse(line)
+            row = _parse(line)
+            if name := rounded_field(line):
+                self._rounded.setdefault(name, number)
+            return row
         except orjson.JSONDecodeError:
             field = next(name for name, raw in raw_values(line).items() if _is_beyond_floats(raw))
             problem = f"field {field!r}, row {number:,}: a number beyond the range of floats"
@@ -218,6 +223,8 @@ class ParquetOutput:
                 schema = schema.set(misfit.column, pa.field(field.name, self._types[field.name]))
                 self._sink.seek(0)
                 self._sink.truncate()
+        for name, row in self._rounded.items():
+            self._warn(f"{self._path}: field {name!r}: numbers are rounded to floats (first in row {row:,})")
         for name, row in self._lacking.items():
             self._warn(f"{self._path}: field {name!r}: keys that an object lacks are null (first in row {row:,})")
 

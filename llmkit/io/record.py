@@ -27,7 +27,7 @@ from typing import Any
 import xxhash
 
 from llmkit import __version__
-from llmkit.errors import UNREADABLE, RecordWarning, UnreadableRecordError
+from llmkit.errors import UNREADABLE, InputWarning, UnreadableRecordError
 from llmkit.io.inputs import STDIN, is_pipe, is_remote, redacted
 from llmkit.io.names import escape_name, is_utf8
 from llmkit.io.sealed_file import BYTES, PENDING
@@ -200,7 +200,7 @@ def record_or_warning(read: Callable[..., dict[str, Any] | None], *arguments: An
     try:
         return read(*arguments)
     except UnreadableRecordError as error:
-        warnings.warn(f"{error.message}; the step that made it is unknown", RecordWarning, stacklevel=1)
+        warnings.warn(f"{error.message}; the step that made it is unknown", InputWarning, stacklevel=1)
         return {UNREADABLE: error.reason}
 
 

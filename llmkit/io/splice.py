@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -24,6 +25,8 @@ _SCALAR = re.compile(_STRING + rb"|[^\s,\]}]++", re.DOTALL)
 _NESTING = re.compile(_STRING + rb"|([\[{])|([\]}])", re.DOTALL)
 MAX_DIGITS = 4000  # Python converts no longer ones by default
 _BIG_INTEGER = re.compile(rb"\d{19}")
+_MAY_ROUND = re.compile(rb"[\d.]{17}|[eE]-\d{3}")
+FLOAT_DIGITS = 17  # what identifies a float; programs print no more of one
 
 
 def splice(line: bytes, changes: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> bytes:
@@ -131,6 +134,28 @@ def beyond_floats(line: bytes) -> Any:
         return exact_fields(line)
     except (ValueError, RecursionError):
         return None
+
+
+def rounded_field(line: bytes) -> str:
+    """The first field with a number, not written as an integer, that a float does not hold; "" where there is none."""
+    if _MAY_ROUND.search(line) is None:
+        return ""
+    rounded: list[str] = []
+
+    def check(text: str) -> float:
+        number, value = Decimal(text), float(text)
+        if number != Decimal(value) and number != Decimal(repr(value)):
+            digits = "".join(map(str, number.as_tuple().digits)).strip("0")
+            if len(digits) > FLOAT_DIGITS or not value or number == number.to_integral_value():
+                rounded.append(text)
+        return value
+
+    for name, raw in raw_values(line).items():
+        if not raw.startswith(b'"') and _MAY_ROUND.search(raw):
+            json.loads(raw, parse_float=check, parse_int=_integer)
+            if rounded:
+                return name
+    return ""
 
 
 def _members(line: bytes, old: Mapping[str, Any] | None) -> Iterator[tuple[str, int, int]]:

@@ -142,3 +142,15 @@ def test_unknown_formats_of_tokenize(llmkit_here, place: Path) -> None:
     """Behaviour: the message names the known formats."""
     done = llmkit_here("tokenize", "docs.jsonl", "--from", "jsonl", "-t", "tok", cwd=place)
     assert done.returncode == 2 and b"known: documents, megatron, nanogpt, shards" in done.stderr
+
+
+def test_plain_rejects_do_not_stop_a_repetition(llmkit_here, place: Path) -> None:
+    """Behaviour: the record of the output decides where the rejects are plain lines; without them it is made again."""
+    call = ("filter", "docs.jsonl", "--preset", "gopher", "--rejects", "r.jsonl", "-o", "o.jsonl.zst")
+    assert llmkit_here(*call, cwd=place).returncode == 0
+    before = (place / "r.jsonl").read_bytes()
+    again = llmkit_here(*call, cwd=place)
+    assert again.returncode == 0 and b"up to date" in again.stderr and (place / "r.jsonl").read_bytes() == before
+    (place / "r.jsonl").unlink()
+    missing = llmkit_here(*call, cwd=place)
+    assert missing.returncode == 1 and b"r.jsonl" in missing.stderr

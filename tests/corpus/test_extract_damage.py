@@ -233,6 +233,64 @@ def test_bodies(tmp_path: Path, case: str, form: Callable[..., bytes]) -> None:
     ]
 
 
+@pytest.mark.parametrize("case", [name for name in BODIES if "not" not in name and name != "unknown"])
+def test_bodies_whose_coding_ends_early_are_marked(tmp_path: Path, case: str) -> None:
+    """Behaviour: what there is of such a page is kept and marked as truncated; whole ones are not marked."""
+    headers, pack = BODIES[case]
+    packed = pack(body(1) * 40)
+    (tmp_path / "a").write_bytes(warc(0, packed, headers) + warc(1, packed[: len(packed) - 9], headers) + warc(2))
+    pages = [page for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert [page.truncated for page in pages] == ["", "unspecified", ""]
+    assert pages[0].content == body(1) * 40 and pages[0].content.startswith(pages[1].content)
+
+
+def test_the_last_chunk_is_missing(tmp_path: Path) -> None:
+    """Behaviour: a page of whole chunks without the last, empty one is marked, a page that is not in chunks is not."""
+    headers, whole = "Transfer-Encoding: chunked", chunked(body(1))
+    records = [warc(0, whole.removesuffix(b"0\r\n\r\n"), headers), warc(1, whole, headers), warc(2, body(2), headers)]
+    (tmp_path / "a").write_bytes(b"".join(records))
+    pages = [page for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert [page.truncated for page in pages] == ["unspecified", "", ""]
+    assert [page.content for page in pages] == [body(1), body(1), body(2)]
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [(b"Content-Type: app", b"WARC-Target"), (b"Content-Length", b"WARC-Record")]
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_two_heads_are_not_one(tmp_path: Path, begin: bytes, end: bytes, zeros: bool) -> None:
+    """Behaviour: with the bytes lost from within one head to an earlier line of the next, no page has the URL of another."""
+    data = b"".join(warc(i) for i in range(4))
+    start, stop = data.index(begin, len(warc(0))), data.index(end, len(warc(0)) + len(warc(1)))
+    damaged = data[:start] + bytes(stop - start) * zeros + data[stop:]
+    found, broken = read(damaged, tmp_path)
+    assert found == ["0", "3"] and len(broken) == 1
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_length_in_the_next_head_confirms_nothing(tmp_path: Path, zeros: bool) -> None:
+    """Behaviour: with all bytes lost from within a response's head to within the next record's, that record's length is
+    not taken for the response's."""
+    headers = f"Content-Length: {len(body(1))}"
+    data = b"".join(warc(i, body(i), headers) for i in range(4))
+    start = data.index(b"Content-Type: text/html", len(warc(0)) + 60)
+    stop = data.index(b"WARC-Target-URI: http://e.org/2")
+    damaged = data[:start] + bytes(stop - start) * zeros + data[stop:]
+    (tmp_path / "a").write_bytes(damaged)
+    pages = [page for page in read_pages(str(tmp_path / "a")) if isinstance(page, PageRecord)]
+    assert [page.content for page in pages if page.content.startswith(b"<html")] == [body(0), body(3)]
+    assert any(isinstance(record, BrokenRecord) for record in read_pages(str(tmp_path / "a")))
+
+
+def test_a_field_that_is_repeated_or_folded(tmp_path: Path) -> None:
+    """Behaviour: a head may repeat a field with its value, fold it, and have several of others."""
+    more = (
+        b"WARC-Concurrent-To: <urn:a>\r\nWARC-Concurrent-To: <urn:b>\r\nWARC-Type: response\r\nWARC-Note: a\r\n b\r\n"
+    )
+    data = warc(0).replace(b"WARC-Target", more + b"WARC-Target")
+    assert read(data + warc(1), tmp_path) == (["0", "1"], [])
+
+
 def test_first_line_of_hexadecimal_digits(tmp_path: Path) -> None:
     """Behaviour: a text that begins like a chunk, longer than the text, is no chunk; a compressed one cut short is."""
     text = b"2024\r\nAnnual report of the harbour\r\n"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,3 +152,15 @@ def test_bzip2_as_the_standard_library_reads_it(size: int, level: int) -> None:
         data, packed = (packed[:size], packed[size:]) if decoder.needs_input else (b"", packed)
         parts.append(decoder.decompress(data, BLOCK))
     assert b"".join(parts) == content and max(map(len, parts)) <= BLOCK and decoder.unused_data + packed == b"more"
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".bz2", bz2.compress), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_many_small_streams_take_linear_time(suffix: str, pack: Compress) -> None:
+    """Property: thousands of streams are read in the time of a few times as many bytes, and zeros may follow each."""
+    one, seconds = pack(b"line\n") + bytes(8) * (suffix != ".bz2"), []
+    for count in (500, 8000):
+        begin = time.process_time()
+        content = b"".join(decompress(io.BytesIO(one * count), "a" + suffix, Notes()))
+        seconds.append(time.process_time() - begin)
+        assert content == b"line\n" * count
+    assert seconds[1] < 48 * max(seconds[0], 0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -298,3 +299,25 @@ def test_checksums_of_pages_are_verified(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(stored.replace(b"birds 50", b"words 50"))
     with pytest.raises(LlmkitError, match="CRC"):
         list(DocumentReader([str(tmp_path / "a.parquet")]).documents())
+
+
+@pytest.mark.parametrize(
+    ("number", "rounded"),
+    [
+        ("9007199254740993.0", True), ("12345678901234567.25", True), ("0.1234567890123456789012345", True),
+        ("1e-400", True), ("1.0000000000000000000000000000000000001e2", True), ("0.1", False), ("1.10", False),
+        ("0.10000000000000001", False), ("1.5e300", False), ("5e-324", False), ("0e-400", False),
+        ("9007199254740992.0", False), ("18446744073709551615", False),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_rounded_are_named(tmp_path: Path, llmkit_here: Any, number: str, rounded: bool) -> None:
+    """Behaviour: a number that no float holds gives a warning with its field and row; the digits of a float do not."""
+    rows = '{"id":"12345678901234567890.5","text":"a","v":[{"n":0.5}]}\n{"id":"b","text":"b","v":[{"n":NUMBER}]}\n'
+    rows = rows.replace("NUMBER", number)
+    (tmp_path / "a.jsonl").write_text(rows)
+    if "." not in number and "e" not in number:
+        (tmp_path / "a.jsonl").write_text(rows.replace("0.5", "1"))
+    done = llmkit_here("dedup", "a.jsonl", "--method", "exact", "--no-counts", "-o", "a.parquet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    warning = b"field 'v': numbers are rounded to floats (first in row 2)"
+    assert (warning in done.stderr) == rounded and b"field 'id'" not in done.stderr

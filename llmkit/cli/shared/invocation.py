@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.cli.shared.messages import Progress, counted, skipped
-from llmkit.errors import LlmkitError, RecordWarning, UsageError
+from llmkit.errors import InputWarning, LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter, Quarantine
@@ -89,17 +89,17 @@ class Run:
 
     @contextmanager
     def shows_warnings(self) -> Iterator[None]:
-        """Print the warnings of records that cannot be read like other warnings, each once."""
+        """Print warnings about inputs like those of the command, each once."""
         with warnings.catch_warnings():
             show = warnings.showwarning
 
             def show_in_a_line(message: Warning | str, category: type[Warning], *place: Any) -> None:
-                if issubclass(category, RecordWarning):
+                if issubclass(category, InputWarning):
                     self.warn(str(message))
                 else:
                     show(message, category, *place)
 
-            warnings.simplefilter("default", RecordWarning)
+            warnings.simplefilter("default", InputWarning)
             warnings.showwarning = show_in_a_line  # type: ignore[assignment]
             yield
 
@@ -337,7 +337,7 @@ class Run:
         (command, version, options, digests of the inputs), never their mere existence. LlmkitError where that shows how
         the call that made the output differs from this one, which would have to replace it.
         """
-        from llmkit.io.inputs import exists
+        from llmkit.io.inputs import exists, has_suffix
         from llmkit.io.record import base_name
         from llmkit.lineage.check import is_whole
         from llmkit.lineage.fields import differences, inputs_of, other_inputs
@@ -353,13 +353,17 @@ class Run:
                 if differs := missing or (record is not None and differences(record, outputs[path].header())):
                     self._refuse(output, differs)
                     return None
-        if None in records.values():
+        # Plain lines cannot tell how they were made: the record of the output decides, if they are there.
+        plain = {path for path in outputs if path != output and has_suffix(path, ".jsonl") and exists(path)}
+        if any(record is None and path not in plain for path, record in records.items()):
             return None
         if os.path.isdir(output) and not is_whole(records[output] or {}, Path(output)):
             self.warn(f"{output} is not as it was made: a file in it is missing or was changed")
             return None
         digests = {path: self._digest(path) for path in paths}
         for path, header in outputs.items():
+            if records[path] is None:
+                continue
             recorded = [item for item in inputs_of(records[path] or {}) if item["role"] != "index"]
             expected = [(item.role, item.digest) for item in header.inputs]  # inputs named by options come first
             if [(item["role"], item["digest"]) for item in recorded[: len(expected)]] != expected or [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from llmkit.corpus.extract.record_heads import header_fields
 from llmkit.io.compression import GZIP_MAGIC, ZSTD_MAGIC
@@ -19,6 +20,13 @@ FEED, FIRST_FEED = 64 << 10, 4 << 10  # bytes of gzip data per call; what a memb
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
 ALIASES = {"x-gzip": "gzip", "x-compress": "compress", "brotli": "br"}
+
+
+class Decoded(NamedTuple):
+    """Data without a coding, and whether the coding's own end was missing."""
+
+    data: bytes
+    is_cut: bool = False
 
 
 class ContentError(Exception):
@@ -32,7 +40,7 @@ class HttpResponse:
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
-    is_cut: bool = False  # the body, to which no coding was applied, is shorter than its Content-Length
+    is_cut: bool = False  # the body, or a coding of it, ends early
 
 
 def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
@@ -55,7 +63,8 @@ def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
     length = headers.get("content-length", "")
     is_cut = not codings and length.isdecimal() and len(length) < 16 and 0 < len(body) < int(length)
     for coding in reversed(codings):
-        body = decode_body(body, coding, max_bytes)
+        decoded = decode_body(body, coding, max_bytes)
+        body, is_cut = decoded.data, is_cut or decoded.is_cut
     return HttpResponse(int(match[1]) if match else 200, body, headers, is_cut)
 
 
@@ -64,26 +73,26 @@ def _codings(headers: dict[str, str], name: str) -> list[str]:
     return [ALIASES.get(coding, coding) for coding in names if coding]
 
 
-def decode_body(body: bytes, coding: str, max_bytes: int) -> bytes:
+def decode_body(body: bytes, coding: str, max_bytes: int) -> Decoded:
     """`body` without one coding (chunked, gzip, deflate, br, zstd); as it is if it does not have it.
 
-    What a truncated body holds is returned. Raises ContentError for damaged data, for data longer than `max_bytes`, and
-    for a coding of which the library is missing.
+    What a truncated body holds is returned, and that it is. Raises ContentError for damaged data, for data longer than
+    `max_bytes`, and for a coding of which the library is missing.
     """
-    decoded: bytes | None = body
+    decoded: Decoded | None = Decoded(body)
     if coding == "chunked":
         return _without_chunks(body)
     if coding == "gzip":
-        decoded = _inflate(body, 31, max_bytes) if body.startswith(GZIP_MAGIC) else body
+        decoded = _inflate(body, 31, max_bytes) if body.startswith(GZIP_MAGIC) else decoded
     elif coding == "deflate":
         decoded = _deflate(body, max_bytes)
     elif coding == "br":
         decoded = _brotli(body, max_bytes)
     elif coding == "zstd":
-        decoded = _zstd(body, max_bytes) if body.startswith(ZSTD_MAGIC) else body
+        decoded = _zstd(body, max_bytes) if body.startswith(ZSTD_MAGIC) else decoded
     if decoded is None:
         raise ContentError(f"its {coding} content is damaged")
-    if len(decoded) > max_bytes:
+    if len(decoded.data) > max_bytes:
         raise ContentError(f"longer than {max_bytes:,} bytes once it is decompressed")
     return decoded
 
@@ -97,7 +106,7 @@ def is_readable(data: bytes) -> bool:
     return control * 50 <= len(head)
 
 
-def _without_chunks(body: bytes) -> bytes:
+def _without_chunks(body: bytes) -> Decoded:
     """The content of chunks. Data that is not in chunks stays, also what follows an invalid chunk."""
     parts: list[bytes] = []
     start = 0
@@ -107,18 +116,19 @@ def _without_chunks(body: bytes) -> bytes:
         ending = body[end : end + 2]
         if size and end < len(body) and not ending.startswith((b"\r\n", b"\n")):
             break
-        if end > len(body) and not parts and is_readable(body[match.end() :]):
+        rest = body[match.end() :] if end > len(body) and not parts else b"<"
+        if is_readable(rest) and not rest.lstrip().startswith(b"<"):
             break  # a text that begins with a line such as 2024, rather than its first chunk cut short
         if not size and not parts and body[end:].strip():
             break  # a text that begins with the digit 0
         parts.append(body[match.end() : end])
         start = end + (2 if ending == b"\r\n" else 1)
         if not size or end >= len(body):
-            return b"".join(parts)
-    return b"".join(parts) + body[start:]
+            return Decoded(b"".join(parts), size > 0)
+    return Decoded(b"".join(parts) + body[start:], bool(parts) and start >= len(body))
 
 
-def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes | None:
+def _inflate(body: bytes, wbits: int, max_bytes: int) -> Decoded | None:
     """The members in `body` before a damaged one, up to a byte more than `max_bytes`; None if the first is damaged."""
     parts: list[bytes] = []
     size = start = complete = 0
@@ -129,16 +139,16 @@ def _inflate(body: bytes, wbits: int, max_bytes: int) -> bytes | None:
             try:
                 parts.append(member.decompress(data, max_bytes + 1 - size))
             except zlib.error:
-                return b"".join(parts[:complete]) if complete else None
+                return Decoded(b"".join(parts[:complete])) if complete else None
             start += len(data) - len(member.unused_data)
             size += len(parts[-1])
             feed = FEED
         if wbits == 15 or not member.eof or not body.startswith(GZIP_MAGIC, start) or size > max_bytes:
-            return b"".join(parts)
+            return Decoded(b"".join(parts), not member.eof)
         complete = len(parts)
 
 
-def _deflate(body: bytes, max_bytes: int) -> bytes | None:
+def _deflate(body: bytes, max_bytes: int) -> Decoded | None:
     """zlib data (RFC 1950), or raw deflate data (RFC 1951), which some servers send."""
     if body[:1] and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0:
         decoded = _inflate(body, 15, max_bytes)
@@ -146,19 +156,19 @@ def _deflate(body: bytes, max_bytes: int) -> bytes | None:
             return decoded
     try:
         member = zlib.decompressobj(-15)
-        decoded = member.decompress(body, max_bytes + 1)
+        data = member.decompress(body, max_bytes + 1)
     except zlib.error:
-        return body if is_readable(body) else None
-    is_whole = (member.eof and not member.unused_data) or len(decoded) > max_bytes
-    return decoded if is_whole or not is_readable(body) else body
+        return Decoded(body) if is_readable(body) else None
+    is_whole = (member.eof and not member.unused_data) or len(data) > max_bytes
+    return Decoded(data, not member.eof) if is_whole or not is_readable(body) else Decoded(body)
 
 
-def _brotli(body: bytes, max_bytes: int) -> bytes | None:
+def _brotli(body: bytes, max_bytes: int) -> Decoded | None:
     try:
         import brotli
     except ImportError:
         if is_readable(body):
-            return body
+            return Decoded(body)
         raise ContentError("its Brotli content needs the package brotli (pip install brotli)") from None
     decoder = brotli.Decompressor()
     parts: list[bytes] = []
@@ -173,18 +183,25 @@ def _brotli(body: bytes, max_bytes: int) -> bytes | None:
             parts.append(part)
             size += len(part)
     except brotli.error:
-        return body if is_readable(body) else None
-    if not decoder.is_finished() and size <= max_bytes and is_readable(body):
-        return body
-    return b"".join(parts)
+        return Decoded(body) if is_readable(body) else None
+    is_cut = not decoder.is_finished() and size <= max_bytes
+    return Decoded(body) if is_cut and is_readable(body) else Decoded(b"".join(parts), is_cut)
 
 
-def _zstd(body: bytes, max_bytes: int) -> bytes | None:
+def _zstd(body: bytes, max_bytes: int) -> Decoded | None:
     import zstandard
 
-    try:
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(body, read_across_frames=True)
-        decoded: bytes = reader.read(max_bytes + 1)
-    except zstandard.ZstdError:
-        return None
-    return decoded
+    parts: list[bytes] = []
+    size = start = 0
+    while True:
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        try:
+            while not frame.eof and start < len(body) and size <= max_bytes:
+                data = body[start : start + FIRST_FEED]
+                parts.append(frame.decompress(data))
+                start += len(data) - len(frame.unused_data)
+                size += len(parts[-1])
+        except zstandard.ZstdError:
+            return None
+        if not frame.eof or not body.startswith(ZSTD_MAGIC, start) or size > max_bytes:
+            return Decoded(b"".join(parts), not frame.eof)

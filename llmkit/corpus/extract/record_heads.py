@@ -27,6 +27,7 @@ CANDIDATE = re.compile(
 )
 ARC_SCHEME = re.compile(rb"(?:https?|ftp|dns|whois|filedesc|gopher|nntp|mms|rtsp):\S")
 ARC_REMAINS = re.compile(rb" (?:\d+\.\d+\.\d+\.\d+|\d{12,18})(?= )")  # in a URL: a head that was cut off precedes it
+ONCE = {"warc-type", "warc-record-id", "warc-target-uri", "warc-date", "content-length"}
 MAX_URL = 8 << 10
 MAX_LINE = 16 << 10  # of an ARC head
 
@@ -90,7 +91,10 @@ def _warc_head(data: bytes | bytearray, start: int, last: re.Match[bytes]) -> Re
     first = WARC_START.match(data, start)
     if first is None or _is_cut(data, first.end(), last.start()) or data.find(b"\0", start, last.start()) >= 0:
         return None
-    fields = header_fields(_text(bytes(data[first.end() : last.start()])))
+    lines = _text(bytes(data[first.end() : last.start()]))
+    fields = header_fields(lines)
+    if _is_of_two(lines, fields):
+        return None
     kind, length = fields.get("warc-type", "").lower(), _length(fields.get("content-length", ""))
     return RecordHead(kind, length, last.end() - start, fields)
 
@@ -126,6 +130,14 @@ def header_fields(lines: str, *, last: bool = False) -> dict[str, str]:
     split = lines.split("\n")
     pairs = (line.partition(":") for line in (split if last else reversed(split)))
     return {name.strip().lower(): value.strip() for name, _, value in pairs}
+
+
+def _is_of_two(lines: str, fields: dict[str, str]) -> bool:
+    """Whether a field that a head has once occurs with two values: the lines between two heads were lost."""
+    if lines.count("\n") < len(fields):
+        return False
+    last = header_fields(lines, last=True)
+    return any(last[name] != fields[name] for name in ONCE & fields.keys())
 
 
 def find_head(data: bytes | bytearray, start: int, end: int) -> int:

@@ -226,6 +226,9 @@ def _http_size(data: bytearray, begin: int, stop: int) -> int:
     """The size of a block according to the Content-Length of the HTTP response in it; 0 if that is not given."""
     limit = min(stop, begin + MAX_HEAD)
     end = HTTP_HEAD_END.search(data, begin, limit) if data.startswith(b"HTTP/", begin, limit) else None
+    # A head with zeros or fields of WARC has lost its end, and goes on in that of another record.
+    if end and (data.find(b"\0", begin, end.end()) >= 0 or data.find(b"\nWARC-", begin, end.end()) >= 0):
+        return 0
     length = HTTP_LENGTH.search(data, begin, end.end()) if end else None
     return end.end() - begin + int(length[1]) if end and length else 0
 

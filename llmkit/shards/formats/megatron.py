@@ -12,13 +12,14 @@ We write one sequence per document, as uint16 below 65,500 ids and int32 above, 
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import InputWarning, LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.shards.formats import FOREIGN_FORMATS, ForeignFormat, without_suffix
 
@@ -122,6 +123,9 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
         raise LlmkitError(f"{name}: damaged (lengths or documents out of range)", HINT_CUT)
     if len(data) != offsets[-1] * dtype.itemsize or (byte_offsets != offsets[:-1] * dtype.itemsize).any():
         raise LlmkitError(f"{prefix}.bin: its {len(data):,} bytes are not those that {name} describes", HINT_CUT)
+    if n != d - 1:
+        parts = f"{n:,} sequences are the parts of {d - 1:,} documents"
+        warnings.warn(f"{name}: {parts}; their borders are not kept", InputWarning, stacklevel=1)
     tokens, bounds = data.view(dtype), offsets[first_sequences]
     first = 0
     while first < d - 1:
