@@ -66,6 +66,13 @@ class Recorded:
     convert: Callable[[Any], Any]
 
 
+@dataclass(frozen=True, slots=True)
+class NamesCode:
+    """Values of the option that name code which the command runs: those in which `pattern` is found."""
+
+    pattern: str = ""
+
+
 class Without:
     """Excludes fields of a group: `Without("betas")`."""
 

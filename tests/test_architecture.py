@@ -21,7 +21,7 @@ PACKAGE = ROOT / "llmkit"
 # A room (a folder or file of llmkit/) may import only rooms in the rows above its own.
 IMPORT_ORDER = (
     "errors",
-    "registry seeds options",
+    "registry seeds options memory",
     "kernels io",
     "lineage",
     "engine shards",
@@ -36,7 +36,7 @@ IMPORT_ORDER = (
     "cli",
 )
 WITHOUT_TORCH = (
-    "errors registry seeds options kernels io lineage engine shards corpus tokens mixing planning report".split()
+    "errors registry seeds options memory kernels io lineage engine shards corpus tokens mixing planning report".split()
 )
 MOST_LINES = 450
 MOST_FILES = 14

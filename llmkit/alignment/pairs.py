@@ -152,7 +152,7 @@ def reference_log_probabilities(
     processes.all_reduce_tensor(reference)
     processes.barrier()  # until every process has looked for the cache
     if processes.is_main:
-        with atomic_file(cache, force=True) as sink:
+        with atomic_file(cache, force=True, follow=False) as sink:
             sink.write(save({"reference": reference}, {"format": "pt", "digest": digest}))
     return reference
 

@@ -199,6 +199,8 @@ def _os_hint(error: OSError) -> str:
         return f"free some space, or {other}; nothing incomplete was left behind"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check the permissions"
+    if error.errno == errno.ELOOP:
+        return "symbolic links are not followed here: remove it"
     return ""
 
 

@@ -2,7 +2,8 @@
 
 A file is written as `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by
 file. The partial file is also the lock: it is held with flock(2) while it is written, so a second run on the
-same output stops at once (exit code 75), and the next run takes over the partial file of a killed one.
+same output stops at once (exit code 75), and the next run takes over the partial file of a killed one. A link of that
+name, or a file of another user, is replaced, never written to. An output that is replaced keeps its mode.
 
     with atomic_file("clean.jsonl.zst", force=False) as sink:
         sink.write(data)
@@ -54,9 +55,11 @@ def is_special(path: Path) -> bool:
 
 
 @contextmanager
-def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path, force: bool = False, follow: bool = True) -> Iterator[BinaryIO]:
     """Binary file that appears as `path` only when the block ends without an exception.
 
+    Where `path` is a symbolic link, the file that it leads to is replaced; without `follow`, the link is. That is for
+    names that the user did not give, in a directory that somebody else may have made.
     Raises LlmkitError where `path` exists and not `force`, LockedError where another run is writing it.
     """
     check_output(path, force)
@@ -76,16 +79,17 @@ def atomic_file(path: str | Path, force: bool = False) -> Iterator[BinaryIO]:
                     clean_up()
             raise
         return
-    if is_special(Path(path)):
+    if follow and is_special(Path(path)):
         with _NamedFile.open(os.open(path, os.O_WRONLY), path) as sink:
             yield sink
         return
-    final = Path(os.path.realpath(path))
+    final = Path(os.path.realpath(path)) if follow else Path(path)
     if final.is_dir():
         raise LlmkitError(f"{path} is a directory", "give the name of a file")
     partial = final.with_name(f".{final.name}.partial")
-    descriptor = _open_locked(partial, os.O_RDWR | os.O_CREAT, str(path))
+    descriptor = _open_locked(partial, str(path))
     try:
+        _keep_mode(descriptor, final)
         os.ftruncate(descriptor, 0)
         with _NamedFile.open(descriptor, path) as sink:
             yield sink
@@ -121,9 +125,9 @@ def atomic_directory(
     if check_replaced:
         check_replaced(final)
     partial = final.with_name(f".{final.name}.partial")
-    partial.mkdir(exist_ok=True)
-    descriptor = _open_locked(partial, os.O_RDONLY, str(path))
+    descriptor = _open_locked(partial, str(path), directory=True)
     try:
+        _keep_mode(descriptor, final)
         _empty(partial)
         with full_disk_names(path):
             yield partial
@@ -134,6 +138,8 @@ def atomic_directory(
         check_output(path, force)
         if final.exists():
             old = final.with_name(f".{final.name}.old")
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
             os.rename(partial, final)
@@ -175,17 +181,30 @@ class _NamedFile(io.FileIO):
             return super().write(data)
 
 
-def _open_locked(partial: Path, flags: int, name: str) -> int:
-    """Open `partial` and lock it.
+def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
+    """Create `partial`, or open what a killed run left of it, and lock it.
 
     The run that held it may rename it between open and flock: then the lock is on the finished output, and the
     next attempt starts afresh.
     """
+    flags = (os.O_RDONLY | os.O_DIRECTORY) if directory else (os.O_RDWR | os.O_NONBLOCK)
     while True:
+        created = True
         try:
-            descriptor = os.open(partial, flags, 0o666)
-        except FileNotFoundError:  # a directory that its writer renamed just now
-            partial.mkdir(exist_ok=True)
+            if directory:
+                partial.mkdir()
+            else:
+                os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            created = False
+        try:
+            descriptor = os.open(partial, flags | os.O_NOFOLLOW)
+        except FileNotFoundError:  # its writer renamed it just now
+            continue
+        except OSError:
+            if not partial.is_symlink():
+                raise
+            partial.unlink()
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -194,12 +213,35 @@ def _open_locked(partial: Path, flags: int, name: str) -> int:
             raise LockedError(
                 f"{name} is being written by another run", "wait for it to end, or choose another output"
             ) from None
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-                return descriptor
-        except FileNotFoundError:
-            pass
+        status = os.fstat(descriptor)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(status, os.lstat(partial)):
+                if created or _is_own(status):
+                    return descriptor
+                if directory:
+                    shutil.rmtree(partial)
+                else:
+                    partial.unlink()
         os.close(descriptor)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether a partial file may be one that a run of this user left: nobody else can reach it under another name."""
+    if status.st_uid != os.geteuid():
+        return False
+    return stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink == 1)
+
+
+def _keep_mode(descriptor: int, final: Path) -> None:
+    """Give a partial file or directory the mode of the output that it will replace, before anything is written."""
+    with suppress(OSError):  # there is none, or the file system has no modes
+        mode = stat.S_IMODE(final.stat().st_mode)
+        os.fchmod(descriptor, (mode | stat.S_IRWXU if final.is_dir() else mode) & 0o777)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """Opener for `open` that refuses a symbolic link, for files inside a directory that somebody else may have made."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _empty(directory: Path) -> None:
@@ -229,7 +271,7 @@ def lock(path: str | Path) -> Iterator[None]:
 
     LockedError (exit code 75) where another run holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = no_follow(str(path), os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,8 +8,9 @@ zstd and gzip have a place for metadata that other readers skip; llmkit stores l
 
 A *header* note comes before the content, a *trailer* note after it. A stream with a header and no trailer was
 cut off, and reading it is an error. Memory is bounded: input is fed in pieces of 8 KiB, so that the worst zstd
-bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows over 128 MiB are refused. A block of
-bzip2 is held until its checksum is verified: 46 MB at most, 0.9 MB as a rule.
+bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows over 128 MiB and xz dictionaries that
+need more than 256 MiB are refused (`zstd --long=27` and `xz -9` stay below). A block of bzip2 is held until its
+checksum is verified: 46 MB at most, 0.9 MB as a rule.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ PACKED = {".zst": "zstd", ".gz": "gzip", ".xz": "xz", ".bz2": "bzip2"}  # suffix
 
 NOTE_MAGIC = struct.pack("<I", 0x184D2A5B)
 NOTE_PREFIX = b"llmkit\0"
-MAX_NOTE_BYTES = 64 << 20  # longer skippable frames are skipped, never held in memory
+MAX_NOTE_BYTES = 64 << 20  # longer notes are skipped, never held in memory
+MAX_NOTE_VALUES = 8 << 20  # about 500 MB of Python objects
+XZ_MEMORY = 256 << 20
 FEED, GZIP_FEED = 8 << 10, 64 << 10  # bytes at a time; what a member does not use is copied
 BLOCK = 1 << 20
 # The numbers before each block of bzip2 and after the last, at any bit: five bytes of the seven that may hold them.
@@ -62,7 +65,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, dict[str, Any]]] = []
-        self.partial = b""  # the first parts of a note that spans several gzip members
+        self.partial = bytearray()  # the first parts of a note that spans several gzip members
 
     def add(self, payload: bytes) -> None:
         """Add one note. Payloads of other tools are skipped, as the formats demand.
@@ -72,6 +75,8 @@ class Notes:
         if not payload.startswith(NOTE_PREFIX):
             return
         try:
+            if sum(map(payload.count, (b",", b"[", b"{"))) > MAX_NOTE_VALUES:
+                raise ValueError("too many values")
             note = json.loads(payload[len(NOTE_PREFIX) :])
             kind, content = note["kind"], note["content"]
             if kind not in ("header", "trailer") or not isinstance(content, dict):
@@ -237,9 +242,12 @@ def _gather_gzip_note(part: bytes, notes: Notes) -> bytes:
 
     A note over 64 KiB spans several members; each part starts with a byte that is 1 where more follow.
     """
-    note = notes.partial + part[1:]
-    notes.partial = note if part[:1] == b"\1" else b""
-    return b"" if part[:1] == b"\1" else note
+    if len(notes.partial) <= MAX_NOTE_BYTES:
+        notes.partial += part[1:]
+    if part[:1] == b"\1":
+        return b""
+    note, notes.partial = bytes(notes.partial), bytearray()
+    return note if len(note) <= MAX_NOTE_BYTES else b""
 
 
 def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
@@ -251,13 +259,16 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
         data = _fill(raw, data, len(magic))
         if not data.startswith(magic):
             raise LlmkitError(f"{name}: corrupt {kind} data (after the end of a stream)", "the file is damaged")
-        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ) if kind == "xz" else Bzip2Decoder()
+        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY) if kind == "xz" else Bzip2Decoder()
         while not stream.eof:
             if stream.needs_input and not (data := data or raw.read(FEED)):
                 raise _truncated(name, kind)
             try:
                 block = stream.decompress(data, BLOCK)
             except (lzma.LZMAError, OSError, ValueError) as error:
+                if "Memory usage" in str(error):
+                    limit = f"more than {XZ_MEMORY >> 20} MiB of memory to decompress"
+                    raise LlmkitError(f"{name}: needs {limit}", "compress it again with xz -9 or less") from error
                 raise LlmkitError(f"{name}: corrupt {kind} data ({error})", "the file is damaged") from error
             data = b""
             if block:

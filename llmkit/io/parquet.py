@@ -1,6 +1,7 @@
 """Parquet rows as JSON lines.
 
-Reading holds one record batch in memory, and verifies the checksums of pages where the writer stored them. The forms of
+Reading holds one record batch in memory, of at most 1,024 rows and fewer where these need more than the budget for
+memory (memory.py), and verifies the checksums of pages where the writer stored them. The forms of
 values that JSON lacks (dates, bytes, NaN, ...) are those of io/arrow_values.py. What is needed to write rows with the
 types of the file again is returned as `Columns`.
 """
@@ -26,8 +27,9 @@ from llmkit.io.compression import BLOCK
 from llmkit.io.digest import digest_stored, digest_text
 from llmkit.io.inputs import display_name, open_raw
 from llmkit.io.record import Input, base_name, parse_record, record_or_warning
+from llmkit.memory import MemoryLimitError, limited
 
-BATCH_ROWS = 1024
+BATCH_ROWS = (1024, 32, 1)  # the next where a batch needs too much memory
 STRING_FIELDS = ("source", "url", "language")  # of documents, besides id and text
 
 
@@ -61,27 +63,46 @@ class ParquetRows:
     def lines(self) -> Iterator[tuple[bytes, int, list[BadRow]]]:
         """(JSON lines, number of lines, bad rows) of each batch; a bad row is an empty line."""
         with _readable(self._name):
-            file = pq.ParquetFile(self._raw, page_checksum_verification=True)
+            with limited(self._name):
+                file = pq.ParquetFile(self._raw, page_checksum_verification=True)
             names = file.schema_arrow.names
             if repeated := sorted({field for field in names if names.count(field) > 1}):
                 raise LlmkitError(f"{self._name}: two columns are called {repeated[0]!r}", "rename one of them")
             self.texts = self._text_columns(file)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            for batch in _batches(file, self._name):
                 for name in self.texts:
                     batch = batch.set_column(names.index(name), name, as_strings(batch.column(name)))
-                bad: list[BadRow] = []
+                yield from self._convert(batch)
+
+    def _convert(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, int, list[BadRow]]]:
+        """The lines of a batch, in parts where the whole needs too much memory."""
+        rows = batch.num_rows
+        try:
+            with limited(self._name):
+                whole = [self._lines_and_bad(batch)]
+        except MemoryLimitError:
+            if rows < 2:
+                raise
+            whole = []
+        yield from whole
+        if not whole:  # outside of the except block, which would keep what was made until the limit
+            yield from self._convert(batch.slice(0, rows // 2))
+            yield from self._convert(batch.slice(rows // 2))
+
+    def _lines_and_bad(self, batch: pa.RecordBatch) -> tuple[bytes, int, list[BadRow]]:
+        bad: list[BadRow] = []
+        try:
+            lines = self._lines(batch)
+        except UnicodeDecodeError:
+            lines = []
+            for number in range(batch.num_rows):
+                row = batch.slice(number, 1)
                 try:
-                    lines = self._lines(batch)
+                    lines += self._lines(row)
                 except UnicodeDecodeError:
-                    lines = []
-                    for number in range(batch.num_rows):
-                        row = batch.slice(number, 1)
-                        try:
-                            lines += self._lines(row)
-                        except UnicodeDecodeError:
-                            lines.append(b"\n")
-                            bad.append(_bad_row(number, row))
-                yield b"".join(lines), len(lines), bad
+                    lines.append(b"\n")
+                    bad.append(_bad_row(number, row))
+        return b"".join(lines), len(lines), bad
 
     def _text_columns(self, file: pq.ParquetFile) -> frozenset[str]:
         """The BINARY columns that hold text, which many writers do not declare: that of the text in any case, those of
@@ -90,7 +111,7 @@ class ParquetRows:
         schema = file.schema_arrow
         names = {name for name in schema.names if is_bytes(schema.field(name).type)}
         others = (names & {self._id_key, *STRING_FIELDS} if self._text_key else names) - {self._text_key}
-        return frozenset(names & {self._text_key} | {name for name in others if _is_text(file, name)})
+        return frozenset(names & {self._text_key} | {name for name in others if _is_text(file, self._name, name)})
 
     def _lines(self, batch: pa.RecordBatch) -> list[bytes]:
         columns = [self._json_values(batch, i) for i in range(batch.num_columns)]
@@ -109,9 +130,29 @@ class ParquetRows:
             ) from error
 
 
-def _is_text(file: pq.ParquetFile, name: str) -> bool:
+def _batches(file: pq.ParquetFile, name: str, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a file; MemoryLimitError where a single one needs more than the budget."""
+    done = 0
+    for rows in BATCH_ROWS:
+        batches, position = file.iter_batches(rows, columns=columns), 0
+        try:
+            while True:
+                with limited(name):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                position += batch.num_rows
+                if position > done:
+                    yield batch.slice(max(0, batch.num_rows - position + done))
+                    done = position
+        except MemoryLimitError:
+            if rows == BATCH_ROWS[-1]:
+                raise
+
+
+def _is_text(file: pq.ParquetFile, name: str, column_name: str) -> bool:
     try:
-        for batch in file.iter_batches(BATCH_ROWS, columns=[name]):
+        for batch in _batches(file, name, [column_name]):
             for column in batch.columns:
                 as_strings(column).validate(full=True)
     except pa.ArrowInvalid:
@@ -153,7 +194,7 @@ def files_digest(path: Path) -> str:
     """Digest of the rows as they are stored, which is everything before the file's metadata, and of the schema."""
     with open(path, "rb") as raw, _readable(str(path)):
         file = pq.ParquetFile(raw)
-        for _ in file.iter_batches(BATCH_ROWS):  # damaged metadata may lead to other bytes
+        for _ in _batches(file, str(path)):  # damaged metadata may lead to other bytes
             pass
         raw.seek(-8, os.SEEK_END)
         end = raw.tell() - int.from_bytes(raw.read(4), "little")

@@ -64,6 +64,21 @@ def final_model(path: Path) -> Path:
     return path / FINAL if (path / FINAL).is_dir() else path
 
 
+def member(directory: Path, name: str) -> Path:
+    """The path of a file in somebody's model directory, whether it exists or not.
+
+    LlmkitError for a symbolic link that leads out of the directory, since what it leads to would end up in outputs.
+    A snapshot in a cache of Hugging Face may link to the cache's blobs.
+    """
+    file = directory / name
+    if file.is_symlink():
+        base, target = directory.resolve(), file.resolve()
+        blobs = base.parent.parent / "blobs" if base.parent.name == "snapshots" else base
+        if not target.is_relative_to(base) and target.parent != blobs:
+            raise LlmkitError(f"{file}: a symbolic link out of its directory", "replace it by a copy if you trust it")
+    return file
+
+
 def resolve_model(path: str | Path) -> Path:
     """The model directory that `path` stands for: itself, or the final model of a run. LlmkitError if there is none."""
     path = Path(path)

@@ -3,7 +3,11 @@
 Inputs with a record are made by earlier lines, inputs from a pipe by a pipe. Inputs without a record are originals,
 which the script takes from a directory by name; it looks for each before it is used. A part of an artefact is taken
 from the whole, and an index is filled by the runs that filled it. After each line the output is compared with the
-digest in the record. Records are untrusted: everything in them is quoted, and the number of commands is bounded.
+digest in the record.
+
+Records are untrusted. Everything in them is quoted, and the number of commands is bounded. Of the options only those
+are printed that decide the content, with values that they take; paths are of files in the two directories of the script
+alone. A command that would run code that a record names stops the script before it, unless that is allowed.
 """
 
 from __future__ import annotations
@@ -34,14 +38,20 @@ from llmkit.lineage.fields import (
 
 
 class Flag(NamedTuple):
-    """An option of a command. With `by_role` its value is an input of that role, or does not decide the content, and a
-    record that gives another one may want to write there.
+    """An option of a command.
+
+    With `by_role` its value is an input of that role, or does not decide the content, and a record that gives another
+    one may want to write there. With `writes` it is never given. `takes`: whether a value is one that the option has;
+    `runs`: whether a value names code.
     """
 
     name: str
     negative: str = ""
     default: Any = None
     by_role: bool = False
+    writes: bool = False
+    takes: Callable[[Any], bool] = lambda value: True
+    runs: Callable[[str], bool] = lambda value: False
 
 
 Flags = Callable[[str], dict[str, Flag]]  # of a command, by the names of its parameters
@@ -71,15 +81,16 @@ original() {  # PATH DIGEST [NUMBER of originals of this name, of which it must 
 }"""
 
 
-def as_script(record: Record, name: str, flags: Flags, part: str = "") -> str:
+def as_script(record: Record, name: str, flags: Flags, part: str = "", allow_code: bool = False) -> str:
     """A bash script that makes the artefact again: `bash SCRIPT [INPUTS] [OUTPUT]`.
 
     Pipes stay pipes, since a stage records whether its input was a pipe or a file. Everything is made in OUTPUT
     under its original base name, and the originals are read from INPUTS, so that equal inputs give equal bytes.
-    `part` is the artefact's name and the path inside it where `name` is only a part (Input.part).
+    `part` is the artefact's name and the path inside it where `name` is only a part (Input.part). With `allow_code`
+    the script runs code that the record names, if it has the recorded digest.
     """
     item = inputs_of({"inputs": [{"name": base_name(name), "lineage": record, "part": part}]})[0]
-    script = _Script(flags, record, item)
+    script = _Script(flags, record, item, allow_code)
     script.reference(item)
     originals = [_comment(f"  {original}  {digest}") for original, digest in script.originals.items()]
     call = "bash SCRIPT [INPUTS] [OUTPUT]" + (" < STREAM" if _STREAM in script.originals else "")
@@ -91,7 +102,7 @@ def as_script(record: Record, name: str, flags: Flags, part: str = "") -> str:
         "IN=${1:-.}",
         "OUT=${2:-rebuilt}",
         'mkdir -p "$OUT"',
-        *([_FUNCTIONS] if any(line.startswith(("same ", "original ")) for line in script.lines) else []),
+        *([_FUNCTIONS] if any(line.startswith(("same ", "original ", "stop ")) for line in script.lines) else []),
     ]
     return "\n".join(head + script.lines) + "\n"
 
@@ -131,7 +142,8 @@ def _file(name: str) -> str:
 class _Script:
     """The lines of the script: each artefact is made once, before it is used."""
 
-    def __init__(self, flags: Flags, record: Record, top: Record) -> None:
+    def __init__(self, flags: Flags, record: Record, top: Record, allow_code: bool) -> None:
+        self._allow_code, self._code = allow_code, list[str]()  # what the present command would run
         self.lines: list[str] = []
         self.originals: dict[str, str] = {}
         self._streams: list[str] = []
@@ -198,6 +210,7 @@ class _Script:
         if len(self.lines) > MAX_COMMANDS:
             raise LlmkitError(f"the script would have over {MAX_COMMANDS:,} lines", "it was not written by llmkit")
         self._made[key] = ""
+        outer, self._code = self._code, []
         line, output = self._pipeline(node, 0), self._output(name)
         if command.endswith(REJECTS):
             line += f" --rejects {output} -o /dev/null"
@@ -208,6 +221,11 @@ class _Script:
                 line += f" --save-every {math.gcd(*steps)}"
             line += f" -o {output}"
         self._made[key] = output
+        if self._code:
+            self.lines += [_comment(f"needs the code of {', '.join(self._code)}: {line}")]
+            hint = "read it, then print this script with --allow-code"
+            line = f"stop {_quote(f'the next step runs code, {one_line(self._code[0])}: {hint}')}"
+        self._code = outer
         self.lines.append(line)
         return output
 
@@ -269,12 +287,16 @@ class _Script:
             else:
                 reference = self.reference(item)
             option, _, template = item["role"].partition(" ")
-            if option in flags:  # "rule url.domains=*": the path replaces the asterisk
+            if option in flags and flags[option].writes:
+                self._leave_out(flags[option].name, item["name"])
+            elif option in flags:  # "rule url.domains=*": the path replaces the asterisk
                 before, _, after = template.partition("*")
+                if flags[option].runs(before + file_name(item["name"]) + after):
+                    self._check_code(reference, item)
                 words += [flags[option].name, _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
-                suffix = suffix if isinstance(suffix, str) else ""
+                suffix = suffix if isinstance(suffix, str) and suffix[:1] == ":" and "/" not in suffix else ""
                 if suffix and reference == STDIN:
                     reference = STDIN_PATH  # "-:0.5" would be an option
                 positional.append(reference + (_quote(suffix) if suffix else ""))
@@ -282,10 +304,26 @@ class _Script:
         given: set[str] = set()
         for key, value in sorted(options.items()):
             flag = flags.get(key)
-            if flag and not flag.by_role and key not in roles and flag.name not in given:  # a former and a present name
+            # A former and a present name stand for one option.
+            if flag and not flag.by_role and not flag.writes and key not in roles and flag.name not in given:
                 given.add(flag.name)
+                if not flag.takes(value):
+                    self._leave_out(flag.name, value)
+                    continue
+                code = [item for item in (value if isinstance(value, list) else [value]) if flag.runs(str(item))]
+                self._code += [f"{item} (no digest)" for item in code]
                 words += _as_words(value, flag)
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
+
+    def _leave_out(self, option: str, value: Any) -> None:
+        self.lines.append(_comment(f"left out: {option} {str(value)[:100]}, which no record of llmkit holds"))
+
+    def _check_code(self, path: str, item: Record) -> None:
+        """Allow the code at `path` if the user does, and if it has its digest, which a line compares."""
+        if self._allow_code and not item["lineage"] and _DIGEST.fullmatch(item["digest"]):
+            self._compare(path, item["digest"])
+        else:
+            self._code.append(f"{file_name(item['name'])} ({item['digest'] or 'no digest'})")
 
     def _stream(self, item: Record, depth: int) -> tuple[str, bool]:
         """The source of a stream, and whether it is a command rather than a file; "" is the script's own stdin."""

@@ -16,6 +16,7 @@ from llmkit.errors import LlmkitError, UnreadableRecordError
 from llmkit.io.inputs import HINT_IDS, holds_ids
 from llmkit.io.record import parse_record
 from llmkit.io.sealed_file import BYTES, is_sealed
+from llmkit.memory import limited
 from llmkit.shards.arrow import JSON_ID, JSON_SOURCE, Tokens, as_numpy
 from llmkit.shards.digest import LINEAGE, ColumnDigest
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, TokenizerInfo, read_tokenizer
@@ -41,6 +42,7 @@ COLUMN_TYPES = {
     "duplicates": ("int64",),
 }
 OPTIONAL_COLUMNS = ("epoch", "duplicates")
+MEMORY_BASE, MEMORY_PER_BYTE = 256 << 20, 16  # to read what describes a shard
 HINT_REMAKE = "the command that wrote it did not finish, or the copy is incomplete; make it again"
 HINT_TOKENIZE = "documents become token shards by: llmkit tokenize -t TOKENIZER"
 HINT_FOREIGN = "the file was not written by llmkit"
@@ -68,23 +70,25 @@ class Shard:
             if not start.startswith(STREAM_START):
                 reason = "an Arrow file, not an Arrow stream" if start.startswith(b"ARROW1") else "not a token shard"
                 raise LlmkitError(f"{name}: {reason}", HINT_IDS if holds_ids(name) else HINT_TOKENIZE)
-            self._source = source = pa.memory_map(os.fsencode(path))
-            stream = pa.ipc.open_stream(source)
-            self._schema = stream.schema
-            self.metadata = stream.schema.metadata or {}
-            self._check_schema(stream.schema)
-            while True:
-                try:
-                    batch, custom = stream.read_next_batch_with_custom_metadata()
-                except StopIteration:
-                    break
-                if trailer is not None:
-                    raise LlmkitError(f"{name}: rows after the trailer", "the file is damaged")
-                if custom is not None and TRAILER in custom:
-                    trailer = self._json(custom[TRAILER], "trailer")
-                else:
-                    self.batches.append(batch)
-                    self.json_marks.append(self._marks(custom or {}, batch.num_rows))
+            # Shards are mapped: only descriptions are copied, unless somebody else has compressed the columns.
+            with limited(name, MEMORY_BASE + MEMORY_PER_BYTE * os.path.getsize(path)):
+                self._source = source = pa.memory_map(os.fsencode(path))
+                stream = pa.ipc.open_stream(source)
+                self._schema = stream.schema
+                self.metadata = stream.schema.metadata or {}
+                self._check_schema(stream.schema)
+                while True:
+                    try:
+                        batch, custom = stream.read_next_batch_with_custom_metadata()
+                    except StopIteration:
+                        break
+                    if trailer is not None:
+                        raise LlmkitError(f"{name}: rows after the trailer", "the file is damaged")
+                    if custom is not None and TRAILER in custom:
+                        trailer = self._json(custom[TRAILER], "trailer")
+                    else:
+                        self.batches.append(batch)
+                        self.json_marks.append(self._marks(custom or {}, batch.num_rows))
             remaining = source.size() - source.tell()
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.record import slot_of
-from llmkit.io.run_layout import final_model
+from llmkit.io.run_layout import final_model, member
 from llmkit.shards.foreign_vocabulary import name_format
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -96,7 +96,7 @@ def read_tokenizer(path: str | Path, eos: str | None = None) -> TokenizerInfo:
     directory = path if (path / "tokenizer.json").is_file() else final_model(path)
     if not (directory / "tokenizer.json").is_file():
         raise LlmkitError(f"{path}: no tokenizer.json in this directory", "name a tokenizer or model directory")
-    files = {name: _read(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
+    files = {name: _read(file) for name in TOKENIZER_FILES if (file := member(directory, name)).is_file()}
     return parse_tokenizer(with_eos(files, eos), str(path), eos)
 
 

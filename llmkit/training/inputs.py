@@ -76,7 +76,7 @@ def _store_stdin(session: Session, name: str) -> Path:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")
         path.parent.mkdir(exist_ok=True)
-        with atomic_file(path, force=True) as sink:
+        with atomic_file(path, force=True, follow=False) as sink:
             shutil.copyfileobj(open_raw(STDIN), sink, 1 << 20)
             if not sink.tell():
                 raise LlmkitError("stdin is empty", "name the data, or pipe it in")

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from llmkit.io.run_layout import checkpoint_name
-from llmkit.options import COMMON, NEUTRAL, Formerly, Help, Without, count_option, parse_share
+from llmkit.options import COMMON, NEUTRAL, Formerly, Help, NamesCode, Without, count_option, parse_share
 from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
@@ -279,6 +279,7 @@ class LogOptions:
     tracker: Annotated[
         str | None,
         _evaluation("--tracker", metavar="NAME", help="Also log to tensorboard (RUN/tracker), wandb or trackio"),
+        NEUTRAL,
     ] = None
 
 
@@ -303,7 +304,10 @@ class SampleOptions:
     ] = None
     eval_limit: Annotated[int, _evaluation("--eval-limit", min=1, help="Maximum items per task"), NEUTRAL] = 100
     include_path: Annotated[
-        list[str] | None, _evaluation("--include-path", metavar="DIR", help="Directory of task YAML files"), NEUTRAL
+        list[str] | None,
+        _evaluation("--include-path", metavar="DIR", help="Directory of task YAML files"),
+        NEUTRAL,
+        NamesCode(),
     ] = None
 
 

@@ -262,7 +262,7 @@ def test_a_rule_of_ones_own(llmkit_here, docs: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [row["id"] for row in rows_of(docs / "out.jsonl.zst")] == ["b"]
     assert rows_of(docs / "no.jsonl")[0]["reason"] == "shouting"
-    script = llmkit_here("lineage", "out.jsonl.zst", "--script", cwd=docs).stdout.decode()
+    script = llmkit_here("lineage", "out.jsonl.zst", "--script", "--allow-code", cwd=docs).stdout.decode()
     assert '--rule "$IN"/my_rule.py:shouting' in script
     (docs / "again.sh").write_text(script)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

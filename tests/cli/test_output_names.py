@@ -154,3 +154,33 @@ def test_plain_rejects_do_not_stop_a_repetition(llmkit_here, place: Path) -> Non
     (place / "r.jsonl").unlink()
     missing = llmkit_here(*call, cwd=place)
     assert missing.returncode == 1 and b"r.jsonl" in missing.stderr
+
+
+@pytest.mark.parametrize("option", ["-o", "--rejects", "--summary"])
+@pytest.mark.parametrize("link", ["same", "symbolic", "hard"])
+def test_no_output_is_an_input(llmkit_here, place: Path, option: str, link: str) -> None:
+    """Behaviour: with -f too, an input stays as it is where an output is the same file, whatever its name."""
+    before, name = (place / "docs.jsonl").read_bytes(), "docs.jsonl" if link == "same" else "other.jsonl"
+    if link == "symbolic":
+        (place / name).symlink_to("docs.jsonl")
+    elif link == "hard":
+        (place / name).hardlink_to(place / "docs.jsonl")
+    outputs = (option, name) if option == "-o" else (option, name, "-o", "o.jsonl")
+    for more in (("docs.jsonl",), ("in.jsonl", "docs.jsonl"), (".",)):
+        done = llmkit_here("filter", *more, "--filter", "length", "-f", *outputs, cwd=place)
+        assert done.returncode == 2 and f"{option} {name}: this is also an input".encode() in done.stderr, done.stderr
+        assert (place / "docs.jsonl").read_bytes() == before and not (place / "o.jsonl").exists()
+
+
+def test_no_output_is_an_input_of_an_option(llmkit_here, place: Path) -> None:
+    """Behaviour: neither is a file that an option names."""
+    before = (place / "docs.jsonl").read_bytes()
+    (place / "x.jsonl").write_bytes(b'{"text":"x"}\n')
+    done = llmkit_here(
+        "dedup", "x.jsonl", "--against", "docs.jsonl", "-f", "--rejects", "docs.jsonl", "-o", "o.jsonl", cwd=place
+    )
+    assert (
+        done.returncode == 2
+        and b"this is also an input" in done.stderr
+        and (place / "docs.jsonl").read_bytes() == before
+    )

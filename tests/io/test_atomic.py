@@ -65,6 +65,75 @@ def test_symbolic_link_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
+@pytest.mark.parametrize("plant", ["symbolic", "hard", "dangling"])
+def test_planted_links_are_not_written_to(tmp_path: Path, plant: str) -> None:
+    """Behaviour: a link with the name of a partial file or directory is replaced; what it leads to stays as it is."""
+    precious, directory = tmp_path / "precious", tmp_path / "directory"
+    directory.mkdir()
+    for path in (precious, directory / "file"):
+        path.write_text("precious")
+    (tmp_path / "outputs/d").mkdir(parents=True)
+    partial, partial_directory, old = (tmp_path / "outputs" / name for name in (".f.partial", ".d.partial", ".d.old"))
+    if plant == "hard":
+        partial.hardlink_to(precious)
+    else:
+        partial.symlink_to(precious if plant == "symbolic" else tmp_path / "nowhere")
+    for link in (partial_directory, old):
+        link.symlink_to(directory if plant == "symbolic" else tmp_path / "nowhere")
+    with atomic_file(tmp_path / "outputs/f", force=True) as sink:
+        sink.write(b"new")
+    with atomic_directory(tmp_path / "outputs/d", force=True) as new:
+        (new / "a").write_text("new")
+    assert names(tmp_path) == ["directory", "outputs", "precious"] and names(tmp_path / "outputs") == ["d", "f"]
+    assert precious.read_text() == (directory / "file").read_text() == "precious"
+    assert (tmp_path / "outputs/f").read_text() == "new" and names(tmp_path / "outputs/d") == ["a"]
+
+
+def test_partial_file_of_another_user_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: what another user left under that name is replaced, so that they cannot change the output later."""
+    user = os.geteuid()
+    for create in (Path.touch, Path.mkdir):
+        create(tmp_path / ".out.partial")
+        held = os.open(tmp_path / ".out.partial", os.O_RDONLY)  # so that its inode is not used again
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+        if create is Path.touch:
+            with atomic_file(tmp_path / "out", force=True) as sink:
+                sink.write(b"new")
+        else:
+            (tmp_path / "out").unlink()
+            (tmp_path / ".out.partial" / "theirs").touch()
+            with atomic_directory(tmp_path / "out") as directory:
+                (directory / "ours").touch()
+            assert names(tmp_path / "out") == ["ours"]
+        monkeypatch.undo()
+        assert names(tmp_path) == ["out"] and not os.path.samestat(os.fstat(held), os.stat(tmp_path / "out"))
+        os.close(held)
+
+
+def test_replaced_output_keeps_its_mode(tmp_path: Path) -> None:
+    """Behaviour: a private file or directory is private while and after it is replaced."""
+    out, directory = tmp_path / "out", tmp_path / "dir"
+    out.touch(0o600)
+    directory.mkdir(0o700)
+    with atomic_file(out, force=True) as sink, atomic_directory(directory, force=True) as new:
+        sink.write(b"x")
+        assert (tmp_path / ".out.partial").stat().st_mode & 0o777 == 0o600 and new.stat().st_mode & 0o777 == 0o700
+    assert out.stat().st_mode & 0o777 == 0o600 and directory.stat().st_mode & 0o777 == 0o700
+
+
+def test_links_inside_a_directory_are_replaced(tmp_path: Path) -> None:
+    """Behaviour: without `follow` the link is replaced; a lock is never made through a link."""
+    (tmp_path / "target").write_text("old")
+    for name, target in (("link", "target"), (".lock", "new")):
+        (tmp_path / name).symlink_to(target)
+    with atomic_file(tmp_path / "link", force=True, follow=False) as sink:
+        sink.write(b"new")
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "old"
+    with pytest.raises(OSError), lock(tmp_path / ".lock"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
 def test_device_is_written_to_directly() -> None:
     """Behaviour: -o /dev/null is neither renamed nor refused."""
     with atomic_file("/dev/null") as sink:

@@ -9,6 +9,8 @@ import json
 import lzma
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -247,6 +249,48 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 600
+
+
+def test_xz_dictionary_over_the_limit_is_refused(tmp_path: Path) -> None:
+    """Behaviour: what xz -9 writes is read; a dictionary of 1.5 GiB in a few bytes is refused before it is allocated."""
+    path = tmp_path / "a.jsonl.xz"
+    for preset in (0, 9):
+        path.write_bytes(lzma.compress(b'{"text":"a"}\n', preset=preset))
+        assert read_all(path) == b'{"text":"a"}\n'
+    packed = bytearray(path.read_bytes())
+    position = packed.index(b"\x21\x01") + 2  # filter LZMA2, one byte of properties: the size of the dictionary
+    packed[position] = 37
+    end = 12 + 4 * packed[12]  # of the block header, before its CRC32
+    packed[end : end + 4] = zlib.crc32(packed[12:end]).to_bytes(4, "little")
+    path.write_bytes(packed)
+    with pytest.raises(LlmkitError, match="needs more than 256 MiB"):
+        read_all(path)
+
+
+def test_notes_of_any_number_are_read_in_linear_time(tmp_path: Path) -> None:
+    """Behaviour: a note in many gzip members is gathered without copying it each time, and dropped over the limit; one
+    of very many values is unreadable."""
+    from llmkit.io import compression
+
+    def member(part: bytes) -> bytes:
+        extra = b"LK" + len(part).to_bytes(2, "little") + part
+        head = b"\x1f\x8b\x08\x04" + bytes(6) + len(extra).to_bytes(2, "little") + extra
+        return head + b"\x03\x00" + bytes(8)
+
+    one = member(b"\1" + b" " * 65_000)
+    assert gzip.decompress(one) == b""
+    path, seconds = tmp_path / "a.jsonl.gz", []
+    for members in (150, 1200):  # to 78 MB
+        path.write_bytes(one * members + member(b"\0") + gzip.compress(b'{"text":"a"}\n'))
+        begin = time.process_time()
+        assert read_all(path) == b'{"text":"a"}\n'
+        seconds.append(time.process_time() - begin)
+    assert seconds[1] < 24 * max(seconds[0], 0.05)
+    notes = compression.Notes()
+    for count in (1000, compression.MAX_NOTE_VALUES):
+        content = b"[" + b"[]," * count + b"0]"
+        notes.add(compression.NOTE_PREFIX + b'{"kind":"header","content":{"a":' + content + b"}}")
+    assert ["too many" in str(content) for _, content in notes.entries] == [False, True]
 
 
 def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import pytest
 import llmkit
 from llmkit.errors import LlmkitError
 from llmkit.io import run_layout
-from llmkit.io.run_layout import checkpoint_name, final_model, find_checkpoints, parse_step, resolve_model, step_of
+from llmkit.io.run_layout import (
+    checkpoint_name,
+    final_model,
+    find_checkpoints,
+    member,
+    parse_step,
+    resolve_model,
+    step_of,
+)
 
 
 def test_names_and_steps() -> None:
@@ -50,3 +58,24 @@ def test_no_other_module_spells_these_names() -> None:
     package = Path(llmkit.__file__).parent
     spelled = {str(path.relative_to(package)) for path in package.rglob("*.py") if pattern.search(path.read_text())}
     assert spelled == {"io/run_layout.py"}
+
+
+def test_links_out_of_a_model_directory_are_refused(tmp_path: Path) -> None:
+    """Behaviour: a link within the directory, or into the blobs of the cache that it is a snapshot of, is followed; any
+    other is an error that names it, also where it goes there by way of a blob."""
+    (tmp_path / "secret").write_text("secret")
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0"
+    for directory in (blobs, snapshot):
+        directory.mkdir(parents=True)
+    (blobs / "1").write_text("{}")
+    (blobs / "2").symlink_to(tmp_path / "secret")
+    for name, target in (("a", "../../blobs/1"), ("b", "../../blobs/2"), ("c", "a"), ("d", tmp_path / "secret")):
+        (snapshot / name).symlink_to(target)
+    (tmp_path / "link").symlink_to(snapshot)
+    for directory in (snapshot, tmp_path / "link"):
+        for name, allowed in (("a", True), ("b", False), ("c", True), ("d", False), ("none", True)):
+            if allowed:
+                assert member(directory, name) == directory / name
+            else:
+                with pytest.raises(LlmkitError, match=f"{name}: a symbolic link out of its directory"):
+                    member(directory, name)

@@ -16,6 +16,7 @@ from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command, count_option
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN, open_raw
+from llmkit.options import NamesCode
 
 FORMATS = ("table", "json")
 
@@ -35,6 +36,7 @@ def main(
     include_path: Annotated[
         list[str] | None,
         typer.Option("--include-path", metavar="DIR", help="Directory of task YAML files (repeatable)"),
+        NamesCode(),
     ] = None,
     perplexity: Annotated[
         list[str] | None, typer.Option("--perplexity", metavar="DOCS", help="Documents to score (repeatable)")

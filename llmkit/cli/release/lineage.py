@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json as jsonlib
+import re
 import sys
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +15,14 @@ import typer
 
 from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import Run, command
-from llmkit.errors import LlmkitError
+from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
     from llmkit.lineage.script import Flag
+    from llmkit.options import Field
+
+WRITES = ("rejects", "temp_dir")  # options that name what is written, besides the shared ones
+PATHS = {"PATH", "FILE", "DIR", "TOML", "MODEL", "DOCS", "INPUT"}
 
 
 @command(
@@ -32,6 +38,9 @@ def main(
         str, typer.Argument(metavar="ARTEFACT", help="Documents, shards, a tokenizer, a model, or a run")
     ],
     script: Annotated[bool, typer.Option("--script", help="Print a shell script that reproduces it")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="With --script: also run code that the record names")
+    ] = False,
     digest: Annotated[
         bool, typer.Option("--digest", help="Print the digest of its content, computed from the file")
     ] = False,
@@ -68,7 +77,7 @@ def main(
     elif script:
         for line in unknown_steps(record):
             run.warn(line)
-        _print(run, as_script(record, artefact, _flags, describe_part(artefact, record)))
+        _print(run, as_script(record, artefact, _flags, describe_part(artefact, record), allow_code))
     elif check:
         _check(run, artefact, record, inputs or [])
     else:
@@ -114,24 +123,56 @@ def _flags(name: str) -> dict[str, Flag]:
     """The options of a command that a script may give, by parameter name."""
     from importlib import import_module
 
-    from llmkit.cli.shared.options import NEUTRAL, RECORDED_IF_USED, click_command, neutral_options, renamed_options
+    from llmkit.cli.shared.options import (
+        NEUTRAL,
+        RECORDED_IF_USED,
+        click_command,
+        neutral_options,
+        renamed_options,
+        signature,
+    )
     from llmkit.cli.shared.table import COMMANDS, module_of
     from llmkit.lineage.script import Flag
+    from llmkit.options import Field, NamesCode, marks_of
 
     if name not in COMMANDS:  # "cat" for concatenated streams, or another tool's record
         raise LlmkitError(
             f"the lineage contains the command {name!r}, which a script cannot run", "make that input by hand"
         )
     function = import_module(module_of(name)).main
-    built = click_command(function, name)
-    # Outputs and other options that no record of ours holds: a record must not make the script write elsewhere.
-    options = [p for p in built.params if p.param_type_name == "option" and p.name not in NEUTRAL - RECORDED_IF_USED]
-    by_role = neutral_options(function)
-    flags = {
-        p.name: Flag(p.opts[0], p.secondary_opts[0] if p.secondary_opts else "", p.default, p.name in by_role)
-        for p in options
-    }
+    parameters, by_role = signature(function), neutral_options(function)
+    flags = {}
+    for p in click_command(function, name).params:
+        # Shared options such as -f: a record must not make the script write elsewhere.
+        if p.param_type_name != "option" or p.name in NEUTRAL - RECORDED_IF_USED or p.name not in parameters:
+            continue
+        negative = p.secondary_opts[0] if p.secondary_opts else ""
+        field = Field(p.name, parameters[p.name].annotation, p.default)
+        code = [re.compile(mark.pattern) for mark in marks_of(field.annotation) if isinstance(mark, NamesCode)]
+        runs = partial(_matches, code)
+        flags[p.name] = Flag(
+            p.opts[0], negative, p.default, p.name in by_role, p.name in WRITES, partial(_takes, field), runs
+        )
     return flags | {old: flags[new] for old, new in renamed_options(function).items() if old not in flags}
+
+
+def _takes(field: Field, value: object) -> bool:
+    """Whether an option takes a value: of its type, within its bounds, and if a path, then one below a directory."""
+    from llmkit.options import checked_value, marks_of
+
+    try:
+        checked = checked_value(field, value)
+    except UsageError:
+        return False
+    metavars = {getattr(mark, "metavar", None) for mark in marks_of(field.annotation)}
+    if not isinstance(checked, Path) and not metavars & PATHS:
+        return True
+    paths = map(PurePath, checked if isinstance(checked, list) else [str(checked)])
+    return not any(path.is_absolute() or ".." in path.parts or "~" in str(path)[:1] for path in paths)
+
+
+def _matches(patterns: list[re.Pattern[str]], value: str) -> bool:
+    return any(pattern.search(value) for pattern in patterns)
 
 
 def _check(run: Run, artefact: str, record: dict[str, object], directories: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import time
 import warnings
@@ -51,18 +52,19 @@ class Run:
         self.config: Callable[[Collection[str]], str] = lambda without: ""  # the options as TOML, except those named
         self._listed: list[str] | None = None  # the paths listed in files_from, once read
         self._paths: list[tuple[str, str | Path]] = []  # (option, path): inputs named by options, for the lineage
-        for role, path in paths.items():
-            self.reads(role, str(path))
         self._stack = ExitStack()
         self._readers: list[DocumentReader] = []
         self._quarantines: dict[str, Quarantine] = {}
         outputs = {"-o": self.output, "--rejects": values.get("rejects"), "--summary": values.get("summary")}
-        self.check_quarantine({name: path for name, path in outputs.items() if path})
+        self._outputs: dict[str, str] = {name: path for name, path in outputs.items() if path}
+        self.check_quarantine(self._outputs)
         self.check_documents(*self.quarantine_files().values())
         if values.get("summary"):
             check_output(values["summary"], force=True)  # written last
         if "rejects" in values:
             self.check_documents(self.output, values["rejects"])
+        for role, path in paths.items():
+            self.reads(role, str(path))
         self.bad_files: dict[str, BadLine] = {}  # by name
         self._started = time.monotonic()
 
@@ -166,6 +168,7 @@ class Run:
 
         if is_special(Path(path)):
             raise UsageError(f"{path}: not a regular file", "write it into one: it is read more than once")
+        self._check_apart([path])
         self._paths.append((role, path))
 
     def lineage(self) -> Lineage:
@@ -198,6 +201,7 @@ class Run:
             return []
         left_out: Counter[str] | None = expand_options.setdefault("left_out", Counter())
         files = expand(all_paths, **expand_options)
+        self._check_apart(files)
         if left_out:
             kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
             self.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
@@ -245,6 +249,13 @@ class Run:
                     raise UsageError(
                         f"{option} quarantine={file}: this is also the file of {name}", "name another file"
                     )
+
+    def _check_apart(self, inputs: list[str]) -> None:
+        """UsageError where a file is an input and an output, under any name: -f would empty or replace it."""
+        written = {_file_key(path): f"{name} {path}" for name, path in self._outputs.items()}
+        for path in inputs if written else ():
+            if (key := _file_key(path)) and key in written:
+                raise UsageError(f"{written[key]}: this is also an input", "name another file")
 
     def check_documents(self, *outputs: str | None) -> None:
         """UsageError where the suffix of an output of documents is that of no format; directories have none."""
@@ -395,6 +406,15 @@ class Run:
             if not self.skips_bad_files:
                 raise
             return digest_damaged(path)
+
+
+def _file_key(path: str) -> tuple[int, int] | None:
+    """What two names of one regular file have in common; None for anything else."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 def _record_in(path: str) -> dict[str, Any] | None:

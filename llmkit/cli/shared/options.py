@@ -23,6 +23,7 @@ from llmkit.cli.shared.invocation import Run
 from llmkit.cli.shared.messages import Progress
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.record import recorded
+from llmkit.memory import set_budget
 from llmkit.options import (
     COMMON,
     Recorded,
@@ -98,6 +99,14 @@ class SharedOptions:
     summary: Annotated[
         str | None, _flag("--summary", metavar="FILE", help="Also write the summary to this file, as JSON")
     ] = None
+    memory: Annotated[
+        int,
+        count_option(
+            "--memory",
+            help="Most bytes for reading a part of a file (default: half of this machine's memory, at most 4G)",
+            rich_help_panel=GENERAL,
+        ),
+    ] = 0
     print_config: Annotated[bool, _flag("--print-config", help="Print the resolved options as TOML and exit")] = False
     debug: Annotated[bool, _flag("--debug", help="Show the traceback of an error")] = False
     version: Annotated[bool, _flag("--version", "-V", help="Print the version and exit")] = False
@@ -285,6 +294,7 @@ def click_command(function: Callable[..., None], name: str) -> Any:
         paths = {key: value for key, value in decisive.items() if isinstance(value, Path)}
         marks = {key: marks_of(parameter.annotation) for key, parameter in parameters.items()}
         record = {key: recorded(value, marks[key]) for key, value in decisive.items() if value is not None}
+        set_budget(values["memory"])
         run = Run(name, values, record, paths)
         run.config = partial(_as_toml, context)
         with run._stack, run.shows_warnings():

@@ -15,6 +15,7 @@ from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
+from llmkit.options import NamesCode
 
 if TYPE_CHECKING:
     from llmkit.corpus.chain import Chain, FilteredChunk, Statistics
@@ -65,6 +66,7 @@ def main(
             help='Set a threshold ("off" disables its rule); FILE.py:FUNCTION adds a filter of your own',
         ),
         COMMON,
+        NamesCode(r"\.py:"),
     ] = None,
     words: Annotated[
         str, typer.Option("--words", metavar="KIND", help="Definition of a word: unicode, whitespace or spacy")

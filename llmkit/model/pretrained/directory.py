@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.io.run_layout import resolve_model
+from llmkit.io.run_layout import member, resolve_model
 from llmkit.model.config import ModelConfig, read_json
 from llmkit.tokens.library import LoadedTokenizer, load
 
@@ -39,12 +39,12 @@ class LoadedModel:
 def load_info(path: str | Path) -> LoadedModel:
     """Configuration, tokenizer and stop ids of a model directory or run, without its weights."""
     directory = resolve_model(path)
-    content = read_json(directory / "config.json")
+    content = read_json(member(directory, "config.json"))
     config = ModelConfig.from_hf(content, str(directory / "config.json"))
     files = read_tokenizer_files(directory)
     stop = config.eos_token_id
-    if (directory / "generation_config.json").is_file():
-        stop = read_json(directory / "generation_config.json").get("eos_token_id", stop)
+    if (generation := member(directory, "generation_config.json")).is_file():
+        stop = read_json(generation).get("eos_token_id", stop)
     stop_ids = stop if isinstance(stop, list) else [stop]
     return LoadedModel(
         directory, config, files, [i for i in stop_ids if isinstance(i, int)], content.get("quantization_config")
@@ -53,19 +53,20 @@ def load_info(path: str | Path) -> LoadedModel:
 
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, sharded or not, in name order."""
-    if (path / WEIGHTS).is_file():
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        table = read_json(path / INDEX).get("weight_map")
+    if (weights := member(path, WEIGHTS)).is_file():
+        return [weights]
+    if (index := member(path, INDEX)).is_file():
+        table = read_json(index).get("weight_map")
         values = list(table.values()) if isinstance(table, dict) else []
         names = sorted(set(values)) if all(isinstance(name, str) for name in values) else []
         if not names or any(Path(name).name != name for name in names):
-            raise LlmkitError(f"{path / INDEX}: no usable weight_map", "the file is damaged")
-        missing = [name for name in names if not (path / name).is_file()]
+            raise LlmkitError(f"{index}: no usable weight_map", "the file is damaged")
+        files = [member(path, name) for name in names]
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise LlmkitError(f"{path}: missing {missing[0]}{more}", "the directory is incomplete")
-        return [path / name for name in names]
+        return files
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickles:
         raise LlmkitError(
@@ -78,7 +79,7 @@ def read_tokenizer_files(path: Path) -> dict[str, str]:
     """Text of the tokenizer files in a directory by name; empty if it has none."""
     files = {}
     for name in TOKENIZER_FILES:
-        file = path / name
+        file = member(path, name)
         if file.is_file():
             if file.stat().st_size > MAX_TOKENIZER_BYTES:
                 raise LlmkitError(

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_file, check_output, full_disk_names, lock
+from llmkit.io.atomic import atomic_file, check_output, full_disk_names, lock, no_follow
 from llmkit.io.digest import digest_stored
 from llmkit.io.run_layout import (
     CHECKPOINTS,
@@ -75,10 +75,8 @@ class RunDirectory:
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
-        with (
-            suppress(OSError),
-            open(self.path / EVENTS, "a", encoding="utf-8") as file,
-        ):  # a full disk must not stop the run
+        # A full disk must not stop the run.
+        with suppress(OSError), open(self.path / EVENTS, "a", encoding="utf-8", opener=no_follow) as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
@@ -146,7 +144,7 @@ class RunDirectory:
         digests = {str(path.relative_to(self.path)): digest_stored(str(path)) for path in sorted(files)}
         with (
             suppress(OSError),  # a full disk must not fail a finished run
-            atomic_file(self.path / DIGESTS, force=True) as sink,
+            atomic_file(self.path / DIGESTS, force=True, follow=False) as sink,
         ):
             sink.write(json.dumps(digests, indent=1).encode())
 
@@ -235,7 +233,7 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
 
 def write_config(directory: RunDirectory, text: str) -> None:
     """Store the resolved options."""
-    with atomic_file(directory.path / CONFIG, force=True) as sink:
+    with atomic_file(directory.path / CONFIG, force=True, follow=False) as sink:
         sink.write(text.encode())
 
 

@@ -26,6 +26,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from llmkit.io.atomic import no_follow
+
 # Dense peak in TFLOP/s by part of torch.cuda.get_device_name: (bf16 and fp16, fp32 or tf32 as torch uses it
 # by default). NVIDIA data sheets.
 GPU_PEAKS = {
@@ -59,7 +61,7 @@ class MetricsLog:
         self._path = path
         self._size = self._last_size = 0
         self._pending: list[bytes] = []  # lines not yet written because the disk was full
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0, opener=no_follow)
         self.truncate_after(after_step)
 
     def truncate_after(self, after_step: int) -> None:

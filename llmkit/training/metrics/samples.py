@@ -88,7 +88,7 @@ class PromptGallery:
         if self._path is None:
             return {}
         earlier = [r for r in read_metrics(self._path) if r["step"] < step] if self._path.exists() else []
-        with atomic_file(self._path, force=True) as sink:
+        with atomic_file(self._path, force=True, follow=False) as sink:
             sink.writelines(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in [*earlier, *records])
         return {}
 
