@@ -15,7 +15,6 @@ instrumentation of the libraries that parse here. What a mutation reaches is sho
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.metadata
 import mmap
 import os
@@ -40,6 +39,7 @@ from mutation import mutated
 from readers import CORPUS, Target, Unread, preload
 
 from llmkit.errors import LlmkitError
+from llmkit.memory import set_budget
 
 SECONDS, WALL = 10, 60
 BUDGET, SLACK = 512 << 20, 300 << 20  # bytes that a reader may take beyond those of the worker
@@ -241,8 +241,7 @@ def _work(
     os.chdir(empty)
     os.environ["TMPDIR"] = tempfile.tempdir = str(inside)
     importlib.metadata.entry_points = cache(importlib.metadata.entry_points)  # 50 ms for each configuration
-    with suppress(ImportError):
-        importlib.import_module("llmkit.memory").set_budget(target.budget or BUDGET)
+    set_budget(target.budget or BUDGET)
     target.prepare(inside)
     for name, data in seeds_of(target):  # load and compile what a reader needs, before its time counts
         if not name.startswith((FOUND, BOMB)):
