@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -29,6 +30,10 @@ from llmkit.io.inputs import display_name, open_raw
 from llmkit.io.record import Input, base_name, parse_record, record_or_warning
 from llmkit.memory import MemoryLimitError, limited
 
+# Other allocators reserve a gigabyte, within which no limit holds.
+pa.set_memory_pool(pa.system_memory_pool())
+
+PART_BYTES = 16 << 20
 BATCH_ROWS = (1024, 32, 1)  # the next where a batch needs too much memory
 STRING_FIELDS = ("source", "url", "language")  # of documents, besides id and text
 
@@ -72,7 +77,8 @@ class ParquetRows:
             for batch in _batches(file, self._name):
                 for name in self.texts:
                     batch = batch.set_column(names.index(name), name, as_strings(batch.column(name)))
-                yield from self._convert(batch)
+                for part in _parts(batch):
+                    yield from self._convert(part)
 
     def _convert(self, batch: pa.RecordBatch) -> Iterator[tuple[bytes, int, list[BadRow]]]:
         """The lines of a batch, in parts where the whole needs too much memory."""
@@ -148,6 +154,22 @@ def _batches(file: pq.ParquetFile, name: str, columns: list[str] | None = None) 
         except MemoryLimitError:
             if rows == BATCH_ROWS[-1]:
                 raise
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The rows of a batch in parts of about PART_BYTES, or of one row: all rows may have a text that is stored once."""
+    size = sum(map(_size, batch.columns))
+    rows = max(1, batch.num_rows // (1 + size // PART_BYTES))
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+def _size(column: pa.Array) -> int:
+    """The size of the values of a column in bytes, about."""
+    texts = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+    if not isinstance(column, pa.DictionaryArray) or column.dictionary.type not in texts:
+        return int(column.nbytes)
+    return int(pc.sum(pc.binary_length(column.dictionary).take(column.indices)).as_py() or 0)
 
 
 def _is_text(file: pq.ParquetFile, name: str, column_name: str) -> bool:
