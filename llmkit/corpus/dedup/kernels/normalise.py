@@ -69,14 +69,14 @@ def tables(how: str, marks_first: bool) -> Tables:
     table = np.zeros(0x110000, np.int32)
     entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
-    for start, stop in RANGES:
-        characters = list(map(chr, range(start, stop)))
+    ranges, special = _characters()
+    for start, characters in ranges:
         replacements = apply(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
         for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
+            if old == new and code not in special:
+                continue  # most characters
             if old.isdecimal():
                 table[code] = digits
-            elif old == new and not unicodedata.category(old).startswith("M"):
-                continue  # most characters
             elif "accents" in parts and old == new and unicodedata.category(old) == "Mn":
                 table[code] = COMBINING - unicodedata.combining(old)
             elif "accents" in parts and _is_reordered(old, new):
@@ -96,6 +96,14 @@ def tables(how: str, marks_first: bool) -> Tables:
     for array in (table, fast_bytes := np.array(fast + [0] * 128, np.uint8)):
         array.setflags(write=False)
     return Tables(fast_bytes, table, np.frombuffer(bytes(pool), np.uint8))
+
+
+@cache
+def _characters() -> tuple[list[tuple[int, list[str]]], set[int]]:
+    """The first code and the characters of each range, and the codes of digits and marks."""
+    ranges = [(start, list(map(chr, range(start, stop)))) for start, stop in RANGES]
+    characters = [character for _, characters in ranges for character in characters]
+    return ranges, {ord(c) for c in characters if c.isdecimal() or unicodedata.category(c).startswith("M")}
 
 
 def _is_reordered(old: str, new: str) -> bool:
