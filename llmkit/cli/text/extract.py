@@ -68,7 +68,7 @@ def main(
     """Extract text from WARC, WET and ARC files, HTML pages, plain text, PDFs, and JSON rows with HTML.
 
     The format of a file is recognised by its first bytes; directories are searched for the usual file name extensions,
-    and other files in them are counted. Plain text is kept as it is.
+    and other files in them are counted, but for hidden ones. Plain text is kept as it is.
     A document has `id`, `text` and, where known, `url`, `date`, `content_type`, `title`, `language`, `licence`
     (cc-by-4.0, or a link) and `opt_out`, a list of the signals by which a page opts out of being used: robots
     directives (noai, noindex, ...) and tdm-reservation. Encodings are detected if none is declared or the declared one
