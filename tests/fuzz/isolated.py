@@ -14,6 +14,7 @@ instrumentation of the libraries that parse here. What a mutation reaches is sho
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import importlib.metadata
 import mmap
@@ -241,6 +242,7 @@ def _work(
     os.chdir(empty)
     os.environ["TMPDIR"] = tempfile.tempdir = str(inside)
     importlib.metadata.entry_points = cache(importlib.metadata.entry_points)  # 50 ms for each configuration
+    faulthandler.disable()  # a signal is reported by the parent
     set_budget(target.budget or BUDGET)
     target.prepare(inside)
     for name, data in seeds_of(target):  # load and compile what a reader needs, before its time counts
