@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from llmkit.errors import LlmkitError
 
 
 def swell() -> None:
-    if len(bytes(1000) * (1 << 20)):
-        raise LlmkitError("after too much memory")
+    with mmap.mmap(-1, 1 << 30) as memory:  # never memory that an earlier test has freed
+        for start in range(0, len(memory), 1 << 20):
+            memory[start : start + (1 << 20)] = b"x" * (1 << 20)
 
 
 def hang() -> None:
