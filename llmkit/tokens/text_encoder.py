@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import TokenizerInfo, added_ids
-from llmkit.tokens.library import LoadedTokenizer, load
+from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 
 NEVER = -1  # library quota of a tokenizer that is never compiled
 MAX_PREFIXES = 200  # prefixes of added tokens; searching for more takes longer than the library does in total

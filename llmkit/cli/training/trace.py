@@ -77,7 +77,7 @@ def _line(record: dict[str, Any]) -> str:
 
 def _decoder(trace: Trace, run: Path) -> Any:
     """A function from token ids to text, with the tokenizer of the run or, failing that, of its data."""
-    from llmkit.tokens.library import load
+    from llmkit.tokens.tokenizer_json import load
 
     files = [run / link / "tokenizer.json" for link in (LATEST, FINAL)]
     content = next((path.read_text(encoding="utf-8") for path in files if path.is_file()), None)

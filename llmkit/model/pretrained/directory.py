@@ -17,7 +17,7 @@ from typing import Any
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import member, resolve_model
 from llmkit.model.config import ModelConfig, read_json
-from llmkit.tokens.library import LoadedTokenizer, load
+from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

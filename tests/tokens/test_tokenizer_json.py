@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from llmkit.cli.main import run_command
 from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import parse_tokenizer
-from llmkit.tokens.library import is_plain, load
 from llmkit.tokens.pretokenize import byte_alphabet
 from llmkit.tokens.text_encoder import TextEncoder
+from llmkit.tokens.tokenizer_json import is_plain, load
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 REPEAT = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
@@ -60,8 +60,8 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_tokenizers_end(name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Behaviour: one error that names the model; no panic on stderr; at most 3 s and 100 MB in this process."""
-    monkeypatch.setattr("llmkit.tokens.library.SECONDS", 1.0)
-    monkeypatch.setattr("llmkit.tokens.library.MEMORY", 1 << 28)
+    monkeypatch.setattr("llmkit.tokens.tokenizer_json.SECONDS", 1.0)
+    monkeypatch.setattr("llmkit.tokens.tokenizer_json.MEMORY", 1 << 28)
     parts, message = HOSTILE[name]
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     error = ""
@@ -78,7 +78,7 @@ def test_hostile_tokenizers_end(name: str, monkeypatch: pytest.MonkeyPatch, capf
 
 def test_decoders_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: four replacements by a thousand characters each do not make a text of a terabyte."""
-    monkeypatch.setattr("llmkit.tokens.library.MEMORY", 1 << 28)
+    monkeypatch.setattr("llmkit.tokens.tokenizer_json.MEMORY", 1 << 28)
     text = tokenizer_json(decoder={"type": "Sequence", "decoders": [REPEAT] * 4})
     with pytest.raises(LlmkitError, match="too much"):
         load(text, "m/: tokenizer.json is not readable", "hint").decode([ord("a")] * 10)
