@@ -38,7 +38,7 @@ def budget() -> int:
 
 
 @contextmanager
-def limited(name: str, size: int = 0) -> Iterator[None]:
+def limited(name: str, size: int = 0, hint: str = "allow more with --memory if you trust the file") -> Iterator[None]:
     """MemoryLimitError about the file `name` where the block needs more memory than the budget, or `size`, in bytes.
 
     What is in use already does not count. On Linux this is enforced by a limit on the data of the process; elsewhere
@@ -57,9 +57,7 @@ def limited(name: str, size: int = 0) -> Iterator[None]:
     except MemoryError:
         if _is_limited and not is_outer:
             raise
-        raise MemoryLimitError(
-            f"{name}: needs more than {size >> 20:,} MiB of memory", "allow more with --memory if you trust the file"
-        ) from None
+        raise MemoryLimitError(f"{name}: needs more than {size >> 20:,} MiB of memory", hint) from None
     finally:
         if is_outer:
             _is_limited = False

@@ -71,7 +71,7 @@ class Shard:
                 reason = "an Arrow file, not an Arrow stream" if start.startswith(b"ARROW1") else "not a token shard"
                 raise LlmkitError(f"{name}: {reason}", HINT_IDS if holds_ids(name) else HINT_TOKENIZE)
             # Shards are mapped: only descriptions are copied, unless somebody else has compressed the columns.
-            with limited(name, MEMORY_BASE + MEMORY_PER_BYTE * os.path.getsize(path)):
+            with limited(name, MEMORY_BASE + MEMORY_PER_BYTE * os.path.getsize(path), HINT_FOREIGN):
                 self._source = source = pa.memory_map(os.fsencode(path))
                 stream = pa.ipc.open_stream(source)
                 self._schema = stream.schema

@@ -79,9 +79,10 @@ def main(
     Broken records are skipped, counted with their bytes, and reported with their offset; reading continues with the
     next intact record, also in a pipe. Segments of a record are joined. A document whose page is cut has `truncated`,
     the reason in the archive (WARC-Truncated), "segmented" where segments are missing, or "unspecified" where a
-    Content-Length shows it. An archive from which no page can be read is an error, unless --allow-empty is given. A
-    page that takes longer than --time-limit, or more memory than 48 times --max-page-bytes plus 1 GB, is skipped.
-    Memory: three batches of about 1 MB for each worker, one page, and a few megabytes of the archive.
+    Content-Length or the end of a coding (chunked, gzip, ...) shows it. An archive from which no page can be read is
+    an error, unless --allow-empty is given. A page that takes longer than --time-limit, or more memory than 48 times
+    --max-page-bytes plus 1 GB, is skipped. Memory: three batches of about 1 MB for each worker, one page, and a few
+    megabytes of the archive.
     """
     from llmkit.corpus.extract.engines import ENGINES
 
