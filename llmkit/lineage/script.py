@@ -59,7 +59,7 @@ Flags = Callable[[str], dict[str, Flag]]  # of a command, by the names of its pa
 INDEX = "index"  # role of an index of earlier runs
 MAX_COMMANDS = 10_000
 # Commands whose outputs are compared by the digest of their files, since they have none of their content.
-MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend")
+MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend", "vocab convert")
 
 _STREAM = "(standard input)"
 _DIGEST = re.compile(r"xxh3:[0-9a-f]{32}")
