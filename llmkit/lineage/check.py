@@ -162,13 +162,13 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
         if item["role"] == INDEX:
             yield Checked(name, *_state_of_index(item, candidates))
             continue
-        others = digests[file_name(item["name"])] - {item["digest"]}
+        of_this_name = digests[file_name(item["name"])]
         same = [path for path in candidates if known(path) == item["digest"]]
         if not same:  # a command may have read an earlier checkpoint of a run
             checkpoints = [checkpoint for path in filter(is_run, candidates) for checkpoint in find_checkpoints(path)]
             same = [checkpoint for checkpoint in checkpoints if known(checkpoint) == item["digest"]]
         # A file with the digest of another input of its name is that one.
-        differing = [path for path in candidates if known(path) not in others]
+        differing = [path for path in candidates if known(path) not in of_this_name]
         state = "ok" if same else "DIFFERS" if differing else "not found"
         yield Checked(name, state, "".join(map(str, (same or differing)[:1])))
 

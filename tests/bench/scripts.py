@@ -79,18 +79,18 @@ tokenize packed.npy.bin --from nanogpt -t tok --source nano -o s5
 tokenize corpus.idx --from megatron -t tok --max-tokens-per-shard 200 -o s6
 tokenize s2 --to jsonl -o ids.jsonl.zst
 tokenize s2 --decode -o text.jsonl.zst
-tokenize best --to jsonl --lossy -o lossy.jsonl.zst
 tokenize docs.jsonl -t tok --to jsonl -o ids2.jsonl.gz
 mix s2:0.7 s4:0.3 --tokens 700 --seed 1 --cut-last --shuffle block -o m1
 mix s2 s4 --pack best-fit --sequence-length 32 --holdout 20% --shuffle none -o best
+tokenize best --to jsonl --lossy -o lossy.jsonl.zst
 mix s2:x2 s4 --plan -o m2.toml
 mix --stages stages.toml -o m3
 mix s2 --weight-by duplicates --weight-map 1:1,2-9:2 -o m4
 mix docs.jsonl:1 more.jsonl:2 --tokens 900 -t tok --seed 7 -o m5.jsonl.zst
-mix docs.jsonl --weight-by score --weight-map 0-1:1,2-9:2 -o m6.parquet
+mix docs.jsonl --weight-by score --weight-map 1:1,2-9:2 -o m6.parquet
 mix odd.jsonl {ROWS} -o m7.jsonl.zst
 train s2 -m model.json --tokens 256 {SHORT} {RATES} {STEP} --betas 0.8,0.9 --z-loss 1e-4 --no-document-mask -o r1
-train m1 -m llama-tiny --tokens 160 --optimizer muon --batch-warmup 1:32,2:64 --length-warmup 8:32 {SHORT} -o r2
+train m1 -m llama-tiny --tokens 160 --optimizer muon --batch-warmup 1:32,2:64 --length-warmup 8:32 {SHORT} -b 4 -o r2
 train s2 --from base --tokens 96 --rewarm --lr 1e-4 {SHORT} -o r3
 train s2 -m model.json --recipe steps.toml --tokens 256 {SHORT} --heldout new=more-ids -o r4
 anneal r1 s4 --tokens 96 --step 2 --lr 1e-4 --ramp sqrt --final-lr-fraction 0.1 {SHORT} {STEP} --z-loss 1e-4 -o an1
@@ -104,23 +104,22 @@ average other third --method dare --base base --density 0.4,0.6 --seed 9 -o av6
 average other third --method dare-ties --base base --density 0.5 -o av7
 average base other third --method greedy --heldout more.jsonl -o av8
 average r1 --last 2 -o av9
-sft base chat.jsonl --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} {RATES} {STEP} --z-loss 1e-4 -o f1
+sft base chat.jsonl --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
 sft base turns.jsonl --no-template {ROWS} -o f2
-dpo base pairs.jsonl --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} {RATES} {STEP} -o p1
+dpo base pairs.jsonl --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
 dpo base odd-pairs.jsonl {ROWS} -o p2
 quantize base --to int4 --group-size 16 --seed 1 -o q1
-quantize base --to int8 -o q2
+quantize base -o q2
 quantize f2 --to int4 -o q3
 generate base prompts.jsonl --chat --max-tokens 5 --samples 2 --temperature 1.1 --top-p 0.9 --stop e -b 3 -o g1.jsonl.zst
 generate q1 -p 'a river; $(id)' -p "it's" --truncate-prompt --max-tokens 60 --dtype bf16 --seed 2 -o g2.jsonl.gz
-generate base odd.jsonl --max-tokens 3 {ROWS} -o g3.parquet
+generate base odd-prompts.jsonl --max-tokens 3 {ROWS} -o g3.parquet
 """
 # Commands whose outputs have no room for a record, or which make none.
 WITHOUT_RECORD = ("filter train", "vocab report", "vocab advise", "eval", "trace", "lineage")
 # Options that no line gives: why.
 EXCUSED = {
     "extract text_key": "refused: the text is found",
-    "vocab convert from": "",
 }
 # Options that decide the content, and which a script gives in another form or not at all: why.
 OTHERWISE = {
@@ -192,6 +191,7 @@ def lay_out_originals(directory: Path, call: Callable[[str], None]) -> None:
     lines("good.jsonl", [{"text": "river stone light " * 5}] * 8)
     lines("poor.jsonl", [{"text": "seven birds over " * 5}] * 8)
     lines("prompts.jsonl", [{"prompt": "the river"}, {"prompt": "seven birds"}, {"prompt": "a hill", "note": 1}])
+    lines("odd-prompts.jsonl", [{"key": "1", "body": "the river"}], "{bad\n")
     chat = [
         [{"role": "user", "content": str(r["text"])[:20]}, {"role": "assistant", "content": str(r["text"])[20:60]}]
         for r in docs[:6]
@@ -269,8 +269,8 @@ def different_files(first: Path, second: Path) -> list[str]:
     """Files that are not the same in both; of a run, but for its logs. Links are followed."""
     if first.is_file():
         return [] if second.is_file() and filecmp.cmp(first, second, shallow=False) else [first.name]
-    if (first / "final").is_dir():
-        first, second = first / "final", second / "final"
+    if (first / "final").is_dir():  # a script compares the last checkpoint of a run
+        first, second = first / "final", second.parent.parent / "final"
     names = {
         str(path.relative_to(root))
         for root in (first, second)
