@@ -28,8 +28,9 @@ def artefact_directory(path: str | Path, force: bool = False) -> Iterator[Path]:
     def check_replaced(directory: Path) -> None:
         names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
         foreign = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in LAYOUT)]
-        if foreign or (names and not _has_lineage(directory)):
-            what = f"{foreign[0]}, which" if foreign else "what"
+        has_lineage = bool(names) and _has_lineage(directory)
+        if foreign or (names and not has_lineage):
+            what = f"{foreign[0]}, which" if has_lineage else "what"
             raise LlmkitError(f"{path} holds {what} llmkit did not make; -f does not replace it", HINT_NOT_OURS)
 
     with atomic_directory(path, force, check_replaced) as directory:

@@ -11,7 +11,7 @@ The options come from the commands' own table (`llmkit help --json`): one that d
 line and excused by no row of EXCUSED, is reported as uncovered. Exit code 1 where a script makes other bytes, lacks an
 option, or an option is uncovered.
 
-Cost: about 4 minutes on a busy machine, since a script repeats what its artefact was made from.
+Cost: 20 minutes on a busy machine, since a script repeats what its artefact was made from.
 """
 
 from __future__ import annotations
@@ -169,7 +169,8 @@ def lay_out_originals(directory: Path, call: Callable[[str], None]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(docs), directory / "docs.parquet")
     odd = [{"key": row["id"], "body": row["text"]} for row in docs]
     lines("odd.jsonl", odd, "{bad\n" + json.dumps({"key": "long", "body": "a river " * 20_000}) + "\n")
-    html = [f"<html><body><article>{'<p>%s</p>' % row['text'] * 3}</article></body></html>" for row in more]
+    texts = [row["text"] for row in more]
+    html = [f"<html><body><article>{f'<p>{text}</p>' * 3}</article></body></html>" for text in texts]
     lines("pages.jsonl", [{"key": str(i), "page": page} for i, page in enumerate(html[:5])], "[]\n")
     (directory / "pages").mkdir()
     for i, page in enumerate(html[:3]):
