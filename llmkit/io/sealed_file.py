@@ -90,7 +90,7 @@ def is_sealed(data: memoryview, digest: str) -> bool:
     start, found = len(data), -1
     while start and found < 0:  # near the end, usually
         start = max(0, len(data) - 16 * max(256, len(data) - start))
-        found = bytes(data[start:]).rfind(digest.encode())
+        found = bytes(data[start:]).rfind(digest.encode(errors="surrogatepass"))
     if found < 0:
         return False
     state, place = xxhash.xxh3_128(), start + found
