@@ -135,7 +135,7 @@ def _state_of_files(directory: Path, digests: Path) -> str:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The path of a file that a list of digests names. LlmkitError where it leads out of the directory, or is special."""
+    """The path of a file that a list of digests names; LlmkitError where it leads out of the directory."""
     path = directory / name
     if not path.resolve().is_relative_to(directory.resolve()):
         raise LlmkitError(f"{path}: outside of its directory", "the list was not written by llmkit")
