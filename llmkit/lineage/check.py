@@ -66,7 +66,7 @@ def check(record: Record, path: str, directories: list[str]) -> Iterator[Checked
     for checkpoint in find_checkpoints(artefact):
         state = _state_of_files(checkpoint, checkpoint / STATE / DIGESTS)
         yield Checked(f"{name}/{checkpoint.parent.name}/{checkpoint.name}", state)
-    if (artefact / DIGESTS).is_file():
+    if (artefact / DIGESTS).exists():
         yield Checked(f"{name}/{DIGESTS}", _state_of_files(artefact, artefact / DIGESTS))
     held_out = artefact / HELD_OUT
     if held_out.is_dir():
@@ -111,7 +111,7 @@ def _state_of_artefact(record: Record, path: Path) -> str:
             results.append(is_sealed_by(file, record[BYTES]))
     except (LlmkitError, OSError):
         results.append(False)
-    if (path / STATE / DIGESTS).is_file():
+    if (path / STATE / DIGESTS).exists():
         results.append(_state_of_files(path, path / STATE / DIGESTS) == "ok")
     verified = any(results[2:])
     return "DIFFERS" if False in results else "ok" if verified else "unchecked"

@@ -201,10 +201,8 @@ def test_special_files_do_not_hang(artefacts: Path, tmp_path: Path, kind: str, d
         file.unlink()
         file.symlink_to("/dev/zero") if device else os.mkfifo(file)
         with at_once(file):
-            try:
+            with suppress(LlmkitError):
                 assert {"DIFFERS", "not found"} & set(states(copy).values()), file
-            except (LlmkitError, AssertionError) as error:
-                assert isinstance(error, LlmkitError) or read_lineage(copy) is None, file
             for read in readers:
                 with suppress(LlmkitError):
                     read(str(copy))
