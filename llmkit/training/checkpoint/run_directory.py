@@ -38,8 +38,10 @@ from llmkit.io.run_layout import (
     DIGESTS,
     FINAL,
     LATEST,
+    SEALED,
     STATE,
     checkpoint_name,
+    files_below,
     find_checkpoints,
     member,
     regular,
@@ -47,16 +49,18 @@ from llmkit.io.run_layout import (
     step_of,
 )
 from llmkit.lineage.formats import digest_path, seal
-from llmkit.lineage.outputs import artefact_directory
+from llmkit.lineage.outputs import HINT_NOT_OURS, artefact_directory
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.training.checkpoint.trainer_state import OPTIMIZER, TRAINER, TrainerState, load_trainer_state
 
 CONFIG = "config.toml"
 EVENTS = "events.jsonl"
-SEALED = (CONFIG, EVENTS, "metrics.jsonl", "samples.jsonl", "reference.safetensors", "trace", "data")
+HEAD = b"# llmkit "  # of config.toml
+# All that a run may hold: -f replaces a directory that holds anything else.
+LAYOUT = {*SEALED, CHECKPOINTS, LATEST, FINAL, DIGESTS, ".lock", "tracker", "wandb"}
 LEFTOVERS = {".lock", CHECKPOINTS, "data"}  # of a run that was killed before it started
-DIRECTORIES = (CHECKPOINTS, "data", "trace", "tracker")
-FILES = (".lock", CONFIG, EVENTS, "metrics.jsonl", "samples.jsonl", "reference.safetensors", DIGESTS)
+DIRECTORIES = (CHECKPOINTS, "data", "trace", "tracker", "wandb")
+FILES = LAYOUT - {*DIRECTORIES, LATEST, FINAL}
 
 
 class RunDirectory:
@@ -142,10 +146,7 @@ class RunDirectory:
 
     def seal(self) -> None:
         """Store the digests of the files beside the checkpoints of a finished run, for `lineage --check`."""
-        files = [
-            path for name in SEALED for path in (self.path / name, *(self.path / name).rglob("*")) if path.is_file()
-        ]
-        digests = {str(path.relative_to(self.path)): digest_stored(str(path)) for path in sorted(files)}
+        digests = {name: digest_stored(str(self.path / name)) for name in files_below(self.path, SEALED)}
         with (
             suppress(OSError),  # a full disk must not fail a finished run
             atomic_file(self.path / DIGESTS, force=True, follow=False) as sink,
@@ -226,20 +227,25 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     names = (
         {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""} if directory.exists() else set()
     )
+    if (CONFIG in names and (resume or force)) or names <= LEFTOVERS:
+        _check_members(directory)
     if not names or (".lock" in names and names <= LEFTOVERS):
         check_output(directory, force=True)
     elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
+    elif force and (foreign := sorted(name for name in names - LAYOUT if not name.endswith(".partial"))):
+        raise LlmkitError(f"{path} holds {foreign[0]}, which is of no run; -f does not replace it", HINT_NOT_OURS)
+    elif force and ".lock" not in names and not _begins(directory / CONFIG, HEAD):
+        raise LlmkitError(f"{path}: {CONFIG} is not of a run; -f does not replace it", HINT_NOT_OURS)
     elif not (resume or force):
         hint = "--resume continues it, -f replaces it" if CONFIG in names else "choose another output"
         raise LlmkitError(f"{path} exists", hint)
-    _check_members(directory)
 
 
 def _check_members(run: Path) -> None:
     """Raise LlmkitError where a run, which somebody else may have made, would write or remove files outside of it."""
     directories = [*(run / name for name in DIRECTORIES), *find_checkpoints(run)]
-    for path in (*directories, *(run / name for name in FILES)):
+    for path in (*directories, *(run / name for name in sorted(FILES))):
         is_right = path.is_dir() if path in directories else path.is_file()
         if path.is_symlink() or (path.exists() and not is_right):
             kind = "a symbolic link" if path.is_symlink() else "neither a regular file nor a directory of a run"
@@ -248,6 +254,14 @@ def _check_members(run: Path) -> None:
             )
     for name in (LATEST, FINAL):  # links to checkpoints
         member(run, name)
+
+
+def _begins(path: Path, head: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(head)) == head
+    except OSError:
+        return False
 
 
 def write_config(directory: RunDirectory, text: str) -> None:
