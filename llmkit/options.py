@@ -68,9 +68,18 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class NamesCode:
-    """Values of the option that name code which the command runs: those in which `pattern` is found."""
+    """Values of the option that name code which the command runs, or a file that may name some: those in which
+    `pattern` is found.
+    """
 
     pattern: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NamesFiles:
+    """An option whose metavar does not say that its values name files. `of`: the paths in a value."""
+
+    of: Callable[[str], list[str]] = lambda value: [value]
 
 
 class Without:

@@ -274,6 +274,15 @@ def file_fields(entry: Any) -> list[str]:
     )
 
 
+def files_of_rule(rule: str) -> list[str]:
+    """The file that the value of a rule names, if it is one that does: "url.domains=list.txt"."""
+    target, _, value = rule.partition("=")
+    name, _, key = target.strip().rpartition(".")
+    with suppress(LlmkitError):
+        return [value] if key in file_fields(FILTERS.get(_registered_name(name))) else []
+    return []  # no filter has this name
+
+
 def files_read(chain: Chain) -> list[tuple[str, str]]:
     """(rule, path) for each file that the chain reads; a `*` in the rule replaces the path: "url.domains=*"."""
     files = []

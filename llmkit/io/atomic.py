@@ -241,7 +241,23 @@ def _keep_mode(descriptor: int, final: Path) -> None:
 
 def no_follow(path: str, flags: int) -> int:
     """Opener for `open` that refuses a symbolic link, for files inside a directory that somebody else may have made."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def own_file(path: str, flags: int) -> int:
+    """`no_follow` for a file that is changed in place. One that has another name too, which may be a file of the user
+    or belong to a backup made with `cp -al`, is replaced by a copy first, and only the copy is changed.
+    """
+    descriptor = no_follow(path, flags)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise LlmkitError(f"{path}: not a regular file", "remove it")
+    with open(path, "rb", opener=no_follow) as source, atomic_file(path, force=True, follow=False) as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+    return no_follow(path, flags)
 
 
 def _empty(directory: Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llmkit.errors import LlmkitError
+from llmkit.io.atomic import is_special
 
 FINAL, LATEST = "final", "latest"
 CHECKPOINTS = "checkpoints"
@@ -84,8 +85,8 @@ def final_model(path: Path) -> Path:
 def member(directory: Path, name: str) -> Path:
     """The path of a file in somebody's model directory, whether it exists or not.
 
-    LlmkitError for a symbolic link that leads out of the directory, since what it leads to would end up in outputs.
-    A snapshot in a cache of Hugging Face may link to the cache's blobs.
+    LlmkitError for a symbolic link that leads out of the directory, since what it leads to would end up in outputs, and
+    for what `regular` refuses. A snapshot in a cache of Hugging Face may link to the cache's blobs.
     """
     file = directory / name
     if file.is_symlink():
@@ -93,7 +94,17 @@ def member(directory: Path, name: str) -> Path:
         blobs = base.parent.parent / "blobs" if base.parent.name == "snapshots" else base
         if not target.is_relative_to(base) and target.parent != blobs:
             raise LlmkitError(f"{file}: a symbolic link out of its directory", "replace it by a copy if you trust it")
-    return file
+    return regular(file)
+
+
+def regular(path: Path) -> Path:
+    """`path` itself, of a file that the user did not name, whether it exists or not.
+
+    LlmkitError for a device, a pipe or a socket: it may be read without end.
+    """
+    if is_special(path):
+        raise LlmkitError(f"{path}: not a regular file", "somebody put it there to be read without end: remove it")
+    return path
 
 
 def resolve_model(path: str | Path) -> Path:

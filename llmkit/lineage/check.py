@@ -8,7 +8,6 @@ the content. An index of earlier runs is intact if it holds the runs that it had
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
@@ -16,11 +15,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmkit.errors import LlmkitError
+from llmkit.io.atomic import is_special
 from llmkit.io.digest import digest_stored
 from llmkit.io.inputs import STDIN
 from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import DIGESTS, FINAL, SEALED, STATE, files_below, final_model, find_checkpoints, is_run
+from llmkit.io.run_layout import (
+    DIGESTS,
+    FINAL,
+    SEALED,
+    STATE,
+    files_below,
+    final_model,
+    find_checkpoints,
+    is_run,
+    regular,
+)
 from llmkit.io.sealed_file import BYTES, is_sealed_by
 from llmkit.lineage.fields import (
     MAX_DEPTH,
@@ -113,7 +123,7 @@ def _state_of_artefact(record: Record, path: Path) -> str:
             results.append(is_sealed_by(file, record[BYTES]))
     except (LlmkitError, OSError):
         results.append(False)
-    if (path / STATE / DIGESTS).is_file():
+    if (path / STATE / DIGESTS).exists():
         results.append(_state_of_files(path, path / STATE / DIGESTS) == "ok")
     verified = any(results[2:])
     return "DIFFERS" if False in results else "ok" if verified else "unchecked"
@@ -121,23 +131,28 @@ def _state_of_artefact(record: Record, path: Path) -> str:
 
 def _state_of_files(directory: Path, digests: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str:
     """The state of a directory by its list of digests, which holds what there is of `names`."""
+    if not digests.exists():
+        return "unchecked"
     try:
-        stored = digests.read_bytes()
+        stored = regular(digests).read_bytes()
         expected = json.loads(stored)
         intact = (
             isinstance(expected, dict)
             and json.dumps(expected, indent=1).encode() == stored
             and {*files_below(directory, names)} - {f"{STATE}/{DIGESTS}"} <= expected.keys()
-            and all(
-                ".." not in Path(name).parts and digest_stored(str(directory / name)) == digest
-                for name, digest in expected.items()
-            )
+            and all(digest_stored(str(_inside(directory, name))) == digest for name, digest in expected.items())
         )
-    except FileNotFoundError:
-        return "unchecked"
     except (OSError, ValueError, RecursionError, LlmkitError):
         return "DIFFERS"
     return "ok" if intact else "DIFFERS"
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The path of a file that a list of digests names; LlmkitError where it leads out of the directory."""
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise LlmkitError(f"{path}: outside of its directory", "the list was not written by llmkit")
+    return regular(path)
 
 
 def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> Iterator[Checked]:
@@ -159,7 +174,7 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
     places = [place for directory in directories for place in (directory, *_numbered(directory))]
     for item in items.values():
         name = item["part"] or item["name"]
-        found = dict.fromkeys(filter(os.path.exists, _candidates(item, places)))
+        found = dict.fromkeys(path for path in _candidates(item, places) if path.exists() and not is_special(path))
         # Nothing is made from itself: an input of the artefact's name is another file.
         candidates = [path for path in found if artefact not in (path.resolve(), *path.resolve().parents)]
         if item["role"] == INDEX:

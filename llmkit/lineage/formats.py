@@ -44,6 +44,7 @@ from llmkit.io.run_layout import (
     checkpoint_name,
     final_model,
     is_run,
+    regular,
 )
 from llmkit.lineage.fields import counts_of
 
@@ -76,13 +77,16 @@ class Format:
     parts: tuple[str, ...] = ()  # patterns
 
     def file(self, path: Path) -> Path | None:
-        """The file that holds the record of `path`; None where `path` is not of this format."""
+        """The file that holds the record of `path`; None where `path` is not of this format.
+
+        LlmkitError for a special file in a directory.
+        """
         if not path.is_dir():
             return path if self.suffix in ("", path.suffix.lower()) else None
         for pattern in self.files:
             matches = sorted(path.glob(pattern))
             if matches:
-                return matches[-1]  # the last of several shards holds the counts of all
+                return regular(matches[-1])  # the last of several shards holds the counts of all
         return None
 
 

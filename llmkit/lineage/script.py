@@ -41,8 +41,8 @@ class Flag(NamedTuple):
     """An option of a command.
 
     With `by_role` its value is an input of that role, or does not decide the content, and a record that gives another
-    one may want to write there. With `writes` it is never given. `takes`: whether a value is one that the option has;
-    `runs`: whether a value names code.
+    one may want to write there. With `writes` it is never given, and without `reads` not with an input as its value.
+    `takes`: whether a value is one that the option has; `runs`: whether a value names code.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Flag(NamedTuple):
     default: Any = None
     by_role: bool = False
     writes: bool = False
+    reads: bool = True
     takes: Callable[[Any], bool] = lambda value: True
     runs: Callable[[str], bool] = lambda value: False
 
@@ -226,6 +227,8 @@ class _Script:
         if self._code:
             self.lines += [_comment(f"needs the code of {', '.join(self._code)}: {line}")]
             hint = "read it, then print this script with --allow-code"
+            if self._allow_code:
+                hint = "the record holds no digest of it; run the step by hand"
             line = f"stop {_quote(f'the next step runs code, {one_line(self._code[0])}: {hint}')}"
         self._code = outer
         self.lines.append(line)
@@ -292,13 +295,16 @@ class _Script:
             else:
                 reference = self.reference(item)
             option, _, template = item["role"].partition(" ")
-            if option in flags and flags[option].writes:
-                self._leave_out(flags[option].name, item["name"])
-            elif option in flags:  # "rule url.domains=*": the path replaces the asterisk
-                before, _, after = template.partition("*")
-                if flags[option].runs(before + file_name(item["name"]) + after):
-                    self._check_code(reference, item)
-                words += [flags[option].name, _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
+            flag = flags.get(option)
+            before, _, after = template.partition("*")  # "rule url.domains=*": the path replaces the asterisk
+            value = f"{before}./{file_name(item['name'])}{after}"
+            if flag and (flag.writes or not flag.reads or not (flag.takes(value) or flag.takes([value]))):
+                self._leave_out(flag.name, value if template else item["name"])
+            elif flag:
+                if flag.runs(value):
+                    # What runs must be what is compared: not another directory's, nor the file of "x.py:f".
+                    self._check_code(reference, item, not before and ":" not in item["name"])
+                words += [flag.name, _quote(before) * bool(before) + reference + _quote(after) * bool(after)]
             else:
                 suffix = suffixes[len(positional)] if len(positional) < len(suffixes) else ""
                 suffix = suffix if isinstance(suffix, str) and suffix[:1] == ":" and "/" not in suffix else ""
@@ -324,12 +330,13 @@ class _Script:
     def _leave_out(self, option: str, value: Any) -> None:
         self.lines.append(_comment(f"left out: {option} {str(value)[:100]}, which no record of llmkit holds"))
 
-    def _check_code(self, path: str, item: Record) -> None:
+    def _check_code(self, path: str, item: Record, comparable: bool) -> None:
         """Allow the code at `path` if the user does, and if it has its digest, which a line compares."""
-        if self._allow_code and not item["lineage"] and _DIGEST.fullmatch(item["digest"]):
-            self._compare(path, item["digest"])
+        digest = item["digest"] if comparable and not item["lineage"] else ""
+        if self._allow_code and _DIGEST.fullmatch(digest):
+            self._compare(path, digest)
         else:
-            self._code.append(f"{file_name(item['name'])} ({item['digest'] or 'no digest'})")
+            self._code.append(f"{file_name(item['name'])} ({digest or 'no digest'})")
 
     def _stream(self, item: Record, depth: int) -> tuple[str, bool]:
         """The source of a stream, and whether it is a command rather than a file; "" is the script's own stdin."""

@@ -28,6 +28,7 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.record import parse_record, slot_of
+from llmkit.io.run_layout import regular
 from llmkit.options import from_toml, toml_value
 
 PLAN_NAME = "plan.toml"
@@ -116,7 +117,7 @@ def format_plan(plan: Plan, lineage: dict[str, Any] | None = None) -> str:
 def read_plan(path: Path) -> Plan:
     """Read a plan from a TOML file. Raises LlmkitError where it is not a valid plan."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(regular(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path and its permissions") from error
     except (ValueError, RecursionError) as error:
@@ -178,7 +179,7 @@ def locate_source(plan: Path, source: PlannedSource) -> Path:
 
 def read_record(path: str) -> Any:
     """The lineage record in a plan, valid or not; None where there is none. Raises UnreadableRecordError."""
-    return slot_of(Path(path).read_bytes(), tomllib.loads, path)
+    return slot_of(regular(Path(path)).read_bytes(), tomllib.loads, path)
 
 
 def verify(path: Path) -> None:

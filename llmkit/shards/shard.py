@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llmkit.errors import LlmkitError, UnreadableRecordError
 from llmkit.io.inputs import HINT_IDS, holds_ids
 from llmkit.io.record import parse_record
+from llmkit.io.run_layout import regular
 from llmkit.io.sealed_file import BYTES, is_sealed
 from llmkit.memory import limited
 from llmkit.shards.arrow import JSON_ID, JSON_SOURCE, Tokens, as_numpy
@@ -63,7 +64,7 @@ class Shard:
         self.json_marks: list[NDArray[np.uint8] | None] = []  # of each batch; None where all is text
         trailer: Any = None
         try:
-            with open(path, "rb") as file:
+            with open(regular(path), "rb") as file:
                 start = file.read(8)
             if not start:
                 raise LlmkitError(f"{name}: empty file", "token shards come from: llmkit tokenize")

@@ -13,6 +13,7 @@ from typing import Any
 from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_stored
 from llmkit.io.record import sealed
+from llmkit.io.run_layout import regular
 from llmkit.shards.tokenizer_info import TOKENIZER_FILES, read_record
 
 CONFIG = "tokenizer_config.json"
@@ -54,7 +55,7 @@ def _encoded(config: dict[str, Any]) -> bytes:
 
 def _config(directory: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads((directory / CONFIG).read_bytes())
+        content = json.loads(regular(directory / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

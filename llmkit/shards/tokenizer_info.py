@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.record import slot_of
-from llmkit.io.run_layout import final_model, member
+from llmkit.io.run_layout import final_model, member, regular
 from llmkit.shards.foreign_vocabulary import name_format
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -199,7 +199,7 @@ def read_record(path: str) -> Any:
 
     Raises UnreadableRecordError.
     """
-    return slot_of(Path(path).read_bytes(), json.loads, path)
+    return slot_of(regular(Path(path)).read_bytes(), json.loads, path)
 
 
 def added_ids(content: dict[str, Any]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import atomic_file
 from llmkit.io.inputs import STDIN, open_raw
 from llmkit.io.record import Input
-from llmkit.io.run_layout import resolve_model
+from llmkit.io.run_layout import member, resolve_model
 from llmkit.lineage.formats import describe_input
 from llmkit.mixing.order import OrderedTokens
 from llmkit.model.pretrained.checkpoint import LoadedModel
@@ -71,7 +71,7 @@ def row_inputs(reader: DocumentReader) -> list[Input]:
 
 def _store_stdin(session: Session, name: str) -> Path:
     """Copy stdin to a file of the run, once, on the main process; returns its path."""
-    path = session.directory.path / "data" / name
+    path = member(session.directory.path / "data", name)
     if session.processes.is_main and not (path.exists() and session.options.checkpoints.resume):
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no input: stdin is a terminal", "name the data, or pipe it in")

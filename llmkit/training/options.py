@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from llmkit.io.run_layout import checkpoint_name
-from llmkit.options import COMMON, NEUTRAL, Formerly, Help, NamesCode, Without, count_option, parse_share
+from llmkit.options import COMMON, NEUTRAL, Formerly, Help, NamesCode, NamesFiles, Without, count_option, parse_share
 from llmkit.training.optim.schedule import DECAY_SHAPES, SCHEDULES
 
 DATA, OPTIMIZER, MACHINE, CHECKPOINTS, EVALUATION = (
@@ -344,6 +344,7 @@ class StartOptions:
             metavar="NAME",
             help="Learning rates, sizes and defaults of amber, crystal, olmo, or a TOML file of stages",
         ),
+        NamesFiles(),
     ] = None
     batch_warmup: Annotated[
         str | None,

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_directory
-from llmkit.io.run_layout import is_run
+from llmkit.io.run_layout import is_run, regular
 from llmkit.shards.arrow import as_numpy, string_data
 from llmkit.shards.shard import PADDING_SOURCE, Shard, batch_tokens
 
@@ -77,9 +77,9 @@ def write_trace(run: Path, stream: Any, phases: Iterable[PhaseSizes], total: int
     text = json.dumps(description, indent=1)
     directory = run / NAME
     try:
-        if (directory / "trace.json").read_text(encoding="utf-8") == text:
+        if regular(directory / "trace.json").read_text(encoding="utf-8") == text:
             return
-    except OSError:
+    except (OSError, ValueError, LlmkitError):
         pass
     shutil.rmtree(directory, ignore_errors=True)  # of other data, or of the same data at another path
     with atomic_directory(directory) as partial:
@@ -120,7 +120,7 @@ class Trace:
                 raise LlmkitError(f"{run}: not a run", "give the output directory of train or anneal")
             raise LlmkitError(f"{run}: no trace", "only train and anneal write one; rows of sft and dpo have no ids")
         try:
-            content = json.loads((directory / "trace.json").read_bytes())
+            content = json.loads(regular(directory / "trace.json").read_bytes())
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}")
             self.phases: list[PhaseSizes] = [(int(a), int(b), int(c), int(d)) for a, b, c, d in content["legs"]]
@@ -289,7 +289,7 @@ class Trace:
 def _load_mapped(path: Path) -> NDArray[Any]:
     """A memory-mapped array as a plain one, since reading single elements of numpy's memmap type takes ten
     times as long."""
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(regular(path), mmap_mode="r"))
 
 
 def _matching_rows(pattern: bytes, starts: NDArray[np.int32], text: NDArray[np.uint8]) -> list[int]:
@@ -319,7 +319,7 @@ def skipped_steps(run: str | Path) -> dict[int, str]:
 def steps_done(run: str | Path) -> int:
     """The last step in the run's log."""
     try:
-        with open(Path(run) / "metrics.jsonl", "rb") as file:
+        with open(regular(Path(run) / "metrics.jsonl"), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
             lines = file.read().splitlines()
     except OSError:
@@ -330,7 +330,7 @@ def steps_done(run: str | Path) -> int:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             yield from map(_parse, file)
     except OSError:
         return

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +167,76 @@ def test_a_damaged_byte_of_an_index_is_found(tmp_path: Path, llmkit_here: Call) 
     call = ("dedup", "more.jsonl", "--method", "exact", "--index", "seen.duckdb", "-q", "-o", "other.jsonl.zst")
     assert llmkit_here(*call, cwd=tmp_path).returncode == 0
     assert state()["2 seen.duckdb"] == "DIFFERS"
+
+
+@contextmanager
+def at_once(what: object, seconds: int = 20) -> Iterator[None]:
+    """Fail where the block does not end: a pipe waits for a writer, and a device has no end."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"{what} does not end"))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("kind", ["shards", "mix", "tok", "int8", "run"])
+def test_special_files_do_not_hang(artefacts: Path, tmp_path: Path, kind: str, device: bool) -> None:
+    """Property: with a pipe, or a link to a device, in the place of any file of an artefact it is not read without end,
+    by lineage or by a command that takes it as input; a file that counts differs, or is named in one line."""
+    from llmkit.mixing.order import OrderedTokens
+    from llmkit.model.pretrained.directory import load_info, weight_files
+    from llmkit.shards.tokenizer_info import read_tokenizer
+    from llmkit.training.checkpoint.run_directory import starting_point
+
+    copy = tmp_path / kind
+    subprocess.run(["cp", "-a", str(artefacts / kind), str(copy)], check=True)
+    for name in ("shards", "a", "b"):
+        (tmp_path / name).exists() or shutil.copytree(artefacts / name, tmp_path / name)
+    readers: list[Callable[[str], object]] = [own_digest, OrderedTokens.open, load_info, read_tokenizer]
+    readers += [lambda path: starting_point(path, None), lambda path: weight_files(Path(path))]
+    for file in files_of(copy):
+        stored = file.read_bytes()
+        file.unlink()
+        file.symlink_to("/dev/zero") if device else os.mkfifo(file)
+        with at_once(file):
+            with suppress(LlmkitError):
+                assert {"DIFFERS", "not found"} & set(states(copy).values()), file
+            for read in readers:
+                with suppress(LlmkitError):
+                    read(str(copy))
+        file.unlink()
+        file.write_bytes(stored)
+    assert "DIFFERS" not in states(copy).values()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../secret", "trace/../../secret", "link", "pipe"])
+def test_digests_of_files_elsewhere_differ(artefacts: Path, tmp_path: Path, name: str) -> None:
+    """Behaviour: a list of digests that names a file outside of its directory, or what is no file, is never followed."""
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-a", str(artefacts / "run"), str(run)], check=True)
+    (tmp_path / "secret").write_text("x")
+    (run / "link").symlink_to("../secret")
+    os.mkfifo(run / "pipe")
+    for place in (run, run / "final" / "state"):
+        listed = {name: digest_path(tmp_path / "secret")}
+        (place / "digests.json").write_text(json.dumps(listed, indent=1))
+    with at_once(name):
+        record = read_lineage(run)
+        assert record is not None
+        found = [(result.name, result.state) for result in check(record, str(run), [])][1:3]
+    assert found == [("run/checkpoints/step-00000001", "DIFFERS"), ("run/digests.json", "DIFFERS")]
+
+
+def test_inputs_that_are_pipes_are_not_read(tmp_path: Path) -> None:
+    """Behaviour: a pipe of the name of an input is not that input."""
+    os.mkfifo(tmp_path / "docs.jsonl")
+    (tmp_path / "out.jsonl").write_text("")
+    record = {"command": "mix", "inputs": [{"name": "docs.jsonl", "digest": "xxh3:0"}], "counts": {}}
+    with at_once("docs.jsonl"):
+        states = [result.state for result in check(record, str(tmp_path / "out.jsonl"), [])]
+    assert states[1:] == ["not found"]
 
 
 @pytest.mark.parametrize("key", ["digest", "files", "bytes"])

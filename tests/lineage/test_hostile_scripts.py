@@ -17,6 +17,7 @@ from llmkit.options import marks_of
 
 # Options that name what is written: shared ones, and those that a script never gives. Any other path is read.
 WRITTEN = {"output", "summary", *WRITES}
+DIGEST = "xxh3:" + "1" * 32
 
 
 def commands_of(script: str) -> list[str]:
@@ -60,6 +61,13 @@ def test_own_rules_run_only_when_allowed(tmp_path: Path, llmkit_here: Any, prelo
         ("filter", {"rule": ["rules.py:ok.min=1"]}, []),
         ("filter", {}, [{"name": "rules.py", "role": "rule *:ok", "digest": "none"}]),
         ("filter", {}, [{"name": "x", "role": "rule rules.py:ok*", "digest": "none"}]),
+        ("filter", {"filter": ["model/rules.py:ok"]}, []),
+        ("filter", {}, [{"name": "rules.py:ok", "role": "filter", "digest": DIGEST}]),  # of another file than rules.py
+        ("filter", {}, [{"name": "rules.py", "role": "rule model/*:ok", "digest": DIGEST}]),  # likewise
+        ("filter", {"preset": ["model/p.toml"]}, []),  # which may name a function
+        ("filter", {"preset": ["gopher", "model/p"]}, []),
+        ("filter", {}, [{"name": "p", "role": "preset", "digest": "none"}]),
+        ("filter --rejects", {}, [{"name": "p.toml", "role": "preset", "digest": "none"}]),
         ("eval", {"include_path": ["tasks"], "tasks": "t"}, []),
         ("eval", {"tasks": "t"}, [{"name": "tasks", "role": "include_path"}]),
         ("train", {}, [{"name": "tasks", "role": "include_path"}]),
@@ -94,6 +102,50 @@ def test_no_record_gives_an_output(name: str) -> None:
                 assert f"--{option.replace('_', '-')}" not in words
             if "options" in record and isinstance(record["options"][option], dict):
                 assert not any("precious" in word for word in words)
+
+
+def test_presets_run_only_when_allowed() -> None:
+    """Behaviour: a preset in a file, which may name functions, is compared with its digest first; those of the package
+    run."""
+    record = {"command": "filter", "inputs": [{"name": "p.toml", "role": "preset", "digest": DIGEST}]}
+    stopped = as_script(record, "o.jsonl.zst", _flags)
+    assert not commands_of(stopped) and f"# needs the code of p.toml ({DIGEST}): llmkit filter" in stopped
+    allowed = as_script(record, "o.jsonl.zst", _flags, allow_code=True)
+    assert f'\nsame "$IN"/p.toml {DIGEST}\nllmkit filter --preset "$IN"/p.toml' in allowed
+    for options in ({"preset": ["gopher"]}, {"filter": ["url"]}, {"rule": ["gopher_quality.min_doc_words=2"]}):
+        assert commands_of(as_script({"command": "filter", "options": options}, "o.jsonl.zst", _flags))
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../x", "~/x", "a/../../x"])
+def test_paths_in_rules_stay_in_the_directories(path: str) -> None:
+    """Property: no rule that reads a file, of any filter, names one elsewhere; a value that is no path stays."""
+    from llmkit.corpus.chain_loader import file_fields
+    from llmkit.corpus.filters import FILTERS
+
+    files = {f"{name}.{key}" for name in FILTERS.names() for key in file_fields(FILTERS.get(name))}
+    assert {"url.domains", "quality.model", "decontaminate.files"} <= files
+    directory, _, name = path.rpartition("/")
+    flags = _flags("filter")
+    for rule in (*files, "url@twice.domains", " url.domains"):
+        script = as_script({"command": "filter", "options": {"rule": [f"{rule}={path}"]}}, "o", lambda _: flags)
+        assert path not in commands_of(script)[0] and f"# left out: --rule ['{rule}={path}']" in script
+        template = {"name": name, "role": f"rule {rule}={directory}/*"}
+        script = as_script({"command": "filter", "inputs": [template]}, "o", lambda _: flags)
+        assert "--rule" not in commands_of(script)[0] and "# left out: --rule " in script
+    pattern = {"command": "filter", "options": {"rule": [f"regex.pattern={path}"]}}
+    assert "left out" not in as_script(pattern, "o", lambda _: flags)
+    assert path not in commands_of(as_script({"command": "train", "options": {"recipe": path}}, "run", _flags))[0]
+
+
+def test_a_role_never_writes() -> None:
+    """Property: an input never becomes a part of the value of an option that names no file, such as
+    `--on-bad-line quarantine=FILE`."""
+    for command in ("filter", "mix", "sft", "eval"):
+        flags = _flags(command)
+        texts = [option for option, flag in flags.items() if not flag.reads]
+        inputs = [{"name": "x", "role": f"{option} quarantine=*"} for option in texts]
+        script = as_script({"command": command, "inputs": inputs}, "out", lambda _: flags)  # noqa: B023
+        assert "on_bad_line" in texts and "quarantine" not in commands_of(script)[0]
 
 
 def test_paths_stay_in_the_directories() -> None:

@@ -82,7 +82,7 @@ def test_force_replaces_only_runs(tmp_path: Path, names: list[str], head: str, r
     from llmkit.training.checkpoint.run_directory import check_run
 
     for name in names:
-        (tmp_path / name).write_text(head)
+        (tmp_path / name).mkdir() if name in ("checkpoints", "data") else (tmp_path / name).write_text(head)
     if not refused:
         check_run(str(tmp_path), resume=False, force=True)
         return

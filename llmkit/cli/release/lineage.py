@@ -134,7 +134,7 @@ def _flags(name: str) -> dict[str, Flag]:
     )
     from llmkit.cli.shared.table import COMMANDS, module_of
     from llmkit.lineage.script import Flag
-    from llmkit.options import Field, NamesCode, marks_of
+    from llmkit.options import Field, NamesCode, NamesFiles
 
     if name not in COMMANDS:  # "cat" for concatenated streams, or another tool's record
         raise LlmkitError(
@@ -149,27 +149,39 @@ def _flags(name: str) -> dict[str, Flag]:
             continue
         negative = p.secondary_opts[0] if p.secondary_opts else ""
         field = Field(p.name, parameters[p.name].annotation, p.default)
-        code = [re.compile(mark.pattern) for mark in marks_of(field.annotation) if isinstance(mark, NamesCode)]
-        runs = partial(_matches, code)
+        code = [re.compile(mark.pattern) for mark in field.marks() if isinstance(mark, NamesCode)]
+        reads = _is_path(field) or any(isinstance(mark, (NamesCode, NamesFiles)) for mark in field.marks())
         flags[p.name] = Flag(
-            p.opts[0], negative, p.default, p.name in by_role, p.name in WRITES, partial(_takes, field), runs
+            p.opts[0],
+            negative,
+            p.default,
+            by_role=p.name in by_role,
+            writes=p.name in WRITES,
+            reads=reads,
+            takes=partial(_takes, field),
+            runs=partial(_matches, code),
         )
     return flags | {old: flags[new] for old, new in renamed_options(function).items() if old not in flags}
 
 
 def _takes(field: Field, value: object) -> bool:
-    """Whether an option takes a value: of its type, within its bounds, and if a path, then one below a directory."""
-    from llmkit.options import checked_value, marks_of
+    """Whether an option takes a value: of its type, within its bounds, and with paths below a directory only."""
+    from llmkit.options import NamesFiles, checked_value
 
     try:
         checked = checked_value(field, value)
     except UsageError:
         return False
-    metavars = {getattr(mark, "metavar", None) for mark in marks_of(field.annotation)}
-    if not isinstance(checked, Path) and not metavars & PATHS:
-        return True
-    paths = map(PurePath, checked if isinstance(checked, list) else [str(checked)])
+    values = list(map(str, checked if isinstance(checked, list) else [checked]))
+    if not isinstance(checked, Path) and not _is_path(field):
+        marks = [mark for mark in field.marks() if isinstance(mark, NamesFiles)]
+        values = [path for mark in marks for each in values for path in mark.of(each)]
+    paths = map(PurePath, values)
     return not any(path.is_absolute() or ".." in path.parts or "~" in str(path)[:1] for path in paths)
+
+
+def _is_path(field: Field) -> bool:
+    return any(PATHS & set(re.findall("[A-Z]+", getattr(mark, "metavar", None) or "")) for mark in field.marks())
 
 
 def _matches(patterns: list[re.Pattern[str]], value: str) -> bool:

@@ -18,6 +18,7 @@ from llmkit.cli.shared.ray_files import call_per_file
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.atomic import HINT_EXISTS
 from llmkit.io.inputs import COMPRESSIONS, STDIN, exists, has_suffix, is_remote
+from llmkit.io.run_layout import member
 
 if TYPE_CHECKING:
     from llmkit.io.document_writer import DocumentWriter
@@ -107,6 +108,8 @@ def plan_jobs(run: Run, inputs: list[str], rejects: str | None, resume: bool) ->
     outputs = [os.path.join(target, name) for name in names]
     rejected = [] if rejects is None else [os.path.join(rejects, name) for name in names]
     run.check_quarantine({f"the output {path}": path for path in outputs + rejected})
+    for path in filter(os.path.islink, outputs + rejected):  # whoever made the directory must not choose where to
+        member(Path(path).parent, os.path.basename(path))
     existing = [path for path in outputs if exists(path)]
     if not resume and not run.force and 0 < len(existing) < len(outputs):
         raise LlmkitError(f"{existing[0]} exists", "--resume makes only the missing files, -f replaces all of them")

@@ -15,7 +15,7 @@ from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import COMMON, InputPaths, Run, command
 from llmkit.cli.shared.ray_files import EngineName, engine_of
 from llmkit.errors import UsageError
-from llmkit.options import NamesCode
+from llmkit.options import NamesCode, NamesFiles
 
 if TYPE_CHECKING:
     from llmkit.corpus.chain import Chain, FilteredChunk, Statistics
@@ -24,10 +24,19 @@ if TYPE_CHECKING:
 
 SHARES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # quantiles that --stats prints
 FILTER_PANEL = "Filter shorthands"
+CODE = r"\.py:"  # of a function in a Python file
 
 
 def _filter(*names: str, metavar: str, help: str) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=FILTER_PANEL)
+
+
+def _files_of_rule(rule: str) -> list[str]:
+    if not any(mark in rule.partition("=")[2] for mark in ("/", "~", "..")):
+        return []  # late: importing the filters takes a second
+    from llmkit.corpus.chain_loader import files_of_rule
+
+    return files_of_rule(rule)
 
 
 @command(
@@ -52,11 +61,14 @@ def main(
             help="gopher, c4, fineweb, refinedweb, dolma, txt360, code, or a TOML file (repeatable; default: gopher)",
         ),
         COMMON,
+        NamesCode(r"/|\.toml$"),
+        NamesFiles(),
     ] = None,
     filter: Annotated[
         list[str] | None,
         typer.Option("--filter", metavar="NAME", help="Add a filter after the presets (repeatable)"),
         COMMON,
+        NamesCode(CODE),
     ] = None,
     rule: Annotated[
         list[str] | None,
@@ -66,7 +78,8 @@ def main(
             help='Set a threshold ("off" disables its rule); FILE.py:FUNCTION adds a filter of your own',
         ),
         COMMON,
-        NamesCode(r"\.py:"),
+        NamesCode(CODE),
+        NamesFiles(_files_of_rule),
     ] = None,
     words: Annotated[
         str, typer.Option("--words", metavar="KIND", help="Definition of a word: unicode, whitespace or spacy")

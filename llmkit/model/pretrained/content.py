@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_bytes, digest_stored
 from llmkit.io.record import parse_record, record_text, sealed
+from llmkit.io.run_layout import regular
 from llmkit.io.sealed_file import PENDING
 from llmkit.model.pretrained.header import MAX_HEADER_BYTES
 
@@ -55,7 +56,7 @@ def seal(directory: Path) -> None:
 
 def verify(path: Path) -> None:
     """Raise LlmkitError where the header of weights with a digest has another form than the one that was written."""
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for file in map(regular, sorted(path.glob("*.safetensors")) if path.is_dir() else [path]):
         with open(file, "rb") as stored:
             length, header = _read_header(stored, file)
             stored.seek(8)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
+from llmkit.io.run_layout import regular
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 # Bytes per element, by the format's name for the type.
@@ -51,7 +52,7 @@ class Stored:
 def read_header(path: Path) -> dict[str, Stored]:
     """Every tensor of a file by name; LlmkitError if the header is inconsistent or the file truncated."""
     try:
-        size = path.stat().st_size
+        size = regular(path).stat().st_size
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, size - 8):

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from llmkit.errors import LlmkitError, UsageError
-from llmkit.io.atomic import atomic_file, check_output, full_disk_names, lock, no_follow
+from llmkit.io.atomic import atomic_file, check_output, full_disk_names, lock, own_file
 from llmkit.io.digest import digest_stored
 from llmkit.io.run_layout import (
     CHECKPOINTS,
@@ -43,6 +43,8 @@ from llmkit.io.run_layout import (
     checkpoint_name,
     files_below,
     find_checkpoints,
+    member,
+    regular,
     resolve_model,
     step_of,
 )
@@ -57,6 +59,8 @@ HEAD = b"# llmkit "  # of config.toml
 # All that a run may hold: -f replaces a directory that holds anything else.
 LAYOUT = {*SEALED, CHECKPOINTS, LATEST, FINAL, DIGESTS, ".lock", "tracker", "wandb"}
 LEFTOVERS = {".lock", CHECKPOINTS, "data"}  # of a run that was killed before it started
+DIRECTORIES = (CHECKPOINTS, "data", "trace", "tracker", "wandb")
+FILES = LAYOUT - {*DIRECTORIES, LATEST, FINAL}
 
 
 class RunDirectory:
@@ -80,7 +84,7 @@ class RunDirectory:
         """Append a line to events.jsonl."""
         record = {"event": name, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | details
         # A full disk must not stop the run.
-        with suppress(OSError), open(self.path / EVENTS, "a", encoding="utf-8", opener=no_follow) as file:
+        with suppress(OSError), open(self.path / EVENTS, "a", encoding="utf-8", opener=own_file) as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save(
@@ -223,6 +227,8 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     names = (
         {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""} if directory.exists() else set()
     )
+    if (CONFIG in names and (resume or force)) or names <= LEFTOVERS:
+        _check_members(directory)
     if not names or (".lock" in names and names <= LEFTOVERS):
         check_output(directory, force=True)
     elif CONFIG not in names and (resume or force):
@@ -234,6 +240,20 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     elif not (resume or force):
         hint = "--resume continues it, -f replaces it" if CONFIG in names else "choose another output"
         raise LlmkitError(f"{path} exists", hint)
+
+
+def _check_members(run: Path) -> None:
+    """Raise LlmkitError where a run, which somebody else may have made, would write or remove files outside of it."""
+    directories = [*(run / name for name in DIRECTORIES), *find_checkpoints(run)]
+    for path in (*directories, *(run / name for name in sorted(FILES))):
+        is_right = path.is_dir() if path in directories else path.is_file()
+        if path.is_symlink() or (path.exists() and not is_right):
+            kind = "a symbolic link" if path.is_symlink() else "neither a regular file nor a directory of a run"
+            raise LlmkitError(
+                f"{path}: {kind}", "a run writes only inside its own directory: replace it, or choose another output"
+            )
+    for name in (LATEST, FINAL):  # links to checkpoints
+        member(run, name)
 
 
 def _begins(path: Path, head: bytes) -> bool:
@@ -259,7 +279,7 @@ def _file_digests(checkpoint: Path) -> dict[str, str]:
 def find_damage(checkpoint: Path) -> str | None:
     """The first problem with a checkpoint's files; None if all are present and unchanged. Reads every byte."""
     try:
-        expected = json.loads((checkpoint / STATE / DIGESTS).read_bytes())
+        expected = json.loads(regular(checkpoint / STATE / DIGESTS).read_bytes())
         actual = _file_digests(checkpoint)
     except (OSError, ValueError, RecursionError, LlmkitError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

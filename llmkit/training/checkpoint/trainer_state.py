@@ -17,7 +17,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.io.names import utf8_path
-from llmkit.io.run_layout import STATE
+from llmkit.io.run_layout import STATE, regular
 from llmkit.lineage.fields import present_options
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.options import former_names
@@ -65,7 +65,7 @@ def load_trainer_state(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / STATE / TRAINER
     try:
-        fields = {"environment": {}} | json.loads(path.read_bytes())
+        fields = {"environment": {}} | json.loads(regular(path).read_bytes())
         state = TrainerState(**{key: fields[key] for key in TrainerState.__slots__})
         for name, kind in FIELD_TYPES.items():
             if not isinstance(getattr(state, name), kind) or isinstance(getattr(state, name), bool):
@@ -97,7 +97,7 @@ def _load_file(path: Path, description: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        with utf8_path(path) as name:
+        with utf8_path(regular(path)) as name:
             return load_file(name)
     except (OSError, SafetensorError) as error:
         raise LlmkitError(

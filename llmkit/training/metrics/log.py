@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from llmkit.io.atomic import no_follow
+from llmkit.io.atomic import own_file
 
 # Dense peak in TFLOP/s by part of torch.cuda.get_device_name: (bf16 and fp16, fp32 or tf32 as torch uses it
 # by default). NVIDIA data sheets.
@@ -61,7 +61,7 @@ class MetricsLog:
         self._path = path
         self._size = self._last_size = 0
         self._pending: list[bytes] = []  # lines not yet written because the disk was full
-        self._file = open(path, "ab", buffering=0, opener=no_follow)
+        self._file = open(path, "ab", buffering=0, opener=own_file)
         self.truncate_after(after_step)
 
     def truncate_after(self, after_step: int) -> None:
