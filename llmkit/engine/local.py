@@ -106,8 +106,9 @@ def _call(item: Any) -> Any:
 
 
 def init_worker() -> None:
-    """Set up a worker process: the parent handles Ctrl-C and SIGTERM, and the worker dies with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set up a worker process: the parent handles Ctrl-C, SIGHUP and SIGTERM, and the worker dies with its parent."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all processes
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
 
