@@ -95,8 +95,7 @@ def _ignore_failing_messages() -> None:
     """A full disk or a reader that has gone costs the messages on stderr, not the command."""
     if isinstance(sys.stderr, io.TextIOWrapper):
         raw = io.BufferedWriter(_Unfailing(sys.stderr.fileno(), "wb", closefd=False))
-        how = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors, "line_buffering": True}
-        sys.stderr = io.TextIOWrapper(raw, **how)
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
 
 
 def _help(arguments: list[str]) -> int:
@@ -173,9 +172,20 @@ def run_command(name: str, arguments: list[str]) -> int:
 
     def receive(number: int, frame: object) -> None:
         nonlocal received
-        received = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
-        raise received
+        if number != signal.SIGALRM:
+            received = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        if received:
+            raise received
 
+    def raise_again(unraisable: Any) -> None:
+        """Python drops errors in finalizers: a signal that arrives there is raised a moment later."""
+        if received and unraisable.exc_value is received:
+            signal.signal(signal.SIGALRM, receive)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, raise_again
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -189,6 +199,8 @@ def run_command(name: str, arguments: list[str]) -> int:
         return ExitCode.OK
     except (Exception, KeyboardInterrupt) as raised:
         error = received or raised  # a library may turn a signal into an error of its own
+    finally:
+        sys.unraisablehook = hook
     if isinstance(error, Terminated):
         return error.code
     if isinstance(error, KeyboardInterrupt):

@@ -149,8 +149,8 @@ class RunDirectory:
             sink.write(json.dumps(digests, indent=1).encode())
 
     def remove_all_except(self, *names: str) -> None:
-        """Remove everything in the directory except these names."""
-        for entry in self.path.iterdir():
+        """Remove everything in the directory except these names; last what shows that it is a run."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == CONFIG):
             if entry.name in names:
                 continue
             if entry.is_dir() and not entry.is_symlink():
@@ -163,10 +163,13 @@ class RunDirectory:
         self.remove_all_except(".lock", *names)
         self.checkpoints_path.mkdir(exist_ok=True)
 
-    def remove_partial_checkpoints(self) -> None:
-        """Remove half-written checkpoints of a killed run."""
+    def remove_partial_files(self) -> None:
+        """Remove half-written checkpoints, files and links of a killed run."""
         for partial in self.checkpoints_path.glob(".*"):
             shutil.rmtree(partial, ignore_errors=True)
+        for entry in self.path.iterdir():
+            if _is_partial(entry.name) and (entry.is_symlink() or entry.is_file()):
+                entry.unlink()
 
     def _link(self, name: str, target: Path) -> None:
         partial = self.path / f".{name}.partial"
@@ -197,7 +200,7 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
     directory.path.mkdir(exist_ok=True)
     with lock(directory.path / ".lock"):
         directory.checkpoints_path.mkdir(exist_ok=True)
-        directory.remove_partial_checkpoints()
+        directory.remove_partial_files()
         try:
             with full_disk_names(path):
                 yield directory
@@ -213,6 +216,11 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
             raise
 
 
+def _is_partial(name: str) -> bool:
+    """Whether a name is one under which a file is written, see io/atomic.py."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
 def check_run(path: str, *, resume: bool, force: bool) -> None:
     """Raise if no run may start at `path`: one exists and is neither to be resumed nor replaced, or something
     else exists there."""
@@ -222,7 +230,7 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     names = (
         {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""} if directory.exists() else set()
     )
-    if not names or (".lock" in names and names <= LEFTOVERS):
+    if not names or (".lock" in names and all(name in LEFTOVERS or _is_partial(name) for name in names)):
         check_output(directory, force=True)
     elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
