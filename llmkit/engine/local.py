@@ -75,8 +75,8 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
     except BrokenProcessPool as error:
         raise LlmkitError("a worker process was killed", "probably out of memory: use fewer jobs (-j)") from error
     except BaseException:
-        # An interrupted pool may fail to deliver its stop message to idle workers. It waits for the rest of a result that
-        # a killed worker was sending, until no other process can write to that pipe.
+        # An interrupted pool may fail to deliver its stop message to idle workers. It waits for the rest of a result
+        # that a killed worker was sending, until no other process can write to that pipe.
         for process in list((pool._processes or {}).values()):
             process.kill()
         pool._result_queue._writer.close()  # type: ignore[attr-defined]

@@ -184,13 +184,13 @@ def _replace_directory(partial: Path, final: Path, name: str) -> None:
     descriptor = os.open(final, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(descriptor, name)
-        if exchange(partial, final):
-            shutil.rmtree(partial, ignore_errors=True)
-            return
         old = final.with_name(f".{final.name}.old")
         if old.is_symlink():
             old.unlink()
         shutil.rmtree(old, ignore_errors=True)
+        if exchange(partial, final):
+            shutil.rmtree(partial, ignore_errors=True)
+            return
         try:
             os.rename(final, old)
             os.rename(partial, final)
