@@ -125,5 +125,5 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP arrived. Like KeyboardInterrupt, it passes every `except Exception`."""
 
     def __init__(self, number: int = 15) -> None:
-        super().__init__()
+        super().__init__(number)
         self.code = ExitCode(128 + number)

@@ -33,10 +33,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     elif first == "help":
         sys.exit(_help(arguments[1:]))
     else:
-        code = _dispatch(*split(arguments))
-        if argv is None:
-            _leave_signals_to_the_system()
-        sys.exit(code)
+        sys.exit(_dispatch(*split(arguments)))
     sys.exit(0)
 
 
@@ -152,6 +149,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
     import signal
+    import threading
     from importlib import import_module
 
     from llmkit.errors import ExitCode, LlmkitError, Terminated
@@ -169,27 +167,25 @@ def run_command(name: str, arguments: list[str]) -> int:
         return _fail(program, message, hint, code, "--json" in options or Run.reports_json, options)
 
     received: KeyboardInterrupt | None = None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}  # by nohup
 
     def receive(number: int, frame: object) -> None:
         nonlocal received
-        if number != signal.SIGALRM:
-            received = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
-        if received:
-            raise received
+        received = KeyboardInterrupt(number) if number == signal.SIGINT else Terminated(number)
+        raise received
 
-    def raise_again(unraisable: Any) -> None:
-        """Python drops errors in finalizers: a signal that arrives there is raised a moment later."""
+    def send_again(unraisable: Any) -> None:
+        """Python drops errors in finalizers: a signal that arrives there comes back a moment later."""
         if received and unraisable.exc_value is received:
-            signal.signal(signal.SIGALRM, receive)
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, received.args[0])).start()
         else:
             sys.__unraisablehook__(unraisable)
 
-    hook, sys.unraisablehook = sys.unraisablehook, raise_again
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, receive)
+        for number in handlers:
+            signal.signal(number, receive)
         from llmkit.cli.shared.invocation import Run
         from llmkit.cli.shared.options import build
 
@@ -201,6 +197,8 @@ def run_command(name: str, arguments: list[str]) -> int:
         error = received or raised  # a library may turn a signal into an error of its own
     finally:
         sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if isinstance(error, Terminated):
         return error.code
     if isinstance(error, KeyboardInterrupt):

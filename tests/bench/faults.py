@@ -489,7 +489,7 @@ def dev_full(subject: Subject, draw: random.Random) -> None:
     """/dev/full as stdout and as -o; and as stderr, which must not matter."""
     if subject.case.streams:
         subject.prepare(False)
-        done = subject.call([w for w in subject.words(output=None)], lambda: redirect(1, "/dev/full"))
+        done = subject.call(subject.words(output=None), lambda: redirect(1, "/dev/full"))
         subject.expect(done, (1,))
     subject.prepare(False)
     subject.expect(subject.call(subject.words(output="/dev/full")), (1, 2))
