@@ -200,10 +200,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if isinstance(error, Terminated):
-        return error.code
+        return _end_stdout(error.code)
     if isinstance(error, KeyboardInterrupt):
         print(f"{program}: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+        return _end_stdout(ExitCode.INTERRUPTED)
     if isinstance(error, MemoryError):
         return fail("out of memory", "use fewer jobs (-j) or smaller batches", ExitCode.ERROR)
     if debug:
@@ -253,9 +253,14 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
         lines += [f"hint: {one_line(hint)}"] if hint else []
     for line in lines:
         print(line, file=sys.stderr, flush=True)
+    return _end_stdout(code)
+
+
+def _end_stdout(code: int) -> int:
+    """Write what is buffered; where that fails (a full disk), the final flush must not change the exit code."""
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk: the interpreter's final flush must not change the exit code
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
