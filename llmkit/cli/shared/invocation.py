@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,8 @@ class Run:
     def _print(self, text: str) -> None:
         from llmkit.io.names import printable
 
-        print(f"llmkit {self.command}: {printable(text)}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on a full disk must not stop the command
+            print(f"llmkit {self.command}: {printable(text)}", file=sys.stderr, flush=True)
 
     @contextmanager
     def shows_warnings(self) -> Iterator[None]:
