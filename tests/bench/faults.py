@@ -639,7 +639,7 @@ def signals(subject: Subject, draw: random.Random) -> None:
                 done = subject.call(subject.words(replace), hook=subject.hook(draw, replace, number, kind == "rename"))
             try:
                 lines = [line for line in done.said.splitlines() if ": warning: " not in line]
-                if done.code == 130 and not (len(lines) == 1 and lines[0].endswith(": interrupted")):
+                if done.code == 130 and lines and not (len(lines) == 1 and lines[0].endswith(": interrupted")):
                     raise Wrong(f"exit 130: {' / '.join(lines)}")
                 subject.expect(done, (0, code))
                 subject.whole(replace, done=True if done.code == 0 else None)
