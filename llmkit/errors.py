@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     LOST = 69  # EX_UNAVAILABLE
     LOCKED = 75  # EX_TEMPFAIL
+    HUNG_UP = 129
     INTERRUPTED = 130
     BROKEN_PIPE = 141
     TERMINATED = 143
@@ -37,6 +38,7 @@ EXIT_MEANINGS = {
     ExitCode.USAGE: "the command line itself is wrong",
     ExitCode.LOST: "another process of the group, or the device, died or hangs",
     ExitCode.LOCKED: "try again later: another run holds the output, or the time limit was reached",
+    ExitCode.HUNG_UP: "SIGHUP: the terminal was closed",
     ExitCode.INTERRUPTED: "SIGINT",
     ExitCode.BROKEN_PIPE: "the reader of stdout closed it",
     ExitCode.TERMINATED: "SIGTERM",
@@ -120,4 +122,8 @@ class InputWarning(UserWarning):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Like KeyboardInterrupt, it passes every `except Exception`."""
+    """SIGTERM or SIGHUP arrived. Like KeyboardInterrupt, it passes every `except Exception`."""
+
+    def __init__(self, number: int = 15) -> None:
+        super().__init__(number)
+        self.code = ExitCode(128 + number)

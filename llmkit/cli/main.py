@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llmkit import __version__
 from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcommands
@@ -20,8 +20,10 @@ from llmkit.cli.shared.table import COMMANDS, module_of, overview, split, subcom
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run `llmkit ARGV...` and exit the process."""
     if argv is None:
+        _leave_signals_to_the_system()
         _open_closed_streams()
         _use_utf8()
+        _ignore_failing_messages()
     arguments = sys.argv[1:] if argv is None else argv
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help"):
@@ -33,6 +35,17 @@ def main(argv: list[str] | None = None) -> NoReturn:
     else:
         sys.exit(_dispatch(*split(arguments)))
     sys.exit(0)
+
+
+def _leave_signals_to_the_system() -> None:
+    """Before and after a command, a signal ends the process at once, since there is nothing to remove, and a traceback
+    would be all that Python adds. Ignored signals stay ignored, as under nohup.
+    """
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _open_closed_streams() -> None:
@@ -63,6 +76,23 @@ def _use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout):  # stderr escapes what its encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+class _Unfailing(io.FileIO):
+    """A file that swallows what cannot be written."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _ignore_failing_messages() -> None:
+    """A full disk or a reader that has gone costs the messages on stderr, not the command."""
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        raw = io.BufferedWriter(_Unfailing(sys.stderr.fileno(), "wb", closefd=False))
+        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True)
 
 
 def _help(arguments: list[str]) -> int:
@@ -119,6 +149,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
     import signal
+    import threading
     from importlib import import_module
 
     from llmkit.errors import ExitCode, LlmkitError, Terminated
@@ -135,15 +166,26 @@ def run_command(name: str, arguments: list[str]) -> int:
 
         return _fail(program, message, hint, code, "--json" in options or Run.reports_json, options)
 
-    terminated = False
+    received: KeyboardInterrupt | None = None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}  # by nohup
 
-    def terminate(signal_number: int, frame: object) -> None:
-        nonlocal terminated
-        terminated = True  # a library may turn it into a plain KeyboardInterrupt
-        raise Terminated
+    def receive(number: int, frame: object) -> None:
+        nonlocal received
+        received = KeyboardInterrupt(number) if number == signal.SIGINT else Terminated(number)
+        raise received
 
-    signal.signal(signal.SIGTERM, terminate)
+    def send_again(unraisable: Any) -> None:
+        """Python drops errors in finalizers: a signal that arrives there comes back a moment later."""
+        if received and unraisable.exc_value is received:
+            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, received.args[0])).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
+        for number in handlers:
+            signal.signal(number, receive)
         from llmkit.cli.shared.invocation import Run
         from llmkit.cli.shared.options import build
 
@@ -151,34 +193,30 @@ def run_command(name: str, arguments: list[str]) -> int:
         build(import_module(module_of(name)).main, name)(arguments)
         sys.stdout.flush()
         return ExitCode.OK
-    except BrokenPipeError:
-        if debug:
-            raise
-        _exit_on_broken_pipe()
-    except KeyboardInterrupt as error:
-        if terminated or isinstance(error, Terminated):
-            return ExitCode.TERMINATED
+    except (Exception, KeyboardInterrupt) as raised:
+        error = received or raised  # a library may turn a signal into an error of its own
+    finally:
+        sys.unraisablehook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if isinstance(error, Terminated):
+        return _end_stdout(error.code)
+    if isinstance(error, KeyboardInterrupt):
         print(f"{program}: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    except LlmkitError as error:
-        if debug:
-            raise
-        return fail(error.message, error.hint, error.code)
-    except OSError as error:
-        if debug:
-            raise
-        return fail(_os_message(error), _os_hint(error), ExitCode.ERROR)
-    except MemoryError:
+        return _end_stdout(ExitCode.INTERRUPTED)
+    if isinstance(error, MemoryError):
         return fail("out of memory", "use fewer jobs (-j) or smaller batches", ExitCode.ERROR)
-    except Exception as error:
-        if debug:
-            raise
-        text = str(error).splitlines()[0] if str(error) else "no message"
-        return fail(
-            f"internal error: {type(error).__name__}: {text}",
-            "run again with --debug for the traceback",
-            ExitCode.ERROR,
-        )
+    if debug:
+        raise error
+    if isinstance(error, BrokenPipeError):
+        _exit_on_broken_pipe()
+    if isinstance(error, LlmkitError):
+        return fail(error.message, error.hint, error.code)
+    if isinstance(error, OSError):
+        return fail(_os_message(error), _os_hint(error), ExitCode.ERROR)
+    text = str(error).splitlines()[0] if str(error) else "no message"
+    hint = "run again with --debug for the traceback"
+    return fail(f"internal error: {type(error).__name__}: {text}", hint, ExitCode.ERROR)
 
 
 def _os_message(error: OSError) -> str:
@@ -214,13 +252,15 @@ def _fail(program: str, message: str, hint: str, code: int, as_json: bool = Fals
         lines = [f"{program}: error: {one_line(message)}"] if message else []
         lines += [f"hint: {one_line(hint)}"] if hint else []
     for line in lines:
-        try:
-            print(line, file=sys.stderr, flush=True)
-        except OSError:
-            break
+        print(line, file=sys.stderr, flush=True)
+    return _end_stdout(code)
+
+
+def _end_stdout(code: int) -> int:
+    """Write what is buffered; where that fails (a full disk), the final flush must not change the exit code."""
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk: the interpreter's final flush must not change the exit code
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 

@@ -190,7 +190,7 @@ def _connect() -> Any:
     if not ray.is_initialized():
         # Ray would report lost machines on stdout, in the middle of the data.
         ray_worker.print_to_stdstream = lambda *_, **__: None
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         address = os.environ.get("RAY_ADDRESS", "")
         try:
             if re.fullmatch(r"[\w.-]+:\d+", address):  # Ray itself retries for minutes if nothing answers

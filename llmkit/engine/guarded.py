@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
-from llmkit.engine.local import init_worker
+from llmkit.engine.local import deferred_signals, init_worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -147,7 +147,8 @@ def _start(work: Callable[[Any], Any], memory: int) -> _Worker:
     parent_end, worker_end = context.Pipe()
     position = context.RawValue(_Position)
     process = context.Process(target=_serve, args=(work, worker_end, position, memory), daemon=True)
-    process.start()
+    with deferred_signals():
+        process.start()
     worker_end.close()
     return _Worker(process, parent_end, position)
 

@@ -15,6 +15,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -65,7 +66,8 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            pending.append(pool.submit(_call, item))
+            with deferred_signals():
+                pending.append(pool.submit(_call, item))
             if len(pending) >= jobs * IN_FLIGHT:
                 yield pending.popleft().result()
         while pending:
@@ -73,9 +75,11 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
     except BrokenProcessPool as error:
         raise LlmkitError("a worker process was killed", "probably out of memory: use fewer jobs (-j)") from error
     except BaseException:
-        # An interrupted pool may fail to deliver its stop message to idle workers.
+        # An interrupted pool may fail to deliver its stop message to idle workers. It waits for the rest of a result
+        # that a killed worker was sending, until no other process can write to that pipe.
         for process in list((pool._processes or {}).values()):
             process.kill()
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
         raise
     finally:
         _work = None
@@ -86,12 +90,34 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], jobs: int
 def background_process(work: Callable[[], object]) -> Iterator[None]:
     """Run `work` in a forked process while the block runs; kill it at the end of the block. Its errors are ignored."""
     process = multiprocessing.get_context("fork").Process(target=_run_quietly, args=(work,), daemon=True)
-    process.start()
+    with deferred_signals():
+        process.start()
     try:
         yield
     finally:
         process.kill()
         process.join()
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let a signal take effect after the block. Within a fork Python drops its exception, or it leaves a worker that
+    nobody ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _run_quietly(work: Callable[[], object]) -> None:
@@ -106,8 +132,9 @@ def _call(item: Any) -> Any:
 
 
 def init_worker() -> None:
-    """Set up a worker process: the parent handles Ctrl-C and SIGTERM, and the worker dies with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set up a worker process: the parent handles Ctrl-C, SIGHUP and SIGTERM, and the worker dies with its parent."""
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all processes
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent()
 

@@ -3,7 +3,8 @@
 A file is written as `.NAME.partial` in the same directory, fsynced, and renamed; a directory likewise, file by
 file. The partial file is also the lock: it is held with flock(2) while it is written, so a second run on the
 same output stops at once (exit code 75), and the next run takes over the partial file of a killed one. A link of that
-name, or a file of another user, is replaced, never written to. An output that is replaced keeps its mode.
+name, or a file of another user, is replaced, never written to. An output that is replaced keeps its mode. A directory
+is replaced by exchanging the names of both, so that one of them is there at any time.
 
     with atomic_file("clean.jsonl.zst", force=False) as sink:
         sink.write(data)
@@ -14,6 +15,7 @@ have no locks.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import io
@@ -127,6 +129,8 @@ def atomic_directory(
     partial = final.with_name(f".{final.name}.partial")
     descriptor = _open_locked(partial, str(path), directory=True)
     try:
+        if _restore(final):
+            check_output(path, force)
         _keep_mode(descriptor, final)
         _empty(partial)
         with full_disk_names(path):
@@ -137,13 +141,7 @@ def atomic_directory(
                 sync_directory(directory)
         check_output(path, force)
         if final.exists():
-            old = final.with_name(f".{final.name}.old")
-            if old.is_symlink():
-                old.unlink()
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(final, old)
-            os.rename(partial, final)
-            shutil.rmtree(old, ignore_errors=True)
+            _replace_directory(partial, final, str(path))
         else:
             os.rename(partial, final)
     except BaseException:
@@ -181,6 +179,48 @@ class _NamedFile(io.FileIO):
             return super().write(data)
 
 
+def _replace_directory(partial: Path, final: Path, name: str) -> None:
+    """Give `partial` the name of `final`, and remove what that was; its lock keeps other runs from taking it over."""
+    descriptor = os.open(final, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(descriptor, name)
+        old = final.with_name(f".{final.name}.old")
+        if old.is_symlink():
+            old.unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        if exchange(partial, final):
+            shutil.rmtree(partial, ignore_errors=True)
+            return
+        try:
+            os.rename(final, old)
+            os.rename(partial, final)
+        except BaseException:
+            _restore(final)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two directories in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    here = -100  # AT_FDCWD, which absolute paths do not use; the last argument is RENAME_EXCHANGE
+    return not rename(here, os.fsencode(first), here, os.fsencode(second), 2)
+
+
+def _restore(final: Path) -> bool:
+    """Undo the first of two renames, where a run was stopped between them. Returns whether it was."""
+    old = final.with_name(f".{final.name}.old")
+    if os.path.lexists(final) or not old.is_dir() or old.is_symlink() or not _is_own(old.stat()):
+        return False
+    os.rename(old, final)
+    return True
+
+
 def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
     """Create `partial`, or open what a killed run left of it, and lock it.
 
@@ -207,12 +247,10 @@ def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
             partial.unlink()
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(descriptor, name)
+        except LockedError:
             os.close(descriptor)
-            raise LockedError(
-                f"{name} is being written by another run", "wait for it to end, or choose another output"
-            ) from None
+            raise
         status = os.fstat(descriptor)
         with suppress(FileNotFoundError):
             if os.path.samestat(status, os.lstat(partial)):
@@ -223,6 +261,15 @@ def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
                 else:
                     partial.unlink()
         os.close(descriptor)
+
+
+def _lock(descriptor: int, name: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(
+            f"{name} is being written by another run", "wait for it to end, or choose another output"
+        ) from None
 
 
 def _is_own(status: os.stat_result) -> bool:

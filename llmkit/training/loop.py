@@ -11,7 +11,7 @@ Everything is a function of the step number, the parameters, the optimizer's mom
 all of which a checkpoint holds: a run killed at any point ends in the same bytes as an undisturbed one (with
 the same number of processes and threads).
 
-SIGTERM and SIGINT end the run with a checkpoint and then take effect (exit code 143 or 130); a second one
+SIGTERM, SIGHUP and SIGINT end the run with a checkpoint and then take effect (exit code 143, 129 or 130); a second one
 ends the process at once. A single process abandons the step or evaluation it is in, compilation included;
 several processes finish their step together. SIGUSR1 saves a checkpoint and training continues. `max_hours`
 ends the run like a signal, with exit code 75.

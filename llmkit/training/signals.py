@@ -1,5 +1,5 @@
-"""Signals that a run handles at its own pace: SIGTERM and SIGINT end it with a checkpoint, SIGUSR1 requests a
-checkpoint.
+"""Signals that a run handles at its own pace: SIGTERM, SIGINT and SIGHUP end it with a checkpoint, SIGUSR1 requests
+a checkpoint.
 
 with watch_signals() as signals:
     with signals.interruptible(alone=True):     # passes, compilation, evaluation: no lasting effects
@@ -24,16 +24,16 @@ class Interrupted(BaseException):
 
 @dataclass(slots=True)
 class Signals:
-    """The first SIGTERM or SIGINT that arrived (0: none), and whether SIGUSR1 requested a checkpoint."""
+    """The first SIGTERM, SIGINT or SIGHUP that arrived (0: none), and whether SIGUSR1 requested a checkpoint."""
 
     number: int = 0
     save: bool = False
     may_interrupt: bool = False
-    received_here: bool = False  # this process itself received a SIGTERM or SIGINT
+    received_here: bool = False  # this process itself received one
 
     def raise_received(self) -> None:
         """Let the received signal take effect."""
-        raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if self.number == signal.SIGINT else Terminated(self.number)
 
     @contextmanager
     def interruptible(self, alone: bool) -> Iterator[None]:
@@ -50,9 +50,9 @@ class Signals:
 
 @contextmanager
 def watch_signals() -> Iterator[Signals]:
-    """Record SIGTERM, SIGINT and SIGUSR1 instead of obeying them; a second SIGTERM or SIGINT is obeyed.
+    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 instead of obeying them; a second one of the first three is obeyed.
 
-    Does nothing outside the main thread.
+    An ignored SIGHUP stays ignored, as under nohup. Does nothing outside the main thread.
     """
     signals = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -72,7 +72,10 @@ def watch_signals() -> Iterator[Signals]:
             signals.may_interrupt = False
             raise Interrupted
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # it was blocked until there was a handler
     try:
         yield signals

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
@@ -15,6 +16,7 @@ import pytest
 import zstandard
 from waiting import wait_until
 
+from llmkit.cli.main import run_command
 from llmkit.cli.shared.table import COMMANDS
 
 PROSE = "The quick brown fox jumps over the lazy dog, and then it rests with the others that have been there before. "
@@ -205,10 +207,18 @@ def test_broken_pipe_is_quiet(docs: Path) -> None:
     assert orjson.loads((docs / "first").read_bytes())["text"].startswith("0 ")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize(
+    ("number", "code", "jobs"),
+    [
+        (signal.SIGINT, 130, "1"),
+        (signal.SIGINT, 130, "2"),
+        (signal.SIGTERM, 143, "1"),
+        (signal.SIGTERM, 143, "2"),
+        (signal.SIGHUP, 129, "2"),
+    ],
+)
 def test_signals_leave_nothing_half_written(docs: Path, number: int, code: int, jobs: str) -> None:
-    """Behaviour: Ctrl-C and SIGTERM during a run give their exit codes, and leave no output under any name."""
+    """Behaviour: Ctrl-C, SIGTERM and SIGHUP during a run give their exit codes, and leave no output under any name."""
     process = start(*STAGE, "-j", jobs, "-o", "out.jsonl.zst", cwd=docs, stdin=subprocess.PIPE)
     assert process.stdin and process.stderr
     process.stdin.write(LINES * 20)
@@ -218,6 +228,59 @@ def test_signals_leave_nothing_half_written(docs: Path, number: int, code: int, 
     assert process.wait(60) == code
     assert b"Traceback" not in process.stderr.read()
     assert [p.name for p in docs.iterdir()] == ["docs.jsonl"]
+
+
+@pytest.mark.parametrize("swallowed", ["changed", "dropped"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_libraries_cannot_hide_a_signal(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: int, swallowed: str
+) -> None:
+    """Behaviour: a signal ends a command with its exit code, also where a library makes another error of it (DuckDB), or
+    where Python drops the error (in a finalizer)."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def command(arguments: list[str]) -> None:
+        if swallowed == "dropped":
+            Finalized()
+            time.sleep(20)
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise RuntimeError("Query interrupted") from None
+
+    monkeypatch.setattr("llmkit.cli.shared.options.build", lambda *_: command)
+    began, handler = time.monotonic(), signal.getsignal(number)
+    assert run_command("dedup", []) == code and time.monotonic() - began < 10
+    assert signal.getsignal(number) is handler
+
+
+def test_signal_before_and_after_a_command() -> None:
+    """Behaviour: Ctrl-C while the process starts, or when its command has ended, ends it without a traceback."""
+    for place in ("_use_utf8", "run_command"):
+        code = (
+            "import atexit, os, signal, sys, llmkit.cli.main as m\n"
+            f"m.{place} = lambda *_: os.kill(os.getpid(), signal.SIGINT) if {place == '_use_utf8'} else 0\n"
+            "sys.argv = ['llmkit', 'dedup', 'x']\n"
+            "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+            "m.main()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no reader"])
+def test_lost_messages_do_not_fail_a_command(docs: Path, fault: str) -> None:
+    """Behaviour: where stderr is on a full disk, or its reader has gone, the output is made, with exit code 0."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    stderr = os.open("/dev/full", os.O_WRONLY) if fault == "full disk" else writing
+    command = [sys.executable, "-m", "llmkit", *STAGE, "docs.jsonl", "--json", "-o", "out.jsonl"]
+    assert subprocess.run(command, cwd=docs, stderr=stderr).returncode == 0
+    assert (docs / "out.jsonl").read_bytes() == LINES
+    os.close(writing)
 
 
 def test_second_run_on_one_output_is_locked_out(docs: Path, llmkit) -> None:

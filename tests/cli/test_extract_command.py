@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -273,3 +275,17 @@ def test_cut_pages_are_counted(llmkit_here, crawl: Path) -> None:
     done = llmkit_here("extract", "cut.warc", "-o", "o.jsonl", cwd=crawl)
     assert b"1 document of 1 page, 1 truncated; written to o.jsonl" in done.stderr
     assert json.loads((crawl / "o.jsonl").read_text())["truncated"] == "length"
+
+
+def test_a_named_pipe_is_read_once(llmkit_here, tmp_path: Path) -> None:
+    """Behaviour: the digest of a page from a pipe is that of what was read, as of a file; opening it again would hang."""
+    page = b"<html><body><p>A page about otters, which hold hands while they sleep.</p></body></html>"
+    digests = []
+    for name in ("page.html", "pipe.html"):
+        (tmp_path / name).write_bytes(page) if name == "page.html" else os.mkfifo(tmp_path / name)
+        writer = subprocess.Popen(["cp", "page.html", name], cwd=tmp_path) if name == "pipe.html" else None
+        assert llmkit_here("extract", name, "-q", "-o", f"{name}.jsonl.zst", cwd=tmp_path).returncode == 0
+        assert writer is None or writer.wait() == 0
+        record = llmkit_here("lineage", f"{name}.jsonl.zst", "--json", cwd=tmp_path).stdout
+        digests.append([item["digest"] for item in json.loads(record)["inputs"]])
+    assert digests[0] == digests[1]

@@ -63,6 +63,30 @@ def test_an_error_in_a_worker_is_raised_in_the_parent() -> None:
     assert (caught.value.message, caught.value.hint) == ("bad item", "a hint")
 
 
+def test_signals_wait_for_a_fork() -> None:
+    """Behaviour: Ctrl-C in the middle of starting a worker takes effect after it, so that the worker is known and ended;
+    raised within the fork it would be dropped."""
+    started = []
+    hooks = {"after_in_parent": lambda: started.append(signal.raise_signal(signal.SIGINT)) if not started else None}
+    os.register_at_fork(**hooks)
+    with pytest.raises(KeyboardInterrupt):
+        list(ordered_map(slow_square, range(10), 2))
+    assert len(started) == 1 and not multiprocessing.active_children()
+
+
+def test_an_error_while_results_are_sent_is_not_a_hang() -> None:
+    """Behaviour: the map ends at once with an error although workers are killed in the middle of large results."""
+
+    def work(x: int) -> bytes:
+        if x == 0:
+            raise LlmkitError("bad line")
+        return bytes(64 << 20)
+
+    for _ in range(3):
+        with pytest.raises(LlmkitError, match="bad line"):
+            list(ordered_map(work, range(6), 3))
+
+
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:
     """Behaviour: a worker killed by the kernel (out of memory) ends the run with a clear message."""
 

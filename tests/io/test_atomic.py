@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmkit.errors import LlmkitError, LockedError
+from llmkit.io import atomic
 from llmkit.io.atomic import atomic_directory, atomic_file, lock
 
 
@@ -54,6 +58,68 @@ def test_existing_output_needs_force(tmp_path: Path) -> None:
             (directory / text).write_text(text)
     assert names(tmp_path / "dir") == ["two"]
     assert names(tmp_path) == ["dir", "out"]
+
+
+def _replace_and_die(path: Path, swaps: bool, at: int) -> None:
+    """Replace a directory, and be killed before the at-th change of names."""
+    count = 0
+
+    def dying(original: Any) -> Any:
+        def rename(*names: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*names)
+
+        return rename
+
+    os.rename = dying(os.rename)
+    if hasattr(atomic, "exchange"):
+        atomic.exchange = dying(atomic.exchange) if swaps else lambda *_: False
+    with atomic_directory(path, force=True) as directory:
+        (directory / "a").write_text("new")
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_killed_replacement_loses_nothing(tmp_path: Path, swaps: bool) -> None:
+    """Property: killed at any change of names, the old or the new directory is there, at the latest when the next run
+    starts, where the file system cannot exchange names; and that leaves nothing else."""
+    path, codes = tmp_path / "out", []
+    while 0 not in codes:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        (path / "a").write_text("old")
+        other = multiprocessing.get_context("fork").Process(target=_replace_and_die, args=(path, swaps, len(codes) + 1))
+        other.start()
+        other.join()
+        codes.append(other.exitcode)
+        assert path.exists() or not swaps
+        with pytest.raises((RuntimeError, LlmkitError)), atomic_directory(path):
+            raise RuntimeError
+        assert (path / "a").read_text() in ("old", "new")[codes[-1] == 0 :]
+        with atomic_directory(path, force=True) as directory:
+            (directory / "a").write_text("newer")
+        assert names(tmp_path) == ["out"]
+    assert len(codes) > 1
+
+
+def test_failed_replacement_restores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where the second of two renames fails, the old directory has its name again."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    rename = os.rename
+
+    def failing(first: Path, second: Path) -> None:
+        if Path(first).name == ".out.partial":
+            raise OSError(28, "No space left on device")
+        rename(first, second)
+
+    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(atomic, "exchange", lambda *_: False, raising=False)
+    with pytest.raises(OSError), atomic_directory(tmp_path / "out", force=True) as directory:
+        (directory / "a").write_text("new")
+    assert names(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "old"
 
 
 def test_symbolic_link_stays_a_link(tmp_path: Path) -> None:

@@ -177,7 +177,36 @@ def test_killed_run_ends_in_the_same_bytes(
     assert not [p for p in (run / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_run_killed_before_it_began_can_be_started(tmp_path: Path) -> None:
+    """Behaviour: a half-written configuration is what a killed run left, or another run is writing: the directory is still
+    that of a run, which is refused while it is locked, and cleared of partial files and links when it is not."""
+    path = tmp_path / "run"
+    (path / "checkpoints").mkdir(parents=True)
+    for name in (".lock", ".config.toml.partial"):
+        (path / name).touch()
+    (path / ".latest.partial").symlink_to("checkpoints/step-00000001")
+    with lock(path / ".lock"), pytest.raises(LockedError), run_directory.open_run(str(path), resume=True, force=False):
+        pass
+    with run_directory.open_run(str(path), resume=True, force=False):
+        assert sorted(p.name for p in path.iterdir()) == [".lock", "checkpoints"]
+
+
+def test_a_killed_reset_leaves_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: -f removes the configuration last: killed before that, the directory is still a run that -f replaces."""
+    names = ["config.toml", "metrics.jsonl", "events.jsonl", ".lock"]
+    for name in names:
+        (tmp_path / name).touch()
+    removed = []
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(tmp_path / name for name in names))
+    monkeypatch.setattr(Path, "unlink", lambda self: removed.append(self.name))
+    RunDirectory(tmp_path).remove_all_except(".lock")
+    assert removed[-1] == "config.toml" and len(removed) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, Terminated), (signal.SIGHUP, Terminated), (signal.SIGINT, KeyboardInterrupt)],
+)
 def test_signal_saves_and_ends(
     train: Train, whole: Path, tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -97,16 +98,17 @@ def main(
     if run.dry_run:
         run.note(f"would score {len(models)} models on {len(names)} tasks and {len(perplexity or [])} document sets")
         return
-    if run.output:
-        from llmkit.io.atomic import check_output
+    from llmkit.io.atomic import check_output, is_special
 
+    if run.output:
         check_output(run.output, run.force)
     from llmkit.evaluation.score_model import score_documents, score_tasks
 
     results: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         documents = {
-            name: _spool_stdin(stack) if name == STDIN and len(models) > 1 else name for name in perplexity or []
+            name: _spool(stack, name) if len(models) > 1 and (name == STDIN or is_special(Path(name))) else name
+            for name in perplexity or []
         }
         for model in models:
             run.detail(f"loading {model}")
@@ -141,10 +143,10 @@ def _version() -> str:
     return __version__
 
 
-def _spool_stdin(stack: ExitStack) -> str:
-    """A temporary file with the content of stdin, for every model to read."""
+def _spool(stack: ExitStack, path: str) -> str:
+    """A temporary file with the content of stdin or a pipe, for every model to read."""
     file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="llmkit-", suffix=".jsonl"))
-    shutil.copyfileobj(open_raw(STDIN), file, 1 << 20)
+    shutil.copyfileobj(open_raw(path), file, 1 << 20)
     file.flush()
     return file.name
 

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, Skip, document_of
 from llmkit.engine.guarded import Failure, guarded_map
 from llmkit.errors import LlmkitError
+from llmkit.io.atomic import is_special
 from llmkit.io.documents import Document, DocumentReader, ReadOptions
 from llmkit.io.inputs import DOCUMENT_SUFFIXES, STDIN, has_suffix, is_remote
 from llmkit.io.record import Input, base_name
@@ -145,7 +147,8 @@ class PageReader:
                 files.bad_lines += reader.bad
             files.inputs += reader.inputs
             return
-        digest: list[str] | None = [] if path == STDIN else None  # that of a file can be computed later
+        read_once = path == STDIN or is_special(Path(path))  # the digest of a file can be computed later
+        digest: list[str] | None = [] if read_once else None
         pages = read_pages(
             path, max_bytes=self.max_bytes, verify=self.verify, digest=digest, allow_empty=self.allow_empty
         )

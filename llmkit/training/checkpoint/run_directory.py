@@ -154,8 +154,8 @@ class RunDirectory:
             sink.write(json.dumps(digests, indent=1).encode())
 
     def remove_all_except(self, *names: str) -> None:
-        """Remove everything in the directory except these names."""
-        for entry in self.path.iterdir():
+        """Remove everything in the directory except these names; last what shows that it is a run."""
+        for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == CONFIG):
             if entry.name in names:
                 continue
             if entry.is_dir() and not entry.is_symlink():
@@ -168,10 +168,13 @@ class RunDirectory:
         self.remove_all_except(".lock", *names)
         self.checkpoints_path.mkdir(exist_ok=True)
 
-    def remove_partial_checkpoints(self) -> None:
-        """Remove half-written checkpoints of a killed run."""
+    def remove_partial_files(self) -> None:
+        """Remove half-written checkpoints, files and links of a killed run."""
         for partial in self.checkpoints_path.glob(".*"):
             shutil.rmtree(partial, ignore_errors=True)
+        for entry in self.path.iterdir():
+            if _is_partial(entry.name) and (entry.is_symlink() or entry.is_file()):
+                entry.unlink()
 
     def _link(self, name: str, target: Path) -> None:
         partial = self.path / f".{name}.partial"
@@ -202,7 +205,7 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
     directory.path.mkdir(exist_ok=True)
     with lock(directory.path / ".lock"):
         directory.checkpoints_path.mkdir(exist_ok=True)
-        directory.remove_partial_checkpoints()
+        directory.remove_partial_files()
         try:
             with full_disk_names(path):
                 yield directory
@@ -218,6 +221,11 @@ def open_run(path: str, *, resume: bool, force: bool, main: bool = True) -> Iter
             raise
 
 
+def _is_partial(name: str) -> bool:
+    """Whether a name is one under which a file is written, see io/atomic.py."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
 def check_run(path: str, *, resume: bool, force: bool) -> None:
     """Raise if no run may start at `path`: one exists and is neither to be resumed nor replaced, or something
     else exists there."""
@@ -227,9 +235,10 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
     names = (
         {entry.name for entry in directory.iterdir()} if directory.is_dir() else {""} if directory.exists() else set()
     )
-    if (CONFIG in names and (resume or force)) or names <= LEFTOVERS:
+    leftovers = all(name in LEFTOVERS or _is_partial(name) for name in names)
+    if (CONFIG in names and (resume or force)) or leftovers:
         _check_members(directory)
-    if not names or (".lock" in names and names <= LEFTOVERS):
+    if not names or (".lock" in names and leftovers):
         check_output(directory, force=True)
     elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
