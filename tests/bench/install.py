@@ -142,7 +142,10 @@ def main() -> None:
             environment.run("python", "-m", "pytest", "-q", *in_order, *(tests or ["tests"]), cwd=ROOT)
         version = environment.output("-c", "import platform; print(platform.python_version())").strip()
         versions = environment.versions()
-        print(f"\n{date.today()}, {given.mode}, Python {version}, {time.monotonic() - begin:.0f} s: passed, with", *versions)
+        print(
+            f"\n{date.today()}, {given.mode}, Python {version}, {time.monotonic() - begin:.0f} s: passed, with",
+            *versions,
+        )
         if given.freeze and given.mode == "newest":
             freeze(versions)
 
