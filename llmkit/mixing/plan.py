@@ -185,7 +185,7 @@ def verify(path: Path) -> None:
     """Raise LlmkitError unless the plan in a file or directory is as it was written, and its sources are there."""
     path = path / PLAN_NAME if path.is_dir() else path
     plan, record = read_plan(path), parse_record(read_record(str(path)), str(path))
-    if path.read_bytes() != format_plan(plan, record).encode():
+    if path.read_bytes() != format_plan(plan, record).encode(errors="surrogatepass"):
         raise LlmkitError(f"{path}: not as llmkit mix wrote it", "the file is damaged, or was edited")
     for source in plan.sources:
         locate_source(path, source)

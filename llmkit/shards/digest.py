@@ -77,7 +77,11 @@ def metadata_digest(metadata: Mapping[bytes, bytes], texts: Mapping[str, str], d
     """Digest of what that of the documents does not cover: metadata (without the lineage), the tokenizer's files beside
     the shards, and the digest of the documents itself.
     """
-    rows = [f"{key.decode()}\0{value.decode()}" for key, value in sorted(metadata.items()) if key != LINEAGE]
+    rows = [
+        "\0".join(part.decode(errors="backslashreplace") for part in pair)  # damaged ones may be anything
+        for pair in sorted(metadata.items())
+        if pair[0] != LINEAGE
+    ]
     rows += [f"{name}\0{text}" for name, text in sorted(texts.items())]
     return "xxh3:" + xxhash.xxh3_128_hexdigest(json.dumps([*rows, digest]).encode())
 

@@ -214,8 +214,8 @@ def _changed_json(data: bytes, draw: random.Random, words: Sequence[bytes]) -> b
         other, other_key = draw.choice(places)
         try:
             _change_place(node, key, other[other_key], draw, words)
-        except (KeyError, IndexError):
-            continue  # removed by the change before
+        except (KeyError, IndexError, ValueError, RecursionError):
+            continue  # removed by the change before, or contains itself since then
     try:
         text = json.dumps(tree[0], ensure_ascii=draw.random() < 0.5, separators=(",", ":")) if tree else ""
     except (ValueError, RecursionError):  # it contains itself

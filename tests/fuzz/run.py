@@ -1,6 +1,6 @@
 """Does a damaged or hostile file ever end a reader in anything but an error that names it? Mutated files, by target.
 
-    python tests/fuzz/run.py [--minutes 60 | --cases 1000000] [--target NAME]... [--seed 0] [--first 0] [--findings DIR]
+    python tests/fuzz/run.py [--minutes 60 | --cases 1000000] [--target NAME]... [--seed 0] [--findings DIR]
 
 Reads the cases of readers.TARGETS: the kept corpus, then mutations of it (mutation.py), in forked workers (isolated.py).
 A finding is any exception but LlmkitError, a signal, more than 10 s of CPU time, more memory than the target's budget
@@ -8,7 +8,7 @@ and 300 MB, or a forbidden event: a program started, a connection, a pickle, a f
 directory. Each finding is made smaller and written to corpus/TARGET/found-*, from where every later run reads it.
 
 Prints a table of cases, cases per second, the share that was read without error, and findings with their tracebacks;
-exit code 1 if there are any. --first continues a former run of the same seed. Cost: see run.md.
+exit code 1 if there are any. All targets get the same time. Cost: see run.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from isolated import Result, keep, run, shrunk
 from readers import CORPUS, TARGETS, Target
 
-ROUND = 2000  # cases of a target with share 1 in a round; rounds repeat until the time or the cases are used up
+ROUND = 30  # seconds of a target in a round; rounds repeat until the time or the cases are used up
+MOST = 1 << 40  # cases
 
 
 def main() -> int:
@@ -33,7 +34,6 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="end after this number of cases over all targets")
     parser.add_argument("--target", action="append", help="only this target (repeatable)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="first round")
     parser.add_argument("--findings", type=Path, default=CORPUS, help="directory for findings")
     options = parser.parse_args()
     targets = [target for target in TARGETS if target.name in (options.target or [t.name for t in TARGETS])]
@@ -41,16 +41,16 @@ def main() -> int:
         parser.error(f"give --minutes or --cases; targets: {', '.join(target.name for target in TARGETS)}")
     deadline = time.monotonic() + options.minutes * 60 if options.minutes else float("inf")
     totals = {target.name: Result() for target in targets}
-    number = options.first
+    rounds = 0
     while time.monotonic() < deadline and sum(t.cases for t in totals.values()) < (options.cases or float("inf")):
         for target in targets:
-            size = max(1, round(ROUND * target.share))
-            result = run(target, options.seed, number * size, size, deadline)
+            first = totals[target.name].cases + len(totals[target.name].findings)
+            result = run(target, options.seed, first, MOST, min(deadline, time.monotonic() + ROUND))
             _add(totals[target.name], result, target, options.findings)
-        number += 1
+        rounds += 1
         whole = _sum(totals)
-        print(f"round {number - 1}: {whole.cases:,} cases in {whole.seconds:,.0f} s", file=sys.stderr, flush=True)
-    print(f"\nseed {options.seed}, rounds {options.first} to {number - 1}\n\n{table(totals)}")
+        print(f"round {rounds}: {whole.cases:,} cases in {whole.seconds:,.0f} s", file=sys.stderr, flush=True)
+    print(f"\nseed {options.seed}\n\n{table(totals)}")
     return 1 if any(total.findings for total in totals.values()) else 0
 
 

@@ -66,7 +66,8 @@ def verify(path: Path) -> None:
 
 
 def _encoded(header: dict[str, Any], length: int) -> bytes:
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+    return text.encode(errors="surrogatepass").ljust(length)  # a damaged header may name half a surrogate pair
 
 
 def _weights_digest(file: Path) -> str:
