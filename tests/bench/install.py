@@ -5,7 +5,6 @@
     python tests/bench/install.py newest      # without constraints; --freeze writes what passed to tests/constraints.txt
     python tests/bench/install.py wheel       # built, checked, installed without extras: every help page, the quickstart
 
-
 Arguments after the mode are pytest's (default: the whole suite, half an hour). Installing takes three to ten minutes, the
 quickstart at its smallest three. The environment, compiled kernels and outputs lie in a temporary directory, removed at
 the end: 2 GB with a CPU build of torch, 8 GB with a CUDA one, which pip and uv take unless they are configured otherwise.
