@@ -8,10 +8,11 @@ VENV=${LLMKIT_VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     python3 -m venv "$VENV"
 fi
-# Install if pyproject.toml is newer than the last installation.
-if [ ! -e "$VENV/.llmkit-installed" ] || [ pyproject.toml -nt "$VENV/.llmkit-installed" ]; then
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test,web,ray]'
-    touch "$VENV/.llmkit-installed"
+# Install if pyproject.toml or the pinned versions are newer than the last installation.
+installed=$VENV/.llmkit-installed
+if [ pyproject.toml -nt "$installed" ] || [ tests/constraints.txt -nt "$installed" ]; then
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[test,web,ray]' -c tests/constraints.txt
+    touch "$installed"
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV = /* ]] && export PATH="$VENV/bin:$PATH"

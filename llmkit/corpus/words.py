@@ -164,7 +164,7 @@ def _spacy() -> Splitter:
     try:
         import spacy
     except ImportError as error:
-        raise LlmkitError("--words spacy: spaCy is not installed", "pip install spacy") from error
+        raise LlmkitError("--words spacy: spaCy is not installed", "pip install 'llmkit[spacy]'") from error
     pipeline = spacy.blank("en")
     pipeline.add_pipe("sentencizer")
     pipeline.max_length = 1 << 62  # the limit protects parsers, which this pipeline does not have

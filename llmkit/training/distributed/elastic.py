@@ -89,7 +89,7 @@ def _forward_to_children(number: signal.Signals) -> Iterator[None]:
 
     They start with it blocked, and unblock it when ready.
     """
-    import psutil  # a dependency of Accelerate too
+    import psutil
 
     ended = threading.Event()
 
