@@ -171,6 +171,8 @@ def run_command(name: str, arguments: list[str]) -> int:
     except MemoryError:
         return fail("out of memory", "use fewer jobs (-j) or smaller batches", ExitCode.ERROR)
     except Exception as error:
+        if terminated:  # a library made another exception of it
+            return ExitCode.TERMINATED
         if debug:
             raise
         text = str(error).splitlines()[0] if str(error) else "no message"
