@@ -72,11 +72,11 @@ class Database:
         for kind, column in OTHER_KINDS.items():
             if f"duckdb_{kind}" not in known:
                 continue
-            # Every schema lists the types of DuckDB itself.
-            condition = "AND NOT internal" if kind == "types" else ""
-            condition = f"database_name = ? AND {column}_name <> 'main' {condition}"
+            # Each schema lists the types of DuckDB itself, and there is always the schema `main`.
+            but = {"types": "AND NOT internal", "schemas": "AND schema_name <> 'main'"}.get(kind, "")
+            condition = f"database_name = ? {but}"
             if rows := self._rows(f"SELECT {column}_name FROM system.main.duckdb_{kind}() WHERE {condition}", [name]):
-                raise ValueError(f"it holds the {column} {str(rows[0][0]):.40}")
+                raise ValueError(f"it holds the {column} {rows[0][0]!s:.40}")
         tables = self._rows(
             "SELECT schema_name, table_name, sql FROM system.main.duckdb_tables() WHERE database_name = ?", [name]
         )

@@ -25,6 +25,7 @@ FOREIGN = {
     "a view of a large text": ELSEWHERE.format("llmkit", "SELECT repeat('{{', 3000000000) AS settings"),
     "a view of the runs": ELSEWHERE.format("runs", "SELECT 1 AS run, '' AS inputs, 1 AS documents, 1 AS kept FROM range(2000000000)"),
     "a macro in the place of a function": "CREATE MACRO max(x) AS 7",
+    "a macro with the name of the schema": "CREATE MACRO main(x) AS 7",
     "a macro in the place of the catalogue": "CREATE MACRO duckdb_tables() AS TABLE SELECT 1",
     "a default": "ALTER TABLE runs ALTER kept SET DEFAULT random()",
     "a check": "DROP TABLE runs; CREATE TABLE runs (run INTEGER, inputs VARCHAR, documents BIGINT, kept BIGINT CHECK (kept < 7))",
@@ -82,8 +83,7 @@ def test_an_honest_index_opens(tmp_path: Path, honest: Path) -> None:
 def test_a_signal_ends_a_query(number: int, code: int) -> None:
     """Behaviour: a signal during a query of DuckDB ends the command as elsewhere, not with an internal error."""
     program = (
-        "import sys, types; from llmkit.cli import main; from llmkit.corpus.database import Database\n"
-        "from llmkit.cli.shared import options, table\n"
+        "import sys; from llmkit.cli import main; from llmkit.corpus.database import Database\n"
         "import llmkit.cli.text.dedup as command, signal\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def show(run, path):\n"
