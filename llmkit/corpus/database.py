@@ -52,9 +52,11 @@ class Database:
 
     def execute(self, query: str, values: list[Any] | None = None, **tables: Any) -> duckdb.DuckDBPyConnection:
         """Run a query with Arrow `tables` by name."""
-        for name, table in tables.items():
-            self._sql.register(name, table)
         try:
+            if tables:  # are registered only once the result before is read to its end, or replaced
+                self._sql.execute("SELECT 1").fetchall()
+            for name, table in tables.items():
+                self._sql.register(name, table)
             return self._sql.execute(query, values)
         except RuntimeError as error:  # what DuckDB makes of an exception in a signal handler
             if "interrupted" in str(error):

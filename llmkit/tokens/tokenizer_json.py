@@ -38,7 +38,7 @@ LONG = 1 << 20  # characters or tokens
 MAX_GROWTH = 4  # of all replacements together
 MAX_PREPENDED = 16  # characters, before each part of a text between added tokens
 # Characters. At a position of a text WordPiece tries each end of the word, and Unigram each piece that starts there:
-# at most 4 and 5 s per million characters. Published tokenizers have words of 100, and pieces of 16 or a few more.
+# at most 6 and 5 s per million characters. Published tokenizers have words of 100, and pieces of 16 or a few more.
 MAX_WORD, MAX_PIECE = 100, 64
 HINT = "leave the text out, or use another tokenizer"
 # Steps in linear time, whose result is a few times as long as their input.
@@ -159,8 +159,7 @@ def _examine(text: str) -> tuple[int, bool]:
         content = orjson.loads(text)
         parts = {part: list(_steps(content.get(part), inner)) for part, inner in PARTS.items()}
         count = sum(map(len, parts.values())) + len(list(_steps(content.get("post_processor"), "processors")))
-        plain = all(map(_are_plain, parts.values())) and _has_short_words(content["model"])
-        return count, plain and not any(map(_searches_back, content.get("added_tokens") or []))
+        return count, all(map(_are_plain, parts.values())) and _has_short_words(content["model"])
     except (LookupError, TypeError, AttributeError, ValueError):
         return 0, False  # the library reports how it is damaged
 
@@ -199,14 +198,6 @@ def _growth(step: dict[str, Any]) -> float:
     if step["type"] != "Replace":
         return 1
     return max(1, len(step["content"]) / len(step["pattern"]["String"]))
-
-
-def _searches_back(token: dict[str, Any]) -> bool:
-    """Whether the library reads all of the text before each occurrence of an added token, as for `lstrip`.
-
-    Special tokens in documents are ordinary text, as a rule.
-    """
-    return bool(token.get("lstrip")) and not token.get("special")
 
 
 def _has_short_words(model: dict[str, Any]) -> bool:

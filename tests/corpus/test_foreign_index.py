@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import copy
 
 import duckdb
+import numpy as np
 import pytest
 
 from llmkit.corpus.dedup.exact import Exact
@@ -76,6 +77,9 @@ def test_an_honest_index_opens(tmp_path: Path, honest: Path) -> None:
                 index._sql.execute("SELECT * FROM read_text('/etc/hostname')")
             index.begin()
             index.add_record(1, {"command": "dedup"})
+            one = {"exact": np.ones(1, np.uint64), "keyed": np.ones(1, bool)}
+            index.add(1, ["a"], one)
+            index.add(1, ["b"], one)
             index._sql.execute("COMMIT")
 
 

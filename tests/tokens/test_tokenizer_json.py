@@ -117,7 +117,13 @@ def test_only_unusual_tokenizers_are_guarded() -> None:
 
 WORDS = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"</s>": 0, "[UNK]": 1, "a": 2, "##a": 3}}
 BERT = {
-    "normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+    "normalizer": {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+    }
 }
 BERT |= {
     "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -138,11 +144,6 @@ def word_piece(longest: int) -> dict[str, Any]:
     return {"model": {"type": "WordPiece", "max_input_chars_per_word": longest} | WORDS}
 
 
-def added(**fields: bool) -> dict[str, Any]:
-    token = {"id": 256, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"added_tokens": [token | {"special": True} | fields]}
-
-
 @pytest.mark.parametrize(
     ("parts", "plain"),
     [
@@ -156,8 +157,6 @@ def added(**fields: bool) -> dict[str, Any]:
         ({"decoder": {"type": "Sequence", "decoders": [GROWING] * 2}}, False),
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 17}}, False),
         ({"model": {key: value for key, value in word_piece(1000)["model"].items() if key != "type"}}, False),
-        (added(lstrip=True), True),
-        (added(lstrip=True, special=False), False),
     ],
 )
 def test_time_and_growth_in_this_process_are_bounded(parts: dict[str, Any], plain: bool) -> None:
