@@ -7,7 +7,8 @@
 A view or a macro of a database is a program: it may read any file, or never end, and one with the name of a table or
 of a function of DuckDB's own takes its place. A file is therefore accepted only if it holds plain tables in the schema
 `main` and nothing else. Queries about that name `system.main`, which no file can redefine. DuckDB itself may open no
-other file, load no extension, and takes no more memory than the budget (llmkit/memory.py). Cost: about 10 ms per file.
+other file, load no extension, and takes no more memory than the budget (llmkit/memory.py), or 1 GiB. Cost: about 10 ms
+per file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from llmkit.memory import budget, limited
 
@@ -28,6 +31,7 @@ SAFE = {
     "autoload_known_extensions": "false",
     "lock_configuration": "true",
 }
+LEAST = 1 << 30  # bytes of memory; with less, a join over a large index may fail
 OTHER_KINDS = {  # the table functions that list what else a database may hold, and the name of one of it
     "schemas": "schema",
     "views": "view",
@@ -45,7 +49,7 @@ class Database:
     """A connection to a DuckDB file. Raises duckdb.Error, MemoryLimitError, and KeyboardInterrupt on a signal."""
 
     def __init__(self, path: str, temporary: str | None = None, read_only: bool = False) -> None:
-        config: dict[str, Any] = SAFE | {"memory_limit": f"{budget() >> 20}MiB"}
+        config: dict[str, Any] = SAFE | {"memory_limit": f"{max(budget(), LEAST) >> 20}MiB"}
         config |= {"temp_directory": temporary} if temporary else {}
         with limited(path):
             self._sql = duckdb.connect(path, read_only=read_only, config=config)
@@ -108,3 +112,22 @@ def is_intact(path: str) -> bool:
             if len(data) != size or words[0] != np.bitwise_xor.reduce(words[1:] * FACTOR) ^ START:
                 return False
     raise AssertionError("blocks end with the file")
+
+
+def arrow_column(values: NDArray[Any]) -> pa.Array:
+    """Numbers, booleans or rows of bytes as an Arrow array. Arrow's own conversion imports pandas if installed."""
+    if values.ndim == 2:
+        dtype, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
+    else:
+        dtype, rows = pa.from_numpy_dtype(values.dtype), len(values)
+    packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
+    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(packed)])
+
+
+def arrow_strings(strings: list[str]) -> pa.Array:
+    """Strings as an Arrow array."""
+    encoded = [string.encode() for string in strings]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    return pa.Array.from_buffers(
+        pa.large_string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
+    )

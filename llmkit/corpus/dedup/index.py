@@ -36,7 +36,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from llmkit.corpus.database import Database, is_intact
+from llmkit.corpus.database import Database, arrow_column, arrow_strings, is_intact
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.normalise import LOOSE
@@ -237,14 +237,14 @@ class Index:
         """
         n = len(next(iter(columns.values())))
         rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
-        numbers = _arrow(np.arange(n))
+        numbers = arrow_column(np.arange(n))
         if self.settings["minhash"]:
             _, firsts, inverse = np.unique(columns["same"], return_index=True, return_inverse=True)
             queries = firsts[columns["shingle_counts"][firsts] > 0]  # one document for each set of equal words
             pairs = np.empty(0, np.uint64)
             for name in (f"band{band}" for band in range(self.settings["bands"])):
                 matches = self._rows_with_keys(
-                    run, name, _arrow(queries), _low(columns[name])[queries], MATCHES_PER_KEY
+                    run, name, arrow_column(queries), _low(columns[name])[queries], MATCHES_PER_KEY
                 ).astype(np.uint64)
                 pairs = np.unique(np.concatenate([pairs, matches[:, 0] << S32 | matches[:, 1]]))
             documents, candidates = (pairs >> S32).astype(np.int64), (pairs & LOW_32).astype(np.int64)
@@ -260,7 +260,14 @@ class Index:
         if self.settings["exact"]:
             keyed = columns["keyed"]
             self._enter_equal(
-                run, "exact", _arrow(np.flatnonzero(keyed)), columns["exact"][keyed], rows, similarities, reasons, 1
+                run,
+                "exact",
+                arrow_column(np.flatnonzero(keyed)),
+                columns["exact"][keyed],
+                rows,
+                similarities,
+                reasons,
+                1,
             )
         return rows, similarities, reasons
 
@@ -283,7 +290,7 @@ class Index:
         self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int
     ) -> NDArray[np.int64]:
         """(document, row) pairs with equal keys, int64 [pairs, 2]: the `limit` earliest rows of each key."""
-        new = pa.table({"n": numbers, "key": _arrow(keys)})
+        new = pa.table({"n": numbers, "key": arrow_column(keys)})
         condition = "AND s.keyed" if name == "exact" else ""
         pairs = self._sql.execute(
             f"""WITH few AS (
@@ -303,7 +310,7 @@ class Index:
         bits = self.settings["signature bits"]
         stored_rows = self._sql.execute(
             "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid",
-            wanted=pa.table({"number": _arrow(np.unique(candidates))}),
+            wanted=pa.table({"number": arrow_column(np.unique(candidates))}),
         ).fetchall()
         dtype = np.uint8 if bits == 8 else np.uint32
         try:
@@ -351,13 +358,13 @@ class Index:
 
     def add(self, run: int, ids: list[str], columns: Columns) -> None:
         """Add kept documents of a run; `columns` as for `find`."""
-        table = {"run": _arrow(np.full(len(ids), run, np.int32)), "id": _strings(ids)}
+        table = {"run": arrow_column(np.full(len(ids), run, np.int32)), "id": arrow_strings(ids)}
         if self.settings["exact"]:
-            table |= {"exact": _arrow(columns["exact"]), "keyed": _arrow(columns["keyed"])}
+            table |= {"exact": arrow_column(columns["exact"]), "keyed": arrow_column(columns["keyed"])}
         if self.settings["minhash"]:
-            table["same"] = _arrow(columns["same"])
-            table |= {f"band{i}": _arrow(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
-            table["signature"] = _arrow(columns["signature"])
+            table["same"] = arrow_column(columns["same"])
+            table |= {f"band{i}": arrow_column(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
+            table["signature"] = arrow_column(columns["signature"])
         self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new", new=pa.table(table))
 
     def commit(self, run: int, key: str, documents: int, kept: int) -> None:
@@ -368,7 +375,7 @@ class Index:
 
     def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
         """Row number -> document id."""
-        wanted = pa.table({"number": _arrow(np.unique(rows))})
+        wanted = pa.table({"number": arrow_column(np.unique(rows))})
         pairs = self._sql.execute(
             "SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number", wanted=wanted
         ).fetchall()
@@ -432,25 +439,6 @@ def holds(path: str, history: str) -> bool:
         return any(history_of(json.loads(settings), keys[:runs]) == history for runs in range(len(keys) + 1))
     except (duckdb.Error, LlmkitError, OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def _arrow(values: NDArray[Any]) -> pa.Array:
-    """Numbers, booleans or rows of bytes as an Arrow array. Arrow's own conversion imports pandas if installed."""
-    if values.ndim == 2:
-        dtype, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
-    else:
-        dtype, rows = pa.from_numpy_dtype(values.dtype), len(values)
-    packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
-    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(packed)])
-
-
-def _strings(strings: list[str]) -> pa.Array:
-    """Strings as an Arrow array."""
-    encoded = [string.encode() for string in strings]
-    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return pa.Array.from_buffers(
-        pa.large_string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
-    )
 
 
 def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:
