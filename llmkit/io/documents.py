@@ -438,12 +438,3 @@ def _copied(raw: BinaryIO, target: BinaryIO) -> Iterator[bytes]:
     while block := raw.read(BLOCK):
         target.write(block)
         yield block
-
-
-def read_record(path: str) -> dict[str, Any] | None:
-    """The lineage record in a stream of documents, which is read to its end."""
-    notes = Notes()
-    with open_raw(path) as raw:
-        for _ in decompress(raw, display_name(path), notes):
-            pass
-    return join_notes(notes.entries, display_name(path))

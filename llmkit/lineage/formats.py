@@ -136,7 +136,7 @@ FORMATS = (
         parts=TOKENIZER_FILES,
     ),
     Format("Parquet", ".parquet", (), "llmkit.io.parquet:read_record", beside="llmkit.io.parquet:files_digest"),
-    Format("documents", "", (), "llmkit.io.documents:read_record"),  # whatever is no other format
+    Format("documents", "", (), "llmkit.lineage.documents:read_record"),  # whatever is no other format
 )
 
 

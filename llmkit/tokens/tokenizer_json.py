@@ -4,9 +4,11 @@
     tokenizer.encode("Hello", add_special_tokens=False).ids
 
 A tokenizer.json is foreign: its regular expressions may take exponential time, its steps may double a text each, and
-the library panics on some of its contents. What consists of well-known steps, each once, runs in this process. Anything
-else runs in a process of its own, which is killed when a text takes too much time or memory (engine.guarded); that
-costs about 0.1 ms per text. Either way the library's errors and panics become LlmkitError.
+the library panics on some of its contents. What consists of well-known steps whose product of growth is bounded, and a
+model whose time per character is, runs in this process. Anything else runs in a process of its own, which is killed
+when a text takes too much time or memory (engine.guarded); that costs about 0.1 ms per text. So do texts of more than
+LONG characters, since no signal is handled while the library runs. Either way the library's errors and panics become
+LlmkitError.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from math import prod
 from typing import Any, cast
 
 import orjson
@@ -31,7 +34,12 @@ MEMORY = 1 << 30  # bytes, beyond 16 times the size of tokenizer.json
 MAX_RESULT = 1 << 24  # tokens or characters that are made of a text, and of each million characters
 MAX_STEPS = 64  # of all normalisers, pre-tokenizers, decoders and post-processors
 REPEATED = 8  # patterns and replacements
-MAX_WORD = 1000  # characters; WordPiece and Unigram take quadratic time in longer ones
+LONG = 1 << 20  # characters or tokens
+MAX_GROWTH = 4  # of all replacements together
+MAX_PREPENDED = 16  # characters, before each part of a text between added tokens
+# Characters. At a position of a text WordPiece tries each end of the word, and Unigram each piece that starts there:
+# at most 6 and 5 s per million characters. Published tokenizers have words of 100, and pieces of 16 or a few more.
+MAX_WORD, MAX_PIECE = 100, 64
 HINT = "leave the text out, or use another tokenizer"
 # Steps in linear time, whose result is a few times as long as their input.
 PLAIN = frozenset(
@@ -60,6 +68,7 @@ class LoadedTokenizer:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._name = name.rpartition(": ")[0]
         self._guard = None if is_plain(text, name) else _Guard(text)
+        self._guard_of_long = self._guard or _Guard(text)
         with _named(name, hint):
             if self._guard:
                 self._guard.ask([("load", (), {})])
@@ -80,8 +89,7 @@ class LoadedTokenizer:
     @encode_special_tokens.setter
     def encode_special_tokens(self, value: bool) -> None:
         self._library.encode_special_tokens = value
-        if self._guard:
-            self._guard.special = value
+        self._guard_of_long.special = value
 
     @property
     def normalizer(self) -> Any:
@@ -97,7 +105,7 @@ class LoadedTokenizer:
         return self._run("encode", [text], *args, **options)[0]
 
     def encode_batch_fast(self, texts: Sequence[str], **options: Any) -> Any:
-        if self._guard:
+        if self._guard_of(texts):
             return self._run("encode", texts, **options)
         with self._errors():
             return self._library.encode_batch_fast(texts, **options)
@@ -116,10 +124,13 @@ class LoadedTokenizer:
 
     def _run(self, method: str, items: Sequence[Any], *args: Any, **options: Any) -> list[Any]:
         with self._errors():
-            if self._guard:
-                return self._guard.ask([(method, (item, *args), options) for item in items])
+            if guard := self._guard_of(items):
+                return guard.ask([(method, (item, *args), options) for item in items])
             function = getattr(self._library, method)
             return [function(item, *args, **options) for item in items]
+
+    def _guard_of(self, items: Sequence[Any]) -> _Guard | None:
+        return self._guard_of_long if self._guard or any(len(item) > LONG for item in items) else None
 
     def _errors(self) -> Any:
         where = f"{self._name}: " if self._name else ""
@@ -170,7 +181,8 @@ def _are_plain(steps: list[dict[str, Any]]) -> bool:
         PLAIN.issuperset(counts)
         and all(count <= (REPEATED if kind in several else 1) for kind, count in counts.items())
         and all(_is_plain_pattern(step) for step in steps if step["type"] in ("Replace", "Split"))
-        and all(len(step.get("prepend", "")) <= MAX_WORD for step in steps)
+        and prod(map(_growth, steps)) <= MAX_GROWTH
+        and all(len(step.get("prepend", "")) <= MAX_PREPENDED for step in steps)
     )
 
 
@@ -178,15 +190,24 @@ def _is_plain_pattern(step: dict[str, Any]) -> bool:
     pattern = step["pattern"]
     if "Regex" in pattern:
         return step["type"] == "Split" and pattern["Regex"] in REGEXES
-    return len(step.get("content", "")) <= max(4, len(pattern["String"]))
+    return bool(pattern["String"])
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """How many times as long a replacement makes a text, at most."""
+    if step["type"] != "Replace":
+        return 1
+    return max(1, len(step["content"]) / len(step["pattern"]["String"]))
 
 
 def _has_short_words(model: dict[str, Any]) -> bool:
-    if model.get("type", "BPE") == "BPE":
-        return not model.get("continuing_subword_prefix")  # with which the library panics on some merges
-    if isinstance(model["vocab"], list):
-        return max(len(piece[0]) for piece in model["vocab"]) <= MAX_WORD
-    return (model.get("max_input_chars_per_word") or 0) <= MAX_WORD
+    kind = model.get("type") or ("BPE" if "merges" in model else "")  # as the library guesses it
+    if kind == "Unigram":
+        return max(len(piece[0]) for piece in model["vocab"]) <= MAX_PIECE
+    if kind == "WordPiece":
+        return (model.get("max_input_chars_per_word") or 0) <= MAX_WORD
+    # With a prefix of subwords, the library panics on some merges.
+    return kind == "WordLevel" or (kind == "BPE" and not model.get("continuing_subword_prefix"))
 
 
 def _load(text: str) -> Any:

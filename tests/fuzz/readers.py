@@ -99,7 +99,8 @@ def _unpacked(data: bytes) -> bytes:
 
 def documents(path: Path) -> None:
     """Documents in JSON lines or Parquet: every field, changed and unchanged, and the lineage."""
-    from llmkit.io.documents import DocumentReader, ReadOptions, read_record
+    from llmkit.io.documents import DocumentReader, ReadOptions
+    from llmkit.lineage.documents import read_record
 
     for options in (ReadOptions(on_bad_line="skip"), ReadOptions(None, on_bad_line="skip", on_bad_file="skip")):
         with DocumentReader([str(path)], options) as reader:

@@ -17,7 +17,7 @@ from llmkit.errors import LlmkitError
 from llmkit.shards.tokenizer_info import parse_tokenizer
 from llmkit.tokens.pretokenize import byte_alphabet
 from llmkit.tokens.text_encoder import TextEncoder
-from llmkit.tokens.tokenizer_json import is_plain, load
+from llmkit.tokens.tokenizer_json import Encoded, is_plain, load
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 REPEAT = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
@@ -113,6 +113,66 @@ def test_only_unusual_tokenizers_are_guarded() -> None:
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     assert is_plain(tokenizer_json(), "") and is_plain(tokenizer_json(**split(gpt2)), "")
     assert not is_plain(tokenizer_json(**split(r"\p{L}+")), "") and not is_plain(tokenizer_json(**nested(1)), "")
+
+
+WORDS = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "vocab": {"</s>": 0, "[UNK]": 1, "a": 2, "##a": 3}}
+BERT = {
+    "normalizer": {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+    }
+}
+BERT |= {
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+}
+SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+LLAMA = {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, SPACE]}}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+GROWING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+
+
+def pieces(longest: int) -> dict[str, Any]:
+    vocabulary = [["</s>", 0.0], ["<unk>", 0.0], *(["a" * n, -float(n)] for n in range(1, longest + 1))]
+    return {"model": {"type": "Unigram", "unk_id": 1, "vocab": vocabulary}}
+
+
+def word_piece(longest: int) -> dict[str, Any]:
+    return {"model": {"type": "WordPiece", "max_input_chars_per_word": longest} | WORDS}
+
+
+@pytest.mark.parametrize(
+    ("parts", "plain"),
+    [
+        (BERT | word_piece(100), True),
+        (BERT | word_piece(1000), False),
+        (pieces(16) | {"normalizer": {"type": "NFKC"}, "pre_tokenizer": METASPACE}, True),
+        (pieces(999) | {"pre_tokenizer": None}, False),
+        (LLAMA | {"pre_tokenizer": None}, True),
+        ({"normalizer": {"type": "Sequence", "normalizers": [GROWING]}}, True),
+        ({"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 2}}, False),
+        ({"decoder": {"type": "Sequence", "decoders": [GROWING] * 2}}, False),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 17}}, False),
+        ({"model": {key: value for key, value in word_piece(1000)["model"].items() if key != "type"}}, False),
+    ],
+)
+def test_time_and_growth_in_this_process_are_bounded(parts: dict[str, Any], plain: bool) -> None:
+    """Behaviour: the tokenizers of BERT, XLM-R and Llama need no process; what multiplies its text or its time does."""
+    assert is_plain(tokenizer_json(**parts), "") is plain
+
+
+def test_long_texts_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity: a long text has the ids of the library, from a process that can be stopped."""
+    monkeypatch.setattr("llmkit.tokens.tokenizer_json.LONG", 100)
+    tokenizer = load(tokenizer_json(), "m", "hint")
+    texts = ["aab" * 30, "aab" * 40]
+    batch = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    library = Tokenizer.from_str(tokenizer_json())
+    assert [item.ids for item in batch] == [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert isinstance(batch[1], Encoded) and not isinstance(tokenizer.encode(texts[0]), Encoded)
 
 
 def test_a_guarded_tokenizer_goes_on_after_a_failure() -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing, suppress
-from itertools import chain, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +36,7 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from llmkit.corpus.database import Database, arrow_column, arrow_strings, is_intact
 from llmkit.corpus.dedup.exact import Exact
 from llmkit.corpus.dedup.minhash import MinHash
 from llmkit.corpus.dedup.normalise import LOOSE
@@ -44,6 +44,7 @@ from llmkit.errors import LlmkitError, LockedError, UsageError
 from llmkit.io.names import is_utf8
 from llmkit.io.record import Input
 from llmkit.lineage.fields import inputs_of
+from llmkit.memory import limited
 
 VERSION = 1
 S32, LOW_32 = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -51,8 +52,10 @@ MAX_RECORDS = 1 << 18  # characters of the records of earlier runs in that of a 
 FORMER_SETTINGS = {"shingle": "words", "minhash normalise": LOOSE}  # of indexes that do not record them
 MATCHES_PER_KEY = 16  # earliest indexed documents with a band key that are compared
 Columns = dict[str, NDArray[Any]]
-HEADERS, HEADER_BYTES, BLOCK_BYTES = 3, 1 << 12, 1 << 18  # of a DuckDB file
-FACTOR, START = np.uint64(0xBF58476D1CE4E5B9), np.uint64(5381)  # of their checksums
+# The tables of an index and their columns, besides `seen`; `records` is made with the first record.
+TABLES = {"llmkit": "settings VARCHAR", "runs": "run INTEGER, inputs VARCHAR, documents BIGINT, kept BIGINT"}
+RECORDS = "run INTEGER, record VARCHAR"
+MAX_RUNS, MAX_BANDS = 1 << 20, 1 << 10  # more are damage
 
 
 def settings_of(near: MinHash | None, exact: Exact | None, full: bool) -> dict[str, Any]:
@@ -90,14 +93,11 @@ class Index:
             raise LlmkitError(f"{path} does not exist", "a run with --index creates it")
         if not Path(os.path.realpath(path)).parent.is_dir():
             raise LlmkitError(f"{Path(path).parent} is not a directory", "create it first")
-        config: dict[str, Any] = {"threads": "1", "preserve_insertion_order": "true"} | (
-            {"temp_directory": temporary} if temporary else {}
-        )
         if not is_utf8(str(path)):
             raise UsageError(f"{path}: DuckDB opens only names in UTF-8", "give the index another name")
         is_new = not os.path.lexists(path)
         try:
-            self._sql = duckdb.connect(path, config=config)
+            self._sql = Database(path, temporary)
         except duckdb.Error as error:
             self._refuse(error, is_new)
         try:
@@ -124,15 +124,17 @@ class Index:
 
     def _open(self, expected: dict[str, Any] | None) -> dict[str, Any]:
         """The settings in the file; the expected ones if it is new. LlmkitError if they differ."""
-        tables = {name for (name,) in self._sql.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
-        if not tables and expected is not None:
-            self._empty = True  # certain only now, under DuckDB's lock
-            self._create(expected)
-            return expected
-        if not {"llmkit", "runs", "seen"} <= tables:
-            raise LlmkitError(f"{self.path} is not an index of llmkit dedup", "name another file")
-        (text,) = self._sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
-        stored = self._parsed(text)
+        try:
+            if not (tables := self._sql.tables()) and expected is not None:
+                self._empty = True  # certain only now, under DuckDB's lock
+                self._create(expected)
+                return expected
+            with limited(self.path):
+                stored = self._parsed(_stored_settings(self._sql, tables))
+        except json.JSONDecodeError:
+            stored = self._parsed("")
+        except ValueError as error:
+            raise LlmkitError(f"{self.path} is not an index of llmkit dedup: {error}", "name another file") from None
         for name, value in (expected or {"version": VERSION}).items():
             made_with = stored.get(name, FORMER_SETTINGS.get(name))
             if made_with != value:
@@ -157,15 +159,10 @@ class Index:
         return content
 
     def _create(self, settings: dict[str, Any]) -> None:
-        columns = ["run INTEGER", "id VARCHAR"]
-        columns += ["exact UBIGINT", "keyed BOOLEAN"] if settings["exact"] else []
-        if settings["minhash"]:
-            columns += ["same UBIGINT", *(f"band{i} UINTEGER" for i in range(settings["bands"])), "signature BLOB"]
         self._sql.execute("BEGIN")
-        self._sql.execute("CREATE TABLE llmkit (settings VARCHAR)")
+        for name, columns in (TABLES | {"seen": _seen_columns(settings)}).items():
+            self._sql.execute(f"CREATE TABLE {name} ({columns})")
         self._sql.execute("INSERT INTO llmkit VALUES (?)", [json.dumps(settings)])
-        self._sql.execute("CREATE TABLE runs (run INTEGER, inputs VARCHAR, documents BIGINT, kept BIGINT)")
-        self._sql.execute(f"CREATE TABLE seen ({', '.join(columns)})")
         self._sql.execute("COMMIT")
 
     def __enter__(self) -> Index:
@@ -190,7 +187,7 @@ class Index:
         log = os.path.realpath(self.path) + ".wal"
         if os.path.exists(log):
             with suppress(duckdb.Error):
-                duckdb.connect(self.path).close()
+                Database(self.path).close()
             self.log = log if os.path.exists(log) else ""
 
     def _remove(self) -> None:
@@ -240,14 +237,14 @@ class Index:
         """
         n = len(next(iter(columns.values())))
         rows, similarities, reasons = np.full(n, -1, np.int64), np.zeros(n), np.zeros(n, np.uint8)
-        numbers = _arrow(np.arange(n))
+        numbers = arrow_column(np.arange(n))
         if self.settings["minhash"]:
             _, firsts, inverse = np.unique(columns["same"], return_index=True, return_inverse=True)
             queries = firsts[columns["shingle_counts"][firsts] > 0]  # one document for each set of equal words
             pairs = np.empty(0, np.uint64)
             for name in (f"band{band}" for band in range(self.settings["bands"])):
                 matches = self._rows_with_keys(
-                    run, name, _arrow(queries), _low(columns[name])[queries], MATCHES_PER_KEY
+                    run, name, arrow_column(queries), _low(columns[name])[queries], MATCHES_PER_KEY
                 ).astype(np.uint64)
                 pairs = np.unique(np.concatenate([pairs, matches[:, 0] << S32 | matches[:, 1]]))
             documents, candidates = (pairs >> S32).astype(np.int64), (pairs & LOW_32).astype(np.int64)
@@ -263,7 +260,14 @@ class Index:
         if self.settings["exact"]:
             keyed = columns["keyed"]
             self._enter_equal(
-                run, "exact", _arrow(np.flatnonzero(keyed)), columns["exact"][keyed], rows, similarities, reasons, 1
+                run,
+                "exact",
+                arrow_column(np.flatnonzero(keyed)),
+                columns["exact"][keyed],
+                rows,
+                similarities,
+                reasons,
+                1,
             )
         return rows, similarities, reasons
 
@@ -286,7 +290,7 @@ class Index:
         self, run: int, name: str, numbers: pa.Array, keys: NDArray[Any], limit: int
     ) -> NDArray[np.int64]:
         """(document, row) pairs with equal keys, int64 [pairs, 2]: the `limit` earliest rows of each key."""
-        new = pa.table({"n": numbers, "key": _arrow(keys)})  # noqa: F841 - DuckDB finds it by name
+        new = pa.table({"n": numbers, "key": arrow_column(keys)})
         condition = "AND s.keyed" if name == "exact" else ""
         pairs = self._sql.execute(
             f"""WITH few AS (
@@ -295,6 +299,7 @@ class Index:
                 QUALIFY row_number() OVER (PARTITION BY s.{name} ORDER BY s.rowid) <= {limit}
             ) SELECT n, number FROM new JOIN few USING (key)""",
             [run],
+            new=new,
         ).fetchnumpy()
         return np.stack([pairs["n"].astype(np.int64), pairs["number"].astype(np.int64)], axis=1)
 
@@ -303,14 +308,17 @@ class Index:
     ) -> NDArray[np.float64]:
         """Estimated similarity of pairs of documents and rows, by the share of equal hash functions."""
         bits = self.settings["signature bits"]
-        wanted = pa.table({"number": _arrow(np.unique(candidates))})  # noqa: F841 - DuckDB finds it by name
         stored_rows = self._sql.execute(
-            "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid"
+            "SELECT s.rowid, s.signature FROM seen s JOIN wanted ON s.rowid = wanted.number ORDER BY s.rowid",
+            wanted=pa.table({"number": arrow_column(np.unique(candidates))}),
         ).fetchall()
         dtype = np.uint8 if bits == 8 else np.uint32
-        stored = np.frombuffer(b"".join(signature for _, signature in stored_rows), dtype).reshape(
-            len(stored_rows), signatures.shape[1]
-        )
+        try:
+            stored = np.frombuffer(b"".join(signature for _, signature in stored_rows), dtype).reshape(
+                len(stored_rows), signatures.shape[1]
+            )
+        except (ValueError, TypeError):
+            raise LlmkitError(f"{self.path}: signatures in it are damaged", "restore a backup") from None
         positions = np.searchsorted(np.array([number for number, _ in stored_rows], np.int64), candidates)
         equal = np.zeros(len(documents))
         for start in range(0, len(documents), 1 << 16):
@@ -327,22 +335,21 @@ class Index:
         MAX_RECORDS: the index as it was is then an original for the script that repeats this run.
         """
         table = "(SELECT NULL AS run, NULL AS record)" if not self._has_records() else "records"
-        rows = self._sql.execute(
-            f"SELECT record FROM runs LEFT JOIN {table} AS r ON r.run = runs.run WHERE runs.run < ? ORDER BY runs.run",
-            [run],
-        ).fetchall()
-        texts = [text for (text,) in rows]
-        known = texts[max((i + 1 for i, text in enumerate(texts) if text is None), default=0) :]
-        if (texts and not known) or sum(map(len, known)) > MAX_RECORDS:
+        query = f"FROM runs LEFT JOIN {table} AS r ON r.run = runs.run WHERE runs.run < ?"
+        rows = self._sql.execute(f"SELECT length(record) {query} ORDER BY runs.run", [run]).fetchall()
+        sizes = [size for (size,) in rows]
+        first = max((i + 1 for i, size in enumerate(sizes) if size is None), default=0)
+        if (sizes and not sizes[first:]) or sum(sizes[first:]) > MAX_RECORDS:
             return None
-        return [self._parsed(text) for text in known]
+        texts = self._sql.execute(f"SELECT record {query} ORDER BY runs.run OFFSET {first}", [run]).fetchall()
+        return [self._parsed(text) for (text,) in texts]
 
     def _has_records(self) -> bool:
-        return bool(self._sql.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'records'").fetchone())
+        return "records" in self._sql.tables()
 
     def add_record(self, run: int, record: dict[str, Any]) -> None:
         """Store the record of a run, in its transaction."""
-        self._sql.execute("CREATE TABLE IF NOT EXISTS records (run INTEGER, record VARCHAR)")
+        self._sql.execute(f"CREATE TABLE IF NOT EXISTS records ({RECORDS})")
         self._sql.execute("INSERT INTO records VALUES (?, ?)", [run, json.dumps(record, sort_keys=True)])
 
     def begin(self) -> None:
@@ -351,15 +358,14 @@ class Index:
 
     def add(self, run: int, ids: list[str], columns: Columns) -> None:
         """Add kept documents of a run; `columns` as for `find`."""
-        table = {"run": _arrow(np.full(len(ids), run, np.int32)), "id": _strings(ids)}
+        table = {"run": arrow_column(np.full(len(ids), run, np.int32)), "id": arrow_strings(ids)}
         if self.settings["exact"]:
-            table |= {"exact": _arrow(columns["exact"]), "keyed": _arrow(columns["keyed"])}
+            table |= {"exact": arrow_column(columns["exact"]), "keyed": arrow_column(columns["keyed"])}
         if self.settings["minhash"]:
-            table["same"] = _arrow(columns["same"])
-            table |= {f"band{i}": _arrow(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
-            table["signature"] = _arrow(columns["signature"])
-        new = pa.table(table)  # noqa: F841 - DuckDB finds it by name
-        self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new")
+            table["same"] = arrow_column(columns["same"])
+            table |= {f"band{i}": arrow_column(_low(columns[f"band{i}"])) for i in range(self.settings["bands"])}
+            table["signature"] = arrow_column(columns["signature"])
+        self._sql.execute("INSERT INTO seen BY NAME SELECT * FROM new", new=pa.table(table))
 
     def commit(self, run: int, key: str, documents: int, kept: int) -> None:
         """Make the added documents and the run durable."""
@@ -369,8 +375,10 @@ class Index:
 
     def ids(self, rows: NDArray[np.int64]) -> dict[int, str]:
         """Row number -> document id."""
-        wanted = pa.table({"number": _arrow(np.unique(rows))})  # noqa: F841 - DuckDB finds it by name
-        pairs = self._sql.execute("SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number").fetchall()
+        wanted = pa.table({"number": arrow_column(np.unique(rows))})
+        pairs = self._sql.execute(
+            "SELECT s.rowid, s.id FROM seen s JOIN wanted ON s.rowid = wanted.number", wanted=wanted
+        ).fetchall()
         return dict(pairs)
 
     def stats(self) -> dict[str, Any]:
@@ -388,53 +396,49 @@ class Index:
         }
 
 
+def _seen_columns(settings: dict[str, Any]) -> str:
+    """The columns of the kept documents. ValueError where the settings are damaged."""
+    if not isinstance(settings, dict):
+        raise TypeError("settings are a table")
+    columns = ["run INTEGER", "id VARCHAR"]
+    columns += ["exact UBIGINT", "keyed BOOLEAN"] if settings.get("exact") else []
+    if settings.get("minhash"):
+        if type(bands := settings.get("bands")) is not int or not 0 < bands <= MAX_BANDS:
+            raise ValueError("its settings are damaged")
+        columns += ["same UBIGINT", *(f"band{i} UINTEGER" for i in range(bands)), "signature BLOB"]
+    return ", ".join(columns)
+
+
+def _stored_settings(sql: Database, tables: dict[str, str]) -> str:
+    """The settings of an index, as text. ValueError where its tables are not those of an index, or damaged."""
+    if "seen" not in tables or any(tables.get(name) != columns for name, columns in TABLES.items()):
+        raise ValueError("it has other tables")
+    (text,) = sql.execute("SELECT settings FROM llmkit LIMIT 1").fetchone() or ("{}",)
+    with suppress(TypeError, RecursionError):  # reported where the settings are used
+        expected = {**TABLES, "records": RECORDS, "seen": _seen_columns(json.loads(text))}
+        if any(expected.get(name) != columns for name, columns in tables.items()):
+            raise ValueError("its tables have other columns")
+    damaged = sql.execute(
+        "SELECT 1 FROM (SELECT count(*) AS n FROM runs) WHERE n > ? UNION ALL SELECT 1 FROM runs WHERE run IS NULL OR"
+        " run < 1 OR run > ? OR documents IS NULL OR kept IS NULL OR inputs IS NULL OR length(inputs) > 64 LIMIT 1",
+        [MAX_RUNS, 1 << 30],
+    ).fetchone()
+    if damaged:
+        raise ValueError("its table of runs is damaged")
+    return text if isinstance(text, str) else ""
+
+
 def holds(path: str, history: str) -> bool:
     """Whether an index is undamaged and has the history that a run recorded, and perhaps later runs."""
     try:
-        if not _is_intact(path):
+        if not is_intact(path):
             return False
-        with closing(duckdb.connect(path, read_only=True)) as sql:
-            (settings,) = sql.execute("SELECT settings FROM llmkit").fetchone() or ("{}",)
+        with limited(path), closing(Database(path, read_only=True)) as sql:
+            settings = _stored_settings(sql, sql.tables())
             keys = sql.execute("SELECT inputs FROM runs ORDER BY run").fetchall()
         return any(history_of(json.loads(settings), keys[:runs]) == history for runs in range(len(keys) + 1))
-    except (duckdb.Error, OSError, ValueError, TypeError, RecursionError):
+    except (duckdb.Error, LlmkitError, OSError, ValueError, TypeError, RecursionError):
         return False
-
-
-def _is_intact(path: str) -> bool:
-    """Whether the checksums of all headers and blocks of a DuckDB file are right.
-
-    Each is in the first 8 bytes: the exclusive or of the other words, multiplied by an odd constant
-    (src/common/checksum.cpp). DuckDB verifies the blocks that it reads; here a changed byte is found wherever it is.
-    """
-    with open(path, "rb") as file:
-        for size in chain(repeat(HEADER_BYTES, HEADERS), repeat(BLOCK_BYTES)):
-            data = file.read(size)
-            if not data and size == BLOCK_BYTES:
-                return True
-            words = np.frombuffer(data[: len(data) & ~7], "<u8")
-            if len(data) != size or words[0] != np.bitwise_xor.reduce(words[1:] * FACTOR) ^ START:
-                return False
-    raise AssertionError("blocks end with the file")
-
-
-def _arrow(values: NDArray[Any]) -> pa.Array:
-    """Numbers, booleans or rows of bytes as an Arrow array. Arrow's own conversion imports pandas if installed."""
-    if values.ndim == 2:
-        dtype, rows = pa.binary(values.shape[1] * values.itemsize), len(values)
-    else:
-        dtype, rows = pa.from_numpy_dtype(values.dtype), len(values)
-    packed = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
-    return pa.Array.from_buffers(dtype, rows, [None, pa.py_buffer(packed)])
-
-
-def _strings(strings: list[str]) -> pa.Array:
-    """Strings as an Arrow array."""
-    encoded = [string.encode() for string in strings]
-    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return pa.Array.from_buffers(
-        pa.large_string(), len(encoded), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(encoded))]
-    )
 
 
 def _low(keys: NDArray[Any]) -> NDArray[np.uint32]:

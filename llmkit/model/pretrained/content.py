@@ -18,7 +18,7 @@ from llmkit.io.digest import digest_bytes, digest_stored
 from llmkit.io.record import parse_record, record_text, sealed
 from llmkit.io.run_layout import regular
 from llmkit.io.sealed_file import PENDING
-from llmkit.model.pretrained.header import MAX_HEADER_BYTES
+from llmkit.model.pretrained.header import MAX_HEADER_BYTES, parse_header
 
 COVERED = (".safetensors", ".json", ".jinja", ".model", ".txt")
 BLOCK = 1 << 20
@@ -89,7 +89,7 @@ def _read_header(stored: BinaryIO, file: Path) -> tuple[int, dict[str, Any]]:
     """Length of the header in bytes, and its content; the file is then at the first byte of the tensors."""
     try:
         (length,) = struct.unpack("<Q", stored.read(8))
-        header = json.loads(stored.read(length)) if length <= MAX_HEADER_BYTES else None
+        header = parse_header(stored, length, str(file)) if length <= MAX_HEADER_BYTES else None
     except (ValueError, struct.error, RecursionError):
         header = None
     if not isinstance(header, dict):

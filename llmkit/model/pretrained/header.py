@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import regular
+from llmkit.memory import limited
 
 MAX_HEADER_BYTES = 100 << 20  # the format's own limit
+# A tensor takes about 12 values, so 4 Mi are 350,000 tensors, several times those of the largest mixtures of experts,
+# whose many files share them. As objects of Python they take 250 MB at most.
+MAX_VALUES = 4 << 20
+MAX_DIMENSIONS = 64  # as in torch
 # Bytes per element, by the format's name for the type.
 SIZES = {
     "F64": 8,
@@ -57,16 +62,14 @@ def read_header(path: Path) -> dict[str, Stored]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError("the header is longer than the file or the format allows")
-            header = json.loads(file.read(length))
+            header = parse_header(file, length, str(path))
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
             start, stop = map(index, entry["data_offsets"])
             shape = tuple(int(side) for side in entry["shape"])
-            count = SIZES[entry["dtype"]]
-            for side in shape:
-                count *= side
-            if stop - start != count or min((start, *shape), default=0) < 0:
+            count = _bytes_of(shape, SIZES[entry["dtype"]], size)
+            if stop - start != count or start < 0:
                 raise ValueError(f"tensor {name} has {stop - start} bytes where its shape needs {count}")
             if stop > size - 8 - length:
                 raise ValueError(f"truncated: tensor {name} ends after the file")
@@ -81,6 +84,26 @@ def read_header(path: Path) -> dict[str, Stored]:
         ) from error
 
 
+def parse_header(file: BinaryIO, length: int, name: str) -> Any:
+    """The next `length` bytes of a file, as JSON. Raises ValueError, RecursionError, and MemoryLimitError."""
+    with limited(name):
+        data = file.read(length)
+        if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise ValueError(f"the header holds more than {MAX_VALUES:,} values")
+        return json.loads(data)
+
+
+def _bytes_of(shape: tuple[int, ...], count: int, most: int) -> int:
+    """The size of a tensor with `count` bytes per element; ValueError where it is above `most`, before it is huge."""
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0:
+        raise ValueError("a tensor with an impossible shape")
+    for side in shape if all(shape) else (0,):
+        count *= side
+        if count > most:
+            raise ValueError("its shape needs more bytes than the file has")
+    return count
+
+
 def read_record(path: str) -> str | None:
     """The lineage record in `__metadata__`, from the header alone; LlmkitError where the header is malformed."""
     try:
@@ -88,7 +111,7 @@ def read_record(path: str) -> str | None:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > MAX_HEADER_BYTES:
                 raise ValueError("its header is larger than the format allows")
-            metadata = json.loads(file.read(length)).get("__metadata__") or {}
+            metadata = parse_header(file, length, path).get("__metadata__") or {}
     except (OSError, ValueError, struct.error, AttributeError, RecursionError) as error:
         raise LlmkitError(
             f"{path}: not a readable safetensors file ({error})", "the file is damaged or incomplete"
