@@ -118,6 +118,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
+    import errno
     import signal
     from importlib import import_module
 
@@ -163,7 +164,9 @@ def run_command(name: str, arguments: list[str]) -> int:
     except LlmkitError as error:
         if debug:
             raise
-        return fail(error.message, error.hint, error.code)
+        cause = error.__cause__
+        is_limit = isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
+        return fail(error.message, _os_hint(cause) if is_limit else error.hint, error.code)
     except OSError as error:
         if debug:
             raise
@@ -201,6 +204,8 @@ def _os_hint(error: OSError) -> str:
         return "check the permissions"
     if error.errno == errno.ELOOP:
         return "symbolic links are not followed here: remove it"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n), or name fewer inputs"
     return ""
 
 
