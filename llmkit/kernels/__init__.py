@@ -18,8 +18,9 @@ from typing import Any
 
 import xxhash
 
-# numba imports SciPy to find its BLAS. None of our kernels needs one, so that import is blocked. With yaml, it would read
-# .numba_config.yaml in the working directory, which may be a download; one that names a cache of kernels runs code.
+# numba imports SciPy to find its BLAS. None of our kernels needs one, so that import is blocked. With yaml, it would
+# read .numba_config.yaml in the working directory, which may be a download: one that names a cache of compiled code,
+# which is pickled, runs any code.
 BLAS, YAML = "scipy.linalg.cython_blas", "yaml"
 _loaded: dict[str, Any] = sys.modules
 _yaml = {name: module for name, module in _loaded.items() if name == YAML}

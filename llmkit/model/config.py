@@ -151,7 +151,7 @@ class ModelConfig:
             hint = hint or suggestion(str(kind), ARCHITECTURES.names())
             raise LlmkitError(f"{where}: unknown architecture {kind!r}", hint)
         if content.get("auto_map"):
-            warnings.warn(f"{where}: auto_map is ignored: no code of a model directory runs", InputWarning, stacklevel=2)
+            warnings.warn(f"{where}: auto_map is ignored: no code of a model runs", InputWarning, stacklevel=2)
         fields = {
             field.name: content[field.name] for field in dataclasses.fields(cls) if content.get(field.name) is not None
         }

@@ -19,7 +19,7 @@ from llmkit.memory import zstd_decompressor
 
 MAX_HEAD = 1 << 20  # bytes of status line and headers; servers limit them to 8 to 64 KiB
 MAX_CODINGS = 8  # of one body; servers send one or two
-MAX_CHUNKS, MAX_MEMBERS = 1 << 20, 1 << 16  # the members of gzip, or the frames of zstd; a second or less of each
+MAX_CHUNKS, MAX_MEMBERS = 1 << 20, 1 << 17  # the members of gzip, or the frames of zstd; a second or less of each
 FEED, FIRST_FEED = 64 << 10, 4 << 10  # bytes of gzip data per call; what a member does not use is copied
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")

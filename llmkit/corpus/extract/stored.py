@@ -133,9 +133,7 @@ def _gzip(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
             out = member.decompress(data, LIMIT)
         except zlib.error as error:
             stored.advance((yield from _before_error(before, data, offset)))
-            if too_large := over_window(error, head):
-            raise Damaged(f"its zstd frame {too_large} (see --memory)") from error
-        reason = str(error).rpartition(": ")[2]
+            reason = str(error).rpartition(": ")[2]
             text = f"its gzip member is damaged ({reason})"
             raise Damaged(text, checksum=reason == "incorrect data check") from error
         rest = member.unused_data if member.eof else member.unconsumed_tail  # at the end, both may hold the same
