@@ -15,6 +15,7 @@ if [ ! -e "$VENV/.llmkit-installed" ] || [ pyproject.toml -nt "$VENV/.llmkit-ins
 fi
 export PATH="$PWD/$VENV/bin:$PATH"
 [[ $VENV = /* ]] && export PATH="$VENV/bin:$PATH"
+unset PYTHONDONTWRITEBYTECODE  # or each of hundreds of processes would compile the sources again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 if [ $# -eq 0 ]; then
     ruff check .

@@ -289,7 +289,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         kept = {name: old[name] for name in ("attr", "count", "d", "default", "first", "items", "last", "length")}
         for name in ("map", "reject", "rejectattr", "select", "selectattr", "list"):
             kept[name] = _priced(old[name], self.counted)
-        for name in ("abs", "dictsort", "max", "min", "sort", "unique", "reverse"):
+        for name in ("abs", "dictsort", "groupby", "max", "min", "sort", "unique", "reverse"):
             kept[name] = _priced(old[name], self._compared_often)
         for name in "capitalize float int lower title truncate upper wordcount".split():
             kept[name] = _priced(old[name], self._paid_text)

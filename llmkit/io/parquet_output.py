@@ -237,7 +237,8 @@ class ParquetOutput:
                     arrays = [self._column(rows, schema, i, first) for i in range(len(schema))]
                     writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=len(rows))
                     first += len(rows)
-                record = sealed(self._record, with_schema(sink.state.copy(), schema, first - 1)) | {BYTES: PENDING}
+                files = with_schema(sink.state.copy(), _as_read(schema), first - 1)
+                record = sealed(self._record, files) | {BYTES: PENDING}
                 sink.hold()
                 writer.add_key_value_metadata({"llmkit": json.dumps(record, sort_keys=True, ensure_ascii=False)})
             sink.complete()
@@ -281,6 +282,13 @@ class ParquetOutput:
                     group, size = [], 0
         if group:
             yield group
+
+
+def _as_read(schema: pa.Schema) -> pa.Schema:
+    """The schema that a reader of the file gets: Parquet names the items of a list `element`, Arrow `item`."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.empty_table(), sink)
+    return pq.read_schema(pa.BufferReader(sink.getvalue()))
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ writes runs (training/checkpoint/run_directory.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmkit.errors import LlmkitError
@@ -22,6 +23,16 @@ FINAL, LATEST = "final", "latest"
 CHECKPOINTS = "checkpoints"
 STATE = "state"
 DIGESTS = "digests.json"  # in the state of a checkpoint: of its other files; in a finished run: of its own files
+# What the latter lists, where it exists: files, and directories with all that is in them.
+SEALED = (
+    "config.toml",
+    "events.jsonl",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "reference.safetensors",
+    "trace",
+    "data",
+)
 RUN_COMMANDS = ("train", "anneal", "sft", "dpo")  # commands that write runs
 STEP_PREFIX = "step-"
 STEP_DIGITS = 8  # at least; also what makes names sort by step
@@ -53,6 +64,12 @@ def find_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     candidates = (Path(run) / CHECKPOINTS).glob(f"{STEP_PREFIX}*")
     return sorted((path for path in candidates if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def files_below(directory: Path, names: Iterable[str]) -> list[str]:
+    """Relative paths of these files and of the files in these directories, sorted."""
+    paths = (path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file())
+    return sorted(str(path.relative_to(directory)) for path in paths)
 
 
 def is_run(path: Path) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from llmkit.io.digest import digest_stored
 from llmkit.io.inputs import STDIN
 from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
-from llmkit.io.run_layout import DIGESTS, STATE, final_model, find_checkpoints, is_run
+from llmkit.io.run_layout import DIGESTS, FINAL, SEALED, STATE, files_below, final_model, find_checkpoints, is_run
 from llmkit.io.sealed_file import BYTES, is_sealed_by
 from llmkit.lineage.fields import (
     MAX_DEPTH,
@@ -44,6 +44,8 @@ from llmkit.lineage.formats import (
 
 HELD_OUT = "heldout"
 INDEX = "index"  # role of an index of earlier runs
+# What the list of a checkpoint holds at least; others may have put further files beside them.
+CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", STATE)
 INDEX_MODULE = "llmkit.corpus.dedup.index"  # with `holds(path, digest)`
 
 
@@ -66,8 +68,8 @@ def check(record: Record, path: str, directories: list[str]) -> Iterator[Checked
     for checkpoint in find_checkpoints(artefact):
         state = _state_of_files(checkpoint, checkpoint / STATE / DIGESTS)
         yield Checked(f"{name}/{checkpoint.parent.name}/{checkpoint.name}", state)
-    if (artefact / DIGESTS).is_file():
-        yield Checked(f"{name}/{DIGESTS}", _state_of_files(artefact, artefact / DIGESTS))
+    if (artefact / FINAL).exists():  # a finished run
+        yield Checked(f"{name}/{DIGESTS}", _state_of_files(artefact, artefact / DIGESTS, SEALED))
     held_out = artefact / HELD_OUT
     if held_out.is_dir():
         inner = _read(held_out)
@@ -117,14 +119,15 @@ def _state_of_artefact(record: Record, path: Path) -> str:
     return "DIFFERS" if False in results else "ok" if verified else "unchecked"
 
 
-def _state_of_files(directory: Path, digests: Path) -> str:
-    """The state of a directory by the list of digests that was written with it."""
+def _state_of_files(directory: Path, digests: Path, names: Iterable[str] = CHECKPOINT_FILES) -> str:
+    """The state of a directory by its list of digests, which holds what there is of `names`."""
     try:
         stored = digests.read_bytes()
         expected = json.loads(stored)
         intact = (
             isinstance(expected, dict)
             and json.dumps(expected, indent=1).encode() == stored
+            and {*files_below(directory, names)} - {f"{STATE}/{DIGESTS}"} <= expected.keys()
             and all(
                 ".." not in Path(name).parts and digest_stored(str(directory / name)) == digest
                 for name, digest in expected.items()
@@ -162,13 +165,13 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
         if item["role"] == INDEX:
             yield Checked(name, *_state_of_index(item, candidates))
             continue
-        others = digests[file_name(item["name"])] - {item["digest"]}
+        of_this_name = digests[file_name(item["name"])]
         same = [path for path in candidates if known(path) == item["digest"]]
         if not same:  # a command may have read an earlier checkpoint of a run
             checkpoints = [checkpoint for path in filter(is_run, candidates) for checkpoint in find_checkpoints(path)]
             same = [checkpoint for checkpoint in checkpoints if known(checkpoint) == item["digest"]]
         # A file with the digest of another input of its name is that one.
-        differing = [path for path in candidates if known(path) not in others]
+        differing = [path for path in candidates if known(path) not in of_this_name]
         state = "ok" if same else "DIFFERS" if differing else "not found"
         yield Checked(name, state, "".join(map(str, (same or differing)[:1])))
 

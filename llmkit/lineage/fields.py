@@ -36,13 +36,17 @@ def present_options(node: Record) -> Record:
     """The options of a record as the commands have them today, so that they do what they did then.
 
     Earlier versions recorded the file of a quarantine, which must not be written by a script; and before minhash had
-    `normalise` (and `shingle`), all numbers and operators were equal.
+    `normalise` (and `shingle`), all numbers and operators were equal. Of a filter by the rules of a file they left out
+    an option that these rules do not need.
     """
     options = dict(options_of(node))
     options |= {key: "skip" for key in BAD if str(options.get(key)).startswith("quarantine")}
     is_old = node.get("command") in ("dedup", f"dedup{REJECTS}") and "shingle" not in options
     if is_old and "minhash" in str(options.get("method")) and not options.get("key"):
         options.setdefault("normalise", "loose")
+    reads_rules = any(item["role"].startswith("rule ") for item in inputs_of(node))
+    if node.get("command") in ("filter", f"filter{REJECTS}") and not reads_rules:
+        options.setdefault("respect_opt_out", False)
     return options
 
 

@@ -58,8 +58,9 @@ Flags = Callable[[str], dict[str, Flag]]  # of a command, by the names of its pa
 
 INDEX = "index"  # role of an index of earlier runs
 MAX_COMMANDS = 10_000
+MAX_CHARACTERS = 100_000  # of the words of an option; Linux takes 131,071 in one argument
 # Commands whose outputs are compared by the digest of their files, since they have none of their content.
-MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend")
+MODELS = (*RUN_COMMANDS, "average", "quantize", "vocab", "vocab extend", "vocab convert")
 
 _STREAM = "(standard input)"
 _DIGEST = re.compile(r"xxh3:[0-9a-f]{32}")
@@ -155,6 +156,9 @@ class _Script:
         self._steps: dict[str, set[int]] = {}  # identity of a run -> steps of which a checkpoint is needed
         self._made: dict[tuple[str, str], str] = {}  # (identity, kind of file) -> path
         self._outputs: set[str] = set()
+        self._numbers: dict[tuple[bool, str], int] = {}  # (whether it is an output, name) -> of the last of this name
+        self._paths: dict[tuple[str, str], str] = {}  # (name, digest) of an original -> path
+        self._commands = 0
         self._compared: set[str] = set()
         self._repeated: list[Record] = []  # keeps them in memory: their identities are known by `id`
         self._indexes: dict[str, list[str]] = {}  # path -> state at the start, and identities of the runs since
@@ -207,8 +211,6 @@ class _Script:
             if not made:
                 raise LlmkitError("the lineage contains itself", "it was not written by llmkit")
             return made if made.endswith("/" + _file(name)) else self._copy(made, name)
-        if len(self.lines) > MAX_COMMANDS:
-            raise LlmkitError(f"the script would have over {MAX_COMMANDS:,} lines", "it was not written by llmkit")
         self._made[key] = ""
         outer, self._code = self._code, []
         line, output = self._pipeline(node, 0), self._output(name)
@@ -249,10 +251,10 @@ class _Script:
 
         A second one of the same name goes into a numbered directory, since its name is part of the lineage.
         """
-        number, output = 1, f'"$OUT"/{_file(name)}'
-        while output in self._outputs:
+        number = self._numbers.get((True, name), 0) + 1
+        while (output := f'"$OUT"/{_file(name)}' if number == 1 else f'"$OUT"/{number}/{_file(name)}') in self._outputs:
             number += 1
-            output = f'"$OUT"/{number}/{_file(name)}'
+        self._numbers[True, name] = number
         if number > 1:
             self.lines.append(f'mkdir -p "$OUT"/{number}')
         self._outputs.add(output)
@@ -262,6 +264,9 @@ class _Script:
         """The command of `node`, preceded by the commands whose output it reads from pipes."""
         if depth > MAX_DEPTH:
             raise LlmkitError("the lineage is nested too deeply", "it was not written by llmkit")
+        self._commands += 1
+        if self._commands > MAX_COMMANDS:
+            raise LlmkitError(f"the script would have over {MAX_COMMANDS:,} commands", "it was not written by llmkit")
         command, options, inputs = str(node.get("command")), present_options(node), inputs_of(node)
         if command == "cat":  # streams joined by other means than llmkit
             return "cat " + " ".join(self.reference(item | {"name": f"{item['name']}.jsonl.zst"}) for item in inputs)
@@ -307,12 +312,13 @@ class _Script:
             # A former and a present name stand for one option.
             if flag and not flag.by_role and not flag.writes and key not in roles and flag.name not in given:
                 given.add(flag.name)
-                if not flag.takes(value):
+                shown = _as_words(value, flag)
+                if not flag.takes(value) or sum(map(len, shown)) > MAX_CHARACTERS:
                     self._leave_out(flag.name, value)
                     continue
                 code = [item for item in (value if isinstance(value, list) else [value]) if flag.runs(str(item))]
                 self._code += [f"{item} (no digest)" for item in code]
-                words += _as_words(value, flag)
+                words += shown
         return upstream + " ".join(words[:2] + positional + words[2:]) + redirection
 
     def _leave_out(self, option: str, value: Any) -> None:
@@ -377,10 +383,12 @@ class _Script:
 
     def _original(self, name: str, item: Record) -> str:
         """Path of an original in INPUTS, which a line looks for. Another one of its name is in a numbered directory."""
-        number, path, digest = 1, name, item["digest"]
+        digest = item["digest"]
+        path, number = self._paths.get((name, digest), name), self._numbers.get((False, name), 1)
         while self.originals.get(path, digest) != digest:
             number += 1
             path = f"{number}/{name}"
+        self._paths[name, digest], self._numbers[False, name] = path, number
         word = f'"$IN"/{_file(path)}'
         if path not in self.originals:
             self.originals[path] = digest

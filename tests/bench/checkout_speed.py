@@ -40,6 +40,8 @@ COMMANDS = {
 def run(checkout: Path, directory: Path, *arguments: str) -> tuple[float, float]:
     """CPU seconds and peak memory in MB of one call."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # As installed: with PYTHONDONTWRITEBYTECODE every start would compile the sources, and more source seem slower.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(directory.parent / "bytecode")}
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", "llmkit", *arguments],
         cwd=directory,

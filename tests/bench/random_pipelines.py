@@ -28,8 +28,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the a river stone old light of and runs under green hill small house with seven birds over water long".split()
@@ -302,10 +304,10 @@ class Pipeline:
                 continue
 
 
-def lay_out(script: str, origin: Path, target: Path, environment: dict[str, str]) -> str:
+def lay_out(script: str, origin: Path, target: Path) -> str:
     """Copy the originals that the head of a script demands, by digest, and return that of its stdin ("" for none)."""
     stream = ""
-    digests = _digests(origin, environment)
+    digests = _digests(origin)
     for name, digest in re.findall(r"^#   (.+?)  (xxh3:[0-9a-f]{32})$", script, re.MULTILINE):
         source = digests.get(digest)
         if source is None:
@@ -318,45 +320,55 @@ def lay_out(script: str, origin: Path, target: Path, environment: dict[str, str]
     return stream
 
 
-def _digests(origin: Path, environment: dict[str, str]) -> dict[str, Path]:
-    """Digest -> file of every original."""
+def _digests(origin: Path) -> dict[str, Path]:
+    """Digest -> original, a file or a directory."""
     from llmkit.lineage.formats import digest_path
 
-    return {digest_path(path): path for path in sorted(origin.rglob("*")) if path.is_file() and not path.is_symlink()}
+    return {digest_path(path): path for path in sorted(origin.rglob("*")) if not path.is_symlink()}
 
 
-def repeat(pipeline: Pipeline, originals: Path, artefact: str, work: Path) -> str:
-    """Run the script of an artefact in a fresh directory. Returns "" where it makes the same, else what differs."""
+class Repeated(NamedTuple):
+    """What the script of an artefact made: `problem` is "" where it is the same."""
+
+    problem: str
+    script: str = ""
+    again: Path = Path()
+
+
+def repeat(
+    directory: Path, environment: dict[str, str], originals: Path, artefact: str, work: Path, *options: str
+) -> Repeated:
+    """Run the script of an artefact in a fresh directory, and compare the digests; `options` are those of `lineage`."""
 
     def call(*words: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(["llmkit", *words], cwd=pipeline.directory, env=pipeline.environment, capture_output=True)
+        return subprocess.run(["llmkit", *words], cwd=directory, env=environment, capture_output=True)
 
-    printed = call("lineage", artefact, "--script")
+    printed = call("lineage", artefact, "--script", *options)
     if printed.returncode:
-        return f"--script: {printed.stderr.decode()[-400:]}"
+        return Repeated(f"--script: {printed.stderr.decode()[-400:]}")
     script = printed.stdout.decode()
     shutil.rmtree(work, ignore_errors=True)
     (work / "in").mkdir(parents=True)
     (work / "again.sh").write_text(script)
     try:
-        stream = lay_out(script, originals, work / "in", pipeline.environment)
+        stream = lay_out(script, originals, work / "in")
     except RuntimeError as error:
-        return f"{error}\n{script}"
+        return Repeated(f"{error}\n{script}", script)
     with open(stream or os.devnull, "rb") as stdin:
         done = subprocess.run(
-            ["bash", "again.sh", "in", "out"], cwd=work, env=pipeline.environment, stdin=stdin, capture_output=True
+            ["bash", "again.sh", "in", "out"], cwd=work, env=environment, stdin=stdin, capture_output=True
         )
     if done.returncode:
-        return f"{done.stderr.decode()[-600:]}\n{script}"
+        return Repeated(f"{done.stderr.decode()[-600:]}\n{script}", script)
     outputs = re.findall(r'"\$OUT"(\S*)$', script.rstrip().splitlines()[-1].partition(" xxh3:")[0])
     again = work / f"out{shlex.split(outputs[-1])[0]}"
     first, second = (call("lineage", str(path), "--digest").stdout for path in (artefact, again))
     if first != second or not first:
-        return f"{artefact}: {first!r}, and again {second!r}\n{script}"
+        return Repeated(f"{artefact}: {first!r}, and again {second!r}\n{script}", script, again)
     checked = call("lineage", str(again), "--check", "--inputs", str(work / "in"))
     if checked.returncode:
-        return f"--check: {checked.stdout.decode()}{checked.stderr.decode()[-300:]}"
-    return ""
+        return Repeated(f"--check: {checked.stdout.decode()}{checked.stderr.decode()[-300:]}", script, again)
+    return Repeated("", script, again)
 
 
 def try_pipeline(
@@ -374,11 +386,35 @@ def try_pipeline(
         [pipeline.scripted[-1], *pipeline.random.sample(pipeline.scripted, min(scripts - 1, len(pipeline.scripted)))]
     )
     failures = [
-        f"{name}: {problem}" for name in chosen if (problem := repeat(pipeline, originals, name, work / "again"))
+        f"{name}: {repeated.problem}"
+        for name in chosen
+        if (repeated := repeat(directory, environment, originals, name, work / "again")).problem
     ]
     if failures:
         failures.append("the pipeline:\n" + "\n".join(pipeline.commands))
     return len(chosen), failures
+
+
+@contextmanager
+def preloaded(socket: str | None = None) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A temporary directory, and an environment in which `llmkit` is forked from tests/preloaded.py at `socket`, or a new one."""
+    with tempfile.TemporaryDirectory(prefix="scripts-") as temporary:
+        work = Path(temporary)
+        command = [sys.executable, "-P", str(ROOT / "tests" / "preloaded.py")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
+        path = socket or f"{work}/socket"
+        (work / "bin").mkdir()
+        call = shlex.join([sys.executable, "-IS", *command[2:]])
+        (work / "bin" / "llmkit").write_text(f'#!/bin/sh\nexec {call} {path} "$@"\n')
+        (work / "bin" / "llmkit").chmod(0o755)
+        if socket:
+            yield work, environment
+            return
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, "serve", path], stdin=pipe, stdout=pipe, env=environment) as server:
+            assert server.stdout and server.stdout.readline() == b"ready\n"
+            yield work, environment
+            server.terminate()
 
 
 def main() -> int:
@@ -391,36 +427,18 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     began, equal, scripts = time.monotonic(), 0, 0
-    with tempfile.TemporaryDirectory(prefix="pipelines-") as temporary:
-        work = Path(temporary)
-        command = [sys.executable, "-P", str(ROOT / "tests" / "preloaded.py")]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{work / 'bin'}:{os.environ['PATH']}"}
-        socket = arguments.socket or f"{work}/socket"
-        (work / "bin").mkdir()
-        (work / "bin" / "llmkit").write_text(
-            f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", *command[2:]])} {socket} "$@"\n'
-        )
-        (work / "bin" / "llmkit").chmod(0o755)
-        with ExitStack() as stack:
-            if not arguments.socket:
-                server = stack.enter_context(
-                    subprocess.Popen(
-                        [*command, "serve", socket], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-                    )
-                )
-                stack.callback(server.terminate)
-                assert server.stdout and server.stdout.readline() == b"ready\n"
-            for seed in range(arguments.first, arguments.first + arguments.pipelines):
-                commands = random.Random(seed).randint(5, arguments.commands)
-                place = work / f"{seed}"
-                try:
-                    count, failures = try_pipeline(seed, commands, arguments.scripts, place, environment)
-                except RuntimeError as error:
-                    count, failures = 0, [f"a command of the pipeline failed: {error}"]
-                scripts += count
-                equal += not failures
-                print(f"{seed}: {'equal' if not failures else chr(10).join(failures)}", flush=True)
-                shutil.rmtree(place, ignore_errors=True)
+    with preloaded(arguments.socket) as (work, environment):
+        for seed in range(arguments.first, arguments.first + arguments.pipelines):
+            commands = random.Random(seed).randint(5, arguments.commands)
+            place = work / f"{seed}"
+            try:
+                count, failures = try_pipeline(seed, commands, arguments.scripts, place, environment)
+            except RuntimeError as error:
+                count, failures = 0, [f"a command of the pipeline failed: {error}"]
+            scripts += count
+            equal += not failures
+            print(f"{seed}: {'equal' if not failures else chr(10).join(failures)}", flush=True)
+            shutil.rmtree(place, ignore_errors=True)
     seconds = time.monotonic() - began
     print(f"{arguments.pipelines} pipelines, {scripts} scripts, {equal} equal; {seconds:.0f} s")
     return equal != arguments.pipelines

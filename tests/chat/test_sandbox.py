@@ -81,6 +81,7 @@ HOSTILE = {
     "count": LONG + "{% set x = s.count('b') %}{% endfor %}",
     "equal texts": "{% set t = 'ab' * 500000 %}" + LONG + "{% set x = s == t %}{% endfor %}",
     "splits": LONG + "{% set x = s.split('a') %}{% endfor %}",
+    "groups": LONG + "{% set x = [s, s, s] | groupby('nope', default=s) %}{% endfor %}",
     "constants": "{{ 'x' | center(9999) }}" * 2000,
     "size": "{{ a }}" * 50_000,
     "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
@@ -178,6 +179,7 @@ HONEST = {"ChatML": CHATML, "Tulu": TULU, "old Tulu": OLD_TULU, "Llama 3": LLAMA
         3 is odd, 4 is even, 9 is divisibleby 3, 'a' is lower, 'x' is string, messages is iterable, {} is mapping
         '<&' | e
         'b<' | safe
+        messages | groupby('role') | map(attribute='grouper') | join, (messages | groupby('x', default='z')) | length
         none | default('x', true), missing | default('y'), 5 is in [5], 2 is gt 1
         namespace(a=1).a, cycler(1, 2).next(), range(5)[1:] | list, dict(a=1), [1, 2, 3][::-1], 'abc'[1:]
         1 / 0

@@ -158,9 +158,9 @@ def test_bzip2_as_the_standard_library_reads_it(size: int, level: int) -> None:
 def test_many_small_streams_take_linear_time(suffix: str, pack: Compress) -> None:
     """Property: thousands of streams are read in the time of a few times as many bytes, and zeros may follow each."""
     one, seconds = pack(b"line\n") + bytes(8) * (suffix != ".bz2"), []
-    for count in (500, 8000):
+    for count in (4000, 32000):
         begin = time.process_time()
         content = b"".join(decompress(io.BytesIO(one * count), "a" + suffix, Notes()))
         seconds.append(time.process_time() - begin)
         assert content == b"line\n" * count
-    assert seconds[1] < 48 * max(seconds[0], 0.02)
+    assert seconds[1] < 24 * max(seconds[0], 0.02)

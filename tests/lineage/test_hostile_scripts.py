@@ -127,3 +127,23 @@ def test_honest_records_lose_nothing(tmp_path: Path, llmkit_here: Any) -> None:
     assert record
     script = as_script(record, "o.jsonl.zst", _flags)
     assert "left out" not in script and "--seed 3" in script and "--max-line-bytes 1000000" in script
+
+
+def test_wide_and_large_records_take_linear_time() -> None:
+    """Behaviour: 5,000 inputs of one name, 200 commands and options of 10 MB are no matter of minutes."""
+    import time
+
+    from llmkit.lineage.check import check
+
+    wide = {
+        "command": "average",
+        "inputs": [{"name": "same", "digest": f"xxh3:{number:032x}"} for number in range(5_000)],
+    }
+    made = [{"name": "m", "digest": "", "lineage": {"command": "quantize", "options": {"seed": i}}} for i in range(200)]
+    began = time.process_time()
+    assert as_script(wide, "x", _flags).count("\noriginal ") == 5_000
+    assert sum(result.state == "not found" for result in check(wide, "/nowhere/x", [])) == 5_000
+    assert len(commands_of(as_script({"command": "average", "inputs": made}, "x", _flags))) == 201
+    large = as_script({"command": "filter", "options": {"rule": ["x" * 10**7], "words": "spacy"}}, "x", _flags)
+    assert len(large) < 1000 and "# left out: --rule" in large and "--words spacy" in large
+    assert time.process_time() - began < 10

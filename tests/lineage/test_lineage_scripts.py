@@ -161,3 +161,43 @@ def test_a_process_substitution_has_no_name(tmp_path: Path) -> None:
 
     for path in ("/dev/fd/63", "/proc/self/fd/12", "/dev/stdin", "-"):
         assert base_name(path) == "-" and source_name(display_name(path)) == "stdin"
+
+
+def test_every_option_is_in_a_script() -> None:
+    """Property: bench/scripts.py gives each option that decides the content, of each command that makes a record."""
+    from scripts import LINES, uncovered
+
+    from llmkit.cli.shared.schema import schema
+    from llmkit.cli.shared.table import COMMANDS
+
+    assert uncovered(LINES.strip().splitlines(), schema(COMMANDS)) == []
+
+
+def test_digests_in_scripts_are_those_of_the_artefacts(tmp_path: Path, llmkit_here: Call) -> None:
+    """Behaviour: what a script compares is what `lineage --digest` prints, for Parquet with lists and a converted
+    vocabulary too, and --check finds no difference."""
+    import base64
+
+    rows = [{"id": "1", "text": "a river", "tags": ["a", "b"], "deep": [{"x": [1]}]}, {"id": "2", "text": "a stone"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ranks = "".join(f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(256))
+    (tmp_path / "r.tiktoken").write_text(ranks)
+    convert = ("vocab convert", "r.tiktoken", "--pattern", "qwen2", "--eos", "<e>", "-o", "tok", "-q")
+    for call in (("dedup", "d.jsonl", "--method", "exact", "-o", "o.parquet", "-q"), convert):
+        assert llmkit_here(*call, cwd=tmp_path).returncode == 0
+        name = call[call.index("-o") + 1]
+        digest = llmkit_here("lineage", name, "--digest", cwd=tmp_path).stdout.decode().strip()
+        script = llmkit_here("lineage", name, "--script", cwd=tmp_path).stdout.decode()
+        assert script.endswith(f'same "$OUT"/{name} {digest}\n')
+        assert llmkit_here("lineage", name, "--check", cwd=tmp_path).returncode == 0
+
+
+def test_rules_of_a_file_have_the_record_of_the_same_rules(tmp_path: Path, llmkit_here: Call) -> None:
+    """Behaviour: the command in the script of a filter by a preset file makes the same bytes, its record included."""
+    (tmp_path / "d.jsonl").write_text(json.dumps({"id": "1", "text": "a river " * 20}) + "\n")
+    (tmp_path / "p.toml").write_text('[[filter]]\nname = "length"\nmin_characters = 60\n')
+    rules = ("--filter", "length", "--rule", "length.min_characters=60")
+    for name, how in (("a", ("--preset", "p.toml")), ("b", rules)):
+        call = ("filter", "d.jsonl", *how, "-q", "-o", f"{name}.jsonl.zst")
+        assert llmkit_here(*call, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "a.jsonl.zst").read_bytes() == (tmp_path / "b.jsonl.zst").read_bytes()

@@ -6,7 +6,7 @@ import json as jsonlib
 import re
 import sys
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated
@@ -119,6 +119,7 @@ def _print(run: Run, text: str) -> None:
     sys.stdout.buffer.flush()
 
 
+@cache
 def _flags(name: str) -> dict[str, Flag]:
     """The options of a command that a script may give, by parameter name."""
     from importlib import import_module

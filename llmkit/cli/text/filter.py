@@ -229,6 +229,8 @@ def _record(run: Run, chain: Chain, presets: list[str]) -> None:
         ):
             run.options.pop(option, None)
         run.options["filter"], run.options["rule"] = chain_loader.as_rules(chain)
+        if not files:  # the record of the same rules without a preset
+            run.options["respect_opt_out"] = False
     for rule, path in files:
         run.reads(f"rule {rule}", path)
 

@@ -38,20 +38,24 @@ from llmkit.io.run_layout import (
     DIGESTS,
     FINAL,
     LATEST,
+    SEALED,
     STATE,
     checkpoint_name,
+    files_below,
     find_checkpoints,
     resolve_model,
     step_of,
 )
 from llmkit.lineage.formats import digest_path, seal
-from llmkit.lineage.outputs import artefact_directory
+from llmkit.lineage.outputs import HINT_NOT_OURS, artefact_directory
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
 from llmkit.training.checkpoint.trainer_state import OPTIMIZER, TRAINER, TrainerState, load_trainer_state
 
 CONFIG = "config.toml"
 EVENTS = "events.jsonl"
-SEALED = (CONFIG, EVENTS, "metrics.jsonl", "samples.jsonl", "reference.safetensors", "trace", "data")
+HEAD = b"# llmkit "  # of config.toml
+# All that a run may hold: -f replaces a directory that holds anything else.
+LAYOUT = {*SEALED, CHECKPOINTS, LATEST, FINAL, DIGESTS, ".lock", "tracker", "wandb"}
 LEFTOVERS = {".lock", CHECKPOINTS, "data"}  # of a run that was killed before it started
 
 
@@ -138,10 +142,7 @@ class RunDirectory:
 
     def seal(self) -> None:
         """Store the digests of the files beside the checkpoints of a finished run, for `lineage --check`."""
-        files = [
-            path for name in SEALED for path in (self.path / name, *(self.path / name).rglob("*")) if path.is_file()
-        ]
-        digests = {str(path.relative_to(self.path)): digest_stored(str(path)) for path in sorted(files)}
+        digests = {name: digest_stored(str(self.path / name)) for name in files_below(self.path, SEALED)}
         with (
             suppress(OSError),  # a full disk must not fail a finished run
             atomic_file(self.path / DIGESTS, force=True, follow=False) as sink,
@@ -226,9 +227,21 @@ def check_run(path: str, *, resume: bool, force: bool) -> None:
         check_output(directory, force=True)
     elif CONFIG not in names and (resume or force):
         raise LlmkitError(f"{path} exists and is not a run", "choose another output")
+    elif force and (foreign := sorted(name for name in names - LAYOUT if not name.endswith(".partial"))):
+        raise LlmkitError(f"{path} holds {foreign[0]}, which is of no run; -f does not replace it", HINT_NOT_OURS)
+    elif force and ".lock" not in names and not _begins(directory / CONFIG, HEAD):
+        raise LlmkitError(f"{path}: {CONFIG} is not of a run; -f does not replace it", HINT_NOT_OURS)
     elif not (resume or force):
         hint = "--resume continues it, -f replaces it" if CONFIG in names else "choose another output"
         raise LlmkitError(f"{path} exists", hint)
+
+
+def _begins(path: Path, head: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(head)) == head
+    except OSError:
+        return False
 
 
 def write_config(directory: RunDirectory, text: str) -> None:

@@ -19,7 +19,7 @@ Cost: linear (tests/bench/minhash_recall.md). Tables: 4.4 MB at most for each no
 from __future__ import annotations
 
 import unicodedata
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from llmkit.corpus.dedup import normalise
-from llmkit.corpus.words import ACCENTED, MAX_LEADING
+from llmkit.corpus.words import ACCENTED, MAX_LEADING, PUNCTUATION
 from llmkit.kernels import kernel
 from llmkit.kernels.utf8 import Bytes, decode, start_of
 
@@ -69,23 +69,24 @@ def tables(how: str, marks_first: bool) -> Tables:
     table = np.zeros(0x110000, np.int32)
     entry_of = {"": DROPPED, " ": BLANK}
     pool = bytearray(1)
-    ranges, special = _characters()
-    for start, characters in ranges:
-        replacements = apply(BETWEEN.join(["", *characters, ""])).split(BETWEEN)[1:-1]
-        for code, (old, new) in enumerate(zip(characters, replacements, strict=True), start):
-            if old == new and code not in special:
-                continue  # most characters
-            if old.isdecimal():
-                table[code] = digits
-            elif "accents" in parts and old == new and unicodedata.category(old) == "Mn":
-                table[code] = COMBINING - unicodedata.combining(old)
-            elif "accents" in parts and _is_reordered(old, new):
-                table[code] = NEEDS_REORDERING
-            elif old != new:
-                if new not in entry_of:
-                    entry_of[new] = 16 * len(pool) + len(new.encode())
-                    pool += new.encode() + bytes([unicodedata.combining(new[-1]), unicodedata.category(new[0]) == "Mn"])
-                table[code] = entry_of[new]
+    characters, special, marks = _characters()
+    replacements = apply(f"{BETWEEN}{BETWEEN.join(characters)}{BETWEEN}").split(BETWEEN)[1:-1]
+    for old, new in zip(characters, replacements, strict=True):
+        if old == new and old not in special:
+            continue
+        is_plain = marks.isdisjoint(new)  # most are: looking at each of their characters takes longer than all else
+        if old.isdecimal():
+            table[ord(old)] = digits
+        elif "accents" in parts and old == new and unicodedata.category(old) == "Mn":
+            table[ord(old)] = COMBINING - unicodedata.combining(old)
+        elif "accents" in parts and not is_plain and _is_reordered(old, new):
+            table[ord(old)] = NEEDS_REORDERING
+        elif old != new:
+            if new not in entry_of:
+                entry_of[new] = 16 * len(pool) + len(new.encode())
+                pool += new.encode()
+                pool += bytes(2 if is_plain else [unicodedata.combining(new[-1]), unicodedata.category(new[0]) == "Mn"])
+            table[ord(old)] = entry_of[new]
     if normalise.keeps_numbers(parts):
         for mark in normalise.WITHIN:
             roles = LEADING * (mark in normalise.LEADING) + TRAILING * (mark in normalise.TRAILING)
@@ -99,11 +100,30 @@ def tables(how: str, marks_first: bool) -> Tables:
 
 
 @cache
-def _characters() -> tuple[list[tuple[int, list[str]]], set[int]]:
-    """The first code and the characters of each range, and the codes of digits and marks."""
-    ranges = [(start, list(map(chr, range(start, stop)))) for start, stop in RANGES]
-    characters = [character for _, characters in ranges for character in characters]
-    return ranges, {ord(c) for c in characters if c.isdecimal() or unicodedata.category(c).startswith("M")}
+def _characters() -> tuple[str, frozenset[str], frozenset[str]]:
+    """The characters that a normalisation may change, those of them that are digits or marks, and the marks.
+
+    Of 80,000 characters, 60,000 are none of these. With arrays this takes 15 ms, character by character 60.
+    """
+    codes = np.concatenate([np.arange(*bounds, dtype="<u4") for bounds in RANGES])
+    text, separated = _text(codes), np.full(2 * len(codes), ord(BETWEEN), "<u4")
+    separated[::2] = codes
+    categories = list(map(unicodedata.category, text))
+    marks, others = (
+        np.fromiter(map(kinds.__contains__, categories), np.bool_, len(codes))
+        for kinds in ({"Mc", "Me", "Mn"}, {"Cc", "Nd", "Zl", "Zp", "Zs"})
+    )
+    changed = marks | others | np.isin(codes, [ord(mark) for mark in PUNCTUATION])
+    for function in (str.lower, partial(unicodedata.normalize, "NFD")):
+        replaced = np.frombuffer(function(_text(separated)).encode("utf-32-le"), "<u4")
+        stops = np.flatnonzero(replaced == ord(BETWEEN))
+        changed |= (np.diff(stops, prepend=-1) != 2) | (replaced[stops - 1] != codes)
+    characters, signs = _text(codes[changed]), frozenset(_text(codes[marks]))
+    return characters, signs.union(filter(str.isdecimal, characters)), signs
+
+
+def _text(codes: NDArray[np.uint32]) -> str:
+    return codes.tobytes().decode("utf-32-le")
 
 
 def _is_reordered(old: str, new: str) -> bool:
