@@ -124,7 +124,7 @@ def render(
     except Exception as error:
         from jinja2 import TemplateRuntimeError, UndefinedError
 
-        is_refused = isinstance(error, TemplateRuntimeError) and not isinstance(error, UndefinedError)
+        is_refused = isinstance(error, (TemplateRuntimeError, OverflowError)) and not isinstance(error, UndefinedError)
         hint = "correct it, or use another template" if is_refused else "check the roles and fields of the messages"
         raise LlmkitError(_failure(error, files), hint) from error
 

@@ -214,5 +214,5 @@ def test_named_templates_in_tokenizer_config(files: dict[str, str]) -> None:
 def test_hints_name_what_is_to_blame(template: str, hint: str) -> None:
     """Behaviour: a template that does what none needs is to blame itself, one that lacks a field is not."""
     with pytest.raises(LlmkitError) as error:
-        render([{"role": "user", "content": "x"}], {"chat_template.jinja": template})
+        render([{"role": "user", "content": "x"}], {"chat_template.jinja": template}, add_generation_prompt=False)
     assert hint in error.value.hint
