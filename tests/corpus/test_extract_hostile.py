@@ -167,10 +167,6 @@ CRAFTED: dict[str, tuple[Callable[[int], bytes], int]] = {
         lambda n: warc(0) + warc(2, gzip.compress(b"x", mtime=0) * n, "Content-Encoding: gzip") + warc(1),
         40_000,
     ),
-    "chunks": (
-        lambda n: warc(0) + warc(2, b"1\r\nx\r\n" * n + b"0\r\n\r\n", "Transfer-Encoding: chunked") + warc(1),
-        150_000,
-    ),
     "codings": (nested_chunks, 50_000),
 }
 
@@ -211,6 +207,14 @@ def test_a_response_has_a_limit_of_pieces(monkeypatch: pytest.MonkeyPatch, kind:
     assert http_response.decode_body(piece[kind] * 100, kind, 1000).data == b"x" * 100
     with pytest.raises(http_response.ContentError, match="more than 100 pieces"):
         http_response.decode_body(piece[kind] * 101, kind, 1000)
+
+
+def test_a_chunk_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: whether a body is text is asked once at most, not for each of its chunks, of which there may be many."""
+    asked: list[int] = []
+    monkeypatch.setattr(http_response, "is_readable", lambda data: asked.append(len(data)) or True)
+    content = http_response.decode_body(b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n", "chunked", 1 << 20)
+    assert content.data == b"x" * 1000 and len(asked) <= 1
 
 
 def test_lines_like_heads_in_texts(tmp_path: Path) -> None:
