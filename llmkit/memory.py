@@ -10,14 +10,17 @@ often known only when it has done so; a limit of the process stops it there.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from llmkit.errors import LlmkitError
 
 LEAST, MOST = 64 << 20, 4 << 30  # of a budget, and of the default
+WINDOW = 256 << 20
 _budget = 0
 _is_limited = False
 
@@ -35,6 +38,30 @@ def set_budget(size: int) -> None:
 def budget() -> int:
     """The budget in bytes: by default half of the machine's memory, at most 4 GiB."""
     return _budget or min(MOST, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+
+
+def window() -> int:
+    """Most bytes of a decompressor's window (zstd) or memory (xz): 256 MiB, or what --memory allows if that is more."""
+    return max(WINDOW, _budget)
+
+
+def zstd_decompressor(dictionary: Any = None) -> Any:
+    """A ZstdDecompressor that allows a window as large as memory.window()."""
+    import zstandard
+
+    return zstandard.ZstdDecompressor(dictionary, max_window_size=min(window(), 1 << 31))  # the format's limit
+
+
+def over_window(error: Exception, head: bytes = b"") -> str:
+    """What is wrong if a decoder refuses data for its window, otherwise empty; `head`: of the zstd frame."""
+    if not re.search("too much memory|Memory usage limit", str(error)):
+        return ""
+    if not head:
+        return f"needs more than {window() >> 20:,} MiB of memory to decompress"
+    import zstandard
+
+    size = zstandard.get_frame_parameters(head).window_size
+    return f"needs {size >> 20:,} MiB of memory to decompress, which is over {window() >> 20:,} MiB"
 
 
 @contextmanager

@@ -122,7 +122,11 @@ def render(
     try:
         return sandbox.render(compiled, variables | special_tokens(files))
     except Exception as error:
-        raise LlmkitError(_failure(error, files), "check the roles and fields of the messages") from error
+        from jinja2 import TemplateRuntimeError, UndefinedError
+
+        is_refused = isinstance(error, (TemplateRuntimeError, OverflowError)) and not isinstance(error, UndefinedError)
+        hint = "correct it, or use another template" if is_refused else "check the roles and fields of the messages"
+        raise LlmkitError(_failure(error, files), hint) from error
 
 
 def _failure(error: Exception, files: Mapping[str, str]) -> str:

@@ -148,6 +148,7 @@ def _dispatch(name: str, arguments: list[str]) -> int:
 
 def run_command(name: str, arguments: list[str]) -> int:
     """Run one subcommand in this process and return its exit code."""
+    import errno
     import signal
     import threading
     from importlib import import_module
@@ -211,7 +212,9 @@ def run_command(name: str, arguments: list[str]) -> int:
     if isinstance(error, BrokenPipeError):
         _exit_on_broken_pipe()
     if isinstance(error, LlmkitError):
-        return fail(error.message, error.hint, error.code)
+        cause = error.__cause__
+        is_limit = isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
+        return fail(error.message, _os_hint(cause) if is_limit else error.hint, error.code)
     if isinstance(error, OSError):
         return fail(_os_message(error), _os_hint(error), ExitCode.ERROR)
     text = str(error).splitlines()[0] if str(error) else "no message"
@@ -239,6 +242,8 @@ def _os_hint(error: OSError) -> str:
         return "check the permissions"
     if error.errno == errno.ELOOP:
         return "symbolic links are not followed here: remove it"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "allow more open files (ulimit -n), or name fewer inputs"
     return ""
 
 

@@ -25,7 +25,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import chdir, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -196,7 +196,9 @@ def _connect() -> Any:
             if re.fullmatch(r"[\w.-]+:\d+", address):  # Ray itself retries for minutes if nothing answers
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), CONNECT_TIMEOUT).close()
-            ray.init(logging_level=logging.ERROR, log_to_driver=False)
+            # Workers would take modules from the directory in which Ray starts, as `python -m` does (__main__.py).
+            with chdir("/") if os.environ.get("PYTHONSAFEPATH") else nullcontext():
+                ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except Exception as error:  # of many kinds
             message = str(error).splitlines() or [type(error).__name__]
             raise LlmkitError(

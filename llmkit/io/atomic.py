@@ -248,7 +248,7 @@ def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
             continue
         try:
             _lock(descriptor, name)
-        except LockedError:
+        except LlmkitError:
             os.close(descriptor)
             raise
         status = os.fstat(descriptor)
@@ -266,10 +266,17 @@ def _open_locked(partial: Path, name: str, directory: bool = False) -> int:
 def _lock(descriptor: int, name: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise LockedError(
-            f"{name} is being written by another run", "wait for it to end, or choose another output"
-        ) from None
+    except OSError as error:
+        raise _not_locked(error, name, f"{name} is being written by another run") from error
+
+
+def _not_locked(error: OSError, name: str, message: str) -> LlmkitError:
+    """The error for a file that cannot be locked: another run has the lock, or the file system has none."""
+    if isinstance(error, BlockingIOError):
+        return LockedError(message, "wait for it to end, or choose another output")
+    return LlmkitError(
+        f"{name}: cannot be locked ({error.strerror})", "does its file system have locks (NFS)? write to another one"
+    )
 
 
 def _is_own(status: os.stat_result) -> bool:
@@ -338,8 +345,8 @@ def lock(path: str | Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LockedError(f"{path} is locked by another run", "wait for it to end") from None
+        except OSError as error:
+            raise _not_locked(error, str(path), f"{path} is locked by another run") from error
         yield
     finally:
         os.close(descriptor)

@@ -8,9 +8,8 @@ zstd and gzip have a place for metadata that other readers skip; llmkit stores l
 
 A *header* note comes before the content, a *trailer* note after it. A stream with a header and no trailer was
 cut off, and reading it is an error. Memory is bounded: input is fed in pieces of 8 KiB, so that the worst zstd
-bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time, and zstd windows over 128 MiB and xz dictionaries that
-need more than 256 MiB are refused (`zstd --long=27` and `xz -9` stay below). A block of bzip2 is held until its
-checksum is verified: 46 MB at most, 0.9 MB as a rule.
+bomb (128 KiB from each 4 bytes) expands to 256 MiB at a time; zstd windows and xz dictionaries have a limit
+(memory.window). A block of bzip2 is held until its checksum is verified: 46 MB at most, 0.9 MB as a rule.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import xxhash
 
 from llmkit.errors import UNREADABLE, LlmkitError
 from llmkit.io.sealed_file import BYTES, PENDING, SealedSink
+from llmkit.memory import over_window, window, zstd_decompressor
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -39,7 +39,6 @@ NOTE_MAGIC = struct.pack("<I", 0x184D2A5B)
 NOTE_PREFIX = b"llmkit\0"
 MAX_NOTE_BYTES = 64 << 20  # longer notes are skipped, never held in memory
 MAX_NOTE_VALUES = 8 << 20  # about 500 MB of Python objects
-XZ_MEMORY = 256 << 20
 FEED, GZIP_FEED = 8 << 10, 64 << 10  # bytes at a time; what a member does not use is copied
 BLOCK = 1 << 20
 # The numbers before each block of bzip2 and after the last, at any bit: five bytes of the seven that may hold them.
@@ -162,11 +161,8 @@ def _read_plain(raw: BinaryIO, data: bytes) -> Iterator[bytes]:
 def _read_zstd(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[bytes]:
     import zstandard
 
-    def feed() -> bytes:
-        return raw.read(FEED)
-
     while data:
-        data = _fill(raw, data, 8)
+        data = _fill(raw, data, 18)  # at least the header of a frame
         if not is_zstd(data):
             raise LlmkitError(
                 f"{name}: bytes that are not zstd follow a zstd frame", "was something else appended to the file?"
@@ -186,9 +182,9 @@ def _read_zstd(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
                 if keep:
                     payload += more
             notes.add(bytes(payload))
-            data = data or feed()
+            data = data or raw.read(FEED)
             continue
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        head, frame = data, zstd_decompressor().decompressobj()
         try:
             while True:
                 out = frame.decompress(data[:FEED]) if len(data) > FEED else frame.decompress(data)
@@ -196,13 +192,13 @@ def _read_zstd(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
                 if out:
                     yield out
                 if frame.eof:
-                    data = frame.unused_data + unfed or feed()
+                    data = frame.unused_data + unfed or raw.read(FEED)
                     break
-                data = unfed or feed()
+                data = unfed or raw.read(FEED)
                 if not data:
                     raise _truncated(name, "zstd")
         except zstandard.ZstdError as error:
-            raise LlmkitError(f"{name}: corrupt zstd data ({error})", "check the file with: zstd -t") from error
+            raise _unreadable(name, "zstd", error, head) from error
 
 
 def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[bytes]:
@@ -233,7 +229,7 @@ def _read_gzip(raw: BinaryIO, data: bytes, name: str, notes: Notes) -> Iterator[
                 if not data and not member.eof:
                     raise _truncated(name, "gzip")
         except zlib.error as error:
-            raise LlmkitError(f"{name}: corrupt gzip data ({error})", "check the file with: gzip -t") from error
+            raise _unreadable(name, "gzip", error) from error
         data = member.unused_data or raw.read(GZIP_FEED)
 
 
@@ -259,17 +255,14 @@ def _read_stdlib(raw: BinaryIO, data: bytes, name: str) -> Iterator[bytes]:
         data = _fill(raw, data, len(magic))
         if not data.startswith(magic):
             raise LlmkitError(f"{name}: corrupt {kind} data (after the end of a stream)", "the file is damaged")
-        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY) if kind == "xz" else Bzip2Decoder()
+        stream: Any = lzma.LZMADecompressor(lzma.FORMAT_XZ, window()) if kind == "xz" else Bzip2Decoder()
         while not stream.eof:
             if stream.needs_input and not (data := data or raw.read(FEED)):
                 raise _truncated(name, kind)
             try:
                 block = stream.decompress(data, BLOCK)
             except (lzma.LZMAError, OSError, ValueError) as error:
-                if "Memory usage" in str(error):
-                    limit = f"more than {XZ_MEMORY >> 20} MiB of memory to decompress"
-                    raise LlmkitError(f"{name}: needs {limit}", "compress it again with xz -9 or less") from error
-                raise LlmkitError(f"{name}: corrupt {kind} data ({error})", "the file is damaged") from error
+                raise _unreadable(name, kind, error) from error
             data = b""
             if block:
                 yield block
@@ -323,6 +316,13 @@ def _after_padding(raw: BinaryIO) -> bytes:
         if rest := block.lstrip(b"\0"):
             return rest
     return b""
+
+
+def _unreadable(name: str, kind: str, error: Exception, head: bytes = b"") -> LlmkitError:
+    if reason := over_window(error, head):
+        tool = "zstd -dc --long=31" if head else f"{kind} -dc"
+        return LlmkitError(f"{name}: {reason}", f"if you trust it: --memory SIZE, or {tool} FILE | llmkit ...")
+    return LlmkitError(f"{name}: corrupt {kind} data ({error})", f"check the file with: {kind} -t")
 
 
 def _truncated(name: str, kind: str, detail: str = "") -> LlmkitError:

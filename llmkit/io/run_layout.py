@@ -39,6 +39,7 @@ STEP_PREFIX = "step-"
 STEP_DIGITS = 8  # at least; also what makes names sort by step
 MAX_DIGITS = 18  # of a step that is read from a name
 
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the names of blobs
 _NAME = re.compile(rf"{re.escape(STEP_PREFIX)}(\d{{{STEP_DIGITS},}})")
 
 
@@ -86,13 +87,12 @@ def member(directory: Path, name: str) -> Path:
     """The path of a file in somebody's model directory, whether it exists or not.
 
     LlmkitError for a symbolic link that leads out of the directory, since what it leads to would end up in outputs, and
-    for what `regular` refuses. A snapshot in a cache of Hugging Face may link to the cache's blobs.
+    for what `regular` refuses. Links into the blobs of a cache of Hugging Face are followed.
     """
     file = directory / name
     if file.is_symlink():
         base, target = directory.resolve(), file.resolve()
-        blobs = base.parent.parent / "blobs" if base.parent.name == "snapshots" else base
-        if not target.is_relative_to(base) and target.parent != blobs:
+        if not target.is_relative_to(base) and not _is_blob(target, base):
             raise LlmkitError(f"{file}: a symbolic link out of its directory", "replace it by a copy if you trust it")
     return regular(file)
 
@@ -105,6 +105,20 @@ def regular(path: Path) -> Path:
     if is_special(path):
         raise LlmkitError(f"{path}: not a regular file", "somebody put it there to be read without end: remove it")
     return path
+
+
+def _is_blob(target: Path, base: Path) -> bool:
+    """Whether `target` is in the blobs beside the snapshots that hold the directory `base`, both resolved.
+
+    Blobs may be elsewhere, by a link of that name, and older versions linked to them from any --local-dir. A link of
+    somebody else's making could lead anywhere, so there the name must be a digest.
+    """
+    blobs = [folder.parent / "blobs" for folder in base.parents if folder.name == "snapshots"]
+    if target.parent in blobs:
+        return True
+    is_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    is_cache = is_cache or target.parent in [folder.resolve() for folder in blobs]
+    return is_cache and _DIGEST.fullmatch(target.name) is not None
 
 
 def resolve_model(path: str | Path) -> Path:

@@ -12,22 +12,27 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-# numba imports SciPy to find its BLAS. None of our kernels needs one, so that import is blocked.
-BLAS = "scipy.linalg.cython_blas"
+# numba imports SciPy to find its BLAS. None of our kernels needs one, so that import is blocked. With yaml, it would
+# read .numba_config.yaml in the working directory, which may be a download: one that names a cache of compiled code,
+# which is pickled, runs any code.
+BLAS, YAML = "scipy.linalg.cython_blas", "yaml"
 _loaded: dict[str, Any] = sys.modules
-if BLAS in _loaded:
-    import numba
-else:
-    _loaded[BLAS] = None  # makes the import fail
+_yaml = {name: module for name, module in _loaded.items() if name == YAML}
+_blocked = [YAML] if BLAS in _loaded else [YAML, BLAS]
+_loaded.update(dict.fromkeys(_blocked))  # makes the imports fail
+with warnings.catch_warnings(action="ignore"):  # that the file needs yaml
     import numba
     import numba.np.arraymath
-
-    del _loaded[BLAS]
+for _name in _blocked:
+    del _loaded[_name]
+_loaded.update(_yaml)
+numba.core.config._config_fname = os.devnull  # type: ignore[attr-defined]  # it is looked for again at each compilation
 
 HERE = Path(__file__).parent
 COMPILED = (

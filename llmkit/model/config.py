@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.errors import LlmkitError, UsageError, suggestion
+from llmkit.errors import InputWarning, LlmkitError, UsageError, suggestion
 from llmkit.model.families import ARCHITECTURES
 
 MAX_CONFIG_BYTES = 10 << 20
@@ -144,14 +145,13 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, content: dict[str, Any], where: str = "config.json") -> ModelConfig:
         """From the content of a config.json, old or new style; LlmkitError names what is missing or not supported."""
-        if content.get("auto_map"):
-            raise LlmkitError(
-                f"{where}: auto_map names code to run",
-                "llmkit never runs code from a model directory; only known architectures load",
-            )
         kind = content.get("model_type")
         if kind not in ARCHITECTURES.names():
-            raise LlmkitError(f"{where}: unknown architecture {kind!r}", suggestion(str(kind), ARCHITECTURES.names()))
+            hint = "its auto_map names code, and no code of a model directory runs" if content.get("auto_map") else ""
+            hint = hint or suggestion(str(kind), ARCHITECTURES.names())
+            raise LlmkitError(f"{where}: unknown architecture {kind!r}", hint)
+        if content.get("auto_map"):
+            warnings.warn(f"{where}: auto_map is ignored: no code of a model runs", InputWarning, stacklevel=2)
         fields = {
             field.name: content[field.name] for field in dataclasses.fields(cls) if content.get(field.name) is not None
         }

@@ -73,7 +73,7 @@ class Shard:
                 raise LlmkitError(f"{name}: {reason}", HINT_IDS if holds_ids(name) else HINT_TOKENIZE)
             # Shards are mapped: only descriptions are copied, unless somebody else has compressed the columns.
             with limited(name, MEMORY_BASE + MEMORY_PER_BYTE * os.path.getsize(path), HINT_FOREIGN):
-                self._source = source = pa.memory_map(os.fsencode(path))
+                source = pa.memory_map(os.fsencode(path))
                 stream = pa.ipc.open_stream(source)
                 self._schema = stream.schema
                 self.metadata = stream.schema.metadata or {}
@@ -91,6 +91,9 @@ class Shard:
                         self.batches.append(batch)
                         self.json_marks.append(self._marks(custom or {}, batch.num_rows))
             remaining = source.size() - source.tell()
+            source.seek(0)
+            self._content = source.read_buffer()
+            source.close()  # buffers keep the map, which needs no open file
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise LlmkitError(f"{name}: {error.strerror}", "check the path and its permissions") from error
@@ -150,9 +153,8 @@ class Shard:
 
         Reads the file: 0.2 s per GB in memory.
         """
-        self._source.seek(0)
         digest = self.trailer.get(BYTES)
-        return isinstance(digest, str) and is_sealed(memoryview(self._source.read_buffer()), digest)
+        return isinstance(digest, str) and is_sealed(memoryview(self._content), digest)
 
     def tokenizer(self) -> TokenizerInfo:
         """The tokenizer, with its files from the schema or else from the shard's directory, where they exist."""

@@ -201,3 +201,18 @@ def test_named_templates_in_tokenizer_config(files: dict[str, str]) -> None:
     both = files | {"tokenizer_config.json": config}
     assert render(CONVERSATION, both, False) == "plain"
     assert render(CONVERSATION, both, False, tools=[{}, {}]) == "tools 2"
+
+
+@pytest.mark.parametrize(
+    ("template", "hint"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "another template"),
+        ("{{ messages[0].a.b }}", "messages"),
+        ("{{ raise_exception('no') }}", "messages"),
+    ],
+)
+def test_hints_name_what_is_to_blame(template: str, hint: str) -> None:
+    """Behaviour: a template that does what none needs is to blame itself, one that lacks a field is not."""
+    with pytest.raises(LlmkitError) as error:
+        render([{"role": "user", "content": "x"}], {"chat_template.jinja": template}, add_generation_prompt=False)
+    assert hint in error.value.hint

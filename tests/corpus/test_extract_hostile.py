@@ -15,6 +15,7 @@ from archive_records import arc, body, others, read, warc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkit.corpus.extract import http_response
 from llmkit.corpus.extract.archives import BrokenRecord, PageRecord, read_pages
 from llmkit.corpus.extract.engines import ENGINES, document_of
 from llmkit.errors import LlmkitError
@@ -185,6 +186,35 @@ def test_time_is_linear(tmp_path: Path, name: str) -> None:
         taken.append(time.process_time() - start)
         assert (pages[0], pages[-1]) == ("0", "1")
     assert taken[1] < max(3 * taken[0], 1.0) and taken[1] < 5.0
+
+
+@pytest.mark.parametrize("kind", ["chunked", "gzip", "zstd", "headers"])
+def test_a_response_has_a_limit_of_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Behaviour: more chunks, members, frames or bytes of headers than any server sends are a fault of their record."""
+    monkeypatch.setattr(http_response, "MAX_CHUNKS", 100)
+    monkeypatch.setattr(http_response, "MAX_MEMBERS", 100)
+    monkeypatch.setattr(http_response, "MAX_HEAD", 100)
+    piece = {
+        "chunked": b"1\r\nx\r\n",
+        "gzip": gzip.compress(b"x"),
+        "zstd": zstandard.compress(b"x"),
+        "headers": b"a:\n",
+    }
+    if kind == "headers":
+        with pytest.raises(http_response.ContentError, match="headers are longer than 100 bytes"):
+            http_response.parse_response(b"HTTP/1.1 200 OK\r\n" + piece[kind] * 100 + b"\n\nx", 1000)
+        return
+    assert http_response.decode_body(piece[kind] * 100, kind, 1000).data == b"x" * 100
+    with pytest.raises(http_response.ContentError, match="more than 100 pieces"):
+        http_response.decode_body(piece[kind] * 101, kind, 1000)
+
+
+def test_a_chunk_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: whether a body is text is asked once at most, not for each of its chunks, of which there may be many."""
+    asked: list[int] = []
+    monkeypatch.setattr(http_response, "is_readable", lambda data: asked.append(len(data)) or True)
+    content = http_response.decode_body(b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n", "chunked", 1 << 20)
+    assert content.data == b"x" * 1000 and len(asked) <= 1
 
 
 def test_lines_like_heads_in_texts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -276,4 +277,19 @@ def test_urls_appear_only_when_complete(tmp_path: Path) -> None:
         sink.write(b"more")
     assert (tmp_path / "new" / "out.bin").read_bytes() == b"more"
     with pytest.raises(LlmkitError, match="Protocol not known: nowhere"), atomic_file("nowhere://a/b"):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: where no lock can be had, nothing is written, and the error names the output."""
+    from llmkit.io import atomic
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
+    with pytest.raises(LlmkitError, match="out: cannot be locked") as error, atomic_file(tmp_path / "out"):
+        pass
+    assert "NFS" in error.value.hint and not (tmp_path / "out").exists()
+    with pytest.raises(LlmkitError, match="lock: cannot be locked"), atomic.lock(tmp_path / "lock"):
         pass

@@ -267,6 +267,32 @@ def test_xz_dictionary_over_the_limit_is_refused(tmp_path: Path) -> None:
         read_all(path)
 
 
+def test_windows_follow_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: zstd windows and xz dictionaries up to 256 MiB are read, or up to --memory; an error says the way out."""
+    import zstandard
+
+    from llmkit import memory
+
+    text = b'{"text":"a"}\n'
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, write_content_size=False)
+    large = {
+        "a.zst": zstandard.ZstdCompressor(compression_params=parameters).compressobj(),
+        "a.xz": lzma.LZMACompressor(filters=[{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 26}]),
+    }
+    for name, compressor in large.items():
+        (tmp_path / name).write_bytes(compressor.compress(text) + compressor.flush())
+        monkeypatch.setattr(memory, "WINDOW", 1 << 24)
+        with pytest.raises(LlmkitError, match="MiB of memory to decompress") as error:
+            read_all(tmp_path / name)
+        assert (
+            "--memory" in error.value.hint
+            and f"{'zstd -dc --long=31' if name == 'a.zst' else 'xz -dc'} FILE" in error.value.hint
+        )
+        monkeypatch.setattr(memory, "_budget", 2 << 30)
+        assert read_all(tmp_path / name) == text
+        monkeypatch.setattr(memory, "_budget", 0)
+
+
 def test_notes_of_any_number_are_read_in_linear_time(tmp_path: Path) -> None:
     """Behaviour: a note in many gzip members is gathered without copying it each time, and dropped over the limit; one
     of very many values is unreadable."""

@@ -79,3 +79,25 @@ def test_links_out_of_a_model_directory_are_refused(tmp_path: Path) -> None:
             else:
                 with pytest.raises(LlmkitError, match=f"{name}: a symbolic link out of its directory"):
                     member(directory, name)
+
+
+def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:
+    """Behaviour: folders of a snapshot, blobs that were moved elsewhere, and a --local-dir of older versions link into a
+    cache; what is reached by a link that somebody else may have made must have the name of a blob."""
+    digest = "0123456789abcdef" * 4
+    cache, moved, local = tmp_path / "hub/models--a--b", tmp_path / "hub/models--a--c", tmp_path / "local"
+    for directory in (cache / "blobs", cache / "snapshots/0/sub", moved / "snapshots/0", tmp_path / "scratch", local):
+        directory.mkdir(parents=True)
+    (moved / "blobs").symlink_to(tmp_path / "scratch")
+    for name in (digest, "id_rsa"):
+        (cache / "blobs" / name).write_text("{}")
+        (tmp_path / "scratch" / name).write_text("{}")
+        (moved / "snapshots/0" / name).symlink_to(f"../../blobs/{name}")
+        (local / name).symlink_to(cache / "blobs" / name)
+        (cache / "snapshots/0/sub" / name).symlink_to(f"../../../blobs/{name}")
+    assert member(cache / "snapshots/0/sub", "id_rsa").read_text() == "{}"
+    for directory in (cache / "snapshots/0/sub", moved / "snapshots/0", local):
+        assert member(directory, digest).read_text() == "{}"
+    for directory in (moved / "snapshots/0", local):
+        with pytest.raises(LlmkitError, match="a symbolic link out of its directory"):
+            member(directory, "id_rsa")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from random_models import SIZES, VARIANTS, random_model
 
-from llmkit.errors import LlmkitError, UsageError
+from llmkit.errors import InputWarning, LlmkitError, UsageError
 from llmkit.model.config import PRESETS, ModelConfig, load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.pretrained.checkpoint import load_model, save_model
+from llmkit.model.pretrained.directory import with_template_in_both_places
 
 IDS_BT = torch.randint(0, 97, (2, 200), generator=torch.Generator().manual_seed(1))
 
@@ -223,7 +224,6 @@ def test_unknown_preset(name: str, message: str) -> None:
     ("changes", "named"),
     [
         ({"model_type": "lama"}, "unknown architecture 'lama'"),
-        ({"auto_map": {"AutoModel": "model.Model"}}, "auto_map"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
         ({"use_sliding_window": True}, "sliding-window attention"),
@@ -241,6 +241,20 @@ def test_configurations_that_are_refused(changes: dict[str, Any], named: str) ->
     with pytest.raises(LlmkitError) as error:
         ModelConfig.from_hf(content)
     assert named in error.value.message and error.value.hint
+
+
+def test_auto_map_is_ignored() -> None:
+    """Behaviour: a known architecture that also names code loads with a note, and is written without; an unknown one is
+    refused, and the hint says why its code does not help."""
+    content = ModelConfig(**SIZES).to_hf() | {"auto_map": {"AutoModel": "model.Model"}}
+    with pytest.warns(InputWarning, match="auto_map is ignored"):
+        config = ModelConfig.from_hf(content)
+    assert config == ModelConfig(**SIZES) and "auto_map" not in config.to_hf()
+    with pytest.raises(LlmkitError, match="unknown architecture 'new'") as error:
+        ModelConfig.from_hf(content | {"model_type": "new"})
+    assert "auto_map" in error.value.hint
+    files = with_template_in_both_places({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["a.B", null]}}'})
+    assert files == {"tokenizer_config.json": "{}\n"}
 
 
 def test_unknown_architecture_gets_a_suggestion() -> None:

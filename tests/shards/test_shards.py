@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -402,3 +404,29 @@ def test_ids_and_sources_stay_json(llmkit: Callable[..., Any], tmp_path: Path, s
         b"p.jsonl:1: the source '<padding>' is reserved"
         in llmkit("tokenize", "p.jsonl", "-t", "tok", cwd=tmp_path).stderr
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the files in /proc/self/fd")
+def test_mapped_shards_are_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: a store of any number of shards keeps none of their files open, and can still be read and verified."""
+    write_all(tmp_path / "parts", [([number], "a", "", 0) for number in range(50)], max_tokens_per_shard=1)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    store = TokenStore.open(str(tmp_path / "parts"))
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+    assert [store.document(number).tolist() for number in range(50)] == [[number] for number in range(50)]
+    assert all(shard.is_sealed() for shard in store.shards)
+
+
+def test_a_limit_of_open_files_is_named(
+    tmp_path: Path, llmkit_here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behaviour: where a file cannot be opened because too many are, the hint names the limit, not its permissions."""
+    from llmkit.shards import shard
+
+    def too_many(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    write_all(tmp_path / "one.arrow", [([1], "a", "", 0)])
+    monkeypatch.setattr(shard, "open", too_many, raising=False)
+    done = llmkit_here("mix", str(tmp_path / "one.arrow"), "--tokens", "1", "-o", str(tmp_path / "out"))
+    assert done.returncode == 1 and b"Too many open files" in done.stderr and b"ulimit -n" in done.stderr

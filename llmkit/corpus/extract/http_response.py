@@ -1,8 +1,8 @@
 """HTTP responses in archive records: status, headers, and the body with its codings removed.
 
 Archives of proxies often store a body that is already decoded below headers that still name its codings. A coding that
-the body evidently does not have is therefore ignored. Decoded data is limited to `max_bytes`, and the number of codings
-to MAX_CODINGS, so that the cost is linear in the sizes of the body and of what is decoded.
+the body evidently does not have is therefore ignored. Decoded data is limited to `max_bytes`, the number of codings to
+MAX_CODINGS, and that of chunks and members, each of which has a cost of its own, to MAX_CHUNKS and MAX_MEMBERS.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from llmkit.corpus.extract.record_heads import header_fields
 from llmkit.io.compression import GZIP_MAGIC, ZSTD_MAGIC
+from llmkit.memory import zstd_decompressor
 
+MAX_HEAD = 1 << 20  # bytes of status line and headers; servers limit them to 8 to 64 KiB
 MAX_CODINGS = 8  # of one body; servers send one or two
+MAX_CHUNKS, MAX_MEMBERS = 1 << 20, 1 << 17  # the members of gzip, or the frames of zstd; a second or less of each
 FEED, FIRST_FEED = 64 << 10, 4 << 10  # bytes of gzip data per call; what a member does not use is copied
 BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 CHUNK = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\r\n]*)?\r?\n")
@@ -46,13 +50,15 @@ class HttpResponse:
 def parse_response(block: bytes, max_bytes: int) -> HttpResponse | None:
     """The response in a block, its body decoded; None if it does not begin with a status line.
 
-    Raises ContentError if the body is longer than `max_bytes` or cannot be decoded.
+    Raises ContentError for headers that are too long, and if the body is longer than `max_bytes` or cannot be decoded.
     """
     if not block.startswith(b"HTTP/"):
         block = block.lstrip(b"\r\n")
         if not block.startswith(b"HTTP/"):
             return None
-    end = BLANK_LINE.search(block)
+    end = BLANK_LINE.search(block, 0, MAX_HEAD)
+    if end is None and len(block) > MAX_HEAD:
+        raise ContentError(f"its HTTP headers are longer than {MAX_HEAD:,} bytes")
     head, body = (block[: end.start()], block[end.end() :]) if end else (block, b"")
     status, _, lines = head.decode("latin-1").replace("\x00", "").partition("\n")
     headers = header_fields(lines, last=True)
@@ -106,33 +112,41 @@ def is_readable(data: bytes) -> bool:
     return control * 50 <= len(head)
 
 
+def _limit(number: int, limit: int) -> None:
+    if number >= limit:
+        raise ContentError(f"its content is in more than {limit:,} pieces")
+
+
 def _without_chunks(body: bytes) -> Decoded:
     """The content of chunks. Data that is not in chunks stays, also what follows an invalid chunk."""
-    parts: list[bytes] = []
-    start = 0
+    content = bytearray()
+    start = chunks = 0
     while match := CHUNK.match(body, start):
         size = int(match[1], 16)
-        end = match.end() + size
+        begin = match.end()
+        end = begin + size
         ending = body[end : end + 2]
         if size and end < len(body) and not ending.startswith((b"\r\n", b"\n")):
             break
-        rest = body[match.end() :] if end > len(body) and not parts else b"<"
-        if is_readable(rest) and not rest.lstrip().startswith(b"<"):
+        if end > len(body) and not chunks and is_readable(rest := body[begin:]) and not rest.lstrip().startswith(b"<"):
             break  # a text that begins with a line such as 2024, rather than its first chunk cut short
-        if not size and not parts and body[end:].strip():
+        if not size and not chunks and body[end:].strip():
             break  # a text that begins with the digit 0
-        parts.append(body[match.end() : end])
+        _limit(chunks, MAX_CHUNKS)
+        content += body[begin:end]
+        chunks += 1
         start = end + (2 if ending == b"\r\n" else 1)
         if not size or end >= len(body):
-            return Decoded(b"".join(parts), size > 0)
-    return Decoded(b"".join(parts) + body[start:], bool(parts) and start >= len(body))
+            return Decoded(bytes(content), size > 0)
+    return Decoded(bytes(content) + body[start:], chunks > 0 and start >= len(body))
 
 
 def _inflate(body: bytes, wbits: int, max_bytes: int) -> Decoded | None:
     """The members in `body` before a damaged one, up to a byte more than `max_bytes`; None if the first is damaged."""
     parts: list[bytes] = []
     size = start = complete = 0
-    while True:
+    for members in count():
+        _limit(members, MAX_MEMBERS)
         member, feed = zlib.decompressobj(wbits), FIRST_FEED if start else FEED
         while not member.eof and start < len(body) and size <= max_bytes:
             data = body[start : start + feed]
@@ -146,6 +160,7 @@ def _inflate(body: bytes, wbits: int, max_bytes: int) -> Decoded | None:
         if wbits == 15 or not member.eof or not body.startswith(GZIP_MAGIC, start) or size > max_bytes:
             return Decoded(b"".join(parts), not member.eof)
         complete = len(parts)
+    raise AssertionError
 
 
 def _deflate(body: bytes, max_bytes: int) -> Decoded | None:
@@ -193,8 +208,10 @@ def _zstd(body: bytes, max_bytes: int) -> Decoded | None:
 
     parts: list[bytes] = []
     size = start = 0
-    while True:
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+    decompressor = zstd_decompressor()
+    for frames in count():
+        _limit(frames, MAX_MEMBERS)
+        frame = decompressor.decompressobj()
         try:
             while not frame.eof and start < len(body) and size <= max_bytes:
                 data = body[start : start + FIRST_FEED]
@@ -205,3 +222,4 @@ def _zstd(body: bytes, max_bytes: int) -> Decoded | None:
             return None
         if not frame.eof or not body.startswith(ZSTD_MAGIC, start) or size > max_bytes:
             return Decoded(b"".join(parts), not frame.eof)
+    raise AssertionError

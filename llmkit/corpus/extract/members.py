@@ -10,7 +10,7 @@ plain text that follows: else its records would be read twice. Where a damaged m
 checksum is wrong: decoders have been seen to continue through the next member, to its very end.
 
 Memory: KEEP stored bytes behind the current position, SCAN ahead of it, TAIL decompressed ones, and the window of the
-decompressor (128 MiB at most). Cost: linear, also for crafted data, since what is read again is limited (stored.py).
+decompressor (memory.window). Cost: linear, also for crafted data, since what is read again is limited (stored.py).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from llmkit.corpus.extract.stored import (
     decoder_of,
 )
 from llmkit.io.compression import GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, is_zstd
+from llmkit.memory import window, zstd_decompressor
 
 PLAIN = 64 << 10  # bytes of plain text in a piece
 SCAN = 1 << 20  # stored bytes per step of a search
@@ -215,7 +216,7 @@ def member_content(
     if magic.startswith(ZSTD_MAGIC):
         return _first_block(data, start, dictionary)
     if not magic.startswith(GZIP_MAGIC):  # more than PROBE bytes may be needed for the first that are decompressed
-        member: Any = lzma.LZMADecompressor() if magic.startswith(XZ_MAGIC) else bz2.BZ2Decompressor()
+        member: Any = lzma.LZMADecompressor(memlimit=window()) if magic.startswith(XZ_MAGIC) else bz2.BZ2Decompressor()
         try:
             content: bytes = member.decompress(data[start : start + FIRST_PROBE], PROBE_OUTPUT)
         except (lzma.LZMAError, OSError, ValueError):
@@ -245,7 +246,7 @@ def _first_block(window: bytes | bytearray, start: int, dictionary: Any) -> byte
             return None
         if begin + size > len(window):
             return b""
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27, dict_data=dictionary).decompressobj()
+        frame = zstd_decompressor(dictionary).decompressobj()
         return frame.decompress(window[start:begin]) + frame.decompress(window[begin : begin + size])
     except zstandard.ZstdError:
         return None

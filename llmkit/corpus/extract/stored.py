@@ -21,6 +21,7 @@ from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.compression import BZIP2_MAGIC, GZIP_MAGIC, XZ_MAGIC, ZSTD_MAGIC, Bzip2Decoder, is_zstd
+from llmkit.memory import over_window, window, zstd_decompressor
 
 KEEP = 4 << 20  # stored bytes that can be read again
 READ = 256 << 10  # bytes of a read
@@ -166,9 +167,9 @@ def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
 
     truncated = Damaged("its zstd frame is truncated", truncated=True)
     try:
-        size = zstandard.frame_header_size(stored.peek(18))
-        checked = zstandard.get_frame_parameters(stored.peek(18)).has_checksum
-        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27, dict_data=dictionary).decompressobj()
+        head = stored.peek(18)
+        size, checked = zstandard.frame_header_size(head), zstandard.get_frame_parameters(head).has_checksum
+        frame = zstd_decompressor(dictionary).decompressobj()
         frame.decompress(stored.peek(size))
         stored.advance(size)
         is_last = False
@@ -195,6 +196,8 @@ def _zstd(stored: Stored, dictionary: Any) -> Iterator[tuple[int, bytes]]:
             if out:
                 yield stored.offset, out
     except zstandard.ZstdError as error:
+        if too_large := over_window(error, head):
+            raise Damaged(f"its zstd frame {too_large} (see --memory)") from error
         reason = str(error).rpartition(": ")[2]
         if len(stored.peek(18)) < 18 and "checksum" not in reason:
             raise truncated from error
@@ -208,7 +211,7 @@ def block_size(header: bytes | bytearray) -> tuple[int, int]:
 
 
 def _xz(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
-    return _stdlib(stored, lzma.LZMADecompressor(memlimit=1 << 30), "xz stream")
+    return _stdlib(stored, lzma.LZMADecompressor(memlimit=window()), "xz stream")
 
 
 def _bzip2(stored: Stored, _: Any) -> Iterator[tuple[int, bytes]]:
@@ -224,6 +227,8 @@ def _stdlib(stored: Stored, member: Any, name: str) -> Iterator[tuple[int, bytes
         try:
             out = member.decompress(data, LIMIT)
         except (lzma.LZMAError, OSError, ValueError) as error:
+            if too_large := over_window(error):
+                raise Damaged(f"its {name} {too_large} (see --memory)") from error
             raise Damaged(f"its {name} is damaged ({error})") from error
         if out:
             yield offset, out

@@ -141,7 +141,7 @@ def save_description(
 
 def with_template_in_both_places(files: Mapping[str, str]) -> dict[str, str]:
     """Tokenizer files with the chat template both in chat_template.jinja, which transformers 5 reads, and in
-    tokenizer_config.json, for older readers."""
+    tokenizer_config.json, for older readers, and without an auto_map: the code that it names is not here."""
     files = dict(files)
     if "tokenizer_config.json" in files:
         try:
@@ -150,11 +150,13 @@ def with_template_in_both_places(files: Mapping[str, str]) -> dict[str, str]:
             raise LlmkitError(
                 f"tokenizer_config.json is not JSON ({error})", "the tokenizer directory is damaged"
             ) from error
+        is_changed = config.pop("auto_map", None) is not None or "chat_template.jinja" in files
         if "chat_template.jinja" in files:
             config["chat_template"] = files["chat_template.jinja"]
-            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         elif isinstance(config.get("chat_template"), str):
             files["chat_template.jinja"] = config["chat_template"]
+        if is_changed:
+            files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return files
 
 

@@ -118,7 +118,9 @@ def read(prefix: str, info: TokenizerInfo, source: str | None = None) -> Iterato
     data, dtype = token_block.map_file(prefix + ".bin"), np.dtype(TYPES[code])
     offsets = np.zeros(n + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    in_order = first_sequences[0] == 0 and first_sequences[-1] == n and (first_sequences[1:] >= first_sequences[:-1]).all()
+    in_order = (
+        first_sequences[0] == 0 and first_sequences[-1] == n and (first_sequences[1:] >= first_sequences[:-1]).all()
+    )
     if (lengths < 0).any() or not in_order:
         raise LlmkitError(f"{name}: damaged (lengths or documents out of range)", HINT_CUT)
     if len(data) != offsets[-1] * dtype.itemsize or (byte_offsets != offsets[:-1] * dtype.itemsize).any():
