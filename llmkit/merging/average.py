@@ -24,7 +24,6 @@ import numpy as np
 
 from llmkit.merging.methods import Merge, merged_blocks
 from llmkit.merging.streams import ModelSet
-from llmkit.model.family import EMBEDDING
 from llmkit.model.pretrained.directory import WEIGHTS, LoadedModel, save_description
 from llmkit.model.pretrained.header import encode_header, file_order
 from llmkit.model.pretrained.streamed import from_float32
@@ -74,5 +73,5 @@ def write_average(
             assert len(final) == len(placeholder)
             sink.seek(0)
             sink.write(final)
-        dtype = CONFIG_DTYPES[opened.layout[EMBEDDING].dtype]
+        dtype = CONFIG_DTYPES[opened.layout[models[0].config.family.embedding].dtype]
     save_description(directory, models[0].config.to_hf(dtype), models[0].tokenizer_files, models[0].stop_ids)

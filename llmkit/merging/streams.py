@@ -14,12 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from llmkit.errors import LlmkitError
+from llmkit.model.config import ModelConfig
+from llmkit.model.family import is_ignored
 from llmkit.model.pretrained.directory import LoadedModel
 from llmkit.model.pretrained.header import Stored
 from llmkit.model.pretrained.streamed import StreamedWeights
 
-# Fields in which averaged models may differ: they do not change the meaning of a weight.
-MAY_DIFFER = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id")
+# Fields in which averaged models may differ, and endings of others: they do not change the meaning of a weight.
+MAY_DIFFER = (
+    "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "dropout", "pdrop",
+)  # fmt: skip
 BLOCK = 1 << 16  # elements per block: blocks of a few models fit in cache. DARE's random numbers depend on it
 AHEAD = 1 << 19  # elements of each model per read, while the previous ones are merged
 
@@ -30,11 +34,11 @@ def check_alike(models: Sequence[LoadedModel]) -> None:
     """
     first = models[0]
     for other in models[1:]:
-        expected, actual = asdict(first.config), asdict(other.config)
+        expected, actual = (asdict(model.config) | model.config.own for model in (first, other))
         for field in expected:
-            if field not in MAY_DIFFER and expected[field] != actual[field]:
+            if field != "own" and not field.endswith(MAY_DIFFER) and expected[field] != actual.get(field):
                 raise LlmkitError(
-                    f"{other.path}: {field} is {actual[field]!r}, in {first.path} it is {expected[field]!r}",
+                    f"{other.path}: {field} is {actual.get(field)!r}, in {first.path} it is {expected[field]!r}",
                     "only models of one architecture and size can be averaged",
                 )
         texts = [model.tokenizer_files.get("tokenizer.json") for model in (first, other)]
@@ -55,13 +59,14 @@ class ModelSet:
         with ExitStack() as stack:
             self.models = [stack.enter_context(StreamedWeights(model, digesting)) for model in models]
             self.base = stack.enter_context(StreamedWeights(base, digesting)) if base else None
-            tied = models[0].config.tie_word_embeddings
-            first, *others = [_merged_tensors(weights, tied) for weights in self._all()]
+            first, *others = [_merged_tensors(weights, models[0].config) for weights in self._all()]
             for weights, layout in zip(self._all()[1:], others, strict=True):
                 _check_tensors(self.models[0].path, first, weights.path, layout)
             self.layout = first
             self._executor = stack.enter_context(ThreadPoolExecutor(1))
-            _check_count(models[0], sum(entry.count for entry in first.values()))
+            _check_count(
+                models[0], sum(entry.count for entry in first.values() if entry.shape)
+            )  # constants are scalars
             self._stack = stack.pop_all()
 
     def __enter__(self) -> ModelSet:
@@ -100,15 +105,9 @@ class ModelSet:
                 yield start + offset, list(chunk[:, offset : offset + BLOCK])
 
 
-def _merged_tensors(weights: StreamedWeights, tied: bool) -> dict[str, Stored]:
-    """The tensors to merge. A tied model may still store its output layer, and old directories contain rotary
-    tables.
-    """
-    return {
-        name: entry
-        for name, entry in weights.layout.items()
-        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
-    }
+def _merged_tensors(weights: StreamedWeights, config: ModelConfig) -> dict[str, Stored]:
+    """The tensors to merge, without those that directories hold although the model has none."""
+    return {name: entry for name, entry in weights.layout.items() if not is_ignored(name, config)}
 
 
 def _check_tensors(path: Path, first: Mapping[str, Stored], other: Path, layout: Mapping[str, Stored]) -> None:

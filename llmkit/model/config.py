@@ -4,7 +4,7 @@
     config = load_config("config.json")                # any size
 
 Written files have the old-style keys (`rope_theta`, `rope_scaling`, and both `dtype` and `torch_dtype`), which
-old and new readers accept.
+old and new readers accept, and the keys that the architecture's family (model/family.py) declares.
 """
 
 from __future__ import annotations
@@ -12,34 +12,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import InputWarning, LlmkitError, UsageError, suggestion
 from llmkit.model.families import ARCHITECTURES
+from llmkit.model.rope import check_scaling, is_positive
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
 # transformers' values for keys that a config.json leaves out, unless the family has others. A head_dim of None is
-# hidden_size / heads.
+# hidden_size / heads; an intermediate_size of None is four times hidden_size.
 DEFAULTS: dict[str, Any] = {
     "head_dim": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
 }
-# Kinds of rotary embedding scaling and the numbers that each requires.
-ROPE_KINDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers in `layer_types`
+# Names of activations in config.json, and the function that each means (model/operations.py).
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "xielu": "xielu",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and constants of a decoder. `architecture` is Hugging Face's model_type; lengths are in tokens."""
+    """Sizes and constants of a decoder. `architecture` is Hugging Face's model_type; lengths are in tokens.
+
+    `local_rope` is the rotary embedding of sliding layers where it has parameters of its own, as in
+    `rope_parameters`. `own` has the keys that only this family has (Family.keys), under Hugging Face's names.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -53,6 +64,9 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float = 1.0
+    local_rope: dict[str, Any] | None = None
+    hidden_act: str = ""
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -60,8 +74,13 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    own: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        family = self.family
+        # A frozen dataclass can still fill in what depends on the family.
+        object.__setattr__(self, "hidden_act", self.hidden_act or family.defaults.get("hidden_act", "silu"))
+        object.__setattr__(self, "own", {name: key.default for name, key in family.keys.items()} | self.own)
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -69,9 +88,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a positive integer")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range", "partial_rotary_factor"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+            if not is_positive(value) or (name == "partial_rotary_factor" and value > 1):
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a positive number")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
@@ -81,7 +100,7 @@ class ModelConfig:
         for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise LlmkitError(f"model configuration: {name} is {getattr(self, name)!r}", "it must be true or false")
-            if getattr(self, name) and name in self.family.unsupported:
+            if getattr(self, name) and name in family.unsupported:
                 raise LlmkitError(
                     f"model configuration: {self.architecture} does not support {name}", "set it to false"
                 )
@@ -91,22 +110,58 @@ class ModelConfig:
                 f" {self.num_key_value_heads} key-value heads equally",
                 "num_attention_heads must be a multiple of num_key_value_heads",
             )
-        if self.family.divisible_heads and self.hidden_size % self.num_attention_heads:
+        if not family.grouped and (self.num_key_value_heads, self.head_dim * self.num_attention_heads) != (
+            self.num_attention_heads,
+            self.hidden_size,
+        ):
+            raise LlmkitError(
+                f"model configuration: {self.architecture} has as many key-value heads as heads, which divide"
+                " hidden_size among them",
+                "leave out num_key_value_heads and head_dim",
+            )
+        if family.divisible_heads and self.hidden_size % self.num_attention_heads:
             raise LlmkitError(
                 f"model configuration: hidden_size {self.hidden_size} is not a multiple of"
                 f" {self.num_attention_heads} heads",
                 f"transformers rejects this for {self.architecture}; choose other sizes, or qwen3",
             )
-        if self.head_dim % 2:
+        if family.rotary and self.rotary_dims % 2:
             raise LlmkitError(
-                f"model configuration: head_dim {self.head_dim} is odd",
-                "the rotary embedding rotates pairs of dimensions",
+                f"model configuration: {self.rotary_dims} dimensions of a head are rotated, an odd number",
+                "the rotary embedding rotates pairs of dimensions: change head_dim",
             )
+        for name, value in self.own.items():
+            if name not in family.keys:
+                raise LlmkitError(f"model configuration: {self.architecture} has no {name}")
+            if problem := family.keys[name].problem(value, self.num_hidden_layers):
+                raise LlmkitError(f"model configuration: {name} is {_shortened(value)}", f"it must be {problem}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise LlmkitError(
+                f"model configuration: activation {self.hidden_act!r} is not supported",
+                "known: " + ", ".join(ACTIVATIONS),
+            )
+        for numbers in (self.rope_scaling or {}, self.local_rope or {}):
+            for name in ("short_factor", "long_factor"):
+                if name in numbers and len(numbers[name]) != self.rotary_dims // 2:
+                    raise LlmkitError(
+                        f"model configuration: {name} has {len(numbers[name])} numbers",
+                        f"it must have one for each of {self.rotary_dims // 2} pairs of rotated dimensions",
+                    )
 
     @property
     def family(self) -> Any:
         """The architecture's `Family` (model/family.py, which imports this file)."""
         return ARCHITECTURES.get(self.architecture)
+
+    @property
+    def rotary_dims(self) -> int:
+        """Number of dimensions of each head that the rotary embedding rotates: the first ones."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def activation(self) -> str:
+        """The function between the matrices of feed-forward networks (model/operations.py)."""
+        return ACTIVATIONS[self.hidden_act]
 
     def with_vocabulary(self, size: int, **special: Any) -> ModelConfig:
         """The same sizes for a tokenizer of `size` ids; `special` sets bos/eos/pad ids."""
@@ -129,17 +184,38 @@ class ModelConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The content of config.json."""
+        family = self.family
         fields = dataclasses.asdict(self)
-        del fields["architecture"]
+        del fields["architecture"], fields["local_rope"]
+        own = {
+            name: value
+            for name, value in fields.pop("own").items()
+            if not (family.keys[name].omitted and value == family.keys[name].default)
+        }
+        if self.partial_rotary_factor == family.defaults.get("partial_rotary_factor", 1):
+            del fields["partial_rotary_factor"]
+        if not family.rotary:
+            del fields["rope_theta"], fields["rope_scaling"]
+        activation = {family.renamed.get("hidden_act", ("hidden_act",))[0]: fields.pop("hidden_act")}
+        fields = {family.renamed.get(name, (name,))[0]: value for name, value in fields.items()}
+        if "layer_types" in own:
+            own["layer_types"] = [
+                FULL if family.window(self, layer) is None else SLIDING for layer in range(self.num_hidden_layers)
+            ]
+        if family.local_theta:
+            main = {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}
+            fields["rope_parameters"] = {FULL: main, SLIDING: self.local_rope}
+            del fields["rope_scaling"]  # transformers prefers it
         return {
-            "architectures": [self.family.hf_class],
+            "architectures": [family.hf_class],
             "model_type": self.architecture,
-            "hidden_act": "silu",
+            **activation,
             "attention_dropout": 0.0,
             "use_cache": True,
             "dtype": dtype,
             "torch_dtype": dtype,
             **fields,
+            **own,
         }
 
     @classmethod
@@ -147,21 +223,29 @@ class ModelConfig:
         """From the content of a config.json, old or new style; LlmkitError names what is missing or not supported."""
         kind = content.get("model_type")
         if kind not in ARCHITECTURES.names():
-            hint = "its auto_map names code, and no code of a model directory runs" if content.get("auto_map") else ""
-            hint = hint or suggestion(str(kind), ARCHITECTURES.names())
-            raise LlmkitError(f"{where}: unknown architecture {kind!r}", hint)
+            hint = "its auto_map names code, and no code of a model directory runs; " if content.get("auto_map") else ""
+            raise LlmkitError(f"{where}: unknown architecture {kind!r}", hint + _nearest(content))
         if content.get("auto_map"):
             warnings.warn(f"{where}: auto_map is ignored: no code of a model runs", InputWarning, stacklevel=2)
-        fields = {
-            field.name: content[field.name] for field in dataclasses.fields(cls) if content.get(field.name) is not None
-        }
-        defaults = DEFAULTS | dict(ARCHITECTURES.get(kind).defaults)
-        fields |= _rope_fields(content, where, defaults["rope_theta"])
+        family = ARCHITECTURES.get(kind)
+        fields: dict[str, Any] = {}
+        for name in FIELDS:
+            keys = family.renamed.get(name, (name,))
+            found = [content[key] for key in keys if content.get(key) is not None]
+            if found:
+                fields[name] = found[0]
+        defaults = DEFAULTS | dict(family.defaults)
+        if family.rotary:
+            fields |= _rope_fields(content, where, family, fields.get("rope_theta") or defaults["rope_theta"])
+        heads = fields.get("num_attention_heads")
+        fields = {"num_key_value_heads": heads} | defaults | fields
+        if "intermediate_size" in defaults and fields["intermediate_size"] is None:
+            fields["intermediate_size"] = 4 * fields.get("hidden_size", 0)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in fields:
-                raise LlmkitError(f"{where}: no {name}", "the configuration is incomplete")
-        heads = fields["num_attention_heads"]
-        fields = {"num_key_value_heads": heads} | defaults | fields
+                raise LlmkitError(
+                    f"{where}: no {family.renamed.get(name, (name,))[0]}", "the configuration is incomplete"
+                )
         if fields["head_dim"] is None:
             width = fields["hidden_size"]
             if not isinstance(heads, int) or not isinstance(width, int) or heads < 1 or width % heads:
@@ -169,38 +253,87 @@ class ModelConfig:
                     f"{where}: hidden_size {width!r} is not a multiple of {heads!r} heads", "add head_dim"
                 )
             fields["head_dim"] = width // heads
-        if content.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise LlmkitError(f"{where}: hidden_act {content['hidden_act']!r} is not supported", "only silu is")
+        fields["own"] = {name: content.get(name, key.default) for name, key in family.keys.items()}
         layers = content.get("layer_types") or []
-        if content.get("use_sliding_window") or (
-            isinstance(layers, list) and set(map(str, layers)) - {"full_attention"}
+        if "layer_types" not in family.keys and (
+            content.get("use_sliding_window") or (isinstance(layers, list) and set(map(str, layers)) - {FULL})
         ):
             raise LlmkitError(
-                f"{where}: sliding-window attention is not supported",
+                f"{where}: {kind} has no sliding-window attention",
                 "set use_sliding_window to false if your texts are shorter than the window",
             )
-        return cls(architecture=str(kind), **{name: value for name, value in fields.items() if name != "architecture"})
+        config = cls(architecture=str(kind), **fields)
+        for name, key in family.keys.items():  # a list that says what the pattern says is left out
+            if key.kind in ("layers", "switches") and config.own[name]:
+                plain = dataclasses.replace(config, own=config.own | {name: None})
+                if all(
+                    kind(plain, i) == kind(config, i)
+                    for kind in (family.window, family.rope)
+                    for i in range(config.num_hidden_layers)
+                ):
+                    config = plain
+        return config
 
 
-def _rope_fields(content: dict[str, Any], where: str, default_theta: float) -> dict[str, Any]:
-    """rope_theta and rope_scaling from old-style keys or from transformers 5's rope_parameters."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise LlmkitError(f"{where}: rope_parameters is not a JSON object", "see the model's documentation")
-    kind = str(rope.get("rope_type") or rope.get("type") or "default")
-    numbers = {"rope_theta": rope.get("rope_theta") or content.get("rope_theta") or default_theta}
-    if kind not in ROPE_KINDS:
-        raise LlmkitError(f"{where}: rope scaling {kind!r} is not supported", "known: " + ", ".join(ROPE_KINDS))
-    if rope.get("partial_rotary_factor", content.get("partial_rotary_factor") or 1) != 1:
-        raise LlmkitError(
-            f"{where}: partial_rotary_factor is not supported", "rotary embeddings must cover all dimensions"
-        )
-    numbers |= {name: rope.get(name) for name in ROPE_KINDS[kind]}
-    for name, value in numbers.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "it must be a positive number")
-    theta = float(numbers.pop("rope_theta"))
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}
+# Fields of ModelConfig that a config.json has under their own names, or those of Family.renamed.
+OF_THE_FAMILY = ("architecture", "own", "local_rope")
+FIELDS = [item.name for item in dataclasses.fields(ModelConfig) if item.name not in OF_THE_FAMILY]
+
+
+def _rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) -> dict[str, Any]:
+    """rope_theta, rope_scaling, partial_rotary_factor and local_rope from old-style keys or from transformers 5's
+    rope_parameters."""
+    default = family.defaults.get("rope_scaling")
+    ropes = {FULL: content.get("rope_scaling") or content.get("rope_parameters") or default or {}}
+    if isinstance(ropes[FULL], dict) and isinstance(ropes[FULL].get(FULL) or ropes[FULL].get(SLIDING), dict):
+        # `truncate` of nested parameters has no effect in transformers.
+        ropes = {name: _without(ropes[FULL].get(name) or {}, "truncate") for name in (FULL, SLIDING)}
+    fields: dict[str, Any] = {}
+    for name, rope in ropes.items():
+        scaling = check_scaling(rope, where, family.rope_kinds)
+        base = rope.get("rope_theta") or (theta if name == FULL else family.local_theta)
+        if not is_positive(base):
+            raise LlmkitError(
+                f"{where}: rope_theta of the rotary embedding is {base!r}", "it must be a positive number"
+            )
+        if rope.get("partial_rotary_factor") is not None:
+            fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if name == FULL:
+            plain = scaling["rope_type"] == "default"
+            fields |= {"rope_theta": float(base), "rope_scaling": None if plain else scaling}
+        elif family.local_theta:
+            fields["local_rope"] = scaling | {"rope_theta": float(base)}
+        elif (float(base), scaling) != (fields["rope_theta"], fields["rope_scaling"] or {"rope_type": "default"}):
+            raise LlmkitError(f"{where}: sliding layers with a rotary embedding of their own", "not supported here")
+    if family.local_theta and "local_rope" not in fields:
+        base = content.get("rope_local_base_freq") or family.local_theta
+        if not is_positive(base):
+            raise LlmkitError(f"{where}: rope_local_base_freq is {base!r}", "it must be a positive number")
+        fields["local_rope"] = {"rope_type": "default", "rope_theta": float(base)}
+    return fields
+
+
+def _without(rope: Any, name: str) -> Any:
+    return {key: value for key, value in rope.items() if key != name} if isinstance(rope, dict) else rope
+
+
+def _nearest(content: dict[str, Any]) -> str:
+    """A hint that names the known architecture with the config.json most like `content`: most of its keys are there,
+    and few that belong to others."""
+    known = {name: ARCHITECTURES.get(name).config_keys() for name in ARCHITECTURES.names()}
+    telling = content.keys() & set[str]().union(*(keys for pair in known.values() for keys in pair))
+
+    def distance(name: str) -> tuple[int, int, str]:
+        always, others = known[name]
+        return len(always - telling) + len(telling - always - others), -len(telling & others), name
+
+    names = sorted(known, key=distance)
+    return f"its configuration is most like that of {names[0]}; known: " + ", ".join(sorted(names))
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _preset(width: int, layers: int, heads: int, kv: int, ffn: int, context: int, tied: bool = True) -> dict[str, Any]:
@@ -250,7 +383,12 @@ def load_config(name: str, vocab_size: int | None = None) -> ModelConfig:
         )
     if vocab_size is None:
         raise LlmkitError(f"preset {name!r} needs a vocabulary size", "it comes from the data's tokenizer")
-    return ModelConfig(vocab_size=vocab_size, architecture=family or DEFAULT_FAMILY, **PRESETS[size])
+    sizes = PRESETS[size]
+    architecture = ARCHITECTURES.get(family or DEFAULT_FAMILY)
+    if not architecture.grouped:
+        sizes = sizes | {"num_key_value_heads": sizes["num_attention_heads"]}
+    own = architecture.preset(sizes)
+    return ModelConfig(vocab_size=vocab_size, architecture=family or DEFAULT_FAMILY, **sizes, own=own)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,28 +12,38 @@ Parameters are named as in Hugging Face's checkpoints. Shape suffixes: B batch, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkit.errors import LlmkitError
 from llmkit.model.config import ModelConfig
 from llmkit.model.initial import initial
 from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.modules import Layer, Pass
-from llmkit.model.operations import PLAIN, rotation_angles
+from llmkit.model.operations import PLAIN
 
 
 class Body(nn.Module):
-    """Embedding, layers and final norm: what Hugging Face calls `model`."""
+    """Embedding, layers and final norm: what Hugging Face calls `model`, under the names of the family."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch's compiler, which takes 2 s.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        names = config.family.names
+        self.add_module(names.embedding, _table(config.vocab_size, config.hidden_size))
+        if names.positions:
+            self.add_module(names.positions, _table(config.max_position_embeddings, config.hidden_size))
+        self.add_module(
+            names.layers, nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
         )
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
-        self.norm = config.family.final_norm(config).build()
+        self.add_module(names.norm, config.family.norm(config).build())
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    # Not nn.Embedding(V, D): its own initialisation, on the meta device, imports torch's compiler, which takes 2 s.
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Decoder(nn.Module):
@@ -43,10 +53,34 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.operations = PLAIN
-        self.model = Body(config)
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        names = config.family.names
+        self.add_module(names.body, Body(config))
+        if not config.tie_word_embeddings:
+            self.add_module(names.head, nn.Linear(config.hidden_size, config.vocab_size, bias=False))
+
+    @property
+    def body(self) -> Any:
+        """Embedding, layers and final norm."""
+        return getattr(self, self.config.family.names.body)
+
+    @property
+    def layers(self) -> Any:
+        """The layers, a ModuleList."""
+        return getattr(self.body, self.config.family.names.layers)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] of the output layer."""
+        names = self.config.family.names
+        tied = self.config.tie_word_embeddings
+        weight: Tensor = (getattr(self.body, names.embedding) if tied else getattr(self, names.head)).weight
+        return weight
+
+    @property
+    def softcap(self) -> float | None:
+        """c where logits are c · tanh(head · hidden / c)."""
+        softcap: float | None = self.config.family.softcap(self.config)
+        return softcap
 
     def initialize(self, seed: int) -> None:
         """Draw every weight from its distribution (model/initial.py), in the order of the parameters."""
@@ -78,24 +112,47 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Outputs of the final norm [B, T, D].
+        """Outputs of the final norm [B, T, D], times the family's hidden_scale.
 
         `document_ids` [B, T]: a token attends only to earlier tokens with its own id. `positions` [T] or [B, T]
         default to the number of preceding tokens. With a `cache`, the ids continue the cached sequence, and the
         cache is extended in place.
         """
+        config, past = self.config, cache.length if cache is not None else 0
+        family, names = config.family, config.family.names
         if positions is None:
-            past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-        x_BTD = self.model.embed_tokens(input_ids)
-        operations, mask = self.operations.prepare(x_BTD, document_ids, cache)
-        dtype = torch.float32 if self.config.family.float32_rotation else x_BTD.dtype
-        shared = Pass(operations, rotation_angles(self.config, positions, dtype), mask, cache)
-        for number, layer in enumerate(self.model.layers):
-            x_BTD = layer(x_BTD, shared, number)
-        return self.model.norm(x_BTD, operations)
+        if cache is not None and document_ids is not None:
+            document_ids = cache.with_documents(document_ids)
+        try:
+            x_BTD = getattr(self.body, names.embedding)(input_ids)
+        except IndexError as error:
+            raise LlmkitError(
+                f"token id {int(input_ids.max()):,} has no embedding in a model of {config.vocab_size:,} tokens",
+                "the text has a token that was added to the tokenizer but not to the model",
+            ) from error
+        if (scale := family.embedding_scale(config)) != 1:
+            x_BTD = x_BTD * (
+                torch.tensor(scale, dtype=x_BTD.dtype, device=x_BTD.device) if family.rounded_scale else scale
+            )
+        if names.positions:
+            x_BTD = x_BTD + getattr(self.body, names.positions)(positions)
+        # Layers of one kind share these; they are made before a layer extends the cache.
+        kinds = [(family.rope(config, layer), family.window(config, layer)) for layer in range(len(self.layers))]
+        passes: dict[Any, Pass] = {}
+        for rope, window in kinds:
+            if (rope, window) not in passes:
+                operations, mask = self.operations.prepare(x_BTD, document_ids, cache, window)
+                rotation = rope.rotation(positions, x_BTD.dtype) if rope else None
+                passes[rope, window] = Pass(
+                    operations, rotation, mask, cache, family.residual_scale(config), family.parallel(config)
+                )
+        for number, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
+            x_BTD = layer(x_BTD, passes[kind], number)
+        x_BTD = getattr(self.body, names.norm)(x_BTD, passes[kinds[0]].operations)
+        return x_BTD if (scale := family.hidden_scale(config)) == 1 else x_BTD * scale
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        weight_VD = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden_BTD, weight_VD)
+        logits, cap = F.linear(hidden_BTD, self.head_weight), self.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

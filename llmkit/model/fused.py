@@ -11,7 +11,6 @@ probabilities. Memory: the scores of a block, at most SCORES elements per thread
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -24,6 +23,7 @@ from torch.autograd import Function
 from llmkit.model.kernels import rows as kernels
 from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.operations import Operations
+from llmkit.model.rope import Rotation
 
 QUERIES = 128  # per block of attention
 SCORES = 1 << 19  # scores at once: 4 MiB with their gradients, about one core's share of the cache
@@ -69,40 +69,50 @@ class _Norm(Function):
         return dx.view(x.shape), dweight.sum(0), None
 
 
-class _SwiGLU(Function):
+class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernel: Any, back: Any) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
+        ctx.back = back
         y = torch.empty_like(gate)
-        flat = [v.view(-1, gate.shape[-1]) for v in (gate.contiguous(), up.contiguous(), y)]
-        over_rows(kernels.swiglu, *flat[0].shape, *flat)
+        flat = [v.view(-1, gate.shape[-1]) for v in (gate, up, y)]
+        over_rows(kernel, *flat[0].shape, *flat)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        flat = [v.view(-1, gate.shape[-1]) for v in (gate.contiguous(), up.contiguous(), grad.contiguous(), dgate, dup)]
-        over_rows(kernels.swiglu_back, *flat[0].shape, *flat)
-        return dgate, dup
+        flat = [v.view(-1, gate.shape[-1]) for v in (gate, up, grad.contiguous(), dgate, dup)]
+        over_rows(ctx.back, *flat[0].shape, *flat)
+        return dgate, dup, None, None
+
+
+GATED = {
+    "silu": (kernels.swiglu, kernels.swiglu_back),
+    "gelu_tanh": (kernels.geglu, kernels.geglu_back),
+}
 
 
 class _Rotate(Function):
     @staticmethod
-    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x_BTHK, cos, sin, 1.0)
+        ctx.adjacent = adjacent
+        return _rotate(x_BTHK, cos, sin, adjacent, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, sin, -1.0), None, None
+        return _rotate(grad, cos, sin, ctx.adjacent, -1.0), None, None, None
 
 
-def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, sign: float) -> Tensor:
     flat = x_BTHK.contiguous().flatten(0, 1)
     y = torch.empty_like(flat)
-    over_rows(kernels.rotate, len(flat), flat[0].numel(), flat, cos, sin, np.float32(sign), y)
+    kernel = kernels.rotate_adjacent if adjacent else kernels.rotate
+    over_rows(kernel, len(flat), flat[0].numel(), flat, cos, sin, np.float32(sign), y)
     return y.view(x_BTHK.shape)
 
 
@@ -136,9 +146,12 @@ def _contiguous_transpose(x_BTGK: Tensor) -> Tensor:
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, begins_BT: np.ndarray) -> Tensor:
-        b, t, h, k = q_BTHK.shape
-        share, scale = h // k_BTGK.shape[2], np.float32(1 / math.sqrt(k))
+    def forward(
+        ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, begins_BT: np.ndarray, scale: float, cap: float
+    ) -> Tensor:
+        b, t, h, _ = q_BTHK.shape
+        share = h // k_BTGK.shape[2]
+        numbers = np.float32(scale), np.float32(cap)
         out = torch.empty_like(q_BTHK)
         logsum = q_BTHK.new_empty(b, h, t)
         buffer = q_BTHK.new_empty(max(SCORES, share * QUERIES * t))
@@ -148,20 +161,20 @@ class _Attend(Function):
             n, r, c = q.shape[0], q.shape[1], keys.stop - keys.start
             scores = buffer[: n * r * c].view(n, r, c)
             torch.bmm(q, _repeat(transposed[row, groups, :, keys], share), out=scores)
-            arguments = scores.view(n * r, c), r, queries.start, begins_BT[row], scale, logsum[row, heads]
+            arguments = scores.view(n * r, c), r, queries.start, begins_BT[row], *numbers, logsum[row, heads]
             over_rows(kernels.softmax, n * r, c, *arguments)
             out[row, queries, heads] = torch.bmm(scores, _per_query_head(v_BTGK[row, keys, groups], share)).transpose(
                 0, 1
             )
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGK, out, logsum)
-        ctx.begins = begins_BT
+        ctx.begins, ctx.numbers = begins_BT, numbers
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q_BTHK, k_BTGK, v_BTGK, out, logsum = ctx.saved_tensors
         t, h, k = q_BTHK.shape[1:]
-        share, scale = h // k_BTGK.shape[2], np.float32(1 / math.sqrt(k))
+        share = h // k_BTGK.shape[2]
         delta = (grad * out).sum(-1).transpose(1, 2).contiguous()
         dq, dk, dv = torch.empty_like(q_BTHK), torch.zeros_like(k_BTGK), torch.zeros_like(v_BTGK)
         buffer = q_BTHK.new_empty(2, max(SCORES, share * QUERIES * t))
@@ -174,7 +187,7 @@ class _Attend(Function):
             torch.bmm(q, key, out=scores)
             torch.bmm(g, value, out=change)
             over_rows(
-                kernels.softmax_back, n * r, c, scores.view(n * r, c), r, queries.start, ctx.begins[row], scale,
+                kernels.softmax_back, n * r, c, scores.view(n * r, c), r, queries.start, ctx.begins[row], *ctx.numbers,
                 logsum[row, heads], change.view(n * r, c), delta[row, heads],
             )  # fmt: skip
             dq[row, queries, heads] = torch.bmm(change, _per_query_head(k_BTGK[row, keys, groups], share)).transpose(
@@ -186,7 +199,7 @@ class _Attend(Function):
                     into.baddbmm_(left.transpose(1, 2), right)
                 else:
                     into += torch.bmm(left.transpose(1, 2), right).view(-1, share, c, k).sum(1)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None, None
 
 
 class Fused(Operations):
@@ -194,23 +207,35 @@ class Fused(Operations):
     the plain operations."""
 
     def prepare(
-        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, window: int | None
     ) -> tuple[Operations, Any]:
         unsupported = x_BTD.device.type != "cpu" or x_BTD.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        begins = None if unsupported or cache is not None else document_begins(document_ids, *x_BTD.shape[:2])
-        return super().prepare(x_BTD, document_ids, cache) if begins is None else (self, begins)
+        b, t, _ = x_BTD.shape
+        begins = None if unsupported or cache is not None else first_keys(document_ids, b, t, window)
+        return super().prepare(x_BTD, document_ids, cache, window) if begins is None else (self, begins)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _Norm.apply(x, weight, eps)
 
-    def rotate(self, x_BTHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return _Rotate.apply(x_BTHK, *(part.flatten(0, -2) for part in rotation))
+    def rotate(self, x_BTHK: Tensor, rotation: Rotation) -> Tensor:
+        return _Rotate.apply(x_BTHK, rotation.cos.flatten(0, -2), rotation.sin.flatten(0, -2), rotation.adjacent)
 
-    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
-        return _Attend.apply(q_BTHK, k_BSGK, v_BSGK, mask)
+    def attend(
+        self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any, scale: float, softcap: float | None
+    ) -> Tensor:
+        return _Attend.apply(q_BTHK, k_BSGK, v_BSGK, mask, scale, softcap or 0.0)
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate, up)
+    def gated(self, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+        if activation not in GATED:
+            return super().gated(activation, gate, up)
+        return _Gated.apply(gate, up, *GATED[activation])
+
+
+def first_keys(document_ids: Tensor | None, b: int, t: int, window: int | None) -> np.ndarray | None:
+    """Index int64 [B, T] in the row of the first key that each token sees: where its document or its window begins.
+    None if a document is not contiguous."""
+    begins = document_begins(document_ids, b, t)
+    return begins if begins is None or window is None else np.maximum(begins, np.arange(t) - (window - 1))
 
 
 def document_begins(document_ids: Tensor | None, b: int, t: int) -> np.ndarray | None:

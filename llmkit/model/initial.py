@@ -29,8 +29,9 @@ class Initial:
 
 def initial(config: ModelConfig, name: str, dimensions: int) -> Initial:
     """The initial distribution of the parameter `name`, which has this number of dimensions."""
-    if dimensions < 2:
-        return Initial(value=0.0 if name.endswith("bias") else 1.0)
     parameter = find_parameter(config, name)
+    if dimensions < 2:
+        value = parameter.initial if parameter is not None else None
+        return Initial(value=value if value is not None else 0.0 if name.endswith("bias") else 1.0)
     to_residual = parameter is not None and parameter.to_residual
     return Initial(config.initializer_range / (math.sqrt(2 * config.num_hidden_layers) if to_residual else 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,11 @@ class KeyValueCache:
     def length(self) -> int:
         """Number of cached tokens."""
         return self._lengths[0]
+
+    def with_documents(self, ids_BT: Tensor) -> Tensor:
+        """The document ids of all tokens, [B, S], with those of new tokens appended."""
+        self.document_ids = ids_BT if self.document_ids is None else torch.cat([self.document_ids, ids_BT], 1)
+        return self.document_ids
 
     def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys and values to a layer; returns all of the layer's, [B, S, G, K]."""

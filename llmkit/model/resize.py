@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.family import EMBEDDING, HEAD, expected_tensors
+from llmkit.model.family import expected_tensors
 from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import write_safetensors
@@ -74,7 +74,7 @@ def write_resized(
 
     def tensor(name: str) -> Tensor:
         value = weights[name]
-        if name in (EMBEDDING, HEAD):
+        if name in (config.family.embedding, config.family.head):
             value = rows_for(value, first, pieces, rows)
         if advance:
             advance(value.numel())
@@ -82,5 +82,7 @@ def write_resized(
 
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
     write_safetensors(directory / WEIGHTS, layout, tensor, metadata)
-    save_description(directory, config.to_hf(DTYPE_NAMES[layout[EMBEDDING][0]]), tokenizer_files, info.stop_ids)
+    save_description(
+        directory, config.to_hf(DTYPE_NAMES[layout[config.family.embedding][0]]), tokenizer_files, info.stop_ids
+    )
     return rows

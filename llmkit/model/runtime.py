@@ -54,7 +54,7 @@ def prepare(
     model.operations = (
         fused.Fused() if fused else Joined(device.type == "cuda" and not runtime.fp8, device.type == "cuda")
     )
-    for layer in model.model.layers:
+    for layer in model.layers:
         if runtime.checkpoint:
             layer.forward = partial(_checkpointed, layer.forward)
         if kind == "compiled":
@@ -94,19 +94,22 @@ class Joined(Operations):
         self.join, self.flex = join, flex
 
     def prepare(
-        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None
+        self, x_BTD: Tensor, document_ids: Tensor | None, cache: KeyValueCache | None, window: int | None
     ) -> tuple[Operations, Any]:
-        if not self.flex or document_ids is None or cache is not None:
-            return self, super().prepare(x_BTD, document_ids, cache)[1]
+        b, t, _ = x_BTD.shape
+        slides = window is not None and t > window
+        if not self.flex or cache is not None or (document_ids is None and not slides):
+            return self, super().prepare(x_BTD, document_ids, cache, window)[1]
         from torch.nn.attention.flex_attention import create_block_mask
 
-        documents_BT = document_ids
+        documents_BT, reach = document_ids, window or t
 
         def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
+            seen = (q >= k) & (q - k < reach)
+            return seen if documents_BT is None else seen & (documents_BT[b, q] == documents_BT[b, k])
 
-        b, t, _ = x_BTD.shape
-        return self, create_block_mask(is_visible, b, None, t, t, device=x_BTD.device.type)
+        rows = None if documents_BT is None else b
+        return self, create_block_mask(is_visible, rows, None, t, t, device=x_BTD.device.type)
 
     def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
         if not self.join or not torch.is_grad_enabled():
@@ -115,14 +118,21 @@ class Joined(Operations):
         product = F.linear(x, torch.cat([m.weight for m in matrices]), bias)
         return product.split([m.out_features for m in matrices], -1)
 
-    def attend(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any) -> Tensor:
+    def attend(
+        self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any, scale: float, softcap: float | None
+    ) -> Tensor:
         if isinstance(mask, tuple):
-            return super().attend(q_BTHK, k_BSGK, v_BSGK, mask)
+            return super().attend(q_BTHK, k_BSGK, v_BSGK, mask, scale, softcap)
         from torch.nn.attention.flex_attention import flex_attention
+
+        cap = softcap or 0.0
+
+        def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return cap * torch.tanh(score / cap)
 
         q, k, v = (x.transpose(1, 2).to(v_BSGK.dtype) for x in (q_BTHK, k_BSGK, v_BSGK))
         attention = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex()
-        out: Any = attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        out: Any = attention(q, k, v, capped if softcap else None, mask, scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
 
@@ -165,7 +175,7 @@ def to_fp8(model: Decoder, emulate: bool = False) -> None:
 
     def fits(module: nn.Module, name: str) -> bool:  # the hardware needs multiples of 16
         sizes = (getattr(module, "in_features", 1), getattr(module, "out_features", 1))
-        return "lm_head" not in name and all(size % 16 == 0 for size in sizes)
+        return name != model.config.family.names.head and all(size % 16 == 0 for size in sizes)
 
     convert_to_float8_training(model, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
 

@@ -62,7 +62,7 @@ def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> O
     hidden, index = counted_hidden_states(model, batch)
     factors = batch.weights.flatten()[index] * scale
     targets = batch.targets.flatten()[index]
-    loss, token_losses = linear_cross_entropy(hidden, head_weight(model), targets, factors, z_loss)
+    loss, token_losses = linear_cross_entropy(hidden, model.head_weight, targets, factors, z_loss, model.softcap)
     metrics = {}
     if z_loss:
         metrics["loss"] = (token_losses.double() * factors).sum()
@@ -78,31 +78,29 @@ def counted_hidden_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return (hidden if len(index) == len(hidden) else hidden.index_select(0, index)), index
 
 
-def head_weight(model: Any) -> Tensor:
-    """The matrix [V, D] that maps hidden states to logits."""
-    weight: Tensor = (model.lm_head or model.model.embed_tokens).weight
-    return weight
-
-
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, z_loss: float = 0.0
+    hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, z_loss: float = 0.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Σ_i factors_i · (−log p_i + z_loss · log² Z_i), a scalar, and all −log p_i, float32 [N] without gradient.
 
-    p_i = softmax(head · hidden_i)[targets_i], and Z_i is the denominator of that softmax. `hidden` [N, D],
-    `head` [V, D], `targets` int64 [N], `factors` float32 [N] without gradient.
+    p_i = softmax(head · hidden_i)[targets_i], and Z_i is the denominator of that softmax; with a `softcap` c the
+    logits are c · tanh(head · hidden_i / c). `hidden` [N, D], `head` [V, D], `targets` int64 [N], `factors` float32
+    [N] without gradient.
     """
     dtype = _compute_dtype(hidden)
     # A Function cannot find this out itself.
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, dtype, needs_gradient)
+    loss, token_losses = _LinearCrossEntropy.apply(
+        hidden, head, targets, factors, z_loss, softcap, dtype, needs_gradient
+    )
     return loss, token_losses
 
 
-def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(head · hidden_i)[targets_i] as float32 [N], with gradients for `hidden` [N, D] and `head` [V, D]."""
+def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+    """log softmax(head · hidden_i)[targets_i] as float32 [N], with gradients for `hidden` [N, D] and `head` [V, D];
+    `softcap` is that of `linear_cross_entropy`."""
     dtype = _compute_dtype(hidden)
-    return _TokenLogProbabilities.apply(hidden, head, targets, dtype)
+    return _TokenLogProbabilities.apply(hidden, head, targets, softcap, dtype)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -114,6 +112,16 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 def _at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in its own type if that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _cap(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Caps logits in place; returns the slope of the cap at each, in place of a second pass."""
+    if softcap is None:
+        return None
+    logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    logits.mul_(softcap)
+    return slope
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> Iterator[slice]:
@@ -154,6 +162,7 @@ class _LinearCrossEntropy(Function):
         targets: Tensor,
         factors: Tensor,
         z_loss: float,
+        softcap: float | None,
         dtype: torch.dtype,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -169,6 +178,7 @@ class _LinearCrossEntropy(Function):
             loss = factors.new_zeros((), dtype=torch.float64)
             for chunk in _chunks(rows, len(weight)):
                 logits = _at_least_float32(rows[chunk] @ weight.T)
+                slope = _cap(logits, softcap)
                 kernels = cpu_kernels(logits)
                 cross_entropy = kernels.cross_entropy if kernels else _cross_entropy
                 losses, log_z = cross_entropy(logits, targets[chunk], relative[chunk], z_loss, needs_gradient)
@@ -178,7 +188,7 @@ class _LinearCrossEntropy(Function):
                 loss += (losses.double() * factors[chunk].double()).sum()
                 if grad_rows is None or grad_weight is None:
                     continue
-                gradient = logits.to(dtype)
+                gradient = (logits if slope is None else logits.mul_(slope)).to(dtype)
                 torch.mm(gradient, weight, out=grad_rows[chunk])
                 _add_product(grad_weight, gradient, rows[chunk])
         if needs_gradient:
@@ -193,32 +203,39 @@ class _LinearCrossEntropy(Function):
         grad_rows, grad_weight, largest = ctx.saved_tensors
         factor = grad * largest
         gradients = (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1])
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 class _TokenLogProbabilities(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype
+    ) -> Tensor:
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
             for chunk in _chunks(rows, len(weight)):
                 logits = (rows[chunk] @ weight.T).float()
+                _cap(logits, softcap)
                 result[chunk] = torch.log_softmax(logits, dim=1).gather(1, targets[chunk, None])[:, 0]
         ctx.save_for_backward(hidden, head, targets)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.softcap = dtype, softcap
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, head, targets = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
             grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(head, dtype=torch.float32)
             for chunk in _chunks(rows, len(weight)):
-                gradient = torch.softmax((rows[chunk] @ weight.T).float(), dim=1)
+                logits = (rows[chunk] @ weight.T).float()
+                slope = _cap(logits, ctx.softcap)
+                gradient = torch.softmax(logits, dim=1)
                 gradient.scatter_add_(1, targets[chunk, None], gradient.new_full((len(gradient), 1), -1.0))
+                if slope is not None:
+                    gradient.mul_(slope)
                 gradient = gradient.mul_(-grad[chunk, None]).to(ctx.dtype)
                 torch.mm(gradient, weight, out=grad_rows[chunk])
                 _add_product(grad_weight, gradient, rows[chunk])
-        return grad_rows.to(hidden.dtype), grad_weight.to(head.dtype), None, None
+        return grad_rows.to(hidden.dtype), grad_weight.to(head.dtype), None, None, None

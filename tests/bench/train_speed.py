@@ -2,6 +2,7 @@
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python tests/bench/train_speed.py --nanogpt ../nanoGPT --pairs 5
+    python tests/bench/train_speed.py --family gemma2 --only transformers      # another architecture of these sizes
 
 A step is forward, backward, clipping at norm 1 and fused AdamW, on the same tokens for all. Ours is the loop's own `accumulate` and `update`, as `llmkit train`
 calls them, with its default micro-batch; the others are stepped as their trainers do it, all with the fused AdamW, which only some of those use. The
@@ -25,6 +26,13 @@ from typing import Any
 
 from peers import ROOT, environment_of, in_turn, ratios, spread
 
+# Of an architecture, beside its sizes. Gemma's scores have a soft cap, which torch's attention does not know.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "olmo2": {},
+    "gemma2": {"query_pre_attn_scalar": 64, "sliding_window": 256, "head_dim": 64, "attn_implementation": "eager"},
+}
 SEQUENCES, LENGTH, VOCABULARY, WIDTH, LAYERS, HEADS, FEED_FORWARD = 8, 512, 8192, 320, 6, 5, 864
 OURS = ("llmkit", "llmkit, documents", "llmkit, compiled")
 PEERS = tuple(f"{name}{how}" for name in ("nanoGPT", "litgpt", "transformers") for how in ("", ", compiled"))
@@ -62,6 +70,7 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     import llmkit.training.session as sessions
     from llmkit.model.config import ModelConfig
     from llmkit.model.decoder import Decoder
+    from llmkit.model.families import ARCHITECTURES
     from llmkit.model.runtime import Runtime, prepare
     from llmkit.training.data import StreamSource
     from llmkit.training.distributed.processes import start
@@ -86,7 +95,9 @@ def ours(compiled: bool, documents: bool) -> Callable[[], Callable[[], float]]:
     def make() -> Callable[[], float]:
         sizes = (VOCABULARY, WIDTH, FEED_FORWARD, LAYERS, HEADS, HEADS, WIDTH // HEADS)
         processes = start("fp32")
-        model = Decoder(ModelConfig(*sizes, architecture="llama", max_position_embeddings=LENGTH))
+        family = os.environ["FAMILY"]
+        own = {name: value for name, value in FAMILIES[family].items() if name in ARCHITECTURES.get(family).keys}
+        model = Decoder(ModelConfig(*sizes, architecture=family, max_position_embeddings=LENGTH, own=own))
         model.initialize(0)
         prepare(model, processes.device, Runtime(compile=compiled))
         source = StreamSource(Stream(), LENGTH, SEQUENCES, 1 << 40, document_mask=documents)
@@ -149,16 +160,18 @@ def litgpt(compiled: bool) -> Callable[[], Callable[[], float]]:
 
 def transformers(compiled: bool) -> Callable[[], Callable[[], float]]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     def make() -> Callable[[], float]:
         ids, targets = tokens()
-        config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, max_position_embeddings=LENGTH, tie_word_embeddings=True, use_cache=False,
-            attn_implementation="sdpa",
+        family = os.environ["FAMILY"]
+        settings = {"attn_implementation": "sdpa"} | FAMILIES[family]
+        config = AutoConfig.for_model(
+            family, vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FEED_FORWARD, num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+            use_cache=False, **settings,
         )  # fmt: skip
-        model = LlamaForCausalLM(config).train()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings["attn_implementation"]).train()
         call: Any = torch.compile(model) if compiled else model
         return stepper(model, lambda: call(input_ids=ids, labels=targets, shift_labels=targets).loss)
 
@@ -239,11 +252,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--nanogpt", type=Path, help="clone of nanoGPT; without it that peer is left out")
     parser.add_argument("--litgpt", help="interpreter that has litgpt (default: make an environment)")
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="of ours and of transformers")
     parser.add_argument("--only", action="append", help="contestants to run beside the first")
     parser.add_argument("--be", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.be:
         return work(given.be)
+    os.environ["FAMILY"] = given.family
     (ROOT / ".cache").mkdir(exist_ok=True)
     names = [n for n in OURS + PEERS if n == OURS[0] or not given.only or n in given.only]
     names = [n for n in names if given.nanogpt or not n.startswith("nanoGPT")]

@@ -224,14 +224,19 @@ def test_unknown_preset(name: str, message: str) -> None:
     ("changes", "named"),
     [
         ({"model_type": "lama"}, "unknown architecture 'lama'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
-        ({"use_sliding_window": True}, "sliding-window attention"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "rope scaling 'spiral'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_factor has 1",
+        ),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "llama", "use_sliding_window": True}, "sliding-window attention"),
         ({"num_key_value_heads": 4}, "key-value heads"),
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"head_dim": 7}, "7 dimensions of a head are rotated"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ],
 )
@@ -257,8 +262,21 @@ def test_auto_map_is_ignored() -> None:
     assert files == {"tokenizer_config.json": "{}\n"}
 
 
-def test_unknown_architecture_gets_a_suggestion() -> None:
-    """Behaviour: the hint has the nearest architecture."""
+@pytest.mark.parametrize(
+    ("theirs", "nearest"),
+    [
+        ("qwen2_moe", "qwen2"),
+        ("granitemoe", "granite"),
+        ("glm", "glm4"),
+        ("codegen", "gpt2"),
+        ("gemma3n_text", "gemma2"),
+    ],
+)
+def test_unknown_architecture_gets_the_nearest_by_its_configuration(theirs: str, nearest: str) -> None:
+    """Behaviour: the hint names the architecture with the most similar config.json."""
+    from transformers import AutoConfig
+
+    content = AutoConfig.for_model(theirs).to_dict()
     with pytest.raises(LlmkitError) as error:
-        ModelConfig.from_hf(ModelConfig(**SIZES).to_hf() | {"model_type": "qwen33"})
-    assert "did you mean 'qwen3'" in error.value.hint
+        ModelConfig.from_hf(content | {"model_type": "unheard-of"})
+    assert f"most like that of {nearest};" in error.value.hint

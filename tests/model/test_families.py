@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from random_models import SIZES, VARIANTS, random_model
 
 from llmkit.errors import LlmkitError
-from llmkit.model.blocks import AttentionSpec, GatedMLPSpec, NormSpec
+from llmkit.model.blocks import AttentionSpec, MLPSpec, NormSpec
 from llmkit.model.config import ModelConfig, load_config
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import ARCHITECTURES
@@ -66,8 +66,8 @@ class ParallelBlock:
     def parts(self, config: ModelConfig, layer: int) -> dict[str, Any]:
         return {
             "norm": NormSpec(config.hidden_size, config.rms_norm_eps),
-            "attention": AttentionSpec.from_config(config),
-            "mlp": GatedMLPSpec.from_config(config),
+            "attention": AttentionSpec.from_config(config, layer),
+            "mlp": MLPSpec.from_config(config, layer),
         }
 
     def forward(self, modules: Any, x_BTD: torch.Tensor, shared: Any, layer: int) -> torch.Tensor:

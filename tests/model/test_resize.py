@@ -11,7 +11,7 @@ import torch
 
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_info, load_model
-from llmkit.model.resize import EMBEDDING, HEAD, check_match, write_resized
+from llmkit.model.resize import check_match, write_resized
 from llmkit.shards.tokenizer_info import parse_tokenizer
 
 PIECES = [[5, 6, 7], [8, 8], []]
@@ -32,7 +32,7 @@ def test_old_logits_stay(make_model: Callable[..., Path], tmp_path: Path, tied: 
     for name in before:
         rows = after[name][: len(before[name])]
         assert torch.equal(rows, before[name]), name
-    for name in (EMBEDDING,) if tied else (EMBEDDING, HEAD):
+    for name in ("model.embed_tokens.weight",) if tied else ("model.embed_tokens.weight", "lm_head.weight"):
         for i, ids in enumerate(PIECES, 320):
             mean = before[name][ids or slice(None)].float().mean(0).to(dtype)
             assert torch.equal(after[name][i], mean)
@@ -51,7 +51,10 @@ def test_rows_beyond_the_tokenizer_are_used_first(make_model: Callable[..., Path
     path = make_model(tmp_path / "old", vocab_size=384, tokenizer=False)
     (tmp_path / "new").mkdir()
     assert write_resized(load_info(path), 300, PIECES, tmp_path / "new", {}) == 384
-    old, new = load_model(path)[0].state_dict()[EMBEDDING], load_model(tmp_path / "new")[0].state_dict()[EMBEDDING]
+    old, new = (
+        load_model(path)[0].state_dict()["model.embed_tokens.weight"],
+        load_model(tmp_path / "new")[0].state_dict()["model.embed_tokens.weight"],
+    )
     assert torch.equal(new[:300], old[:300]) and torch.equal(new[303:], old[303:])
     assert torch.equal(new[302], old[:300].mean(0))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmkit.model.blocks import PreNormBlock
+from llmkit.model.blocks import ResidualBlock
 from llmkit.model.families import ARCHITECTURES
 from llmkit.model.family import Family
 
 # transformers refuses a hidden_size that is not a multiple of the heads, even with an explicit head_dim.
-ARCHITECTURES.register("llama")(Family("LlamaForCausalLM", PreNormBlock(), divisible_heads=True))
+ARCHITECTURES.register("llama")(Family("LlamaForCausalLM", ResidualBlock(), divisible_heads=True))

@@ -5,42 +5,26 @@ computed in float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
-from llmkit.model.blocks import AttentionSpec, GatedMLPSpec, NormSpec, Part
-from llmkit.model.config import ModelConfig
+from llmkit.model.blocks import AttentionSpec, NormSpec, ResidualBlock
 from llmkit.model.families import ARCHITECTURES
 from llmkit.model.family import Family
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class ReorderedNormBlock:
-    """x + norm(attention(x)), then x + norm(mlp(x))."""
-
-    def parts(self, config: ModelConfig, layer: int) -> dict[str, Part]:
-        norm = NormSpec(config.hidden_size, config.rms_norm_eps, float32_gain=True)
-        return {
-            "self_attn": AttentionSpec.from_config(config, qk_norm="width", float32_gain=True),
-            "mlp": GatedMLPSpec.from_config(config),
-            "post_attention_layernorm": norm,
-            "post_feedforward_layernorm": norm,
-        }
-
-    def forward(self, modules: Any, x_BTD: Tensor, shared: Any, layer: int) -> Tensor:
-        operations = shared.operations
-        x_BTD = x_BTD + modules.post_attention_layernorm(modules.self_attn(x_BTD, shared, layer), operations)
-        return x_BTD + modules.post_feedforward_layernorm(modules.mlp(x_BTD, operations), operations)
-
+NORM = partial(NormSpec.from_config, float32_gain=True)
+BLOCK = ResidualBlock(
+    partial(AttentionSpec.from_config, qk_norm="width", float32_gain=True),
+    norm=NORM,
+    norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+)
 
 ARCHITECTURES.register("olmo2")(
     Family(
         "Olmo2ForCausalLM",
-        ReorderedNormBlock(),
+        BLOCK,
         defaults={"rms_norm_eps": 1e-5},
         unsupported=("mlp_bias",),
-        float32_gain=True,
+        norm=NORM,
         float32_rotation=True,
     )
 )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from llmkit.model.blocks import PreNormBlock
+from functools import partial
+
+from llmkit.model.blocks import AttentionSpec, ResidualBlock
 from llmkit.model.families import ARCHITECTURES
-from llmkit.model.family import Family
+from llmkit.model.family import OPTIONAL_WINDOW, Family, optional_window
 
 ARCHITECTURES.register("qwen3")(
-    Family("Qwen3ForCausalLM", PreNormBlock(qk_norm="head"), defaults={"head_dim": 128}, unsupported=("mlp_bias",))
+    Family(
+        "Qwen3ForCausalLM",
+        ResidualBlock(partial(AttentionSpec.from_config, qk_norm="head")),
+        defaults={"head_dim": 128},
+        keys=OPTIONAL_WINDOW,
+        unsupported=("mlp_bias",),
+        window=optional_window,
+    )
 )

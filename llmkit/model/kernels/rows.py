@@ -73,7 +73,9 @@ def _value(_, key):  # type: ignore[no-untyped-def]
 
 
 _f = np.float32
-ZERO, ONE, LOWEST, MAGIC = _f(0), _f(1), _f(-87), _f(12582912)  # 1.5 · 2^23: adding it rounds to an integer
+ZERO, ONE, TWO, LOWEST, HIGHEST = _f(0), _f(1), _f(2), _f(-87), _f(88)
+MAGIC = _f(12582912)  # 1.5 · 2^23: adding it rounds to an integer
+GELU, GELU_CUBE = _f(1.5957691216), _f(0.0713548163)  # 2 √(2/π), and that times 0.044715
 LOG2E, LN2_HIGH, LN2_LOW = _f(1.44269504), _f(0.693359375), _f(-2.12194440e-4)
 C0, C1, C2, C3, C4, C5 = map(_f, (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
 LEAST = np.int32(-(2**31))
@@ -89,6 +91,20 @@ def exp(x):  # type: ignore[no-untyped-def]
     r = x - n * LN2_HIGH - n * LN2_LOW
     p = ((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + C5
     return (p * r * r + r + ONE) * _power(magic)
+
+
+@exact
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + e^-x); below -88 the value at -88."""
+    return ONE / (ONE + exp(HIGHEST if -x > HIGHEST else -x))
+
+
+@exact
+def capped(score, cap):  # type: ignore[no-untyped-def]
+    """cap · tanh(score / cap)."""
+    e = exp(-TWO * abs(score / cap))
+    size = cap * (ONE - e) / (ONE + e)
+    return -size if score < ZERO else size
 
 
 @rows_kernel
@@ -127,7 +143,7 @@ def swiglu(first, last, gate, up, y):  # type: ignore[no-untyped-def]
     for i in range(first, last):
         for j in range(gate.shape[1]):
             g = gate[i, j]
-            y[i, j] = g / (ONE + exp(-g)) * up[i, j]
+            y[i, j] = g * sigmoid(g) * up[i, j]
 
 
 @rows_kernel
@@ -135,16 +151,53 @@ def swiglu_back(first, last, gate, up, grad, dgate, dup):  # type: ignore[no-unt
     for i in range(first, last):
         for j in range(gate.shape[1]):
             g = gate[i, j]
-            s = ONE / (ONE + exp(-g))
+            s = sigmoid(g)
             dup[i, j] = grad[i, j] * g * s
             dgate[i, j] = grad[i, j] * up[i, j] * s * (ONE + g * (ONE - s))
 
 
 @rows_kernel
+def geglu(first, last, gate, up, y):  # type: ignore[no-untyped-def]
+    """y = gelu(gate) · up with the tanh approximation: g σ(2u), u = √(2/π) (g + 0.044715 g³)."""
+    for i in range(first, last):
+        for j in range(gate.shape[1]):
+            g = gate[i, j]
+            y[i, j] = g * sigmoid(g * (GELU + GELU_CUBE * g * g)) * up[i, j]
+
+
+@rows_kernel
+def geglu_back(first, last, gate, up, grad, dgate, dup):  # type: ignore[no-untyped-def]
+    for i in range(first, last):
+        for j in range(gate.shape[1]):
+            g = gate[i, j]
+            square = g * g
+            s = sigmoid(g * (GELU + GELU_CUBE * square))
+            dup[i, j] = grad[i, j] * g * s
+            slope = g * (GELU + _f(3) * GELU_CUBE * square)
+            dgate[i, j] = grad[i, j] * up[i, j] * s * (ONE + slope * (ONE - s))
+
+
+@rows_kernel
+def rotate_adjacent(first, last, x, cos, sin, sign, y):  # type: ignore[no-untyped-def]
+    """`rotate` for pairs of neighbours."""
+    period, pairs = cos.shape[0], cos.shape[1] // 2
+    for i in range(first, last):
+        position = i % period
+        for h in range(x.shape[1]):
+            for j in range(pairs):
+                a, b = x[i, h, 2 * j], x[i, h, 2 * j + 1]
+                c, s = cos[position, j], sin[position, j] * sign
+                y[i, h, 2 * j] = a * c - b * s
+                y[i, h, 2 * j + 1] = b * c + a * s
+            for j in range(2 * pairs, x.shape[2]):
+                y[i, h, j] = x[i, h, j]
+
+
+@rows_kernel
 def rotate(first, last, x, cos, sin, sign, y):  # type: ignore[no-untyped-def]
-    """Rotate each head of x [rows, H, K] by the angles of cos and sin [rows of a sequence, K]; sign -1 is the
-    inverse."""
-    period, half = cos.shape[0], x.shape[2] // 2
+    """Rotate the first dimensions of each head of x [rows, H, K] by the angles of cos and sin [rows of a sequence,
+    dimensions]; sign -1 is the inverse."""
+    period, half = cos.shape[0], cos.shape[1] // 2
     for i in range(first, last):
         position = i % period
         for h in range(x.shape[1]):
@@ -153,23 +206,29 @@ def rotate(first, last, x, cos, sin, sign, y):  # type: ignore[no-untyped-def]
                 c, s = cos[position, j], sin[position, j] * sign
                 y[i, h, j] = a * c - b * s
                 y[i, h, half + j] = b * c + a * s
+            for j in range(2 * half, x.shape[2]):
+                y[i, h, j] = x[i, h, j]
 
 
 @rows_kernel
-def softmax(first, last, scores, rows, first_query, begins, scale, logsum):  # type: ignore[no-untyped-def]
+def softmax(first, last, scores, rows, first_query, begins, scale, cap, logsum):  # type: ignore[no-untyped-def]
     """Replace raw scores [heads · rows, keys] with probabilities. Row r of a head is query `first_query + r` of
-    a sequence, which sees the keys from begins[query] to its own; key 0 here is begins[first_query]. `logsum`
-    [heads, queries] is kept for the backward pass."""
+    a sequence, which sees the keys from begins[query] to its own; key 0 here is begins[first_query]. A `cap` above 0
+    caps the scores. `logsum` [heads, queries] is kept for the backward pass."""
     offset = begins[first_query]
     for i in range(first, last):
         query = first_query + i % rows
         low, high = begins[query] - offset, query + 1 - offset
-        seen, top = scores[i, low:high], LEAST
+        seen, top, factor = scores[i, low:high], LEAST, scale
+        if cap > ZERO:
+            factor = ONE
+            for j in range(len(seen)):
+                seen[j] = capped(seen[j] * scale, cap)
         for j in range(len(seen)):
             top = max(top, _key(seen[j]))
-        most, total = _value(top) * scale, ZERO
+        most, total = _value(top) * factor, ZERO
         for j in range(len(seen)):
-            p = exp(seen[j] * scale - most)
+            p = exp(seen[j] * factor - most)
             seen[j] = p
             total += p
         logsum[i // rows, query] = most + np.log(total)
@@ -182,7 +241,7 @@ def softmax(first, last, scores, rows, first_query, begins, scale, logsum):  # t
 
 @rows_kernel
 def softmax_back(  # type: ignore[no-untyped-def]
-    first, last, scores, rows, first_query, begins, scale, logsum, grad, delta
+    first, last, scores, rows, first_query, begins, scale, cap, logsum, grad, delta
 ):
     """Recompute probabilities in place of raw scores, and replace the gradient of the probabilities with that
     of the raw scores."""
@@ -192,10 +251,17 @@ def softmax_back(  # type: ignore[no-untyped-def]
         low, high = begins[query] - offset, query + 1 - offset
         shift, mean = logsum[head, query], delta[head, query]
         seen, change = scores[i, low:high], grad[i, low:high]
-        for j in range(len(seen)):
-            p = exp(seen[j] * scale - shift)
-            seen[j] = p
-            change[j] = p * (change[j] - mean) * scale
+        if cap > ZERO:
+            for j in range(len(seen)):
+                score = capped(seen[j] * scale, cap)
+                p = exp(score - shift)
+                seen[j] = p
+                change[j] = p * (change[j] - mean) * (ONE - (score / cap) * (score / cap)) * scale
+        else:
+            for j in range(len(seen)):
+                p = exp(seen[j] * scale - shift)
+                seen[j] = p
+                change[j] = p * (change[j] - mean) * scale
         for part in (scores, grad):
             part[i, :low] = ZERO
             part[i, high:] = ZERO

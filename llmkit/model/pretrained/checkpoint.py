@@ -1,7 +1,7 @@
 """Loading and saving decoders as Hugging Face directories. Everything but the weights is directory.py's.
 
 Only safetensors are read, and sizes are checked against the configuration before memory is allocated. Weights
-are loaded from memory-mapped files, with one copy in memory.
+are read once, straight into their memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
-from llmkit.model.family import HEAD, expected_tensors, is_ignored
+from llmkit.model.family import expected_tensors, is_ignored
 from llmkit.model.pretrained.directory import (
     WEIGHTS,
     LoadedModel,
@@ -59,7 +59,7 @@ def load_model(
         model = Decoder(info.config)
     if "tokenizer.json" in info.tokenizer_files:
         check_vocabulary(load_tokenizer(info.tokenizer_files, info.path), info.config.vocab_size, info.path)
-    state = {name: weights[name].to(device=device, dtype=dtype, copy=True) for name in model.state_dict()}
+    state = {name: weights[name].to(device=device, dtype=dtype) for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     model.requires_grad_(True)
     return model.eval(), info
@@ -82,7 +82,7 @@ def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> t
 
 def open_weights(info: LoadedModel) -> Weights:
     """The weights of a model directory, not yet read, with names and shapes checked against its configuration."""
-    weights = Weights(info.path, info.quantization)
+    weights = Weights(info)
     # Before a model is built even on the meta device: a configuration may claim a billion layers.
     if info.config.parameters() > 2 * weights.stored_bytes:
         raise LlmkitError(
@@ -140,7 +140,8 @@ def save_model(
 
     `stop_ids` are written to generation_config.json; by default they are the configuration's eos_token_id.
     """
-    tensors = {name: value for name, value in state_dict.items() if not (name == HEAD and config.tie_word_embeddings)}
+    tied = config.tie_word_embeddings and config.family.head
+    tensors = {name: value for name, value in state_dict.items() if name != tied}
     layout = {name: (dtype or value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
     write_safetensors(directory / WEIGHTS, layout, lambda name: tensors[name].to(layout[name][0]), metadata)

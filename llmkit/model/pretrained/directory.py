@@ -112,8 +112,9 @@ def load_tokenizer(files: Mapping[str, str], where: str | Path) -> LoadedTokeniz
 
 
 def check_vocabulary(tokenizer: LoadedTokenizer, vocab_size: int, where: str | Path) -> None:
-    """LlmkitError if the tokenizer has ids without an embedding in the model."""
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    """LlmkitError if the tokenizer has ids without an embedding in the model. Added tokens may lack one, as that for
+    images in models of text does: it is an error only where a text has them."""
+    size = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
     if size > vocab_size:
         raise LlmkitError(
             f"{where}: the tokenizer has ids up to {size - 1:,}, the model has only {vocab_size:,}",

@@ -1,13 +1,13 @@
 """Weights of a model directory by name, one at a time: plain, sharded, or quantised in the compressed-tensors layout.
 
-    weights = Weights(directory, config.get("quantization_config"))
+    weights = Weights(load_info(directory))
     weights.layout["model.norm.weight"]       # (torch.bfloat16, (1024,)), from the headers alone
     weights["model.norm.weight"]              # the tensor
 
-Files are memory-mapped, so only requested tensors take memory. Quantised tensors appear under their original
-names and shapes, in the type of their scales: q · scale, as in transformers and vLLM. Supported formats:
-`pack-quantized` (2, 4 or 8 bits in int32 words, offset binary, least significant first along the inputs),
-`int-quantized` and `float-quantized`, all symmetric, with scales [out, groups].
+Each tensor is read on its own, straight into its memory, so only requested tensors take any. Quantised tensors
+appear under their original names and shapes, in the type of their scales: q · scale, as in transformers and vLLM.
+Supported formats: `pack-quantized` (2, 4 or 8 bits in int32 words, offset binary, least significant first along the
+inputs), `int-quantized` and `float-quantized`, all symmetric, with scales [out, groups].
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.io.names import utf8_path
-from llmkit.model.pretrained.directory import weight_files
-from llmkit.model.pretrained.safetensors import read_layout
+from llmkit.model.family import missing_prefix
+from llmkit.model.pretrained.directory import LoadedModel, weight_files
+from llmkit.model.pretrained.header import Stored, read_header
+from llmkit.model.pretrained.safetensors import DTYPES
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
 BITS = (2, 4, 8)  # of packed weights
+CHUNK = 16 << 20  # bytes per read
 UNSUPPORTED = ("_zero_point", "_g_idx")
 DAMAGED = "the file is damaged or incomplete; fetch or make it again"
 
@@ -36,21 +38,25 @@ class Weights(Mapping[str, Tensor]):
     """Name -> tensor, read on access. `layout` has the type and shape of each, `stored_bytes` is the total size
     of the files."""
 
-    def __init__(self, directory: Path, quantization: Any = None) -> None:
-        self.directory = directory
+    def __init__(self, info: LoadedModel) -> None:
+        self.directory = directory = info.path
         self.layout: dict[str, Entry] = {}
         self.stored_bytes = 0
         self._stored: dict[str, Entry] = {}
         self._files: dict[str, Path] = {}
-        self._opened: dict[Path, Any] = {}
-        for file in weight_files(directory):
-            for name, entry in read_layout(file).items():
-                self._stored[name], self._files[name] = entry, file
+        self._headers: dict[Path, dict[str, Stored]] = {}
+        self._opened: tuple[Path, Any] | None = None  # the last file that was read, and its stream
+        self._headers = {file: read_header(file) for file in weight_files(directory)}
+        self._prefix = missing_prefix((name for header in self._headers.values() for name in header), info.config)
+        for file, header in self._headers.items():
+            for name, entry in header.items():
+                name = self._prefix + name
+                self._stored[name], self._files[name] = (DTYPES[entry.dtype], entry.shape), file
             self.stored_bytes += file.stat().st_size
-        if quantization is None:
+        if info.quantization is None:
             self.layout = dict(self._stored)
         else:
-            self._bits = declared_bits(quantization, directory / "config.json")
+            self._bits = declared_bits(info.quantization, directory / "config.json")
             self._describe_quantised()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -72,17 +78,21 @@ class Weights(Mapping[str, Tensor]):
         return len(self.layout)
 
     def _read(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
         file = self._files[name]
+        entry = self._headers[file][name.removeprefix(self._prefix)]
         try:
-            if file not in self._opened:
-                with utf8_path(file) as path:
-                    self._opened[file] = safe_open(path, "pt")
-            tensor: Tensor = self._opened[file].get_tensor(name)
+            if self._opened is None or self._opened[0] != file:
+                self._opened = (file, open(file, "rb", buffering=0))
+            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            stream, view = self._opened[1], tensor.reshape(-1).view(torch.uint8).numpy().data
+            stream.seek(entry.offset)
+            while len(view):
+                if not (count := stream.readinto(view[:CHUNK])):
+                    raise LlmkitError(f"{file}: tensor {name} ends after the file", DAMAGED)
+                view = view[count:]
             return tensor
-        except (SafetensorError, OSError) as error:
-            raise LlmkitError(f"{file}: not a readable safetensors file ({error})", DAMAGED) from error
+        except OSError as error:
+            raise LlmkitError(f"{file}: {error.strerror}", DAMAGED) from error
 
     def _describe_quantised(self) -> None:
         """Fill `layout` with the original weights, checking each quantised one against its parts."""

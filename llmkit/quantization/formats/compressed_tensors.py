@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.family import EMBEDDING, is_ignored, linear_weights
+from llmkit.model.family import is_ignored, linear_weights
 from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import write_safetensors
@@ -107,15 +107,19 @@ def write_quantized(
     assert not scales
     report.bytes_after = (directory / WEIGHTS).stat().st_size
     report.error = math.sqrt(squared_error / squares) if squares else 0.0
-    config = info.config.to_hf(DTYPE_NAMES[weights.layout[EMBEDDING][0]])
+    config = info.config.to_hf(DTYPE_NAMES[weights.layout[info.config.family.embedding][0]])
     save_description(
-        directory, config | {"quantization_config": quantization_config(method)}, info.tokenizer_files, info.stop_ids
+        directory,
+        config | {"quantization_config": quantization_config(method, info.config.family.names.head)},
+        info.tokenizer_files,
+        info.stop_ids,
     )
     return report
 
 
-def quantization_config(method: QuantizationMethod) -> dict[str, Any]:
-    """`quantization_config` of config.json. Without `sparsity_config`, which vLLM rejects."""
+def quantization_config(method: QuantizationMethod, head: str) -> dict[str, Any]:
+    """`quantization_config` of config.json, for a model whose output layer is called `head`. Without
+    `sparsity_config`, which vLLM rejects."""
     weights = {
         "num_bits": method.bits,
         "type": "int",
@@ -135,7 +139,7 @@ def quantization_config(method: QuantizationMethod) -> dict[str, Any]:
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
+        "ignore": [head],
         "config_groups": {"group_0": group},
     }
 

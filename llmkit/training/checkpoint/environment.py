@@ -48,9 +48,12 @@ def hardware_info(device: torch.device) -> dict[str, Any]:
     return {"hardware": name, "threads": torch.get_num_threads(), "python": platform.python_version()}
 
 
+ROPE_KEYS = ("rope_theta", "rope_parameters", "rotary_emb_base")  # where config.json has the base of rotary embeddings
+
+
 def model_digest(config_json: Mapping[str, Any]) -> str:
     """A short digest of a model's configuration, except for what a stage may change."""
-    fixed = {key: value for key, value in config_json.items() if key != "rope_theta"}
+    fixed = {key: value for key, value in config_json.items() if key not in ROPE_KEYS}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -102,7 +102,7 @@ class Sharded:
             raise UsageError("--parallel fsdp does not support fp16", "use bf16, or --parallel ddp")
         mesh = ParallelismConfig(dp_shard_size=self._processes).build_device_mesh(device.type)["dp_shard"]
         half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for layer in model.model.layers:  # type: ignore[union-attr]
+        for layer in model.layers:  # type: ignore[union-attr]
             policy = half if precision in ("bf16", "fp8") else MixedPrecisionPolicy()
             fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
         fully_shard(model, mesh=mesh, reshard_after_forward=False)

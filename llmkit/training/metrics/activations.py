@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkit.model.modules import Attention
+from llmkit.model.rope import Rotation
 from llmkit.training.data import Source
 from llmkit.training.distributed.processes import Processes
 
@@ -52,14 +53,12 @@ def activation_statistics(model: Any, source: Source, step: int, processes: Proc
         activations.append(out.abs().amax().float())
 
     def record_logit(module: Any, arguments: Any, *, masked: Tensor) -> None:
-        # The second argument is what the layers of a pass share: the rotation, or an object that has it.
-        rotation = getattr(arguments[1], "rotation", arguments[1])
-        logits.append(attention_logit_max(module, arguments[0], rotation, masked))
+        logits.append(attention_logit_max(module, arguments[0], arguments[1].rotation, masked))
 
-    hooks = [layer.register_forward_hook(record_activation) for layer in model.model.layers]
+    hooks = [layer.register_forward_hook(record_activation) for layer in model.layers]
     hooks += [
         module.register_forward_pre_hook(partial(record_logit, masked=masked))
-        for layer in model.model.layers
+        for layer in model.layers
         for module in layer.modules()
         if isinstance(module, Attention)
     ]
@@ -86,13 +85,12 @@ def activation_statistics(model: Any, source: Source, step: int, processes: Proc
     return metrics
 
 
-def attention_logit_max(
-    attention: Attention, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], masked_TT: Tensor
-) -> Tensor:
-    """The largest q·k / √d of an attention layer with input `x_BTD`, over the pairs that are not masked."""
-    q_BTHK, k_BTGK = attention.rotated_heads(attention.q_proj(x_BTD), attention.k_proj(x_BTD), rotation)
+def attention_logit_max(attention: Attention, x_BTD: Tensor, rotation: Rotation | None, masked_TT: Tensor) -> Tensor:
+    """The largest scaled q·k, before a soft cap, of an attention layer with input `x_BTD`, over the pairs that are not
+    masked."""
+    q_BTHK, k_BTGK, _ = attention.heads(x_BTD, rotation)
     k_BTHK = k_BTGK.repeat_interleave(q_BTHK.shape[2] // k_BTGK.shape[2], 2)
-    logits_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).float() / attention.head_dim**0.5
+    logits_BHTT = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK).float() * attention.scale
     return logits_BHTT.masked_fill(masked_TT, -torch.inf).amax()
 
 

@@ -1,0 +1,18 @@
+"""Mistral (arXiv:2310.06825): Llama's block with a sliding window."""
+
+from __future__ import annotations
+
+from llmkit.model.blocks import ResidualBlock
+from llmkit.model.families import ARCHITECTURES
+from llmkit.model.family import Family, Key, uniform_window
+
+ARCHITECTURES.register("mistral")(
+    Family(
+        "MistralForCausalLM",
+        ResidualBlock(),
+        keys={"sliding_window": Key(4096, "count or null")},
+        unsupported=("attention_bias", "mlp_bias"),
+        window=uniform_window,
+        preset=lambda sizes: {"sliding_window": None},
+    )
+)

@@ -1,0 +1,206 @@
+"""Dense families in transformers' directories: logits, gradients, files and generation as transformers has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_models import BASE, MODELS, UNGROUPED, model_directory, transformers_model
+from safetensors.torch import load_file, save_file
+
+from llmkit.errors import LlmkitError
+from llmkit.model.config import ModelConfig
+from llmkit.model.families import ARCHITECTURES
+from llmkit.model.fused import Fused
+from llmkit.model.generate import generate
+from llmkit.model.operations import PLAIN
+from llmkit.model.pretrained.checkpoint import load_model, save_model
+
+IDS_BT = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
+CASES = [(family, name) for family, variants in MODELS.items() for name in variants]
+
+
+def loss(logits_BTV: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten())
+
+
+def test_every_family_is_here() -> None:
+    """Behaviour: a family without a model to compare with is not one."""
+    assert set(MODELS) == set(ARCHITECTURES.names())
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_equals_transformers(family: str, variant: str, tmp_path: Path) -> None:
+    """Parity with transformers, on directories that it wrote: logits within 1e-5 of their spread and gradients within
+    1e-5, past the window and the original context, with torch's operations and with the kernels; it reads ours back
+    without a difference, bytes included."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = transformers_model(family, MODELS[family][variant])
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(IDS_BT).logits
+    assert expected.std() > 0.2, "the logits are nearly constant: the comparison proves nothing"
+    loss(expected).backward()
+    gradients = {
+        name.replace("lm_head", ARCHITECTURES.get(family).names.head): p.grad for name, p in theirs.named_parameters()
+    }
+    ours, info = load_model(tmp_path / "theirs")
+    for operations in (PLAIN, Fused()):
+        ours.operations = operations
+        ours.zero_grad()
+        logits = ours(IDS_BT)
+        assert (logits - expected).abs().max() < 1e-5 * max(1, float(expected.abs().max()))
+        loss(logits).backward()
+        for name, parameter in ours.named_parameters():
+            found, wanted = parameter.grad, gradients[name]
+            assert found is not None and wanted is not None
+            assert (found - wanted).abs().max() < 1e-5 * max(0.1, float(wanted.abs().max())), name
+    (tmp_path / "ours").mkdir()
+    save_model(tmp_path / "ours", ours.state_dict(), info.config, {})
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(IDS_BT).logits, expected)
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours")]
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(value, stored[1][name]) for name, value in stored[0].items())
+    assert load_model(tmp_path / "ours")[1].config == info.config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MODELS)
+def test_generates_as_without_a_cache(family: str, tmp_path: Path) -> None:
+    """Property: greedy tokens with the key-value cache, past the window and in a padded batch, are those of whole
+    forward passes."""
+    model, _ = load_model(model_directory(tmp_path, family))
+    prompts = [IDS_BT[0, :30].tolist(), IDS_BT[1, :7].tolist()]
+    for prompt, found in zip(prompts, generate(model, prompts, max_new_tokens=12, temperature=0), strict=True):
+        ids = list(prompt)
+        for token in found:
+            logits = model(torch.tensor([ids]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-4
+            ids.append(token)
+        assert len(found) == 12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2", "phi3"])
+def test_half_precision_and_shards_are_lossless(family: str, tmp_path: Path) -> None:
+    """Property: a directory in bf16, in several files with an index, is loaded and saved without a change of a bit."""
+    theirs = transformers_model(family, MODELS[family]["plain"]).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
+    files = sorted((tmp_path / "theirs").glob("*.safetensors"))
+    assert len(files) > 2
+    model, info = load_model(tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    save_model(tmp_path / "ours", model.state_dict(), info.config, {})
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    assert ours.keys() == stored.keys()
+    assert all(value.dtype == torch.bfloat16 and torch.equal(value, stored[name]) for name, value in ours.items())
+    expected = theirs(IDS_BT).logits.float()
+    assert (model(IDS_BT).float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2"])
+def test_directories_saved_without_their_head(family: str, tmp_path: Path) -> None:
+    """Behaviour: names without the body's prefix, and tables of masks, as in the original GPT-2."""
+    model_directory(tmp_path, family, changes={"tie_word_embeddings": True})
+    expected = load_model(tmp_path)[0](IDS_BT)
+    file = tmp_path / "model.safetensors"
+    body = ARCHITECTURES.get(family).names.body + "."
+    tensors = {name.removeprefix(body): value for name, value in load_file(file).items()}
+    if family == "gpt2":
+        tensors |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 4, 4) for layer in range(3)}
+    save_file(tensors, file)
+    assert torch.equal(load_model(tmp_path)[0](IDS_BT), expected)
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+OLD_STYLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gpt_neox": ({"rotary_pct": 0.5, "rotary_emb_base": 5000}, {"partial_rotary_factor": 0.5, "rope_theta": 5000.0}),
+    "gemma3_text": (
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_theta": 5e5, "local_rope": {"rope_type": "default", "rope_theta": 2e4}},
+    ),
+    "phi3": (
+        {"rope_scaling": {"type": "longrope"} | LONG},
+        {"rope_scaling": {"rope_type": "longrope"} | LONG},
+    ),
+    "llama": (
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}, "torch_dtype": "bfloat16"},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", OLD_STYLE)
+def test_old_style_configurations(family: str, tmp_path: Path) -> None:
+    """Parity with transformers: keys of older versions mean what they mean there."""
+    from transformers import AutoModelForCausalLM
+
+    model_directory(tmp_path, family)
+    old, meaning = OLD_STYLE[family]
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(content | old))
+    ours, info = load_model(tmp_path)
+    assert {name: getattr(info.config, name) for name in meaning} == meaning
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert (ours(IDS_BT) - theirs(IDS_BT).logits).abs().max() < 2e-5
+
+
+ABSENT = ("num_key_value_heads", "pad_token_id")
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    """Parity with transformers: a configuration with the sizes alone means the same model."""
+    from transformers import AutoConfig
+
+    sizes = {name: value for name, value in BASE.items() if name not in ABSENT[family not in UNGROUPED :]}
+    if family == "gpt2":
+        sizes = {"vocab_size": 97, "n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 256}
+    whole = AutoConfig.for_model(family, **sizes).to_dict()
+    found, wanted = (ModelConfig.from_hf({"model_type": family} | content) for content in (sizes, whole))
+    different = {
+        name for name in ("head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "local_rope", "partial_rotary_factor", "hidden_act",
+                          "tie_word_embeddings", "attention_bias", "mlp_bias", "initializer_range", "intermediate_size", "own")
+        if getattr(found, name) != getattr(wanted, name)
+    }  # fmt: skip
+    assert not different or (family in UNGROUPED and different == {"head_dim"})
+
+
+def test_old_names_of_scalings() -> None:
+    """Behaviour: Phi's first directories call longrope "su", and later "yarn"."""
+    for name in ("su", "yarn"):
+        content = {
+            "model_type": "phi3",
+            "rope_scaling": {"type": name, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        }
+        config = ModelConfig.from_hf(MODELS["phi3"]["plain"] | content)
+        assert config.rope_scaling and config.rope_scaling["rope_type"] == "longrope"
+
+
+def test_values_that_do_not_fit() -> None:
+    """Behaviour: keys of a family with values of another kind are refused by name."""
+    content = MODELS["gemma2"]["plain"] | {"model_type": "gemma2"}
+    for changes, named in (
+        ({"sliding_window": -4}, "sliding_window is -4"),
+        ({"sliding_window": 2.5}, "sliding_window is 2.5"),
+        ({"layer_types": ["full_attention"]}, "layer_types is"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
+        ({"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar is '256'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ):
+        with pytest.raises(LlmkitError) as error:
+            ModelConfig.from_hf(content | changes)
+        assert named in error.value.message and error.value.hint
