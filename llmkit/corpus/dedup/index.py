@@ -345,7 +345,8 @@ class Index:
         return [self._parsed(text) for (text,) in texts]
 
     def _has_records(self) -> bool:
-        return "records" in self._sql.tables()
+        tables = self._sql.execute("SELECT table_name FROM system.main.duckdb_tables()").fetchall()
+        return ("records",) in tables
 
     def add_record(self, run: int, record: dict[str, Any]) -> None:
         """Store the record of a run, in its transaction."""
