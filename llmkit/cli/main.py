@@ -213,8 +213,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         _exit_on_broken_pipe()
     if isinstance(error, LlmkitError):
         cause = error.__cause__
-        is_limit = isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
-        return fail(error.message, _os_hint(cause) if is_limit else error.hint, error.code)
+        hint = error.hint
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            hint = _os_hint(cause)
+        return fail(error.message, hint, error.code)
     if isinstance(error, OSError):
         return fail(_os_message(error), _os_hint(error), ExitCode.ERROR)
     text = str(error).splitlines()[0] if str(error) else "no message"
