@@ -247,7 +247,8 @@ def _first_block(window: bytes | bytearray, start: int, dictionary: Any) -> byte
         if begin + size > len(window):
             return b""
         frame = zstd_decompressor(dictionary).decompressobj()
-        return frame.decompress(window[start:begin]) + frame.decompress(window[begin : begin + size])
+        content: bytes = frame.decompress(window[start:begin]) + frame.decompress(window[begin : begin + size])
+        return content
     except zstandard.ZstdError:
         return None
 
