@@ -7,7 +7,10 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from waiting import wait_until
@@ -74,17 +77,25 @@ def test_signals_wait_for_a_fork() -> None:
     assert len(started) == 1 and not multiprocessing.active_children()
 
 
-def test_an_error_while_results_are_sent_is_not_a_hang() -> None:
-    """Behaviour: the map ends at once with an error although workers are killed in the middle of large results."""
+@pytest.mark.timeout(60)
+def test_an_error_while_a_result_is_sent_is_not_a_hang() -> None:
+    """Behaviour: an error ends the map although a worker is killed in the middle of sending its result."""
 
-    def work(x: int) -> bytes:
-        if x == 0:
-            raise LlmkitError("bad line")
-        return bytes(64 << 20)
+    def work(x: int) -> int:
+        def send_half(self: Connection, data: Any) -> None:
+            self._send(len(data).to_bytes(4, "big"))  # type: ignore[attr-defined]
+            time.sleep(60)
 
-    for _ in range(3):
-        with pytest.raises(LlmkitError, match="bad line"):
-            list(ordered_map(work, range(6), 3))
+        Connection._send_bytes = send_half  # type: ignore[attr-defined]
+        return x
+
+    def items() -> Iterator[int]:
+        yield 0
+        time.sleep(1)
+        raise LlmkitError("bad line")
+
+    with pytest.raises(LlmkitError, match="bad line"):
+        list(ordered_map(work, items(), 2))
 
 
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:
