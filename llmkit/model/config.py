@@ -81,6 +81,9 @@ class ModelConfig:
         # A frozen dataclass can still fill in what depends on the family.
         object.__setattr__(self, "hidden_act", self.hidden_act or family.defaults.get("hidden_act", "silu"))
         object.__setattr__(self, "own", {name: key.default for name, key in family.keys.items()} | self.own)
+        if family.local_theta and self.local_rope is None:
+            local = {"rope_type": "default", "rope_theta": family.local_theta}
+            object.__setattr__(self, "local_rope", local)
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -206,6 +209,9 @@ class ModelConfig:
             main = {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}
             fields["rope_parameters"] = {FULL: main, SLIDING: self.local_rope}
             del fields["rope_scaling"]  # transformers prefers it
+        elif "rope_scaling" in family.defaults and self.rope_scaling is None:  # null would mean the default
+            fields["rope_parameters"] = {"rope_type": "default", "rope_theta": self.rope_theta}
+            del fields["rope_scaling"]
         return {
             "architectures": [family.hf_class],
             "model_type": self.architecture,

@@ -13,7 +13,8 @@ from open_models import BASE, MODELS, UNGROUPED, model_directory, transformers_m
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError
-from llmkit.model.config import ModelConfig
+from llmkit.model.config import ModelConfig, load_config
+from llmkit.model.decoder import Decoder
 from llmkit.model.families import ARCHITECTURES
 from llmkit.model.fused import Fused
 from llmkit.model.generate import generate
@@ -188,6 +189,21 @@ def test_old_names_of_scalings() -> None:
         }
         config = ModelConfig.from_hf(MODELS["phi3"]["plain"] | content)
         assert config.rope_scaling and config.rope_scaling["rope_type"] == "longrope"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MODELS)
+def test_presets(family: str, tmp_path: Path) -> None:
+    """Parity with transformers: a new model of a preset is read back as it is, by us and by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(f"{family}-tiny", 97)
+    model = Decoder(config)
+    model.initialize(0)
+    save_model(tmp_path, model.state_dict(), config, {})
+    assert load_model(tmp_path)[1].config == config
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert (theirs(IDS_BT).logits - model(IDS_BT)).abs().max() < 1e-5
 
 
 def test_values_that_do_not_fit() -> None:
