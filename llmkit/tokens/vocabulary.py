@@ -165,6 +165,8 @@ def _train_by_library(
     """The tokenizer made by the `tokenizers` trainer, which equals ours, and its number of merges."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+    if not any(texts):
+        raise LlmkitError("no text to train on", "the input is empty")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer(models.BPE(ignore_merges=pattern.ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer(pattern)

@@ -169,7 +169,10 @@ def test_types_without_a_form_in_json_are_refused(tmp_path: Path, array: pa.Arra
     """Behaviour: a struct with two fields of one name, also inside a list, and lists that pyarrow cannot cast, are an error
     that names the column."""
     for number, column in enumerate((array, pa.ListArray.from_arrays([0, 1], array))):
-        pq.write_table(pa.table({"text": ["a"], "s": column}), tmp_path / f"{number}.parquet")
+        try:
+            pq.write_table(pa.table({"text": ["a"], "s": column}), tmp_path / f"{number}.parquet")
+        except pa.ArrowNotImplementedError:
+            pytest.skip("this version of pyarrow writes no Parquet file of this type")
         with pytest.raises(LlmkitError, match="column 's': values of type .* have no form in JSON"):
             list(DocumentReader([str(tmp_path / f"{number}.parquet")]).documents())
 

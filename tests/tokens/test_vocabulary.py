@@ -210,6 +210,12 @@ def test_sizes() -> None:
             vocabulary.check_size(size)
     with pytest.raises(UsageError, match="did you mean|unknown pattern"):
         find_pattern("llama")
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_nothing_is_learnt_from_empty_texts(cold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behaviour: refused, whether the kernels are compiled or the library would learn."""
+    monkeypatch.setattr("llmkit.tokens.trainer.cold", lambda _: cold)
     with pytest.raises(LlmkitError, match="no text"):
         vocabulary.train(["", ""], 320)
 

@@ -235,7 +235,7 @@ def _with_help(annotation: Any, text: str) -> Any:
         if hasattr(mark, "help"):
             marks[i] = copy(mark)
             marks[i].help = text
-    return Annotated.__class_getitem__((kind, *marks))  # type: ignore[attr-defined]
+    return Annotated[(kind, *marks)]
 
 
 def build(function: Callable[..., None], name: str) -> Callable[[list[str]], None]:
