@@ -8,6 +8,7 @@ the content. An index of earlier runs is intact if it holds the runs that it had
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
@@ -174,7 +175,9 @@ def _check_inputs(record: Record, directories: list[Path], artefact: Path) -> It
     places = [place for directory in directories for place in (directory, *_numbered(directory))]
     for item in items.values():
         name = item["part"] or item["name"]
-        found = dict.fromkeys(path for path in _candidates(item, places) if path.exists() and not is_special(path))
+        found = dict.fromkeys(
+            path for path in _candidates(item, places) if os.path.exists(path) and not is_special(path)
+        )
         # Nothing is made from itself: an input of the artefact's name is another file.
         candidates = [path for path in found if artefact not in (path.resolve(), *path.resolve().parents)]
         if item["role"] == INDEX:

@@ -138,7 +138,7 @@ class ModelConfig:
                 raise LlmkitError(f"model configuration: {self.architecture} has no {name}")
             if problem := family.keys[name].problem(value, self.num_hidden_layers):
                 raise LlmkitError(f"model configuration: {name} is {_shortened(value)}", f"it must be {problem}")
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise LlmkitError(
                 f"model configuration: activation {self.hidden_act!r} is not supported",
                 "known: " + ", ".join(ACTIVATIONS),
@@ -243,10 +243,13 @@ class ModelConfig:
         defaults = DEFAULTS | dict(family.defaults)
         if family.rotary:
             fields |= _rope_fields(content, where, family, fields.get("rope_theta") or defaults["rope_theta"])
+        else:
+            fields = {name: value for name, value in fields.items() if "rope" not in name}
         heads = fields.get("num_attention_heads")
         fields = {"num_key_value_heads": heads} | defaults | fields
-        if "intermediate_size" in defaults and fields["intermediate_size"] is None:
-            fields["intermediate_size"] = 4 * fields.get("hidden_size", 0)
+        width = fields.get("hidden_size")
+        if "intermediate_size" in defaults and fields["intermediate_size"] is None and isinstance(width, int):
+            fields["intermediate_size"] = 4 * width
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in fields:
                 raise LlmkitError(

@@ -39,14 +39,14 @@ class Names:
 class Key:
     """A key of config.json that only some families have: its default and what values it takes.
 
-    A "fixed" key is one whose other values are not supported. With `omitted` it is written only where it differs
+    A "number" is above 0, an "amount" may be 0. A "fixed" key is one whose other values are not supported. With `omitted` it is written only where it differs
     from its default.
     """
 
     default: Any
-    kind: Literal["flag", "number", "count", "count or null", "number or null", "layers", "switches", "fixed"] = (
-        "number"
-    )
+    kind: Literal[
+        "flag", "number", "amount", "count", "count or null", "number or null", "layers", "switches", "fixed"
+    ] = "number"
     omitted: bool = False
 
     def problem(self, value: Any, layers: int) -> str:
@@ -64,14 +64,16 @@ class Key:
                 return "" if fits else f"a list of {' and '.join(map(str, known))}, one for each of {layers:,} layers"
             case "count" | "count or null":
                 return "" if is_positive(value) and isinstance(value, int) else "a positive integer"
-        return "" if is_positive(value) or value == 0 else "a number"
+            case "amount":
+                return "" if is_positive(value) or (value == 0 and type(value) in (int, float)) else "a number"
+        return "" if is_positive(value) else "a positive number"
 
 
 # Sliding windows where config.json may switch them on, from layer `max_window_layers` on.
 OPTIONAL_WINDOW = {
     "use_sliding_window": Key(False, "flag", omitted=True),
     "sliding_window": Key(None, "count or null", omitted=True),
-    "max_window_layers": Key(28, "number", omitted=True),
+    "max_window_layers": Key(28, "amount", omitted=True),
     "layer_types": Key(None, "layers", omitted=True),
 }
 

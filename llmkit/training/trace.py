@@ -279,6 +279,8 @@ class Trace:
                 same_size = path.stat().st_size == size
             except OSError as error:
                 raise LlmkitError(f"{path}: {error.strerror}", hint) from error
+            except ValueError as error:  # no path at all
+                raise LlmkitError(f"{self._run}: its trace names {name!r}", "the trace is damaged") from error
             shard = Shard(path, str(path)) if same_size else None
             if shard is None or shard.trailer.get("digest") != digest:
                 raise LlmkitError(f"{path}: not the data that the run read", hint)

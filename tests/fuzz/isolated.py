@@ -242,6 +242,7 @@ def _work(
     os.chdir(empty)
     os.environ["TMPDIR"] = tempfile.tempdir = str(inside)
     importlib.metadata.entry_points = cache(importlib.metadata.entry_points)  # 50 ms for each configuration
+    sys.dont_write_bytecode = True  # a reader that writes is a finding
     faulthandler.disable()  # a signal is reported by the parent
     set_budget(target.budget or BUDGET)
     target.prepare(inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmkit.model.fused import Fused
 from llmkit.model.generate import generate
 from llmkit.model.operations import PLAIN
 from llmkit.model.pretrained.checkpoint import load_model, save_model
+from llmkit.model.rope import KINDS
 
 IDS_BT = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
 CASES = [(family, name) for family, variants in MODELS.items() for name in variants]
@@ -204,6 +206,25 @@ def test_presets(family: str, tmp_path: Path) -> None:
     assert load_model(tmp_path)[1].config == config
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
     assert (theirs(IDS_BT).logits - model(IDS_BT)).abs().max() < 1e-5
+
+
+ODD: tuple[Any, ...] = (None, {}, [], [[1]], "x", -1, 0, 1.5, True, 1e308, 10**30, float("nan"), ["full_attention"])
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_odd_values_are_read_or_refused(family: str) -> None:
+    """Property: any value of any key gives a model that can be counted and written, or a LlmkitError."""
+    known = ARCHITECTURES.get(family)
+    keys = {"layer_types", "intermediate_size", "head_dim", "eos_token_id", *known.keys, *MODELS[family]["plain"]}
+    rope_keys = ("rope_type", "factor", "short_factor", "rope_theta", "full_attention", "partial_rotary_factor")
+    ropes = [{"rope_type": kind, "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0]} for kind in KINDS]
+    changes: list[dict[str, Any]] = [{key: value} for key in keys | {"rope_parameters"} for value in ODD]
+    changes += [{"rope_scaling": rope | {key: value}} for rope in ropes for key in rope_keys for value in ODD[::2]]
+    for change in changes:
+        with suppress(LlmkitError):
+            config = ModelConfig.from_hf({"model_type": family} | MODELS[family]["plain"] | change)
+            assert config.parameters() > 0 and config.to_hf()
+            known.rope(config, 0)
 
 
 def test_values_that_do_not_fit() -> None:

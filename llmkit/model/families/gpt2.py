@@ -52,9 +52,9 @@ ARCHITECTURES.register("gpt2")(
             "scale_attn_by_inverse_layer_idx": Key(False, "flag", omitted=True),
             "reorder_and_upcast_attn": Key(False, "flag", omitted=True),  # a matter of half precision
             "add_cross_attention": Key(False, "fixed", omitted=True),
-            "resid_pdrop": Key(0.1),
-            "embd_pdrop": Key(0.1),
-            "attn_pdrop": Key(0.1),
+            "resid_pdrop": Key(0.1, "amount"),
+            "embd_pdrop": Key(0.1, "amount"),
+            "attn_pdrop": Key(0.1, "amount"),
         },
         renamed={
             "hidden_size": ("n_embd", "hidden_size"),

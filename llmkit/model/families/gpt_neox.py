@@ -28,8 +28,8 @@ ARCHITECTURES.register("gpt_neox")(
         },
         keys={
             "use_parallel_residual": Key(True, "flag"),
-            "hidden_dropout": Key(0.0, omitted=True),
-            "classifier_dropout": Key(0.1, omitted=True),
+            "hidden_dropout": Key(0.0, "amount", omitted=True),
+            "classifier_dropout": Key(0.1, "amount", omitted=True),
         },
         renamed={
             "rms_norm_eps": ("layer_norm_eps",),

@@ -20,8 +20,8 @@ ARCHITECTURES.register("phi3")(
         keys={
             "sliding_window": Key(None, "count or null"),
             "original_max_position_embeddings": Key(4096, "count"),
-            "resid_pdrop": Key(0.0, omitted=True),
-            "embd_pdrop": Key(0.0, omitted=True),
+            "resid_pdrop": Key(0.0, "amount", omitted=True),
+            "embd_pdrop": Key(0.0, "amount", omitted=True),
         },
         unsupported=("attention_bias", "mlp_bias"),
         preset=lambda sizes: {"original_max_position_embeddings": sizes["max_position_embeddings"]},

@@ -20,8 +20,8 @@ ARCHITECTURES.register("seed_oss")(
         defaults={"head_dim": 128, "attention_bias": True},
         keys={
             "attention_out_bias": Key(False, "flag"),
-            "attention_dropout": Key(0.1),
-            "residual_dropout": Key(0.1),
+            "attention_dropout": Key(0.1, "amount"),
+            "residual_dropout": Key(0.1, "amount"),
         },
     )
 )

@@ -28,8 +28,8 @@ ARCHITECTURES.register("starcoder2")(
         keys={
             "use_bias": Key(True, "flag"),
             "sliding_window": Key(None, "count or null"),
-            "residual_dropout": Key(0.0, omitted=True),
-            "embedding_dropout": Key(0.0, omitted=True),
+            "residual_dropout": Key(0.0, "amount", omitted=True),
+            "embedding_dropout": Key(0.0, "amount", omitted=True),
         },
         renamed={"rms_norm_eps": ("norm_epsilon",)},
         unsupported=("attention_bias", "mlp_bias"),
