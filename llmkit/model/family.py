@@ -39,8 +39,8 @@ class Names:
 class Key:
     """A key of config.json that only some families have: its default and what values it takes.
 
-    A "number" is above 0, an "amount" may be 0. A "fixed" key is one whose other values are not supported. With `omitted` it is written only where it differs
-    from its default.
+    A "number" is above 0, an "amount" may be 0. A "fixed" key is one whose other values are not supported. With
+    `omitted` it is written only where it differs from its default.
     """
 
     default: Any
