@@ -21,6 +21,7 @@ settings.load_profile("repeatable")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A suite that a script starts in the background inherits an ignored SIGINT, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise, under nohup
 
 ROOT = Path(__file__).resolve().parents[1]
 

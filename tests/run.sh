@@ -24,5 +24,6 @@ if [ $# -eq 0 ]; then
     mypy
     set -- tests
 fi
-# Two processes; each file runs in one of them, in order, so that long ones do not come last. (-n 0: a single process.)
-exec python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three processes, as many tests wait for others; each file runs in one of them, in order, so that long ones do not come
+# last. (-n 0: a single process.)
+exec python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.model.blocks import AttentionSpec, MLPSpec
 from llmkit.model.config import ModelConfig
 from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.operations import PLAIN, Operations
@@ -74,9 +73,9 @@ class Pass:
 
 
 class Attention(nn.Module):
-    """What an AttentionSpec describes."""
+    """What an AttentionSpec (model/blocks.py) describes."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: Any) -> None:
         super().__init__()
         self.head_dim, self.qk_norm, self.qkv = spec.head_dim, spec.qk_norm, spec.qkv
         self.scale, self.softcap = spec.scale, spec.softcap
@@ -132,9 +131,9 @@ class XIELU(nn.Module):
 
 
 class MLP(nn.Module):
-    """What an MLPSpec describes."""
+    """What an MLPSpec (model/blocks.py) describes."""
 
-    def __init__(self, spec: MLPSpec) -> None:
+    def __init__(self, spec: Any) -> None:
         super().__init__()
         self.activation, self.gated, self.joined = spec.activation, spec.gated, bool(spec.joined)
         self.matrices = [name for name, *_ in spec.matrices()]

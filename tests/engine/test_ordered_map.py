@@ -74,6 +74,9 @@ def test_signals_wait_for_a_fork() -> None:
     os.register_at_fork(**hooks)
     with pytest.raises(KeyboardInterrupt):
         list(ordered_map(slow_square, range(10), 2))
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(started) == 1 and not multiprocessing.active_children()
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path, PurePath
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -181,6 +181,10 @@ def _takes(field: Field, value: object) -> bool:
 
 
 def _is_path(field: Field) -> bool:
+    """Whether an option takes a path: by its type, or by what its help calls its value."""
+    kind = get_args(field.annotation)[0] if field.marks() else field.annotation
+    if Path in (kind, *get_args(kind)):
+        return True
     return any(PATHS & set(re.findall("[A-Z]+", getattr(mark, "metavar", None) or "")) for mark in field.marks())
 
 
