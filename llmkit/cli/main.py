@@ -177,9 +177,10 @@ def run_command(name: str, arguments: list[str]) -> int:
         raise received
 
     def send_again(unraisable: Any) -> None:
-        """Python drops errors in finalizers: a signal that arrives there comes back a moment later."""
+        """Python drops errors in finalizers: a signal that arrives there comes back a moment later, when a slow machine
+        has left this function too, where it would be dropped again."""
         if received and unraisable.exc_value is received:
-            threading.Timer(0.01, signal.pthread_kill, (threading.main_thread().ident, received.args[0])).start()
+            threading.Timer(0.25, signal.pthread_kill, (threading.main_thread().ident, received.args[0])).start()
         else:
             sys.__unraisablehook__(unraisable)
 

@@ -1,4 +1,4 @@
-"""Granite 3 (arXiv:2412.15404 for its parametrisation, muP): Llama's block with multipliers of the embedding, the
+"""Granite 3 (parametrised as in muP, arXiv:2203.03466): Llama's block with multipliers of the embedding, the
 scores, what each layer adds, and the logits.
 """
 
