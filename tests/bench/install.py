@@ -102,7 +102,9 @@ def install(environment: Environment, mode: str) -> None:
 def freeze(versions: list[str]) -> None:
     """Write the versions as constraints. Local versions are left out: other builds of the same release are accepted."""
     kept = [line.partition("+")[0] for line in versions if not line.startswith(OF_TORCH)]
-    header = "# Versions that the tests install, with Python 3.11. To renew: python tests/bench/install.py newest --freeze\n"
+    header = (
+        "# Versions that the tests install, with Python 3.11. To renew: python tests/bench/install.py newest --freeze\n"
+    )
     CONSTRAINTS.write_text(header + "".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
