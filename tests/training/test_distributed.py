@@ -210,7 +210,9 @@ def test_killed_and_hung_ranks_are_replaced(workplace: Path, tmp_path: Path, mon
         "rank 1 was killed by signal 9 (SIGKILL)",
         f"rank 1 made no progress for {patience} s",
     ]
-    assert "lost the other processes" in stderr and "File " in stderr  # the stack of the rank that was stopped
+    # Whether rank 0 still says that it lost rank 1 depends on which is first, its read or the agent's SIGTERM.
+    assert all(f"llmkit: {r['reason']}; restarting with 2 processes" in stderr for r in restarts)
+    assert "File " in stderr  # the stack of the rank that was stopped
     assert losses(run) == losses(whole)
     assert (run / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
 
