@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from html import unescape
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ CONTAINER_SHARE = 0.6  # minimum share of the main content in such an element
 TEXT_WORDS, SENTENCE_WORDS = 12, 5
 TEXT_LINKS, KEPT_LINKS = 0.4, 0.5  # share of characters inside links
 STRAY_GAP, STRAY_SHARE = 4, 0.12  # after more than this many other blocks, at most this share of the words is stray
-SENTENCE_ENDS = tuple(TERMINALS | set('"”…:：」』》'))
+SENTENCE_ENDS = TERMINALS | set('"”…:：」』》')
 # Characters of scripts without spaces, and how many of them are about as much as a word.
 UNSPACED = (
     (re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"), 2),
@@ -38,10 +39,12 @@ FILLERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # characters that no text has
 ICONS = frozenset("•‣⁃∙‹›")
 ICON_KINDS = ("So", "Co", "Cf", "Zs")
 
+BREAK = re.compile(r"<br\s*/?>")
 LINK = re.compile(r"<a\b[^>]*>(.*?)</a>", re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
 PREFORMATTED = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
-BORDER = re.compile(r"\n\s*\n|(?=<(?:p|h[1-6]|li|ul|ol)[ >])|(?<=</p>)|(?<=</li>)|(?<=</h[1-6]>)")
+# A blank line, a closing tag after which a block ends, or the "<" of an opening one before which a block begins.
+BORDER = re.compile(r"\n\s*\n|<(?:/(?:p|li|h[1-6])>|(?=(?:p|h[1-6]|li|ul|ol)[ >]))")
 KIND = re.compile(r"\s*<(p|h[1-6]|li|pre)\b")
 
 
@@ -57,7 +60,7 @@ class TextBlock(NamedTuple):
     def is_text(self) -> bool:
         if self.links >= TEXT_LINKS:
             return False
-        return self.words >= TEXT_WORDS or (self.words >= SENTENCE_WORDS and self.text.endswith(SENTENCE_ENDS))
+        return self.words >= TEXT_WORDS or (self.words >= SENTENCE_WORDS and self.text[-1] in SENTENCE_ENDS)
 
 
 def main_text(tree: Any, source: str) -> str:
@@ -92,16 +95,26 @@ def split(markup: str) -> list[TextBlock]:
     """The blocks of resiliparse's reduced markup, in order, none empty."""
     blocks = []
     for part in PREFORMATTED.split(markup):
-        for piece in [part] if part.startswith("<pre>") else BORDER.split(part):
+        for piece in [part] if part.startswith("<pre>") else _pieces(part):
             kind = KIND.match(piece)
-            text = unescape(TAG.sub("", re.sub(r"<br\s*/?>", "\n", piece)))
+            text = unescape(TAG.sub("", BREAK.sub("\n", piece) if "<br" in piece else piece))
             text = text.rstrip().lstrip("\n") if kind and kind[1] == "pre" else text.strip()
             if text:
-                linked = sum(len(TAG.sub("", link)) for link in LINK.findall(piece))
+                linked = sum(len(TAG.sub("", link)) for link in LINK.findall(piece)) if "<a" in piece else 0
                 blocks.append(
                     TextBlock(kind[1] if kind else "", text, min(1.0, linked / len(text)), _count_words(text))
                 )
     return blocks
+
+
+def _pieces(markup: str) -> Iterator[str]:
+    """What lies between borders."""
+    start = 0
+    for border in BORDER.finditer(markup):
+        first, last = border.span()
+        yield markup[start : last if border[0].startswith("</") else first]
+        start = first if border[0] == "<" else last
+    yield markup[start:]
 
 
 def _count_words(text: str) -> int:
@@ -111,14 +124,15 @@ def _count_words(text: str) -> int:
 
 def choose(blocks: list[TextBlock]) -> list[bool]:
     """Whether each block belongs to the text; all blocks do if none looks like text."""
-    text_blocks = [number for number, block in enumerate(blocks) if block.is_text]
+    is_text = [block.is_text for block in blocks]
+    text_blocks = [number for number, found in enumerate(is_text) if found]
     if not text_blocks:
         return [True] * len(blocks)
     first, last = text_blocks[0], _last_text_block(blocks, text_blocks)
     return [
         number <= last
         and (number >= first or block.kind.startswith("h"))
-        and (block.is_text or block.kind == "pre" or block.links < KEPT_LINKS)
+        and (is_text[number] or block.kind == "pre" or block.links < KEPT_LINKS)
         for number, block in enumerate(blocks)
     ]
 
