@@ -60,7 +60,10 @@ def over_window(error: Exception, head: bytes = b"") -> str:
         return f"needs more than {window() >> 20:,} MiB of memory to decompress"
     import zstandard
 
-    size = zstandard.get_frame_parameters(head).window_size
+    try:
+        size = zstandard.get_frame_parameters(head).window_size
+    except zstandard.ZstdError:  # more than any decoder allows: the header is damaged
+        return ""
     return f"needs {size >> 20:,} MiB of memory to decompress, which is over {window() >> 20:,} MiB"
 
 

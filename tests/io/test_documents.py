@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import subprocess
 import sys
 import time
@@ -293,6 +294,29 @@ def test_windows_follow_one_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(memory, "_budget", 2 << 30)
         assert read_all(tmp_path / name) == text
         monkeypatch.setattr(memory, "_budget", 0)
+
+
+@pytest.mark.parametrize("exponent", range(32))
+def test_any_window_in_a_frame_s_header(exponent: int, tmp_path: Path) -> None:
+    """Behaviour: every window that a header can declare is read, or an error says what is wrong with the file."""
+    text = b'{"text":"a"}\n'
+    compressor = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(write_content_size=False)
+    )
+    stream = compressor.compressobj()
+    frame = bytearray(stream.compress(text) + stream.flush())
+    assert not frame[4] & 0x20  # a window follows
+    frame[5] = exponent << 3
+    (tmp_path / "a.zst").write_bytes(frame)
+    outcome: bytes | str
+    try:
+        outcome = read_all(tmp_path / "a.zst")
+    except LlmkitError as error:
+        outcome = error.message
+    if exponent <= 18:  # 2 ** 28 bytes
+        assert outcome == text
+    else:
+        assert re.search("MiB of memory to decompress" if exponent <= 21 else "corrupt zstd data", str(outcome))
 
 
 def test_notes_of_any_number_are_read_in_linear_time(tmp_path: Path) -> None:
