@@ -82,6 +82,9 @@ HOSTILE = {
     "equal texts": "{% set t = 'ab' * 500000 %}" + LONG + "{% set x = s == t %}{% endfor %}",
     "splits": LONG + "{% set x = s.split('a') %}{% endfor %}",
     "groups": LONG + "{% set x = [s, s, s] | groupby('nope', default=s) %}{% endfor %}",
+    "batches": "{{ [1] | batch(10 ** 9, 'x') | list }}",
+    "parts": "{{ 'ab' | slice(10 ** 9) | list }}",
+    "escapes in URLs": LONG + "{% set x = s | urlencode %}{% endfor %}",
     "constants": "{{ 'x' | center(9999) }}" * 2000,
     "size": "{{ a }}" * 50_000,
     "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
@@ -180,6 +183,8 @@ HONEST = {"ChatML": CHATML, "Tulu": TULU, "old Tulu": OLD_TULU, "Llama 3": LLAMA
         '<&' | e
         'b<' | safe
         messages | groupby('role') | map(attribute='grouper') | join, (messages | groupby('x', default='z')) | length
+        [1, 2, 3] | batch(2, 'x') | list, [1, 2, 3] | batch(2) | list, [1, 2, 3, 4, 5] | slice(2, 'x') | list, 'abc' | slice(2) | list
+        'a b/é😀' | urlencode, {'a': 'b c', 'd': 1} | urlencode, 12345 | filesizeformat, '99' | filesizeformat(true)
         none | default('x', true), missing | default('y'), 5 is in [5], 2 is gt 1
         namespace(a=1).a, cycler(1, 2).next(), range(5)[1:] | list, dict(a=1), [1, 2, 3][::-1], 'abc'[1:]
         1 / 0
