@@ -20,11 +20,11 @@ from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
 from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences
-from llmkit.errors import LlmkitError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
 from llmkit.options import check_positive, from_values, values_of
+from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.training.data import PackedSource
 from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
 from llmkit.training.optim.schedule import (
@@ -203,8 +203,7 @@ def _chat_model(
     """The model, its tokenizer files with a chat template, and the tokens per sequence."""
     info = load_info(model)
     files = info.tokenizer_files
-    if "tokenizer.json" not in files:
-        raise LlmkitError(f"{model}: no tokenizer.json", "copy the tokenizer's files into the model directory")
+    tokenizer_json(files, model)
     if template is not None:
         files = templates.with_template(files, template.read_text(encoding="utf-8"))
     elif templates.chat_template(files) is None:

@@ -153,7 +153,7 @@ def special_contents(files: Mapping[str, str]) -> dict[str, int]:
 
 def tokenizer_of(files: Mapping[str, str]) -> Any:
     """The `tokenizers.Tokenizer` of a tokenizer directory's files."""
-    return _tokenizer(files["tokenizer.json"])
+    return _tokenizer(files.get("tokenizer.json", ""))
 
 
 def _tokenizer_config(files: Mapping[str, str]) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def special_contents_of(tokenizer_json: str, eos: str) -> dict[str, int]:
 
 @lru_cache(maxsize=4)
 def _tokenizer(tokenizer_json: str) -> Any:
-    return load_tokenizer({"tokenizer.json": tokenizer_json}, "the model")
+    return load_tokenizer({"tokenizer.json": tokenizer_json} if tokenizer_json else {}, "the model")
 
 
 @lru_cache(maxsize=16)

@@ -132,12 +132,20 @@ def _read(path: Path) -> str:
         raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "the file is damaged") from error
 
 
+def tokenizer_json(files: Mapping[str, str], name: str | Path) -> str:
+    """The text of tokenizer.json; LlmkitError if the directory `name` has none."""
+    if "tokenizer.json" not in files:
+        hint = "copy it into the directory; `llmkit vocab convert` makes it from a tokenizer.model or .tiktoken"
+        raise LlmkitError(f"{name}: no tokenizer.json", hint)
+    return files["tokenizer.json"]
+
+
 def parse_tokenizer(files: dict[str, str], name: str, eos: str | None = None) -> TokenizerInfo:
     """The tokenizer in `files` (name -> text).
 
     LlmkitError where it is malformed or has no end-of-text token, which is `eos` if given. `name` is for messages.
     """
-    content = _object(files.get("tokenizer.json", ""), f"{name}: tokenizer.json")
+    content = _object(tokenizer_json(files, name), f"{name}: tokenizer.json")
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     added = content.get("added_tokens") or []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,20 +74,12 @@ class ParallelBlock:
         return x_BTD + modules.attention(normed, shared, layer) + modules.mlp(normed, shared.operations)
 
 
-PARALLEL = Family("ParallelForCausalLM", ParallelBlock(), defaults={"rope_theta": 5e5})
-
-
 @torch.no_grad()
-def test_third_party_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Behaviour: an entry point adds an architecture: presets, directories, generation and errors know it."""
-    from importlib.metadata import EntryPoint
-
-    monkeypatch.setattr(sys.modules[__name__], "__name__", "their_package")
-    monkeypatch.setitem(sys.modules, "their_package", sys.modules["test_families"])
-    points = [EntryPoint("parallel", "their_package:PARALLEL", "llmkit.architectures")]
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == ARCHITECTURES.group else [])
-    monkeypatch.setattr(ARCHITECTURES, "_entries", dict(ARCHITECTURES._entries))
-    assert load_config("parallel-tiny", 512).family is PARALLEL
+def test_block_of_a_third_party(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Behaviour: presets, directories and generation work with a block that is none of ours."""
+    family = Family("ParallelForCausalLM", ParallelBlock(), defaults={"rope_theta": 5e5})
+    monkeypatch.setattr(ARCHITECTURES, "_entries", ARCHITECTURES._entries | {"parallel": family})
+    assert load_config("parallel-tiny", 512).family is family
     model = random_model(architecture="parallel")
     save_model(tmp_path, model.state_dict(), model.config, {})
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ParallelForCausalLM"]
@@ -101,6 +92,70 @@ def test_third_party_architecture(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     content = model.config.to_hf()
     del content["rope_theta"]
     assert ModelConfig.from_hf(content).rope_theta == 5e5
+
+
+EXAONE4 = """
+from functools import partial
+
+from llmkit.model.blocks import AttentionSpec, ResidualBlock
+from llmkit.model.family import Family, Key, global_rope, patterned_window
+
+WINDOW = patterned_window(4)
+
+FAMILY = Family(
+    "Exaone4ForCausalLM",
+    ResidualBlock(
+        partial(AttentionSpec.from_config, qk_norm="head"),
+        norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    ),
+    defaults={"rms_norm_eps": 1e-5},
+    keys={
+        "sliding_window": Key(4096, "count"),
+        "sliding_window_pattern": Key(4, "count", omitted=True),
+        "layer_types": Key(None, "layers"),
+    },
+    unsupported=("attention_bias", "mlp_bias"),
+    rope=lambda config, layer: None if WINDOW(config, layer) is None else global_rope(config, layer),
+    window=WINDOW,
+)
+"""
+
+
+def test_installed_package_adds_an_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llmkit_here: Callable[..., Any]
+) -> None:
+    """Parity with transformers: EXAONE 4, which is not built in, by a file as in model/families/ with an entry point."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    site = tmp_path / "site"
+    (site / "their_family-1.0.dist-info").mkdir(parents=True)
+    (site / "their_family.py").write_text(EXAONE4)
+    (site / "their_family-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: their-family\nVersion: 1.0"
+    )
+    entry_point = "[llmkit.architectures]\nexaone4 = their_family:FAMILY\n"
+    (site / "their_family-1.0.dist-info" / "entry_points.txt").write_text(entry_point)
+    sizes = {name: value for name, value in SIZES.items() if name != "num_hidden_layers"}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("exaone4", num_hidden_layers=8, sliding_window=16, **sizes)
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    with pytest.raises(LlmkitError, match="exaone4"):
+        load_model(tmp_path / "model")
+
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(ARCHITECTURES, "_entries", dict(ARCHITECTURES._entries))
+    ours = load_model(tmp_path / "model")[0]
+    logits, expected = ours(IDS_BT), theirs(IDS_BT).logits
+    assert (logits - expected).abs().max().item() < 1e-5 * max(1.0, expected.abs().max().item())
+    for value in (logits, expected):
+        F.cross_entropy(value[:, :-1].flatten(0, 1), IDS_BT[:, 1:].flatten()).backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        gradient = gradients[name].grad
+        assert (parameter.grad - gradient).abs().max() < 1e-5 * max(1.0, float(gradient.abs().max())), name
+    assert llmkit_here("quantize", "model", "-o", "small", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["architectures"] == ["Exaone4ForCausalLM"]
 
 
 @pytest.mark.parametrize("variant", OLMO2)

@@ -17,6 +17,7 @@ from typing import Any
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import member, resolve_model
 from llmkit.model.config import ModelConfig, read_json
+from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 
 WEIGHTS = "model.safetensors"
@@ -106,9 +107,8 @@ def _check_object(file: Path, text: str) -> None:
 
 def load_tokenizer(files: Mapping[str, str], where: str | Path) -> LoadedTokenizer:
     """The tokenizer (of the `tokenizers` library) in a directory's files; LlmkitError if it is missing or damaged."""
-    if "tokenizer.json" not in files:
-        raise LlmkitError(f"{where}: no tokenizer.json", "copy the tokenizer's files into the model directory")
-    return load(files["tokenizer.json"], f"{where}: tokenizer.json is not readable", "the file is damaged or too new")
+    content = tokenizer_json(files, where)
+    return load(content, f"{where}: tokenizer.json is not readable", "the file is damaged or too new")
 
 
 def check_vocabulary(tokenizer: LoadedTokenizer, vocab_size: int, where: str | Path) -> None:
