@@ -260,7 +260,10 @@ def evaluate(
     _seed_everything(seed)
     try:
         # Not simple_evaluate: it runs git in the working directory and collects facts about the machine.
-        loaded = manager.load(list(tasks))
+        try:
+            loaded = manager.load(list(tasks))
+        except RuntimeError as error:  # datasets finds a script in place of data, which it does not run
+            raise ValueError(error) from error
         for task in loaded["tasks"].values():
             default_shots = task.get_config("num_fewshot")
             if default_shots != 0:  # an explicit 0 is not to be overridden

@@ -290,3 +290,18 @@ def test_bad_calls(llmkit, model_directory: Path, task_directory: Path, tmp_path
         done = llmkit("eval", *arguments, cwd=tmp_path)
         assert done.returncode == code and message in done.stderr.decode(), done.stderr.decode()
         assert b"Traceback" not in done.stderr
+
+
+def test_scripts_of_datasets_do_not_run(llmkit_here, model_directory: Path, tmp_path: Path) -> None:
+    """Behaviour: a script in a folder that has the name of a task's data is refused in one line, and does not run."""
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "facts.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "tasks").mkdir()
+    task = TASK.format(
+        name="facts", data="none.json", kind="multiple_choice", rest='doc_to_choice: ["a", "b"]\ndoc_to_target: 0'
+    )
+    (tmp_path / "tasks" / "facts.yaml").write_text(task.replace("dataset_path: json", "dataset_path: facts"))
+    arguments = [str(model_directory), "--tasks", "facts", "--include-path", "tasks", "-o", "scores.json"]
+    done = llmkit_here("eval", *arguments, cwd=tmp_path)
+    assert done.returncode == 1 and b"error: a task among facts fails: ValueError: " in done.stderr
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "scores.json").exists()

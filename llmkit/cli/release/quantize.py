@@ -39,7 +39,8 @@ def main(
     and llmkit.
 
     Embeddings, norms, the output layer and activations are not quantised. No calibration data is needed. Use
-    `llmkit eval` to measure the loss in quality.
+    `llmkit eval` to measure the loss in quality. A quantised gpt2 opens in llmkit only: transformers quantises no
+    layers of its kind.
     """
     if to not in METHODS:
         raise unknown_name("method", to, METHODS)
