@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.chat.control_tokens import hide
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans
 from llmkit.chat.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
 from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
@@ -100,12 +101,13 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
     if row.text is None:
         try:
             encoded = encode_chat(row.messages, files, row.tools)
-        except DamagedTemplateError:
+        except (DamagedTemplateError, RowError):
             raise
         except LlmkitError as error:
             raise RowError(f"{error.message} ({error.hint})") from error
     else:
-        bare = encode_spans(row.text, [Span(row.start, len(row.text))], files)
+        (before, after), marker = hide((row.text[: row.start], row.text[row.start :]), files)
+        bare = encode_spans(before + after, [Span(len(before), len(before + after))], files, marker)
         encoded = EncodedRow(
             np.append(bare.tokens, np.int32(_end_of_text(files))), np.append(bare.weights, np.float32(1))
         )

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from llmkit.chat.control_tokens import encode, hide
 from llmkit.chat.rows import common_length
 from llmkit.chat.templates import (
     Message,
@@ -29,7 +30,6 @@ from llmkit.chat.templates import (
     special_contents,
     special_contents_of,
     special_tokens,
-    tokenizer_of,
 )
 from llmkit.errors import LlmkitError
 
@@ -97,26 +97,26 @@ def assistant_spans(
     return text, spans
 
 
-def encode_spans(text: str, spans: Sequence[Span], files: Mapping[str, str]) -> EncodedRow:
-    """Tokens of `text` and their weights.
+def encode_spans(text: str, spans: Sequence[Span], files: Mapping[str, str], marker: str = "") -> EncodedRow:
+    """Tokens of `text`, which may hold markers of `control_tokens.hide`, and their weights.
 
     The text is encoded in one piece, so that its tokens are those of inference on it. A token belongs to the
     span in which it starts. One that starts before a span and extends into it is never generated after that
     prompt, and gets no weight.
     """
-    encoding = tokenizer_of(files).encode(text, add_special_tokens=False)
-    starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
-    weights = np.zeros(len(encoding.ids), dtype=np.float32)
+    encoded = encode(text, files, marker)
+    weights = np.zeros(len(encoded.ids), dtype=np.float32)
     for span in spans:
-        weights[(starts >= span.start) & (starts < span.stop)] = span.weight
-    return EncodedRow(np.asarray(encoding.ids, dtype=np.int32), weights)
+        weights[(encoded.starts >= span.start) & (encoded.starts < span.stop)] = span.weight
+    return EncodedRow(np.asarray(encoded.ids, dtype=np.int32), weights)
 
 
 def encode_chat(
     messages: Sequence[Message], files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> EncodedRow:
     """Token ids of a conversation, with weights on the assistant's content and stop tokens."""
-    return encode_spans(*assistant_spans(messages, files, tools), files)
+    (messages, tools), marker = hide((messages, tools), files)
+    return encode_spans(*assistant_spans(messages, files, tools), files, marker)
 
 
 def check_template(files: Mapping[str, str]) -> list[str]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from llmkit.chat.control_tokens import encode as encode_rendered
+from llmkit.chat.control_tokens import hide
 from llmkit.chat.rows import CONVERSATIONS, Messages, RowError, Schema, to_conversation
 from llmkit.chat.templates import DamagedTemplateError, render, tokenizer_of
 from llmkit.errors import LlmkitError
@@ -49,7 +51,12 @@ class Prompt:
 
 
 def read_prompt(
-    fields: Mapping[str, Any], files: Mapping[str, str], *, chat: bool = False, text_key: str = "text"
+    fields: Mapping[str, Any],
+    files: Mapping[str, str],
+    *,
+    chat: bool = False,
+    text_key: str = "text",
+    control_tokens: bool = False,
 ) -> Prompt:
     """The prompt in one row; RowError names the field that is missing or malformed."""
     content: str | Messages
@@ -89,8 +96,8 @@ def read_prompt(
         if name not in used:
             _check_kept(fields, name, [content, *turns, reference])
     try:
-        return Prompt(content, encode(content, files, tools), other_fields)
-    except DamagedTemplateError:
+        return Prompt(content, encode(content, files, tools, control_tokens), other_fields)
+    except (DamagedTemplateError, RowError):
         raise
     except LlmkitError as error:  # a conversation that the template refuses
         raise RowError(f"{error.message} ({error.hint})") from error
@@ -118,12 +125,17 @@ def encode(
     content: str | Sequence[Mapping[str, Any]],
     files: Mapping[str, str],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    control_tokens: bool = False,
 ) -> list[int]:
-    """Token ids of a prompt. Text gets the special tokens that the tokenizer prepends; a conversation, those of
-    its template.
+    """Token ids of a prompt: text, or a conversation in its template, after the tokenizer's own beginning.
+
+    Control tokens are those of the template; with `control_tokens`, also those that a text names.
     """
+    if isinstance(content, str) and control_tokens:
+        return encode_rendered(content, files).ids
+    (content, tools), marker = hide((content, tools), files)
     text = content if isinstance(content, str) else render(content, files, True, tools)
-    return list(tokenizer_of(files).encode(text, add_special_tokens=isinstance(content, str)).ids)
+    return encode_rendered(text, files, marker).ids
 
 
 def decode(tokens: Sequence[int], prompt: Sequence[int], files: Mapping[str, str]) -> str:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateRuntimeError
 from jinja2.filters import escape, make_attrgetter, sync_do_slice
 
 from llmkit.chat.meter import SIZED
 
-if TYPE_CHECKING:
-    from llmkit.chat.sandbox import Sandbox
-
 MAX_INDENT = 100  # columns
 
 
 class ChatFilters:
-    """The filters of a sandbox. Every public method but `table` is one, under its name."""
+    """The filters of a `Sandbox`. Every public method but `table` is one, under its name."""
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Any) -> None:
         self._sandbox, self._jinja = sandbox, sandbox.filters
 
     def table(self) -> dict[str, Callable[..., Any]]:

@@ -46,6 +46,10 @@ def main(
     chat: Annotated[
         bool, typer.Option("--chat", help="Format text prompts as user messages, with the chat template")
     ] = False,
+    control_tokens: Annotated[
+        bool,
+        typer.Option("--control-tokens", help="Names of control tokens, as <|im_end|>, in text prompts are no text"),
+    ] = False,
     text: Annotated[
         bool, typer.Option("--text", help="Print plain text instead of JSON lines (default on a terminal)")
     ] = False,
@@ -96,10 +100,10 @@ def main(
     """Complete prompts with a model: reads JSON lines, writes JSON lines with `prompt`, `completion` and all
     `completions`.
 
-    Rows with messages are formatted with the model's chat template, and so are texts with --chat. Other fields pass
-    through, and an answer in the row becomes `reference`. A completion ends at any stop token of the model, at --stop,
-    after --max-tokens, or when the context is full. Each completion has its own seed, derived from --seed, the number
-    of the prompt and the number of the sample.
+    Rows with messages are formatted with the model's chat template, and so are texts with --chat. The name of a control
+    token in a row is text. Other fields pass through, and an answer in the row becomes `reference`. A completion ends
+    at any stop token of the model, at --stop, after --max-tokens, or when the context is full. Each completion has its
+    own seed, derived from --seed, the number of the prompt and the number of the sample.
     """
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "--top-p 1 samples from all tokens")
@@ -132,7 +136,7 @@ def main(
     if not text and not run.dry_run and run.up_to_date([str(info.path), *files]):
         return
     reader = None if prompt else run.reader(files, text_key=None, files_from=None)
-    rows = _read_prompts(run, info, reader, prompt or [], chat, max_tokens if truncate_prompt else None)
+    rows = _read_prompts(run, info, reader, prompt or [], max_tokens if truncate_prompt else None)
     if run.dry_run:
         run.note(f"{sum(1 for _ in rows):,} prompts are valid; nothing written (--dry-run)")
         return
@@ -172,7 +176,7 @@ def main(
 
 
 def _read_prompts(
-    run: Run, info: LoadedModel, reader: DocumentReader | None, texts: list[str], chat: bool, reserve: int | None
+    run: Run, info: LoadedModel, reader: DocumentReader | None, texts: list[str], reserve: int | None
 ) -> Iterator[Prompt]:
     """Prompts from `reader`, or if None from `texts`. With `reserve`, long prompts are truncated to leave room for that
     many tokens; without, they raise LlmkitError.
@@ -181,7 +185,8 @@ def _read_prompts(
     from llmkit.chat.rows import read_rows
 
     def convert(fields: Mapping[str, Any]) -> Prompt:
-        return read_prompt(fields, info.tokenizer_files, chat=chat, text_key=run.options["text_key"])
+        options = {name: run.options[name] for name in ("chat", "control_tokens", "text_key")}
+        return read_prompt(fields, info.tokenizer_files, **options)
 
     prompts: Iterator[tuple[str, Prompt]]
     if reader is None:

@@ -1,0 +1,184 @@
+"""Control tokens come from templates only: `<|im_end|>` in a row is text, and ends no turn.
+
+    (messages, tools), marker = hide((messages, tools), files)        # nothing is copied where there is nothing to hide
+    text = render(messages, files, True, tools)
+    encoded = encode(text, files, marker)                             # ids, and where in `text` each token starts
+
+The names of control tokens in a row are replaced by markers before the template sees them. The rendered text is then
+encoded in one piece, so that its tokens are those of inference: by the tokenizer itself, or where there is a marker, by
+a copy of it in which control tokens have other names.
+
+A tokenizer's own beginning (its BOS token) is in front of every sequence exactly once, whether the template writes it
+or not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
+
+from llmkit.chat.rows import RowError
+from llmkit.chat.templates import special_contents, tokenizer_of
+from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
+
+Value = TypeVar("Value")
+Files = Mapping[str, str]
+
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # which Unicode reserves for uses like this
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids, and the character of the text at which each starts, int64 [n]; -1 for the tokenizer's beginning."""
+
+    ids: list[int]
+    starts: np.ndarray
+
+
+def hide(value: Value, files: Files) -> tuple[Value, str]:
+    """`value` with markers for the names of control tokens in its strings, at any depth, and the character that
+    begins and ends a marker; the value itself and "" if there are none."""
+    names = _names(files)
+    pattern = _pattern(names)
+    strings = [string for string in _strings(value) if pattern.search(string)] if names else []
+    if not strings:
+        return value, ""
+    marker = _unused("".join(_strings(value)))
+    markers = {name: _renamed(number, marker) for number, name in enumerate(names)}
+
+    def hidden(part: Any) -> Any:
+        if isinstance(part, str):
+            return pattern.sub(lambda match: markers[match[0]], part)
+        if isinstance(part, Mapping):
+            return {hidden(key): hidden(item) for key, item in part.items()}
+        if isinstance(part, (list, tuple)):
+            return type(part)(hidden(item) for item in part)
+        return part
+
+    return hidden(value), marker
+
+
+def encode(text: str, files: Files, marker: str = "") -> Encoded:
+    """Ids of a rendered text with the markers of `hide`, which are encoded as the text that they stand for."""
+    if marker:
+        encoded = _encode_marked(text, files, marker)
+    else:
+        plain = tokenizer_of(files).encode(text, add_special_tokens=False)
+        encoded = Encoded(list(plain.ids), _starts(plain))
+    beginning = beginning_of(files)
+    if beginning and tuple(encoded.ids[: len(beginning)]) != beginning:
+        starts = np.concatenate([np.full(len(beginning), -1, np.int64), encoded.starts])
+        return Encoded([*beginning, *encoded.ids], starts)
+    return encoded
+
+
+def beginning_of(files: Files) -> tuple[int, ...]:
+    """The ids that the tokenizer puts in front of a text, usually none or a BOS token."""
+    return _beginning(files.get("tokenizer.json", ""), tokenizer_of(files))
+
+
+@lru_cache(maxsize=8)
+def _beginning(tokenizer_json: str, tokenizer: LoadedTokenizer) -> tuple[int, ...]:
+    bare, whole = (list(tokenizer.encode("a", add_special_tokens=special).ids) for special in (False, True))
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[:start])
+    return ()
+
+
+def _encode_marked(text: str, files: Files, marker: str) -> Encoded:
+    names = _names(files)
+    renaming = _unused(text)
+    new = {name: _renamed(number, renaming) for number, name in enumerate(names)}
+    for number, name in enumerate(names):
+        for character in (marker, marker.encode("ascii", "backslashreplace").decode()):  # as it is, and as JSON has it
+            new[_renamed(number, character)] = name
+    pieces, at, length, control = [], 0, 0, 0
+    borders: list[tuple[int, int, bool]] = []  # in the final text, in `text`, and whether what follows was replaced
+    for match in _pattern(tuple(sorted(new, key=len, reverse=True))).finditer(text):
+        control += match[0] in names
+        for piece, start, replaced in ((text[at : match.start()], at, False), (new[match[0]], match.start(), True)):
+            borders.append((length, start, replaced))
+            pieces.append(piece)
+            length += len(piece)
+        at = match.end()
+    borders.append((length, at, False))
+    encoding = _copy(files.get("tokenizer.json", ""), names, renaming).encode(
+        "".join(pieces) + text[at:], add_special_tokens=False
+    )
+    if control != sum(map(_control_ids(files).__contains__, encoding.ids)):
+        raise RowError("the tokenizer makes control tokens of plain text")
+    final, original, is_replaced = (np.array(column) for column in zip(*borders, strict=True))
+    starts = _starts(encoding)
+    border = np.searchsorted(final, starts, side="right") - 1
+    return Encoded(list(encoding.ids), original[border] + np.where(is_replaced[border], 0, starts - final[border]))
+
+
+def _starts(encoding: Any) -> np.ndarray:
+    return np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding.ids))
+
+
+def _names(files: Files) -> tuple[str, ...]:
+    """The control tokens, long ones first, as the tokenizer prefers them."""
+    return tuple(sorted(filter(None, special_contents(files)), key=len, reverse=True))
+
+
+def _control_ids(files: Files) -> set[int]:
+    """The ids of control tokens, without that of unknown text."""
+    contents = special_contents(files)
+    model = orjson.loads(files["tokenizer.json"])["model"]
+    unknown = {contents.get(model.get("unk_token")), model.get("unk_id")}
+    return set(contents.values()) - unknown
+
+
+@lru_cache(maxsize=8)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)))
+
+
+def _strings(value: Any) -> list[str]:
+    found, rest = [], [value]
+    while rest:
+        part = rest.pop()
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, Mapping):
+            rest += part
+            rest += part.values()
+        elif isinstance(part, (list, tuple)):
+            rest += part
+    return found
+
+
+def _unused(text: str) -> str:
+    for character in NONCHARACTERS:
+        if character not in text:
+            return character
+    raise RowError("it holds every noncharacter of Unicode, U+FDD0 to U+FDEF")
+
+
+def _renamed(number: int, character: str) -> str:
+    return f"{character}{number}{character}"
+
+
+@lru_cache(maxsize=2)
+def _copy(tokenizer_json: str, names: tuple[str, ...], character: str) -> LoadedTokenizer:
+    """The tokenizer with other names for its control tokens."""
+    content = orjson.loads(tokenizer_json)
+    new = {name: _renamed(number, character) for number, name in enumerate(names)}
+    for token in content["added_tokens"]:
+        token["content"] = new.get(token["content"], token["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(name, name): i for name, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[new.get(piece[0], piece[0]), *piece[1:]] for piece in model["vocab"]]
+    if model.get("unk_token") in new:
+        model["unk_token"] = new[model["unk_token"]]
+    return load(orjson.dumps(content).decode(), "the model: tokenizer.json is not readable", "the file is damaged")
