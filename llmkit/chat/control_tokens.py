@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import orjson
 
-from llmkit.chat.rows import RowError
+from llmkit.chat.messages import RowError
 from llmkit.chat.templates import special_contents, tokenizer_of
 from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 

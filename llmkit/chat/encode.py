@@ -16,7 +16,8 @@ import numpy as np
 
 from llmkit.chat.control_tokens import hide
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans
-from llmkit.chat.rows import Conversation, Messages, RowError, read_rows, to_conversation, to_preference
+from llmkit.chat.messages import Messages, RowError
+from llmkit.chat.rows import Conversation, read_rows, to_conversation, to_preference
 from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
@@ -99,6 +100,7 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
     be trained.
     """
     if row.text is None:
+        _refuse_empty_answers(row.messages)
         try:
             encoded = encode_chat(row.messages, files, row.tools)
         except (DamagedTemplateError, RowError):
@@ -114,6 +116,17 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
     if not encoded.trained:
         raise RowError("nothing to learn: no assistant message, or its weight is 0")
     return encoded
+
+
+def _refuse_empty_answers(messages: Messages) -> None:
+    """RowError for an answer of which only the stop token would be trained."""
+    for number, message in enumerate(messages):
+        trained = message["role"] == "assistant" and message.get("train") is not False and message.get("weight") != 0
+        empty = (
+            not message["content"].strip() and not message.get("tool_calls") and not message.get("reasoning_content")
+        )
+        if trained and empty:
+            raise RowError(f"message {number + 1} is an empty answer")
 
 
 def _rows(reader: DocumentReader, convert: Any) -> Iterator[Any]:

@@ -22,7 +22,8 @@ from typing import Any
 
 from llmkit.chat.control_tokens import encode as encode_rendered
 from llmkit.chat.control_tokens import hide
-from llmkit.chat.rows import CONVERSATIONS, Messages, RowError, Schema, to_conversation
+from llmkit.chat.messages import Messages, RowError
+from llmkit.chat.rows import CONVERSATIONS, Schema, to_conversation
 from llmkit.chat.templates import DamagedTemplateError, render, tokenizer_of
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder

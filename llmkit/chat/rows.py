@@ -13,12 +13,12 @@ and stops, skips or quarantines the row as `ReadOptions.on_bad_line` demands.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llmkit.chat.messages import Messages, RowError, read_messages, read_tools, turn
 from llmkit.errors import LlmkitError
 
 if TYPE_CHECKING:
@@ -26,28 +26,10 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 Fields = Mapping[str, Any]
-Messages = list[dict[str, Any]]
 
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "function": "tool",
-    "developer": "developer",
-}
+BESIDE = ("tools", "system")  # fields beside a conversation
+ALPACA = ("input", "context", "history", *BESIDE)
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RowError(LlmkitError, ValueError):
-    """A row that matches no schema, or is malformed; the message names the field."""
 
 
 @dataclass(slots=True)
@@ -141,11 +123,12 @@ def to_conversation(fields: Fields, template: bool = True) -> Conversation:
     """The conversation in one row. With `template=False`, prompt and completion strings are plain text instead
     of turns.
     """
-    tools = _tools(fields)
+    tools = read_tools(fields)
     for schema in CONVERSATIONS:
         if schema.matches(fields):
             conversation: Conversation = schema.convert(fields, template)
             if conversation.text is None:
+                conversation.messages = _with_system(conversation.messages, fields)
                 conversation.tools = tools
             return conversation
     known = ", ".join(" and ".join(map(repr, schema.fields)) for schema in CONVERSATIONS if schema.name)
@@ -170,7 +153,7 @@ def to_preference(fields: Fields) -> Preference:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in side):
             raise RowError(f"field {name!r}: no assistant message after the common prompt")
-    return Preference(prompt, chosen, rejected, _tools(fields))
+    return Preference(_with_system(prompt, fields), chosen, rejected, read_tools(fields))
 
 
 def common_length(a: str, b: str) -> int:
@@ -183,16 +166,16 @@ def common_length(a: str, b: str) -> int:
 # ---- schemas for fine-tuning
 
 
-@_schema(CONVERSATIONS, "messages", "messages", optional=("tools",))
+@_schema(CONVERSATIONS, "messages", "messages", optional=BESIDE)
 def _from_messages(fields: Fields, template: bool) -> Conversation:
     """`{"messages": [{"role", "content"}], "tools"?}`"""
-    return Conversation(_messages(fields["messages"], "messages"))
+    return Conversation(read_messages(fields["messages"], "messages"))
 
 
-@_schema(CONVERSATIONS, "ShareGPT conversations", "conversations", optional=("tools",))
+@_schema(CONVERSATIONS, "ShareGPT conversations", "conversations", optional=BESIDE)
 def _from_sharegpt(fields: Fields, template: bool) -> Conversation:
     """`{"conversations": [{"from", "value"}]}`, from human, gpt, system, function_call or observation."""
-    return Conversation(_messages(fields["conversations"], "conversations"))
+    return Conversation(read_messages(fields["conversations"], "conversations"))
 
 
 @_schema(CONVERSATIONS, "", "completion", "label")
@@ -210,7 +193,7 @@ def _refuse_preference(fields: Fields, template: bool) -> Conversation:
     "prompts with completions",
     "prompt",
     "completion",
-    optional=("tools",),
+    optional=BESIDE,
     answer="completion",
     plain=True,
 )
@@ -222,17 +205,23 @@ def _from_prompt(fields: Fields, template: bool) -> Conversation:
     if isinstance(prompt, str) and isinstance(completion, str):
         if not template:
             return Conversation(text=prompt + completion, start=len(prompt))
-        return Conversation([_turn("user", prompt), _turn("assistant", completion)])
+        return Conversation([turn("user", prompt), turn("assistant", completion)])
     before = [message | {"train": False} for message in _side(prompt, "prompt", "user")]
     return Conversation(before + _side(completion, "completion", "assistant"))
 
 
-@_schema(CONVERSATIONS, "Alpaca instructions", "instruction", "output", optional=("input", "system"), answer="output")
+@_schema(CONVERSATIONS, "Alpaca instructions", "instruction", "output", optional=ALPACA, answer="output")
 def _from_alpaca(fields: Fields, template: bool) -> Conversation:
-    """`{"instruction", "input"?, "output", "system"?}`: the user's turn is the instruction, a blank line and
-    the input.
+    """`{"instruction", "input"?, "output", "system"?, "history"?}`: the instruction, a blank line and the input are the
+    user's turn; `history` holds pairs of earlier turns.
     """
-    return Conversation([*_alpaca_prompt(fields), _turn("assistant", _string(fields, "output"))])
+    return Conversation([*_alpaca_prompt(fields), turn("assistant", _string(fields, "output"))])
+
+
+@_schema(CONVERSATIONS, "Dolly instructions", "instruction", "response", optional=ALPACA, answer="response")
+def _from_dolly(fields: Fields, template: bool) -> Conversation:
+    """The same with `context` for the input and `response` for the output."""
+    return Conversation([*_alpaca_prompt(fields), turn("assistant", _string(fields, "response"))])
 
 
 @_schema(CONVERSATIONS, "plain text", "text", plain=True)
@@ -274,7 +263,7 @@ def _from_message_lists(fields: Fields) -> tuple[Messages, Messages, Messages]:
     """Sides that begin with the assistant continue `prompt`; others include the prompt, as their longest common
     prefix.
     """
-    chosen, rejected = (_messages(fields[name], name) for name in ("chosen", "rejected"))
+    chosen, rejected = (read_messages(fields[name], name) for name in ("chosen", "rejected"))
     prompt = fields.get("prompt")
     if prompt is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return _side(prompt, "prompt", "user"), chosen, rejected
@@ -293,16 +282,14 @@ def _from_prompt_and_strings(fields: Fields) -> tuple[Messages, Messages, Messag
     """The prompt is a string, a string of hh-rlhf turns, or a list of messages."""
     prompt = fields["prompt"]
     if isinstance(prompt, list):
-        return _messages(prompt, "prompt"), *_answers(fields)
-    before = _hh_turns(prompt, "prompt") if prompt.lstrip().startswith("Human:") else [_turn("user", prompt)]
-    if before[-1] == _turn("assistant", ""):  # hh-rlhf prompts end in "Assistant:"
+        return read_messages(prompt, "prompt"), *_answers(fields)
+    before = _hh_turns(prompt, "prompt") if prompt.lstrip().startswith("Human:") else [turn("user", prompt)]
+    if before[-1] == turn("assistant", ""):  # hh-rlhf prompts end in "Assistant:"
         before.pop()
     return before, *_answers(fields)
 
 
-@_schema(
-    PREFERENCES, "strings with an Alpaca instruction", "instruction", "chosen", "rejected", optional=("input", "system")
-)
+@_schema(PREFERENCES, "strings with an Alpaca instruction", "instruction", "chosen", "rejected", optional=ALPACA)
 def _from_instruction_and_strings(fields: Fields) -> tuple[Messages, Messages, Messages]:
     """`{"instruction", "input"?, "chosen", "rejected"}`"""
     return _alpaca_prompt(fields), *_answers(fields)
@@ -322,15 +309,15 @@ def _from_common_beginning(fields: Fields) -> tuple[Messages, Messages, Messages
     common = common[: max(common.rfind(" "), common.rfind("\n")) + 1]  # whole words
     if not common.strip():
         raise RowError("no field 'prompt', and 'chosen' and 'rejected' have no common beginning")
-    prompt = [_turn("user", common.rstrip())]
-    return prompt, [_turn("assistant", chosen[len(common) :])], [_turn("assistant", rejected[len(common) :])]
+    prompt = [turn("user", common.rstrip())]
+    return prompt, [turn("assistant", chosen[len(common) :])], [turn("assistant", rejected[len(common) :])]
 
 
 # ---- parts of rows
 
 
 def _answers(fields: Fields) -> tuple[Messages, Messages]:
-    return [_turn("assistant", fields["chosen"])], [_turn("assistant", fields["rejected"])]
+    return [turn("assistant", fields["chosen"])], [turn("assistant", fields["rejected"])]
 
 
 def _split_prompt(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
@@ -348,7 +335,7 @@ def _hh_turns(text: str, name: str) -> Messages:
     if pieces[0].strip():
         raise RowError(f"field {name!r}: text before the first 'Human:'")
     turns = [
-        _turn("user" if speaker == "Human" else "assistant", content.strip())
+        turn("user" if speaker == "Human" else "assistant", content.strip())
         for speaker, content in zip(pieces[1::2], pieces[2::2], strict=True)
     ]
     if not turns:
@@ -357,19 +344,36 @@ def _hh_turns(text: str, name: str) -> Messages:
 
 
 def _alpaca_prompt(fields: Fields) -> Messages:
-    system, extra = fields.get("system"), fields.get("input")
     request = _string(fields, "instruction")
-    if isinstance(extra, str) and extra:
-        request += "\n\n" + extra
-    return ([_turn("system", system)] if isinstance(system, str) and system else []) + [_turn("user", request)]
+    for name in ("input", "context"):
+        if fields.get(name):
+            request += "\n\n" + _string(fields, name)
+    return [*_history(fields), turn("user", request)]
+
+
+def _history(fields: Fields) -> Messages:
+    history = fields.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("field 'history' is not a list of pairs")
+    if not all(isinstance(content, str) for pair in history for content in pair):
+        raise RowError("field 'history' holds a turn that is not a string")
+    return [turn(role, content) for pair in history for role, content in zip(("user", "assistant"), pair, strict=True)]
+
+
+def _with_system(messages: Messages, fields: Fields) -> Messages:
+    """The messages after the system prompt that stands beside them in the row."""
+    if not fields.get("system"):
+        return messages
+    first = turn("system", _string(fields, "system"))
+    if not messages or messages[0]["role"] != "system":
+        return [first, *messages]
+    if messages[0]["content"] == first["content"]:
+        return messages
+    raise RowError("field 'system' differs from the conversation's own system message")
 
 
 def _side(value: Any, name: str, role: str) -> Messages:
-    return [_turn(role, value)] if isinstance(value, str) else _messages(value, name)
-
-
-def _turn(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
+    return [turn(role, value)] if isinstance(value, str) else read_messages(value, name)
 
 
 def _string(fields: Fields, name: str) -> str:
@@ -377,64 +381,3 @@ def _string(fields: Fields, name: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"field {name!r} is not a string")
     return value
-
-
-def _tools(fields: Fields) -> list[dict[str, Any]] | None:
-    tools = fields.get("tools")
-    if isinstance(tools, str) and tools:  # datasets with one type per column store them as JSON
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"field 'tools' is not JSON ({error})") from error
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise RowError("field 'tools' is not a list")
-    return tools
-
-
-def _messages(value: Any, name: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"field {name!r} is not a list of messages")
-    return [_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
-
-
-def _message(item: Any, where: str) -> dict[str, Any]:
-    """One message with `role` and `content` (text); tool calls, names and weights are kept."""
-    if not isinstance(item, dict):
-        raise RowError(f"{where} is not an object")
-    role = item.get("role", item.get("from"))
-    if not isinstance(role, str):
-        raise RowError(f"{where} has no role")
-    extra = {key: v for key, v in item.items() if key not in ("role", "from", "content", "value") and v is not None}
-    content = item.get("content", item.get("value"))
-    if isinstance(content, list):  # parts, as in multimodal data
-        content = "".join(_text_part(part, where) for part in content)
-    if content is None and extra.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise RowError(f"{where} has no text content")
-    if "from" in item and role == "function_call":
-        extra, content = _function_call(content, extra)
-    weight = extra.get("weight")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6
-    ):
-        raise RowError(f"{where}: weight {weight!r} is not a number from 0 to a million")
-    return {"role": ROLES.get(role, role), "content": content} | extra
-
-
-def _text_part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise RowError(f"{where} holds a content part that is not text")
-
-
-def _function_call(content: str, extra: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """ShareGPT stores a call as JSON text; other text is kept as the assistant's content."""
-    try:
-        call = json.loads(content)
-        function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return extra, content
-    return extra | {"tool_calls": [{"type": "function", "function": function}]}, ""

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from llmkit.chat.control_tokens import NONCHARACTERS, beginning_of, encode, hide
 from llmkit.chat.encode import encode_conversation
 from llmkit.chat.masks import assistant_spans, encode_chat
+from llmkit.chat.messages import RowError
 from llmkit.chat.prompts import read_prompt
-from llmkit.chat.rows import Conversation, RowError
+from llmkit.chat.rows import Conversation
 from llmkit.chat.templates import CHATML
 
 SPECIAL = ["<unk>", "<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -156,3 +157,12 @@ def test_names_in_tools_and_as_json() -> None:
     row = encode_chat(messages, files_of(made, template), tools)
     assert row.tokens.tolist().count(made.token_to_id("<|im_end|>")) == 2
     assert made.decode(row.tokens.tolist(), skip_special_tokens=False).count("<|im_end|>") == 5
+
+
+def test_empty_answers_are_refused() -> None:
+    """Behaviour: an answer of which only the stop token would be trained is an error, unless it is not trained."""
+    files = files_of(tokenizer("byte-level"))
+    empty = {"role": "assistant", "content": " \n"}
+    with pytest.raises(RowError, match="message 2 is an empty answer"):
+        encode_conversation(Conversation([MESSAGES[0], empty, *MESSAGES]), files)
+    assert encode_conversation(Conversation([MESSAGES[0], empty | {"train": False}, *MESSAGES]), files).trained

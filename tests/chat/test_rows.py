@@ -9,11 +9,13 @@ import orjson
 import pytest
 
 from llmkit.chat.encode import encode_conversations, encode_preferences
-from llmkit.chat.rows import CONVERSATIONS, RowError, read_rows, schema_names, to_conversation, to_preference
+from llmkit.chat.messages import RowError
+from llmkit.chat.rows import CONVERSATIONS, read_rows, schema_names, to_conversation, to_preference
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import DocumentReader, ReadOptions
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+S = {"role": "system", "content": "s"}
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 
 
@@ -27,6 +29,14 @@ SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
         ({"instruction": "q", "input": "", "output": "a"}, [U, A]),
         ({"instruction": "q", "output": "a", "system": "s"}, [{"role": "system", "content": "s"}, U, A]),
         ({"instruction": "q", "input": "i", "output": "a"}, [{"role": "user", "content": "q\n\ni"}, A]),
+        ({"instruction": "q", "context": "i", "response": "a"}, [{"role": "user", "content": "q\n\ni"}, A]),
+        ({"instruction": "q", "input": "", "response": "a", "category": "x"}, [U, A]),
+        ({"instruction": "q", "input": None, "output": "a", "history": [["q", "a"]]}, [U, A, U, A]),
+        ({"messages": [U, A], "system": "s"}, [S, U, A]),
+        ({"messages": [S, U, A], "system": "s"}, [S, U, A]),
+        ({"messages": [U, A], "system": None}, [U, A]),
+        ({"conversations": SHAREGPT, "system": "s"}, [S, U, A]),
+        ({"prompt": "q", "completion": "a", "system": "s"}, [S, U, A]),
         ({"prompt": "q", "completion": "a"}, [U, A]),
         ({"prompt": [U, A, U], "completion": [A]}, [U | {"train": False}, A | {"train": False}, U | {"train": False}, A]),
     ],
@@ -39,13 +49,50 @@ def test_conversations(fields: dict[str, Any], messages: list[dict[str, Any]]) -
 def test_one_table_of_schemas() -> None:
     """Behaviour: help and the error for unknown rows list every schema of the table."""
     assert schema_names(CONVERSATIONS) == (
-        "messages, ShareGPT conversations, prompts with completions, Alpaca instructions or plain text"
+        "messages, ShareGPT conversations, prompts with completions, Alpaca instructions, Dolly instructions "
+        "or plain text"
     )
     with pytest.raises(RowError) as error:
         to_conversation({"question": "q"})
     for schema in CONVERSATIONS:
         if schema.name:
             assert " and ".join(map(repr, schema.fields)) in str(error.value)
+
+
+def test_arguments_in_a_string_are_parsed() -> None:
+    """Behaviour: OpenAI's tool calls hold their arguments as JSON in a string; a template would quote them again."""
+    for arguments, expected in (('{"x": 1}', {"x": 1}), ("", {}), ({"x": 1}, {"x": 1})):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        row = to_conversation({"messages": [U, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+        assert row.messages[1]["tool_calls"][0]["function"]["arguments"] == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": [S, U, A], "system": "other"}, "field 'system' differs"),
+        ({"messages": [U, A], "system": ["s"]}, "field 'system' is not a string"),
+        ({"messages": [U, A | {"role": "critic"}]}, r"messages\[1\]: unknown role 'critic'"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "field 'history' is not a list of pairs"),
+        ({"instruction": "q", "output": "a", "history": [["q", 1]]}, "field 'history' holds a turn that is not"),
+        ({"instruction": "q", "context": ["i"], "response": "a"}, "field 'context' is not a string"),
+        ({"messages": [U, A | {"tool_calls": [{"function": {"arguments": "{"}}]}]}, "arguments of a tool call are not JSON"),
+        ({"messages": [U, A | {"tool_calls": "f"}]}, "tool_calls is not a list of objects"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_is_refused(fields: dict[str, Any], message: str) -> None:
+    """Behaviour: a part of the row that cannot be used is named."""
+    with pytest.raises(RowError, match=message):
+        to_conversation(fields)
+
+
+def test_system_beside_a_preference() -> None:
+    """Behaviour: it begins the prompt."""
+    for row in (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"chosen": [U, A], "rejected": [U, A | {"content": "b"}]},
+    ):
+        assert to_preference(row | {"system": "s"}).prompt == [S, U]
 
 
 def test_sharegpt_calls_and_observations() -> None:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkit.chat.messages import RowError
 from llmkit.chat.prompts import read_prompt
-from llmkit.chat.rows import RowError
 from llmkit.corpus.added_fields import ADDED, check_added
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions, parse

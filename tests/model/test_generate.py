@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkit.chat.messages import RowError
 from llmkit.chat.prompts import cut_at_stop, read_prompt, stop_test
-from llmkit.chat.rows import RowError
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import read_lineage
 from llmkit.model.decoder import Decoder
