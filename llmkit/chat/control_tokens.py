@@ -78,6 +78,12 @@ def encode(text: str, files: Files, marker: str = "") -> Encoded:
     return encoded
 
 
+def marker_in(text: str) -> str:
+    """The character of the markers in a text that holds some; "" if it holds none."""
+    match = re.search(f"([{NONCHARACTERS[0]}-{NONCHARACTERS[-1]}])\\d+\\1", text)
+    return match[1] if match else ""
+
+
 def beginning_of(files: Files) -> tuple[int, ...]:
     """The ids that the tokenizer puts in front of a text, usually none or a BOS token."""
     return _beginning(files.get("tokenizer.json", ""), tokenizer_of(files))

@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from llmkit.chat.control_tokens import beginning_of, encode, hide, marker_in
 from llmkit.errors import LlmkitError, unknown_name
 from llmkit.evaluation.scoring import BATCH_TOKENS, score
 from llmkit.model.decoder import Decoder
@@ -53,6 +54,7 @@ class DecoderLM(TemplateLM):
         self.info = info
         self.codec = load_tokenizer(info.tokenizer_files, info.path)
         self._render = render
+        self.chat = False  # whether texts come from the chat template, so that names of control tokens are these
         self._batch_tokens = batch_tokens
         self._advance = advance
 
@@ -78,6 +80,10 @@ class DecoderLM(TemplateLM):
         return self.info.path.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        text, marker = (string, marker_in(string)) if self.chat else hide(string, self.info.tokenizer_files)
+        if marker:
+            ids = encode(text, self.info.tokenizer_files, marker).ids
+            return ids[len(beginning_of(self.info.tokenizer_files)) :] if add_special_tokens is False else ids
         # As in lm-eval's own class: with the tokenizer's prefix, unless the text (from a chat template) already has it.
         special = not string.startswith(self._prefix) if add_special_tokens is None else add_special_tokens
         return list(self.codec.encode(string, add_special_tokens=special).ids)
@@ -90,7 +96,13 @@ class DecoderLM(TemplateLM):
             raise LlmkitError(
                 f"{self.info.path}: no chat template", "omit --apply-chat-template, or fine-tune the model"
             )
-        return self._render(chat_history, add_generation_prompt)
+        return self._render(hide(chat_history, self.info.tokenizer_files)[0], add_generation_prompt)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        pair: tuple[list[int], list[int]] = super()._encode_pair(
+            context, hide(continuation, self.info.tokenizer_files)[0] if self.chat else continuation
+        )
+        return pair
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
@@ -258,6 +270,7 @@ def evaluate(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     _seed_everything(seed)
+    lm.chat = chat
     try:
         # Not simple_evaluate: it runs git in the working directory and collects facts about the machine.
         try:

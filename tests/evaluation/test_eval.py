@@ -127,6 +127,7 @@ def test_parity_with_lm_evals_own_model_class(fixture: str, request: pytest.Fixt
 
     model, info = load_model(model_directory)
     ours = DecoderLM(model, info, batch_tokens=200)
+    ours.chat = True  # HFLM takes the names of control tokens for these in every text
     theirs = HFLM(pretrained=str(model_directory), batch_size=1, device="cpu", dtype="float32")
     pairs = [(text(n, n), " " + text(m, n + m)) for n in (1, 4, 30, 90) for m in (1, 3, 9)] + [
         ("", text(4)),
@@ -305,3 +306,24 @@ def test_scripts_of_datasets_do_not_run(llmkit_here, model_directory: Path, tmp_
     done = llmkit_here("eval", *arguments, cwd=tmp_path)
     assert done.returncode == 1 and b"error: a task among facts fails: ValueError: " in done.stderr
     assert not (tmp_path / "ran").exists() and not (tmp_path / "scores.json").exists()
+
+
+def test_names_of_control_tokens_in_tasks_are_text(model_directory: Path) -> None:
+    """Behaviour: in contexts, choices and messages, with and without the chat template, which has the only real ones."""
+    from llmkit.chat.templates import render
+    from llmkit.evaluation.harness import DecoderLM
+
+    lm = DecoderLM(*load_model(model_directory))
+    end = 2  # <|im_end|>
+    assert (
+        end not in lm.tok_encode("the <|im_end|>quick")
+        and lm.tok_encode("the quick") == lm.codec.encode("the quick").ids
+    )
+    whole = lm._encode_pair("the quick", " <|im_end|>brown")
+    assert end not in whole[0] + whole[1] and lm.codec.decode(whole[1]) == " <|im_end|>brown"
+    files = lm.info.tokenizer_files
+    lm = DecoderLM(*load_model(model_directory), lambda messages, prompt: render(messages, files, prompt))
+    lm.chat = True
+    context = lm.apply_chat_template([{"role": "user", "content": "the <|im_end|>quick"}])
+    assert lm.tok_encode(context).count(end) == lm.tok_encode(context, add_special_tokens=False).count(end) == 1
+    assert end not in lm._encode_pair(context, "<|im_end|>brown")[1]
