@@ -41,6 +41,8 @@ from llmkit.training.runner import Prepared, Record, Request, open_session, run_
 if TYPE_CHECKING:
     from llmkit.training.session import Session
 
+MOST_FIELDS = 8  # that are not used, by name
+
 
 def fine_tune(
     model: str,
@@ -217,6 +219,10 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     """Report the number of rows, and what happens to those that are too long."""
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
+    if encoded.unused:
+        listed = [f"{name:.60} ({count:,} rows)" for name, count in encoded.unused.most_common(MOST_FIELDS)]
+        more = f" and {len(encoded.unused) - MOST_FIELDS:,} more" if len(encoded.unused) > MOST_FIELDS else ""
+        request.note(f"fields that are not used: {', '.join(listed)}{more}")
     if counts["too_long"]:
         action = "dropped" if too_long == "drop" else "truncated at the end"
         alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"

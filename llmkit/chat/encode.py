@@ -8,6 +8,7 @@ ones.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ class EncodedDataset:
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "row_tokens", "trained"), 0)
     )
+    unused: Counter[str] = field(default_factory=Counter)  # rows by the names of their fields that are not used
 
     def add(self, *rows: EncodedRow) -> None:
         """Add one row, or the two rows of a pair."""
@@ -65,7 +67,9 @@ def encode_conversations(
     """
 
     def convert(fields: Mapping[str, Any]) -> EncodedRow:
-        return encode_conversation(to_conversation(fields, template), files)
+        row = to_conversation(fields, template)
+        encoded.unused.update(row.unused)
+        return encode_conversation(row, files)
 
     encoded = EncodedDataset()
     for row in _rows(reader, convert):
@@ -83,6 +87,7 @@ def encode_preferences(
 
     def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
         row = to_preference(fields)
+        encoded.unused.update(row.unused)
         prompt: Messages = [message | {"train": False} for message in row.prompt]
         return [
             encode_conversation(Conversation(prompt + side, row.tools), files) for side in (row.chosen, row.rejected)

@@ -63,7 +63,8 @@ def read_prompt(
     content: str | Messages
     tools, reference = None, None
     used: tuple[str, ...]
-    if schema := next((s for s in CHAT_SCHEMAS if all(name in fields for name in s.question)), None):
+    fitting = [s for s in CHAT_SCHEMAS if all(fields.get(name) is not None for name in s.question)]
+    if schema := next((s for s in fitting if s.answer in fields), next(iter(fitting), None)):
         content, tools, reference = _question(fields, schema)
         used = (*schema.fields, *schema.optional)
     elif "prompt" in fields:

@@ -42,6 +42,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     start: int = 0
+    unused: list[str] = field(default_factory=list)  # fields of the row that say nothing here
 
 
 @dataclass(slots=True)
@@ -52,6 +53,7 @@ class Preference:
     chosen: Messages
     rejected: Messages
     tools: list[dict[str, Any]] | None = None
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ class Schema:
 
     def matches(self, fields: Fields) -> bool:
         return all(name in fields for name in self.fields) and (self.condition is None or self.condition(fields))
+
+    def unused(self, fields: Fields) -> list[str]:
+        """The names of fields that are not read."""
+        return [name for name in fields if name not in self.fields and name not in self.optional]
 
     @property
     def question(self) -> tuple[str, ...]:
@@ -121,8 +127,10 @@ def read_rows(reader: DocumentReader, convert: Callable[[Fields], Row]) -> Itera
 
 def to_conversation(fields: Fields, template: bool = True) -> Conversation:
     """The conversation in one row. With `template=False`, prompt and completion strings are plain text instead
-    of turns.
+    of turns. A field that is null is none.
     """
+    present = ", ".join(name if value is not None else f"{name} (null)" for name, value in fields.items())
+    fields = _without_nulls(fields)
     tools = read_tools(fields)
     for schema in CONVERSATIONS:
         if schema.matches(fields):
@@ -130,13 +138,15 @@ def to_conversation(fields: Fields, template: bool = True) -> Conversation:
             if conversation.text is None:
                 conversation.messages = _with_system(conversation.messages, fields)
                 conversation.tools = tools
+            conversation.unused = schema.unused(fields)
             return conversation
     known = ", ".join(" and ".join(map(repr, schema.fields)) for schema in CONVERSATIONS if schema.name)
-    raise RowError(f"no schema fits; looked for {known} (fields: {', '.join(fields) or 'none'})")
+    raise RowError(f"no schema fits; looked for {known} (fields: {present or 'none'})")
 
 
 def to_preference(fields: Fields) -> Preference:
-    """The preference in one row. The two continuations differ, and neither is empty."""
+    """The preference in one row. The two continuations differ, and neither is empty. A field that is null is none."""
+    fields = _without_nulls(fields)
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise RowError(f"no field {name!r} (fields: {', '.join(fields) or 'none'})")
@@ -153,7 +163,11 @@ def to_preference(fields: Fields) -> Preference:
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if not any(message["role"] == "assistant" for message in side):
             raise RowError(f"field {name!r}: no assistant message after the common prompt")
-    return Preference(_with_system(prompt, fields), chosen, rejected, read_tools(fields))
+    return Preference(_with_system(prompt, fields), chosen, rejected, read_tools(fields), schema.unused(fields))
+
+
+def _without_nulls(fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def common_length(a: str, b: str) -> int:
@@ -244,7 +258,7 @@ def _holds_hh_turns(fields: Fields) -> bool:
     return chosen.startswith("Human:") and HH_TURN.search("\n\n" + chosen) is not None
 
 
-@_schema(PREFERENCES, "turns in one string (hh-rlhf)", "chosen", "rejected", condition=_holds_hh_turns)
+@_schema(PREFERENCES, "turns in one string (hh-rlhf)", "chosen", "rejected", optional=BESIDE, condition=_holds_hh_turns)
 def _from_hh_turns(fields: Fields) -> tuple[Messages, Messages, Messages]:
     """Whole conversations whose turns start with `\\n\\nHuman:` and `\\n\\nAssistant:`."""
     chosen, rejected = (_hh_turns(fields[name], name) for name in ("chosen", "rejected"))
@@ -256,7 +270,7 @@ def _from_hh_turns(fields: Fields) -> tuple[Messages, Messages, Messages]:
     "lists of messages",
     "chosen",
     "rejected",
-    optional=("prompt",),
+    optional=("prompt", *BESIDE),
     condition=lambda fields: not _strings(fields),
 )
 def _from_message_lists(fields: Fields) -> tuple[Messages, Messages, Messages]:
@@ -276,6 +290,7 @@ def _from_message_lists(fields: Fields) -> tuple[Messages, Messages, Messages]:
     "prompt",
     "chosen",
     "rejected",
+    optional=BESIDE,
     condition=lambda fields: isinstance(fields["prompt"], (str, list)),
 )
 def _from_prompt_and_strings(fields: Fields) -> tuple[Messages, Messages, Messages]:
@@ -300,6 +315,7 @@ def _from_instruction_and_strings(fields: Fields) -> tuple[Messages, Messages, M
     "strings with a common beginning",
     "chosen",
     "rejected",
+    optional=BESIDE,
     condition=lambda fields: fields.get("prompt") is None,
 )
 def _from_common_beginning(fields: Fields) -> tuple[Messages, Messages, Messages]:

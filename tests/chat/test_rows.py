@@ -86,6 +86,13 @@ def test_what_would_be_lost_is_refused(fields: dict[str, Any], message: str) -> 
         to_conversation(fields)
 
 
+def test_fields_that_are_not_used_are_named() -> None:
+    """Behaviour: what no schema reads is listed; a field that is null is none."""
+    assert to_conversation({"messages": [U, A], "id": 1, "text": None, "tools": [], "x": 2}).unused == ["id", "x"]
+    assert to_conversation({"messages": None, "text": "a", "prompt": None}).text == "a"
+    assert to_preference({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "system": "s"}).unused == ["score"]
+
+
 def test_system_beside_a_preference() -> None:
     """Behaviour: it begins the prompt."""
     for row in (
@@ -122,7 +129,8 @@ def test_plain_text() -> None:
         ({"messages": [U, {"role": "assistant", "content": 3}]}, r"messages\[1\] has no text content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content part that is not text"),
         ({"messages": [U | {"weight": -1}]}, "weight -1"),
-        ({"instruction": "q", "output": None}, "field 'output' is not a string"),
+        ({"instruction": "q", "output": None}, r"no schema fits.*\(fields: instruction, output \(null\)\)"),
+        ({"instruction": "q", "output": 1}, "field 'output' is not a string"),
         ({"prompt": "q", "completion": "a", "label": True}, "unpaired"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "llmkit dpo"),
         ({"messages": [U], "tools": "{"}, "field 'tools' is not JSON"),
