@@ -30,6 +30,7 @@ from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 Value = TypeVar("Value")
 Files = Mapping[str, str]
 
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # which Unicode reserves for uses like this
 
 
@@ -105,25 +106,27 @@ def _encode_marked(text: str, files: Files, marker: str) -> Encoded:
     for number, name in enumerate(names):
         for character in (marker, marker.encode("ascii", "backslashreplace").decode()):  # as it is, and as JSON has it
             new[_renamed(number, character)] = name
-    pieces, at, length, control = [], 0, 0, 0
+    pieces, written, at, length = [], [], 0, 0
     borders: list[tuple[int, int, bool]] = []  # in the final text, in `text`, and whether what follows was replaced
     for match in _pattern(tuple(sorted(new, key=len, reverse=True))).finditer(text):
-        control += match[0] in names
+        written += [match[0]] if match[0] in names else []
         for piece, start, replaced in ((text[at : match.start()], at, False), (new[match[0]], match.start(), True)):
             borders.append((length, start, replaced))
             pieces.append(piece)
             length += len(piece)
         at = match.end()
     borders.append((length, at, False))
-    encoding = _copy(files.get("tokenizer.json", ""), names, renaming).encode(
-        "".join(pieces) + text[at:], add_special_tokens=False
-    )
-    if control != sum(map(_control_ids(files).__contains__, encoding.ids)):
+    contents = special_contents(files)
+    copy = _copy(files.get("tokenizer.json", ""), tuple((name, contents[name]) for name in names), renaming)
+    encoding = copy.tokenizer.encode("".join(pieces) + text[at:], add_special_tokens=False)
+    ids = [copy.ids.get(i, i) for i in encoding.ids]
+    controls = set(contents.values()) - copy.text_ids
+    if sum(map(controls.__contains__, ids)) != sum(contents[name] in controls for name in written):
         raise RowError("the tokenizer makes control tokens of plain text")
     final, original, is_replaced = (np.array(column) for column in zip(*borders, strict=True))
     starts = _starts(encoding)
     border = np.searchsorted(final, starts, side="right") - 1
-    return Encoded(list(encoding.ids), original[border] + np.where(is_replaced[border], 0, starts - final[border]))
+    return Encoded(ids, original[border] + np.where(is_replaced[border], 0, starts - final[border]))
 
 
 def _starts(encoding: Any) -> np.ndarray:
@@ -133,14 +136,6 @@ def _starts(encoding: Any) -> np.ndarray:
 def _names(files: Files) -> tuple[str, ...]:
     """The control tokens, long ones first, as the tokenizer prefers them."""
     return tuple(sorted(filter(None, special_contents(files)), key=len, reverse=True))
-
-
-def _control_ids(files: Files) -> set[int]:
-    """The ids of control tokens, without that of unknown text."""
-    contents = special_contents(files)
-    model = orjson.loads(files["tokenizer.json"])["model"]
-    unknown = {contents.get(model.get("unk_token")), model.get("unk_id")}
-    return set(contents.values()) - unknown
 
 
 @lru_cache(maxsize=8)
@@ -173,18 +168,35 @@ def _renamed(number: int, character: str) -> str:
     return f"{character}{number}{character}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A tokenizer with other names for its control tokens, and the ids of those that have another one in it."""
+
+    tokenizer: LoadedTokenizer
+    ids: dict[int, int]
+    text_ids: frozenset[int]  # of control tokens that text may have: of what is unknown, and of bytes
+
+
 @lru_cache(maxsize=2)
-def _copy(tokenizer_json: str, names: tuple[str, ...], character: str) -> LoadedTokenizer:
-    """The tokenizer with other names for its control tokens."""
+def _copy(tokenizer_json: str, controls: tuple[tuple[str, int], ...], character: str) -> _Copy:
     content = orjson.loads(tokenizer_json)
-    new = {name: _renamed(number, character) for number, name in enumerate(names)}
+    new = {name: _renamed(number, character) for number, (name, _) in enumerate(controls)}
     for token in content["added_tokens"]:
         token["content"] = new.get(token["content"], token["content"])
     model = content["model"]
+    # What merges make, and bytes, have to keep their names.
+    made = {
+        "".join(merge) if isinstance(merge, list) else merge.replace(" ", "") for merge in model.get("merges") or ()
+    }
+    kept = made | {name for name, _ in controls if BYTE.fullmatch(name)}
+    moved = {name: other for name, other in new.items() if name not in kept}
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {new.get(name, name): i for name, i in model["vocab"].items()}
+        model["vocab"] = {moved.get(name, name): i for name, i in model["vocab"].items()}
     else:
-        model["vocab"] = [[new.get(piece[0], piece[0]), *piece[1:]] for piece in model["vocab"]]
-    if model.get("unk_token") in new:
-        model["unk_token"] = new[model["unk_token"]]
-    return load(orjson.dumps(content).decode(), "the model: tokenizer.json is not readable", "the file is damaged")
+        model["vocab"] = [[moved.get(piece[0], piece[0]), *piece[1:]] for piece in model["vocab"]]
+    unknown = model.get("unk_token")
+    model |= {"unk_token": moved[unknown]} if unknown in moved else {}
+    tokenizer = load(orjson.dumps(content).decode(), "the model: tokenizer.json is not readable", "the file is damaged")
+    ids = {tokenizer.token_to_id(new[name]): i for name, i in controls}
+    text = {i for name, i in controls if name == unknown or i == model.get("unk_id") or BYTE.fullmatch(name)}
+    return _Copy(tokenizer, {copied: i for copied, i in ids.items() if copied != i}, frozenset(text))

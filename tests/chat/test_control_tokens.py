@@ -17,6 +17,7 @@ from llmkit.chat.prompts import read_prompt
 from llmkit.chat.rows import Conversation
 from llmkit.chat.templates import CHATML
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SPECIAL = ["<unk>", "<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
     "the quick brown fox jumps over the lazy dog",
@@ -166,3 +167,20 @@ def test_empty_answers_are_refused() -> None:
     with pytest.raises(RowError, match="message 2 is an empty answer"):
         encode_conversation(Conversation([MESSAGES[0], empty, *MESSAGES]), files)
     assert encode_conversation(Conversation([MESSAGES[0], empty | {"train": False}, *MESSAGES]), files).trained
+
+
+def test_bytes_and_unknown_text_are_no_control_tokens() -> None:
+    """Behaviour: of a tokenizer like Gemma's, in which bytes are special tokens too, and merges make names."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = [*SPECIAL, *BYTES]
+    trainer: Any = trainers.BpeTrainer(vocab_size=700, special_tokens=special)
+    made.train_from_iterator([*TEXTS, "the <unk> was <0x41>"] * 30, trainer)
+    files = files_of(made)
+    text = "the <unk> was <0x41> and <|im_end|> is é"
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "é <unk>"}]
+    row = encode_chat(messages, files)
+    assert row.tokens.tolist().count(made.token_to_id("<|im_end|>")) == 2
+    assert made.decode(row.tokens.tolist(), skip_special_tokens=False).count("<0x41>") == 1
+    assert text.replace("é", "") in made.decode(row.tokens.tolist(), skip_special_tokens=False)
