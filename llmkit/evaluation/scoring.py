@@ -48,7 +48,9 @@ def score(
         rows = [(list(requests[i][0])[-(limit + 1) :], requests[i][1]) for i in batch]
         width = max(len(tokens) for tokens, _ in rows) - 1
         inputs = torch.tensor([tokens[:-1] + [0] * (width - len(tokens) + 1) for tokens, _ in rows], device=device)
-        hidden_BTD = model.hidden(inputs)
+        starts = torch.arange(width, device=device)
+        ends = torch.tensor([[len(tokens) - 1] for tokens, _ in rows], device=device)
+        hidden_BTD = model.hidden(inputs, positions=torch.where(starts < ends, starts, 0) if model.by_length else None)
         positions = [(row, len(tokens) - 1 - n + k) for row, (tokens, n) in enumerate(rows) for k in range(n)]
         targets = torch.tensor([token for tokens, n in rows for token in tokens[len(tokens) - n :]], device=device)
         logprobs, hits = _target_scores(model, hidden_BTD, positions, targets)

@@ -74,4 +74,5 @@ def write_average(
             sink.seek(0)
             sink.write(final)
         dtype = CONFIG_DTYPES[opened.layout[models[0].config.family.embedding].dtype]
-    save_description(directory, models[0].config.to_hf(dtype), models[0].tokenizer_files, models[0].stop_ids)
+    first = models[0]
+    save_description(directory, first.config.to_hf(dtype), first.tokenizer_files, first.stop_ids, first.generation)

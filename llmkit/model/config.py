@@ -18,7 +18,7 @@ from typing import Any
 
 from llmkit.errors import InputWarning, LlmkitError, UsageError, suggestion
 from llmkit.model.families import ARCHITECTURES
-from llmkit.model.rope import check_scaling, is_positive
+from llmkit.model.rope import KINDS, check_scaling, is_positive
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
 }
+ORIGINAL = "original_max_position_embeddings"
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers in `layer_types`
 # Names of activations in config.json, and the function that each means (model/operations.py).
 ACTIVATIONS = {
@@ -38,6 +39,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
     "xielu": "xielu",
@@ -95,6 +97,12 @@ class ModelConfig:
             value = getattr(self, name)
             if not is_positive(value) or (name == "partial_rotary_factor" and value > 1):
                 raise LlmkitError(f"model configuration: {name} is {value!r}", "it must be a positive number")
+            object.__setattr__(self, name, float(value))
+        if self.partial_rotary_factor != 1 and not family.partial_rotary:
+            raise LlmkitError(
+                f"model configuration: {self.architecture} does not support partial_rotary_factor",
+                "remove it, if the model was trained with whole heads rotated, as in transformers",
+            )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             ids = value if isinstance(value, list) and name == "eos_token_id" else [] if value is None else [value]
@@ -164,7 +172,8 @@ class ModelConfig:
     @property
     def activation(self) -> str:
         """The function between the matrices of feed-forward networks (model/operations.py)."""
-        return ACTIVATIONS[self.hidden_act]
+        name: str | None = self.family.activations.get(self.hidden_act)
+        return name or ACTIVATIONS[self.hidden_act]
 
     def with_vocabulary(self, size: int, **special: Any) -> ModelConfig:
         """The same sizes for a tokenizer of `size` ids; `special` sets bos/eos/pad ids."""
@@ -201,6 +210,9 @@ class ModelConfig:
             del fields["rope_theta"], fields["rope_scaling"]
         activation = {family.renamed.get("hidden_act", ("hidden_act",))[0]: fields.pop("hidden_act")}
         fields = {family.renamed.get(name, (name,))[0]: value for name, value in fields.items()}
+        if self.rope_scaling and self.rope_scaling["rope_type"] == "yarn" and "factor" not in self.rope_scaling:
+            old = self.rope_scaling.get(ORIGINAL) or self.max_position_embeddings
+            fields["rope_scaling"] = self.rope_scaling | {"factor": self.max_position_embeddings / old}
         if "layer_types" in own:
             own["layer_types"] = [
                 FULL if family.window(self, layer) is None else SLIDING for layer in range(self.num_hidden_layers)
@@ -233,6 +245,8 @@ class ModelConfig:
             raise LlmkitError(f"{where}: unknown architecture {kind!r}", hint + _nearest(content))
         if content.get("auto_map"):
             warnings.warn(f"{where}: auto_map is ignored: no code of a model runs", InputWarning, stacklevel=2)
+        if content.get("is_causal") is False:
+            raise LlmkitError(f"{where}: is_causal is false", "models of text in both directions are not supported")
         family = ARCHITECTURES.get(kind)
         fields: dict[str, Any] = {}
         for name in FIELDS:
@@ -262,16 +276,24 @@ class ModelConfig:
                     f"{where}: hidden_size {width!r} is not a multiple of {heads!r} heads", "add head_dim"
                 )
             fields["head_dim"] = width // heads
-        fields["own"] = {name: content.get(name, key.default) for name, key in family.keys.items()}
+        sliding = content.get("use_sliding_window")
+        fields["own"] = {
+            name: content.get(name, key.when_sliding or key.default if sliding else key.default)
+            for name, key in family.keys.items()
+        }
         layers = content.get("layer_types") or []
         if "layer_types" not in family.keys and (
-            content.get("use_sliding_window") or (isinstance(layers, list) and set(map(str, layers)) - {FULL})
+            (content.get("use_sliding_window") and "sliding_window" not in family.keys)
+            or (isinstance(layers, list) and set(map(str, layers)) - {FULL})
         ):
             raise LlmkitError(
-                f"{where}: {kind} has no sliding-window attention",
-                "set use_sliding_window to false if your texts are shorter than the window",
+                f"{where}: {kind} has no layers with a sliding window beside others",
+                "leave out use_sliding_window and layer_types if your texts are shorter than the window",
             )
-        config = cls(architecture=str(kind), **fields)
+        try:
+            config = cls(architecture=str(kind), **fields)
+        except LlmkitError as error:
+            raise LlmkitError(error.message.replace("model configuration", where, 1), error.hint) from None
         for name, key in family.keys.items():  # a list that says what the pattern says is left out
             if key.kind in ("layers", "switches") and config.own[name]:
                 plain = dataclasses.replace(config, own=config.own | {name: None})
@@ -305,6 +327,9 @@ def _rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) -
             raise LlmkitError(
                 f"{where}: rope_theta of the rotary embedding is {base!r}", "it must be a positive number"
             )
+        former = None if len(ropes) > 1 or ORIGINAL in family.keys else content.get(ORIGINAL)
+        if former is not None and ORIGINAL in KINDS[scaling["rope_type"]][1]:  # it is preferred to the nested one
+            scaling = check_scaling(scaling | {ORIGINAL: former}, where, {})
         if rope.get("partial_rotary_factor") is not None:
             fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
         if name == FULL:
@@ -330,7 +355,9 @@ def _nearest(content: dict[str, Any]) -> str:
     """A hint that names the known architecture with the config.json most like `content`: most of its keys are there,
     and few that belong to others."""
     known = {name: ARCHITECTURES.get(name).config_keys() for name in ARCHITECTURES.names()}
-    telling = content.keys() & set[str]().union(*(keys for pair in known.values() for keys in pair))
+    rope = content.get("rope_parameters")
+    keys = content.keys() | (rope.keys() if isinstance(rope, dict) else set())
+    telling = keys & set[str]().union(*(keys for pair in known.values() for keys in pair))
 
     def distance(name: str) -> tuple[int, int, str]:
         always, others = known[name]

@@ -77,6 +77,12 @@ class Decoder(nn.Module):
         return weight
 
     @property
+    def by_length(self) -> bool:
+        """Whether what a layer computes depends on the length of the sequence, not on its own tokens alone."""
+        ropes = (self.config.family.rope(self.config, layer) for layer in range(len(self.layers)))
+        return any(rope is not None and rope.by_length for rope in ropes)
+
+    @property
     def softcap(self) -> float | None:
         """c where logits are c · tanh(head · hidden / c)."""
         softcap: float | None = self.config.family.softcap(self.config)
@@ -115,12 +121,18 @@ class Decoder(nn.Module):
         """Outputs of the final norm [B, T, D], times the family's hidden_scale.
 
         `document_ids` [B, T]: a token attends only to earlier tokens with its own id. `positions` [T] or [B, T]
-        default to the number of preceding tokens. With a `cache`, the ids continue the cached sequence, and the
-        cache is extended in place.
+        default to the number of preceding tokens, in their document where the model depends on it. With a `cache`,
+        the ids continue the cached sequence, and the cache is extended in place.
         """
         config, past = self.config, cache.length if cache is not None else 0
         family, names = config.family, config.family.names
-        if positions is None:
+        kinds = [(family.rope(config, layer), family.window(config, layer)) for layer in range(len(self.layers))]
+        lengths = None  # of the sequences
+        if positions is not None:
+            lengths = positions.amax(-1, keepdim=True) + 1
+        elif document_ids is not None and cache is None and (names.positions or self.by_length):
+            positions, lengths = positions_in_documents(document_ids)
+        else:
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         if cache is not None and document_ids is not None:
             document_ids = cache.with_documents(document_ids)
@@ -138,12 +150,11 @@ class Decoder(nn.Module):
         if names.positions:
             x_BTD = x_BTD + getattr(self.body, names.positions)(positions)
         # Layers of one kind share these; they are made before a layer extends the cache.
-        kinds = [(family.rope(config, layer), family.window(config, layer)) for layer in range(len(self.layers))]
         passes: dict[Any, Pass] = {}
         for rope, window in kinds:
             if (rope, window) not in passes:
                 operations, mask = self.operations.prepare(x_BTD, document_ids, cache, window)
-                rotation = rope.rotation(positions, x_BTD.dtype) if rope else None
+                rotation = rope.rotation(positions, x_BTD.dtype, lengths) if rope else None
                 passes[rope, window] = Pass(
                     operations, rotation, mask, cache, family.residual_scale(config), family.parallel(config)
                 )
@@ -156,3 +167,13 @@ class Decoder(nn.Module):
         """Logits [..., V] of hidden states [..., D]."""
         logits, cap = F.linear(hidden_BTD, self.head_weight), self.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def positions_in_documents(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of preceding tokens in the document of each token, and its length, both [B, T], of ids [B, T]."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    border = document_ids[:, 1:] != document_ids[:, :-1]
+    edge = torch.ones_like(document_ids[:, :1], dtype=torch.bool)
+    first = torch.where(torch.cat([edge, border], 1), index, 0).cummax(1).values
+    last = torch.where(torch.cat([border, edge], 1), index, len(index)).flip(1).cummin(1).values.flip(1)
+    return index - first, last - first + 1

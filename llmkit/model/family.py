@@ -40,7 +40,8 @@ class Key:
     """A key of config.json that only some families have: its default and what values it takes.
 
     A "number" is above 0, an "amount" may be 0. A "fixed" key is one whose other values are not supported. With
-    `omitted` it is written only where it differs from its default.
+    `omitted` it is written only where it differs from its default. `when_sliding` is another default, of a
+    configuration with `use_sliding_window`.
     """
 
     default: Any
@@ -48,6 +49,7 @@ class Key:
         "flag", "number", "amount", "count", "count or null", "number or null", "layers", "switches", "fixed"
     ] = "number"
     omitted: bool = False
+    when_sliding: Any = None
 
     def problem(self, value: Any, layers: int) -> str:
         """What a value must be, if it is not that; "" otherwise."""
@@ -72,7 +74,7 @@ class Key:
 # Sliding windows where config.json may switch them on, from layer `max_window_layers` on.
 OPTIONAL_WINDOW = {
     "use_sliding_window": Key(False, "flag", omitted=True),
-    "sliding_window": Key(None, "count or null", omitted=True),
+    "sliding_window": Key(None, "count or null", omitted=True, when_sliding=4096),
     "max_window_layers": Key(28, "amount", omitted=True),
     "layer_types": Key(None, "layers", omitted=True),
 }
@@ -84,9 +86,10 @@ def no_window(config: ModelConfig, layer: int) -> int | None:
 
 
 def uniform_window(config: ModelConfig, layer: int) -> int | None:
-    """Every layer sees `sliding_window` tokens, if that is set."""
+    """Every layer sees `sliding_window` tokens, if that is set, but those that `layer_types` excepts."""
     window: int | None = config.own["sliding_window"]
-    return window
+    types = config.own.get("layer_types")
+    return None if types and types[layer] == FULL else window
 
 
 def optional_window(config: ModelConfig, layer: int) -> int | None:
@@ -165,14 +168,14 @@ class Family:
 
     `norm` is the one after the last layer. `rope` and `window` give the rotary embedding and the number of tokens
     that a layer sees (itself included; None: all). `rope_kinds` are other names of kinds of scaling; `local_theta` is
-    the default base of sliding layers where they have a rotary embedding of their own. `adjacent_pairs` and
-    `float32_rotation` are those of Rope.
+    the default base of sliding layers where they have a rotary embedding of their own. With `partial_rotary` a
+    configuration may rotate a part of each head. `adjacent_pairs` and `float32_rotation` are those of Rope.
 
     In `parallel`, attention and the network of a layer read the same input (blocks.ResidualBlock).
 
     Multipliers: of the embedding (with `rounded_scale`, rounded to the type of the weights), of what each layer adds,
     and of the final hidden states. `softcap` c gives logits c · tanh(logits / c). `ignored` are endings of names of
-    tensors that directories may hold in addition.
+    tensors that directories may hold in addition. `activations` are names that mean another function here.
     """
 
     hf_class: str
@@ -189,6 +192,7 @@ class Family:
     rope: Callable[[ModelConfig, int], Rope | None] = global_rope
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
     local_theta: float | None = None
+    partial_rotary: bool = False
     adjacent_pairs: bool = False
     float32_rotation: bool = False
     window: Callable[[ModelConfig, int], int | None] = no_window
@@ -199,6 +203,7 @@ class Family:
     hidden_scale: Callable[[ModelConfig], float] = one
     softcap: Callable[[ModelConfig], float | None] = lambda config: None
     ignored: tuple[str, ...] = ()
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rotary(self) -> bool:
@@ -226,7 +231,8 @@ class Family:
         absent |= set() if "head_dim" in self.defaults else {"head_dim"}
         always = {self.renamed.get(name, (name,))[0] for name in COMMON_KEYS if name not in absent}
         always |= {name for name, key in self.keys.items() if not key.omitted}
-        return always, self.keys.keys() - always
+        rotary = {"partial_rotary_factor"} if self.partial_rotary else set()
+        return always, (self.keys.keys() | rotary) - always
 
     def layer_parameters(self, config: ModelConfig, layer: int) -> dict[str, Parameter]:
         """Parameters of one layer by name within it."""
@@ -293,10 +299,16 @@ def linear_weights(config: ModelConfig) -> list[str]:
     return sorted(name for name, parameter in config.family.parameters(config) if parameter.kind == "linear")
 
 
-def missing_prefix(names: Iterable[str], config: ModelConfig) -> str:
-    """What the names of a directory lack if it was saved without its output layer, as the original GPT-2 was."""
-    body = f"{config.family.names.body}."
-    return "" if any(name.startswith(body) for name in names) else body
+def model_names(stored: Iterable[str], config: ModelConfig) -> dict[str, str]:
+    """The decoder's name of each tensor in a directory, which may lack the prefix of the body, as the original GPT-2
+    does, or hold the weights of a tied model under the name of the output layer only."""
+    family: Family = config.family
+    names, body = list(stored), f"{family.names.body}."
+    prefix = "" if any(name.startswith(body) for name in names) else body
+    found = {name: name if name == family.head else prefix + name for name in names}
+    if config.tie_word_embeddings and family.head in found and family.embedding not in found.values():
+        found[family.head] = family.embedding
+    return found
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:

@@ -56,14 +56,10 @@ def generate(
     generators = [torch.Generator().manual_seed(seed & (1 << 63) - 1) for seed in seeds] if temperature else []
     stops = set(stop_ids)
 
-    width = max(map(len, prompts))
-    padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    ids_BT = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    positions_BT = (torch.arange(width, device=device) - padding[:, None]).clamp(min=0)
-    padded = bool(padding.any())
-    documents_BT = torch.where(torch.arange(width, device=device) < padding[:, None], PADDING, 0) if padded else None
-    cache = KeyValueCache(model.config.num_hidden_layers, min(limit, width + max_new_tokens))
     rows = list(range(len(prompts)))  # the prompt of each row in the batch
+    ids_BT, positions_BT, documents_BT = _padded(prompts, device)
+    cache = KeyValueCache(model.config.num_hidden_layers, min(limit, ids_BT.shape[1] + max_new_tokens))
+    ropes = {model.config.family.rope(model.config, layer) for layer in range(model.config.num_hidden_layers)}
     while rows:
         hidden_BTD = model.hidden(ids_BT, document_ids=documents_BT, positions=positions_BT, cache=cache)
         logits_BV = model.logits(hidden_BTD[:, -1]).float()
@@ -85,14 +81,30 @@ def generate(
             full = len(results[row]) >= max_new_tokens or len(prompts[row]) + len(results[row]) >= limit
             if not full and not (ended and ended(results[row])):
                 unfinished.append(i)
+        lengths = [len(prompts[rows[i]]) + len(results[rows[i]]) for i in unfinished]
+        if any(rope and rope.changes_at(length) for rope in ropes for length in lengths):  # of cached keys too
+            rows = [rows[i] for i in unfinished]
+            ids_BT, positions_BT, documents_BT = _padded([[*prompts[row], *results[row]] for row in rows], device)
+            cache = KeyValueCache(model.config.num_hidden_layers, min(limit, ids_BT.shape[1] + max_new_tokens))
+            continue
         remaining = torch.tensor(unfinished, dtype=torch.int64, device=device)
         if len(unfinished) < len(rows):
             cache.keep_rows(remaining)
             rows = [rows[i] for i in unfinished]
         ids_BT = chosen_B[remaining, None]
         positions_BT = positions_BT[remaining, -1:] + 1
-        documents_BT = torch.zeros_like(ids_BT) if padded else None
+        documents_BT = None if documents_BT is None else torch.zeros_like(ids_BT)
     return results
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Ids, positions and, if there is padding, document ids, all [B, T], of sequences that end together."""
+    width = max(map(len, sequences))
+    padding_B1 = torch.tensor([[width - len(sequence)] for sequence in sequences], device=device)
+    ids_BT = torch.tensor([[0] * (width - len(sequence)) + list(sequence) for sequence in sequences], device=device)
+    index = torch.arange(width, device=device)
+    documents_BT = torch.where(index < padding_B1, PADDING, 0) if padding_B1.any() else None
+    return ids_BT, (index - padding_B1).clamp(min=0), documents_BT
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, draws_B: Tensor) -> Tensor:

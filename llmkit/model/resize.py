@@ -82,7 +82,6 @@ def write_resized(
 
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
     write_safetensors(directory / WEIGHTS, layout, tensor, metadata)
-    save_description(
-        directory, config.to_hf(DTYPE_NAMES[layout[config.family.embedding][0]]), tokenizer_files, info.stop_ids
-    )
+    dtype = DTYPE_NAMES[layout[config.family.embedding][0]]
+    save_description(directory, config.to_hf(dtype), tokenizer_files, info.stop_ids, info.generation)
     return rows

@@ -65,12 +65,31 @@ class Rope:
     adjacent: bool = False
     float32: bool = False
 
-    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
-        """Angles at `positions` [T] or [B, T]."""
+    @property
+    def by_length(self) -> bool:
+        """Whether the angles depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
+
+    def changes_at(self, length: int) -> bool:
+        """Whether a sequence that grows to this length has other angles from its beginning, as in transformers: of
+        cached keys too."""
+        return self.kind == "longrope" and length - 1 <= self._original() < length
+
+    def rotation(self, positions: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> Rotation:
+        """Angles at `positions` [T] or [B, T]. `lengths`, of the sequence that each token is in, can be broadcast to
+        the positions; by default all are in one that ends with the last."""
         import torch
 
-        length = int(positions.max()) + 1 if self.kind in ("dynamic", "longrope") and positions.numel() else 0
-        frequencies, factor = self.frequencies(length)
+        if self.by_length and positions.numel():
+            lengths = positions.max() + 1 if lengths is None else lengths
+            fewest = self.longest if self.kind == "dynamic" else math.floor(self._original())
+            distinct, which = lengths.clamp(fewest, None if self.kind == "dynamic" else fewest + 1).unique(
+                return_inverse=True
+            )
+            tables = [self.frequencies(length) for length in distinct.tolist()]
+            frequencies, factor = torch.stack([table for table, _ in tables])[which.cpu()], tables[0][1]
+        else:
+            frequencies, factor = self.frequencies()
         angles = positions.float()[..., None] * frequencies.to(positions.device)
         angles = torch.cat([angles, angles], -1)
         dtype = torch.float32 if self.float32 else dtype
@@ -147,11 +166,11 @@ def check_scaling(rope: Any, where: str, renamed: Mapping[str, str]) -> dict[str
     found: dict[str, Any] = {}
     for name in (*required, *optional):
         value = rope.get(name)
-        if value is None and name in optional:
+        if name in optional and (value is None or (value == 0 and name.startswith("mscale"))):
             continue
         if value is None or not is_positive(value):
             raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "it must be a positive number")
-        found[name] = float(value)
+        found[name] = value if isinstance(value, int) and name.startswith("original") else float(value)
     for name in LISTS.get(kind, ()):
         values = rope.get(name)
         if not isinstance(values, list) or not values or not all(map(is_positive, values)):

@@ -96,6 +96,7 @@ class Prepared:
     inputs: Callable[[], list[Input]]  # computes their digests, which takes a while
     tokenizer_files: Mapping[str, str]
     stop_ids: list[int]
+    generation: Mapping[str, Any]  # other settings of the model that it starts from
     create_model: Callable[[], Decoder]
     objective: Objective = next_token
     metric_names: tuple[str, ...] = ()
@@ -156,6 +157,7 @@ def run_training(
             metric_names=p.metric_names,
             tokenizer_files=p.tokenizer_files,
             stop_ids=p.stop_ids,
+            generation=p.generation,
             heldout=p.heldout,
             optimizer_from=p.optimizer_from,
             rope_theta=p.rope_theta,

@@ -195,6 +195,7 @@ class Session:
         metric_names: tuple[str, ...] = (),
         tokenizer_files: Mapping[str, str],
         stop_ids: list[int] | None = None,
+        generation: Mapping[str, Any] | None = None,
         heldout: Source | None = None,
         optimizer_from: Path | None = None,
         rope_theta: Callable[[int], float] | None = None,
@@ -233,7 +234,8 @@ class Session:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
             trained_config = config_at(max(0, step - 1))
-            save_model(directory, weights, trained_config, tokenizer_files, record.to_json(), torch.float32, stop_ids)
+            description = (tokenizer_files, record.to_json(), torch.float32, stop_ids, generation)
+            save_model(directory, weights, trained_config, *description)
 
         def initial() -> tuple[Tensors, Tensors]:
             assert self._create_model is not None

@@ -25,6 +25,7 @@ from llmkit.model.pretrained.checkpoint import (
     save_model,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
+from llmkit.model.pretrained.streamed import StreamedWeights
 
 
 @pytest.fixture
@@ -283,3 +284,65 @@ def test_type_and_device_by_name(model: Path) -> None:
         with pytest.raises(LlmkitError, match=message) as caught:
             load_for_inference(model, dtype, device)
         assert caught.value.hint
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "starcoder2"])
+def test_output_layers_of_tied_models(family: str, tmp_path: Path) -> None:
+    """Parity with transformers: one that differs from the embedding is used; one that is all there is, is both."""
+    from open_models import model_directory
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    model_directory(tmp_path, family, None, {"tie_word_embeddings": True})
+    config = load_info(tmp_path).config
+    assert config.tie_word_embeddings
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights[config.family.embedding]
+    ids = torch.arange(3, 60)[None]
+
+    def agree() -> bool:
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+        return bool((load_model(tmp_path)[0](ids) - theirs(ids).logits).abs().max() < 1e-4)
+
+    save_file(weights | {config.family.head: embedding.clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_info(tmp_path).config.tie_word_embeddings and agree()
+    own = embedding.flip(0).contiguous()
+    save_file(weights | {config.family.head: own}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert not load_info(tmp_path).config.tie_word_embeddings and agree()
+    alone = {name: value for name, value in weights.items() if name != config.family.embedding}
+    save_file(alone | {config.family.head: embedding}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_info(tmp_path).config.tie_word_embeddings and agree()
+    with StreamedWeights(load_info(tmp_path)) as streamed:
+        assert config.family.embedding in streamed.layout
+
+
+def test_names_without_prefix_beside_an_output_layer(tmp_path: Path) -> None:
+    """Behaviour: the prefix of the body is added, but not to the output layer."""
+    from open_models import model_directory
+    from safetensors.torch import load_file, save_file
+
+    model_directory(tmp_path, "llama", None, {"tie_word_embeddings": False})
+    before = load_model(tmp_path)[0].state_dict()
+    weights = {name.removeprefix("model."): value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert all(torch.equal(value, before[name]) for name, value in load_model(tmp_path)[0].state_dict().items())
+
+
+def test_settings_for_generation_are_kept(tmp_path: Path) -> None:
+    """Behaviour: what else a generation_config.json says is written again; ids that are none are an error."""
+    from open_models import model_directory
+
+    (tmp_path / "out").mkdir()
+    model_directory(tmp_path / "in", "llama")
+    settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": [0, 5], "odd": float("nan")}
+    (tmp_path / "in" / "generation_config.json").write_text(json.dumps(settings))
+    model, info = load_model(tmp_path / "in")
+    assert info.stop_ids == [0, 5]
+    save_model(tmp_path / "out", model.state_dict(), info.config, {}, stop_ids=[7], generation=info.generation)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": 7, "bos_token_id": 1}
+    for ids in ("x", 2.5, -5, True, {}, [0, None], 1 << 70):
+        (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        with pytest.raises(LlmkitError, match=r"generation_config\.json: eos_token_id is "):
+            load_info(tmp_path / "in")

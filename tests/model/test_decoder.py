@@ -231,7 +231,7 @@ def test_unknown_preset(name: str, message: str) -> None:
             "short_factor has 1",
         ),
         ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
-        ({"model_type": "llama", "use_sliding_window": True}, "sliding-window attention"),
+        ({"model_type": "llama", "use_sliding_window": True}, "no layers with a sliding window"),
         ({"num_key_value_heads": 4}, "key-value heads"),
         ({"hidden_size": -1}, "hidden_size is -1"),
         ({"hidden_size": "48"}, "hidden_size is '48'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from open_models import BASE, MODELS, UNGROUPED, model_directory, transformers_model
+from open_models import (
+    BASE,
+    FULL,
+    MODELS,
+    SLIDING,
+    UNGROUPED,
+    WINDOW,
+    long,
+    model_directory,
+    rope,
+    transformers_model,
+    yarn,
+)
 from safetensors.torch import load_file, save_file
 
 from llmkit.errors import LlmkitError
@@ -20,7 +33,7 @@ from llmkit.model.families import ARCHITECTURES
 from llmkit.model.fused import Fused
 from llmkit.model.generate import generate
 from llmkit.model.operations import PLAIN
-from llmkit.model.pretrained.checkpoint import load_model, save_model
+from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
 from llmkit.model.rope import KINDS
 
 IDS_BT = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
@@ -177,9 +190,79 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     different = {
         name for name in ("head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "local_rope", "partial_rotary_factor", "hidden_act",
                           "tie_word_embeddings", "attention_bias", "mlp_bias", "initializer_range", "intermediate_size", "own")
-        if getattr(found, name) != getattr(wanted, name)
+        if meaning(found, name) != meaning(wanted, name)
     }  # fmt: skip
     assert not different or (family in UNGROUPED and different == {"head_dim"})
+
+
+def meaning(config: ModelConfig, name: str) -> Any:
+    """A field; windows that are switched off have no size."""
+    value = getattr(config, name)
+    return value | {"sliding_window": None} if name == "own" and value.get("use_sliding_window") is False else value
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_defaults_of_sizes_are_those_of_transformers(family: str) -> None:
+    """Parity with transformers: what is left out of the sizes, and windows that are switched on without a size."""
+    from transformers import AutoConfig
+
+    names = dict.fromkeys(("vocab_size", "intermediate_size"), 97) | {"hidden_size": 64, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = names | {"num_attention_heads": 32}
+    if family == "gpt2":
+        sizes = {"vocab_size": 97, "n_embd": 64, "n_layer": 4, "n_head": 32}
+    for more in ({}, {"use_sliding_window": True, "max_window_layers": 2} if family.startswith("qwen") else {}):
+        whole = AutoConfig.for_model(family, **sizes, **more).to_dict()
+        found, wanted = (ModelConfig.from_hf({"model_type": family} | content) for content in (sizes | more, whole))
+        for name in ("max_position_embeddings", "num_key_value_heads", "own"):
+            assert meaning(found, name) == meaning(wanted, name), name
+
+
+# What a configuration says beside its sizes; with `refused`, transformers ignores it, and it is an error here.
+BESIDE_SIZES: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", rope("yarn", factor=8.0) | {"original_max_position_embeddings": 16}, ""),
+    ("llama", yarn() | {"original_max_position_embeddings": 16}, ""),
+    ("qwen2", long(4, factor=4.0, original_max_position_embeddings=64) | {"original_max_position_embeddings": 16}, ""),
+    ("llama", rope("yarn", factor=None, original_max_position_embeddings=32), ""),
+    ("llama", yarn(mscale=0), ""),
+    ("llama", {"hidden_act": "gelu_fast"}, ""),
+    ("gemma", {"hidden_act": "relu"}, ""),
+    ("gemma", {"hidden_act": "gelu"}, ""),
+    ("cohere2", WINDOW | {"sliding_window_pattern": 2}, ""),
+    ("cohere2", WINDOW | {"sliding_window_pattern": 3}, ""),
+    ("smollm3", WINDOW | {"use_sliding_window": True}, ""),
+    ("smollm3", WINDOW | {"use_sliding_window": True, "max_window_layers": 0, "no_rope_layers": [0, 1, 1, 0]}, ""),
+    ("mistral", WINDOW | {"layer_types": [FULL] * 4}, ""),
+    ("mistral", WINDOW | {"layer_types": [FULL, SLIDING, FULL, SLIDING]}, ""),
+    ("llama", {"partial_rotary_factor": 0.5}, "does not support partial_rotary_factor"),
+    ("gemma2", {"partial_rotary_factor": 0.5}, "does not support partial_rotary_factor"),
+    ("qwen3", {"is_causal": False}, "is_causal is false"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", range(len(BESIDE_SIZES)))
+def test_keys_mean_what_they_mean_in_transformers(number: int, tmp_path: Path) -> None:
+    """Parity with transformers: logits, before and after the configuration is written again; or the key is refused."""
+    from transformers import AutoModelForCausalLM
+
+    family, changes, refused = BESIDE_SIZES[number]
+    model_directory(tmp_path / "a", family)
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    for name in ("layer_types", "rope_parameters") if refused == "" and family != "llama" else ("layer_types",):
+        content.pop(name, None)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(content | changes))
+    if refused:
+        with pytest.raises(LlmkitError, match=rf"config.json.*{refused}"):
+            load_model(tmp_path / "a")
+        return
+    ours, info = load_model(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    save_model(tmp_path / "b", ours.state_dict(), info.config, {})
+    for directory in ("a", "b"):
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path / directory, dtype=torch.float32, attn_implementation="eager"
+        )
+        assert (ours(IDS_BT) - theirs(IDS_BT).logits).abs().max() < 2e-5
 
 
 def test_old_names_of_scalings() -> None:
@@ -242,3 +325,30 @@ def test_values_that_do_not_fit() -> None:
         with pytest.raises(LlmkitError) as error:
             ModelConfig.from_hf(content | changes)
         assert named in error.value.message and error.value.hint
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in MODELS if family != "gpt2"])
+def test_quantised_models_open_in_transformers(family: str, tmp_path: Path) -> None:
+    """Parity with transformers: its logits of our directory are those of our own dequantisation, and no weight is
+    missing there."""
+    from transformers import AutoModelForCausalLM
+
+    from llmkit.quantization.formats.compressed_tensors import fit_model, write_quantized
+    from llmkit.quantization.methods import METHODS
+
+    info = load_info(model_directory(tmp_path / "a", family))
+    (tmp_path / "b").mkdir()
+    write_quantized(info, fit_model(info, METHODS["int8"]), tmp_path / "b")
+    options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "b", **options)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert (load_model(tmp_path / "b")[0](IDS_BT) - theirs(IDS_BT).logits).abs().max() < 1e-4
+    assert (load_model(tmp_path / "b")[0](IDS_BT) - load_model(tmp_path / "a")[0](IDS_BT)).abs().max() > 0
+
+
+def test_quantised_gpt2_is_for_llmkit_only(tmp_path: Path, llmkit_here: Callable[..., Any]) -> None:
+    """Behaviour: transformers quantises none of its layers, and would open it with random weights: a warning says so."""
+    model_directory(tmp_path / "a", "gpt2")
+    done = llmkit_here("quantize", "a", "-o", "b", "-q", cwd=tmp_path)
+    assert done.returncode == 0 and b"transformers does not open a quantised gpt2" in done.stderr

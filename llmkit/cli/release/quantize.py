@@ -59,6 +59,9 @@ def main(
     if run.up_to_date([str(info.path)]):
         return
     method = compressed_tensors.fit_model(info, METHODS[to], group_size)
+    if any(getattr(part, "transposed", False) for part in info.config.family.block.parts(info.config, 0).values()):
+        kind = info.config.architecture
+        run.warn(f"transformers does not open a quantised {kind}, whose layers it does not quantise")
     if run.dry_run:
         run.note(f"would store {info.config.parameters():,} weights with {method}")
         return

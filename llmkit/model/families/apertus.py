@@ -26,7 +26,13 @@ ARCHITECTURES.register("apertus")(
             partial(MLPSpec.from_config, gated=False),
             norms=("attention_layernorm", "", "feedforward_layernorm", ""),
         ),
-        defaults={"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 1.2e7, "rope_scaling": ROPE},
+        defaults={
+            "max_position_embeddings": 65_536,
+            "hidden_act": "xielu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1.2e7,
+            "rope_scaling": ROPE,
+        },
         unsupported=("mlp_bias",),
     )
 )

@@ -13,22 +13,27 @@ from llmkit.model.family import Family, Key, global_rope, patterned_window
 from llmkit.model.rope import Rope
 
 NORM = partial(LayerNormSpec.from_config, bias=False)
-WINDOW = patterned_window(4)
+
+
+def window(config: ModelConfig, layer: int) -> int | None:
+    """Sliding layers are those of `layer_types`, or all but every `sliding_window_pattern`-th."""
+    return patterned_window(config.own["sliding_window_pattern"])(config, layer)
 
 
 def rope(config: ModelConfig, layer: int) -> Rope | None:
     """Of sliding layers only."""
-    return None if WINDOW(config, layer) is None else global_rope(config, layer)
+    return None if window(config, layer) is None else global_rope(config, layer)
 
 
 ARCHITECTURES.register("cohere2")(
     Family(
         "Cohere2ForCausalLM",
         ResidualBlock(norm=NORM, norms=("input_layernorm", "", "", "")),
-        defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+        defaults={"max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
         keys={
             "logit_scale": Key(0.0625),
             "sliding_window": Key(4096, "count"),
+            "sliding_window_pattern": Key(4, "count", omitted=True),
             "layer_types": Key(None, "layers"),
         },
         renamed={"rms_norm_eps": ("layer_norm_eps",)},
@@ -37,7 +42,7 @@ ARCHITECTURES.register("cohere2")(
         rope=rope,
         adjacent_pairs=True,
         float32_rotation=True,
-        window=WINDOW,
+        window=window,
         parallel=lambda config: True,
         hidden_scale=lambda config: config.own["logit_scale"],
     )

@@ -25,7 +25,14 @@ ARCHITECTURES.register("ernie4_5")(
     Family(
         "Ernie4_5ForCausalLM",
         ResidualBlock(attention, mlp),
-        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": True,
+        },
         keys={"use_bias": Key(False, "flag")},
         unsupported=("attention_bias", "mlp_bias"),
         adjacent_pairs=True,

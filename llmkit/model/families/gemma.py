@@ -24,10 +24,15 @@ ARCHITECTURES.register("gemma")(
     Family(
         "GemmaForCausalLM",
         ResidualBlock(norm=NORM),
-        # `hidden_act` of old directories says "gelu", which has always meant the tanh approximation here.
-        defaults={"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        defaults={
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 16,
+        },
         keys={"use_bidirectional_attention": Key(None, "fixed", omitted=True)},
-        renamed={"hidden_act": ("hidden_activation",)},
+        activations={"gelu": "gelu_tanh"},  # what old directories say, and mean
         unsupported=("mlp_bias",),
         norm=NORM,
         embedding_scale=embedding_scale,

@@ -30,7 +30,13 @@ ARCHITECTURES.register("gemma2")(
     Family(
         "Gemma2ForCausalLM",
         ResidualBlock(attention, norm=NORM, norms=NORMS),
-        defaults={"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        defaults={
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+        },
         keys={
             "query_pre_attn_scalar": Key(256, "number"),
             "sliding_window": Key(4096, "count or null"),

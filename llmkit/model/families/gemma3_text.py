@@ -28,6 +28,8 @@ ARCHITECTURES.register("gemma3_text")(
         "Gemma3ForCausalLM",
         ResidualBlock(attention, norm=NORM, norms=NORMS),
         defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 4,
             "head_dim": 256,
             "hidden_act": "gelu_pytorch_tanh",
             "tie_word_embeddings": True,

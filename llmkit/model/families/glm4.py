@@ -23,8 +23,16 @@ ARCHITECTURES.register("glm4")(
                 "post_mlp_layernorm",
             ),
         ),
-        defaults={"head_dim": 128, "rms_norm_eps": 1.5625e-7, "partial_rotary_factor": 0.5, "attention_bias": True},
+        defaults={
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-7,
+            "partial_rotary_factor": 0.5,
+            "attention_bias": True,
+        },
         unsupported=("mlp_bias",),
+        partial_rotary=True,
         adjacent_pairs=True,
     )
 )

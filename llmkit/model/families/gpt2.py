@@ -42,6 +42,7 @@ ARCHITECTURES.register("gpt2")(
             names=("attn", "mlp"),
         ),
         defaults={
+            "max_position_embeddings": 1024,
             "hidden_act": "gelu_new",
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": True,

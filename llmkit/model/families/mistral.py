@@ -10,7 +10,8 @@ ARCHITECTURES.register("mistral")(
     Family(
         "MistralForCausalLM",
         ResidualBlock(),
-        keys={"sliding_window": Key(4096, "count or null")},
+        defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8},
+        keys={"sliding_window": Key(4096, "count or null"), "layer_types": Key(None, "layers", omitted=True)},
         unsupported=("attention_bias", "mlp_bias"),
         window=uniform_window,
         preset=lambda sizes: {"sliding_window": None},

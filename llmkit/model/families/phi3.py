@@ -16,7 +16,7 @@ ARCHITECTURES.register("phi3")(
         ResidualBlock(
             partial(AttentionSpec.from_config, qkv="joined"), partial(MLPSpec.from_config, joined="gate_up_proj")
         ),
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         keys={
             "sliding_window": Key(None, "count or null"),
             "original_max_position_embeddings": Key(4096, "count"),
@@ -25,6 +25,7 @@ ARCHITECTURES.register("phi3")(
         },
         unsupported=("attention_bias", "mlp_bias"),
         preset=lambda sizes: {"original_max_position_embeddings": sizes["max_position_embeddings"]},
+        partial_rotary=True,
         rope_kinds={"su": "longrope", "yarn": "longrope"},
         window=uniform_window,
     )

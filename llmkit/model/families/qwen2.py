@@ -12,6 +12,7 @@ ARCHITECTURES.register("qwen2")(
     Family(
         "Qwen2ForCausalLM",
         ResidualBlock(partial(AttentionSpec.from_config, bias=True)),
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32},
         keys=OPTIONAL_WINDOW,
         unsupported=("attention_bias", "mlp_bias"),
         window=optional_window,

@@ -12,7 +12,7 @@ ARCHITECTURES.register("qwen3")(
     Family(
         "Qwen3ForCausalLM",
         ResidualBlock(partial(AttentionSpec.from_config, qk_norm="head")),
-        defaults={"head_dim": 128},
+        defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
         keys=OPTIONAL_WINDOW,
         unsupported=("mlp_bias",),
         window=optional_window,

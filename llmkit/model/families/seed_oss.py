@@ -17,7 +17,12 @@ ARCHITECTURES.register("seed_oss")(
     Family(
         "SeedOssForCausalLM",
         ResidualBlock(attention),
-        defaults={"head_dim": 128, "attention_bias": True},
+        defaults={
+            "max_position_embeddings": 524_288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+        },
         keys={
             "attention_out_bias": Key(False, "flag"),
             "attention_dropout": Key(0.1, "amount"),

@@ -20,6 +20,8 @@ ARCHITECTURES.register("starcoder2")(
         "Starcoder2ForCausalLM",
         ResidualBlock(attention, mlp, LayerNormSpec.from_config),
         defaults={
+            "max_position_embeddings": 4096,
+            "num_key_value_heads": 2,
             "hidden_act": "gelu_pytorch_tanh",
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,10 +136,12 @@ def save_model(
     lineage_json: str | None = None,
     dtype: torch.dtype | None = None,
     stop_ids: list[int] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model into `directory` (it exists; the caller makes it atomic). `dtype=None` keeps the tensors' types.
 
     `stop_ids` are written to generation_config.json; by default they are the configuration's eos_token_id.
+    `generation` are other settings for it.
     """
     tied = config.tie_word_embeddings and config.family.head
     tensors = {name: value for name, value in state_dict.items() if name != tied}
@@ -146,4 +149,4 @@ def save_model(
     metadata = {"format": "pt"} | ({"llmkit": lineage_json} if lineage_json else {})
     write_safetensors(directory / WEIGHTS, layout, lambda name: tensors[name].to(layout[name][0]), metadata)
     stored = dtype or next(iter(layout_of(tensors).values()))[0]
-    save_description(directory, config.to_hf(DTYPE_NAMES[stored]), tokenizer_files, stop_ids)
+    save_description(directory, config.to_hf(DTYPE_NAMES[stored]), tokenizer_files, stop_ids, generation)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import member, resolve_model
 from llmkit.model.config import ModelConfig, read_json
+from llmkit.model.family import model_names
+from llmkit.model.pretrained.header import SIZES, read_header
 from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 
@@ -24,6 +26,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 << 20
+CHUNK = 1 << 20  # bytes that are compared at once
 
 
 @dataclass(slots=True)
@@ -35,6 +38,7 @@ class LoadedModel:
     tokenizer_files: dict[str, str] = field(default_factory=dict)
     stop_ids: list[int] = field(default_factory=list)  # ids that end generation
     quantization: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)  # the content of generation_config.json
 
 
 def load_info(path: str | Path) -> LoadedModel:
@@ -42,14 +46,47 @@ def load_info(path: str | Path) -> LoadedModel:
     directory = resolve_model(path)
     content = read_json(member(directory, "config.json"))
     config = ModelConfig.from_hf(content, str(directory / "config.json"))
-    files = read_tokenizer_files(directory)
-    stop = config.eos_token_id
-    if (generation := member(directory, "generation_config.json")).is_file():
-        stop = read_json(generation).get("eos_token_id", stop)
-    stop_ids = stop if isinstance(stop, list) else [stop]
-    return LoadedModel(
-        directory, config, files, [i for i in stop_ids if isinstance(i, int)], content.get("quantization_config")
-    )
+    quantization = content.get("quantization_config")
+    if config.tie_word_embeddings and quantization is None and _has_own_head(directory, config):
+        config = replace(config, tie_word_embeddings=False)  # as transformers takes it
+    generation: dict[str, Any] = {}
+    if (file := member(directory, "generation_config.json")).is_file():
+        generation = read_json(file)
+    stop_ids = token_ids(generation.get("eos_token_id", config.eos_token_id), f"{file}: eos_token_id")
+    return LoadedModel(directory, config, read_tokenizer_files(directory), stop_ids, quantization, generation)
+
+
+def token_ids(value: Any, name: str) -> list[int]:
+    """One token id, several or none; LlmkitError for anything else, which is called `name`."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and 0 <= item < 1 << 31 for item in ids):
+        raise LlmkitError(f"{name} is {value!r:.60}", "it must be a token id or a list of them")
+    return ids
+
+
+def _has_own_head(directory: Path, config: ModelConfig) -> bool:
+    """Whether the weights of a tied model hold an output layer that differs from the embedding."""
+    if not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
+        return False
+    headers = {file: read_header(file) for file in weight_files(directory)}
+    names = model_names((name for header in headers.values() for name in header), config)
+    family = config.family
+    found = {names[name]: (file, entry) for file, header in headers.items() for name, entry in header.items()}
+    if family.head not in found or family.embedding not in found:
+        return False
+    (first, one), (second, other) = found[family.head], found[family.embedding]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return True
+    with open(first, "rb") as head, open(second, "rb") as embedding:
+        head.seek(one.offset)
+        embedding.seek(other.offset)
+        left = one.count * SIZES[one.dtype]
+        while left > 0:
+            size = min(left, CHUNK)
+            if head.read(size) != embedding.read(size):
+                return True
+            left -= size
+    return False
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -123,21 +160,37 @@ def check_vocabulary(tokenizer: LoadedTokenizer, vocab_size: int, where: str | P
 
 
 def save_description(
-    directory: Path, config_json: dict[str, Any], tokenizer_files: Mapping[str, str], stop_ids: list[int] | None = None
+    directory: Path,
+    config_json: dict[str, Any],
+    tokenizer_files: Mapping[str, str],
+    stop_ids: list[int] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write everything in a model directory except the weights."""
+    """Write everything in a model directory except the weights.
+
+    `generation` is the content of another generation_config.json, whose settings are kept.
+    """
     vocabulary = config_json["vocab_size"]
     if "tokenizer.json" in tokenizer_files:
         check_vocabulary(load_tokenizer(tokenizer_files, directory), vocabulary, directory)
     eos = stop_ids or config_json.get("eos_token_id")
-    generation = {"eos_token_id": eos[0] if isinstance(eos, list) and len(eos) == 1 else eos}
-    generation |= {name: config_json.get(name) for name in ("bos_token_id", "pad_token_id")}
+    own = {"eos_token_id": eos[0] if isinstance(eos, list) and len(eos) == 1 else eos}
+    own |= {name: config_json.get(name) for name in ("bos_token_id", "pad_token_id")}
+    settings = dict(generation or {}) | {name: value for name, value in own.items() if value is not None}
     write_json(directory / "config.json", config_json)
     write_json(
-        directory / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
+        directory / "generation_config.json", {name: value for name, value in settings.items() if _is_kept(value)}
     )
     for name, text in with_template_in_both_places(tokenizer_files).items():
         (directory / name).write_text(text, encoding="utf-8")
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a setting is one, and JSON: Python reads NaN and Infinity too."""
+    try:
+        return value is not None and bool(json.dumps(value, allow_nan=False))
+    except ValueError:
+        return False
 
 
 def with_template_in_both_places(files: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ import xxhash
 
 from llmkit.errors import LlmkitError
 from llmkit.io.digest import digest_text
-from llmkit.model.family import missing_prefix
+from llmkit.model.family import model_names
 from llmkit.model.pretrained.directory import LoadedModel, weight_files
 from llmkit.model.pretrained.header import SIZES, Stored, read_header
 
@@ -90,9 +90,9 @@ class StreamedWeights:
             self.layout = {name: Stored(NAMES[kind], shape) for name, (kind, shape) in self._quantized.layout.items()}
             return
         headers = {path: read_header(path) for path in weight_files(info.path)}
-        prefix = missing_prefix((name for header in headers.values() for name in header), info.config)
+        names = model_names((name for header in headers.values() for name in header), info.config)
         for path, header in headers.items():
-            tensors = {prefix + name: entry for name, entry in header.items()}
+            tensors = {names[name]: entry for name, entry in header.items()}
             self._files.append(_File(path, digesting))
             self.layout |= tensors
             self._file_of |= dict.fromkeys(tensors, self._files[-1])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
-from llmkit.model.family import missing_prefix
+from llmkit.model.family import model_names
 from llmkit.model.pretrained.directory import LoadedModel, weight_files
 from llmkit.model.pretrained.header import Stored, read_header
 from llmkit.model.pretrained.safetensors import DTYPES
@@ -47,10 +47,11 @@ class Weights(Mapping[str, Tensor]):
         self._headers: dict[Path, dict[str, Stored]] = {}
         self._opened: tuple[Path, Any] | None = None  # the last file that was read, and its stream
         self._headers = {file: read_header(file) for file in weight_files(directory)}
-        self._prefix = missing_prefix((name for header in self._headers.values() for name in header), info.config)
+        names = model_names((name for header in self._headers.values() for name in header), info.config)
+        self._name_in_file = {name: stored for stored, name in names.items()}
         for file, header in self._headers.items():
-            for name, entry in header.items():
-                name = self._prefix + name
+            for stored, entry in header.items():
+                name = names[stored]
                 self._stored[name], self._files[name] = (DTYPES[entry.dtype], entry.shape), file
             self.stored_bytes += file.stat().st_size
         if info.quantization is None:
@@ -79,7 +80,7 @@ class Weights(Mapping[str, Tensor]):
 
     def _read(self, name: str) -> Tensor:
         file = self._files[name]
-        entry = self._headers[file][name.removeprefix(self._prefix)]
+        entry = self._headers[file][self._name_in_file[name]]
         try:
             if self._opened is None or self._opened[0] != file:
                 self._opened = (file, open(file, "rb", buffering=0))

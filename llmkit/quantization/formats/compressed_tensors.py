@@ -113,13 +113,14 @@ def write_quantized(
         config | {"quantization_config": quantization_config(method, info.config.family.names.head)},
         info.tokenizer_files,
         info.stop_ids,
+        info.generation,
     )
     return report
 
 
 def quantization_config(method: QuantizationMethod, head: str) -> dict[str, Any]:
-    """`quantization_config` of config.json, for a model whose output layer is called `head`. Without
-    `sparsity_config`, which vLLM rejects."""
+    """`quantization_config` of config.json, for a model whose output layer is called `head`, and lm_head in
+    transformers' modules whatever checkpoints call it. Without `sparsity_config`, which vLLM rejects."""
     weights = {
         "num_bits": method.bits,
         "type": "int",
@@ -139,7 +140,7 @@ def quantization_config(method: QuantizationMethod, head: str) -> dict[str, Any]
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
-        "ignore": [head],
+        "ignore": sorted({head, "lm_head"}),
         "config_groups": {"group_0": group},
     }
 
