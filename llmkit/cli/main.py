@@ -171,20 +171,27 @@ def run_command(name: str, arguments: list[str]) -> int:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}  # by nohup
 
+    ended = threading.Event()
+
     def receive(number: int, frame: object) -> None:
         nonlocal received
+        if received is None:
+            threading.Thread(target=send_again, daemon=True).start()
         received = KeyboardInterrupt(number) if number == signal.SIGINT else Terminated(number)
         raise received
 
-    def send_again(unraisable: Any) -> None:
-        """Python drops errors in finalizers: a signal that arrives there comes back a moment later, when a slow machine
-        has left this function too, where it would be dropped again."""
-        if received and unraisable.exc_value is received:
-            threading.Timer(0.25, signal.pthread_kill, (threading.main_thread().ident, received.args[0])).start()
-        else:
+    def send_again() -> None:
+        """Python drops errors in finalizers, and libraries some of all kinds: such a signal comes back a moment later,
+        unless what it has raised is being handled, by what cleans up."""
+        while not ended.wait(0.25):
+            if received and not _is_handled(received):
+                signal.pthread_kill(threading.main_thread().ident or 0, received.args[0])
+
+    def report_dropped(unraisable: Any) -> None:
+        if not received or unraisable.exc_value is not received:
             sys.__unraisablehook__(unraisable)
 
-    hook, sys.unraisablehook = sys.unraisablehook, send_again
+    hook, sys.unraisablehook = sys.unraisablehook, report_dropped
     try:
         for number in handlers:
             signal.signal(number, receive)
@@ -194,10 +201,13 @@ def run_command(name: str, arguments: list[str]) -> int:
         Run.reports_json = False
         build(import_module(module_of(name)).main, name)(arguments)
         sys.stdout.flush()
-        return ExitCode.OK
+        if received is None:
+            return ExitCode.OK
+        error: BaseException = received
     except (Exception, KeyboardInterrupt) as raised:
         error = received or raised  # a library may turn a signal into an error of its own
     finally:
+        ended.set()
         sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -223,6 +233,17 @@ def run_command(name: str, arguments: list[str]) -> int:
     text = str(error).splitlines()[0] if str(error) else "no message"
     hint = "run again with --debug for the traceback"
     return fail(f"internal error: {type(error).__name__}: {text}", hint, ExitCode.ERROR)
+
+
+def _is_handled(error: BaseException) -> bool:
+    """Whether the main thread handles this error now, or one that came of it."""
+    import threading
+
+    current: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    current = current[1] if isinstance(current, tuple) else current  # before Python 3.12
+    while current is not None and current is not error:
+        current = current.__cause__ or current.__context__
+    return current is error
 
 
 def _os_message(error: OSError) -> str:

@@ -91,7 +91,10 @@ def member(directory: Path, name: str) -> Path:
     """
     file = directory / name
     if file.is_symlink():
-        base, target = directory.resolve(), file.resolve()
+        try:
+            base, target = directory.resolve(), file.resolve()
+        except RuntimeError:  # what Python makes of ELOOP
+            raise LlmkitError(f"{file}: a symbolic link that leads to itself", "remove it") from None
         if not target.is_relative_to(base) and not _is_blob(target, base):
             raise LlmkitError(f"{file}: a symbolic link out of its directory", "replace it by a copy if you trust it")
     return regular(file)

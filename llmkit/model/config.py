@@ -146,6 +146,8 @@ class ModelConfig:
                 raise LlmkitError(f"model configuration: {self.architecture} has no {name}")
             if problem := family.keys[name].problem(value, self.num_hidden_layers):
                 raise LlmkitError(f"model configuration: {name} is {_shortened(value)}", f"it must be {problem}")
+            if type(value) is int and value > 1 << 53:
+                self.own[name] = float(value)  # which tensors take, unlike integers of more than 64 bits
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise LlmkitError(
                 f"model configuration: activation {self.hidden_act!r} is not supported",

@@ -135,7 +135,7 @@ def _read(path: Path) -> str:
 def tokenizer_json(files: Mapping[str, str], name: str | Path) -> str:
     """The text of tokenizer.json; LlmkitError if the directory `name` has none."""
     if "tokenizer.json" not in files:
-        hint = "copy it into the directory; `llmkit vocab convert` makes it from a tokenizer.model or .tiktoken"
+        hint = "copy it into the directory, or make it: see `llmkit vocab convert --help`"
         raise LlmkitError(f"{name}: no tokenizer.json", hint)
     return files["tokenizer.json"]
 

@@ -113,7 +113,7 @@ quantize base -o q2
 quantize f2 --to int4 -o q3
 generate base prompts.jsonl --chat --max-tokens 5 --samples 2 --temperature 1.1 --top-p 0.9 --stop e -b 3 -o g1.jsonl.zst
 generate q1 -p 'a river; $(id)' -p "it's" --truncate-prompt --max-tokens 60 --dtype bf16 --seed 2 -o g2.jsonl.gz
-generate base odd-prompts.jsonl --max-tokens 3 {ROWS} -o g3.parquet
+generate base odd-prompts.jsonl --control-tokens --max-tokens 3 {ROWS} -o g3.parquet
 """
 # Commands whose outputs have no room for a record, or which make none.
 WITHOUT_RECORD = ("filter train", "vocab report", "vocab advise", "eval", "trace", "lineage")

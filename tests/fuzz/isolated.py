@@ -259,7 +259,12 @@ def _work(
     for number in numbers:
         if time.monotonic() > deadline:
             break
-        name, data = draw(number)
+        try:
+            name, data = draw(number)
+        except MemoryError:  # of a mutation, which would leave its reader less than the budget
+            counts["skipped"] += 1
+            number += 1
+            break
         path = _stored(target, inside, name, data)
         trespasses.clear()
         present, before = _resident(), _peak()  # the mutation may have taken more than the reader

@@ -97,13 +97,13 @@ def weight_files(path: Path) -> list[Path]:
         table = read_json(index).get("weight_map")
         values = list(table.values()) if isinstance(table, dict) else []
         names = sorted(set(values)) if all(isinstance(name, str) for name in values) else []
-        if not names or any(Path(name).name != name for name in names):
+        if not names or any(Path(name).name != name or not name.isprintable() for name in names):
             raise LlmkitError(f"{index}: no usable weight_map", "the file is damaged")
         files = [member(path, name) for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
-            raise LlmkitError(f"{path}: missing {missing[0]}{more}", "the directory is incomplete")
+            raise LlmkitError(f"{path}: missing {missing[0]:.200}{more}", "the directory is incomplete")
         return files
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(pattern))
     if pickles:

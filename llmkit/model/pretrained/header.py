@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import index
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,6 +64,8 @@ def read_header(path: Path) -> dict[str, Stored]:
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise ValueError("the header is longer than the file or the format allows")
             header = parse_header(file, length, str(path))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
@@ -74,12 +77,15 @@ def read_header(path: Path) -> dict[str, Stored]:
             if stop > size - 8 - length:
                 raise ValueError(f"truncated: tensor {name} ends after the file")
             tensors[name] = Stored(entry["dtype"], shape, 8 + length + start)
+        ends = sorted((entry.offset, entry.offset + entry.count * SIZES[entry.dtype]) for entry in tensors.values())
+        if any(stop > start for (_, stop), (start, _) in pairwise(ends)):
+            raise ValueError("tensors overlap")
         return tensors
     except OSError as error:
         raise LlmkitError(f"{path}: {error.strerror}", "check the path") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, struct.error, RecursionError) as error:
         raise LlmkitError(
-            f"{path}: not a readable safetensors file ({error})",
+            f"{path}: not a readable safetensors file ({error!s:.200})",
             "the file is damaged or incomplete; download or create it again",
         ) from error
 
