@@ -9,8 +9,9 @@ The keyword options are those of `llmkit train` and `llmkit anneal`, and give by
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.options import check_positive, from_values
 from llmkit.shards.reader import TokenStore
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
+from llmkit.tokens.pretokenize import pattern_name
 from llmkit.training.batch_schedule import parse_sizes, size_changes
 from llmkit.training.checkpoint.run_directory import starting_point
 from llmkit.training.checkpoint.trainer_state import TrainerState
@@ -215,6 +217,8 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
             None,
         )
         length = config.max_position_embeddings
+        if config.architecture == "qwen2" and not _splits_like_qwen2(files):
+            request.warn("transformers splits text for every qwen2 model as Qwen does; use `vocab --pattern qwen2`")
     if options.batch.batch_size is None:
         scaled = recipe.scaled_batch_size(total) if recipe else None
         resolved["batch_size"] = scaled or (previous.batch_size if previous else resolved["batch_size"])
@@ -280,6 +284,11 @@ def _config(model: str, tokenizer: TokenizerInfo, sequence_length: int | None) -
         pad_token_id=tokenizer.pad_id,
         max_position_embeddings=sequence_length or config.max_position_embeddings,
     )
+
+
+def _splits_like_qwen2(files: Mapping[str, str]) -> bool:
+    described = json.loads(files.get("tokenizer.json", "{}")).get("pre_tokenizer")
+    return described is not None and pattern_name(described) == "qwen2"
 
 
 def _plan_schedules(

@@ -346,3 +346,17 @@ def test_settings_for_generation_are_kept(tmp_path: Path) -> None:
         (tmp_path / "in" / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
         with pytest.raises(LlmkitError, match=r"generation_config\.json: eos_token_id is "):
             load_info(tmp_path / "in")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_of_wrappers_are_explained(prefix: str, tmp_path: Path) -> None:
+    """Behaviour: a directory that torch.compile, DistributedDataParallel or PEFT has named is told apart."""
+    from open_models import model_directory
+    from safetensors.torch import load_file, save_file
+
+    model_directory(tmp_path, "llama")
+    weights = {prefix + name: value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LlmkitError) as error:
+        load_model(tmp_path)
+    assert f"its names begin with {prefix}" in error.value.hint

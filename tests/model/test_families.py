@@ -214,3 +214,15 @@ def test_olmo2_trains_alike_with_and_without_kernels(
     model, info = load_model(tmp_path / "kernels")
     assert info.config == dataclasses.replace(config, vocab_size=info.config.vocab_size, eos_token_id=info.config.eos_token_id, bos_token_id=info.config.bos_token_id, pad_token_id=info.config.pad_token_id)  # fmt: skip
     assert isinstance(model, Decoder) and torch.isfinite(model(IDS_BT)).all()
+
+
+def test_other_splitting_of_qwen2_is_announced(
+    write_shards: Callable[..., Path], llmkit_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Behaviour: transformers replaces the pre-tokenizer of every qwen2 model, and of no other family here."""
+    write_shards(tmp_path / "shards", [40, 60, 30, 50, 70] * 4)
+    for family, warned in (("qwen2", True), ("qwen3", False)):
+        done = llmkit_here(
+            "train", "shards", "-m", f"{family}-tiny", "--tokens", "500", "-o", "run", "-n", cwd=tmp_path
+        )
+        assert done.returncode == 0 and (b"vocab --pattern qwen2" in done.stderr) == warned, done.stderr

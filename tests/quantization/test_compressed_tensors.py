@@ -206,6 +206,13 @@ def test_other_methods_are_refused(make_model: Callable[..., Path], tmp_path: Pa
         ("int4", "None is not supported"),
         ({"quant_method": "compressed-tensors"}, "unknown bits"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 3}}}}, "3 bits"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": {"num_bits": 8, "strategy": "tensor"}}},
+            },
+            "a scale for each tensor are not supported",
+        ),
     ):
         (target / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
         with pytest.raises(LlmkitError, match=message):

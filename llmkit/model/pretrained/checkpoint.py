@@ -42,6 +42,8 @@ __all__ = [
     "save_model",
 ]
 
+# What torch.compile, DistributedDataParallel and PEFT put before the names of a model's weights.
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
 
@@ -111,9 +113,12 @@ def check_layout(
         return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
     if missing := sorted(expected.keys() - actual.keys()):
+        names = [name.removeprefix(f"{info.config.family.names.body}.") for name in actual]
+        wrapped = next((prefix for prefix in WRAPPERS if any(name.startswith(prefix) for name in names)), "")
+        hint = f"its names begin with {wrapped}: save the module inside (or merge the adapter) with its own tool"
         raise LlmkitError(
             f"{info.path}: missing tensor {summary(missing)}",
-            "the directory is incomplete, or its config.json belongs to another model",
+            hint if wrapped else "the directory is incomplete, or its config.json belongs to another model",
         )
     if extra := sorted(name for name in actual.keys() - expected.keys() if not is_ignored(name, info.config)):
         raise LlmkitError(

@@ -28,6 +28,7 @@ from llmkit.model.pretrained.safetensors import DTYPES
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
 BITS = (2, 4, 8)  # of packed weights
 CHUNK = 16 << 20  # bytes per read
+STRATEGIES = (None, "channel", "group")
 UNSUPPORTED = ("_zero_point", "_g_idx")
 DAMAGED = "the file is damaged or incomplete; fetch or make it again"
 
@@ -169,6 +170,12 @@ def declared_bits(quantization: Any, where: Path) -> list[int]:
             f"{where}: weights of {', '.join(map(str, bits)) or 'unknown'} bits are not supported",
             "supported: " + ", ".join(map(str, BITS)),
         )
+    for scheme in schemes:
+        if isinstance(scheme, dict) and scheme.get("strategy") not in STRATEGIES:
+            raise LlmkitError(
+                f"{where}: weights with a scale for each {scheme['strategy']!s:.40} are not supported",
+                "supported: a scale for each row (channel) or group of a row; start from the original model",
+            )
     return [width for width in BITS if width in bits]
 
 
