@@ -689,7 +689,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from eval' -l version -s V -d 'Pri
 complete -c llmkit -n '__fish_seen_subcommand_from eval' -s h -l help -d 'Show this help and exit'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l prompt -s p -r -d 'Prompt, instead of PROMPTS (repeatable)'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l chat -d 'Format text prompts as user messages, with the chat template'
-complete -c llmkit -n '__fish_seen_subcommand_from generate' -l control-tokens -d 'Names of control tokens, as <|im_end|>, in text prompts are no text'
+complete -c llmkit -n '__fish_seen_subcommand_from generate' -l control-tokens -d 'Read names such as <|im_end|> in text prompts as control tokens'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l text -d 'Print plain text instead of JSON lines (default on a terminal)'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l max-tokens -r -d 'Maximum tokens per completion'
 complete -c llmkit -n '__fish_seen_subcommand_from generate' -l samples -r -d 'Completions per prompt'

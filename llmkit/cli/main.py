@@ -181,8 +181,8 @@ def run_command(name: str, arguments: list[str]) -> int:
         raise received
 
     def send_again() -> None:
-        """Python drops errors in finalizers, and libraries some of all kinds: such a signal comes back a moment later,
-        unless what it has raised is being handled, by what cleans up."""
+        """Python drops exceptions in finalizers, and some libraries catch all of them. A signal that was lost like this
+        is sent again, unless its exception is being handled: cleanup is not interrupted."""
         while not ended.wait(0.25):
             if received and not _is_handled(received):
                 signal.pthread_kill(threading.main_thread().ident or 0, received.args[0])
@@ -236,14 +236,20 @@ def run_command(name: str, arguments: list[str]) -> int:
 
 
 def _is_handled(error: BaseException) -> bool:
-    """Whether the main thread handles this error now, or one that came of it."""
+    """Whether the main thread is handling this exception, or one that was raised because of it."""
     import threading
 
     current: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
-    current = current[1] if isinstance(current, tuple) else current  # before Python 3.12
-    while current is not None and current is not error:
-        current = current.__cause__ or current.__context__
-    return current is error
+    rest = [current[1] if isinstance(current, tuple) else current]  # a tuple before Python 3.12
+    seen: set[int] = set()
+    while rest:
+        current = rest.pop()
+        if current is error:
+            return True
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            rest += [current.__cause__, current.__context__]
+    return False
 
 
 def _os_message(error: OSError) -> str:

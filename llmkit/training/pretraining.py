@@ -218,7 +218,7 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
         )
         length = config.max_position_embeddings
         if config.architecture == "qwen2" and not _splits_like_qwen2(files):
-            request.warn("transformers splits text for every qwen2 model as Qwen does; use `vocab --pattern qwen2`")
+            request.warn("transformers applies Qwen's own pattern to a qwen2 model's text: use `vocab --pattern qwen2`")
     if options.batch.batch_size is None:
         scaled = recipe.scaled_batch_size(total) if recipe else None
         resolved["batch_size"] = scaled or (previous.batch_size if previous else resolved["batch_size"])

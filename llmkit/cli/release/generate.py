@@ -48,7 +48,7 @@ def main(
     ] = False,
     control_tokens: Annotated[
         bool,
-        typer.Option("--control-tokens", help="Names of control tokens, as <|im_end|>, in text prompts are no text"),
+        typer.Option("--control-tokens", help="Read names such as <|im_end|> in text prompts as control tokens"),
     ] = False,
     text: Annotated[
         bool, typer.Option("--text", help="Print plain text instead of JSON lines (default on a terminal)")
@@ -100,10 +100,10 @@ def main(
     """Complete prompts with a model: reads JSON lines, writes JSON lines with `prompt`, `completion` and all
     `completions`.
 
-    Rows with messages are formatted with the model's chat template, and so are texts with --chat. The name of a control
-    token in a row is text. Other fields pass through, and an answer in the row becomes `reference`. A completion ends
-    at any stop token of the model, at --stop, after --max-tokens, or when the context is full. Each completion has its
-    own seed, derived from --seed, the number of the prompt and the number of the sample.
+    Rows with messages are formatted with the model's chat template, and so are texts with --chat. Names of control
+    tokens in rows are plain text. Other fields pass through, and an answer in the row becomes `reference`. A completion
+    ends at any stop token of the model, at --stop, after --max-tokens, or when the context is full. Each completion has
+    its own seed, derived from --seed, the number of the prompt and the number of the sample.
     """
     if not 0 < top_p <= 1:
         raise UsageError(f"--top-p {top_p} is not above 0 and at most 1", "--top-p 1 samples from all tokens")

@@ -39,8 +39,8 @@ def main(
     and llmkit.
 
     Embeddings, norms, the output layer and activations are not quantised. No calibration data is needed. Use
-    `llmkit eval` to measure the loss in quality. A quantised gpt2 opens in llmkit only: transformers quantises no
-    layers of its kind.
+    `llmkit eval` to measure the loss in quality. Only llmkit can load a quantised gpt2: transformers
+    has no quantised form of its layers.
     """
     if to not in METHODS:
         raise unknown_name("method", to, METHODS)
@@ -61,7 +61,7 @@ def main(
     method = compressed_tensors.fit_model(info, METHODS[to], group_size)
     if any(getattr(part, "transposed", False) for part in info.config.family.block.parts(info.config, 0).values()):
         kind = info.config.architecture
-        run.warn(f"transformers does not open a quantised {kind}, whose layers it does not quantise")
+        run.warn(f"transformers cannot load a quantised {kind}: it has no quantised form of its layers")
     if run.dry_run:
         run.note(f"would store {info.config.parameters():,} weights with {method}")
         return
