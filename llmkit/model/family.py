@@ -113,6 +113,11 @@ def patterned_window(interval: int) -> Callable[[ModelConfig, int], int | None]:
     return window
 
 
+def window_by_pattern(config: ModelConfig, layer: int) -> int | None:
+    """`patterned_window` with the configuration's own interval, `sliding_window_pattern`."""
+    return patterned_window(config.own["sliding_window_pattern"])(config, layer)
+
+
 def global_rope(config: ModelConfig, layer: int) -> Rope:
     """The same rotary embedding in every layer."""
     family: Family = config.family

@@ -80,6 +80,7 @@ def test_packed_rows_are_computed_as_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_positions_in_documents() -> None:
+    """Behaviour: both are counted within each document, padding (-1) included."""
     positions, lengths = positions_in_documents(torch.tensor([[0, 0, 0, 1, 2, 2], [-1, -1, 4, 4, 4, 4]]))
     assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
     assert lengths.tolist() == [[3, 3, 3, 1, 2, 2], [2, 2, 4, 4, 4, 4]]

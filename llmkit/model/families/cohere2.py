@@ -9,20 +9,15 @@ from functools import partial
 from llmkit.model.blocks import LayerNormSpec, ResidualBlock
 from llmkit.model.config import ModelConfig
 from llmkit.model.families import ARCHITECTURES
-from llmkit.model.family import Family, Key, global_rope, patterned_window
+from llmkit.model.family import Family, Key, global_rope, window_by_pattern
 from llmkit.model.rope import Rope
 
 NORM = partial(LayerNormSpec.from_config, bias=False)
 
 
-def window(config: ModelConfig, layer: int) -> int | None:
-    """Sliding layers are those of `layer_types`, or all but every `sliding_window_pattern`-th."""
-    return patterned_window(config.own["sliding_window_pattern"])(config, layer)
-
-
 def rope(config: ModelConfig, layer: int) -> Rope | None:
     """Of sliding layers only."""
-    return None if window(config, layer) is None else global_rope(config, layer)
+    return None if window_by_pattern(config, layer) is None else global_rope(config, layer)
 
 
 ARCHITECTURES.register("cohere2")(
@@ -42,7 +37,7 @@ ARCHITECTURES.register("cohere2")(
         rope=rope,
         adjacent_pairs=True,
         float32_rotation=True,
-        window=window,
+        window=window_by_pattern,
         parallel=lambda config: True,
         hidden_scale=lambda config: config.own["logit_scale"],
     )

@@ -9,18 +9,13 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.families import ARCHITECTURES
 from llmkit.model.families.gemma import NORM, embedding_scale
 from llmkit.model.families.gemma2 import NORMS
-from llmkit.model.family import Family, Key, local_and_global_rope, patterned_window
+from llmkit.model.family import Family, Key, local_and_global_rope, window_by_pattern
 
 
 def attention(config: ModelConfig, layer: int) -> AttentionSpec:
     """Scores are divided by the root of `query_pre_attn_scalar`; `attn_logit_softcapping` is never applied."""
     scale = config.own["query_pre_attn_scalar"] ** -0.5
     return AttentionSpec.from_config(config, layer, scale=scale, qk_norm="head", float32_gain=True, offset=True)
-
-
-def window(config: ModelConfig, layer: int) -> int | None:
-    """Sliding layers are those of `layer_types`, or all but every `sliding_window_pattern`-th."""
-    return patterned_window(config.own["sliding_window_pattern"])(config, layer)
 
 
 ARCHITECTURES.register("gemma3_text")(
@@ -50,7 +45,7 @@ ARCHITECTURES.register("gemma3_text")(
         norm=NORM,
         rope=local_and_global_rope,
         local_theta=1e4,
-        window=window,
+        window=window_by_pattern,
         embedding_scale=embedding_scale,
         rounded_scale=True,
         softcap=lambda config: config.own["final_logit_softcapping"],
