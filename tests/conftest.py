@@ -16,6 +16,8 @@ import pytest
 from hypothesis import settings
 from small_tokenizer import small_tokenizer_files
 
+from llmkit.memory import set_budget
+
 settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
 settings.load_profile("repeatable")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # likewise, under nohup
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _default_budget() -> Iterator[None]:
+    """A command that a test runs in its own process leaves no --memory for the next test."""
+    yield
+    set_budget(0)
 
 
 @pytest.fixture(scope="session")

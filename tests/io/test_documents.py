@@ -254,7 +254,6 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 
 def test_xz_dictionary_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behaviour: what xz -9 writes is read; a dictionary of 1.5 GiB in a few bytes is refused before it is allocated."""
-    monkeypatch.setattr("llmkit.memory._budget", 0)  # another test's
     path = tmp_path / "a.jsonl.xz"
     for preset in (0, 9):
         path.write_bytes(lzma.compress(b'{"text":"a"}\n', preset=preset))
