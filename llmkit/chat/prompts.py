@@ -155,7 +155,7 @@ def fit_context(prompt: Prompt, info: LoadedModel, where: str, reserve: int | No
     With `reserve`, a longer one is cut at the front, to leave room for `reserve` new tokens if possible.
     Otherwise LlmkitError names `where`.
     """
-    limit = info.config.max_position_embeddings
+    limit = info.config.context
     if not prompt.tokens:
         first = info.config.bos_token_id if info.config.bos_token_id is not None else next(iter(info.stop_ids), None)
         if first is None:

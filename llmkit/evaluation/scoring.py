@@ -42,7 +42,7 @@ def score(
     Each request needs at least one token before the n scored ones, and n may be at most the context.
     """
     device = next(model.parameters()).device
-    limit = model.config.max_position_embeddings
+    limit = model.config.context
     results: list[Score | None] = [None] * len(requests)
     for batch in _batches(requests, limit, batch_tokens):
         rows = [(list(requests[i][0])[-(limit + 1) :], requests[i][1]) for i in batch]

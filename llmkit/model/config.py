@@ -18,7 +18,7 @@ from typing import Any
 
 from llmkit.errors import InputWarning, LlmkitError, UsageError, suggestion
 from llmkit.model.families import ARCHITECTURES
-from llmkit.model.rope import KINDS, check_scaling, is_positive
+from llmkit.model.rope import FULL, ORIGINAL, SLIDING, is_positive, rope_fields
 
 MAX_CONFIG_BYTES = 10 << 20
 DEFAULT_FAMILY = "qwen3"
@@ -31,8 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
 }
-ORIGINAL = "original_max_position_embeddings"
-FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers in `layer_types`
 # Names of activations in config.json, and the function that each means (model/operations.py).
 ACTIVATIONS = {
     "silu": "silu",
@@ -172,6 +170,16 @@ class ModelConfig:
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def context(self) -> int:
+        """Most tokens of a sequence: max_position_embeddings, or what yarn extends its original context to, since many
+        published configurations leave max_position_embeddings as it was before."""
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") != "yarn":
+            return self.max_position_embeddings
+        original = scaling.get(ORIGINAL) or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(original * (scaling.get("factor") or 1)))
+
+    @property
     def activation(self) -> str:
         """The function between the matrices of feed-forward networks (model/operations.py)."""
         name: str | None = self.family.activations.get(self.hidden_act)
@@ -258,7 +266,7 @@ class ModelConfig:
                 fields[name] = found[0]
         defaults = DEFAULTS | dict(family.defaults)
         if family.rotary:
-            fields |= _rope_fields(content, where, family, fields.get("rope_theta") or defaults["rope_theta"])
+            fields |= rope_fields(content, where, family, fields.get("rope_theta") or defaults["rope_theta"])
         else:
             fields = {name: value for name, value in fields.items() if "rope" not in name}
         heads = fields.get("num_attention_heads")
@@ -311,46 +319,6 @@ class ModelConfig:
 # Fields of ModelConfig that a config.json has under their own names, or those of Family.renamed.
 OF_THE_FAMILY = ("architecture", "own", "local_rope")
 FIELDS = [item.name for item in dataclasses.fields(ModelConfig) if item.name not in OF_THE_FAMILY]
-
-
-def _rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) -> dict[str, Any]:
-    """rope_theta, rope_scaling, partial_rotary_factor and local_rope from old-style keys or from transformers 5's
-    rope_parameters."""
-    default = family.defaults.get("rope_scaling")
-    ropes = {FULL: content.get("rope_scaling") or content.get("rope_parameters") or default or {}}
-    if isinstance(ropes[FULL], dict) and isinstance(ropes[FULL].get(FULL) or ropes[FULL].get(SLIDING), dict):
-        # `truncate` of nested parameters has no effect in transformers.
-        ropes = {name: _without(ropes[FULL].get(name) or {}, "truncate") for name in (FULL, SLIDING)}
-    fields: dict[str, Any] = {}
-    for name, rope in ropes.items():
-        scaling = check_scaling(rope, where, family.rope_kinds)
-        base = rope.get("rope_theta") or (theta if name == FULL else family.local_theta)
-        if not is_positive(base):
-            raise LlmkitError(
-                f"{where}: rope_theta of the rotary embedding is {base!r}", "it must be a positive number"
-            )
-        former = None if len(ropes) > 1 or ORIGINAL in family.keys else content.get(ORIGINAL)
-        if former is not None and ORIGINAL in KINDS[scaling["rope_type"]][1]:  # it is preferred to the nested one
-            scaling = check_scaling(scaling | {ORIGINAL: former}, where, {})
-        if rope.get("partial_rotary_factor") is not None:
-            fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if name == FULL:
-            plain = scaling["rope_type"] == "default"
-            fields |= {"rope_theta": float(base), "rope_scaling": None if plain else scaling}
-        elif family.local_theta:
-            fields["local_rope"] = scaling | {"rope_theta": float(base)}
-        elif (float(base), scaling) != (fields["rope_theta"], fields["rope_scaling"] or {"rope_type": "default"}):
-            raise LlmkitError(f"{where}: sliding layers with a rotary embedding of their own", "not supported here")
-    if family.local_theta and "local_rope" not in fields:
-        base = content.get("rope_local_base_freq") or family.local_theta
-        if not is_positive(base):
-            raise LlmkitError(f"{where}: rope_local_base_freq is {base!r}", "it must be a positive number")
-        fields["local_rope"] = {"rope_type": "default", "rope_theta": float(base)}
-    return fields
-
-
-def _without(rope: Any, name: str) -> Any:
-    return {key: value for key, value in rope.items() if key != name} if isinstance(rope, dict) else rope
 
 
 def _nearest(content: dict[str, Any]) -> str:

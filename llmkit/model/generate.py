@@ -41,7 +41,7 @@ def generate(
     `stop_ids`, or when `ended` is true for its new tokens. Raises LlmkitError for a prompt that is empty or
     fills the context.
     """
-    limit = model.config.max_position_embeddings
+    limit = model.config.context
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) < limit:
             raise LlmkitError(

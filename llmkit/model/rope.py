@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+ORIGINAL = "original_max_position_embeddings"
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers in `layer_types`
 # Kinds, the numbers that each requires, and those that it may have.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (ORIGINAL,)),
     "yarn": (
         (),
         (
-            "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale",
             "mscale_all_dim",
         ),
     ),
-    "longrope": ((), ("factor", "original_max_position_embeddings", "attention_factor")),
+    "longrope": ((), ("factor", ORIGINAL, "attention_factor")),
 }  # fmt: skip
 LISTS = {"longrope": ("short_factor", "long_factor")}  # one number for each pair of dimensions
 SWITCHES = {"yarn": ("truncate",)}
@@ -124,7 +126,7 @@ class Rope:
 
     def _original(self) -> float:
         """The context before it was extended."""
-        return float(dict(self.scaling).get("original_max_position_embeddings") or self.longest)
+        return float(dict(self.scaling).get(ORIGINAL) or self.longest)
 
     def _yarn(self, wavelengths: Tensor) -> tuple[Tensor, float]:
         import torch
@@ -153,6 +155,53 @@ class Rope:
         return frequencies, numbers.get("attention_factor") or default
 
 
+def rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) -> dict[str, Any]:
+    """rope_theta, rope_scaling, partial_rotary_factor and local_rope from old-style keys or from transformers 5's
+    rope_parameters."""
+    default = family.defaults.get("rope_scaling")
+    ropes = {FULL: content.get("rope_scaling") or content.get("rope_parameters") or default or {}}
+    if isinstance(ropes[FULL], dict) and isinstance(ropes[FULL].get(FULL) or ropes[FULL].get(SLIDING), dict):
+        # `truncate` of nested parameters has no effect in transformers.
+        ropes = {name: _without(ropes[FULL].get(name) or {}, "truncate") for name in (FULL, SLIDING)}
+    elif family.local_theta and not content.get("rope_scaling") and ropes[FULL]:
+        flat = check_scaling(ropes[FULL], where, family.rope_kinds), ropes[FULL].get("rope_theta") or theta
+        if flat != ({"rope_type": "default"}, family.defaults["rope_theta"]):  # transformers ignores it
+            raise LlmkitError(
+                f"{where}: rope_parameters does not say for which layers it is",
+                f"write one object for {FULL} and one for {SLIDING}",
+            )
+    fields: dict[str, Any] = {}
+    for name, rope in ropes.items():
+        scaling = check_scaling(rope, where, family.rope_kinds)
+        base = rope.get("rope_theta") or (theta if name == FULL else family.local_theta)
+        if not is_positive(base):
+            raise LlmkitError(
+                f"{where}: rope_theta of the rotary embedding is {base!r}", "it must be a positive number"
+            )
+        former = None if len(ropes) > 1 or ORIGINAL in family.keys else content.get(ORIGINAL)
+        if former is not None and ORIGINAL in KINDS[scaling["rope_type"]][1]:  # it is preferred to the nested one
+            scaling = check_scaling(scaling | {ORIGINAL: former}, where, {})
+        if rope.get("partial_rotary_factor") is not None:
+            fields["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if name == FULL:
+            plain = scaling["rope_type"] == "default"
+            fields |= {"rope_theta": float(base), "rope_scaling": None if plain else scaling}
+        elif family.local_theta:
+            fields["local_rope"] = scaling | {"rope_theta": float(base)}
+        elif (float(base), scaling) != (fields["rope_theta"], fields["rope_scaling"] or {"rope_type": "default"}):
+            raise LlmkitError(f"{where}: sliding layers with a rotary embedding of their own", "not supported here")
+    if family.local_theta and "local_rope" not in fields:
+        base = content.get("rope_local_base_freq") or family.local_theta
+        if not is_positive(base):
+            raise LlmkitError(f"{where}: rope_local_base_freq is {base!r}", "it must be a positive number")
+        fields["local_rope"] = {"rope_type": "default", "rope_theta": float(base)}
+    return fields
+
+
+def _without(rope: Any, name: str) -> Any:
+    return {key: value for key, value in rope.items() if key != name} if isinstance(rope, dict) else rope
+
+
 def check_scaling(rope: Any, where: str, renamed: Mapping[str, str]) -> dict[str, Any]:
     """The content of `rope_scaling` or `rope_parameters`: its `rope_type` and the numbers of that kind, if they are
     valid. `renamed` are other names of kinds. Raises LlmkitError that names what is not."""
@@ -171,6 +220,11 @@ def check_scaling(rope: Any, where: str, renamed: Mapping[str, str]) -> dict[str
         if value is None or not is_positive(value):
             raise LlmkitError(f"{where}: {name} of the rotary embedding is {value!r}", "it must be a positive number")
         found[name] = value if isinstance(value, int) and name.startswith("original") else float(value)
+    if kind == "llama3" and found["high_freq_factor"] <= found["low_freq_factor"]:
+        raise LlmkitError(
+            f"{where}: high_freq_factor of the rotary embedding is {found['high_freq_factor']}",
+            f"it must be above low_freq_factor, which is {found['low_freq_factor']}",
+        )
     for name in LISTS.get(kind, ()):
         values = rope.get(name)
         if not isinstance(values, list) or not values or not all(map(is_positive, values)):

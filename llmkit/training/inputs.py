@@ -103,14 +103,14 @@ def packed_length(data: str, packed: int | None, requested: int | None, document
 
 
 def context_length(info: LoadedModel, sequence_length: int | None) -> int:
-    """Tokens per sequence: `sequence_length`, or by default the model's context length, which is the maximum."""
-    largest = info.config.max_position_embeddings
+    """Tokens per sequence: `sequence_length`, at most the model's context, or by default max_position_embeddings."""
+    largest = info.config.context
     if sequence_length is not None and sequence_length > largest:
         raise UsageError(
             f"--sequence-length {sequence_length:,} exceeds the model's context of {largest:,} tokens",
             f"the maximum is {largest}",
         )
-    return sequence_length or largest
+    return sequence_length or info.config.max_position_embeddings
 
 
 def held_out_source(heldout: list[str] | None, digest: str, length: int, document_mask: bool) -> HeldOutSource | None:

@@ -206,9 +206,7 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
         digest = parse_tokenizer(info.tokenizer_files, from_ or "").digest
         check_tokenizer(data, stream.tokenizer.digest, digest)
         config, files, stop_ids = info.config, info.tokenizer_files, info.stop_ids
-        length = context_length(
-            info, requested or (min(recipe_length, config.max_position_embeddings) if recipe_length else None)
-        )
+        length = context_length(info, requested or (min(recipe_length, config.context) if recipe_length else None))
     else:
         request.record.options["model"] = model = model or "tiny"
         config, files, stop_ids = (
@@ -324,9 +322,9 @@ def _plan_schedules(
             f"{data} is packed for sequences of {length:,} tokens, but some would have another length",
             "mix with --pack concat",
         )
-    if loaded and longest > config.max_position_embeddings and not thetas:
+    if loaded and longest > config.context and not thetas:
         raise UsageError(
-            f"sequences of {longest:,} tokens exceed the model's context of {config.max_position_embeddings:,} tokens",
+            f"sequences of {longest:,} tokens exceed the model's context of {config.context:,} tokens",
             "only a stage with its own rope_theta may be longer",
         )
     batches, batch_size = parse_sizes(start.batch_warmup, "--batch-warmup"), resolved["batch_size"]
@@ -353,7 +351,7 @@ def _plan_schedules(
             resolved["decay_shape"],
             first=last_lr or 0.0,
         )
-    context = max(longest, config.max_position_embeddings) if loaded else longest
+    context = longest if not loaded or longest > config.context else config.max_position_embeddings
     return _Schedules(source, schedule, dataclasses.replace(config, max_position_embeddings=context), thetas)
 
 

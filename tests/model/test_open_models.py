@@ -33,7 +33,7 @@ from llmkit.model.families import ARCHITECTURES
 from llmkit.model.fused import Fused
 from llmkit.model.generate import generate
 from llmkit.model.operations import PLAIN
-from llmkit.model.pretrained.checkpoint import load_info, load_model, save_model
+from llmkit.model.pretrained.checkpoint import load_for_inference, load_info, load_model, save_model
 from llmkit.model.rope import KINDS
 
 IDS_BT = torch.randint(0, 97, (2, 100), generator=torch.Generator().manual_seed(1))
@@ -274,6 +274,56 @@ def test_old_names_of_scalings() -> None:
         }
         config = ModelConfig.from_hf(MODELS["phi3"]["plain"] | content)
         assert config.rope_scaling and config.rope_scaling["rope_type"] == "longrope"
+
+
+def test_context_of_yarn() -> None:
+    """Behaviour: yarn reaches beyond max_position_embeddings where that is the context before it was extended."""
+    content = {"model_type": "qwen2"} | MODELS["qwen2"]["plain"]
+    assert content["max_position_embeddings"] == 256
+    for scaling, expected in (
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"type": "yarn", "factor": 4.0}, 1024),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}, 256),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 32}, None),  # transformers demands a factor
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+    ):
+        config = ModelConfig.from_hf(content | {"rope_scaling": scaling})
+        assert config.context == (expected or 256)
+
+
+@torch.no_grad()
+def test_beyond_the_original_context_of_yarn(tmp_path: Path) -> None:
+    """Parity with transformers: a Qwen 2.5 with yarn switched on continues prompts longer than its first context."""
+    from transformers import AutoModelForCausalLM
+
+    change = yarn(factor=4.0, original_max_position_embeddings=32) | {"max_position_embeddings": 32}
+    model_directory(tmp_path, "qwen2", None, change)
+    model, theirs = load_model(tmp_path)[0], AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompt = IDS_BT[:1]
+    expected = theirs.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=96)
+    assert generate(model, prompt.tolist(), max_new_tokens=8, temperature=0) == expected[:, prompt.shape[1] :].tolist()
+    with pytest.raises(LlmkitError, match="the context is 128"):
+        generate(model, [[1] * 128], max_new_tokens=1, temperature=0)
+
+
+def test_rotary_embeddings_that_contradict_themselves() -> None:
+    """Behaviour: a scaling that does not say for which layers it is, and bounds in the wrong order, are refused."""
+    for family in ("gemma3_text", "olmo3"):
+        with pytest.raises(LlmkitError, match="rope_parameters does not say for which layers it is"):
+            ModelConfig.from_hf({"model_type": family} | MODELS[family]["plain"] | yarn())
+    bounds = {"low_freq_factor": 4.0, "high_freq_factor": 1.0, "factor": 8.0}
+    with pytest.raises(LlmkitError, match="high_freq_factor of the rotary embedding is 1.0"):
+        ModelConfig.from_hf({"model_type": "llama"} | BASE | rope("llama3", **bounds))
+
+
+def test_one_type_for_inference(tmp_path: Path) -> None:
+    """Behaviour: where norms are stored in another type than matrices, all weights are loaded in that of the matrices."""
+    model_directory(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {name: value if "norm" in name else value.bfloat16() for name, value in weights.items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load_for_inference(tmp_path, device="meta")[0]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -71,14 +71,17 @@ def load_model(
 def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> tuple[Decoder, LoadedModel]:
     """`load_model` with a command's --dtype (fp32, bf16, fp16) and --device.
 
-    By default the GPU if there is one, in the stored type; otherwise the CPU in float32, the fastest type there.
+    By default the GPU if there is one, in the stored type of the embeddings; otherwise the CPU in float32, the
+    fastest type there.
     """
     kinds = {"": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in kinds:
         raise unknown_name("--dtype", dtype, [name for name in kinds if name])
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return load_model(path, kinds[dtype] or (torch.float32 if device == "cpu" else None), device)
+        model, info = load_model(path, kinds[dtype] or (torch.float32 if device == "cpu" else None), device)
+        # One type, where norms are stored in another than matrices: products of two types are errors.
+        return model.to(model.get_parameter(info.config.family.embedding).dtype), info
     except (RuntimeError, AssertionError) as error:  # the device does not exist or is out of memory
         raise LlmkitError(f"device {device!r}: {str(error).splitlines()[0]}", "see --device") from error
 
