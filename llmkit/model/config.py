@@ -31,6 +31,7 @@ DEFAULTS: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "tie_word_embeddings": False,
 }
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # ends of the names of transformers' classes of decoders
 # Names of activations in config.json, and the function that each means (model/operations.py).
 ACTIVATIONS = {
     "silu": "silu",
@@ -322,8 +323,12 @@ FIELDS = [item.name for item in dataclasses.fields(ModelConfig) if item.name not
 
 
 def _nearest(content: dict[str, Any]) -> str:
-    """A hint that names the known architecture with the config.json most like `content`: most of its keys are there,
-    and few that belong to others."""
+    """A hint that says that this is no decoder of text, or names the known architecture with the config.json most like
+    `content`: most of its keys are there, and few that belong to others."""
+    classes = content.get("architectures")
+    if isinstance(classes, list) and classes and not any(str(name).endswith(CAUSAL) for name in classes):
+        known_names = ", ".join(ARCHITECTURES.names())
+        return f"{_shortened(classes[0])} is not a causal language model of text alone; known: {known_names}"
     known = {name: ARCHITECTURES.get(name).config_keys() for name in ARCHITECTURES.names()}
     rope = content.get("rope_parameters")
     keys = content.keys() | (rope.keys() if isinstance(rope, dict) else set())

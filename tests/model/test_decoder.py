@@ -280,3 +280,14 @@ def test_unknown_architecture_gets_the_nearest_by_its_configuration(theirs: str,
     with pytest.raises(LlmkitError) as error:
         ModelConfig.from_hf(content | {"model_type": "unheard-of"})
     assert f"most like that of {nearest};" in error.value.hint
+
+
+def test_other_models_than_decoders_are_called_that() -> None:
+    """Behaviour: the hint about an encoder, or a model of images, names no decoder that it would be like."""
+    from transformers import AutoConfig
+
+    for kind, name in (("bert", "BertForMaskedLM"), ("gemma3", "Gemma3ForConditionalGeneration")):
+        content = AutoConfig.for_model(kind).to_dict() | {"architectures": [name]}
+        with pytest.raises(LlmkitError, match=f"unknown architecture '{kind}'") as error:
+            ModelConfig.from_hf(content)
+        assert error.value.hint.startswith(f"'{name}' is not a causal language model of text alone; known: ")

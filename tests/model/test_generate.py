@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -283,3 +285,7 @@ def test_bad_prompts(llmkit_here: Callable, directory: Path, tmp_path: Path) -> 
         assert llmkit_here("generate", str(directory), *more, cwd=tmp_path).returncode == 2
     done = llmkit_here("generate", str(tmp_path), "--prompt", "a")
     assert done.returncode == 1 and "not a model directory" in done.stderr.decode()
+    damaged = shutil.copytree(directory, tmp_path / "damaged")
+    os.truncate(damaged / "model.safetensors", 1000)
+    done = llmkit_here("generate", str(damaged), "--prompt", "a")
+    assert done.returncode == 1 and not done.stdout  # not even the header of a stream

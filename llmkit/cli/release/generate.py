@@ -143,8 +143,8 @@ def main(
     as_text = text or (run.output is None and sys.stdout.isatty())
     counts = {"prompts": 0, "completions": 0, "tokens": 0}
     with ExitStack() as stack:
-        writer = None if as_text else stack.enter_context(run.writer())
         decoder, info = load_for_inference(model, dtype, device)
+        writer = None if as_text else stack.enter_context(run.writer())
         bar = stack.enter_context(run.progress(None, "completions"))
         for item, completions, tokens in complete(
             decoder,
