@@ -8,6 +8,7 @@ The keyword options are those of `llmkit sft` and `llmkit dpo`, and give the sam
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
@@ -95,7 +96,15 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         masks.check_template(files)
 
     def encode(reader: Any) -> EncodedDataset:
-        return encode_conversations(reader, files, length, too_long=options.rows.too_long, template=with_template)
+        return encode_conversations(
+            reader,
+            files,
+            length,
+            too_long=options.rows.too_long,
+            template=with_template,
+            train_on=options.template.train_on,
+            lossy=options.rows.lossy,
+        )
 
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
     encoded = encode(reader)
@@ -136,7 +145,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     masks.check_template(files)
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode_preferences(reader, files, length, too_long=options.rows.too_long)
+    encoded = encode_preferences(reader, files, length, too_long=options.rows.too_long, lossy=options.rows.lossy)
     inputs = row_inputs(reader)
     _announce_rows(request, encoded, length, options.rows.too_long)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE
@@ -222,9 +231,9 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
     if encoded.unused:
-        listed = [f"{name:.60} ({count:,} rows)" for name, count in encoded.unused.most_common(MOST_FIELDS)]
-        more = f" and {len(encoded.unused) - MOST_FIELDS:,} more" if len(encoded.unused) > MOST_FIELDS else ""
-        request.note(f"fields that are not used: {', '.join(listed)}{more}")
+        request.note(f"fields that are not used: {_listed(encoded.unused)}")
+    if encoded.lost:
+        request.warn(f"the chat template does not show: {_listed(encoded.lost)}")
     if counts["too_long"]:
         action = "dropped" if too_long == "drop" else "truncated at the end"
         alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"
@@ -232,6 +241,12 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
         if too_long != "drop" and counts["dropped"]:
             dropped = f", {counts['dropped']:,} of them dropped because no trained tokens were left"
         request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {action}{dropped}; {alternative}")
+
+
+def _listed(rows: Counter[str]) -> str:
+    """The commonest names with their numbers of rows."""
+    listed = [f"{name:.60} ({count:,} rows)" for name, count in rows.most_common(MOST_FIELDS)]
+    return ", ".join(listed) + (f" and {len(rows) - MOST_FIELDS:,} more" if len(rows) > MOST_FIELDS else "")
 
 
 def _stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:

@@ -43,11 +43,19 @@ class RowOptions:
         ),
         COMMON,
     ] = "drop"
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy",
+            help="Train on rows of which the chat template does not show a field, such as tool calls or reasoning",
+            rich_help_panel=DATA,
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How prompts and completions become text."""
+    """How rows become text, and which turns are trained on."""
 
     template: Annotated[
         bool,
@@ -56,6 +64,15 @@ class TemplateOptions:
         ),
         COMMON,
     ] = True
+    train_on: Annotated[
+        str,
+        typer.Option(
+            "--train-on",
+            metavar="WHICH",
+            help="Which assistant turns to train on: all, the last, or turns (each as the last one of its own row)",
+            rich_help_panel=DATA,
+        ),
+    ] = "all"
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from llmkit.chat.control_tokens import hide
-from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans
+from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans, is_trained
 from llmkit.chat.messages import Messages, RowError
 from llmkit.chat.rows import Conversation, read_rows, to_conversation, to_preference
 from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
@@ -24,6 +24,7 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
 TOO_LONG = ("drop", "truncate")
+TRAIN_ON = ("all", "last", "turns")
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class EncodedDataset:
         default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "row_tokens", "trained"), 0)
     )
     unused: Counter[str] = field(default_factory=Counter)  # rows by the names of their fields that are not used
+    lost: Counter[str] = field(default_factory=Counter)  # rows by what the chat template does not show of them
 
     def add(self, *rows: EncodedRow) -> None:
         """Add one row, or the two rows of a pair."""
@@ -42,6 +44,7 @@ class EncodedDataset:
         self.counts["rows"] += 1
         self.counts["row_tokens"] += sum(len(row.tokens) for row in rows)
         self.counts["trained"] += sum(row.trained for row in rows)
+        self.lost.update({field for row in rows for field in row.lost})
 
     def add_fitting(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
         """Add one row, or the two rows of a pair, if none is longer than `context` or `too_long` is truncate;
@@ -60,26 +63,37 @@ class EncodedDataset:
 
 
 def encode_conversations(
-    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", template: bool = True
+    reader: DocumentReader,
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    template: bool = True,
+    train_on: str = "all",
+    lossy: bool = False,
 ) -> EncodedDataset:
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
+    if train_on not in TRAIN_ON:
+        raise UsageError(f"--train-on {train_on!r}", "one of: " + ", ".join(TRAIN_ON))
 
-    def convert(fields: Mapping[str, Any]) -> EncodedRow:
+    def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
         row = to_conversation(fields, template)
+        rows = [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)]
         encoded.unused.update(row.unused)
-        return encode_conversation(row, files)
+        return rows
 
     encoded = EncodedDataset()
-    for row in _rows(reader, convert):
-        encoded.add_fitting([row], context, too_long)
+    for rows in _rows(reader, convert):
+        for row in rows:
+            encoded.add_fitting([row], context, too_long)
     _refuse_empty(encoded, context, too_long)
     return encoded
 
 
 def encode_preferences(
-    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop"
+    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", lossy: bool = False
 ) -> EncodedDataset:
     """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
     messages after the prompt only.
@@ -90,7 +104,8 @@ def encode_preferences(
         encoded.unused.update(row.unused)
         prompt: Messages = [message | {"train": False} for message in row.prompt]
         return [
-            encode_conversation(Conversation(prompt + side, row.tools), files) for side in (row.chosen, row.rejected)
+            encode_conversation(Conversation(prompt + side, row.tools), files, lossy)
+            for side in (row.chosen, row.rejected)
         ]
 
     encoded = EncodedDataset()
@@ -100,14 +115,14 @@ def encode_preferences(
     return encoded
 
 
-def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedRow:
+def encode_conversation(row: Conversation, files: Mapping[str, str], lossy: bool = False) -> EncodedRow:
     """Token ids and weights of one row; plain text gets an end-of-text token. Raises RowError if no token would
-    be trained.
+    be trained, and without `lossy` if the template does not show a part of the conversation.
     """
     if row.text is None:
         _refuse_empty_answers(row.messages)
         try:
-            encoded = encode_chat(row.messages, files, row.tools)
+            encoded = encode_chat(row.messages, files, row.tools, lossy)
         except (DamagedTemplateError, RowError):
             raise
         except LlmkitError as error:
@@ -123,10 +138,24 @@ def encode_conversation(row: Conversation, files: Mapping[str, str]) -> EncodedR
     return encoded
 
 
+def trained_parts(row: Conversation, train_on: str) -> list[Conversation]:
+    """The row with the turns that are trained on; for "turns" each of them as the last of a conversation."""
+    if row.text is not None or train_on == "all":
+        return [row]
+    turns = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    parts = []
+    for i in turns if train_on == "turns" else turns[-1:]:
+        before = [message | {"train": False} for message in row.messages[:i]]
+        after = row.messages[i + 1 :] if train_on == "last" else []
+        if is_trained(row.messages[i]):
+            parts.append(replace(row, messages=[*before, row.messages[i], *after]))
+    return parts or [replace(row, messages=[message | {"train": False} for message in row.messages])]
+
+
 def _refuse_empty_answers(messages: Messages) -> None:
     """RowError for an answer of which only the stop token would be trained."""
     for number, message in enumerate(messages):
-        trained = message["role"] == "assistant" and message.get("train") is not False and message.get("weight") != 0
+        trained = message["role"] == "assistant" and is_trained(message)
         empty = (
             not message["content"].strip() and not message.get("tool_calls") and not message.get("reasoning_content")
         )

@@ -1,40 +1,30 @@
 """Loss masks of conversations: which characters of the rendered text the assistant has to learn.
 
-Most templates do not mark the assistant's part, so its spans are found by rendering again with a sentinel in
-place of one assistant message: the text before and after the sentinel also surrounds the real content. That
-works for any template, whatever it trims or wraps. A span reaches from the end of the generation prompt to the
-end of the stop token. A template without a stop token after the assistant's content is refused, because a model
-trained on it would never stop.
+A span is what a sampler would emit: it begins where the generation prompt ends, and ends with the stop token. Where the
+prompt is no beginning of the text, as in templates that drop earlier reasoning, the start is found by rendering again
+with a sentinel in place of the assistant's message. Which tokens stop, `chat.stops` learns from the template. One
+without any is refused, because a model trained on it would never stop.
 
     row = encode_chat(messages, files)                                    # token ids and loss weights for `sft`
 
-`files` are the text files of a tokenizer directory by name. Cost: three renderings per assistant turn.
+`files` are the text files of a tokenizer directory by name. Cost: two or three renderings per assistant turn.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from llmkit.chat.control_tokens import encode, hide
+from llmkit.chat.fidelity import EARLIER, lost_fields
+from llmkit.chat.forms import Message
 from llmkit.chat.rows import common_length
-from llmkit.chat.templates import (
-    Message,
-    render,
-    special_contents,
-    special_contents_of,
-    special_tokens,
-)
+from llmkit.chat.stops import NO_STOP, NO_STOP_HINT, TRAINING_DATE, stops_of
+from llmkit.chat.templates import form_of, render, special_contents, special_tokens
 from llmkit.errors import LlmkitError
-
-# Templates may print today's date. Training data must not depend on the day, so it is rendered with this date.
-TRAINING_DATE = datetime(2024, 7, 26)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +39,12 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
     """`tokens` int32 [n]; `weights` float32 [n], the weight of the loss of predicting token i from those before
-    it.
+    it. `lost`: what the template did not show of the conversation.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
+    lost: tuple[str, ...] = ()
 
     @property
     def trained(self) -> int:
@@ -64,37 +55,61 @@ class EncodedRow:
 def assistant_spans(
     messages: Sequence[Message], files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> tuple[str, list[Span]]:
-    """Text of the conversation and the spans of its assistant turns: content, tool calls, stop token.
+    """Text of the conversation and the spans of its assistant turns: reasoning, content, tool calls, stop token.
 
-    A message may set its own `weight` (a number) or `train` (true or false); a turn with weight 0 is left out.
+    A message may set its own `weight` (a number) or `train` (true or false); a turn with weight 0 is left out. The stop
+    token of an earlier turn is left out where the same answer would end otherwise, as gpt-oss has it. Where turns end
+    with the header of the next one, that of the last is added.
     """
-
-    def text_of(messages: Sequence[Message], prompt: bool = False) -> str:
-        return render([_template_fields(m) for m in messages], files, prompt, tools, TRAINING_DATE)
-
+    text_of, form, stops = _renderer(files, tools), form_of(files, bool(tools)), stops_of(files, bool(tools))
     text = text_of(messages)
-    spans = []
+    whole = text + (stops.closing(messages[-1]) if messages else "")
+    spans: list[Span] = []
     for i, message in enumerate(messages):
         weight = _weight(message)
         if message.get("role") != "assistant" or weight == 0:
             continue
-        sentinel = _sentinel(text)
-        bare: Message = {"role": "assistant", "content": sentinel}
-        try:
-            skeleton = text_of([*messages[:i], bare, *messages[i + 1 :]])
-        except LlmkitError:  # some templates require the tool call before a tool's answer
-            skeleton = text_of([*messages[:i], {**message, "content": sentinel}, *messages[i + 1 :]])
-        if skeleton.count(sentinel) != 1:
-            raise LlmkitError(
-                f"the chat template shows the assistant's content {skeleton.count(sentinel)} times",
-                "the assistant's part of the text cannot be located; use another template",
-            )
-        before, _, after = skeleton.partition(sentinel)
-        start = common_length(before, text)
-        content_stop = max(start, len(text) - common_length(after[::-1], text[::-1]))
-        start = _prompt_end(messages[:i], text, text_of, start)
-        spans.append(Span(start, _stop_token_end(text, content_stop, files), weight))
-    return text, spans
+        start, content_stop = _content(messages, i, text, text_of)
+        is_last, is_call = i == len(messages) - 1, form.calls and bool(message.get("tool_calls"))
+        match = stops.find(whole, start, content_stop, is_call=is_call, is_last=is_last)
+        if match is None or (spans and start < spans[-1].stop):
+            raise LlmkitError(NO_STOP, NO_STOP_HINT)
+        is_learnt = is_last or stops.headers or match[0] in (stops.last, stops.calls)
+        spans.append(Span(start, match.end() if is_learnt else match.start(), weight))
+    return whole, spans
+
+
+def _renderer(files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None) -> Callable[..., str]:
+    def text_of(messages: Sequence[Message], prompt: bool = False) -> str:
+        return render([_template_fields(m) for m in messages], files, prompt, tools, TRAINING_DATE)
+
+    return text_of
+
+
+def _content(messages: Sequence[Message], i: int, text: str, text_of: Callable[..., str]) -> tuple[int, int]:
+    """Where message i begins, and a place before its stop token: the end of its content, if it has one."""
+    prompt_stop, has_header = _prompt_stop(messages[:i], text, text_of)
+    if has_header and (messages[i].get("tool_calls") or not messages[i].get("content")):
+        return prompt_stop, prompt_stop
+    sentinel = _sentinel(text)
+    bare: Message = {"role": "assistant", "content": sentinel}
+    try:
+        skeleton = text_of([*messages[:i], bare, *messages[i + 1 :]])
+    except LlmkitError:  # some templates require the tool call before a tool's answer
+        skeleton = text_of([*messages[:i], {**messages[i], "content": sentinel}, *messages[i + 1 :]])
+    if skeleton.count(sentinel) != 1:
+        raise LlmkitError(
+            f"the chat template shows the assistant's content {skeleton.count(sentinel)} times",
+            "the assistant's part of the text cannot be located; use another template",
+        )
+    before, _, after = skeleton.partition(sentinel)
+    start = common_length(before, text)
+    # White space behind a prompt without a header has to be generated too.
+    is_prompt = has_header or (0 <= prompt_stop < start and not text[prompt_stop:start].strip())
+    start = prompt_stop if is_prompt else start
+    if messages[i].get("tool_calls"):
+        return start, start
+    return start, max(start, len(text) - common_length(after[::-1], text[::-1]))
 
 
 def encode_spans(text: str, spans: Sequence[Span], files: Mapping[str, str], marker: str = "") -> EncodedRow:
@@ -112,21 +127,28 @@ def encode_spans(text: str, spans: Sequence[Span], files: Mapping[str, str], mar
 
 
 def encode_chat(
-    messages: Sequence[Message], files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Message],
+    files: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    lossy: bool = False,
 ) -> EncodedRow:
-    """Token ids of a conversation, with weights on the assistant's content and stop tokens."""
+    """Token ids of a conversation, with weights on the assistant's content and stop tokens. What the template does not
+    show raises LlmkitError, and with `lossy` stands in `lost`, as do earlier turns' reasoning in any case.
+    """
     (messages, tools), marker = hide((messages, tools), files)
-    return encode_spans(*assistant_spans(messages, files, tools), files, marker)
+    text_of = _renderer(files, tools)
+    lost = lost_fields(messages, text_of(messages), tools, form_of(files, bool(tools)), text_of)
+    refused = [field for field in lost if field != EARLIER]
+    if refused and not lossy:
+        raise LlmkitError(f"the chat template does not show {', '.join(refused)}", "--lossy trains on the rest")
+    row = encode_spans(*assistant_spans(messages, files, tools), files, marker)
+    return replace(row, lost=tuple(dict.fromkeys(field.partition(" of message")[0] for field in lost)))
 
 
 def check_template(files: Mapping[str, str]) -> list[str]:
-    """The stop tokens of the chat template, from a conversation of two turns. Raises LlmkitError if an
-    assistant turn has no stop token.
-    """
-    text, spans = assistant_spans(
-        [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}], files
-    )
-    return [name for span in spans for name in special_contents(files) if text[: span.stop].endswith(name)]
+    """The stop tokens of the chat template. Raises LlmkitError if an assistant turn has no stop token."""
+    stops = stops_of(files)
+    return list(dict.fromkeys(filter(None, (stops.last, stops.calls))))
 
 
 def stop_token_ids(files: Mapping[str, str]) -> list[int]:
@@ -145,6 +167,11 @@ def _template_fields(message: Message) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key not in ("weight", "train")}
 
 
+def is_trained(message: Message) -> bool:
+    """Whether the message's own `weight` and `train` allow training on it."""
+    return _weight(message) != 0
+
+
 def _weight(message: Message) -> float:
     if message.get("train") is False:
         return 0.0
@@ -159,35 +186,13 @@ def _sentinel(text: str) -> str:
     return sentinel
 
 
-def _prompt_end(before: Sequence[Message], text: str, text_of: Any, start: int) -> int:
-    """Where the generation prompt of this turn ends. What the template adds after it (an empty thinking block),
-    the model has to generate.
+def _prompt_stop(before: Sequence[Message], text: str, text_of: Callable[..., str]) -> tuple[int, bool]:
+    """Where the generation prompt of this turn ends, -1 if the text does not begin with it; whether it has a header.
+    What the template adds behind it (an empty thinking block), the model has to generate.
     """
     try:
         prompt, bare = text_of(before, True), text_of(before)
     except LlmkitError:  # a template may reject a conversation that has not begun
-        return start
-    fits = prompt != bare and len(prompt) <= start and text.startswith(prompt)
-    return len(prompt) if fits else start
-
-
-def _stop_token_end(text: str, content_stop: int, files: Mapping[str, str]) -> int:
-    pattern, longest = _stop_pattern(files.get("tokenizer.json", ""), special_tokens(files).get("eos_token", ""))
-    for match in pattern.finditer(text, max(0, content_stop - longest)):
-        if match.end() <= content_stop:
-            continue
-        if not text[content_stop : match.start()].strip():
-            return match.end()
-        break
-    raise LlmkitError(
-        "the chat template puts no stop token after the assistant's content",
-        "end the turn in the template with a special token of the tokenizer, or the model will never stop",
-    )
-
-
-@lru_cache(maxsize=8)
-def _stop_pattern(tokenizer_json: str, eos: str) -> tuple[re.Pattern[str], int]:
-    contents = sorted(special_contents_of(tokenizer_json, eos), key=len, reverse=True)
-    if not contents:
-        raise LlmkitError("the tokenizer has no special tokens", "a chat model needs one that ends a turn")
-    return re.compile("|".join(map(re.escape, contents))), len(contents[0])
+        return -1, False
+    fits = text.startswith(prompt)
+    return (len(prompt) if fits else -1), fits and prompt != bare

@@ -19,6 +19,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from llmkit.chat.forms import TOOLS, Form, Message, find_form
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_tokenizer
 
@@ -51,7 +52,6 @@ TULU = """\
 {%- endif %}
 """
 
-Message = Mapping[str, Any]
 MAX_REASON = 300  # characters of a template's message that are shown
 MAX_DATE_FORMAT = 100  # characters
 
@@ -99,6 +99,31 @@ def render(
     `now` is the date for templates that print one; None is today. Raises DamagedTemplateError if the template is not
     Jinja, and another LlmkitError if the directory has none, or it rejects these messages or does too much work.
     """
+    return _render(form_of(files, bool(tools)).adapt(messages), files, add_generation_prompt, tools, now)
+
+
+def form_of(files: Mapping[str, str], tools: bool = False) -> Form:
+    """The form in which the template takes messages; that of conversations with `tools` may be another template."""
+    return _form(tuple(sorted(files.items())), tools)
+
+
+@lru_cache(maxsize=16)
+def _form(items: tuple[tuple[str, str], ...], tools: bool) -> Form:
+    files = dict(items)
+
+    def show(messages: Sequence[Message], described: Any) -> str:
+        return _render(messages, files, False, described or (TOOLS if tools else None), datetime(2024, 7, 26))
+
+    return find_form(show)
+
+
+def _render(
+    messages: Sequence[Message],
+    files: Mapping[str, str],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    now: datetime | None,
+) -> str:
     template = chat_template(files, bool(tools))
     if template is None:
         raise LlmkitError("the model has no chat template", "fine-tune it with `llmkit sft`, or use plain prompts")
@@ -113,7 +138,7 @@ def render(
         return (now or datetime.now()).strftime(form)
 
     variables = {
-        "messages": [dict(m) for m in messages],
+        "messages": list(messages),
         "tools": list(tools) if tools else None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from llmkit.chat.encode import trained_parts
 from llmkit.chat.masks import assistant_spans, encode_chat, stop_token_ids
+from llmkit.chat.rows import Conversation
 from llmkit.chat.templates import (
     CHATML,
     TULU,
@@ -216,3 +218,94 @@ def test_hints_name_what_is_to_blame(template: str, hint: str) -> None:
     with pytest.raises(LlmkitError) as error:
         render([{"role": "user", "content": "x"}], {"chat_template.jinja": template}, add_generation_prompt=False)
     assert hint in error.value.hint
+
+
+CALLED = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"at": "owl"}}}],
+}
+KINDS = {
+    "content": ({"role": "system", "content": "be brief"}, "content of message 1"),
+    "tool_calls": (CALLED, "tool_calls of message 1"),
+    "reasoning_content": (
+        {"role": "assistant", "content": "yes", "reasoning_content": "it is so"},
+        "reasoning_content of message 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_template_does_not_show(files: dict[str, str], kind: str) -> None:
+    """Behaviour: a field that the template leaves out is named with its message; with `lossy` the rest is trained."""
+    shown, only = (
+        "{{ m.role + ': ' + m.content + '<|im_end|>' }}",
+        "{% if m.role != 'system' %}" if kind == "content" else "{% if 1 %}",
+    )
+    partial = with_template(files, f"{{% for m in messages %}}{only}{shown}{{% endif %}}{{% endfor %}}")
+    message, named = KINDS[kind]
+    messages = [message, *CONVERSATION[1:3]]
+    with pytest.raises(LlmkitError, match=f"does not show {named}\n") as error:
+        encode_chat(messages, partial)
+    assert "--lossy" in error.value.hint
+    row = encode_chat(messages, partial, lossy=True)
+    assert row.lost == (kind,) and row.trained
+    assert encode_chat(CONVERSATION[1:], partial).lost == ()
+
+
+def test_a_second_call_that_is_dropped(files: dict[str, str]) -> None:
+    """Behaviour: a template that shows the first call of several loses the others."""
+    one = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    first = with_template(
+        files, "{% for m in messages %}{{ m.role + m.content }}" + one + "{{ '<|im_end|>' }}{% endfor %}"
+    )
+    function = {"name": "smell", "arguments": {"at": "rose"}}
+    twice = CALLED | {"tool_calls": [*CALLED["tool_calls"], {"type": "function", "function": function}]}  # type: ignore[misc]
+    assert encode_chat([CONVERSATION[1], CALLED], first).lost == ()
+    with pytest.raises(LlmkitError, match="tool_calls of message 2"):
+        encode_chat([CONVERSATION[1], twice], first)
+
+
+def test_tools_that_are_not_shown(files: dict[str, str]) -> None:
+    """Behaviour: schemas of tools that the template does not mention are named."""
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    with pytest.raises(LlmkitError, match="does not show tools\n"):
+        encode_chat(CONVERSATION, with_template(files, CHATML), tools)
+
+
+def test_parts_and_json_arguments(files: dict[str, str]) -> None:
+    """Behaviour: templates that take content in parts, or arguments as a string, get them so, in prompts too."""
+    parts = "{% for m in messages %}{{ m.role + ': ' }}{% for p in m.content %}{{ p['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    assert learned(with_template(files, parts), CONVERSATION[1:3]) == ["it is sunny<|im_end|>"]
+    assert render(CONVERSATION[1:2], with_template(files, parts), True) == "user: what is the weather?<|im_end|>"
+    text = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+    joined = with_template(
+        files, "{% for m in messages %}{{ m.role + m.content }}" + text + "{{ '<|im_end|>' }}{% endfor %}"
+    )
+    assert learned(joined, [CONVERSATION[1], CALLED]) == ['look{"at": "owl"}<|im_end|>']
+
+
+def test_which_turns_are_trained(templates: Templates) -> None:
+    """Behaviour: all turns in one row, the last one, or each as the last of its own row, as it is generated."""
+    conversation = Conversation(
+        [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "<think>\nold\n</think>\n\nfirst"},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": "<think>\nnew\n</think>\n\nsecond"},
+        ]
+    )
+
+    def trained(which: str) -> list[list[str]]:
+        return [learned(templates["qwen3"], part.messages) for part in trained_parts(conversation, which)]
+
+    first, old, second = (
+        "first<|im_end|>",
+        "<think>\nold\n</think>\n\nfirst<|im_end|>",
+        "<think>\nnew\n</think>\n\nsecond<|im_end|>",
+    )
+    assert trained("all") == [[first, second]]
+    assert trained("last") == [[second]]
+    assert trained("turns") == [[old], [second]]
+    conversation.messages[3]["train"] = False
+    assert trained("turns") == [[old]] and trained("last") == [[]]
