@@ -41,6 +41,10 @@ CALLING_TWICE: Message = {"role": "assistant", "content": "", "tool_calls": [CAL
 QUESTION: Message = {"role": "user", "content": "a question"}
 
 
+class CostlyTemplateError(LlmkitError):
+    """A template that does too much work, which is not tried again with other messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """`parts`: content is a list of parts; `json_arguments`: arguments of calls are JSON in a string; `null_content`:
@@ -76,6 +80,8 @@ def find_form(show: Show) -> Form:
     def shows(messages: Sequence[Message], form: Form, sought: Sequence[str], tools: Any = None) -> bool:
         try:
             text = show(form.adapt(messages), tools)
+        except CostlyTemplateError:
+            raise
         except LlmkitError:
             return False
         return all(part in text for part in sought)

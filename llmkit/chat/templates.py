@@ -17,41 +17,22 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from llmkit.chat.forms import TOOLS, Form, Message, find_form
+from llmkit.chat.forms import TOOLS, CostlyTemplateError, Form, Message, find_form
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
     from llmkit.chat.sandbox import Sandbox
 
-CHATML = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
-{%- for call in message.get('tool_calls') or [] %}
-{{- '\\n<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}
-{%- endfor %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-# Role markers are plain text, and the end-of-text token ends a turn, so this works with every tokenizer.
-TULU = """\
-{%- for message in messages %}
-{%- if message['role'] == 'assistant' %}
-{{- '<|assistant|>\\n' + (message['content'] or '') + eos_token + ('' if loop.last else '\\n') }}
-{%- else %}
-{{- '<|' + message['role'] + '|>\\n' + (message['content'] or '') + '\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|assistant|>\\n' }}
-{%- endif %}
-"""
 
+def _builtin(name: str) -> str:
+    return (resources.files("llmkit.chat") / "builtin" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+CHATML, TULU = _builtin("chatml"), _builtin("tulu")
 MAX_REASON = 300  # characters of a template's message that are shown
 MAX_DATE_FORMAT = 100  # characters
 
@@ -151,7 +132,8 @@ def _render(
 
         is_refused = isinstance(error, (TemplateRuntimeError, OverflowError)) and not isinstance(error, UndefinedError)
         hint = "correct it, or use another template" if is_refused else "check the roles and fields of the messages"
-        raise LlmkitError(_failure(error, files), hint) from error
+        kind = CostlyTemplateError if isinstance(error, OverflowError) else LlmkitError
+        raise kind(_failure(error, files), hint) from error
 
 
 def _failure(error: Exception, files: Mapping[str, str]) -> str:

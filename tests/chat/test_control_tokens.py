@@ -156,8 +156,8 @@ def test_names_in_tools_and_as_json() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
     row = encode_chat(messages, files_of(made, template), tools)
-    assert row.tokens.tolist().count(made.token_to_id("<|im_end|>")) == 2
-    assert made.decode(row.tokens.tolist(), skip_special_tokens=False).count("<|im_end|>") == 5
+    assert row.tokens.tolist().count(made.token_to_id("<|im_end|>")) == 3  # of the tools and two turns
+    assert made.decode(row.tokens.tolist(), skip_special_tokens=False).count("<|im_end|>") == 7
 
 
 def test_empty_answers_are_refused() -> None:

@@ -266,11 +266,25 @@ def test_a_second_call_that_is_dropped(files: dict[str, str]) -> None:
         encode_chat([CONVERSATION[1], twice], first)
 
 
-def test_tools_that_are_not_shown(files: dict[str, str]) -> None:
+@pytest.mark.parametrize("template", [CHATML, TULU])
+def test_tools_in_the_templates_of_llmkit(files: dict[str, str], template: str) -> None:
+    """Behaviour: the schemas follow the conversation's instruction, or stand alone; calls are trained, results are not."""
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    ours, result = with_template(files, template), {"role": "tool", "content": "a bird"}
+    messages = [*CONVERSATION[:2], CALLED, result, CONVERSATION[2]]
+    stop = "<|im_end|>" if template == CHATML else "<|endoftext|>"
+    call = '\n<tool_call>\n{"name": "look", "arguments": {"at": "owl"}}\n</tool_call>'
+    assert learned(ours, messages, tools=tools) == [call + stop, "it is sunny" + stop]
+    shown = [render(messages[start:], ours, False, tools) for start in (0, 1)]
+    assert shown[0].count("be brief") == 1 and shown[0].index("be brief") < shown[0].index("<tools>")
+    assert shown[0].replace("be brief\n\n", "") == shown[1]
+
+
+def test_tools_that_are_not_shown(templates: Templates) -> None:
     """Behaviour: schemas of tools that the template does not mention are named."""
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     with pytest.raises(LlmkitError, match="does not show tools\n"):
-        encode_chat(CONVERSATION, with_template(files, CHATML), tools)
+        encode_chat(CONVERSATION, templates["llama3"], tools)
 
 
 def test_parts_and_json_arguments(files: dict[str, str]) -> None:
