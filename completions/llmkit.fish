@@ -563,6 +563,8 @@ complete -c llmkit -n '__fish_seen_subcommand_from sft' -l heldout -r -d 'Held-o
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l eval-every -r -d 'Steps between evaluations (0 = a tenth of the run)'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l log-every -r -d 'Steps between the costlier metrics, such as norms and maxima (0 = never)'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l tracker -r -d 'Also log to tensorboard (RUN/tracker), wandb or trackio'
+complete -c llmkit -n '__fish_seen_subcommand_from sft' -l show -r -d 'Print the first N rows with the trained tokens marked, or write 20 as a page, and stop'
+complete -c llmkit -n '__fish_seen_subcommand_from sft' -l check -d 'Report on all rows, by file, and stop: exit code 1 if some cannot be used'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l text-key -r -d 'Field with the text'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l id-key -r -d 'Field with the id'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l on-bad-line -r -d 'What to do with unreadable lines: stop, skip, or quarantine=FILE'

@@ -9,7 +9,7 @@ The keyword options are those of `llmkit sft` and `llmkit dpo`, and give the sam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences
+from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences, row_encoder
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
@@ -135,6 +135,18 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         positional=("model", "rows"),
         counts=encoded.counts,
     )
+
+
+def prepare_inspection(
+    request: Request, model: str
+) -> tuple[Callable[[Mapping[str, Any]], tuple[list[masks.EncodedRow], list[str]]], dict[str, str], int]:
+    """What a fine-tuning run would do with a row: the function that encodes it, whatever the template does not show of
+    it; the tokenizer's files; the tokens per sequence.
+    """
+    options: SftOptions = request.options
+    _, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    how = options.template
+    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True), files, length
 
 
 def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:

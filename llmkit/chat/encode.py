@@ -9,7 +9,7 @@ ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,21 +75,30 @@ def encode_conversations(
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
-    if train_on not in TRAIN_ON:
-        raise UsageError(f"--train-on {train_on!r}", "one of: " + ", ".join(TRAIN_ON))
-
-    def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
-        row = to_conversation(fields, template)
-        rows = [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)]
-        encoded.unused.update(row.unused)
-        return rows
-
     encoded = EncodedDataset()
-    for rows in _rows(reader, convert):
+    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
+    for rows, unused in _rows(reader, encode):
+        encoded.unused.update(unused)
         for row in rows:
             encoded.add_fitting([row], context, too_long)
     _refuse_empty(encoded, context, too_long)
     return encoded
+
+
+def row_encoder(
+    files: Mapping[str, str], *, template: bool = True, train_on: str = "all", lossy: bool = False
+) -> Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]:
+    """A function of the fields of a row: its encoded rows, one for each part that `train_on` makes of it, and the names
+    of fields that are not used. It raises RowError.
+    """
+    if train_on not in TRAIN_ON:
+        raise UsageError(f"--train-on {train_on!r}", "one of: " + ", ".join(TRAIN_ON))
+
+    def encode(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
+        row = to_conversation(fields, template)
+        return [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)], row.unused
+
+    return encode
 
 
 def encode_preferences(

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmkit.alignment.options import SftOptions
 from llmkit.chat.rows import CONVERSATIONS, schema_names
+from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command
+from llmkit.errors import LlmkitError, UsageError
+
+if TYPE_CHECKING:
+    from llmkit.alignment.inspection import Encode, Segment
+    from llmkit.io.documents import ReadOptions
+
+ROWS_OF_A_PAGE = 20
 
 
 @command(
     examples=(
         "llmkit sft run/ chat.jsonl --epochs 2 -o sft/",
+        "llmkit sft run/ chat.jsonl --show 3",
+        "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
     ),
     reads=True,
+    neutral=("show", "check"),
 )
 def main(
     run: Run,
@@ -29,6 +44,17 @@ def main(
         ),
     ] = None,
     options: SftOptions = SftOptions(),
+    show: Annotated[
+        str | None,
+        typer.Option(
+            "--show",
+            metavar="N|PAGE.html",
+            help="Print the first N rows with the trained tokens marked, or write 20 as a page, and stop",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Report on all rows, by file, and stop: exit code 1 if some cannot be used")
+    ] = False,
 ) -> None:
     """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's tokens.
 
@@ -37,6 +63,9 @@ def main(
     each other. A message may have a `weight`, or `train: false`. The resulting model stops at the end of its turn
     (generation_config.json).
     """
+    if show is not None or check:
+        _inspect(run, model, rows, options, show)
+        return
     from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
 
     if launch_processes(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
@@ -48,3 +77,97 @@ def main(
     with open_session(request) as session:
         prepared = prepare_fine_tuning(request, session, model, run.inputs(rows))
         train_or_plan(run, request, session, prepared)
+
+
+def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, show: str | None) -> None:
+    """Show rows, or without `show` report on all of them."""
+    from llmkit.alignment.fine_tuning import prepare_inspection
+    from llmkit.cli.shared.training_command import training_request
+
+    is_page = show is not None and show.endswith(".html")
+    if show is not None and not is_page and not (show.isdecimal() and int(show)):
+        raise UsageError(f"--show {show!r}", "give a number of rows, or the name of a page that ends in .html")
+    encode, files, length = prepare_inspection(training_request(run, options), model)
+    paths = run.inputs(rows, files_from=None)
+    reading = replace(run.read_options(None), on_bad_line="skip", on_bad_file="skip")
+    if show is not None:
+        _show(run, paths, reading, encode, files, show, f"What sft trains on: {model}" if is_page else "")
+    else:
+        _check(run, paths, reading, encode, length, options.rows.lossy)
+
+
+def _show(
+    run: Run, paths: list[str], reading: ReadOptions, encode: Encode, files: Mapping[str, str], show: str, title: str
+) -> None:
+    """Print rows, or with a `title` write them as a page."""
+    from llmkit.alignment.inspection import page, segments, shown_rows
+    from llmkit.io.atomic import atomic_file, check_output
+    from llmkit.io.documents import DocumentReader
+
+    with DocumentReader(paths, reading) as reader:
+        found = shown_rows(reader, encode, ROWS_OF_A_PAGE if title else int(show))
+        parts = [(where, segments(row, files)) for where, row in found]
+    if reader.bad:
+        run.warn(f"{counted(reader.bad, 'row')} cannot be used: --check says why")
+    if not title:
+        _print_rows(parts)
+        return
+    check_output(show, run.force)
+    with atomic_file(show, force=run.force) as sink:
+        sink.write(page(parts, title).encode("utf-8", "backslashreplace"))
+    run.note(f"{counted(len(parts), 'row')}: {show}")
+
+
+def _check(run: Run, paths: list[str], reading: ReadOptions, encode: Encode, length: int, lossy: bool) -> None:
+    """Report on all rows; LlmkitError if some cannot be used."""
+    import orjson
+
+    from llmkit.alignment.inspection import check_rows
+    from llmkit.chat.fidelity import EARLIER
+    from llmkit.io.atomic import atomic_file, check_output
+
+    if run.output:
+        check_output(run.output, run.force)
+    reports = check_rows(paths, reading, encode, length)
+    content = {file: report.as_json() for file, report in reports.items()}
+    for file, report in content.items():
+        run.note(
+            f"{file}: {counted(report['rows'], 'row')}, {counted(report['tokens'], 'token')},"
+            f" {report['trained_share']:.1%} of them trained;"
+            f" {report['too_long']:,} over {length:,} tokens, {report['duplicates']:,} seen before"
+        )
+        for item in report["refused"]:
+            run.warn(f"{file}:{item['first_line']}: {item['reason']} ({counted(item['rows'], 'row')})")
+        for name, count in report["not_shown_by_the_template"].items():
+            run.warn(f"{file}: the chat template does not show {name} ({counted(count, 'row')})")
+        for name, count in report["unused_fields"].items():
+            run.note(f"{file}: field {name:.60} is not used ({counted(count, 'row')})")
+    text = orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n"
+    if run.output:
+        with atomic_file(run.output, force=run.force) as sink:
+            sink.write(text)
+    elif not sys.stdout.isatty():
+        sys.stdout.buffer.write(text)
+    failed = sum(report["errors"] for report in content.values())
+    lost = sum(count for report in reports.values() for name, count in report.lost.items() if name != EARLIER)
+    if failed or (lost and not lossy) or not content:
+        raise LlmkitError(
+            f"{counted(failed, 'row')} cannot be used; fields that the chat template does not show: {lost:,}",
+            "mend them, or train with --on-bad-line skip and --lossy",
+        )
+    run.finish({"rows": sum(report["rows"] for report in content.values())}, "every row can be used")
+
+
+def _print_rows(rows: Iterable[tuple[str, list[Segment]]]) -> None:
+    from llmkit.alignment.inspection import marked
+    from llmkit.io.names import printable
+
+    for where, parts in rows:
+        print(f"── {where}")
+        if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+            print(printable(marked(parts)))
+            continue
+        for part in parts:
+            style = ("32" if part.weight else "2") + (";7" if part.is_control else "")
+            print(f"\x1b[{style}m{printable(part.text)}\x1b[0m", end="")
+        print()
