@@ -21,6 +21,7 @@ from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
 from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
@@ -104,6 +105,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
             template=with_template,
             train_on=options.template.train_on,
             lossy=options.rows.lossy,
+            names=field_names(CONVERSATIONS, options.rows.map or []),
         )
 
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
@@ -146,7 +148,8 @@ def prepare_inspection(
     options: SftOptions = request.options
     _, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     how = options.template
-    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True), files, length
+    names = field_names(CONVERSATIONS, options.rows.map or [])
+    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True, names=names), files, length
 
 
 def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
@@ -157,7 +160,14 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     masks.check_template(files)
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode_preferences(reader, files, length, too_long=options.rows.too_long, lossy=options.rows.lossy)
+    encoded = encode_preferences(
+        reader,
+        files,
+        length,
+        too_long=options.rows.too_long,
+        lossy=options.rows.lossy,
+        names=field_names(PREFERENCES, options.rows.map or []),
+    )
     inputs = row_inputs(reader)
     _announce_rows(request, encoded, length, options.rows.too_long)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE
@@ -242,6 +252,8 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     """Report the number of rows, and what happens to those that are too long."""
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
+    if counts["ties"]:
+        request.note(f"{counts['ties']:,} rows are ties, or have no answers to compare")
     if encoded.unused:
         request.note(f"fields that are not used: {_listed(encoded.unused)}")
     if encoded.lost:

@@ -43,6 +43,15 @@ class RowOptions:
         ),
         COMMON,
     ] = "drop"
+    map: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="NAME=FIELD",
+            help="Where rows have fields under other names: messages=chat,system=meta.system (repeatable)",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     lossy: Annotated[
         bool,
         typer.Option(

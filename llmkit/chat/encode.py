@@ -18,12 +18,14 @@ import numpy as np
 from llmkit.chat.control_tokens import hide
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans, is_trained
 from llmkit.chat.messages import Messages, RowError
-from llmkit.chat.rows import Conversation, read_rows, to_conversation, to_preference
+from llmkit.chat.rows import Conversation, Preference, read_rows, renamed, to_conversations, to_preferences
 from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
+COUNTS = ("rows", "too_long", "dropped", "ties", "row_tokens", "trained")
 TOO_LONG = ("drop", "truncate")
+NO_NAMES: Mapping[str, str] = {}
 TRAIN_ON = ("all", "last", "turns")
 
 
@@ -32,9 +34,7 @@ class EncodedDataset:
     """Encoded rows, and counts for the summary. A preference pair is two rows: chosen, rejected."""
 
     rows: list[EncodedRow] = field(default_factory=list)
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("rows", "too_long", "dropped", "row_tokens", "trained"), 0)
-    )
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     unused: Counter[str] = field(default_factory=Counter)  # rows by the names of their fields that are not used
     lost: Counter[str] = field(default_factory=Counter)  # rows by what the chat template does not show of them
 
@@ -71,12 +71,13 @@ def encode_conversations(
     template: bool = True,
     train_on: str = "all",
     lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
 ) -> EncodedDataset:
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
     encoded = EncodedDataset()
-    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
+    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy, names=names)
     for rows, unused in _rows(reader, encode):
         encoded.unused.update(unused)
         for row in rows:
@@ -86,40 +87,55 @@ def encode_conversations(
 
 
 def row_encoder(
-    files: Mapping[str, str], *, template: bool = True, train_on: str = "all", lossy: bool = False
+    files: Mapping[str, str],
+    *,
+    template: bool = True,
+    train_on: str = "all",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
 ) -> Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]:
     """A function of the fields of a row: its encoded rows, one for each part that `train_on` makes of it, and the names
-    of fields that are not used. It raises RowError.
+    of fields that are not used. It raises RowError. `names`: the names that fields have in the rows, by those here.
     """
     if train_on not in TRAIN_ON:
         raise UsageError(f"--train-on {train_on!r}", "one of: " + ", ".join(TRAIN_ON))
 
     def encode(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
-        row = to_conversation(fields, template)
-        return [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)], row.unused
+        rows = to_conversations(renamed(fields, names), template)
+        parts = [part for row in rows for part in trained_parts(row, train_on)]
+        return [encode_conversation(part, files, lossy) for part in parts], rows[0].unused
 
     return encode
 
 
 def encode_preferences(
-    reader: DocumentReader, files: Mapping[str, str], context: int, *, too_long: str = "drop", lossy: bool = False
+    reader: DocumentReader,
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
 ) -> EncodedDataset:
     """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
-    messages after the prompt only.
+    messages after the prompt only. `names` as in `row_encoder`.
     """
 
-    def convert(fields: Mapping[str, Any]) -> list[EncodedRow]:
-        row = to_preference(fields)
-        encoded.unused.update(row.unused)
+    def convert(fields: Mapping[str, Any]) -> tuple[list[list[EncodedRow]], list[str]]:
+        rows = to_preferences(renamed(fields, names))
+        return [encode_pair(row) for row in rows], rows[0].unused if rows else []
+
+    def encode_pair(row: Preference) -> list[EncodedRow]:
         prompt: Messages = [message | {"train": False} for message in row.prompt]
-        return [
-            encode_conversation(Conversation(prompt + side, row.tools), files, lossy)
-            for side in (row.chosen, row.rejected)
-        ]
+        sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
+        return [encode_conversation(side, files, lossy) for side in sides]
 
     encoded = EncodedDataset()
-    for pair in _rows(reader, convert):
-        encoded.add_fitting(pair, context, too_long)
+    for pairs, unused in _rows(reader, convert):
+        encoded.unused.update(unused)
+        encoded.counts["ties"] += not pairs
+        for pair in pairs:
+            encoded.add_fitting(pair, context, too_long)
     _refuse_empty(encoded, context, too_long)
     return encoded
 

@@ -21,7 +21,7 @@ import numpy as np
 from llmkit.chat.control_tokens import encode, hide
 from llmkit.chat.fidelity import EARLIER, lost_fields
 from llmkit.chat.forms import Message
-from llmkit.chat.rows import common_length
+from llmkit.chat.schemas.table import common_length
 from llmkit.chat.stops import NO_STOP, NO_STOP_HINT, TRAINING_DATE, stops_of
 from llmkit.chat.templates import form_of, render, special_contents, special_tokens
 from llmkit.errors import LlmkitError

@@ -23,7 +23,8 @@ from typing import Any
 from llmkit.chat.control_tokens import encode as encode_rendered
 from llmkit.chat.control_tokens import hide
 from llmkit.chat.messages import Messages, RowError
-from llmkit.chat.rows import CONVERSATIONS, Schema, to_conversation
+from llmkit.chat.rows import CONVERSATIONS, to_conversation
+from llmkit.chat.schemas.table import Schema
 from llmkit.chat.templates import DamagedTemplateError, render, tokenizer_of
 from llmkit.errors import LlmkitError
 from llmkit.model.decoder import Decoder
@@ -31,7 +32,7 @@ from llmkit.model.generate import generate
 from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.seeds import derive
 
-CHAT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.name and not schema.plain]
+CHAT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.name and not schema.plain and not schema.several]
 # Input fields that never pass through: those that an output row has itself, and whole conversations.
 REPLACED = ("prompt", "completion", "completions", "messages", "conversations")
 

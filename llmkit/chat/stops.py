@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from llmkit.chat.forms import CALLING, CALLING_TWICE, QUESTION, TOOLS, VALUE, Message
-from llmkit.chat.rows import common_length
+from llmkit.chat.schemas.table import common_length
 from llmkit.chat.templates import form_of, render, special_contents
 from llmkit.errors import LlmkitError
 

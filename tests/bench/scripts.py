@@ -104,9 +104,9 @@ average other third --method dare --base base --density 0.4,0.6 --seed 9 -o av6
 average other third --method dare-ties --base base --density 0.5 -o av7
 average base other third --method greedy --heldout more.jsonl -o av8
 average r1 --last 2 -o av9
-sft base chat.jsonl --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
+sft base chat.jsonl --map messages=messages --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
 sft base turns.jsonl --no-template {ROWS} -o f2
-dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
+dpo base pairs.jsonl --map chosen=chosen,rejected=rejected --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
 dpo base odd-pairs.jsonl {ROWS} -o p2
 quantize base --to int4 --group-size 16 --seed 1 -o q1
 quantize base -o q2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,18 @@ import orjson
 import pytest
 
 from llmkit.chat.encode import encode_conversations, encode_preferences
-from llmkit.chat.messages import RowError
-from llmkit.chat.rows import CONVERSATIONS, read_rows, schema_names, to_conversation, to_preference
-from llmkit.errors import LlmkitError
+from llmkit.chat.messages import RowError, turn
+from llmkit.chat.rows import (
+    CONVERSATIONS,
+    field_names,
+    read_rows,
+    renamed,
+    schema_names,
+    to_conversation,
+    to_conversations,
+    to_preferences,
+)
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions
 
 U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -49,8 +60,9 @@ def test_conversations(fields: dict[str, Any], messages: list[dict[str, Any]]) -
 def test_one_table_of_schemas() -> None:
     """Behaviour: help and the error for unknown rows list every schema of the table."""
     assert schema_names(CONVERSATIONS) == (
-        "messages, ShareGPT conversations, prompts with completions, Alpaca instructions, Dolly instructions "
-        "or plain text"
+        "messages, ShareGPT conversations, OASST trees, prompts with completions, Alpaca instructions, Dolly instructions, "
+        "instructions with instances, question with answer, inputs with targets, "
+        "inputs_pretokenized with targets_pretokenized or plain text"
     )
     with pytest.raises(RowError) as error:
         to_conversation({"question": "q"})
@@ -90,7 +102,9 @@ def test_fields_that_are_not_used_are_named() -> None:
     """Behaviour: what no schema reads is listed; a field that is null is none."""
     assert to_conversation({"messages": [U, A], "id": 1, "text": None, "tools": [], "x": 2}).unused == ["id", "x"]
     assert to_conversation({"messages": None, "text": "a", "prompt": None}).text == "a"
-    assert to_preference({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "system": "s"}).unused == ["score"]
+    assert to_preferences({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "system": "s"})[0].unused == [
+        "score"
+    ]
 
 
 def test_system_beside_a_preference() -> None:
@@ -99,7 +113,7 @@ def test_system_beside_a_preference() -> None:
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         {"chosen": [U, A], "rejected": [U, A | {"content": "b"}]},
     ):
-        assert to_preference(row | {"system": "s"}).prompt == [S, U]
+        assert to_preferences(row | {"system": "s"})[0].prompt == [S, U]
 
 
 def test_sharegpt_calls_and_observations() -> None:
@@ -161,18 +175,18 @@ B = {"role": "assistant", "content": "b"}
 )
 def test_preferences(fields: dict[str, Any]) -> None:
     """Behaviour: every schema becomes the same prompt and continuations."""
-    row = to_preference(fields)
+    row = to_preferences(fields)[0]
     assert row.prompt == [U]
     assert [m["content"].strip() for m in row.chosen + row.rejected] == ["a", "b"]
 
 
 def test_implicit_prompt_of_strings_and_turns() -> None:
     """Behaviour: the longest common prefix, cut at a word; of turns for hh-rlhf."""
-    row = to_preference({"chosen": "What is two? It is good", "rejected": "What is two? It is grim"})
+    row = to_preferences({"chosen": "What is two? It is good", "rejected": "What is two? It is grim"})[0]
     assert row.prompt == [{"role": "user", "content": "What is two? It is"}]
     assert row.chosen[0]["content"] == "good"
     talk = "\n\nHuman: q\n\nAssistant: hm\n\nHuman: q2\n\nAssistant: "
-    row = to_preference({"chosen": talk + "a\n\nmore", "rejected": talk + "b"})
+    row = to_preferences({"chosen": talk + "a\n\nmore", "rejected": talk + "b"})[0]
     assert [m["role"] for m in row.prompt] == ["user", "assistant", "user"]
     assert row.chosen == [{"role": "assistant", "content": "a\n\nmore"}]
 
@@ -191,7 +205,7 @@ def test_implicit_prompt_of_strings_and_turns() -> None:
 def test_bad_preferences(fields: dict[str, Any], reason: str) -> None:
     """Behaviour: pairs that teach nothing are refused."""
     with pytest.raises(RowError, match=reason):
-        to_preference(fields)
+        to_preferences(fields)[0]
 
 
 def reader_of(path: Path, rows: list[Any], how: str = "stop") -> DocumentReader:
@@ -238,16 +252,155 @@ def test_text_rows_end_in_end_of_text(tmp_path: Path, files: dict[str, str]) -> 
     assert encoded.rows[0].weights.tolist() == [1.0] * len(encoded.rows[0].tokens)
 
 
+# By file: rows that are read, conversations or pairs in them, and rows that are refused.
+INSTRUCT = {
+    "dolly15k_from_docx": (7531, 7531, 0),
+    "gpteacher_codegen-instruct": (4535, 4535, 0),
+    "gpteacher_roleplay-simple-deduped-roleplay-instruct": (1923, 1923, 0),
+    "gpteacher_toolformer-similarity-0.7-dataset": (3487, 3487, 0),
+    "oasst_en_100_tree": (100, 105, 0),
+    "rasbt_instruction_1100": (935, 935, 0),
+    "self_instruct_seed_tasks": (175, 175, 0),
+    "self_instruct_user_oriented": (252, 252, 0),
+    "t0_p3_sample": (6324, 6324, 0),
+}
+PREF = {
+    "hh_rlhf_harmless_base_test": (1144, 1144, 0),
+    "pandalm_testset_human": (993, 888, 6),  # ties are left out; six answers are numbers
+    "rasbt_preference_1100": (929, 929, 6),  # six pairs are equal
+    "oasst_en_100_tree": (100, 429, 0),
+}
+
+
+@pytest.mark.parametrize("folder", ["instruct", "pref"])
+def test_real_rows(shared_data: Path, folder: str) -> None:
+    """Behaviour: every published file of rows is accepted unchanged."""
+    table, convert = (INSTRUCT, to_conversations) if folder == "instruct" else (PREF, to_preferences)
+    assert {path.name.partition(".jsonl")[0] for path in (shared_data / folder).glob("*.jsonl.zst")} <= set(table)
+    for name, expected in table.items():
+        path = next(shared_data.glob(f"*/{name}.jsonl.zst"))
+        reader = DocumentReader([str(path)], ReadOptions(text_key=None, on_bad_line="skip"))
+        rows = [made for _, made in read_rows(reader, convert)]
+        assert (len(rows), sum(map(len, rows)), reader.bad) == expected, name
+
+
+def test_instances() -> None:
+    """Behaviour: each instance is a conversation; an unused field is counted once."""
+    instances = [{"input": "i", "output": "a"}, {"input": "", "output": "b"}]
+    rows = to_conversations({"instruction": "q", "instances": instances, "id": 1})
+    assert [row.messages for row in rows] == [
+        [turn("user", "q\n\ni"), A],
+        [turn("user", "q"), turn("assistant", "b")],
+    ]
+    assert [row.unused for row in rows] == [["id"], []]
+    for bad in ([], [{"input": "i"}], "x", [1]):
+        with pytest.raises(RowError, match="instances|output"):
+            to_conversations({"instruction": "q", "instances": bad})
+
+
+def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"message_id": text, "role": role, "text": text, "replies": list(replies)} | more
+
+
+TREE = node(
+    "prompter",
+    "q",
+    node("assistant", "worse", rank=1),
+    node("assistant", "best", node("prompter", "q2", node("assistant", "a2")), node("prompter", "q3"), node("prompter", "q4", node("assistant", "a4")), rank=0),
+    node("assistant", "gone", rank=2, deleted=True),
+    node("assistant", "refused", rank=3, review_result=False),
+)  # fmt: skip
+
+
+def test_trees() -> None:
+    """Behaviour: the best-ranked answer to each of the user's messages; what paths share is trained once; for preferences the
+    best against the others."""
+    paths = [row.messages for row in to_conversations({"prompt": TREE, "message_tree_id": "q"})]
+    best = turn("assistant", "best")
+    assert paths == [
+        [turn("user", "q"), best, turn("user", "q2"), turn("assistant", "a2")],
+        [turn("user", "q"), best | {"train": False}, turn("user", "q4"), turn("assistant", "a4")],
+    ]
+    pairs = [(row.prompt, row.chosen, row.rejected) for row in to_preferences({"prompt": TREE})]
+    assert pairs == [([turn("user", "q")], [best], [turn("assistant", "worse")])]
+    unanswered = node("prompter", "q", node("assistant", "a", node("prompter", "thanks")))
+    assert [row.messages for row in to_conversations({"prompt": unanswered})] == [[U, A]]
+    for bad in (
+        node("prompter", "q"),
+        node("alien", "q"),
+        node("prompter", "q", {"role": "assistant"}),
+        {"replies": 1, "role": "user", "text": "q"},
+    ):
+        with pytest.raises(RowError):
+            to_conversations({"prompt": bad})
+
+
+def flat(tree: dict[str, Any], parent: str | None = None) -> Iterator[dict[str, Any]]:
+    yield {key: value for key, value in tree.items() if key != "replies"} | {
+        "parent_id": parent,
+        "message_tree_id": "t",
+    }
+    for reply in tree["replies"]:
+        yield from flat(reply, tree["message_id"])
+
+
+def test_trees_of_messages_in_rows_of_their_own(tmp_path: Path) -> None:
+    """Property: messages in any order, among other rows, make the same conversations as their tree; those without a parent, in a
+    circle or with a known id are named with their lines."""
+    messages = list(flat(TREE))
+    orphans = [
+        {**messages[1], "message_id": "x", "parent_id": "no"},
+        {**messages[1], "message_id": "y", "parent_id": "y"},
+        messages[2],
+    ]
+    rows = [{"messages": [U, A]}, *reversed(messages), *orphans]
+    reader = reader_of(tmp_path / "rows.jsonl", rows, "skip")
+    found = [row.messages for _, made in read_rows(reader, to_conversations) for row in made]
+    text = [[message["content"] for message in row.messages] for row in to_conversations({"prompt": TREE})]
+    assert found[0] == [U, A] and sorted([message["content"] for message in row] for row in found[1:]) == sorted(text)
+    assert reader.bad == 3
+    with pytest.raises(LlmkitError, match=r"rows.jsonl:\d+: field 'message_id': 'best' stands in an earlier row"):
+        list(read_rows(reader_of(tmp_path / "rows.jsonl", [*messages, messages[2]]), to_conversations))
+
+
+COMPARED = {"instruction": "q", "output_1": "a", "output_2": "b"}
+
+
 @pytest.mark.parametrize(
-    ("file", "good", "bad", "convert"),
+    ("fields", "better"),
     [
-        ("pref/hh_rlhf_harmless_base_test.jsonl.zst", 1144, 0, to_preference),
-        ("pref/rasbt_preference_1100.jsonl.zst", 929, 6, to_preference),  # six pairs are equal
-        ("instruct/rasbt_instruction_1100.jsonl.zst", 935, 0, to_conversation),
+        (COMPARED | {"preference": 1}, "a"),
+        (COMPARED | {"label": "2"}, "b"),
+        (COMPARED | {"label": 0}, ""),
+        ({"prompt": "q", "response1": "a", "response2": "b", "annotator1": 2, "annotator2": 1, "annotator3": 2}, "b"),
+        ({"input": "q", "response_1": "a", "response_2": "b", "annotator1": 2, "annotator2": 1}, ""),
+        ({"conversations": SHAREGPT[:1], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "a"}}, "b"),
+        ({"prompt": json.dumps([U]), "chosen": json.dumps([A]), "rejected": json.dumps([A | {"content": "b"}])}, "a"),
     ],
-)
-def test_real_rows(shared_data: Path, file: str, good: int, bad: int, convert: Any) -> None:
-    """Behaviour: published rows are accepted unchanged; refused are only pairs whose sides are equal."""
-    reader = DocumentReader([str(shared_data / file)], ReadOptions(text_key=None, on_bad_line="skip"))
-    assert len(list(read_rows(reader, convert))) == good
-    assert reader.bad == bad
+)  # fmt: skip
+def test_comparisons(fields: dict[str, Any], better: str) -> None:
+    """Behaviour: two answers with the number of the better one, or the majority of annotators; ties are left out; answers to a
+    conversation; messages as JSON in a text."""
+    rows = to_preferences(fields)
+    assert [(row.prompt, row.chosen[0]["content"]) for row in rows] == ([([U], better)] if better else [])
+
+
+@pytest.mark.parametrize("verdict", [{}, {"label": 3}, {"label": True}, {"preference": "first"}])
+def test_comparisons_without_a_verdict(verdict: dict[str, Any]) -> None:
+    """Behaviour: a missing or unknown number of the better answer is refused."""
+    with pytest.raises(RowError, match="number of the better answer"):
+        to_preferences(COMPARED | verdict)
+    with pytest.raises(RowError, match="llmkit dpo"):
+        to_conversations(COMPARED | verdict)
+
+
+def test_names_of_fields() -> None:
+    """Behaviour: fields under other names, nested ones too; what is missing or unknown is named."""
+    names = field_names(CONVERSATIONS, ["messages=data.chat,system=extra"])
+    row = {"data": {"chat": [U, A]}, "extra": "s", "text": "t", "system": "other"}
+    assert to_conversation(renamed(row, names)).messages == [S, U, A]
+    with pytest.raises(RowError, match="no field 'data.chat' for 'messages'"):
+        renamed({"data": {}}, names)
+    for bad in ("messages", "messages=", "=x", "mesages=x", "messages=a,messages=b"):
+        with pytest.raises(UsageError, match="--map"):
+            field_names(CONVERSATIONS, [bad])
