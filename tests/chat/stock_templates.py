@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from llmkit.chat.templates import with_template
+from llmkit.chat.masks import encode_chat
+from llmkit.chat.templates import tokenizer_of, with_template
+from llmkit.errors import LlmkitError
 
 TOOLS = [
     {
@@ -172,11 +174,19 @@ def names() -> list[str]:
     return sorted(path.stem for path in _directory().glob("*.jinja") if not path.stem.endswith("_training"))
 
 
+def training_names() -> list[str]:
+    """Those that TRL has marked for training."""
+    return sorted(path.stem for path in _directory().glob("*_training.jinja"))
+
+
 def files_of(name: str) -> dict[str, str]:
     """The files of a tokenizer with every byte as a token, and this template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    template, eos = (_directory() / f"{name}.jinja").read_text(encoding="utf-8"), STOCK[name].eos
+    template, eos = (
+        (_directory() / f"{name}.jinja").read_text(encoding="utf-8"),
+        STOCK[name.removesuffix("_training")].eos,
+    )
     found = {token for token in PATTERN.findall(template) if not TEXTUAL.match(token)}
     controls = sorted(found | {eos, "<bos>"})
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -186,6 +196,23 @@ def files_of(name: str) -> dict[str, str]:
     tokenizer.add_special_tokens(controls)
     config = {"eos_token": eos, "bos_token": "<bos>", "pad_token": "<pad>"}
     return with_template({"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config)}, template)
+
+
+def learnt(messages: list[dict], files: dict[str, str], tools: list[dict] | None = None) -> list[str] | str:
+    """The texts of the tokens with a loss, or "!" and the error."""
+    try:
+        row = encode_chat(messages, files, tools)
+    except LlmkitError as error:
+        assert error.hint
+        return "!" + error.message
+    pieces: list[list[int]] = [[]]
+    for token, weight in zip(row.tokens.tolist(), row.weights.tolist(), strict=True):
+        if weight:
+            pieces[-1].append(token)
+        elif pieces[-1]:
+            pieces.append([])
+    decode = tokenizer_of(files).decode
+    return [decode(piece, skip_special_tokens=False) for piece in pieces if piece]
 
 
 def _directory() -> Path:

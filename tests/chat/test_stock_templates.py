@@ -3,28 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from stock_templates import REASONING, STOCK, SYSTEM, TEXT, TOOL, TOOLS, files_of, names
+from stock_templates import REASONING, STOCK, SYSTEM, TEXT, TOOL, TOOLS, files_of, learnt, names, training_names
 
 from llmkit.chat.masks import check_template, encode_chat, stop_token_ids
-from llmkit.chat.templates import special_contents, tokenizer_of
-from llmkit.errors import LlmkitError
-
-
-def learnt(messages: list[dict], files: dict[str, str], tools: list[dict] | None = None) -> list[str] | str:
-    """The texts of the tokens with a loss, or "!" and the error."""
-    try:
-        row = encode_chat(messages, files, tools)
-    except LlmkitError as error:
-        assert error.hint
-        return "!" + error.message
-    pieces: list[list[int]] = [[]]
-    for token, weight in zip(row.tokens.tolist(), row.weights.tolist(), strict=True):
-        if weight:
-            pieces[-1].append(token)
-        elif pieces[-1]:
-            pieces.append([])
-    decode = tokenizer_of(files).decode
-    return [decode(piece, skip_special_tokens=False) for piece in pieces if piece]
+from llmkit.chat.templates import form_of, special_contents
 
 
 def test_every_stock_template_is_here() -> None:
@@ -73,3 +55,47 @@ def test_control_tokens_in_content_are_text(name: str) -> None:
     count = [sum(row.tokens.tolist().count(control) for control in controls) for row in (plain, named)]
     assert count[0] == count[1]
     assert learnt(messages, files)[-1] == stock.answer.format(f"{stop} ends a turn")  # type: ignore[index]
+
+
+# Where TRL trains on something else: headers or the beginning of a thought, which the generation prompt brings; the end of
+# text behind the last turn (Phi); another token after earlier answers than after the last (gpt-oss).
+BROUGHT = {
+    "deepseek": "<｜Assistant｜>",
+    "gptoss": "<|start|>assistant",
+    "muse": "<|start|>assistant",
+    "nemotron": "<think></think>",
+    "qwen2_5": "\n",
+    "qwen3_5_no": "<think>\n\n</think>\n\n",
+    "qwen3_5_th": "<think>\n",
+    "qwen3_6": "<think>\n",
+    "qwen3_8": "<think>\n",
+}
+
+
+@pytest.mark.parametrize("name", training_names())
+def test_masks_of_trl(name: str) -> None:
+    """Parity with the templates that TRL has marked for training, in transformers' rendering: the same answers and stop
+    tokens, without the newline behind them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    stock = STOCK[name.removesuffix("_training")]
+    files = files_of(name)
+    messages = form_of(files).adapt(TEXT)
+    (text,), (marked,) = render_jinja_template(
+        [messages],
+        chat_template=files["chat_template.jinja"],
+        return_assistant_tokens_mask=True,
+        eos_token=stock.eos,
+        bos_token="<bos>",
+    )
+    theirs: list[str] = []
+    for number, (start, stop) in enumerate(marked):
+        is_continued = number and marked[number - 1][1] == start
+        theirs = [*theirs[:-1], theirs[-1] + text[start:stop]] if is_continued else [*theirs, text[start:stop]]
+    brought = next((part for key, part in BROUGHT.items() if name.startswith(key)), "")
+    expected = [part.removeprefix(brought).rstrip("\n") for part in theirs]
+    if name.startswith("phi3"):
+        expected[-1] = expected[-1].removesuffix("<|endoftext|>").rstrip("\n")
+    if name == "gptoss_training":
+        expected[0] = expected[0].removesuffix("<|end|>")
+    assert learnt(TEXT, files) == expected
