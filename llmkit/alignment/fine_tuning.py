@@ -9,7 +9,7 @@ The keyword options are those of `llmkit sft` and `llmkit dpo`, and give the sam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
@@ -139,9 +139,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     )
 
 
-def prepare_inspection(
-    request: Request, model: str
-) -> tuple[Callable[[Mapping[str, Any]], tuple[list[masks.EncodedRow], list[str]]], dict[str, str], int]:
+def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, str], int]:
     """What a fine-tuning run would do with a row: the function that encodes it, whatever the template does not show of
     it; the tokenizer's files; the tokens per sequence.
     """

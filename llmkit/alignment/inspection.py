@@ -11,13 +11,14 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
 
 import xxhash
 
+from llmkit.chat.encode import Encode
 from llmkit.chat.masks import EncodedRow
 from llmkit.chat.messages import RowError
 from llmkit.chat.rows import read_rows
@@ -25,7 +26,6 @@ from llmkit.chat.templates import special_contents, tokenizer_of
 from llmkit.io.documents import BadLine, DocumentReader
 from llmkit.io.names import printable
 
-Encode = Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]
 OPEN, CLOSE, CONTROL = "⟦", "⟧", "‹{}›"  # what is trained, and control tokens, where there are no colours
 PAGE = """\
 <!doctype html>

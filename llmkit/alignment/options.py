@@ -38,7 +38,7 @@ class RowOptions:
         typer.Option(
             "--too-long",
             metavar="HOW",
-            help="What to do with rows longer than the sequence: drop, or truncate (at the end)",
+            help="What to do with rows longer than the sequence: drop, truncate (at the end), or error",
             rich_help_panel=DATA,
         ),
         COMMON,

@@ -1,9 +1,9 @@
 """Rows of a file to token ids with loss weights: the training data of `sft` and `dpo`.
 
 A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (the model then does not
-learn to stop there), and dropped if the cut leaves nothing to learn; all are counted. A row without any trained
-token is an error that names file and line, because it almost always means that its roles are not the expected
-ones.
+learn to stop there), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad
+row, as is one without any trained token, which almost always means that its roles are not the expected ones: an
+error that names file and line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
 COUNTS = ("rows", "too_long", "dropped", "ties", "row_tokens", "trained")
-TOO_LONG = ("drop", "truncate")
+TOO_LONG = ("drop", "truncate", "error")
+# From the fields of a row to its encoded rows, and the names of fields that are not used.
+Encode = Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]
 NO_NAMES: Mapping[str, str] = {}
 TRAIN_ON = ("all", "last", "turns")
 
@@ -78,7 +80,7 @@ def encode_conversations(
     """
     encoded = EncodedDataset()
     encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy, names=names)
-    for rows, unused in _rows(reader, encode):
+    for rows, unused in _rows(reader, _bounded(encode, context, too_long)):
         encoded.unused.update(unused)
         for row in rows:
             encoded.add_fitting([row], context, too_long)
@@ -93,7 +95,7 @@ def row_encoder(
     train_on: str = "all",
     lossy: bool = False,
     names: Mapping[str, str] = NO_NAMES,
-) -> Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]:
+) -> Encode:
     """A function of the fields of a row: its encoded rows, one for each part that `train_on` makes of it, and the names
     of fields that are not used. It raises RowError. `names`: the names that fields have in the rows, by those here.
     """
@@ -121,9 +123,9 @@ def encode_preferences(
     messages after the prompt only. `names` as in `row_encoder`.
     """
 
-    def convert(fields: Mapping[str, Any]) -> tuple[list[list[EncodedRow]], list[str]]:
+    def convert(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
         rows = to_preferences(renamed(fields, names))
-        return [encode_pair(row) for row in rows], rows[0].unused if rows else []
+        return [side for row in rows for side in encode_pair(row)], rows[0].unused if rows else []
 
     def encode_pair(row: Preference) -> list[EncodedRow]:
         prompt: Messages = [message | {"train": False} for message in row.prompt]
@@ -131,13 +133,28 @@ def encode_preferences(
         return [encode_conversation(side, files, lossy) for side in sides]
 
     encoded = EncodedDataset()
-    for pairs, unused in _rows(reader, convert):
+    for sides, unused in _rows(reader, _bounded(convert, context, too_long)):
         encoded.unused.update(unused)
-        encoded.counts["ties"] += not pairs
-        for pair in pairs:
-            encoded.add_fitting(pair, context, too_long)
+        encoded.counts["ties"] += not sides
+        for start in range(0, len(sides), 2):
+            encoded.add_fitting(sides[start : start + 2], context, too_long)
     _refuse_empty(encoded, context, too_long)
     return encoded
+
+
+def _bounded(encode: Encode, context: int, too_long: str) -> Encode:
+    """`encode`, which with `too_long` error raises RowError for a row over the context."""
+    if too_long not in TOO_LONG:
+        raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
+
+    def bounded(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
+        rows, unused = encode(fields)
+        longest = max((len(row.tokens) for row in rows), default=0)
+        if longest > context:
+            raise RowError(f"{longest:,} tokens, but a sequence has {context:,} (see --too-long and --sequence-length)")
+        return rows, unused
+
+    return bounded if too_long == "error" else encode
 
 
 def encode_conversation(row: Conversation, files: Mapping[str, str], lossy: bool = False) -> EncodedRow:
@@ -195,8 +212,6 @@ def _rows(reader: DocumentReader, convert: Any) -> Iterator[Any]:
 
 def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
     """The rows, none longer than `context`; [] if one had to be dropped, or its trained tokens were cut off."""
-    if too_long not in TOO_LONG:
-        raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
     if too_long == "drop":
         return rows if all(len(row.tokens) <= context for row in rows) else []
     cut = [EncodedRow(row.tokens[:context], row.weights[:context]) for row in rows]

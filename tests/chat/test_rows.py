@@ -240,6 +240,12 @@ def test_too_long_rows(tmp_path: Path, templates: dict[str, dict[str, str]]) -> 
     assert (cut.counts["rows"], cut.counts["too_long"], cut.counts["dropped"]) == (2, 2, 1)
     with pytest.raises(LlmkitError, match="the cut leaves nothing to learn"):
         encode_conversations(reader_of(path, [behind]), templates["chatml"], 30, too_long="truncate")
+    with pytest.raises(LlmkitError, match=r"rows.jsonl:2: \d+ tokens, but a sequence has 30"):
+        encode_conversations(reader_of(path, rows), templates["chatml"], 30, too_long="error")
+    reader = reader_of(path, rows, "skip")
+    assert encode_conversations(reader, templates["chatml"], 30, too_long="error").counts["rows"] == reader.bad == 1
+    with pytest.raises(UsageError, match="--too-long"):
+        encode_conversations(reader_of(path, rows), templates["chatml"], 30, too_long="keep")
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "word " * 50}, {"prompt": "q", "chosen": "a", "rejected": "b"}]
     encoded = encode_preferences(reader_of(path, pairs), templates["chatml"], 30)
     assert (encoded.counts["rows"], len(encoded.rows)) == (1, 2)

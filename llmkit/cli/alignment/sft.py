@@ -17,7 +17,8 @@ from llmkit.cli.shared.options import ModelPath, Run, command
 from llmkit.errors import LlmkitError, UsageError
 
 if TYPE_CHECKING:
-    from llmkit.alignment.inspection import Encode, Segment
+    from llmkit.alignment.inspection import Segment
+    from llmkit.chat.encode import Encode
     from llmkit.io.documents import ReadOptions
 
 ROWS_OF_A_PAGE = 20
