@@ -15,6 +15,7 @@ from llmkit.chat.rows import CONVERSATIONS, schema_names
 from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command
 from llmkit.errors import LlmkitError, UsageError
+from llmkit.options import COMMON
 
 if TYPE_CHECKING:
     from llmkit.alignment.inspection import Segment
@@ -52,17 +53,21 @@ def main(
             metavar="N|PAGE.html",
             help="Print the first N rows with the trained tokens marked, or write 20 as a page, and stop",
         ),
+        COMMON,
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Report on all rows, by file, and stop: exit code 1 if some cannot be used")
+        bool,
+        typer.Option("--check", help="Report on all rows, by file, and stop: exit code 1 if some cannot be used"),
+        COMMON,
     ] = False,
 ) -> None:
     """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's tokens.
 
     Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
-    each other. A message may have a `weight`, or `train: false`. The resulting model stops at the end of its turn
-    (generation_config.json).
+    each other. A message may have a `weight`, or `train: false`. Rows of which the template does not show a part, such
+    as tool calls or reasoning, are refused. Of OASST trees the best-ranked answers are taken. The resulting model stops
+    at the end of its turn (generation_config.json).
     """
     if show is not None or check:
         _inspect(run, model, rows, options, show)
