@@ -20,7 +20,7 @@ import torch
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, listed, row_encoder
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
@@ -139,15 +139,15 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     )
 
 
-def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, str], int]:
+def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, str], dict[str, str], int]:
     """What a fine-tuning run would do with a row: the function that encodes it, whatever the template does not show of
-    it; the tokenizer's files; the tokens per sequence.
+    it; the names of its fields by those here; the tokenizer's files; the tokens per sequence.
     """
     options: SftOptions = request.options
     _, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     how = options.template
     names = field_names(CONVERSATIONS, options.rows.map or [])
-    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True, names=names), files, length
+    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True), names, files, length
 
 
 def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
@@ -250,8 +250,8 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     """Report the number of rows, and what happens to those that are too long."""
     counts = encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
-    if counts["ties"]:
-        request.note(f"{counts['ties']:,} rows are ties, or have no answers to compare")
+    if encoded.left_out:
+        request.note(f"left out: {listed(encoded.left_out)}")
     if encoded.unused:
         request.note(f"fields that are not used: {_listed(encoded.unused)}")
     if encoded.lost:

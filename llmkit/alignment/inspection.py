@@ -3,7 +3,7 @@
     for line, row in shown_rows(reader, encode, 5): print(marked(segments(row, files)))
     report = check_rows(reader, encode, context=4096)
 
-`encode` maps the fields of a row to its encoded rows and the names of fields that are not used.
+`encode` maps the fields of a row to its encoded rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import xxhash
 
 from llmkit.chat.encode import Encode
 from llmkit.chat.masks import EncodedRow
-from llmkit.chat.messages import RowError
 from llmkit.chat.rows import read_rows
 from llmkit.chat.templates import special_contents, tokenizer_of
 from llmkit.io.documents import BadLine, DocumentReader
@@ -64,10 +63,12 @@ def segments(row: EncodedRow, files: Mapping[str, str]) -> list[Segment]:
     ]
 
 
-def shown_rows(reader: DocumentReader, encode: Encode, count: int) -> Iterator[tuple[str, EncodedRow]]:
-    """The first encoded rows with the file and line of each."""
-    read = read_rows(reader, encode)
-    return islice(((f"{document.file}:{document.line}", row) for document, (rows, _) in read for row in rows), count)
+def shown_rows(
+    reader: DocumentReader, encode: Encode, names: Mapping[str, str], count: int
+) -> Iterator[tuple[str, EncodedRow]]:
+    """The first encoded rows with the file and line of each. `names` as in `read_rows`."""
+    read = read_rows(reader, encode, names)
+    return islice(((f"{document.file}:{document.line}", row) for document, rows in read for row in rows), count)
 
 
 def marked(parts: Iterable[Segment]) -> str:
@@ -104,6 +105,7 @@ class FileReport:
     refused: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def refuse(self, reason: str, line: int) -> None:
         """Count a row that cannot be used; reasons that differ in numbers only are of one kind."""
@@ -127,6 +129,7 @@ class FileReport:
             ],
             "not_shown_by_the_template": dict(self.lost),
             "unused_fields": dict(self.unused),
+            "left_out": dict(self.left_out),
         }
 
 
@@ -141,7 +144,9 @@ class _Reports(DocumentReader):
             self.bad += 1
 
 
-def check_rows(paths: list[str], options: Any, encode: Encode, context: int) -> dict[str, FileReport]:
+def check_rows(
+    paths: list[str], options: Any, encode: Encode, names: Mapping[str, str], context: int
+) -> dict[str, FileReport]:
     """A report by file on all rows; those longer than `context` tokens, and those seen before, are counted.
 
     Memory: 16 bytes per row.
@@ -150,14 +155,10 @@ def check_rows(paths: list[str], options: Any, encode: Encode, context: int) -> 
     reader.files = {}
     seen: set[bytes] = set()
     with reader:
-        for document in reader.documents():
+        for document, rows in read_rows(reader, encode, names):
             report = reader.files.setdefault(document.file, FileReport())
-            try:
-                rows, unused = encode(document.fields)
-            except RowError as error:
-                report.refuse(str(error), document.line)
-                continue
-            report.unused.update(unused)
+            report.unused.update(rows.unused)
+            report.left_out += rows.left_out
             for row in rows:
                 report.rows += 1
                 report.tokens += len(row.tokens)

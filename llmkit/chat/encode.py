@@ -9,7 +9,7 @@ error that names file and line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,16 +18,22 @@ import numpy as np
 from llmkit.chat.control_tokens import hide
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans, is_trained
 from llmkit.chat.messages import Messages, RowError
-from llmkit.chat.rows import Conversation, Preference, read_rows, renamed, to_conversations, to_preferences
+from llmkit.chat.rows import (
+    NO_NAMES,
+    Conversation,
+    Converted,
+    Preference,
+    read_rows,
+    to_conversations,
+    to_preferences,
+)
 from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
-COUNTS = ("rows", "too_long", "dropped", "ties", "row_tokens", "trained")
+COUNTS = ("rows", "too_long", "dropped", "left_out", "row_tokens", "trained")
 TOO_LONG = ("drop", "truncate", "error")
-# From the fields of a row to its encoded rows, and the names of fields that are not used.
-Encode = Callable[[Mapping[str, Any]], tuple[list[EncodedRow], list[str]]]
-NO_NAMES: Mapping[str, str] = {}
+Encode = Callable[[Mapping[str, Any]], Converted[EncodedRow]]  # from the fields of a row
 TRAIN_ON = ("all", "last", "turns")
 
 
@@ -38,6 +44,7 @@ class EncodedDataset:
     rows: list[EncodedRow] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     unused: Counter[str] = field(default_factory=Counter)  # rows by the names of their fields that are not used
+    left_out: Counter[str] = field(default_factory=Counter)  # valid parts of rows that are not used, such as ties
     lost: Counter[str] = field(default_factory=Counter)  # rows by what the chat template does not show of them
 
     def add(self, *rows: EncodedRow) -> None:
@@ -78,14 +85,8 @@ def encode_conversations(
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
-    encoded = EncodedDataset()
-    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy, names=names)
-    for rows, unused in _rows(reader, _bounded(encode, context, too_long)):
-        encoded.unused.update(unused)
-        for row in rows:
-            encoded.add_fitting([row], context, too_long)
-    _refuse_empty(encoded, context, too_long)
-    return encoded
+    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
+    return _encode_all(reader, encode, names, 1, context, too_long)
 
 
 def row_encoder(
@@ -94,18 +95,18 @@ def row_encoder(
     template: bool = True,
     train_on: str = "all",
     lossy: bool = False,
-    names: Mapping[str, str] = NO_NAMES,
 ) -> Encode:
-    """A function of the fields of a row: its encoded rows, one for each part that `train_on` makes of it, and the names
-    of fields that are not used. It raises RowError. `names`: the names that fields have in the rows, by those here.
+    """A function of the fields of a row: its encoded rows, one for each part that `train_on` makes of its
+    conversations. It raises RowError.
     """
     if train_on not in TRAIN_ON:
         raise UsageError(f"--train-on {train_on!r}", "one of: " + ", ".join(TRAIN_ON))
 
-    def encode(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
-        rows = to_conversations(renamed(fields, names), template)
-        parts = [part for row in rows for part in trained_parts(row, train_on)]
-        return [encode_conversation(part, files, lossy) for part in parts], rows[0].unused
+    def parts(row: Conversation) -> list[EncodedRow]:
+        return [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)]
+
+    def encode(fields: Mapping[str, Any]) -> Converted[EncodedRow]:
+        return to_conversations(fields, template).each(parts)
 
     return encode
 
@@ -120,24 +121,28 @@ def encode_preferences(
     names: Mapping[str, str] = NO_NAMES,
 ) -> EncodedDataset:
     """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
-    messages after the prompt only. `names` as in `row_encoder`.
+    messages after the prompt only. `names`: the names that fields have in the rows, by those here.
     """
-
-    def convert(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
-        rows = to_preferences(renamed(fields, names))
-        return [side for row in rows for side in encode_pair(row)], rows[0].unused if rows else []
 
     def encode_pair(row: Preference) -> list[EncodedRow]:
         prompt: Messages = [message | {"train": False} for message in row.prompt]
         sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
         return [encode_conversation(side, files, lossy) for side in sides]
 
+    return _encode_all(reader, lambda fields: to_preferences(fields).each(encode_pair), names, 2, context, too_long)
+
+
+def _encode_all(
+    reader: DocumentReader, encode: Encode, names: Mapping[str, str], together: int, context: int, too_long: str
+) -> EncodedDataset:
+    """Every row of `reader`; `together` encoded rows are kept or dropped together."""
     encoded = EncodedDataset()
-    for sides, unused in _rows(reader, _bounded(convert, context, too_long)):
-        encoded.unused.update(unused)
-        encoded.counts["ties"] += not sides
-        for start in range(0, len(sides), 2):
-            encoded.add_fitting(sides[start : start + 2], context, too_long)
+    for _, rows in read_rows(reader, _bounded(encode, context, too_long), names):
+        encoded.unused.update(rows.unused)
+        encoded.left_out += rows.left_out
+        for start in range(0, len(rows), together):
+            encoded.add_fitting(rows[start : start + together], context, too_long)
+    encoded.counts["left_out"] = encoded.left_out.total()
     _refuse_empty(encoded, context, too_long)
     return encoded
 
@@ -147,12 +152,12 @@ def _bounded(encode: Encode, context: int, too_long: str) -> Encode:
     if too_long not in TOO_LONG:
         raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
 
-    def bounded(fields: Mapping[str, Any]) -> tuple[list[EncodedRow], list[str]]:
-        rows, unused = encode(fields)
+    def bounded(fields: Mapping[str, Any]) -> Converted[EncodedRow]:
+        rows = encode(fields)
         longest = max((len(row.tokens) for row in rows), default=0)
         if longest > context:
             raise RowError(f"{longest:,} tokens, but a sequence has {context:,} (see --too-long and --sequence-length)")
-        return rows, unused
+        return rows
 
     return bounded if too_long == "error" else encode
 
@@ -205,11 +210,6 @@ def _refuse_empty_answers(messages: Messages) -> None:
             raise RowError(f"message {number + 1} is an empty answer")
 
 
-def _rows(reader: DocumentReader, convert: Any) -> Iterator[Any]:
-    for _, row in read_rows(reader, convert):
-        yield row
-
-
 def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
     """The rows, none longer than `context`; [] if one had to be dropped, or its trained tokens were cut off."""
     if too_long == "drop":
@@ -218,10 +218,17 @@ def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow
     return cut if all(row.trained for row in cut) else []
 
 
+def listed(left_out: Counter[str]) -> str:
+    """What was left out, the commonest first: `85 ties, 3 wrong choices`."""
+    return ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+
+
 def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
     if encoded.rows:
         return
     long = encoded.counts["too_long"]
+    if encoded.left_out and not long:
+        raise LlmkitError(f"no rows to train on; left out: {listed(encoded.left_out)}", "check the inputs")
     if not long:
         raise LlmkitError("no rows were read", "check the inputs")
     reason = f"all {long:,} rows are longer than {context:,} tokens"

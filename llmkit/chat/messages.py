@@ -65,12 +65,13 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     """One message with `role` and `content` (text); tool calls, names and weights are kept."""
     if not isinstance(item, dict):
         raise RowError(f"{where} is not an object")
+    item = {key: value for key, value in item.items() if value is not None}
     role = item.get("role", item.get("from"))
     if not isinstance(role, str):
         raise RowError(f"{where} has no role")
     if role not in ROLES:
         raise RowError(f"{where}: unknown role {role!r:.60} (known: {', '.join(ROLES)})")
-    extra = {key: v for key, v in item.items() if key not in ("role", "from", "content", "value") and v is not None}
+    extra = {key: v for key, v in item.items() if key not in ("role", "from", "content", "value")}
     content = item.get("content", item.get("value"))
     if isinstance(content, list):  # parts, as in multimodal data
         content = "".join(_text_part(part, where) for part in content)

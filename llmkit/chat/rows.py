@@ -1,40 +1,40 @@
 """Rows for fine-tuning and alignment: every common schema (chat/schemas), converted to lists of messages.
 
-    for document, conversations in read_rows(reader, to_conversations): ...
+    names = field_names(CONVERSATIONS, ["messages=data.chat"])
+    for document, conversations in read_rows(reader, to_conversations, names): ...
 
-A row that cannot be converted raises RowError, whose message names the field. `read_rows` adds file and line,
-and stops, skips or quarantines the row as `ReadOptions.on_bad_line` demands.
+A row that cannot be converted raises RowError, whose message names the field; nothing of it is used. `read_rows` adds
+file and line, and stops, skips or quarantines the row as `ReadOptions.on_bad_line` demands.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from llmkit.chat import schemas as schemas  # registers them
-from llmkit.chat.messages import Messages, RowError, read_tools, turn
+from llmkit.chat.messages import ROLES, Messages, RowError, read_tools, turn
 from llmkit.chat.schemas.table import (
     CONVERSATIONS,
     PREFERENCES,
     Conversation,
+    Converted,
     Fields,
     Preference,
     Schema,
     schema_names,
     string,
 )
-from llmkit.chat.schemas.trees import MESSAGE, joined
+from llmkit.chat.schemas.trees import MESSAGE_FIELDS, FlatMessages, Sides, is_flat_message
 from llmkit.errors import LlmkitError, UsageError, suggestion
-from llmkit.io.splice import dotted
-
-if TYPE_CHECKING:
-    from llmkit.io.documents import Document, DocumentReader
+from llmkit.io.documents import BadLine, Document, DocumentReader
 
 __all__ = [
     "CONVERSATIONS",
     "PREFERENCES",
     "Conversation",
+    "Converted",
     "Preference",
     "read_rows",
     "schema_names",
@@ -43,131 +43,121 @@ __all__ = [
     "to_preferences",
 ]
 Row = TypeVar("Row")
+NO_NAMES: Mapping[str, str] = {}
+JSON_COLUMNS = ("messages", "conversations", "history", "instances")  # a string in these is JSON
+MAYBE_JSON = ("prompt", "chosen", "rejected")  # a string in these is JSON if it holds messages, and otherwise text
 
 
-def read_rows(reader: DocumentReader, convert: Callable[[Fields], Row]) -> Iterator[tuple[Document, Row]]:
-    """Every row of `reader`, with its fields as converted by `convert`. Rows for which that raises RowError are
-    treated like bad lines.
+def read_rows(
+    reader: DocumentReader, convert: Callable[[Fields], Row], names: Mapping[str, str] = NO_NAMES
+) -> Iterator[tuple[Document, Row]]:
+    """Every row of `reader`, with its fields as converted by `convert`; `names` as `field_names` returns them. Rows
+    for which that raises RowError are treated like bad lines.
 
-    Messages of trees in rows of their own are gathered, in memory, and follow as trees at the end.
+    Messages of trees in rows of their own are held in memory, and become the rows of their trees at the end of their
+    file, each with the document of its first line.
     """
     from llmkit.engine.isolation import bad_line
-    from llmkit.io.documents import BadLine
 
-    def refuse(document: Document, reason: str) -> None:
-        reader.accept([BadLine(document.file, document.line, reason, document.raw)])
-
-    def converted(document: Document, fields: Fields) -> Iterator[tuple[Document, Row]]:
+    for documents, fields in _joined(reader, names):
         try:
             row = convert(fields)
         except RowError as error:
-            refuse(document, str(error))
+            reader.accept([_bad(document, error) for document in documents])
         except LlmkitError:
             raise  # of the tokenizer or the options
         except Exception as error:
-            reader.accept([bad_line(error, document.file, document.line, document.raw)])
+            reader.accept([bad_line(error, document.file, document.line, document.raw) for document in documents])
         else:
-            yield document, row
+            yield documents[0], row
 
-    trees: dict[Any, dict[str, Document]] = {}
+
+def _bad(document: Document, error: RowError) -> BadLine:
+    return BadLine(document.file, document.line, str(error), document.raw)
+
+
+def _joined(reader: DocumentReader, names: Mapping[str, str]) -> Iterator[tuple[list[Document], Fields]]:
+    """The fields of each row, and the lines that they come from."""
+    messages, file = FlatMessages(reader), ""
     for document in reader.documents():
-        fields = document.fields
-        if not _is_message(fields):
-            yield from converted(document, fields)
-        elif fields["message_id"] in (tree := trees.setdefault(_tree_of(fields), {})):
-            refuse(document, f"field 'message_id': {fields['message_id']!r:.60} stands in an earlier row")
+        if document.file != file:
+            yield from messages.trees()
+            file = document.file
+        try:
+            fields = renamed(document.fields, names)
+        except RowError as error:
+            reader.accept([_bad(document, error)])
+            continue
+        if is_flat_message(fields):
+            messages.add(document, fields)
         else:
-            tree[fields["message_id"]] = document
-    for tree in trees.values():
-        root, others = joined([document.fields for document in tree.values()])
-        for message in others:
-            refuse(tree[message["message_id"]], f"field 'parent_id': no row has {message.get('parent_id')!r:.60}")
-        if root is not None:
-            yield from converted(tree[root["message_id"]], {"prompt": root})
-
-
-def _is_message(fields: Fields) -> bool:
-    """Whether a row is one message of a tree."""
-    return all(name in fields for name in MESSAGE) and isinstance(fields["message_id"], str)
-
-
-def _tree_of(fields: Fields) -> Any:
-    tree = fields.get("message_tree_id")
-    return tree if isinstance(tree, str) else ""
+            yield [document], fields
+    yield from messages.trees()
 
 
 def to_conversation(fields: Fields, template: bool = True) -> Conversation:
     """The conversation in a row of one; as `to_conversations`."""
-    first, *others = to_conversations(fields, template)
-    if others:
-        raise RowError("a row of several conversations")
-    return first
+    conversations = to_conversations(fields, template)
+    if len(conversations) != 1:
+        raise RowError(f"a row of {len(conversations)} conversations")
+    return conversations[0]
 
 
-def to_conversations(fields: Fields, template: bool = True) -> list[Conversation]:
+def to_conversations(fields: Fields, template: bool = True) -> Converted[Conversation]:
     """The conversations in one row. With `template=False`, prompt and completion strings are plain text instead
     of turns. A field that is null is none, and one of messages as JSON in a text is those messages.
     """
-    present = ", ".join(name if value is not None else f"{name} (null)" for name, value in fields.items())
-    fields = _as_values(fields)
+    conversations: Converted[Conversation] = _converted(CONVERSATIONS, fields, template)
     tools = read_tools(fields)
-    for schema in CONVERSATIONS:
-        if schema.matches(fields):
-            found = schema.convert(fields, template)
-            conversations: list[Conversation] = found if schema.several else [found]
-            for conversation in conversations:
-                if conversation.text is None:
-                    conversation.messages = _with_system(conversation.messages, fields)
-                    conversation.tools = tools
-            if not conversations:
-                raise RowError("no answer to learn")
-            conversations[0].unused = schema.unused(fields)
-            return conversations
-    known = ", ".join(" and ".join(map(repr, schema.fields)) for schema in CONVERSATIONS if schema.name)
-    raise RowError(f"no schema fits; looked for {known} (fields: {present or 'none'})")
+    for conversation in conversations:
+        if conversation.text is None:
+            conversation.messages = _with_system(conversation.messages, fields)
+            conversation.tools = tools
+    return conversations
 
 
-def to_preferences(fields: Fields) -> list[Preference]:
+def to_preferences(fields: Fields) -> Converted[Preference]:
     """The preferences in one row, none if it is a tie. The two continuations of each differ, and neither is empty.
     Nulls and JSON as in `to_conversations`.
     """
-    fields = _as_values(fields)
-    sides = [fields[name] for name in ("chosen", "rejected") if name in fields]
-    if len(sides) == 2 and isinstance(sides[0], str) != isinstance(sides[1], str):
-        raise RowError("'chosen' and 'rejected' are not both strings or both lists of messages")
-    for schema in PREFERENCES:
-        if schema.matches(fields):
-            found = schema.convert(fields)
-            pairs = found if schema.several else [found]
-            break
-    else:
-        for name in ("chosen", "rejected"):
-            if name not in fields:
-                raise RowError(f"no field {name!r} (fields: {', '.join(fields) or 'none'})")
-        raise RowError("field 'prompt' is neither a string nor a list of messages")
-    preferences = []
-    for prompt, chosen, rejected in pairs:
+    tools = read_tools(fields)
+
+    def checked(sides: Sides) -> list[Preference]:
+        prompt, chosen, rejected = sides
         if chosen == rejected:
             raise RowError("'chosen' and 'rejected' are equal")
         for name, answer in (("chosen", chosen), ("rejected", rejected)):
             if not any(message["role"] == "assistant" for message in answer):
                 raise RowError(f"field {name!r}: no assistant message after the common prompt")
-        preferences.append(Preference(_with_system(prompt, fields), chosen, rejected, read_tools(fields)))
-    for preference in preferences[:1]:
-        preference.unused = schema.unused(fields)
-    return preferences
+        return [Preference(_with_system(prompt, fields), chosen, rejected, tools)]
+
+    return _converted(PREFERENCES, fields).each(checked)
+
+
+def _converted(table: list[Schema], fields: Fields, *arguments: Any) -> Converted[Any]:
+    """What the row holds by the first schema that matches it."""
+    values = _as_values(fields)
+    for schema in table:
+        if schema.matches(values):
+            return schema.converted(values, *arguments)
+    present = ", ".join(name if value is not None else f"{name} (null)" for name, value in fields.items())
+    known = ", ".join(dict.fromkeys(" and ".join(map(repr, schema.fields)) for schema in table if schema.name))
+    raise RowError(f"no schema fits; looked for {known} (fields: {present or 'none'})")
 
 
 def field_names(table: list[Schema], options: list[str]) -> dict[str, str]:
     """`NAME=FIELD,...` as names of fields of the table's schemas -> fields of rows, with dots for nested ones."""
-    known = dict.fromkeys(name for schema in table for name in (*schema.fields, *schema.optional))
+    read = (name for schema in table if schema.name for name in (*schema.fields, *schema.optional))
+    known = dict.fromkeys((*read, *MESSAGE_FIELDS))
     names: dict[str, str] = {}
     for item in ",".join(options).split(",") if options else []:
-        name, equals, path = item.partition("=")
-        if not (equals and name and path):
-            raise UsageError(f"--map {item!r}", "give NAME=FIELD, such as messages=chat")
+        name, equals, path = (part.strip() for part in item.partition("="))
+        if not (equals and name and all(path.split("."))):
+            raise UsageError(f"--map {item!r}", "give NAME=FIELD, such as messages=chat or messages=data.chat")
         if name not in known:
-            raise UsageError(f"--map {item!r}: no rows have a field {name!r}", suggestion(name, known))
+            near = suggestion(name, known).partition("known: ")[0]
+            listed = f"known: {', '.join(sorted(known))}"
+            raise UsageError(f"--map {item!r}: no rows have a field {name!r}", f"{near} {listed}".strip())
         if name in names:
             raise UsageError(f"--map names {name!r} twice", "give one field for each name")
         names[name] = path
@@ -175,33 +165,69 @@ def field_names(table: list[Schema], options: list[str]) -> dict[str, str]:
 
 
 def renamed(fields: Fields, names: Mapping[str, str]) -> Fields:
-    """The fields with those that `names` maps under their names here. Raises RowError where one is missing."""
-    if not names:
-        return fields
-    taken: dict[str, Any] = {}
-    for name, path in names.items():
-        value = dotted(fields, path)
-        if value is None and path not in fields:
-            raise RowError(f"no field {path!r} for {name!r} (fields: {', '.join(fields) or 'none'})")
-        taken[name] = fields.get(path, value)
-    sources = {path.partition(".")[0] for path in names.values()} | set(names.values())
-    return {name: value for name, value in fields.items() if name not in sources} | taken
+    """The fields with those that `names` maps under their names here, in place of any of these names. An object keeps
+    what else it holds. Raises RowError where a field is missing.
+    """
+    taken = {name: _taken(fields, path, name) for name, path in names.items()}
+    rest = fields
+    for path in names.values():
+        rest = _without(rest, [path] if path in fields else path.split("."))
+    return {name: value for name, value in rest.items() if name not in taken} | taken
+
+
+def _taken(fields: Fields, path: str, name: str) -> Any:
+    """The value at a path, or of a field whose own name is the path."""
+    if path in fields:
+        return fields[path]
+    value: Any = fields
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            beside = f" (fields: {', '.join(value) or 'none'})" if isinstance(value, Mapping) else ""
+            raise RowError(f"no field {path!r} for {name!r}{beside}")
+        value = value[part]
+    return value
+
+
+def _without(fields: Fields, path: list[str]) -> Fields:
+    """The fields without that at a path, and without the objects around it that hold nothing else."""
+    name, *inner = path
+    value = fields.get(name)
+    left = _without(value, inner) if inner and isinstance(value, Mapping) else {}
+    return {key: left if key == name else value for key, value in fields.items() if key != name or left}
 
 
 def _as_values(fields: Fields) -> Fields:
-    """The fields that are not null; texts that hold messages as JSON, as in columns of one type, as those messages."""
-    return {name: _from_json(value) for name, value in fields.items() if value is not None}
+    """The fields that are not null, with those that hold JSON in a text parsed, as in columns of one type."""
+    values = {name: value for name, value in fields.items() if value is not None}
+    for name in JSON_COLUMNS:
+        if isinstance(values.get(name), str):
+            try:
+                values[name] = json.loads(values[name])
+            except (ValueError, RecursionError) as error:
+                raise RowError(f"field {name!r} is a text, but not JSON ({error})") from error
+    for name in MAYBE_JSON:
+        if isinstance(text := values.get(name), str):
+            values[name] = _messages_in(text)
+    return values
 
 
-def _from_json(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith(("[{", "{")):
-        return value
+def _messages_in(text: str) -> Any:
+    """The message or messages that the text holds as JSON, or else the text."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
-        return value
+        return text
     items = parsed if isinstance(parsed, list) else [parsed]
-    return parsed if all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items) else value
+    return parsed if items and all(map(_is_message, items)) else text
+
+
+def _is_message(item: Any) -> bool:
+    if not isinstance(item, dict) or not {"content", "value", "text", "tool_calls"} & set(item):
+        return False
+    role = item.get("role") or item.get("from")
+    return isinstance(role, str) and role in ROLES
 
 
 def _with_system(messages: Messages, fields: Fields) -> Messages:

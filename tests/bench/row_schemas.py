@@ -40,7 +40,7 @@ def main() -> None:
             rows = [made for _, made in read_rows(reader, convert)]
             if not rows:
                 continue
-            unused = Counter(name for made in rows for item in made for name in item.unused)
+            unused = Counter(name for made in rows for name in made.unused)
             why = "; ".join(reason for reason, _ in reader.reasons.most_common(2))
             cells = (
                 path.name,

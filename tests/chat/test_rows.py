@@ -60,9 +60,9 @@ def test_conversations(fields: dict[str, Any], messages: list[dict[str, Any]]) -
 def test_one_table_of_schemas() -> None:
     """Behaviour: help and the error for unknown rows list every schema of the table."""
     assert schema_names(CONVERSATIONS) == (
-        "messages, ShareGPT conversations, OASST trees, prompts with completions, Alpaca instructions, Dolly instructions, "
-        "instructions with instances, question with answer, inputs with targets, "
-        "inputs_pretokenized with targets_pretokenized or plain text"
+        "messages, ShareGPT conversations, OASST trees or messages, prompts with completions, "
+        "inputs_pretokenized with targets_pretokenized, inputs with targets, question with answer, Alpaca instructions, "
+        "Dolly instructions, instructions with instances or plain text"
     )
     with pytest.raises(RowError) as error:
         to_conversation({"question": "q"})
@@ -100,9 +100,9 @@ def test_what_would_be_lost_is_refused(fields: dict[str, Any], message: str) -> 
 
 def test_fields_that_are_not_used_are_named() -> None:
     """Behaviour: what no schema reads is listed; a field that is null is none."""
-    assert to_conversation({"messages": [U, A], "id": 1, "text": None, "tools": [], "x": 2}).unused == ["id", "x"]
+    assert to_conversations({"messages": [U, A], "id": 1, "text": None, "tools": [], "x": 2}).unused == ["id", "x"]
     assert to_conversation({"messages": None, "text": "a", "prompt": None}).text == "a"
-    assert to_preferences({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "system": "s"})[0].unused == [
+    assert to_preferences({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1, "system": "s"}).unused == [
         "score"
     ]
 
@@ -264,7 +264,7 @@ INSTRUCT = {
     "gpteacher_codegen-instruct": (4535, 4535, 0),
     "gpteacher_roleplay-simple-deduped-roleplay-instruct": (1923, 1923, 0),
     "gpteacher_toolformer-similarity-0.7-dataset": (3487, 3487, 0),
-    "oasst_en_100_tree": (100, 105, 0),
+    "oasst_en_100_tree": (100, 109, 0),
     "rasbt_instruction_1100": (935, 935, 0),
     "self_instruct_seed_tasks": (175, 175, 0),
     "self_instruct_user_oriented": (252, 252, 0),
@@ -298,7 +298,7 @@ def test_instances() -> None:
         [turn("user", "q\n\ni"), A],
         [turn("user", "q"), turn("assistant", "b")],
     ]
-    assert [row.unused for row in rows] == [["id"], []]
+    assert rows.unused == ["id"]
     for bad in ([], [{"input": "i"}], "x", [1]):
         with pytest.raises(RowError, match="instances|output"):
             to_conversations({"instruction": "q", "instances": bad})
@@ -331,8 +331,9 @@ def test_trees() -> None:
     assert pairs == [([turn("user", "q")], [best], [turn("assistant", "worse")])]
     unanswered = node("prompter", "q", node("assistant", "a", node("prompter", "thanks")))
     assert [row.messages for row in to_conversations({"prompt": unanswered})] == [[U, A]]
+    alone = to_conversations({"prompt": node("prompter", "q")})
+    assert alone == [] and alone.left_out == {"questions without an answer": 1}
     for bad in (
-        node("prompter", "q"),
         node("alien", "q"),
         node("prompter", "q", {"role": "assistant"}),
         {"replies": 1, "role": "user", "text": "q"},
@@ -365,7 +366,13 @@ def test_trees_of_messages_in_rows_of_their_own(tmp_path: Path) -> None:
     text = [[message["content"] for message in row.messages] for row in to_conversations({"prompt": TREE})]
     assert found[0] == [U, A] and sorted([message["content"] for message in row] for row in found[1:]) == sorted(text)
     assert reader.bad == 3
-    with pytest.raises(LlmkitError, match=r"rows.jsonl:\d+: field 'message_id': 'best' stands in an earlier row"):
+    found = [
+        row.messages
+        for _, made in read_rows(reader_of(tmp_path / "rows.jsonl", messages), to_conversations)
+        for row in made
+    ]
+    assert found == [row.messages for row in to_conversations({"prompt": TREE})]
+    with pytest.raises(LlmkitError, match=r"rows.jsonl:11: field 'message_id': 'best' is also on line 3"):
         list(read_rows(reader_of(tmp_path / "rows.jsonl", [*messages, messages[2]]), to_conversations))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from llmkit.chat.messages import RowError, read_messages, turn
 from llmkit.chat.schemas.table import (
@@ -12,24 +12,35 @@ from llmkit.chat.schemas.table import (
     CONVERSATIONS,
     Conversation,
     Fields,
+    LeftOut,
+    Unused,
     alpaca_prompt,
     schema,
     side,
     string,
 )
-from llmkit.chat.schemas.trees import TREE, best_paths, is_tree
+from llmkit.chat.schemas.trees import TREE_FIELDS, best_paths, is_tree, read_tree
 
 
-@schema(CONVERSATIONS, "", "conversations", "kto_tag")
-@schema(CONVERSATIONS, "", "messages", "kto_tag")
+@schema(CONVERSATIONS, "", "kto_tag")
 def _refuse_tagged(fields: Fields, template: bool) -> Conversation:
-    raise RowError("field 'kto_tag': an unpaired preference row, which cannot be used for fine-tuning")
+    """Refused even where the tag is true: a file of such rows was made for another method, and half of its answers are
+    examples of what not to write."""
+    raise RowError(
+        "field 'kto_tag': an unpaired preference row, which cannot be used for fine-tuning"
+        " (to train on the answers that are tagged true, keep only their rows, without 'kto_tag')"
+    )
 
 
 @schema(CONVERSATIONS, "messages", "messages", optional=BESIDE)
 def _from_messages(fields: Fields, template: bool) -> Conversation:
     """`{"messages": [{"role", "content"}], "tools"?}`"""
     return Conversation(read_messages(fields["messages"], "messages"))
+
+
+@schema(CONVERSATIONS, "", "conversations", "chosen", "rejected")
+def _refuse_preference(fields: Fields, template: bool) -> Conversation:
+    raise RowError("a preference row, with two answers to one prompt, which is input for `llmkit dpo`")
 
 
 @schema(CONVERSATIONS, "ShareGPT conversations", "conversations", optional=BESIDE)
@@ -43,45 +54,60 @@ def _refuse_unpaired(fields: Fields, template: bool) -> Conversation:
     raise RowError("field 'label': an unpaired preference row, which cannot be used for fine-tuning")
 
 
-def _refuse_preference(fields: Fields, template: bool) -> Conversation:
-    raise RowError("a preference row, with two answers to one prompt, which is input for `llmkit dpo`")
-
-
 for _names in (("chosen", "rejected"), *ANSWERS):
     schema(CONVERSATIONS, "", *_names)(_refuse_preference)
 
 
 @schema(CONVERSATIONS, "", "prompt", "completions", "labels")
 def _refuse_stepwise(fields: Fields, template: bool) -> Conversation:
-    raise RowError("fields 'completions' and 'labels': steps with labels, which are for reward models")
+    raise RowError("fields 'completions' and 'labels': steps with labels, which are for process reward models")
 
 
-@schema(CONVERSATIONS, "OASST trees", "prompt", optional=TREE, several=True, condition=is_tree)
-def _from_tree(fields: Fields, template: bool) -> list[Conversation]:
+@schema(CONVERSATIONS, "OASST trees or messages", "prompt", optional=TREE_FIELDS, several=True, condition=is_tree)
+def _from_tree(fields: Fields, template: bool) -> Iterator[Conversation | LeftOut | Unused]:
     """`{"prompt": {"role", "text", "replies": [...]}}`: every path along the best-ranked answers."""
-    return [Conversation(path) for path in best_paths(fields["prompt"])]
+    tree = read_tree(fields)
+    yield from tree.notes
+    for path in best_paths(tree):
+        yield path if isinstance(path, LeftOut) else Conversation(path)
 
 
-@schema(
-    CONVERSATIONS,
-    "prompts with completions",
-    "prompt",
-    "completion",
-    optional=BESIDE,
-    answer="completion",
-    plain=True,
-)
-def _from_prompt(fields: Fields, template: bool) -> Conversation:
-    """`{"prompt", "completion"}`: strings become a user and an assistant turn, or with `template=False` plain
-    text with the loss on the completion. Message lists are joined, with the loss on the completion only.
+def _text_pair(name: str, question: str, answer: str, *optional: str) -> None:
+    """Register rows with a question and an answer: strings become a user and an assistant turn, or with
+    `template=False` plain text with the loss on the answer. Message lists are joined, with the loss on the answer only.
+    Of a question with several choices, the wrong ones (`is_correct: false`) are left out.
     """
-    prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not template:
-            return Conversation(text=prompt + completion, start=len(prompt))
-        return Conversation([turn("user", prompt), turn("assistant", completion)])
-    before = [message | {"train": False} for message in side(prompt, "prompt", "user")]
-    return Conversation(before + side(completion, "completion", "assistant"))
+
+    @schema(
+        CONVERSATIONS,
+        name,
+        question,
+        answer,
+        optional=(*BESIDE, *optional),
+        answer=answer,
+        plain=True,
+        several=True,
+    )
+    def _from_text_pair(fields: Fields, template: bool) -> Iterator[Conversation | LeftOut]:
+        if "is_correct" in optional and fields.get("is_correct") is False:
+            yield LeftOut("wrong choices")
+            return
+        asked, told = fields[question], fields[answer]
+        if not (isinstance(asked, str) and isinstance(told, str)):
+            before = [message | {"train": False} for message in side(asked, question, "user")]
+            yield Conversation(before + side(told, answer, "assistant"))
+        elif template:
+            yield Conversation([turn("user", asked), turn("assistant", told)])
+        else:
+            yield Conversation(text=asked + told, start=len(asked))
+
+
+_text_pair("prompts with completions", "prompt", "completion")
+# P3 also holds the token ids of both, as `inputs` and `targets`.
+P3 = ("is_correct", "inputs", "targets")
+_text_pair("inputs_pretokenized with targets_pretokenized", "inputs_pretokenized", "targets_pretokenized", *P3)
+_text_pair("inputs with targets", "inputs", "targets", "is_correct")
+_text_pair("question with answer", "question", "answer")
 
 
 @schema(CONVERSATIONS, "Alpaca instructions", "instruction", "output", optional=ALPACA, answer="output")
@@ -99,25 +125,18 @@ def _from_dolly(fields: Fields, template: bool) -> Conversation:
 
 
 @schema(CONVERSATIONS, "instructions with instances", "instruction", "instances", optional=BESIDE, several=True)
-def _from_instances(fields: Fields, template: bool) -> list[Conversation]:
+def _from_instances(fields: Fields, template: bool) -> Iterator[Conversation | Unused]:
     """`{"instruction", "instances": [{"input"?, "output"}]}`: a conversation for each instance."""
     instances = fields["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(item, Mapping) for item in instances):
         raise RowError("field 'instances' is not a list of objects")
-    rows = [{"instruction": fields["instruction"], "output": None} | item for item in instances]
-    return [Conversation([*alpaca_prompt(row), turn("assistant", string(row, "output"))]) for row in rows]
-
-
-def _asked(question: str, answer: str) -> None:
-    """Register rows with a text for the user's turn and one for the assistant's."""
-
-    @schema(CONVERSATIONS, f"{question} with {answer}", question, answer, optional=BESIDE, answer=answer)
-    def _from_pair(fields: Fields, template: bool) -> Conversation:
-        return Conversation([turn("user", string(fields, question)), turn("assistant", string(fields, answer))])
-
-
-for _names in (("question", "answer"), ("inputs", "targets"), ("inputs_pretokenized", "targets_pretokenized")):
-    _asked(*_names)
+    for number, instance in enumerate(instances):
+        where = f"instances[{number}]."
+        row = {"input": "", "output": None} | instance | {"instruction": fields["instruction"]}
+        prompt = alpaca_prompt({name: row[name] for name in ("instruction", "input")}, where)
+        yield Conversation([*prompt, turn("assistant", string(row, "output", where))])
+    for name in dict.fromkeys(name for item in instances for name in item if name not in ("input", "output")):
+        yield Unused(f"instances.{name}")
 
 
 @schema(CONVERSATIONS, "plain text", "text", plain=True)

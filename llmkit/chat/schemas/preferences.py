@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from llmkit.chat.messages import Messages, RowError, read_messages, turn
 from llmkit.chat.schemas.table import (
@@ -12,13 +14,15 @@ from llmkit.chat.schemas.table import (
     BESIDE,
     PREFERENCES,
     Fields,
+    LeftOut,
+    Unused,
     alpaca_prompt,
     common_length,
     schema,
     side,
     string,
 )
-from llmkit.chat.schemas.trees import TREE, Sides, is_tree, ranked_pairs
+from llmkit.chat.schemas.trees import TREE_FIELDS, Sides, is_tree, ranked_pairs, read_tree
 
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 VERDICTS = ("preference", "label", *(f"annotator{number}" for number in range(1, 10)))
@@ -35,6 +39,27 @@ def _holds_hh_turns(fields: Fields) -> bool:
     return chosen.startswith("Human:") and HH_TURN.search("\n\n" + chosen) is not None
 
 
+@schema(PREFERENCES, "", "chosen", condition=lambda fields: "rejected" not in fields)
+def _refuse_without_rejected(fields: Fields) -> Sides:
+    raise RowError(f"no field 'rejected' (fields: {', '.join(fields)})")
+
+
+@schema(PREFERENCES, "", "rejected", condition=lambda fields: "chosen" not in fields)
+def _refuse_without_chosen(fields: Fields) -> Sides:
+    raise RowError(f"no field 'chosen' (fields: {', '.join(fields)})")
+
+
+@schema(
+    PREFERENCES,
+    "",
+    "chosen",
+    "rejected",
+    condition=lambda fields: isinstance(fields["chosen"], str) != isinstance(fields["rejected"], str),
+)
+def _refuse_unlike(fields: Fields) -> Sides:
+    raise RowError("'chosen' and 'rejected' are not both strings or both lists of messages")
+
+
 @schema(PREFERENCES, "answers to a conversation", "conversations", "chosen", "rejected", optional=BESIDE)
 def _from_answers_to_a_conversation(fields: Fields) -> Sides:
     """`{"conversations": [...], "chosen": {"from", "value"}, "rejected": {...}}`, as LLaMA-Factory has it."""
@@ -44,21 +69,25 @@ def _from_answers_to_a_conversation(fields: Fields) -> Sides:
 
 
 @schema(PREFERENCES, "", "completion", "label")
-@schema(PREFERENCES, "", "conversations", "kto_tag")
-@schema(PREFERENCES, "", "messages", "kto_tag")
+@schema(PREFERENCES, "", "kto_tag")
 def _refuse_unpaired(fields: Fields) -> Sides:
     raise RowError("an unpaired preference row: dpo needs a chosen and a rejected answer to the same prompt")
 
 
 @schema(PREFERENCES, "", "prompt", "completions", "labels")
 def _refuse_stepwise(fields: Fields) -> Sides:
-    raise RowError("fields 'completions' and 'labels': steps with labels, which are for reward models")
+    raise RowError(
+        "fields 'completions' and 'labels': steps with labels, which are for process reward models (for dpo, make a"
+        " pair of a step that is labelled true and one at the same place that is labelled false)"
+    )
 
 
-@schema(PREFERENCES, "OASST trees", "prompt", optional=TREE, several=True, condition=is_tree)
-def _from_tree(fields: Fields) -> list[Sides]:
+@schema(PREFERENCES, "OASST trees or messages", "prompt", optional=TREE_FIELDS, several=True, condition=is_tree)
+def _from_tree(fields: Fields) -> Iterator[Sides | LeftOut | Unused]:
     """The best-ranked answer of each set of siblings against each of the others."""
-    return list(ranked_pairs(fields["prompt"]))
+    tree = read_tree(fields)
+    yield from tree.notes
+    yield from ranked_pairs(tree)
 
 
 def _compared(first: str, second: str) -> None:
@@ -73,10 +102,11 @@ def _compared(first: str, second: str) -> None:
         optional=("instruction", "prompt", *ALPACA, *VERDICTS),
         several=True,
     )
-    def _from_comparison(fields: Fields) -> list[Sides]:
+    def _from_comparison(fields: Fields) -> Iterator[Sides | LeftOut]:
         better = _verdict(fields)
         if better == 0:
-            return []
+            yield LeftOut("ties")
+            return
         if "prompt" in fields:
             prompt = side(fields["prompt"], "prompt", "user")
         elif "instruction" in fields:
@@ -86,7 +116,7 @@ def _compared(first: str, second: str) -> None:
         if not prompt:
             raise RowError("no field 'prompt', 'instruction' or 'input'")
         answers = [side(fields[name], name, "assistant") for name in (first, second)]
-        return [(prompt, answers[better - 1], answers[2 - better])]
+        yield prompt, answers[better - 1], answers[2 - better]
 
 
 for _names in ANSWERS:
@@ -94,15 +124,19 @@ for _names in ANSWERS:
 
 
 def _verdict(fields: Fields) -> int:
-    """1 or 2 for the better answer, 0 for a tie."""
-    votes = [fields[name] for name in VERDICTS if fields.get(name) is not None]
+    """1 or 2 for the better answer, as the field or more than half of the annotators say; otherwise 0, a tie."""
+    votes = Counter(_number(fields[name], name) for name in VERDICTS if name in fields)
     if not votes:
         raise RowError(f"no field {', '.join(map(repr, VERDICTS[:2]))} with the number of the better answer")
-    numbers = [int(vote) if isinstance(vote, str) and vote.strip() in ("0", "1", "2") else vote for vote in votes]
-    if not all(type(number) is int and number in (0, 1, 2) for number in numbers):
-        raise RowError("the number of the better answer is not 1 or 2, or 0 for a tie")
-    (better, count), *others = Counter(numbers).most_common()
-    return 0 if others and others[0][1] == count else better
+    (better, count), *_ = votes.most_common()
+    return better if 2 * count > votes.total() else 0
+
+
+def _number(value: Any, name: str) -> int:
+    text = str(int(value)) if type(value) is float and value in (0, 1, 2) else str(value).strip()
+    if isinstance(value, bool) or text not in ("0", "1", "2"):
+        raise RowError(f"field {name!r}: {value!r:.60} is not the number of the better answer, 1 or 2, or 0 for a tie")
+    return int(text)
 
 
 @schema(PREFERENCES, "turns in one string (hh-rlhf)", "chosen", "rejected", optional=BESIDE, condition=_holds_hh_turns)
@@ -140,13 +174,14 @@ def _from_message_lists(fields: Fields) -> Sides:
     "chosen",
     "rejected",
     optional=BESIDE,
-    condition=lambda fields: isinstance(fields["prompt"], (str, list)),
 )
 def _from_prompt_and_strings(fields: Fields) -> Sides:
     """The prompt is a string, a string of hh-rlhf turns, or a list of messages."""
     prompt = fields["prompt"]
     if isinstance(prompt, list):
         return read_messages(prompt, "prompt"), *_answers(fields)
+    if not isinstance(prompt, str):
+        raise RowError("field 'prompt' is neither a string nor a list of messages")
     before = _hh_turns(prompt, "prompt") if prompt.lstrip().startswith("Human:") else [turn("user", prompt)]
     if before[-1] == turn("assistant", ""):  # hh-rlhf prompts end in "Assistant:"
         before.pop()

@@ -10,6 +10,7 @@ derived from these tables:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from llmkit.chat.messages import Messages, RowError, read_messages, turn
 
 Function = TypeVar("Function")
+Item = TypeVar("Item")
+Other = TypeVar("Other")
 Fields = Mapping[str, Any]
 
 BESIDE = ("tools", "system")  # fields beside a conversation
@@ -34,7 +37,6 @@ class Conversation:
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
     start: int = 0
-    unused: list[str] = field(default_factory=list)  # fields of the row that say nothing here
 
 
 @dataclass(slots=True)
@@ -45,7 +47,36 @@ class Preference:
     chosen: Messages
     rejected: Messages
     tools: list[dict[str, Any]] | None = None
-    unused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Valid parts of a row that are not used, such as a tie or a lower-ranked answer, and how many."""
+
+    what: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """A nested field of a row that nothing reads."""
+
+    field: str
+
+
+class Converted(list[Item]):
+    """What one row holds, with the names of its fields that are not used, and the parts that are left out."""
+
+    def __init__(self, items: Iterable[Item] = (), unused: Iterable[str] = (), left_out: Iterable[str] = ()) -> None:
+        super().__init__(items)
+        self.unused = list(unused)
+        self.left_out = Counter(left_out)
+
+    def each(self, function: Callable[[Item], Iterable[Other]]) -> Converted[Other]:
+        """The results of `function` for each item."""
+        result = Converted((made for item in self for made in function(item)), self.unused)
+        result.left_out = self.left_out
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +86,8 @@ class Schema:
     `name` is what help calls such rows; a schema without a name only explains why its rows are refused.
     `optional` fields are read if present. `answer` names the field with the assistant's answer, which
     `generate` does not need; without it, the answer is the last message. Strings of a schema with `plain` may
-    be plain text instead of messages. One with `several` makes a list of results of a row, which may be empty.
+    be plain text instead of messages. The function of one with `several` yields any number
+    of results, and LeftOut and Unused for what it does not take.
     """
 
     name: str
@@ -68,11 +100,25 @@ class Schema:
     condition: Callable[[Fields], bool] | None = None
 
     def matches(self, fields: Fields) -> bool:
-        return all(name in fields for name in self.fields) and (self.condition is None or self.condition(fields))
+        return all(name in fields for name in self.fields) and self.accepts(fields)
 
-    def unused(self, fields: Fields) -> list[str]:
-        """The names of fields that are not read."""
-        return [name for name in fields if name not in self.fields and name not in self.optional]
+    def accepts(self, fields: Fields) -> bool:
+        """Whether the fields meet the condition, if there is one."""
+        return self.condition is None or self.condition(fields)
+
+    def converted(self, fields: Fields, *arguments: Any) -> Converted[Any]:
+        """What the row holds."""
+        unused = [name for name in fields if name not in self.fields and name not in self.optional]
+        result: Converted[Any] = Converted([], unused)
+        made = self.convert(fields, *arguments)
+        for item in made if self.several else [made]:
+            if isinstance(item, LeftOut):
+                result.left_out[item.what] += item.count
+            elif isinstance(item, Unused):
+                result.unused.append(item.field)
+            else:
+                result.append(item)
+        return result
 
     @property
     def question(self) -> tuple[str, ...]:
@@ -100,11 +146,11 @@ def schema_names(table: Iterable[Schema]) -> str:
     return f"{', '.join(names)} or {last}"
 
 
-def string(fields: Fields, name: str) -> str:
-    """The text in a field."""
+def string(fields: Fields, name: str, where: str = "") -> str:
+    """The text in a field; `where` is the path of the object that holds it, such as "instances[0]."."""
     value = fields[name]
     if not isinstance(value, str):
-        raise RowError(f"field {name!r} is not a string")
+        raise RowError(f"field {where + name!r} is not a string")
     return value
 
 
@@ -117,12 +163,12 @@ def side(value: Any, name: str, role: str) -> Messages:
     return read_messages([value] if isinstance(value, Mapping) else value, name)
 
 
-def alpaca_prompt(fields: Fields) -> Messages:
+def alpaca_prompt(fields: Fields, where: str = "") -> Messages:
     """`history`, then the instruction, a blank line and the input or context as the user's turn."""
     request = string(fields, "instruction")
     for name in ("input", "context"):
         if fields.get(name):
-            request += "\n\n" + string(fields, name)
+            request += "\n\n" + string(fields, name, where)
     return [*_history(fields), turn("user", request)]
 
 

@@ -93,17 +93,24 @@ def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, 
     is_page = show is not None and show.endswith(".html")
     if show is not None and not is_page and not (show.isdecimal() and int(show)):
         raise UsageError(f"--show {show!r}", "give a number of rows, or the name of a page that ends in .html")
-    encode, files, length = prepare_inspection(training_request(run, options), model)
+    encode, names, files, length = prepare_inspection(training_request(run, options), model)
     paths = run.inputs(rows, files_from=None)
     reading = replace(run.read_options(None), on_bad_line="skip", on_bad_file="skip")
     if show is not None:
-        _show(run, paths, reading, encode, files, show, f"What sft trains on: {model}" if is_page else "")
+        _show(run, paths, reading, encode, names, files, show, f"What sft trains on: {model}" if is_page else "")
     else:
-        _check(run, paths, reading, encode, length, options.rows.lossy)
+        _check(run, paths, reading, encode, names, length, options.rows.lossy)
 
 
 def _show(
-    run: Run, paths: list[str], reading: ReadOptions, encode: Encode, files: Mapping[str, str], show: str, title: str
+    run: Run,
+    paths: list[str],
+    reading: ReadOptions,
+    encode: Encode,
+    names: Mapping[str, str],
+    files: Mapping[str, str],
+    show: str,
+    title: str,
 ) -> None:
     """Print rows, or with a `title` write them as a page."""
     from llmkit.alignment.inspection import page, segments, shown_rows
@@ -111,7 +118,7 @@ def _show(
     from llmkit.io.documents import DocumentReader
 
     with DocumentReader(paths, reading) as reader:
-        found = shown_rows(reader, encode, ROWS_OF_A_PAGE if title else int(show))
+        found = shown_rows(reader, encode, names, ROWS_OF_A_PAGE if title else int(show))
         parts = [(where, segments(row, files)) for where, row in found]
     if reader.bad:
         run.warn(f"{counted(reader.bad, 'row')} cannot be used: --check says why")
@@ -124,7 +131,15 @@ def _show(
     run.note(f"{counted(len(parts), 'row')}: {show}")
 
 
-def _check(run: Run, paths: list[str], reading: ReadOptions, encode: Encode, length: int, lossy: bool) -> None:
+def _check(
+    run: Run,
+    paths: list[str],
+    reading: ReadOptions,
+    encode: Encode,
+    names: Mapping[str, str],
+    length: int,
+    lossy: bool,
+) -> None:
     """Report on all rows; LlmkitError if some cannot be used."""
     import orjson
 
@@ -134,7 +149,7 @@ def _check(run: Run, paths: list[str], reading: ReadOptions, encode: Encode, len
 
     if run.output:
         check_output(run.output, run.force)
-    reports = check_rows(paths, reading, encode, length)
+    reports = check_rows(paths, reading, encode, names, length)
     content = {file: report.as_json() for file, report in reports.items()}
     for file, report in content.items():
         run.note(
@@ -146,6 +161,8 @@ def _check(run: Run, paths: list[str], reading: ReadOptions, encode: Encode, len
             run.warn(f"{file}:{item['first_line']}: {item['reason']} ({counted(item['rows'], 'row')})")
         for name, count in report["not_shown_by_the_template"].items():
             run.warn(f"{file}: the chat template does not show {name} ({counted(count, 'row')})")
+        for what, count in report["left_out"].items():
+            run.note(f"{file}: left out: {count:,} {what}")
         for name, count in report["unused_fields"].items():
             run.note(f"{file}: field {name:.60} is not used ({counted(count, 'row')})")
     text = orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n"
