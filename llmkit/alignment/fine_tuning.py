@@ -20,8 +20,8 @@ import torch
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, listed, row_encoder
-from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names
+from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model

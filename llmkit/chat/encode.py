@@ -23,6 +23,7 @@ from llmkit.chat.rows import (
     Conversation,
     Converted,
     Preference,
+    listed,
     read_rows,
     to_conversations,
     to_preferences,
@@ -216,11 +217,6 @@ def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow
         return rows if all(len(row.tokens) <= context for row in rows) else []
     cut = [EncodedRow(row.tokens[:context], row.weights[:context]) for row in rows]
     return cut if all(row.trained for row in cut) else []
-
-
-def listed(left_out: Counter[str]) -> str:
-    """What was left out, the commonest first: `85 ties, 3 wrong choices`."""
-    return ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
 
 
 def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:

@@ -3,8 +3,9 @@
 | row | prompt |
 |---|---|
 | any chat schema of `chat.rows`, even without its answer | the conversation up to its last question, in the template |
+| one with several conversations (trees, instances) | one for each of them |
 | `{"prompt"}` as a list of messages | the same |
-| `{"prompt"}` as a string | that text; with `chat=True` it is a user's message, in the template |
+| `{"prompt"}`, `{"inputs"}` or `{"question"}` as a string | that text; with `chat=True` a message in the template |
 | `{"text"}` (any text field) | the same |
 
 An output row is `{id?, prompt, completion, completions, ...}`: the prompt as text or messages, the first
@@ -23,7 +24,7 @@ from typing import Any
 from llmkit.chat.control_tokens import encode as encode_rendered
 from llmkit.chat.control_tokens import hide
 from llmkit.chat.messages import Messages, RowError
-from llmkit.chat.rows import CONVERSATIONS, to_conversation
+from llmkit.chat.rows import CONVERSATIONS, listed, to_conversation, to_conversations
 from llmkit.chat.schemas.table import Schema
 from llmkit.chat.templates import DamagedTemplateError, render, tokenizer_of
 from llmkit.errors import LlmkitError
@@ -32,9 +33,12 @@ from llmkit.model.generate import generate
 from llmkit.model.pretrained.checkpoint import LoadedModel
 from llmkit.seeds import derive
 
-CHAT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.name and not schema.plain and not schema.several]
+CHAT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.name and not schema.plain]
+TEXT_SCHEMAS = [schema for schema in CONVERSATIONS if schema.plain and schema.answer]
 # Input fields that never pass through: those that an output row has itself, and whole conversations.
 REPLACED = ("prompt", "completion", "completions", "messages", "conversations")
+# Text or messages, their tools, and the answer in the row.
+Question = tuple[str | Messages, list[dict[str, Any]] | None, Any]
 
 
 @dataclass(slots=True)
@@ -52,36 +56,51 @@ class Prompt:
         return id_field | result | {key: value for key, value in self.other_fields.items() if key != "id"}
 
 
-def read_prompt(
+def read_prompts(
     fields: Mapping[str, Any],
     files: Mapping[str, str],
     *,
     chat: bool = False,
     text_key: str = "text",
     control_tokens: bool = False,
-) -> Prompt:
-    """The prompt in one row; RowError names the field that is missing or malformed."""
-    content: str | Messages
-    tools, reference = None, None
+) -> list[Prompt]:
+    """The prompts in one row; RowError names the field that is missing or malformed."""
+    questions: list[Question]
     used: tuple[str, ...]
-    fitting = [s for s in CHAT_SCHEMAS if all(fields.get(name) is not None for name in s.question)]
-    if schema := next((s for s in fitting if s.answer in fields), next(iter(fitting), None)):
-        content, tools, reference = _question(fields, schema)
-        used = (*schema.fields, *schema.optional)
-    elif "prompt" in fields:
-        content, used = fields["prompt"], ("prompt", "completion")
+    fitting = [
+        s for s in CHAT_SCHEMAS if all(fields.get(name) is not None for name in s.question) and s.accepts(fields)
+    ]
+    if schema := next((s for s in fitting if not s.answer or s.answer in fields), next(iter(fitting), None)):
+        questions, used = _questions(fields, schema), (*schema.fields, *schema.optional)
+    elif pair := next((s for s in TEXT_SCHEMAS if s.question[0] in fields), None):
+        (asked,), used = pair.question, pair.fields
+        content, tools = fields[asked], None
         if not isinstance(content, str):
             conversation = to_conversation({"messages": content, "tools": fields.get("tools")})
             content, tools, used = conversation.messages, conversation.tools, (*used, "tools")
-        reference = fields.get("completion")
+        reference = fields.get(pair.answer)
         if reference is None:
             reference, used = fields.get("output"), (*used, "output")
+        questions = [(content, tools, reference)]
     elif isinstance(fields.get(text_key), str):
-        content, used = fields[text_key], (text_key,)
+        questions, used = [(fields[text_key], None, None)], (text_key,)
     else:
-        names = ", ".join(repr(s.question[0]) for s in CHAT_SCHEMAS)
+        names = dict.fromkeys(repr(s.question[0]) for s in (*CHAT_SCHEMAS, *TEXT_SCHEMAS))
         present = ", ".join(fields) or "none"
-        raise RowError(f"no field {names}, 'prompt' or {text_key!r} (fields: {present})")
+        raise RowError(f"no field {', '.join(names)} or {text_key!r} (fields: {present})")
+    return [_prompt(question, fields, files, used, chat, control_tokens) for question in questions]
+
+
+def _prompt(
+    question: Question,
+    fields: Mapping[str, Any],
+    files: Mapping[str, str],
+    used: tuple[str, ...],
+    chat: bool,
+    control_tokens: bool,
+) -> Prompt:
+    """The prompt of one question of a row, with the fields of the row that are not `used`."""
+    content, tools, reference = question
     if chat and isinstance(content, str):
         content = [{"role": "user", "content": content}]
     if isinstance(content, list) and not content:
@@ -112,16 +131,23 @@ def _check_kept(fields: Mapping[str, Any], name: str, kept: list[Any]) -> None:
         raise RowError(f"the field {name!r} already exists (rename it: generate writes a field of that name)")
 
 
-def _question(fields: Mapping[str, Any], schema: Schema) -> tuple[Messages, list[dict[str, Any]] | None, Any]:
-    """The messages of a conversation without its answer, its tools, and the answer."""
-    question = {name: fields[name] for name in (*schema.question, *schema.optional) if name in fields}
+def _questions(fields: Mapping[str, Any], schema: Schema) -> list[Question]:
+    """The conversations of a row, each without its answer."""
+    asked = {name: fields[name] for name in (*schema.question, *schema.optional) if name in fields}
     if schema.answer:  # an empty one completes the schema, and is removed again below
-        question[schema.answer] = ""
-    conversation = to_conversation(question)
-    messages, reference = conversation.messages, None
-    while messages and messages[-1]["role"] == "assistant":
-        reference = messages.pop()["content"]
-    return messages, conversation.tools, fields.get(schema.answer) if schema.answer else reference
+        asked[schema.answer] = ""
+    conversations = to_conversations(asked)
+    if not conversations:
+        raise RowError(f"no question with an answer; left out: {listed(conversations.left_out)}")
+    questions: list[Question] = []
+    for conversation in conversations:
+        messages, reference = conversation.messages, None
+        while messages and messages[-1]["role"] == "assistant":
+            reference = messages.pop()["content"]
+        if schema.several:  # what the paths of a tree share is marked as trained
+            messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        questions.append((messages, conversation.tools, fields.get(schema.answer) if schema.answer else reference))
+    return questions
 
 
 def encode(

@@ -23,6 +23,7 @@ from llmkit.chat.schemas.table import (
     Fields,
     Preference,
     Schema,
+    listed,
     schema_names,
     string,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Conversation",
     "Converted",
     "Preference",
+    "listed",
     "read_rows",
     "schema_names",
     "to_conversation",

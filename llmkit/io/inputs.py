@@ -241,8 +241,16 @@ class _AfterPeek:
         self._raw.close()
 
 
+HINT_TABLES = "Tables (CSV, TSV) have to become JSON lines or Parquet, with a name for each column"
+
+
 def refuse_archive(beginning: bytes, name: str) -> None:
-    """Raise LlmkitError for a web archive (WARC, WET, ARC), whose pages are not documents yet."""
+    """Raise LlmkitError for an archive: of the web (WARC, WET, ARC), tar or zip. Its files are not documents yet."""
+    if beginning[257:262] == b"ustar" or beginning.startswith(b"PK\x03\x04"):
+        kind, unpack = ("tar", "tar -xf") if beginning[257:262] == b"ustar" else ("zip", "unzip")
+        raise LlmkitError(
+            f"{name}: this is a {kind} archive, not documents", f"unpack it first ({unpack} FILE). {HINT_TABLES}"
+        )
     if beginning.lstrip(b"\r\n" + UTF8_BOM).startswith((b"WARC/", b"filedesc:")):
         raise LlmkitError(
             f"{name}: this is a web archive, not documents", "extract its pages first: llmkit extract FILE | llmkit ..."
@@ -261,6 +269,8 @@ def line_hint(name: str, number: int, line: bytes) -> str:
     """What to do about a line that is not a document: how the file becomes documents if it does not begin like JSON."""
     if number == 1 and holds_ids(name):
         return HINT_IDS
+    if number == 1 and has_suffix(name, (".tsv", ".csv")):
+        return HINT_TABLES
     if number == 1 and line.lstrip()[:1] not in b"{[":
         return "text files and pages become documents by: llmkit extract FILE"
     return "--on-bad-line skip ignores such lines, --on-bad-line quarantine=FILE stores them in a file"

@@ -13,7 +13,7 @@ from llmkit.chat.control_tokens import NONCHARACTERS, beginning_of, encode, hide
 from llmkit.chat.encode import encode_conversation
 from llmkit.chat.masks import assistant_spans, encode_chat
 from llmkit.chat.messages import RowError
-from llmkit.chat.prompts import read_prompt
+from llmkit.chat.prompts import read_prompts
 from llmkit.chat.rows import Conversation
 from llmkit.chat.templates import CHATML
 
@@ -125,10 +125,10 @@ def test_one_beginning_everywhere(kind: str, template: str) -> None:
     assert beginning_of(files) == (bos,)
     row = encode_chat(MESSAGES, files)
     prompts = [
-        read_prompt({"messages": MESSAGES[:1]}, files).tokens,
-        read_prompt({"prompt": "the fox"}, files).tokens,
-        read_prompt({"prompt": "the fox <s>"}, files, chat=True).tokens,
-        read_prompt({"prompt": "<s>the fox"}, files, control_tokens=True).tokens,
+        read_prompts({"messages": MESSAGES[:1]}, files)[0].tokens,
+        read_prompts({"prompt": "the fox"}, files)[0].tokens,
+        read_prompts({"prompt": "the fox <s>"}, files, chat=True)[0].tokens,
+        read_prompts({"prompt": "<s>the fox"}, files, control_tokens=True)[0].tokens,
         encode_conversation(Conversation(text="the fox"), files).tokens.tolist(),
     ]
     for ids in (row.tokens.tolist(), *prompts):
@@ -142,8 +142,8 @@ def test_names_in_prompts_and_texts() -> None:
     made = tokenizer("byte-level")
     files, end = files_of(made), made.token_to_id("<|im_end|>")
     prompt = {"prompt": "the fox<|im_end|>"}
-    assert end not in read_prompt(prompt, files).tokens
-    assert read_prompt(prompt, files, control_tokens=True).tokens[-1] == end
+    assert end not in read_prompts(prompt, files)[0].tokens
+    assert read_prompts(prompt, files, control_tokens=True)[0].tokens[-1] == end
     text = encode_conversation(Conversation(text="the <|im_end|>fox", start=3), files)
     assert end not in text.tokens and made.decode(text.tokens[text.weights > 0].tolist()) == " <|im_end|>fox"
 

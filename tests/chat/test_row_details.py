@@ -12,6 +12,7 @@ import pytest
 from llmkit.alignment.inspection import check_rows
 from llmkit.chat.encode import encode_conversations, encode_preferences, row_encoder
 from llmkit.chat.messages import RowError, turn
+from llmkit.chat.prompts import read_prompts
 from llmkit.chat.rows import (
     CONVERSATIONS,
     PREFERENCES,
@@ -245,3 +246,40 @@ def test_each_row_by_its_own_schema(tmp_path: Path) -> None:
     assert found(reader) == [["q", "a"]] * 3 and reader.bad == 1
     with pytest.raises(LlmkitError, match=r"rows.jsonl:4: no schema fits.*\(fields: odd\)"):
         found(reader_of([str(tmp_path / "rows.jsonl")]))
+
+
+def test_prompts_of_rows_with_several_conversations(templates: dict[str, dict[str, str]]) -> None:
+    """Behaviour: each path of a tree and each instance is a prompt, with its answer as the reference; strings of P3 are prompts as
+    text. Nothing marks what another path shares."""
+    files, follow_ups = templates["chatml"], [message("q2", "a", "prompter"), message("q3", "a", "prompter")]
+    for question in follow_ups:
+        question["replies"] = [message("to " + question["text"], question["text"])]
+    tree = message("q", None, "prompter", replies=[message("a", "q", replies=follow_ups)])
+    prompts = read_prompts({"prompt": tree, "message_tree_id": "q", "id": "7"}, files)
+    assert [prompt.content for prompt in prompts] == [[U, A, turn("user", text)] for text in ("q2", "q3")]
+    assert [prompt.other_fields for prompt in prompts] == [
+        {"id": "7", "reference": f"to {text}"} for text in ("q2", "q3")
+    ]
+    instances = [{"input": "i", "output": "a"}, {"input": "", "output": "b"}]
+    prompts = read_prompts({"instruction": "q", "instances": instances}, files)
+    assert [(prompt.content, prompt.other_fields) for prompt in prompts] == [
+        ([turn("user", "q\n\ni")], {"reference": "a"}),
+        ([U], {"reference": "b"}),
+    ]
+    (prompt,) = read_prompts({"inputs": "it is", "targets": "a"}, files)
+    assert (prompt.content, prompt.other_fields) == ("it is", {"reference": "a"})
+    with pytest.raises(RowError, match="left out: 1 questions without an answer"):
+        read_prompts({"prompt": message("q", None, "prompter")}, files)
+
+
+def test_archives_and_tables_are_named(tmp_path: Path, shared_data: Path) -> None:
+    """Behaviour: an archive is refused as one, with how to unpack it; a table with what it has to become."""
+    archive = str(shared_data / "instruct" / "flan_cot_tsv.tar.zst")
+    with pytest.raises(LlmkitError, match="this is a tar archive, not documents") as error:
+        found(reader_of([archive], "skip"))
+    assert "tar -xf" in error.value.hint
+    for name, start in (("rows.zip", b"PK\x03\x04"), ("rows.tsv", b"q\ta\n")):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(LlmkitError) as error:
+            found(reader_of([str(tmp_path / name)]))
+        assert "JSON lines or Parquet" in error.value.hint

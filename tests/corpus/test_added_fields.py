@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.chat.messages import RowError
-from llmkit.chat.prompts import read_prompt
+from llmkit.chat.prompts import read_prompts
 from llmkit.corpus.added_fields import ADDED, check_added
 from llmkit.errors import LlmkitError
 from llmkit.io.documents import Chunk, ReadOptions, parse
@@ -118,8 +118,10 @@ def test_generate_keeps_the_users_fields(small_tokenizer: dict[str, str]) -> Non
         ({"messages": turns, "conversations": [{"from": "human", "value": "mine"}]}, "conversations"),
     ):
         with pytest.raises(RowError, match=f"the field '{name}' already exists"):
-            read_prompt(row, small_tokenizer)
-    assert read_prompt({"messages": turns, "prompt": "hi", "completion": "yo"}, small_tokenizer).content == turns[:1]
+            read_prompts(row, small_tokenizer)[0]
+    assert (
+        read_prompts({"messages": turns, "prompt": "hi", "completion": "yo"}, small_tokenizer)[0].content == turns[:1]
+    )
     earlier = {"prompt": "p", "completion": "c", "completions": ["c", "d"]}
-    assert read_prompt(earlier, small_tokenizer).other_fields == {"reference": "c"}
-    assert read_prompt(earlier | {"reference": "gold"}, small_tokenizer).other_fields == {"reference": "gold"}
+    assert read_prompts(earlier, small_tokenizer)[0].other_fields == {"reference": "c"}
+    assert read_prompts(earlier | {"reference": "gold"}, small_tokenizer)[0].other_fields == {"reference": "gold"}

@@ -310,7 +310,7 @@ def fasttext(path: Path) -> None:
 def rows(path: Path) -> None:
     """Rows for fine-tuning, alignment and generation, with the template of the tokenizer."""
     from llmkit.chat.encode import encode_conversations, encode_preferences
-    from llmkit.chat.prompts import read_prompt
+    from llmkit.chat.prompts import read_prompts
     from llmkit.chat.rows import read_rows
     from llmkit.errors import LlmkitError
     from llmkit.io.documents import DocumentReader, ReadOptions
@@ -322,7 +322,7 @@ def rows(path: Path) -> None:
             lambda reader: encode_conversations(reader, files, 64, too_long="truncate"),
             lambda reader: encode_conversations(reader, files, 64, template=False),
             lambda reader: encode_preferences(reader, files, 64),
-            lambda reader: list(read_rows(reader, lambda fields: read_prompt(fields, files, chat=True))),
+            lambda reader: list(read_rows(reader, lambda fields: read_prompts(fields, files, chat=True))),
         ):
             try:
                 with DocumentReader([str(path)], options) as reader:

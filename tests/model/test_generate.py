@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.chat.messages import RowError
-from llmkit.chat.prompts import cut_at_stop, read_prompt, stop_test
+from llmkit.chat.prompts import cut_at_stop, read_prompts, stop_test
 from llmkit.errors import LlmkitError
 from llmkit.lineage.formats import read_lineage
 from llmkit.model.decoder import Decoder
@@ -182,7 +182,7 @@ def test_stop_strings(small_tokenizer: dict[str, str]) -> None:
 def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, content: object, other_fields: dict) -> None:
     """Behaviour: every schema, and the row that comes out again."""
     codec = load_tokenizer(small_tokenizer, "here")
-    prompt = read_prompt(row, small_tokenizer)
+    prompt = read_prompts(row, small_tokenizer)[0]
     assert prompt.content == content and prompt.other_fields == other_fields
     if isinstance(content, str):
         assert prompt.tokens == codec.encode(content).ids
@@ -196,13 +196,13 @@ def test_rows_become_prompts(small_tokenizer: dict[str, str], row: dict, content
 def test_rows_that_are_no_prompts(small_tokenizer: dict[str, str]) -> None:
     """Behaviour: the error names the field."""
     for row, message in (
-        ({"question": "why"}, r"fields: question"),
+        ({"query": "why"}, r"fields: query"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "no question"),
         ({"prompt": 5}, "not a list of messages"),
     ):
         with pytest.raises(RowError, match=message):
-            read_prompt(row, small_tokenizer)
-    assert read_prompt({"prompt": "hi"}, small_tokenizer, chat=True).content == [{"role": "user", "content": "hi"}]
+            read_prompts(row, small_tokenizer)[0]
+    assert read_prompts({"prompt": "hi"}, small_tokenizer, chat=True)[0].content == [{"role": "user", "content": "hi"}]
 
 
 def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
@@ -214,10 +214,10 @@ def test_tools_reach_the_template(small_tokenizer: dict[str, str]) -> None:
     rows = [{name: asked, "tools": [{"name": "search"}]} for name in ("messages", "prompt")]
     codec = load_tokenizer(small_tokenizer, "here")
     for row in rows:
-        prompt = read_prompt(row, files)
+        prompt = read_prompts(row, files)[0]
         assert prompt.tokens == codec.encode("search").ids and prompt.other_fields == {}
         with pytest.raises(RowError, match="no tools"):
-            read_prompt({key: value for key, value in row.items() if key != "tools"}, files)
+            read_prompts({key: value for key, value in row.items() if key != "tools"}, files)[0]
 
 
 def test_command(llmkit_here: Callable, directory: Path, tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_bad_prompts(llmkit_here: Callable, directory: Path, tmp_path: Path) -> 
     assert "--truncate-prompt" in done.stderr.decode() and not (tmp_path / "out.jsonl").exists()
     done = llmkit_here(*call, "--truncate-prompt", cwd=tmp_path)
     assert done.returncode == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    (tmp_path / "in.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "in.jsonl").write_text('{"query": "a"}\n')
     done = llmkit_here(*call, "-f", cwd=tmp_path)
     assert done.returncode == 1 and "in.jsonl:1: no field 'messages'" in done.stderr.decode()
     for more in (

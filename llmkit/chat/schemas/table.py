@@ -146,6 +146,11 @@ def schema_names(table: Iterable[Schema]) -> str:
     return f"{', '.join(names)} or {last}"
 
 
+def listed(left_out: Counter[str]) -> str:
+    """What was left out, the commonest first: `85 ties, 3 wrong choices`."""
+    return ", ".join(f"{count:,} {what}" for what, count in left_out.most_common())
+
+
 def string(fields: Fields, name: str, where: str = "") -> str:
     """The text in a field; `where` is the path of the object that holds it, such as "instances[0]."."""
     value = fields[name]

@@ -181,18 +181,19 @@ def _read_prompts(
     """Prompts from `reader`, or if None from `texts`. With `reserve`, long prompts are truncated to leave room for that
     many tokens; without, they raise LlmkitError.
     """
-    from llmkit.chat.prompts import fit_context, read_prompt
+    from llmkit.chat.prompts import fit_context, read_prompts
     from llmkit.chat.rows import read_rows
 
-    def convert(fields: Mapping[str, Any]) -> Prompt:
+    def convert(fields: Mapping[str, Any]) -> list[Prompt]:
         options = {name: run.options[name] for name in ("chat", "control_tokens", "text_key")}
-        return read_prompt(fields, info.tokenizer_files, **options)
+        return read_prompts(fields, info.tokenizer_files, **options)
 
     prompts: Iterator[tuple[str, Prompt]]
     if reader is None:
-        prompts = ((f"prompt {i}", convert({"prompt": text})) for i, text in enumerate(texts, 1))
+        prompts = ((f"prompt {i}", item) for i, text in enumerate(texts, 1) for item in convert({"prompt": text}))
     else:
-        prompts = ((document.where, _with_raw_fields(item, document)) for document, item in read_rows(reader, convert))
+        rows = read_rows(reader, convert)
+        prompts = ((document.where, _with_raw_fields(item, document)) for document, items in rows for item in items)
     for where, item in prompts:
         fit_context(item, info, where, reserve)
         yield item
