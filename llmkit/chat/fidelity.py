@@ -15,6 +15,7 @@ from llmkit.chat.forms import NAME, REASONING, VALUE, Form, Message
 from llmkit.errors import LlmkitError
 
 EARLIER = "reasoning of earlier turns (--train-on turns shows it)"  # many templates drop it by design
+LONG = 16  # characters that are not in a text by chance
 Show = Callable[[Sequence[Message]], str]
 
 
@@ -45,8 +46,9 @@ def _lost_of(messages: Sequence[Message], i: int, message: Message, text: str, f
             return True
         return all(part in changed for part in sought)
 
-    content = message.get("content")
-    if isinstance(content, str) and content.strip() not in text and not shows({"content": VALUE}, VALUE):
+    content = str(message.get("content") or "").strip()
+    is_surely_shown = not content or (len(content) >= LONG and content in text)
+    if not is_surely_shown and not shows({"content": VALUE}, VALUE):
         yield "content"
     for name in REASONING:
         reasoning = message.get(name)

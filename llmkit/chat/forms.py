@@ -42,7 +42,7 @@ QUESTION: Message = {"role": "user", "content": "a question"}
 
 
 class CostlyTemplateError(LlmkitError):
-    """A template that does too much work, which is not tried again with other messages."""
+    """A template that does too much work, or what no template may do: it is not tried again with other messages."""
 
 
 @dataclass(frozen=True, slots=True)

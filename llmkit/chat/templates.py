@@ -130,9 +130,10 @@ def _render(
     except Exception as error:
         from jinja2 import TemplateRuntimeError, UndefinedError
 
-        is_refused = isinstance(error, (TemplateRuntimeError, OverflowError)) and not isinstance(error, UndefinedError)
+        refused = (TemplateRuntimeError, OverflowError, RecursionError, MemoryError)
+        is_refused = isinstance(error, refused) and not isinstance(error, UndefinedError)
         hint = "correct it, or use another template" if is_refused else "check the roles and fields of the messages"
-        kind = CostlyTemplateError if isinstance(error, OverflowError) else LlmkitError
+        kind = CostlyTemplateError if is_refused else LlmkitError
         raise kind(_failure(error, files), hint) from error
 
 

@@ -323,3 +323,13 @@ def test_which_turns_are_trained(templates: Templates) -> None:
     assert trained("turns") == [[old], [second]]
     conversation.messages[3]["train"] = False
     assert trained("turns") == [[old]] and trained("last") == [[]]
+
+
+def test_short_content_that_stands_elsewhere(files: dict[str, str]) -> None:
+    """Behaviour: a message is not taken as shown because its few letters are in another one."""
+    partial = with_template(
+        files,
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}",
+    )
+    with pytest.raises(LlmkitError, match="content of message 1"):
+        encode_chat([{"role": "system", "content": "is"}, *CONVERSATION[1:3]], partial)
