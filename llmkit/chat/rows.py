@@ -142,8 +142,11 @@ def _converted(table: list[Schema], fields: Fields, *arguments: Any) -> Converte
     for schema in table:
         if schema.matches(values):
             return schema.converted(values, *arguments)
+    if table is PREFERENCES and (other := next((s for s in CONVERSATIONS if s.name and s.matches(values)), None)):
+        what = " and ".join(map(repr, other.fields))
+        raise RowError(f"{what}: a row for fine-tuning, which is input for `llmkit sft`; dpo needs two answers")
     present = ", ".join(name if value is not None else f"{name} (null)" for name, value in fields.items())
-    known = ", ".join(dict.fromkeys(" and ".join(map(repr, schema.fields)) for schema in table if schema.name))
+    known = ", ".join(dict.fromkeys(schema.label for schema in table if schema.name))
     raise RowError(f"no schema fits; looked for {known} (fields: {present or 'none'})")
 
 

@@ -104,9 +104,11 @@ average other third --method dare --base base --density 0.4,0.6 --seed 9 -o av6
 average other third --method dare-ties --base base --density 0.5 -o av7
 average base other third --method greedy --heldout more.jsonl -o av8
 average r1 --last 2 -o av9
-sft base chat.jsonl --map messages=messages --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
+sft base chat.jsonl --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
+sft base renamed.jsonl --map messages=data.chat,system=about -b 2 -o f3
 sft base turns.jsonl --no-template {ROWS} -o f2
-dpo base pairs.jsonl --map chosen=chosen,rejected=rejected --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
+dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
+dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 -o p3
 dpo base odd-pairs.jsonl {ROWS} -o p2
 quantize base --to int4 --group-size 16 --seed 1 -o q1
 quantize base -o q2
@@ -198,10 +200,12 @@ def lay_out_originals(directory: Path, call: Callable[[str], None]) -> None:
         for r in docs[:6]
     ]
     lines("chat.jsonl", [{"messages": turns} for turns in chat])
+    lines("renamed.jsonl", [{"data": {"chat": turns}, "about": "a river"} for turns in chat])
     turns = [{"key": str(i), "prompt": t[0]["content"], "completion": t[1]["content"]} for i, t in enumerate(chat)]
     lines("turns.jsonl", turns, "{bad\n")
     pairs = [{"prompt": t[0]["content"], "chosen": t[1]["content"], "rejected": "no"} for t in chat]
     lines("pairs.jsonl", pairs)
+    lines("renamed-pairs.jsonl", [{"prompt": p["prompt"], "good": p["chosen"], "bad": p["rejected"]} for p in pairs])
     lines("odd-pairs.jsonl", pairs, "{bad\n")
     (directory / "turns.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"

@@ -204,6 +204,20 @@ def test_rows_for_other_methods(fields: dict[str, Any], reason: str) -> None:
             to_preferences(fields)
 
 
+def test_rows_for_fine_tuning_are_no_pairs() -> None:
+    """Behaviour: dpo names the command that takes them; a prompt alone is not taken for a tree."""
+    for row in (
+        {"messages": [U, A]},
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "completion": "a"},
+        {"text": "a"},
+    ):
+        with pytest.raises(RowError, match="input for `llmkit sft`"):
+            to_preferences(row)
+    with pytest.raises(RowError, match=r"'prompt' \(OASST trees or messages\).*\(fields: prompt\)"):
+        to_preferences({"prompt": "q"})
+
+
 def test_majority_of_annotators() -> None:
     """Behaviour: more than half of them decide; without that it is a tie; a column of floats is read as numbers."""
     row = {"instruction": "q", "response1": "a", "response2": "b"}

@@ -106,6 +106,13 @@ class Schema:
         """Whether the fields meet the condition, if there is one."""
         return self.condition is None or self.condition(fields)
 
+    @property
+    def label(self) -> str:
+        """The fields as errors list them; one whose kind decides is not enough by its name."""
+        return " and ".join(map(repr, self.fields)) + (
+            f" ({self.name})" if self.condition and not self.fields[1:] else ""
+        )
+
     def converted(self, fields: Fields, *arguments: Any) -> Converted[Any]:
         """What the row holds."""
         unused = [name for name in fields if name not in self.fields and name not in self.optional]

@@ -25,13 +25,16 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with `chosen` and `rejected`: {schema_names(PREFERENCES)} (default: stdin)",
+            help=f"JSON lines or Parquet with two answers to a prompt: {schema_names(PREFERENCES)} (default: stdin)",
         ),
     ] = None,
     options: DpoOptions = DpoOptions(),
 ) -> None:
     """Align a model by direct preference optimization (DPO): make chosen answers more probable and rejected ones less
     probable, relative to the initial model.
+
+    Of OASST trees, the best-ranked answer to each question is paired with each of the others. Ties, and other parts of
+    rows that make no pair, are left out and counted.
 
     The log-probabilities of the reference model are computed once, before the first step, and stored in the run. The
     log shows the rewards of chosen and rejected answers, their margin, and how often the chosen answer wins.

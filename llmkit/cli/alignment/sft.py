@@ -66,8 +66,10 @@ def main(
     Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
     each other. A message may have a `weight`, or `train: false`. Rows of which the template does not show a part, such
-    as tool calls or reasoning, are refused. Of OASST trees the best-ranked answers are taken. The resulting model stops
-    at the end of its turn (generation_config.json).
+    as tool calls or reasoning, are refused. The resulting model stops at the end of its turn (generation_config.json).
+
+    Of OASST trees, in one row or as messages in rows of their own, every path along the best-ranked answers is a
+    conversation, and an answer that paths share is trained on once. What is left out of valid rows is counted.
     """
     if show is not None or check:
         _inspect(run, model, rows, options, show)
