@@ -184,6 +184,26 @@ def test_skipped_rows_are_counted(directory: Path, capsys: pytest.CaptureFixture
     assert len(reasons) == 2
 
 
+def test_trees_in_files_with_other_names(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: messages of trees under other names train sft and dpo; both report what they leave out; the names are in the
+    record."""
+    rows = [{"id": "q", "up": None, "text": "what is", "role": "prompter", "lang": "en"}]
+    rows += [{"id": str(i), "up": "q", "text": "it is " + "so " * i, "role": "assistant", "rank": i} for i in range(3)]
+    (directory / "rows.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    names = ("--map", "message_id=id,parent_id=up")
+    for command, count, left_out in (
+        ("sft", "1 rows", "2 lower-ranked answers, with their replies"),
+        ("dpo", "2 rows", ""),
+    ):
+        assert run_command(command, ["base", "rows.jsonl", *names, "-o", command]) == 0
+        said = capsys.readouterr().err
+        assert count in said and (f"left out: {left_out}" if left_out else "lang (1 rows)") in said
+        record = read_lineage(command)
+        assert record is not None and record["options"]["map"] == ["message_id=id,parent_id=up"]
+    assert call("sft", "base", "rows.jsonl", "--map", "message_id=key", "-o", "x") == 1
+    assert "rows.jsonl:1: no field 'key' for 'message_id'" in capsys.readouterr().err
+
+
 def test_a_call_that_fails_removes_nothing_of_others(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Behaviour: a directory that holds somebody's data/ is no run that was cut short; one that was empty stays; nothing else is left."""
     (directory / "project" / "data").mkdir(parents=True)

@@ -441,8 +441,31 @@ def chats() -> None:
         "dialogue": {"prompt": turns[:1], "chosen": [turns[1]], "rejected": [{"role": "assistant", "content": "no"}]},
         "instruction": {"instruction": "i", "chosen": "a", "rejected": "b"}, "kto": {"prompt": "p", "completion": "c", "label": True},
     }  # fmt: skip
+    answers = [
+        {"message_id": str(rank), "parent_id": "q", "text": f"a{rank}", "role": "assistant", "rank": rank}
+        for rank in (1, 0)
+    ]
+    question = {"message_id": "q", "text": "hi", "role": "prompter", "review_result": True, "deleted": False}
+    rows |= {
+        "tree": {"prompt": question | {"replies": answers}, "tree_state": "ready_for_export"},
+        "instances": {"instruction": "add", "instances": [{"input": "1 2", "output": "3"}, {"output": "4"}]},
+        "p3": {
+            "inputs_pretokenized": "p",
+            "targets_pretokenized": "t",
+            "inputs": [1],
+            "targets": [2],
+            "is_correct": True,
+        },
+        "compared": {"instruction": "i", "output_1": "a", "output_2": "b", "preference": 1},
+        "json": {
+            "conversations": json.dumps(turns),
+            "chosen": json.dumps(turns[1]),
+            "rejected": '{"from": "gpt", "value": "no"}',
+        },
+    }
     for name, row in rows.items():
         save("rows", f"{name}.jsonl", json.dumps(row) + "\n")
+    save("rows", "flat.jsonl", "".join(json.dumps(row) + "\n" for row in (question, *answers)))
     from llmkit.chat.templates import CHATML, TULU
 
     save("template", "tools.jinja", TEMPLATE)

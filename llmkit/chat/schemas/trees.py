@@ -18,8 +18,8 @@ Left out with all their replies, and counted: deleted messages, those that a rev
 did not reach (null), and trees that were aborted or halted by a moderator.
 
 Memory: flat messages are held until the end of their file, since a reply may stand anywhere in it; 4 times the bytes
-of their lines (measured: 151 MB for 46,680 messages in 38 MB, 2026-12-01). A tree has at most MAX_DEPTH levels. The work is linear in
-the messages, apart from the paths, which copy references to the messages above each leaf.
+of their lines (measured: 151 MB for 46,680 messages in 38 MB, 2026-12-01). A tree has at most MAX_DEPTH levels. The
+work is linear in the messages, apart from the paths, which copy references to the messages above each leaf.
 """
 
 from __future__ import annotations
