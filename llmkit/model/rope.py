@@ -159,13 +159,17 @@ def rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) ->
     """rope_theta, rope_scaling, partial_rotary_factor and local_rope from old-style keys or from transformers 5's
     rope_parameters."""
     default = family.defaults.get("rope_scaling")
+    local_theta = family.local_theta
     ropes = {FULL: content.get("rope_scaling") or content.get("rope_parameters") or default or {}}
     if isinstance(ropes[FULL], dict) and isinstance(ropes[FULL].get(FULL) or ropes[FULL].get(SLIDING), dict):
         # `truncate` of nested parameters has no effect in transformers.
         ropes = {name: _without(ropes[FULL].get(name) or {}, "truncate") for name in (FULL, SLIDING)}
-    elif family.local_theta and not content.get("rope_scaling") and ropes[FULL]:
+    elif family.local_theta and content.get("rope_parameters") and not content.get("rope_scaling"):
         flat = check_scaling(ropes[FULL], where, family.rope_kinds), ropes[FULL].get("rope_theta") or theta
-        if flat != ({"rope_type": "default"}, family.defaults["rope_theta"]):  # transformers ignores it
+        usual = family.defaults["rope_theta"]
+        if family.local_theta == usual:  # early releases of transformers 5: the scaling is for full attention
+            local_theta = flat[1]
+        elif flat != ({"rope_type": "default"}, usual):  # which transformers ignores
             raise LlmkitError(
                 f"{where}: rope_parameters does not say for which layers it is",
                 f"write one object for {FULL} and one for {SLIDING}",
@@ -173,7 +177,7 @@ def rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) ->
     fields: dict[str, Any] = {}
     for name, rope in ropes.items():
         scaling = check_scaling(rope, where, family.rope_kinds)
-        base = rope.get("rope_theta") or (theta if name == FULL else family.local_theta)
+        base = rope.get("rope_theta") or (theta if name == FULL else local_theta)
         if not is_positive(base):
             raise LlmkitError(
                 f"{where}: rope_theta of the rotary embedding is {base!r}", "it must be a positive number"
@@ -191,7 +195,7 @@ def rope_fields(content: dict[str, Any], where: str, family: Any, theta: Any) ->
         elif (float(base), scaling) != (fields["rope_theta"], fields["rope_scaling"] or {"rope_type": "default"}):
             raise LlmkitError(f"{where}: sliding layers with a rotary embedding of their own", "not supported here")
     if family.local_theta and "local_rope" not in fields:
-        base = content.get("rope_local_base_freq") or family.local_theta
+        base = content.get("rope_local_base_freq") or local_theta
         if not is_positive(base):
             raise LlmkitError(f"{where}: rope_local_base_freq is {base!r}", "it must be a positive number")
         fields["local_rope"] = {"rope_type": "default", "rope_theta": float(base)}
