@@ -26,7 +26,8 @@ def lost_fields(
     reasoning that the template shows only in the last turn. `show` renders messages with the same tools.
     """
     lost = []
-    names = [tool.get("function", tool).get("name") for tool in tools or [] if isinstance(tool, Mapping)]
+    schemas = [tool.get("function", tool) for tool in tools or [] if isinstance(tool, Mapping)]
+    names = [schema.get("name") for schema in schemas if isinstance(schema, Mapping)]
     if any(isinstance(name, str) and name not in text for name in names):
         lost.append("tools")
     for i, message in enumerate(messages):

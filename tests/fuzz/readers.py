@@ -348,7 +348,7 @@ def template(path: Path) -> None:
     ]  # fmt: skip
     stop_token_ids(files)
     check_template(files)
-    encode_chat(messages, files, [{"type": "function", "function": {"name": "f"}}])
+    encode_chat(messages, files, [{"type": "function", "function": {"name": "f"}}], lossy=True)
 
 
 # ---- configuration
