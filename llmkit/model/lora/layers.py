@@ -65,7 +65,7 @@ class FrozenLinear(nn.Module):
         """
         if not self.has_magnitude:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             a, b = self.lora_A["weight"].to(weight.dtype), self.lora_B["weight"].to(weight.dtype) * self.scale
             squares = self.squares + (b * (2 * (weight @ a.T) + b @ (a @ a.T))).sum(1)
             norms = squares.clamp(min=1e-30).sqrt()
