@@ -172,7 +172,7 @@ def test_b_has_its_own_learning_rate(wide: Path) -> None:
 @pytest.mark.parametrize("to", ["int4", "int8"])
 def test_adapters_of_a_quantised_base(place: Path, to: str) -> None:
     """Behaviour: QLoRA. The packed weights stay packed, the output is that of the dequantised model, the loss falls, and the
-    merged model equals the unmerged one within 1e-5."""
+    merged model equals the unmerged one within 1e-5 of the largest logit."""
     assert call("quantize", "wide", "--to", to, "-o", "small") == 0
     fresh = load_for_adapting("small", LoraConfig(4, 8.0, ("q_proj", "v_proj")), 0)
     assert not [module for module in fresh.modules() if isinstance(module, FrozenLinear) and module.weight is not None]
@@ -182,7 +182,9 @@ def test_adapters_of_a_quantised_base(place: Path, to: str) -> None:
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     assert call("average", "run", "--merge-adapter", "-o", "merged") == 0
     assert load_info("merged").quantization is None
-    assert float((load_model("merged")[0](IDS) - unmerged("small", "run")(IDS)).abs().max()) < 1e-5
+    with torch.no_grad():
+        expected = unmerged("small", "run")(IDS)
+        assert float((load_model("merged")[0](IDS) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
 def unmerged(base: str, run: str) -> Any:
