@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,18 @@ from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, re
 from llmkit.chat import masks, templates
 from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
+from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
+from llmkit.model.lora.config import LoraConfig, target_modules
+from llmkit.model.pretrained.adapter import load_for_adapting, refuse_adapter
 from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
 from llmkit.options import check_positive, from_values, values_of
 from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.training.data import PackedSource
 from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
 from llmkit.training.optim.schedule import (
+    ADAPTERS,
     FINE_TUNING,
     PREFERENCE,
     Schedule,
@@ -120,7 +125,8 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         held_out = PackedSource(
             encode(request.reader(options.heldout.heldout)).pairs(), length, batch_size, shuffle=False
         )
-    rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING
+    lora = _adapters(options, session, info, model)
+    rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING * (ADAPTERS if lora else 1)
     return Prepared(
         config=info.config,
         source=source,
@@ -131,8 +137,9 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
         generation=info.generation,
-        create_model=lambda: load_model(model, torch.float32)[0],
+        create_model=lambda: _initial_model(model, lora, request.seed),
         heldout=held_out,
+        adapter=lora,
         resolved={"lr": rate},
         positional=("model", "rows"),
         counts=encoded.counts,
@@ -168,7 +175,8 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     )
     inputs = row_inputs(reader)
     _announce_rows(request, encoded, length, options.rows.too_long)
-    rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE
+    lora = _adapters(options, session, info, model)
+    rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE * (ADAPTERS if lora else 1)
     batch_size = options.batch.batch_size or 16
 
     def source_with(reference: torch.Tensor) -> PairSource:
@@ -176,7 +184,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
 
     @cache
     def initial_model() -> Decoder:
-        return load_model(model, torch.float32)[0].to(session.processes.device)
+        return _initial_model(model, lora, request.seed).to(session.processes.device)
 
     def source_with_reference() -> PairSource:
         return source_with(
@@ -203,6 +211,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         stop_ids=_stop_ids(info, files),
         generation=info.generation,
         create_model=initial_model,
+        adapter=lora,
         objective=objective,
         metric_names=FIGURES,
         deferred_source=source_with_reference,
@@ -210,6 +219,35 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         positional=("model", "rows"),
         counts=encoded.counts,
     )
+
+
+def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedModel, model: str) -> LoraConfig | None:
+    """The adapters that the options ask for; None to train all weights. UsageError if they cannot be trained here."""
+    given = options.lora
+    if given.lora is None:
+        for field in fields(given):
+            if getattr(given, field.name) != field.default:
+                raise UsageError(f"--{field.name.replace('_', '-')} needs --lora RANK", "it is about adapters")
+        return None
+    if info.adapter is not None:
+        refuse_adapter(info, model)
+    if session.processes.layout.lockstep:
+        raise UsageError("--lora does not support --parallel fsdp", "adapters are small: use --parallel ddp")
+    if session.processes.precision == "fp8":
+        raise UsageError("--lora does not support --precision fp8", "train adapters in bf16")
+    check_positive(lora_alpha=given.lora_alpha, lora_plus=given.lora_plus)
+    return LoraConfig(
+        given.lora,
+        given.lora_alpha or 2.0 * given.lora,
+        target_modules(info.config, given.lora_targets),
+        given.dora,
+        given.rslora,
+        b_rate=given.lora_plus,
+    )
+
+
+def _initial_model(model: str, lora: LoraConfig | None, seed: int) -> Decoder:
+    return load_for_adapting(model, lora, seed) if lora else load_model(model, torch.float32)[0]
 
 
 def _from_stdin(rows: list[str] | None) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmkit.model.lora.config import GROUPS, MAX_RANK
 from llmkit.options import COMMON, Help, Without
 from llmkit.training.options import (
     DATA,
@@ -19,6 +21,8 @@ from llmkit.training.options import (
     OptimizerOptions,
     ScheduleOptions,
 )
+
+_lora = partial(typer.Option, rich_help_panel="Adapters")
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,41 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters that are trained instead of the weights (model/lora/config.py)."""
+
+    lora: Annotated[
+        int | None,
+        _lora("--lora", metavar="RANK", min=1, max=MAX_RANK, help="Train adapters of this rank, and not the weights"),
+        COMMON,
+    ] = None
+    lora_alpha: Annotated[
+        float | None,
+        _lora("--lora-alpha", min=0, help="Adapters are multiplied by this over their rank (default: twice the rank)"),
+    ] = None
+    lora_targets: Annotated[
+        str,
+        _lora(
+            "--lora-targets",
+            metavar="NAMES",
+            help=f"Layers with adapters: {', '.join(GROUPS)}, or names such as q_proj,v_proj",
+        ),
+    ] = GROUPS[0]
+    dora: Annotated[bool, _lora("--dora", help="Train the norm of each row of an adapted matrix as well")] = False
+    rslora: Annotated[bool, _lora("--rslora", help="Divide by the square root of the rank, for high ranks")] = False
+    lora_plus: Annotated[
+        float,
+        _lora("--lora-plus", min=0, metavar="RATIO", help="Learning rate of B over that of A (LoRA+: about 16)"),
+    ] = 1.0
+
+
+@dataclass(frozen=True)
 class SftOptions:
     """Options of `llmkit sft`."""
 
     rows: RowOptions = RowOptions()
     template: TemplateOptions = TemplateOptions()
+    lora: LoraOptions = LoraOptions()
     batch: BatchOptions = BatchOptions(batch_size=8)
     schedule: ScheduleOptions = ScheduleOptions(schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2)
     optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas")] = OptimizerOptions(weight_decay=0.0)
@@ -119,6 +153,7 @@ class DpoOptions:
 
     loss: LossOptions = LossOptions()
     rows: RowOptions = RowOptions()
+    lora: LoraOptions = LoraOptions()
     batch: Annotated[
         BatchOptions,
         Help(

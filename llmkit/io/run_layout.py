@@ -34,6 +34,7 @@ SEALED = (
     "trace",
     "data",
 )
+ADAPTER_CONFIG = "adapter_config.json"  # in place of the config.json of a model, whose adapters are in the directory
 RUN_COMMANDS = ("train", "anneal", "sft", "dpo")  # commands that write runs
 STEP_PREFIX = "step-"
 STEP_DIGITS = 8  # at least; also what makes names sort by step
@@ -125,9 +126,12 @@ def _is_blob(target: Path, base: Path) -> bool:
 
 
 def resolve_model(path: str | Path) -> Path:
-    """The model directory that `path` stands for: itself, or the final model of a run. LlmkitError if there is none."""
+    """The directory of a model or adapter that `path` stands for: itself, or the final one of a run.
+
+    LlmkitError if there is none.
+    """
     path = Path(path)
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return path
     if (final := final_model(path)) != path:
         return final

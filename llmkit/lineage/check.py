@@ -22,6 +22,7 @@ from llmkit.io.inputs import STDIN
 from llmkit.io.names import unescape_name
 from llmkit.io.record import base_name
 from llmkit.io.run_layout import (
+    ADAPTER_CONFIG,
     DIGESTS,
     FINAL,
     SEALED,
@@ -56,7 +57,15 @@ from llmkit.lineage.formats import (
 HELD_OUT = "heldout"
 INDEX = "index"  # role of an index of earlier runs
 # What the list of a checkpoint holds at least; others may have put further files beside them.
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", STATE)
+CHECKPOINT_FILES = (
+    "config.json",
+    "model.safetensors",
+    ADAPTER_CONFIG,
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    STATE,
+)
 INDEX_MODULE = "llmkit.corpus.dedup.index"  # with `holds(path, digest)`
 
 

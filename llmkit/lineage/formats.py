@@ -35,6 +35,7 @@ from llmkit.io.inputs import exists, has_suffix, is_remote
 from llmkit.io.names import escape_name
 from llmkit.io.record import Input, base_name, parse_record, record_or_warning
 from llmkit.io.run_layout import (
+    ADAPTER_CONFIG,
     CHECKPOINTS,
     FINAL,
     LATEST,
@@ -99,12 +100,12 @@ FORMATS = (
     Format(
         "model",
         ".safetensors",
-        ("model.safetensors", "model-00001-of-*.safetensors"),
+        ("model.safetensors", "model-00001-of-*.safetensors", "adapter_model.safetensors"),
         "llmkit.model.pretrained.header:read_record",
         beside="llmkit.model.pretrained.content:files_digest",
         verify="llmkit.model.pretrained.content:verify",
         seal="llmkit.model.pretrained.content:seal",
-        parts=("config.json", *TOKENIZER_FILES),
+        parts=("config.json", ADAPTER_CONFIG, *TOKENIZER_FILES),
     ),
     Format(
         "mix plan",

@@ -22,6 +22,7 @@ from llmkit.errors import LlmkitError
 from llmkit.model.config import ModelConfig
 from llmkit.model.initial import initial
 from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.lora.config import LoraConfig
 from llmkit.model.modules import Layer, Pass
 from llmkit.model.operations import PLAIN
 
@@ -53,6 +54,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.operations = PLAIN
+        self.adapter: LoraConfig | None = None  # of a model whose other weights are frozen
         names = config.family.names
         self.add_module(names.body, Body(config))
         if not config.tie_word_embeddings:
@@ -87,6 +89,11 @@ class Decoder(nn.Module):
         """c where logits are c · tanh(head · hidden / c)."""
         softcap: float | None = self.config.family.softcap(self.config)
         return softcap
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, by name: the state_dict, or the tensors of the adapters alone."""
+        state = self.state_dict()
+        return state if self.adapter is None else {name: state[name] for name in self.adapter.tensors(self.config)}
 
     def initialize(self, seed: int) -> None:
         """Draw every weight from its distribution (model/initial.py), in the order of the parameters."""

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from llmkit.model.blocks import Block, NormSpec, Parameter, Part
+from llmkit.model.blocks import Block, Kind, NormSpec, Parameter, Part
 from llmkit.model.config import FULL, SLIDING, ModelConfig
 from llmkit.model.rope import Rope, is_positive
 
+# What follows the name of a linear layer in the names of its adapter's tensors (model/lora/config.py).
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+ADAPTED: dict[str, Kind] = {LORA_A: "lora_A", LORA_B: "lora_B", MAGNITUDE: "magnitude"}
 ROTARY_TABLE = "rotary_emb.inv_freq"  # a table that old directories hold for each layer
 
 
@@ -239,6 +242,10 @@ class Family:
         rotary = {"partial_rotary_factor"} if self.partial_rotary else set()
         return always, (self.keys.keys() | rotary) - always
 
+    def transposed(self, config: ModelConfig) -> bool:
+        """Whether the matrices of the layers are stored [in, out]."""
+        return any(getattr(part, "transposed", False) for part in self.block.parts(config, 0).values())
+
     def layer_parameters(self, config: ModelConfig, layer: int) -> dict[str, Parameter]:
         """Parameters of one layer by name within it."""
         return {
@@ -291,8 +298,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def find_parameter(config: ModelConfig, name: str) -> Parameter | None:
-    """The parameter of this name in a model of this configuration."""
+    """The parameter of this name in a model of this configuration; that of an adapter has the shape of the matrix."""
     family: Family = config.family
+    for ending, kind in ADAPTED.items():
+        if name.endswith(ending):
+            matrix = find_parameter(config, name.removesuffix(ending) + ".weight")
+            return matrix and replace(matrix, kind=kind, initial=0.0 if kind == "lora_B" else None)
     if not name.startswith(family.layers):
         return family.outer_parameters(config).get(name)
     layer, _, inner = name.removeprefix(family.layers).partition(".")

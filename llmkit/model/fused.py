@@ -11,17 +11,20 @@ probabilities. Memory: the scores of a block, at most SCORES elements per thread
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 
 from llmkit.model.kernels import rows as kernels
 from llmkit.model.kv_cache import KeyValueCache
+from llmkit.model.lora.layers import FrozenLinear
+from llmkit.model.lora.products import products
 from llmkit.model.operations import Operations
 from llmkit.model.rope import Rotation
 
@@ -216,6 +219,10 @@ class Fused(Operations):
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _Norm.apply(x, weight, eps)
+
+    def project(self, x: Tensor, matrices: Sequence[nn.Module]) -> Sequence[Tensor]:
+        frozen = [matrix for matrix in matrices if isinstance(matrix, FrozenLinear)]
+        return products(x, frozen) if frozen else super().project(x, matrices)
 
     def rotate(self, x_BTHK: Tensor, rotation: Rotation) -> Tensor:
         return _Rotate.apply(x_BTHK, rotation.cos.flatten(0, -2), rotation.sin.flatten(0, -2), rotation.adjacent)

@@ -94,8 +94,7 @@ class Attention(nn.Module):
         if shared.cache is not None:
             k_BTGK, v_BTGK = shared.cache.extend(layer, k_BTGK, v_BTGK)
         out_BTHK = operations.attend(q_BTHK, k_BTGK, v_BTGK, shared.mask, self.scale, self.softcap)
-        result: Tensor = getattr(self, self.matrices[-1])(out_BTHK.reshape(b, t, -1))
-        return result
+        return operations.project(out_BTHK.reshape(b, t, -1), [getattr(self, self.matrices[-1])])[0]
 
     def heads(
         self, x_BTD: Tensor, rotation: Rotation | None, operations: Operations = PLAIN
@@ -154,8 +153,7 @@ class MLP(nn.Module):
             active = operations.gated(self.activation, *products)
         else:
             active = operations.activate(self.activation, products[0])
-        result: Tensor = down(active)
-        return result
+        return operations.project(active, [down])[0]
 
 
 class Layer(nn.Module):

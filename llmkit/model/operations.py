@@ -43,8 +43,8 @@ class Operations:
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
         return weight * x32.to(x.dtype)
 
-    def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
-        """The product of x with each matrix."""
+    def project(self, x: Tensor, matrices: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """The product of x with the matrix of each linear layer, an nn.Linear or lora.layers.FrozenLinear."""
         return [matrix(x) for matrix in matrices]
 
     def rotate(self, x_BTHK: Tensor, rotation: Rotation) -> Tensor:

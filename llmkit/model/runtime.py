@@ -111,8 +111,9 @@ class Joined(Operations):
         rows = None if documents_BT is None else b
         return self, create_block_mask(is_visible, rows, None, t, t, device=x_BTD.device.type)
 
-    def project(self, x: Tensor, matrices: Sequence[nn.Linear]) -> Sequence[Tensor]:
-        if not self.join or not torch.is_grad_enabled():
+    def project(self, x: Tensor, matrices: Sequence[Any]) -> Sequence[Tensor]:
+        plain = all(isinstance(matrix, nn.Linear) for matrix in matrices)
+        if not self.join or len(matrices) < 2 or not plain or not torch.is_grad_enabled():
             return super().project(x, matrices)
         bias = None if matrices[0].bias is None else torch.cat([m.bias for m in matrices])
         product = F.linear(x, torch.cat([m.weight for m in matrices]), bias)

@@ -89,10 +89,8 @@ def linear_cross_entropy(
     """
     dtype = _compute_dtype(hidden)
     # A Function cannot find this out itself.
-    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    loss, token_losses = _LinearCrossEntropy.apply(
-        hidden, head, targets, factors, z_loss, softcap, dtype, needs_gradient
-    )
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head)]
+    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, softcap, dtype, *wanted)
     return loss, token_losses
 
 
@@ -164,17 +162,19 @@ class _LinearCrossEntropy(Function):
         z_loss: float,
         softcap: float | None,
         dtype: torch.dtype,
-        needs_gradient: bool,
+        needs_grad_rows: bool,
+        needs_grad_weight: bool,
     ) -> tuple[Tensor, Tensor]:
         token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        needs_gradient = needs_grad_rows or needs_grad_weight
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.detach().to(dtype), head.detach().to(dtype)
             # In float16 a factor of 1/tokens would flush the gradients to zero: it is applied in the backward
             # pass, with the loss scale.
             largest = factors.abs().amax().clamp(min=1e-30) if len(factors) else factors.new_ones(())
             relative = factors / largest
-            grad_rows = torch.empty_like(rows) if needs_gradient else None
-            grad_weight = torch.zeros_like(head, dtype=_at_least_float32(head[:0]).dtype) if needs_gradient else None
+            grad_rows = torch.empty_like(rows) if needs_grad_rows else None
+            grad_weight = torch.zeros_like(head, dtype=_at_least_float32(head[:0]).dtype) if needs_grad_weight else None
             loss = factors.new_zeros((), dtype=torch.float64)
             for chunk in _chunks(rows, len(weight)):
                 logits = _at_least_float32(rows[chunk] @ weight.T)
@@ -186,11 +186,13 @@ class _LinearCrossEntropy(Function):
                 if z_loss:
                     losses = losses + z_loss * log_z.square()
                 loss += (losses.double() * factors[chunk].double()).sum()
-                if grad_rows is None or grad_weight is None:
+                if not needs_gradient:
                     continue
                 gradient = (logits if slope is None else logits.mul_(slope)).to(dtype)
-                torch.mm(gradient, weight, out=grad_rows[chunk])
-                _add_product(grad_weight, gradient, rows[chunk])
+                if grad_rows is not None:
+                    torch.mm(gradient, weight, out=grad_rows[chunk])
+                if grad_weight is not None:
+                    _add_product(grad_weight, gradient, rows[chunk])
         if needs_gradient:
             ctx.save_for_backward(grad_rows, grad_weight, largest)
             ctx.types = (hidden.dtype, head.dtype)
@@ -202,8 +204,9 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_rows, grad_weight, largest = ctx.saved_tensors
         factor = grad * largest
-        gradients = (grad_rows * factor).to(ctx.types[0]), (grad_weight * factor).to(ctx.types[1])
-        return *gradients, None, None, None, None, None, None
+        pairs = zip((grad_rows, grad_weight), ctx.types, strict=True)
+        gradients = (None if total is None else (total * factor).to(dtype) for total, dtype in pairs)
+        return *gradients, None, None, None, None, None, None, None
 
 
 class _TokenLogProbabilities(Function):
@@ -227,7 +230,8 @@ class _TokenLogProbabilities(Function):
         hidden, head, targets = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
-            grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(head, dtype=torch.float32)
+            grad_rows = torch.empty_like(rows)
+            grad_weight = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for chunk in _chunks(rows, len(weight)):
                 logits = (rows[chunk] @ weight.T).float()
                 slope = _cap(logits, ctx.softcap)
@@ -237,5 +241,6 @@ class _TokenLogProbabilities(Function):
                     gradient.mul_(slope)
                 gradient = gradient.mul_(-grad[chunk, None]).to(ctx.dtype)
                 torch.mm(gradient, weight, out=grad_rows[chunk])
-                _add_product(grad_weight, gradient, rows[chunk])
-        return grad_rows.to(hidden.dtype), grad_weight.to(head.dtype), None, None, None
+                if grad_weight is not None:
+                    _add_product(grad_weight, gradient, rows[chunk])
+        return grad_rows.to(hidden.dtype), None if grad_weight is None else grad_weight.to(head.dtype), None, None, None

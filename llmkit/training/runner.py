@@ -23,6 +23,7 @@ from llmkit.io.record import Input, Lineage, recorded
 from llmkit.lineage.formats import describe_input
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.lora.config import LoraConfig
 from llmkit.options import neutral_names, option_fields, toml_value, values_of
 from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
@@ -108,6 +109,7 @@ class Prepared:
     resolved: dict[str, Any] = field(default_factory=dict)  # values chosen for options that were not given
     positional: tuple[str, ...] = ()  # positional arguments, which config.toml leaves out
     counts: dict[str, Any] = field(default_factory=dict)  # added to the summary
+    adapter: LoraConfig | None = None  # of a run that trains adapters only
 
     @property
     def planned_tokens(self) -> int:

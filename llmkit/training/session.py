@@ -29,7 +29,9 @@ from llmkit.io.record import Input, Lineage
 from llmkit.io.run_layout import STATE
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.adapter import save_adapter
 from llmkit.model.pretrained.checkpoint import load_info, load_model, load_tokenizer, open_weights, save_model
+from llmkit.model.pretrained.directory import is_adapter
 from llmkit.model.pretrained.safetensors import read_layout
 from llmkit.model.runtime import Runtime, be_deterministic, kernels, prepare
 from llmkit.shards.tokenizer_info import token_bytes
@@ -40,6 +42,7 @@ from llmkit.training.checkpoint.trainer_state import (
     TrainerState,
     load_optimizer_tensors,
     load_trainer_state,
+    load_weights,
     refuse_changes,
 )
 from llmkit.training.data import Source
@@ -114,7 +117,8 @@ class Session:
             refuse_changes(previous, self.state)
             if self.directory.finished:
                 return False
-            current["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
+            if not is_adapter(self.checkpoint):  # the digest of the inputs covers the model of adapters
+                current["model"] = model_digest(load_info(self.checkpoint).config.to_hf())
             self.changed = refuse_drift(
                 previous.environment, current, accepted_names(self.options.machine.accept_change)
             )
@@ -167,7 +171,10 @@ class Session:
             model.to_empty(device=processes.device)
             load_tensors(model, open_weights(info))
             return model
-        model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint else create_model()
+        adapts = self.checkpoint is not None and is_adapter(self.checkpoint)
+        model = load_model(self.checkpoint, torch.float32)[0] if self.checkpoint and not adapts else create_model()
+        if self.checkpoint and adapts:
+            model.load_state_dict(load_weights(self.checkpoint), strict=False)
         for name, weight in () if self.checkpoint else model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise LlmkitError(
@@ -234,12 +241,18 @@ class Session:
             record = copy.copy(self.lineage)
             record.counts = {"steps": step, "tokens": tokens}
             trained_config = config_at(max(0, step - 1))
-            description = (tokenizer_files, record.to_json(), torch.float32, stop_ids, generation)
-            save_model(directory, weights, trained_config, *description)
+            description = (stop_ids, generation)
+            if model.adapter is None:
+                kind = torch.float32
+                save_model(directory, weights, trained_config, tokenizer_files, record.to_json(), kind, *description)
+            else:
+                adapter = (trained_config, model.adapter, tokenizer_files, record.to_json())
+                save_adapter(directory, weights, *adapter, *description)
 
         def initial() -> tuple[Tensors, Tensors]:
             assert self._create_model is not None
-            return self._create_model().state_dict(), load_optimizer_tensors(optimizer_from) if optimizer_from else {}
+            moments = load_optimizer_tensors(optimizer_from) if optimizer_from else {}
+            return self._create_model().trained_state(), moments
 
         return fit(
             TrainContext(
@@ -264,7 +277,7 @@ class Session:
                 decode=_decoder(tokenizer_files),
                 notify=self.warn if self.processes.is_main else lambda text: None,
                 heldout=heldout,
-                flops_per_token=config.flops_per_token(self.state.length),
+                flops_per_token=_flops_per_token(model, self.state.length),
                 before_step=before_step,
                 at_checkpoint=self.at_checkpoint,
                 token_bytes=_token_bytes(tokenizer_files, config.vocab_size),
@@ -326,6 +339,12 @@ def session(
             raise lost_error from error
         raise
     processes.leave()
+
+
+def _flops_per_token(model: Decoder, length: int) -> float:
+    """Training FLOPs per token; matrices that are not trained take 4 instead of 6 per weight."""
+    config = model.config
+    return config.flops_per_token(length) - (config.flops_per_token(0) / 3 if model.adapter else 0)
 
 
 def _token_bytes(files: Mapping[str, str], vocabulary: int) -> torch.Tensor | None:

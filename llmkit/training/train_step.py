@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmkit.model.decoder import Decoder
 from llmkit.training.checkpoint.run_directory import RunDirectory
 from llmkit.training.checkpoint.trainer_state import TrainerState
 from llmkit.training.data import Batch, Source
@@ -46,7 +47,7 @@ class TrainContext:
     receives every record of the log, `notify` messages for the user.
     """
 
-    model: torch.nn.Module
+    model: Decoder
     optimizer: torch.optim.Optimizer
     objective: Objective
     metric_names: tuple[str, ...]  # metrics that the objective reports besides the loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import random
 import shutil
 from pathlib import Path
 
@@ -17,25 +16,6 @@ from llmkit.cli.main import run_command
 from llmkit.lineage.formats import read_lineage
 from llmkit.model.pretrained.checkpoint import load_info
 from llmkit.training.metrics.log import read_metrics
-
-WORDS = ["what", "is", "the", "weather", "like", "sunny", "today"]
-
-
-@pytest.fixture
-def directory(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with the model `base`, `chat.jsonl` (60 rows) and `pairs.jsonl` (40 pairs)."""
-    (tmp_path / "base").symlink_to(base)
-    draw = random.Random(0)
-
-    def some(n: int) -> str:
-        return " ".join(draw.choices(WORDS, k=n))
-
-    rows = [{"prompt": some(4), "completion": "it is sunny"} for _ in range(60)]
-    pairs = [{"prompt": some(3), "chosen": "it is sunny", "rejected": some(2) + " to"} for _ in range(40)]
-    for name, content in (("chat.jsonl", rows), ("pairs.jsonl", pairs)):
-        (tmp_path / name).write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in content))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def call(command: str, *arguments: str) -> int:

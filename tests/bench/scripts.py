@@ -109,12 +109,16 @@ sft base renamed.jsonl --map messages=data.chat,system=about -b 2 -o f3
 sft base turns.jsonl --no-template {ROWS} -o f2
 dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
 dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 -o p3
+sft base chat.jsonl --lora 3 --lora-alpha 5 --lora-targets attention --dora --rslora --lora-plus 4 {SHORT} --sequence-length 40 --too-long truncate -o f4
+average f4 --merge-adapter -o av10
+dpo base pairs.jsonl --lora 2 --lora-alpha 3 --lora-targets q_proj,v_proj --dora --rslora --lora-plus 2 {SHORT} --sequence-length 40 --too-long truncate -o p4
 dpo base odd-pairs.jsonl {ROWS} -o p2
 quantize base --to int4 --group-size 16 --seed 1 -o q1
 quantize base -o q2
 quantize f2 --to int4 -o q3
 generate base prompts.jsonl --chat --max-tokens 5 --samples 2 --temperature 1.1 --top-p 0.9 --stop e -b 3 -o g1.jsonl.zst
 generate q1 -p 'a river; $(id)' -p "it's" --truncate-prompt --max-tokens 60 --dtype bf16 --seed 2 -o g2.jsonl.gz
+generate p3 -p 'a river' --max-tokens 3 -o g4.jsonl.zst
 generate base odd-prompts.jsonl --control-tokens --max-tokens 3 {ROWS} -o g3.parquet
 """
 # Commands whose outputs have no room for a record, or which make none.
@@ -135,7 +139,7 @@ OTHERWISE = {
     "tokenize": {"seed": "decides nothing without --fim-rate"},
 }
 # Of a run: times and losses by step, absolute paths; the digests of these.
-LOGS = {"metrics.jsonl", "events.jsonl", "config.toml", "digests.json", ".lock", "trainer.json", "trace"}
+LOGS = {"metrics.jsonl", "events.jsonl", "config.toml", "digests.json", ".lock", "trainer.json", "base.json", "trace"}
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, object]]:

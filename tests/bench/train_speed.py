@@ -46,16 +46,17 @@ def tokens() -> tuple[Any, Any]:
     return stream.view(SEQUENCES, LENGTH), stream.roll(-1).view(SEQUENCES, LENGTH)
 
 
-def stepper(model: Any, loss: Callable[[], Any], decayed: list[Any] | None = None) -> Callable[[], float]:
+def stepper(model: Any, loss: Callable[[], Any], decay: float = 0.1) -> Callable[[], float]:
     """One step as peers take it."""
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
     def step() -> float:
         value = loss()
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(value)
@@ -185,7 +186,7 @@ def resident(name: str) -> float:
 
 
 def work(name: str) -> None:
-    """Be a contestant: say seconds and loss of the first step, then CPU seconds and peak megabytes for each line on stdin."""
+    """Be a contestant."""
     compiled, documents = "compiled" in name, "documents" in name
     kinds: dict[str, Callable[[], Any]] = {
         "llmkit": lambda: ours(compiled, documents),
@@ -193,10 +194,18 @@ def work(name: str) -> None:
         "litgpt": lambda: litgpt(compiled),
         "transformers": lambda: transformers(compiled),
     }
+    serve(kinds[name.split(",")[0]])
+
+
+def serve(prepare: Callable[[], Callable[[], Callable[[], float]]]) -> None:
+    """Say seconds and loss of the first step, then CPU seconds, loss and peak megabytes for each line on stdin.
+
+    `prepare` imports, and returns what makes the function that takes a step.
+    """
     import torch
     import torch._dynamo  # torch.optim loads it for everyone
 
-    make = kinds[name.split(",")[0]]()
+    make = prepare()
     torch.set_num_threads(1)
     baseline, began = resident("VmRSS"), time.perf_counter()
     torch.manual_seed(0)
@@ -213,9 +222,9 @@ def work(name: str) -> None:
 class Contestant:
     """A process that takes steps when it is told to."""
 
-    def __init__(self, name: str, python: str, path: str) -> None:
+    def __init__(self, name: str, python: str, path: str, script: str = __file__) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command = ["taskset", "-c", "0", python, __file__, "--be", name]
+        command = ["taskset", "-c", "0", python, script, "--be", name]
         log = open(ROOT / ".cache" / "train_speed.log", "ab")
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment

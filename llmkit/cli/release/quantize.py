@@ -59,7 +59,7 @@ def main(
     if run.up_to_date([str(info.path)]):
         return
     method = compressed_tensors.fit_model(info, METHODS[to], group_size)
-    if any(getattr(part, "transposed", False) for part in info.config.family.block.parts(info.config, 0).values()):
+    if info.config.family.transposed(info.config):
         kind = info.config.architecture
         run.warn(f"transformers cannot load a quantised {kind}: it has no quantised form of its layers")
     if run.dry_run:

@@ -27,6 +27,7 @@ def _help(option: str, text: str, default: str = "") -> str:
         "llmkit average run/ --last 3 -o averaged/",
         "llmkit average sft/ chat/ --method ties --base base/ --density 0.3 -o merged/",
         "llmkit average base/ sft/ chat/ --method greedy --heldout heldout.jsonl -o soup/",
+        "llmkit average adapter/ --merge-adapter -o adapted/",
     ),
     neutral=("base", "heldout"),  # recorded as inputs
 )
@@ -75,6 +76,14 @@ def main(
         list[str] | None,
         typer.Option("--heldout", metavar="PATH", help=_help("heldout", "held-out token shards or documents")),
     ] = None,
+    merge_adapter: Annotated[
+        bool,
+        typer.Option(
+            "--merge-adapter",
+            help="Merge one directory of LoRA adapters, PEFT's or of a run with --lora, into its model"
+            " (default: the one that it names; or --base)",
+        ),
+    ] = False,
 ) -> None:
     """Merge the weights of models of the same architecture and size, or with --last the last checkpoints of a run.
 
@@ -82,6 +91,23 @@ def main(
     trained. The merge is computed in float32 with a few MB of memory, and stored in the first model's data type with
     its configuration and tokenizer. Use `llmkit eval` to compare the result with its inputs.
     """
+    if run.output is None:
+        raise UsageError("no output", "name the directory of the merged model with -o")
+    if merge_adapter:
+        given: dict[str, object] = {
+            "last": last,
+            "weights": weights,
+            "decay": decay,
+            "t": t,
+            "density": density,
+            "scale": scale,
+        }
+        given |= {"heldout": heldout, "method": None if method == "uniform" else method}
+        if wrong := [name for name, value in given.items() if value is not None] or len(models) != 1:
+            option = f"--{wrong[0]}" if isinstance(wrong, list) else "several models"
+            raise UsageError(f"--merge-adapter does not take {option}", "merge adapters one by one, then average")
+        _merge_adapter(run, models[0], base)
+        return
     method = methods.ALIASES.get(method, method)
     method_options = {
         "weights": weights,
@@ -93,8 +119,6 @@ def main(
         "heldout": heldout,
     }
     methods.check_options(method, method_options)
-    if run.output is None:
-        raise UsageError("no output", "name the directory of the merged model with -o")
     from llmkit.io.record import base_name
     from llmkit.io.sealed_file import PENDING
     from llmkit.lineage.formats import describe_input, digest_path
@@ -144,6 +168,41 @@ def main(
         write_average(infos, merge, partial, record, bar.advance, base_info)
     model_names = ", ".join(path.name for path in plan.paths) if last else f"{len(plan.paths)} models"
     run.finish(lineage.counts, f"average of {selection}{model_names}: {run.output}")
+
+
+def _merge_adapter(run: Run, adapter: str, base: str | None) -> None:
+    """Write the model of a directory of adapters with these merged."""
+    from llmkit.io.record import base_name
+    from llmkit.lineage.formats import describe_input
+    from llmkit.lineage.outputs import artefact_directory
+    from llmkit.merging.average import write_average
+    from llmkit.model.pretrained.directory import load_info
+
+    info = load_info(adapter, base)
+    if info.adapter is None:
+        raise UsageError(
+            f"{adapter} holds no adapters", "give a directory with adapter_config.json, or a run of --lora"
+        )
+    model = info.adapter.base
+    refuse_own_inputs(run, [adapter, str(model.path)])
+    run.options.pop("method")
+    if run.up_to_date([str(info.path), str(model.path)]):
+        return
+    run.note(f"merging into {base or model.path}")
+    if model.quantization is not None:
+        run.warn(f"{model.path} is quantised: its rounded weights are used; the result is not quantised")
+    parameters = info.config.parameters()
+    if run.dry_run:
+        run.note(f"would merge {len(list(info.adapter.config.modules(info.config)))} adapters")
+        return
+    lineage = run.lineage()
+    lineage.counts = {"adapters": len(list(info.adapter.config.modules(info.config))), "parameters": parameters}
+    name = base or info.adapter.config.base or base_name(model.path)
+    lineage.inputs = [describe_input(model.path, "base", name=name), describe_input(info.path, name=adapter)]
+    record = lineage.to_json()
+    with artefact_directory(str(run.output), run.force) as partial, run.progress(parameters, "weights") as bar:
+        write_average([info], methods.resolve_merge("uniform", 1), partial, lambda _: record, bar.advance)
+    run.finish(lineage.counts, f"{lineage.counts['adapters']} adapters merged: {run.output}")
 
 
 def _numbers(name: str, text: str | None) -> list[float]:

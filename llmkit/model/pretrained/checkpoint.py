@@ -17,6 +17,7 @@ from llmkit.errors import LlmkitError, unknown_name
 from llmkit.model.config import ModelConfig
 from llmkit.model.decoder import Decoder
 from llmkit.model.family import expected_tensors, is_ignored
+from llmkit.model.pretrained.adapted import AdaptedWeights
 from llmkit.model.pretrained.directory import (
     WEIGHTS,
     LoadedModel,
@@ -37,6 +38,7 @@ __all__ = [
     "load_info",
     "load_model",
     "load_tokenizer",
+    "open_model",
     "open_weights",
     "save_description",
     "save_model",
@@ -56,16 +58,22 @@ def load_model(
     the first tensor that is missing, unexpected or of the wrong shape. Memory: the weights once, plus one
     tensor.
     """
+    model, weights, info = open_model(path)
+    state = {name: weights[name].to(device=device, dtype=dtype) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+    return model.eval(), info
+
+
+def open_model(path: str | Path) -> tuple[Decoder, Weights, LoadedModel]:
+    """A decoder without values, and the weights and the rest of a model directory or run, all of them checked."""
     info = load_info(path)
     weights = open_weights(info)
     with torch.device("meta"):
         model = Decoder(info.config)
     if "tokenizer.json" in info.tokenizer_files:
         check_vocabulary(load_tokenizer(info.tokenizer_files, info.path), info.config.vocab_size, info.path)
-    state = {name: weights[name].to(device=device, dtype=dtype) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    model.requires_grad_(True)
-    return model.eval(), info
+    return model, weights, info
 
 
 def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> tuple[Decoder, LoadedModel]:
@@ -87,7 +95,13 @@ def load_for_inference(path: str | Path, dtype: str = "", device: str = "") -> t
 
 
 def open_weights(info: LoadedModel) -> Weights:
-    """The weights of a model directory, not yet read, with names and shapes checked against its configuration."""
+    """The weights of a model directory, not yet read, with names and shapes checked against its configuration.
+
+    Those of adapters are merged with their model's, in its type.
+    """
+    if info.adapter is not None:
+        open_weights(info.adapter.base)
+        return AdaptedWeights(info, info.adapter)
     weights = Weights(info)
     # Before a model is built even on the meta device: a configuration may claim a billion layers.
     if info.config.parameters() > 2 * weights.stored_bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +36,11 @@ def files_digest(directory: Path) -> str | None:
                 yield f"{file.name}\0{digest}\n".encode()
 
     return digest_bytes(entries())
+
+
+def weights_digest(files: Iterable[Path]) -> str:
+    """Digest of files of weights by name, without lineage records: that of the base to which an adapter belongs."""
+    return digest_bytes(f"{file.name}\0{_weights_digest(file)}\n".encode() for file in files)
 
 
 def seal(directory: Path) -> None:

@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import LlmkitError
-from llmkit.io.run_layout import member, resolve_model
+from llmkit.io.run_layout import ADAPTER_CONFIG, STATE, member, resolve_model
 from llmkit.model.config import ModelConfig, read_json
 from llmkit.model.family import model_names
-from llmkit.model.pretrained.header import SIZES, read_header
+from llmkit.model.lora.config import ADAPTER_WEIGHTS, LoraConfig, read_config
+from llmkit.model.pretrained.content import weights_digest
+from llmkit.model.pretrained.header import SIZES, read_header, read_metadata
 from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.tokens.tokenizer_json import LoadedTokenizer, load
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+BASE_DIGEST = "llmkit.base"  # in the metadata of adapters: digest of the weights of their model
+BASE_PATH = f"{STATE}/base.json"  # in the directory of adapters: where their model was
+MAX_PARENTS = 4  # RUN/checkpoints/STEP, and what the run is in
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 MAX_TOKENIZER_BYTES = 256 << 20
 CHUNK = 1 << 20  # bytes that are compared at once
@@ -39,21 +47,103 @@ class LoadedModel:
     stop_ids: list[int] = field(default_factory=list)  # ids that end generation
     quantization: dict[str, Any] | None = None
     generation: dict[str, Any] = field(default_factory=dict)  # the content of generation_config.json
+    adapter: Adapter | None = None  # of a directory of adapters: the rest is that of the merged model
 
 
-def load_info(path: str | Path) -> LoadedModel:
-    """Configuration, tokenizer and stop ids of a model directory or run, without its weights."""
+@dataclass(slots=True)
+class Adapter:
+    """The adapters of a directory, and the model to which they belong."""
+
+    config: LoraConfig
+    base: LoadedModel
+
+
+def load_info(path: str | Path, base: str | Path | None = None) -> LoadedModel:
+    """Configuration, tokenizer and stop ids of a model directory, run or directory of adapters, without its weights.
+
+    `base` is the model of the adapters; by default it is found by what the directory says (`_find_base`).
+    """
     directory = resolve_model(path)
+    if is_adapter(directory):
+        return _load_adapter_info(directory, base)
     content = read_json(member(directory, "config.json"))
     config = ModelConfig.from_hf(content, str(directory / "config.json"))
     quantization = content.get("quantization_config")
     if config.tie_word_embeddings and quantization is None and _has_own_head(directory, config):
         config = replace(config, tie_word_embeddings=False)  # as transformers takes it
     generation: dict[str, Any] = {}
-    if (file := member(directory, "generation_config.json")).is_file():
+    if (file := member(directory, GENERATION)).is_file():
         generation = read_json(file)
     stop_ids = token_ids(generation.get("eos_token_id", config.eos_token_id), f"{file}: eos_token_id")
     return LoadedModel(directory, config, read_tokenizer_files(directory), stop_ids, quantization, generation)
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds adapters instead of a model."""
+    return (directory / ADAPTER_CONFIG).is_file() and not any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def _load_adapter_info(directory: Path, base: str | Path | None) -> LoadedModel:
+    config = read_config(directory)
+    if not (weights := member(directory, ADAPTER_WEIGHTS)).is_file():
+        weight_files(directory)  # names the pickles, if there are any
+    digest = read_metadata(str(weights)).get(BASE_DIGEST)
+    config = replace(config, base_digest=digest if isinstance(digest, str) else "")
+    model = _find_base(directory, config, base)
+    generation, stop_ids = model.generation, model.stop_ids
+    if (file := member(directory, GENERATION)).is_file():
+        generation = read_json(file)
+        stop_ids = token_ids(generation.get("eos_token_id", model.config.eos_token_id), f"{file}: eos_token_id")
+    files = read_tokenizer_files(directory) or model.tokenizer_files
+    return LoadedModel(directory, model.config, files, stop_ids, None, generation, Adapter(config, model))
+
+
+def _find_base(directory: Path, config: LoraConfig, given: str | Path | None) -> LoadedModel:
+    """The base of adapters: `given`, or else the first model with the recorded digest of those that may be meant.
+
+    These are the path in state/, which our runs hold, base_model_name_or_path as in PEFT, and a directory of that name
+    beside the adapters or one of the directories around them. LlmkitError if there is none, or `given` is another.
+    """
+    candidates = [given] if given else [*_recorded_path(directory), config.base]
+    if not given and config.base and not os.path.isabs(config.base) and ".." not in Path(config.base).parts:
+        candidates += [parent / config.base for parent in directory.absolute().parents[:MAX_PARENTS]]
+    hint = "name the model with --base of llmkit average, or put it beside the adapters"
+    others = []
+    for path in candidates:
+        if not path or (not given and not _is_model(path)):
+            continue
+        info = load_info(path)
+        if info.adapter is not None:
+            raise LlmkitError(f"{path}: the base of the adapters in {directory} holds adapters itself", hint)
+        if not config.base_digest or _digest_of(tuple(weight_files(info.path))) == config.base_digest:
+            return info
+        others.append(path)
+    if others:
+        raise LlmkitError(f"{directory}: {others[0]} has other weights than the model that was adapted", hint)
+    raise LlmkitError(f"{directory}: the adapted model {config.base!r:.200} is not here", hint)
+
+
+def _recorded_path(directory: Path) -> list[str]:
+    if not (file := member(directory, BASE_PATH)).is_file():
+        return []
+    path = read_json(file).get("path")
+    return [path] if isinstance(path, str) and "\0" not in path else []
+
+
+def _is_model(path: str | Path) -> bool:
+    try:
+        return resolve_model(path).is_dir()
+    except (LlmkitError, OSError):
+        return False
+
+
+def _digest_of(files: tuple[Path, ...]) -> str:
+    return _digest_unless_changed(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _digest_unless_changed(files: tuple[tuple[Path, int, int], ...]) -> str:
+    return weights_digest(file for file, *_ in files)
 
 
 def token_ids(value: Any, name: str) -> list[int]:
@@ -166,7 +256,19 @@ def save_description(
     stop_ids: list[int] | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write everything in a model directory except the weights.
+    """Write everything in a model directory except the weights; see `save_companions`."""
+    write_json(directory / "config.json", config_json)
+    save_companions(directory, config_json, tokenizer_files, stop_ids, generation)
+
+
+def save_companions(
+    directory: Path,
+    config_json: dict[str, Any],
+    tokenizer_files: Mapping[str, str],
+    stop_ids: list[int] | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the tokenizer and generation_config.json of a model with this config.json.
 
     `generation` is the content of another generation_config.json, whose settings are kept.
     """
@@ -177,10 +279,7 @@ def save_description(
     own = {"eos_token_id": eos[0] if isinstance(eos, list) and len(eos) == 1 else eos}
     own |= {name: config_json.get(name) for name in ("bos_token_id", "pad_token_id")}
     settings = dict(generation or {}) | {name: value for name, value in own.items() if value is not None}
-    write_json(directory / "config.json", config_json)
-    write_json(
-        directory / "generation_config.json", {name: value for name, value in settings.items() if _is_kept(value)}
-    )
+    write_json(directory / GENERATION, {name: value for name, value in settings.items() if _is_kept(value)})
     for name, text in with_template_in_both_places(tokenizer_files).items():
         (directory / name).write_text(text, encoding="utf-8")
 

@@ -112,6 +112,11 @@ def _bytes_of(shape: tuple[int, ...], count: int, most: int) -> int:
 
 def read_record(path: str) -> str | None:
     """The lineage record in `__metadata__`, from the header alone; LlmkitError where the header is malformed."""
+    return read_metadata(path).get("llmkit")
+
+
+def read_metadata(path: str) -> dict[str, Any]:
+    """The `__metadata__` of a file, from the header alone; LlmkitError where the header is malformed."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -122,7 +127,7 @@ def read_record(path: str) -> str | None:
         raise LlmkitError(
             f"{path}: not a readable safetensors file ({error})", "the file is damaged or incomplete"
         ) from error
-    return metadata.get("llmkit") if isinstance(metadata, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def file_order(layout: Mapping[str, Stored]) -> list[str]:

@@ -1,17 +1,18 @@
-"""Safetensors files of torch tensors: headers with torch types, and a writer that takes one tensor at a time.
+"""Safetensors files of torch tensors: headers with torch types, and reading and writing of one tensor at a time.
 
-The format and the order of tensors are in header.py. Tensors are read by the safetensors library, after the
-header has been validated.
+The format and the order of tensors are in header.py, which validates headers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.header import Stored, encode_header, file_order, read_header
 
 DTYPES = {
@@ -28,6 +29,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CHUNK = 16 << 20  # bytes per read
+DAMAGED = "the file is damaged or incomplete; fetch or make it again"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -42,6 +45,21 @@ def write_safetensors(path: Path, layout: Layout, tensor: Callable[[str], Tensor
             value = tensor(name).detach()
             assert (value.dtype, tuple(value.shape)) == (layout[name][0], tuple(layout[name][1])), name
             sink.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_tensor(stream: BinaryIO, entry: Stored, name: str) -> Tensor:
+    """A tensor of a file whose header is known, read straight into its memory; `name` is for messages."""
+    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        stream.seek(entry.offset)
+        while len(view):
+            if not (count := stream.readinto(view[:CHUNK])):  # type: ignore[attr-defined]
+                raise LlmkitError(f"{name} ends after the file", DAMAGED)
+            view = view[count:]
+    except OSError as error:
+        raise LlmkitError(f"{name}: {error.strerror}", DAMAGED) from error
+    return tensor
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

@@ -8,7 +8,7 @@ models this way.
 
 Files are read, not mapped: mapped pages count as the process's memory. Bytes that are read in file order are
 digested on the way, so that recording the inputs takes no second pass; other bytes are read again for the
-digest. Cost: every byte once, and 32 KiB to 1 MiB of memory per model. Quantised directories go through
+digest. Cost: every byte once, and 32 KiB to 1 MiB of memory per model. Quantised directories and adapters go through
 `weights.Weights` (torch), one whole tensor at a time.
 """
 
@@ -82,7 +82,7 @@ class StreamedWeights:
         self._buffer = np.empty(0, np.uint8)
         self._dequantized: tuple[str, np.ndarray] = ("", self._buffer)  # name and elements of the last tensor
         self._quantized = None
-        if info.quantization is not None:
+        if info.quantization is not None or info.adapter is not None:
             from llmkit.model.pretrained.checkpoint import open_weights
             from llmkit.model.pretrained.safetensors import NAMES
 
@@ -137,7 +137,7 @@ class StreamedWeights:
             )
 
     def digests(self) -> dict[Path, str]:
-        """Digest of each file; empty for a quantised directory."""
+        """Digest of each file; empty for a quantised directory and for adapters."""
         return {file.path: file.digest() for file in self._files} if self._digesting else {}
 
 

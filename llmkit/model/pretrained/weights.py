@@ -13,6 +13,7 @@ inputs), `int-quantized` and `float-quantized`, all symmetric, with scales [out,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,12 @@ from llmkit.errors import LlmkitError
 from llmkit.model.family import model_names
 from llmkit.model.pretrained.directory import LoadedModel, weight_files
 from llmkit.model.pretrained.header import Stored, read_header
-from llmkit.model.pretrained.safetensors import DTYPES
+from llmkit.model.pretrained.safetensors import DAMAGED, DTYPES, read_tensor
 
 PACKED, SCALE, SHAPE = "_packed", "_scale", "_shape"  # suffixes of the weight's name
 BITS = (2, 4, 8)  # of packed weights
-CHUNK = 16 << 20  # bytes per read
 STRATEGIES = (None, "channel", "group")
 UNSUPPORTED = ("_zero_point", "_g_idx")
-DAMAGED = "the file is damaged or incomplete; fetch or make it again"
 
 Entry = tuple[torch.dtype, tuple[int, ...]]
 
@@ -64,14 +63,15 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.layout:
             raise KeyError(name)
-        packed = self._stored.get(name + PACKED)
-        if packed is not None:
-            width = self.layout[name][1][1]
-            words = self._read(name + PACKED)
-            scale = self._read(name + SCALE)
-            return dequantize(unpack(words, self._bits_of(name, width, words.shape[1]), width), scale)
-        value = self._read(name)
-        return dequantize(value, self._read(name + SCALE)) if name + SCALE in self._stored else value
+        quantized = self.quantized(name)
+        return self._read(name) if quantized is None else quantized.dense()
+
+    def quantized(self, name: str) -> Quantized | None:
+        """A quantised tensor as it is stored; None for one that is not quantised."""
+        if name + PACKED in self._stored:
+            width, words = self.layout[name][1][1], self._read(name + PACKED)
+            return Quantized(words, self._read(name + SCALE), self._bits_of(name, width, words.shape[1]), width)
+        return Quantized(self._read(name), self._read(name + SCALE)) if name + SCALE in self._stored else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self.layout))
@@ -85,16 +85,9 @@ class Weights(Mapping[str, Tensor]):
         try:
             if self._opened is None or self._opened[0] != file:
                 self._opened = (file, open(file, "rb", buffering=0))
-            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-            stream, view = self._opened[1], tensor.reshape(-1).view(torch.uint8).numpy().data
-            stream.seek(entry.offset)
-            while len(view):
-                if not (count := stream.readinto(view[:CHUNK])):
-                    raise LlmkitError(f"{file}: tensor {name} ends after the file", DAMAGED)
-                view = view[count:]
-            return tensor
         except OSError as error:
             raise LlmkitError(f"{file}: {error.strerror}", DAMAGED) from error
+        return read_tensor(self._opened[1], entry, f"{file}: tensor {name}")
 
     def _describe_quantised(self) -> None:
         """Fill `layout` with the original weights, checking each quantised one against its parts."""
@@ -150,6 +143,24 @@ class Weights(Mapping[str, Tensor]):
         return LlmkitError(f"{self.directory}: tensor {name}{PACKED} does not fit its {name}{SHAPE}", DAMAGED)
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantised matrix [out, width]: values, or int32 words of `bits` bits per value, and scales [out, groups]."""
+
+    values: Tensor
+    scale: Tensor
+    bits: int = 0
+    width: int = 0
+
+    def dense(self) -> Tensor:
+        """The matrix in the type of the scales."""
+        values = unpack(self.values, self.bits, self.width) if self.bits else self.values
+        return dequantize(values, self.scale)
+
+    def to(self, device: torch.device) -> Quantized:
+        return replace(self, values=self.values.to(device), scale=self.scale.to(device))
+
+
 def declared_bits(quantization: Any, where: Path) -> list[int]:
     """Bits of the packed weights that a quantization_config declares, ascending; LlmkitError for another method."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -182,7 +193,7 @@ def declared_bits(quantization: Any, where: Path) -> list[int]:
 def unpack(words: Tensor, bits: int, width: int) -> Tensor:
     """int8 [out, width] from int32 words [out, ceil(width · bits / 32)]."""
     count = 32 // bits
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
     values = (words[:, :, None] >> shifts) & ((1 << bits) - 1)
     return (values.view(words.shape[0], words.shape[1] * count)[:, :width] - (1 << (bits - 1))).to(torch.int8)
 

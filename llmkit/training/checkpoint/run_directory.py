@@ -104,7 +104,7 @@ class RunDirectory:
         with artefact_directory(target, force=True) as partial:
             write_model(partial)
             seal(partial)
-            (partial / STATE).mkdir()
+            (partial / STATE).mkdir(exist_ok=True)
             write_safetensors(
                 partial / STATE / OPTIMIZER, layout_of(tensors), lambda name: tensors[name], {"format": "pt"}
             )

@@ -19,7 +19,8 @@ from llmkit.errors import LlmkitError
 from llmkit.io.names import utf8_path
 from llmkit.io.run_layout import STATE, regular
 from llmkit.lineage.fields import present_options
-from llmkit.model.pretrained.directory import WEIGHTS
+from llmkit.model.lora.config import ADAPTER_WEIGHTS, PREFIX
+from llmkit.model.pretrained.directory import WEIGHTS, is_adapter
 from llmkit.options import former_names
 from llmkit.training.options import RampOptions, ScheduleOptions
 
@@ -88,8 +89,11 @@ def load_optimizer_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint by name; raises LlmkitError if the file is missing or damaged."""
-    return _load_file(checkpoint / WEIGHTS, "weights file")
+    """What a checkpoint holds of Decoder.trained_state(); raises LlmkitError if the file is missing or damaged."""
+    if not is_adapter(checkpoint):
+        return _load_file(checkpoint / WEIGHTS, "weights file")
+    tensors = _load_file(checkpoint / ADAPTER_WEIGHTS, "file of adapters")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _load_file(path: Path, description: str) -> dict[str, torch.Tensor]:

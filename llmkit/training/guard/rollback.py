@@ -34,7 +34,7 @@ from llmkit.training.train_step import TrainContext
 def take_snapshot(context: TrainContext, snapshot: HostSnapshot, state: TrainerState) -> None:
     """Copy the weights and moments that belong to `state` into the snapshot of the main process."""
     is_main = context.processes.is_main
-    weights = full_tensors(context.model.state_dict().items(), is_main)
+    weights = full_tensors(context.model.trained_state().items(), is_main)
     moments = full_tensors(named_state(context.model, context.optimizer), is_main)
     if is_main:
         snapshot.copy(state, weights, moments)
@@ -88,20 +88,20 @@ def snapshot_weights(context: TrainContext, snapshot: HostSnapshot) -> Iterator[
 
     Memory: another copy of this process's shards of the weights.
     """
-    current = {name: local_tensor(tensor.detach()).clone() for name, tensor in context.model.state_dict().items()}
+    current = {name: local_tensor(tensor.detach()).clone() for name, tensor in context.model.trained_state().items()}
     _load_weights(context, snapshot)
     try:
         yield
     finally:
         context.processes.layout.reshard(context.model)
-        for name, tensor in context.model.state_dict().items():
+        for name, tensor in context.model.trained_state().items():
             local_tensor(tensor.detach()).copy_(current[name])
 
 
 def _load_weights(context: TrainContext, snapshot: HostSnapshot) -> None:
     context.processes.layout.reshard(context.model)
     weights = context.processes.from_main(snapshot.weights)
-    for name, tensor in context.model.state_dict().items():
+    for name, tensor in context.model.trained_state().items():
         copy_full(tensor, weights[name])
 
 

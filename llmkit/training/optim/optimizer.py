@@ -45,7 +45,9 @@ def build_optimizer(
     combination of the rules' settings. `betas` are AdamW's. The loop sets the learning rate before each step."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
-    for row in tensor_table({name: p.shape for name, p in named.items()}, model.config, optimizer, weight_decay):
+    shapes = {name: p.shape for name, p in named.items()}
+    b_rate = model.adapter.b_rate if model.adapter else 1.0
+    for row in tensor_table(shapes, model.config, optimizer, weight_decay, b_rate=b_rate):
         settings = {"optimizer": row.optimizer, "weight_decay": row.decay, "rate": row.rate, "lr": 0.0}
         group = groups.setdefault((row.optimizer, row.decay, row.rate), {"params": [], **settings})
         group["params"].append(named[row.name])

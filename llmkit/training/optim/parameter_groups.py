@@ -40,6 +40,9 @@ RULES = {
     "embedding": TensorRule(decays=False),
     "linear": TensorRule(decays=True, muon=True),
     "head": TensorRule(decays=True),
+    "lora_A": TensorRule(decays=True),
+    "lora_B": TensorRule(decays=True),
+    "magnitude": TensorRule(decays=False),
 }
 
 
@@ -70,8 +73,12 @@ def tensor_table(
     optimizer: str,
     weight_decay: float,
     precision: str = "fp32",
+    b_rate: float = 1.0,
 ) -> list[TensorRow]:
-    """A row for each tensor, in the order of `shapes`; raises UsageError for an unknown optimizer."""
+    """A row for each tensor, in the order of `shapes`; raises UsageError for an unknown optimizer.
+
+    `b_rate` is LoraConfig.b_rate.
+    """
     if optimizer not in OPTIMIZERS:
         raise unknown_name("optimizer", optimizer, OPTIMIZERS)
     rows = []
@@ -85,7 +92,7 @@ def tensor_table(
                 name,
                 shape,
                 str(initial(config, name, len(shape))),
-                rule.rate,
+                rule.rate * (b_rate if parameter.kind == "lora_B" else 1.0),
                 weight_decay if rule.decays else 0.0,
                 "muon" if rule.muon and optimizer == "muon" else "adamw",
                 computed=precision.replace("fp", "f") if len(shape) > 1 else "f32",
