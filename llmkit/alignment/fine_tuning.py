@@ -236,14 +236,9 @@ def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedMo
     if session.processes.precision == "fp8":
         raise UsageError("--lora does not support --precision fp8", "train adapters in bf16")
     check_positive(lora_alpha=given.lora_alpha, lora_plus=given.lora_plus)
-    return LoraConfig(
-        given.lora,
-        given.lora_alpha or 2.0 * given.lora,
-        target_modules(info.config, given.lora_targets),
-        given.dora,
-        given.rslora,
-        b_rate=given.lora_plus,
-    )
+    targets = target_modules(info.config, given.lora_targets)
+    alpha = given.lora_alpha or 2.0 * given.lora
+    return LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus)
 
 
 def _initial_model(model: str, lora: LoraConfig | None, seed: int) -> Decoder:

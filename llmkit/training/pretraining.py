@@ -25,6 +25,7 @@ from llmkit.lineage.formats import describe_input
 from llmkit.mixing.order import OrderedTokens
 from llmkit.model.config import ModelConfig, load_config
 from llmkit.model.decoder import Decoder
+from llmkit.model.pretrained.adapter import refuse_adapter
 from llmkit.model.pretrained.checkpoint import load_info, load_model
 from llmkit.options import check_positive, from_values
 from llmkit.shards.reader import TokenStore
@@ -196,6 +197,8 @@ def prepare_pretraining(request: Request, session: Session, data: str, values: R
     from_ = options.start.from_
     start, previous = starting_point(from_, None) if from_ else (None, None)
     info = load_info(start) if start else None
+    if info:
+        refuse_adapter(info, from_ or "")
     stream = open_stream(data, session, request.dry_run)
     mask = options.stream.document_mask
     requested = packed_length(data, stream.sequence_length, options.batch.sequence_length, mask)
@@ -360,6 +363,7 @@ def prepare_annealing(request: Request, session: Session, start: str, data: str)
     options: AnnealOptions = request.options
     directory, previous = starting_point(start, parse_step(options.ramp.step) if options.ramp.step else None)
     info = load_info(directory)
+    refuse_adapter(info, start)
     rate = options.ramp.lr or (previous.rate if previous else None)
     if not rate:
         reason = "its last step had a learning rate of 0" if previous else "it has no optimizer state"

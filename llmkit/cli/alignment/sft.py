@@ -31,6 +31,7 @@ ROWS_OF_A_PAGE = 20
         "llmkit sft run/ chat.jsonl --show 3",
         "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
+        "llmkit sft run/ chat.jsonl --lora 16 --lora-plus 4 -o lora/",
     ),
     reads=True,
     neutral=("show", "check"),
@@ -67,6 +68,8 @@ def main(
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
     each other. A message may have a `weight`, or `train: false`. Rows of which the template does not show a part, such
     as tool calls or reasoning, are refused. The resulting model stops at the end of its turn (generation_config.json).
+    With --lora the weights stay as they are, quantised ones too, and the result is a directory of adapters for PEFT and
+    llmkit; `llmkit average --merge-adapter` makes a model of it.
 
     Of OASST trees, in one row or as messages in rows of their own, every path along the best-ranked answers is a
     conversation, and an answer that paths share is trained on once. What is left out of valid rows is counted.

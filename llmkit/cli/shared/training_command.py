@@ -5,6 +5,7 @@ Model, data and schedule are prepared by training.pretraining and alignment.fine
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -158,19 +159,24 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
     options, processes = session.options, session.processes
     config, source, length = prepared.config, prepared.source, prepared.length
     parameters, tokens = config.parameters(), prepared.planned_tokens
+    adapter = prepared.adapter
     tensors = tensor_table(
-        expected_tensors(config),
+        adapter.tensors(config) if adapter else expected_tensors(config),
         config,
         options.optimizer.optimizer or "adamw",
         options.optimizer.weight_decay or 0.0,
         processes.precision,
+        adapter.b_rate if adapter else 1.0,
     )
     tokens_per_forward = session.rows_at_once(source.rows(0), length) * length * options.sequences_per_row
     memory_needs = estimate_memory(tensors, config, tokens_per_forward, processes.precision, processes.device.type)
+    if adapter:  # in float32 at most: matrices keep the type that they are stored in
+        memory_needs = {"frozen weights, at most": 4 * parameters} | memory_needs
     full_flops, causal_flops = (count * tokens for count in training_flops(config, length))
     rows: list[list[Any]] = [
         ["architecture", config.architecture],
         ["parameters", parameters],
+        *([["trained", sum(math.prod(row.shape) for row in tensors)]] if adapter else []),
         ["tokens", tokens],
         ["steps", source.steps],
         ["tokens per forward pass", tokens_per_forward],

@@ -27,7 +27,7 @@ def _help(option: str, text: str, default: str = "") -> str:
         "llmkit average run/ --last 3 -o averaged/",
         "llmkit average sft/ chat/ --method ties --base base/ --density 0.3 -o merged/",
         "llmkit average base/ sft/ chat/ --method greedy --heldout heldout.jsonl -o soup/",
-        "llmkit average adapter/ --merge-adapter -o adapted/",
+        "llmkit average adapter/ --merge-adapter -o whole/",
     ),
     neutral=("base", "heldout"),  # recorded as inputs
 )
@@ -108,6 +108,7 @@ def main(
             raise UsageError(f"--merge-adapter does not take {option}", "merge adapters one by one, then average")
         _merge_adapter(run, models[0], base)
         return
+    run.options.pop("merge_adapter")
     method = methods.ALIASES.get(method, method)
     method_options = {
         "weights": weights,
@@ -178,7 +179,7 @@ def _merge_adapter(run: Run, adapter: str, base: str | None) -> None:
     from llmkit.merging.average import write_average
     from llmkit.model.pretrained.directory import load_info
 
-    info = load_info(adapter, base)
+    info = load_info(adapter, base, any_base=True)
     if info.adapter is None:
         raise UsageError(
             f"{adapter} holds no adapters", "give a directory with adapter_config.json, or a run of --lora"

@@ -27,7 +27,7 @@ from llmkit.seeds import derive
 class FrozenLinear(nn.Module):
     """A linear layer [out, in] that is not trained, with an adapter or without one.
 
-    `packed` is anything with `dense() -> Tensor`, in place of the weights.
+    `packed` holds the weights in another form (a weights.Quantized), in place of a parameter.
     """
 
     weight: Tensor | None
@@ -52,6 +52,11 @@ class FrozenLinear(nn.Module):
             norms = torch.linalg.vector_norm(self.dense(torch.float32), dim=1)
             self.register_buffer("squares", norms.square(), persistent=False)
             self.lora_magnitude_vector = nn.Parameter(norms)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        if self.packed is not None:  # not a buffer: moved, but neither stored nor converted
+            self.packed = self.packed.apply(lambda tensor: tensor.to(fn(tensor).device))
+        return super()._apply(fn, recurse)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The frozen matrix [out, in], perhaps a view."""

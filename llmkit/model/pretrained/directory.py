@@ -58,14 +58,15 @@ class Adapter:
     base: LoadedModel
 
 
-def load_info(path: str | Path, base: str | Path | None = None) -> LoadedModel:
+def load_info(path: str | Path, base: str | Path | None = None, any_base: bool = False) -> LoadedModel:
     """Configuration, tokenizer and stop ids of a model directory, run or directory of adapters, without its weights.
 
-    `base` is the model of the adapters; by default it is found by what the directory says (`_find_base`).
+    `base` is the model of the adapters; by default it is found by what the directory says (`_find_base`). Adapters that
+    hold no digest of their model, as those of PEFT, are refused unless `any_base`: a record names what was read.
     """
     directory = resolve_model(path)
     if is_adapter(directory):
-        return _load_adapter_info(directory, base)
+        return _load_adapter_info(directory, base, any_base)
     content = read_json(member(directory, "config.json"))
     config = ModelConfig.from_hf(content, str(directory / "config.json"))
     quantization = content.get("quantization_config")
@@ -83,12 +84,17 @@ def is_adapter(directory: Path) -> bool:
     return (directory / ADAPTER_CONFIG).is_file() and not any((directory / name).is_file() for name in (WEIGHTS, INDEX))
 
 
-def _load_adapter_info(directory: Path, base: str | Path | None) -> LoadedModel:
+def _load_adapter_info(directory: Path, base: str | Path | None, any_base: bool) -> LoadedModel:
     config = read_config(directory)
     if not (weights := member(directory, ADAPTER_WEIGHTS)).is_file():
         weight_files(directory)  # names the pickles, if there are any
     digest = read_metadata(str(weights)).get(BASE_DIGEST)
     config = replace(config, base_digest=digest if isinstance(digest, str) else "")
+    if not config.base_digest and not any_base:
+        raise LlmkitError(
+            f"{directory} holds adapters, but not the digest of the model to which they belong",
+            "merge them into it: llmkit average ADAPTER --merge-adapter -o MODEL",
+        )
     model = _find_base(directory, config, base)
     generation, stop_ids = model.generation, model.stop_ids
     if (file := member(directory, GENERATION)).is_file():

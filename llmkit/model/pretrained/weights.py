@@ -12,7 +12,7 @@ inputs), `int-quantized` and `float-quantized`, all symmetric, with scales [out,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,9 @@ class Quantized:
         values = unpack(self.values, self.bits, self.width) if self.bits else self.values
         return dequantize(values, self.scale)
 
-    def to(self, device: torch.device) -> Quantized:
-        return replace(self, values=self.values.to(device), scale=self.scale.to(device))
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Quantized:
+        """With its tensors changed, as by a move to another device."""
+        return replace(self, values=change(self.values), scale=change(self.scale))
 
 
 def declared_bits(quantization: Any, where: Path) -> list[int]:
