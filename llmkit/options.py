@@ -16,6 +16,7 @@ Python: `from_values(PretrainOptions, {"keep": 3})`. A command that takes only p
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
@@ -309,7 +310,8 @@ def from_toml(value: Any) -> Any:
 
 
 def check_positive(**values: float | None) -> None:
-    """Raise UsageError for any value that is not above 0; None is allowed."""
+    """Raise UsageError for any value that is not above 0 and finite; None is allowed."""
     for name, value in values.items():
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not above 0", "see --help")
+        if value is not None and not 0 < value < math.inf:
+            wrong = "finite" if value == math.inf else "above 0"
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not {wrong}", "see --help")

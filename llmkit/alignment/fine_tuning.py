@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from llmkit.options import check_positive, from_values, values_of
 from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.training.data import PackedSource
 from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
+from llmkit.training.objectives import EmbeddingNoise, next_token
 from llmkit.training.optim.schedule import (
     ADAPTERS,
     FINE_TUNING,
@@ -95,7 +96,8 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     Raises UsageError for options that do not fit the model, and LlmkitError for unreadable rows or models.
     """
     options: SftOptions = request.options
-    check_positive(lr=options.schedule.lr)
+    noise = options.template.neftune
+    check_positive(lr=options.schedule.lr, neftune=noise)
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     with_template = options.template.template
     if with_template:
@@ -139,7 +141,9 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         generation=info.generation,
         create_model=lambda: _initial_model(model, lora, request.seed),
         heldout=held_out,
+        objective=partial(next_token, noise=EmbeddingNoise(noise, request.seed)) if noise else next_token,
         adapter=lora,
+        chat=with_template,
         resolved={"lr": rate},
         positional=("model", "rows"),
         counts=encoded.counts,
@@ -212,6 +216,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         generation=info.generation,
         create_model=initial_model,
         adapter=lora,
+        chat=True,
         objective=objective,
         metric_names=FIGURES,
         deferred_source=source_with_reference,

@@ -19,9 +19,11 @@ from llmkit.training.options import (
     LogOptions,
     MachineOptions,
     OptimizerOptions,
+    SampleOptions,
     ScheduleOptions,
 )
 
+PROMPTS = "File of prompts, one per line or as rows, answered in the chat template at every checkpoint: samples.jsonl"
 _lora = partial(typer.Option, rich_help_panel="Adapters")
 
 
@@ -86,6 +88,15 @@ class TemplateOptions:
             rich_help_panel=DATA,
         ),
     ] = "all"
+    neftune: Annotated[
+        float | None,
+        typer.Option(
+            "--neftune",
+            metavar="ALPHA",
+            help="Add uniform noise of ALPHA / sqrt(tokens x width) to the embeddings of a row (NEFTune: about 5)",
+            rich_help_panel=DATA,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,7 @@ class SftOptions:
     machine: MachineOptions = MachineOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
     heldout: Annotated[HeldOutOptions, Help(heldout="Held-out rows")] = HeldOutOptions()
+    samples: Annotated[SampleOptions, Help(prompts=PROMPTS)] = SampleOptions()
     log: LogOptions = LogOptions()
 
 
@@ -165,4 +177,5 @@ class DpoOptions:
     optimizer: Annotated[OptimizerOptions, Without("optimizer", "betas", "z_loss")] = OptimizerOptions(weight_decay=0.0)
     machine: MachineOptions = MachineOptions()
     checkpoints: CheckpointOptions = CheckpointOptions()
+    samples: Annotated[SampleOptions, Help(prompts=PROMPTS)] = SampleOptions()
     log: LogOptions = LogOptions()

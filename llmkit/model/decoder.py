@@ -124,12 +124,14 @@ class Decoder(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Outputs of the final norm [B, T, D], times the family's hidden_scale.
 
-        `document_ids` [B, T]: a token attends only to earlier tokens with its own id. `positions` [T] or [B, T]
-        default to the number of preceding tokens, in their document where the model depends on it. With a `cache`,
-        the ids continue the cached sequence, and the cache is extended in place.
+        `noise` [B, T, D] is added to the embeddings of the tokens. `document_ids` [B, T]: a token attends only to
+        earlier tokens with its own id. `positions` [T] or [B, T] default to the number of preceding tokens, in their
+        document where the model depends on it. With a `cache`, the ids continue the cached sequence, and the cache is
+        extended in place.
         """
         config, past = self.config, cache.length if cache is not None else 0
         family, names = config.family, config.family.names
@@ -150,6 +152,8 @@ class Decoder(nn.Module):
                 f"token id {int(input_ids.max()):,} has no embedding in a model of {config.vocab_size:,} tokens",
                 "the text has a token that was added to the tokenizer but not to the model",
             ) from error
+        if noise is not None:
+            x_BTD = x_BTD + noise.to(x_BTD.dtype)
         if (scale := family.embedding_scale(config)) != 1:
             x_BTD = x_BTD * (
                 torch.tensor(scale, dtype=x_BTD.dtype, device=x_BTD.device) if family.rounded_scale else scale

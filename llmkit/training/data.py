@@ -281,7 +281,8 @@ class HeldOutSource:
 
 class PackedSource:
     """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs`
-    epochs.
+    epochs. The batches' extra["rows"] int64 [rows, 4] has the sequence of each, its first position, the one after its
+    last, and its number in the run.
 
     A row of n tokens takes n - 1 positions, since its last token is only a target; no row may be longer than
     `length` + 1. With `shuffle=False` the rows are ordered by length and all form one step, for a held-out
@@ -313,6 +314,9 @@ class PackedSource:
         self._batch_size = batch_size if shuffle else max(1, len(self._bins))
         self.steps = -(-len(self._bins) // self._batch_size)
         cuts = [min(i * self._batch_size, len(self._bins)) for i in range(self.steps + 1)]
+        self._first = np.concatenate(
+            [[0], np.cumsum([len(members) for members in self._bins])]
+        )  # number of a bin's rows
         counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
         totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
         self._tokens = [int(counts[cut]) for cut in cuts]
@@ -335,9 +339,18 @@ class PackedSource:
     def batch(self, step: int, start: int, stop: int) -> Batch:
         first = step * self._batch_size
         sequences = [[self._rows[i] for i in bin] for bin in self._bins[first + start : first + stop]]
+        ends = [np.cumsum([len(tokens) - 1 for tokens, _ in rows]) for rows in sequences]
         # Only as long as the longest sequence: a model may have a context of millions, which a few short rows
         # do not need.
-        return collate(sequences, max(sum(len(tokens) - 1 for tokens, _ in rows) for rows in sequences))
+        batch = collate(sequences, int(max(stops[-1] for stops in ends)))
+        batch.extra["rows"] = torch.tensor(
+            [
+                (sequence, stop - len(rows[i][0]) + 1, stop, self._first[first + start + sequence] + i)
+                for sequence, (rows, stops) in enumerate(zip(sequences, ends, strict=True))
+                for i, stop in enumerate(stops)
+            ]
+        )
+        return batch
 
     def document(self, step: int, row: int, position: int) -> tuple[str, np.ndarray]:
         members = self._bins[step * self._batch_size + row]

@@ -21,7 +21,7 @@ stays the plain −log p.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from llmkit.model.runtime import cpu_kernels
+from llmkit.seeds import derive
 from llmkit.training.data import Batch
 
 # Logits in memory at once: 8 MiB of float32 on CPU, the fastest there, 512 MiB on a GPU.
@@ -57,9 +58,19 @@ class Objective(Protocol):
     def __call__(self, model: Any, batch: Batch, scale: float) -> ObjectiveResult: ...
 
 
-def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> ObjectiveResult:
-    """Weighted cross-entropy of the next token: Σ weight · (−log p(target) + z_loss · log² Z) · scale."""
-    hidden, index = counted_hidden_states(model, batch)
+def next_token(
+    model: Any,
+    batch: Batch,
+    scale: float,
+    z_loss: float = 0.0,
+    noise: Callable[[Batch, int], Tensor] | None = None,
+) -> ObjectiveResult:
+    """Weighted cross-entropy of the next token: Σ weight · (−log p(target) + z_loss · log² Z) · scale.
+
+    In training, `noise(batch, D)` [R, L, D] is added to the embeddings.
+    """
+    added = noise(batch, model.config.hidden_size) if noise and model.training else None
+    hidden, index = counted_hidden_states(model, batch, added)
     factors = batch.weights.flatten()[index] * scale
     targets = batch.targets.flatten()[index]
     loss, token_losses = linear_cross_entropy(hidden, model.head_weight, targets, factors, z_loss, model.softcap)
@@ -70,10 +81,27 @@ def next_token(model: Any, batch: Batch, scale: float, z_loss: float = 0.0) -> O
     return ObjectiveResult(loss, metrics, token_losses, index)
 
 
-def counted_hidden_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+class EmbeddingNoise:
+    """Uniform noise on the embeddings of a row, in ±alpha / √(tokens of the row · D) (NEFTune, Jain et al. 2023,
+    arXiv:2310.05914). That of a row depends on `seed` and its number in the run alone."""
+
+    def __init__(self, alpha: float, seed: int) -> None:
+        self._alpha, self._seed = alpha, seed
+
+    def __call__(self, batch: Batch, width: int) -> Tensor:
+        noise = torch.zeros(*batch.input_ids.shape, width, device=batch.input_ids.device)
+        generator = torch.Generator(noise.device)
+        for sequence, start, stop, number in batch.extra["rows"].tolist():
+            generator.manual_seed(derive(self._seed, "embedding noise", number))
+            limit = self._alpha / ((stop - start) * width) ** 0.5
+            noise[sequence, start:stop].uniform_(-limit, limit, generator=generator)
+        return noise
+
+
+def counted_hidden_states(model: Any, batch: Batch, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Hidden states [N, D] of the positions of `batch` with nonzero weight, and their index int64 [N] in the
-    flattened batch."""
-    hidden = model.hidden(batch.input_ids, document_ids=batch.document_ids).flatten(0, 1)
+    flattened batch; `noise` [R, L, D] is added to the embeddings."""
+    hidden = model.hidden(batch.input_ids, document_ids=batch.document_ids, noise=noise).flatten(0, 1)
     index = batch.weights.flatten().nonzero().squeeze(1)
     return (hidden if len(index) == len(hidden) else hidden.index_select(0, index)), index
 

@@ -110,6 +110,7 @@ class Prepared:
     positional: tuple[str, ...] = ()  # positional arguments, which config.toml leaves out
     counts: dict[str, Any] = field(default_factory=dict)  # added to the summary
     adapter: LoraConfig | None = None  # of a run that trains adapters only
+    chat: bool = False  # whether --prompts are messages for the model's chat template
 
     @property
     def planned_tokens(self) -> int:
@@ -176,7 +177,9 @@ def _samples(request: Request, session: Session, prepared: Prepared) -> list[AtC
     from llmkit.training.metrics.samples import PromptGallery, read_prompts
 
     path = session.directory.path / "samples.jsonl" if session.processes.is_main else None
-    return [PromptGallery(path, read_prompts(prompts), dict(prepared.tokenizer_files), prepared.stop_ids, request.seed)]
+    files = dict(prepared.tokenizer_files)
+    asked = read_prompts(prompts, files, chat=prepared.chat)
+    return [PromptGallery(path, asked, files, prepared.stop_ids, request.seed)]
 
 
 def _announce(request: Request, session: Session, prepared: Prepared) -> None:

@@ -215,7 +215,8 @@ class Session:
         it changes.
         """
         assert self.state is not None
-        options, config, predicts_tokens = self.options, model.config, objective is next_token
+        options, config = self.options, model.config
+        predicts_tokens = getattr(objective, "func", objective) is next_token
         optimization = options.optimizer
         self.state.environment["model"] = model_digest(config.to_hf())
         if optimization.z_loss:

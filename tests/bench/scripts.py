@@ -105,7 +105,7 @@ average other third --method dare-ties --base base --density 0.5 -o av7
 average base other third --method greedy --heldout more.jsonl -o av8
 average r1 --last 2 -o av9
 sft base chat.jsonl --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
-sft base renamed.jsonl --map messages=data.chat,system=about -b 2 -o f3
+sft base renamed.jsonl --map messages=data.chat,system=about --neftune 5 -b 2 -o f3
 sft base turns.jsonl --no-template {ROWS} -o f2
 dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
 dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 -o p3

@@ -67,10 +67,10 @@ def test_samples_and_scores_at_checkpoints(place: Path) -> None:
     Path("run/samples.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for r in samples) + json.dumps({"step": 9}) + "\n"
     )
-    prompts = read_prompts("prompts.txt")
     from llmkit.model.pretrained.checkpoint import load_model
 
     model, info = load_model("run")
+    prompts = read_prompts("prompts.txt", info.tokenizer_files)
     PromptGallery(Path("run/samples.jsonl"), prompts, info.tokenizer_files, info.stop_ids)(model, 8)
     assert rows("run") == samples  # the same completions for the same weights, replacing the earlier ones
 
@@ -96,7 +96,8 @@ def test_diverged_model_does_not_end_the_run(place: Path, tokenizer_files: dict[
 
     model = Decoder(CONFIG.with_vocabulary(280))
     model.initialize(0)
-    act = PromptGallery(place / "s.jsonl", ["the lazy dog " * 50], tokenizer_files, [0])
+    (place / "long.txt").write_text("the lazy dog " * 50)
+    act = PromptGallery(place / "s.jsonl", read_prompts(place / "long.txt", tokenizer_files), tokenizer_files, [0])
     act(model, 1)
     first = [json.loads(line) for line in (place / "s.jsonl").read_text().splitlines()]
     assert [len(r["completion"]) > 0 for r in first] == [True, True]
@@ -109,11 +110,11 @@ def test_diverged_model_does_not_end_the_run(place: Path, tokenizer_files: dict[
     assert MAX_TOKENS < 100
 
 
-def test_prompts(tmp_path: Path) -> None:
+def test_prompts(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
     """Behaviour: text and JSON lines; invalid, too many or missing prompts are reported."""
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a\\nb"}\n{"text": "c"}\n')
-    assert read_prompts(file) == ["a\nb", "c"]
+    assert [prompt.content for prompt in read_prompts(file, tokenizer_files)] == ["a\nb", "c"]
     for content, words in {
         b"": "0 prompts",
         b'{"prompt": 3}\n': "line 1",
@@ -124,6 +125,6 @@ def test_prompts(tmp_path: Path) -> None:
     }.items():
         file.write_bytes(content)
         with pytest.raises(LlmkitError, match=words):
-            read_prompts(file)
+            read_prompts(file, tokenizer_files)
     with pytest.raises(LlmkitError, match="No such file"):
-        read_prompts(tmp_path / "none")
+        read_prompts(tmp_path / "none", tokenizer_files)

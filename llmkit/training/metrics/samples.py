@@ -4,16 +4,17 @@
     {"step": 500, "prompt": "The ", "how": "temperature 0.8, seed 0", "completion": "city ..."}
 
 Each prompt is completed twice, greedily and by sampling with a fixed seed, by at most MAX_TOKENS tokens, so
-that checkpoints can be compared. The prompts are the lines of a text file, at most MAX_PROMPTS, or the
-`prompt` (or `text`) fields of a JSON lines file. Sampling changes nothing in the run: neither the weights nor
-the state of any random generator. A resumed run replaces the completions of steps that it repeats.
+that checkpoints can be compared. The prompts, at most MAX_PROMPTS, are the lines of a text file, or rows of a
+JSON lines file as `llmkit generate` takes them; a chat model gets them in its template. Sampling changes nothing
+in the run: neither the weights nor the state of any random generator. A resumed run replaces the completions of
+steps that it repeats.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmkit.chat.messages import RowError
+from llmkit.chat.prompts import Prompt
+from llmkit.chat.prompts import read_prompts as prompts_of_row
 from llmkit.errors import LlmkitError
 from llmkit.io.atomic import atomic_file
 from llmkit.model.generate import generate
@@ -35,8 +39,9 @@ TEMPERATURE = 0.8
 MAX_BYTES = 1 << 20  # of the file of prompts
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file; raises LlmkitError if there are none, too many, or one is invalid."""
+def read_prompts(path: str | Path, tokenizer_files: Mapping[str, str], chat: bool = False) -> list[Prompt]:
+    """The prompts of a file, with `chat` in the chat template; raises LlmkitError if there are none, too many, or one
+    is invalid."""
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -47,19 +52,20 @@ def read_prompts(path: str | Path) -> list[str]:
         raise LlmkitError(f"{path}: {error.strerror}", "--prompts takes a file of prompts") from error
     except UnicodeDecodeError as error:
         raise LlmkitError(f"{path}: invalid UTF-8 (byte {error.start})", "one prompt per line") from error
-    prompts = []
+    prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):
+        fields = {"prompt": line}
         if Path(path).suffix.lower() == ".jsonl" or line.startswith('{"'):
             try:
-                record = json.loads(line)
-                line = record["prompt"] if "prompt" in record else record["text"]
-                if not isinstance(line, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, RecursionError):
+                fields = dict(json.loads(line))
+            except (ValueError, TypeError, RecursionError):
                 raise LlmkitError(
                     f"{path}: line {number} is not an object with a prompt", '{"prompt": "..."}'
                 ) from None
-        prompts.append(line)
+        try:
+            prompts += prompts_of_row(fields, tokenizer_files, chat=chat)
+        except RowError as error:
+            raise LlmkitError(f"{path}: line {number}: {error}", "rows as `llmkit generate` takes them") from error
     if not prompts or len(prompts) > MAX_PROMPTS:
         raise LlmkitError(f"{path}: {len(prompts)} prompts", f"give 1 to {MAX_PROMPTS}, one per line")
     return prompts
@@ -74,14 +80,13 @@ class PromptGallery:
     def __init__(
         self,
         path: Path | None,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         tokenizer_files: dict[str, str],
         stop_ids: Sequence[int],
         seed: int = 0,
     ) -> None:
         self._path, self._prompts, self._stop_ids, self._seed = path, prompts, stop_ids, seed
         self._tokenizer = load_tokenizer(tokenizer_files, "the run")
-        self._prompt_ids = [list(self._tokenizer.encode(prompt).ids) for prompt in prompts]
 
     def __call__(self, model: Any, step: int) -> dict[str, float]:
         records = self._complete(model, step)
@@ -96,7 +101,7 @@ class PromptGallery:
         """A record for each prompt, greedy and sampled. Prompts longer than the context are cut at the front."""
         context = model.config.max_position_embeddings
         max_tokens = min(MAX_TOKENS, context // 2)
-        prompt_ids = [ids[-(context - max_tokens) :] or [min(self._stop_ids, default=0)] for ids in self._prompt_ids]
+        prompt_ids = [p.tokens[-(context - max_tokens) :] or [min(self._stop_ids, default=0)] for p in self._prompts]
         records: list[dict[str, Any]] = []
         for how, temperature in (("greedy", 0.0), (f"temperature {TEMPERATURE}, seed {self._seed}", TEMPERATURE)):
             seeds = [derive(self._seed, "samples", i) for i in range(len(prompt_ids))]
@@ -112,11 +117,11 @@ class PromptGallery:
                     )
             except LlmkitError as error:  # a diverged model, which the guard deals with
                 for prompt in self._prompts:
-                    records.append({"step": step, "prompt": prompt, "how": how, "error": error.message})
+                    records.append({"step": step, "prompt": prompt.content, "how": how, "error": error.message})
                 continue
             for prompt, tokens in zip(self._prompts, completions, strict=True):
                 text = self._tokenizer.decode(tokens, skip_special_tokens=False)
-                records.append({"step": step, "prompt": prompt, "how": how, "completion": text})
+                records.append({"step": step, "prompt": prompt.content, "how": how, "completion": text})
         return records
 
 
