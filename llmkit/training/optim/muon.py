@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmkit.training.distributed.layout import local_shard, local_tensor
+from llmkit.training.optim.adamw import AdamW, without_compiler
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the steepest at 0 that keep singular values near 1
@@ -39,6 +40,7 @@ MIN_NORM = 1e-7  # lower bound for the norm divided by
 BATCH_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of the matrices multiplied at once
 
 
+@without_compiler
 class Muon(torch.optim.Optimizer):
     """Updates groups whose `optimizer` is "muon" (only matrices) by Muon, the others by a fused AdamW with
     the options `adamw`. Both share one state."""
@@ -47,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {})
         adamw_groups = [group for group in self.param_groups if group["optimizer"] != "muon"]
         # The same group objects, so that it sees their learning rates.
-        self._adamw = torch.optim.AdamW(adamw_groups, **adamw) if adamw_groups else None
+        self._adamw = AdamW(adamw_groups, **adamw) if adamw_groups else None
         if self._adamw:
             self._adamw.state = self.state
 

@@ -18,6 +18,7 @@ import torch
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.training.distributed.layout import distributed_like
+from llmkit.training.optim.adamw import AdamW
 from llmkit.training.optim.muon import Muon
 from llmkit.training.optim.parameter_groups import tensor_table
 
@@ -53,7 +54,7 @@ def build_optimizer(
         group["params"].append(named[row.name])
     adamw: dict[str, Any] = {"lr": 0.0, "betas": betas, "eps": EPSILON, "fused": True}
     param_groups = list(groups.values())
-    return Muon(param_groups, **adamw) if optimizer == "muon" else torch.optim.AdamW(param_groups, **adamw)
+    return Muon(param_groups, **adamw) if optimizer == "muon" else AdamW(param_groups, **adamw)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
