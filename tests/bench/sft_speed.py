@@ -242,14 +242,27 @@ def first_step(place: Path, pairs: int) -> None:
 
     few = [{"prompt": f"What is {i}?", "completion": f"The number {i}."} for i in range(32)]
     (place / "few.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in few))
-    mine = [sys.executable, "-m", "llmkit", "sft", f"{place}/base", f"{place}/few.jsonl", "-b", "8", "-o", f"{place}/run"]
+    mine = [
+        sys.executable,
+        "-m",
+        "llmkit",
+        "sft",
+        f"{place}/base",
+        f"{place}/few.jsonl",
+        "-b",
+        "8",
+        "-o",
+        f"{place}/run",
+    ]
     ways = {
         "llmkit": lambda: cpu_seconds([*mine, "-f", "-q"]),
         "TRL": lambda: cpu_seconds([sys.executable, "-c", TRL_SCRIPT, str(place)]),
     }
     in_turn(ways, 1)
     found = in_turn(ways, pairs)
-    print(f"\nOne step on 32 rows, CPU seconds of the command: llmkit {spread(found['llmkit'], 2)}, TRL {spread(found['TRL'], 2)}")
+    print(
+        f"\nOne step on 32 rows, CPU seconds of the command: llmkit {spread(found['llmkit'], 2)}, TRL {spread(found['TRL'], 2)}"
+    )
 
 
 def compare(source: Path, pairs: int) -> None:
@@ -286,7 +299,9 @@ def main() -> None:
     (ROOT / ".cache").mkdir(exist_ok=True)
     sources = given.rows or [SHARED / "instruct" / f"{name}.jsonl.zst" for name in FILES]
     print(f"{date.today()}, {given.pairs} turns of {STEPS} steps\n")
-    print("| rows | | ours over it, supervised tokens per CPU second | per second | memory, MB |\n|---|---|---|---|---|")
+    print(
+        "| rows | | ours over it, supervised tokens per CPU second | per second | memory, MB |\n|---|---|---|---|---|"
+    )
     for source in sources:
         compare(source, given.pairs)
     with tempfile.TemporaryDirectory() as directory:
