@@ -42,6 +42,6 @@ class TokenTable(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """The rows [..., D] of ids [...]."""
-        place = torch.searchsorted(self.ids, input_ids).clamp(max=len(self.ids) - 1)
+        place = torch.searchsorted(self.ids, input_ids.contiguous()).clamp(max=len(self.ids) - 1)
         is_trained = (self.ids[place] == input_ids)[..., None]
         return torch.where(is_trained, F.embedding(place, self.rows), F.embedding(input_ids, self.weight))

@@ -49,8 +49,9 @@ def load_for_adapting(path: str | Path, lora: LoraConfig, seed: int, new: NewTok
     """
     model, weights, info = open_model(path)
     refuse_adapter(info, path)
-    config, rows = lora.adapted(info.config, str(path)), info.config.vocab_size
-    new = new or NewTokens(rows, [[]] * (config.vocab_size - rows))
+    rows = info.config.vocab_size
+    new = new or NewTokens(rows, [[]] * (lora.adapted(info.config, str(path)).vocab_size - rows))
+    config = new.config(info.config)
     if config != info.config:
         with torch.device("meta"):
             model = Decoder(config)
