@@ -232,6 +232,10 @@ def with_control_tokens(files: Mapping[str, str], name: str, tokens: Sequence[st
         raise LlmkitError(
             f"{name}: its tokens do not keep their ids", "its tokenizer.json is irregular: convert it again"
         )
+    config = orjson.loads(files.get("tokenizer_config.json", "{}"))
+    if isinstance(listed := config.get("added_tokens_decoder"), dict):  # what transformers 4 wrote, and 5 prefers
+        listed |= {str(ids[t]): {k: v for k, v in added[t].items() if k != "id"} for t in tokens}
+        changed["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     before.encode_special_tokens = True
     pieces = [list(before.encode(token, add_special_tokens=False).ids) for token in new]
     return ExtendedTokenizer(changed, first + len(new), len(new), pieces)

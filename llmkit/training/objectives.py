@@ -192,7 +192,7 @@ class _LinearCrossEntropy(Function):
             grad_weight = torch.zeros_like(head, dtype=_at_least_float32(head[:0]).dtype) if needs_grad_weight else None
             grad_values = None
             if values is not None and needs_grad_rows:
-                grad_values = torch.zeros_like(values, dtype=torch.float32)
+                grad_values = torch.zeros_like(values, dtype=_at_least_float32(values[:0]).dtype)
             loss = factors.new_zeros((), dtype=torch.float64)
             for chunk in _chunks(rows, len(weight)):
                 logits = _at_least_float32(rows[chunk] @ weight.T)

@@ -167,3 +167,23 @@ def test_irregular_tokenizers_are_refused(files: dict[str, str]) -> None:
         with_control_tokens({"tokenizer.json": json.dumps(content)}, "here", ("<|im_sep|>",))
     with pytest.raises(LlmkitError, match="here: tokenizer.json is not readable"):
         with_control_tokens({"tokenizer.json": "{}"}, "here", ("<|im_sep|>",))
+
+
+def test_both_lists_of_added_tokens(tmp_path: Path) -> None:
+    """Behaviour under transformers: a tokenizer_config.json with a list of added tokens, as version 4 wrote it, agrees with
+    tokenizer.json on the new ones and on those that become special."""
+    from small_tokenizer import small_tokenizer_files
+    from transformers import AutoTokenizer
+
+    files = small_tokenizer_files()
+    content = json.loads(files["tokenizer.json"])
+    content["added_tokens"][2]["special"] = False
+    listed = {str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in content["added_tokens"]}
+    config = json.loads(files["tokenizer_config.json"]) | {"added_tokens_decoder": listed}
+    files |= {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(config)}
+    for name, text in with_control_tokens(files, "here", ("<|im_end|>", "<|im_sep|>")).files.items():
+        (tmp_path / name).write_text(text)
+    added = AutoTokenizer.from_pretrained(tmp_path).added_tokens_decoder
+    assert [(i, token.content, token.special) for i, token in added.items()] == [
+        (0, "<|endoftext|>", True), (1, "<|im_start|>", True), (2, "<|im_end|>", True), (299, "<|im_sep|>", True),
+    ]  # fmt: skip
