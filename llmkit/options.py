@@ -176,6 +176,8 @@ def checked_value(field: Field, value: Any) -> Any:
             value = info.parser(value)
         elif isinstance(value, str) and kind in (int, float, Path):
             value = kind(value)
+        elif kind is str and isinstance(value, Path):
+            value = str(value)
         elif kind is float and type(value) is int:
             value = float(value)
     except (ValueError, typer.BadParameter) as error:

@@ -13,26 +13,24 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmkit.alignment.chat_model import ChatModel, open_chat_model
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
-from llmkit.chat import masks, templates
+from llmkit.chat import masks
 from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora.config import LoraConfig, target_modules
-from llmkit.model.pretrained.adapter import load_for_adapting, refuse_adapter
-from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_model
+from llmkit.model.pretrained.adapter import refuse_adapter
 from llmkit.options import check_positive, from_values, values_of
-from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.training.data import PackedSource
-from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
+from llmkit.training.inputs import model_input, open_rows, row_inputs
 from llmkit.training.objectives import EmbeddingNoise, next_token
 from llmkit.training.optim.schedule import (
     ADAPTERS,
@@ -98,7 +96,8 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     options: SftOptions = request.options
     noise = options.template.neftune
     check_positive(lr=options.schedule.lr, neftune=noise)
-    info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    chat = open_chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    info, files, length = chat.info, chat.files, chat.length
     with_template = options.template.template
     if with_template:
         masks.check_template(files)
@@ -127,7 +126,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         held_out = PackedSource(
             encode(request.reader(options.heldout.heldout)).pairs(), length, batch_size, shuffle=False
         )
-    lora = _adapters(options, session, info, model)
+    lora = _adapters(options, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING * (ADAPTERS if lora else 1)
     return Prepared(
         config=info.config,
@@ -137,9 +136,9 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         length=length,
         inputs=lambda: [model_input(model), *inputs],
         tokenizer_files=files,
-        stop_ids=_stop_ids(info, files),
+        stop_ids=chat.stop_ids,
         generation=info.generation,
-        create_model=lambda: _initial_model(model, lora, request.seed),
+        create_model=lambda: chat.create(lora, request.seed),
         heldout=held_out,
         objective=partial(next_token, noise=EmbeddingNoise(noise, request.seed)) if noise else next_token,
         adapter=lora,
@@ -155,10 +154,11 @@ def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, 
     it; the names of its fields by those here; the tokenizer's files; the tokens per sequence.
     """
     options: SftOptions = request.options
-    _, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    chat = open_chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     how = options.template
     names = field_names(CONVERSATIONS, options.rows.map or [])
-    return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True), names, files, length
+    encode = row_encoder(chat.files, template=how.template, train_on=how.train_on, lossy=True)
+    return encode, names, chat.files, chat.length
 
 
 def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
@@ -166,7 +166,8 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
     objective = preference_objective(**values_of(options.loss))
-    info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    chat = open_chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
+    info, files, length = chat.info, chat.files, chat.length
     masks.check_template(files)
     reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
     encoded = encode_preferences(
@@ -179,7 +180,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     )
     inputs = row_inputs(reader)
     _announce_rows(request, encoded, length, options.rows.too_long)
-    lora = _adapters(options, session, info, model)
+    lora = _adapters(options, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE * (ADAPTERS if lora else 1)
     batch_size = options.batch.batch_size or 16
 
@@ -188,7 +189,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
 
     @cache
     def initial_model() -> Decoder:
-        return _initial_model(model, lora, request.seed).to(session.processes.device)
+        return chat.create(lora, request.seed).to(session.processes.device)
 
     def source_with_reference() -> PairSource:
         return source_with(
@@ -212,7 +213,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         length=length,
         inputs=lambda: [source_model(), *inputs],
         tokenizer_files=files,
-        stop_ids=_stop_ids(info, files),
+        stop_ids=chat.stop_ids,
         generation=info.generation,
         create_model=initial_model,
         adapter=lora,
@@ -226,7 +227,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     )
 
 
-def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedModel, model: str) -> LoraConfig | None:
+def _adapters(options: SftOptions | DpoOptions, session: Session, chat: ChatModel) -> LoraConfig | None:
     """The adapters that the options ask for; None to train all weights. UsageError if they cannot be trained here."""
     given = options.lora
     if given.lora is None:
@@ -234,20 +235,17 @@ def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedMo
             if getattr(given, field.name) != field.default:
                 raise UsageError(f"--{field.name.replace('_', '-')} needs --lora RANK", "it is about adapters")
         return None
-    if info.adapter is not None:
-        refuse_adapter(info, model)
+    if chat.info.adapter is not None:
+        refuse_adapter(chat.info, chat.path)
     if session.processes.layout.lockstep:
         raise UsageError("--lora does not support --parallel fsdp", "adapters are small: use --parallel ddp")
     if session.processes.precision == "fp8":
         raise UsageError("--lora does not support --precision fp8", "train adapters in bf16")
     check_positive(lora_alpha=given.lora_alpha, lora_plus=given.lora_plus)
-    targets = target_modules(info.config, given.lora_targets)
+    targets = target_modules(chat.info.config, given.lora_targets)
     alpha = given.lora_alpha or 2.0 * given.lora
-    return LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus)
-
-
-def _initial_model(model: str, lora: LoraConfig | None, seed: int) -> Decoder:
-    return load_for_adapting(model, lora, seed) if lora else load_model(model, torch.float32)[0]
+    lora = LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus)
+    return chat.adapted(lora)
 
 
 def _from_stdin(rows: list[str] | None) -> bool:
@@ -266,22 +264,6 @@ def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
         0.2 if options.decay is None else options.decay,
         options.decay_shape or "linear",
     )
-
-
-def _chat_model(
-    request: Request, model: str, template: Path | None, sequence_length: int | None
-) -> tuple[LoadedModel, dict[str, str], int]:
-    """The model, its tokenizer files with a chat template, and the tokens per sequence."""
-    info = load_info(model)
-    files = info.tokenizer_files
-    tokenizer_json(files, model)
-    if template is not None:
-        files = templates.with_template(files, template.read_text(encoding="utf-8"))
-    elif templates.chat_template(files) is None:
-        name, text = templates.default_template(files)
-        files = templates.with_template(files, text)
-        request.note(f"the model has no chat template: using that of {name}, and storing it with the model")
-    return info, files, context_length(info, sequence_length)
 
 
 def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_long: str) -> None:
@@ -307,8 +289,3 @@ def _listed(rows: Counter[str]) -> str:
     """The commonest names with their numbers of rows."""
     listed = [f"{name:.60} ({count:,} rows)" for name, count in rows.most_common(MOST_FIELDS)]
     return ", ".join(listed) + (f" and {len(rows) - MOST_FIELDS:,} more" if len(rows) > MOST_FIELDS else "")
-
-
-def _stop_ids(info: LoadedModel, files: dict[str, str]) -> list[int]:
-    """The stop ids of the fine-tuned model, end of turn first."""
-    return list(dict.fromkeys([*masks.stop_token_ids(files), *info.stop_ids]))

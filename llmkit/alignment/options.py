@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llmkit.chat.builtin import names
 from llmkit.model.lora.config import GROUPS, MAX_RANK
 from llmkit.options import COMMON, Help, Without
 from llmkit.training.options import (
@@ -35,8 +35,13 @@ class RowOptions:
         int, typer.Option("--epochs", min=1, help="Number of passes over the rows", rich_help_panel=DATA), COMMON
     ] = 1
     chat_template: Annotated[
-        Path | None,
-        typer.Option("--chat-template", metavar="FILE", help="Jinja template to use instead of the model's own"),
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="NAME|FILE",
+            help=f"Template to use instead of the model's own: {', '.join(names())}, whose tokens are added to the"
+            " model, or a Jinja file",
+        ),
         COMMON,
     ] = None
     too_long: Annotated[

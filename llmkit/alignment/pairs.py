@@ -58,7 +58,8 @@ def preference_objective(beta: float, loss: str = "sigmoid") -> Objective:
 def sequence_log_probabilities(model: Any, batch: Batch) -> Tensor:
     """Σ log p over the positions of each row whose weight is not 0: float32 [R], with gradients."""
     hidden, index = counted_hidden_states(model, batch)
-    log_p = token_log_probabilities(hidden, model.head_weight, batch.targets.flatten()[index], model.softcap)
+    targets = batch.targets.flatten()[index]
+    log_p = token_log_probabilities(hidden, model.head_weight, targets, model.softcap, model.head_rows)
     # Scattering, then summing along rows, adds in a fixed order; index_add on a GPU does not.
     flat = log_p.new_zeros(batch.targets.numel()).index_put((index,), log_p)
     return flat.view(batch.targets.shape).sum(dim=1)

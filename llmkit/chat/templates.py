@@ -17,9 +17,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from llmkit.chat.builtin import Builtin, find
 from llmkit.chat.forms import TOOLS, CostlyTemplateError, Form, Message, find_form
 from llmkit.errors import LlmkitError
 from llmkit.model.pretrained.checkpoint import load_tokenizer
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from llmkit.chat.sandbox import Sandbox
 
 
-def _builtin(name: str) -> str:
-    return (resources.files("llmkit.chat") / "builtin" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-CHATML, TULU = _builtin("chatml"), _builtin("tulu")
+CHATML, TULU = find("chatml").text, find("tulu").text
 MAX_REASON = 300  # characters of a template's message that are shown
 MAX_DATE_FORMAT = 100  # characters
 
@@ -54,11 +50,10 @@ def chat_template(files: Mapping[str, str], tools: bool = False) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def default_template(files: Mapping[str, str]) -> tuple[str, str]:
-    """(name, template) for a tokenizer without one: ChatML if its tokens are in the vocabulary, else Tulu."""
-    if {"<|im_start|>", "<|im_end|>"} <= set(special_contents(files)):
-        return "ChatML", CHATML
-    return "Tulu", TULU
+def default_template(files: Mapping[str, str]) -> Builtin:
+    """The template for a tokenizer without one: ChatML if its tokens are in the vocabulary, else Tulu."""
+    chatml = find("chatml")
+    return chatml if special_contents(files).keys() >= set(chatml.tokens) else find("tulu")
 
 
 def with_template(files: Mapping[str, str], template: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from llmkit.model.config import ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Kind = Literal["linear", "gain", "bias", "embedding", "head", "constant", "lora_A", "lora_B", "magnitude"]
+Kind = Literal["linear", "gain", "bias", "embedding", "head", "constant", "lora_A", "lora_B", "magnitude", "tokens"]
 QKNorm = Literal["head", "width"] | None
 QKV = Literal["separate", "joined", "by head"]
 

@@ -23,6 +23,7 @@ from llmkit.model.config import ModelConfig
 from llmkit.model.initial import initial
 from llmkit.model.kv_cache import KeyValueCache
 from llmkit.model.lora.config import LoraConfig
+from llmkit.model.lora.tokens import TokenTable
 from llmkit.model.modules import Layer, Pass
 from llmkit.model.operations import PLAIN
 
@@ -73,10 +74,20 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The matrix [V, D] of the output layer."""
-        names = self.config.family.names
-        tied = self.config.tie_word_embeddings
-        weight: Tensor = (getattr(self.body, names.embedding) if tied else getattr(self, names.head)).weight
+        layer = self._head
+        weight: Tensor = layer.current() if isinstance(layer, TokenTable) else layer.weight
         return weight
+
+    @property
+    def head_rows(self) -> tuple[Tensor, Tensor] | None:
+        """The rows of `head_weight` that are trained where the others are frozen: ids [n] and rows [n, D]."""
+        layer = self._head
+        return (layer.ids, layer.rows) if isinstance(layer, TokenTable) else None
+
+    @property
+    def _head(self) -> Any:
+        names = self.config.family.names
+        return getattr(self.body, names.embedding) if self.config.tie_word_embeddings else getattr(self, names.head)
 
     @property
     def by_length(self) -> bool:
@@ -177,6 +188,9 @@ class Decoder(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
         logits, cap = F.linear(hidden_BTD, self.head_weight), self.softcap
+        if self.head_rows and torch.is_grad_enabled():
+            ids, rows = self.head_rows
+            logits = logits.index_copy(-1, ids, F.linear(hidden_BTD, rows))
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

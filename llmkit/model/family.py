@@ -22,7 +22,8 @@ from llmkit.model.rope import Rope, is_positive
 
 # What follows the name of a linear layer in the names of its adapter's tensors (model/lora/config.py).
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-ADAPTED: dict[str, Kind] = {LORA_A: "lora_A", LORA_B: "lora_B", MAGNITUDE: "magnitude"}
+TOKENS = ".token_adapter.trainable_tokens_delta"  # rows of the embedding or output layer
+ADAPTED: dict[str, Kind] = {LORA_A: "lora_A", LORA_B: "lora_B", MAGNITUDE: "magnitude", TOKENS: "tokens"}
 ROTARY_TABLE = "rotary_emb.inv_freq"  # a table that old directories hold for each layer
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from llmkit.model.config import ModelConfig
 from llmkit.model.family import find_parameter
 
+# Of parts of adapters: what they start from, where that is not 0.
+STARTS = {"lora_B": "", "magnitude": "norms of rows", "tokens": "means of rows"}
+
 
 @dataclass(frozen=True, slots=True)
 class Initial:
@@ -39,8 +42,8 @@ def initial(config: ModelConfig, name: str, dimensions: int) -> Initial:
     parameter = find_parameter(config, name)
     if parameter is not None and parameter.kind == "lora_A":
         return Initial(bound=parameter.shape[not config.family.transposed(config)] ** -0.5)
-    if parameter is not None and parameter.kind in ("lora_B", "magnitude"):
-        return Initial(other="norms of rows" if parameter.kind == "magnitude" else "")
+    if parameter is not None and parameter.kind in STARTS:
+        return Initial(other=STARTS[parameter.kind])
     if dimensions < 2:
         value = parameter.initial if parameter is not None else None
         return Initial(value=value if value is not None else 0.0 if name.endswith("bias") else 1.0)

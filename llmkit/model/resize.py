@@ -14,14 +14,17 @@ Memory: the largest tensor, old and new.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
+from llmkit.model.config import ModelConfig
+from llmkit.model.decoder import Decoder
 from llmkit.model.family import expected_tensors
-from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, open_weights, save_description
+from llmkit.model.pretrained.checkpoint import DTYPE_NAMES, LoadedModel, load_model, open_weights, save_description
 from llmkit.model.pretrained.directory import WEIGHTS
 from llmkit.model.pretrained.safetensors import write_safetensors
 from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
@@ -42,6 +45,47 @@ def check_match(info: LoadedModel, tokenizer: TokenizerInfo, name: str) -> None:
         raise LlmkitError(
             f"{name}: not the tokenizer of {info.path}", f"use the model's own: llmkit vocab extend {info.path}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Tokens for which a model gets rows: ids from `first` on, and for each the ids of the old tokens that spell it."""
+
+    first: int
+    pieces: Sequence[Sequence[int]] = ()
+
+    @classmethod
+    def of(cls, rows: int, first: int, pieces: Sequence[Sequence[int]]) -> NewTokens:
+        """For a model of so many rows; tokens that had none already, before `first`, get the mean of all rows."""
+        return cls(min(rows, first), [[]] * (first - rows) + [*pieces])
+
+    @property
+    def ids(self) -> range:
+        return range(self.first, self.first + len(self.pieces))
+
+    def config(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with rows for all tokens."""
+        return config.with_vocabulary(max(config.vocab_size, self.ids.stop if self.pieces else 0))
+
+    def tensor(self, name: str, old: Tensor, config: ModelConfig) -> Tensor:
+        """A tensor of the model as that of `config` has it: with other rows if it is the embedding or output layer."""
+        if not self.pieces or name not in (config.family.embedding, config.family.head):
+            return old
+        return rows_for(old, self.first, self.pieces, config.vocab_size)
+
+
+def load_resized(path: str | Path, new: NewTokens) -> Decoder:
+    """The decoder of a model directory in float32 with rows for new tokens, in eval mode. Raises as load_model does."""
+    model, info = load_model(path, torch.float32)
+    if not new.pieces:
+        return model
+    config = new.config(info.config)
+    state = {name: new.tensor(name, tensor, config) for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(True)
+    return model.eval()
 
 
 def rows_for(old: Tensor, first: int, pieces: Sequence[Sequence[int]], rows: int) -> Tensor:

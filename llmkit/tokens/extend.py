@@ -21,7 +21,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -30,9 +30,10 @@ import orjson
 
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.record import Lineage
-from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer
+from llmkit.shards.tokenizer_info import TokenizerInfo, parse_tokenizer, tokenizer_json
 from llmkit.tokens.pretokenize import byte_alphabet, pattern_name
 from llmkit.tokens.text_encoder import load_tokenizer
+from llmkit.tokens.tokenizer_json import load
 from llmkit.tokens.vocabulary import MAX_SIZE, reserved_token
 
 MAX_PIECE = 256
@@ -207,6 +208,37 @@ def with_words(info: TokenizerInfo, name: str, words: Sequence[str], multiple: i
                 "leave it out, or learn it from text that contains it, with --add",
             )
     return made
+
+
+def with_control_tokens(files: Mapping[str, str], name: str, tokens: Sequence[str]) -> ExtendedTokenizer:
+    """A tokenizer of any kind in which these are special tokens. Those that it lacks follow the last id, without
+    padding; the others keep their ids. The pieces of a new one are the ids that spelled its name before.
+
+    Raises LlmkitError where the tokenizer is damaged, or numbers its tokens with gaps.
+    """
+    text = tokenizer_json(files, name)
+    before = load(text, f"{name}: tokenizer.json is not readable", "the file is damaged or too new")
+    ids = before.get_vocab(with_added_tokens=True)
+    content, first = orjson.loads(text), max(ids.values(), default=-1) + 1
+    new = [token for token in dict.fromkeys(tokens) if token not in ids]
+    ids |= {token: first + i for i, token in enumerate(new)}
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    for token in dict.fromkeys(tokens):
+        added[token] = added.get(token, _added_token(ids[token], token, special=True)) | {"special": True}
+    content["added_tokens"] = list(added.values())
+    changed = dict(files) | {"tokenizer.json": orjson.dumps(content, option=orjson.OPT_INDENT_2).decode() + "\n"}
+    after = load(changed["tokenizer.json"], f"{name}: tokenizer.json", "its control tokens cannot be added")
+    if after.get_vocab(with_added_tokens=True) != ids:
+        raise LlmkitError(
+            f"{name}: its tokens do not keep their ids", "its tokenizer.json is irregular: convert it again"
+        )
+    config = orjson.loads(files.get("tokenizer_config.json", "{}"))
+    if isinstance(listed := config.get("added_tokens_decoder"), dict):  # what transformers 4 wrote, and 5 prefers
+        listed |= {str(ids[t]): {k: v for k, v in added[t].items() if k != "id"} for t in tokens}
+        changed["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    before.encode_special_tokens = True
+    pieces = [list(before.encode(token, add_special_tokens=False).ids) for token in new]
+    return ExtendedTokenizer(changed, first + len(new), len(new), pieces)
 
 
 def read_words(text: str, name: str) -> list[str]:

@@ -36,6 +36,7 @@ from llmkit.training.data import Batch
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 Metrics = dict[str, Tensor]
+HeadRows = tuple[Tensor, Tensor]  # Decoder.head_rows
 
 
 class ObjectiveResult(NamedTuple):
@@ -73,7 +74,8 @@ def next_token(
     hidden, index = counted_hidden_states(model, batch, added)
     factors = batch.weights.flatten()[index] * scale
     targets = batch.targets.flatten()[index]
-    loss, token_losses = linear_cross_entropy(hidden, model.head_weight, targets, factors, z_loss, model.softcap)
+    head, some = model.head_weight, model.head_rows
+    loss, token_losses = linear_cross_entropy(hidden, head, targets, factors, z_loss, model.softcap, some)
     metrics = {}
     if z_loss:
         metrics["loss"] = (token_losses.double() * factors).sum()
@@ -107,26 +109,37 @@ def counted_hidden_states(model: Any, batch: Batch, noise: Tensor | None = None)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, factors: Tensor, z_loss: float = 0.0, softcap: float | None = None
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    factors: Tensor,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    rows: HeadRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ_i factors_i · (−log p_i + z_loss · log² Z_i), a scalar, and all −log p_i, float32 [N] without gradient.
 
     p_i = softmax(head · hidden_i)[targets_i], and Z_i is the denominator of that softmax; with a `softcap` c the
     logits are c · tanh(head · hidden_i / c). `hidden` [N, D], `head` [V, D], `targets` int64 [N], `factors` float32
-    [N] without gradient.
+    [N] without gradient. `rows` are those rows of `head` that have a gradient, if the others have none.
     """
     dtype = _compute_dtype(hidden)
     # A Function cannot find this out itself.
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head)]
-    loss, token_losses = _LinearCrossEntropy.apply(hidden, head, targets, factors, z_loss, softcap, dtype, *wanted)
+    ids, values = rows or (None, None)
+    loss, token_losses = _LinearCrossEntropy.apply(
+        hidden, head, targets, factors, z_loss, softcap, dtype, *wanted, ids, values
+    )
     return loss, token_losses
 
 
-def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
+def token_log_probabilities(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None, rows: HeadRows | None = None
+) -> Tensor:
     """log softmax(head · hidden_i)[targets_i] as float32 [N], with gradients for `hidden` [N, D] and `head` [V, D];
-    `softcap` is that of `linear_cross_entropy`."""
+    `softcap` and `rows` are those of `linear_cross_entropy`."""
     dtype = _compute_dtype(hidden)
-    return _TokenLogProbabilities.apply(hidden, head, targets, softcap, dtype)
+    return _TokenLogProbabilities.apply(hidden, head, targets, softcap, dtype, *(rows or (None, None)))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -192,6 +205,8 @@ class _LinearCrossEntropy(Function):
         dtype: torch.dtype,
         needs_grad_rows: bool,
         needs_grad_weight: bool,
+        ids: Tensor | None,
+        values: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         token_losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         needs_gradient = needs_grad_rows or needs_grad_weight
@@ -203,6 +218,9 @@ class _LinearCrossEntropy(Function):
             relative = factors / largest
             grad_rows = torch.empty_like(rows) if needs_grad_rows else None
             grad_weight = torch.zeros_like(head, dtype=_at_least_float32(head[:0]).dtype) if needs_grad_weight else None
+            grad_values = None
+            if values is not None and needs_grad_rows:
+                grad_values = torch.zeros_like(values, dtype=_at_least_float32(values[:0]).dtype)
             loss = factors.new_zeros((), dtype=torch.float64)
             for chunk in _chunks(rows, len(weight)):
                 logits = _at_least_float32(rows[chunk] @ weight.T)
@@ -221,26 +239,35 @@ class _LinearCrossEntropy(Function):
                     torch.mm(gradient, weight, out=grad_rows[chunk])
                 if grad_weight is not None:
                     _add_product(grad_weight, gradient, rows[chunk])
+                if grad_values is not None:
+                    _add_product(grad_values, gradient[:, ids], rows[chunk])
         if needs_gradient:
-            ctx.save_for_backward(grad_rows, grad_weight, largest)
-            ctx.types = (hidden.dtype, head.dtype)
+            ctx.save_for_backward(grad_rows, grad_weight, grad_values, largest)
+            ctx.types = (hidden.dtype, head.dtype, None if values is None else values.dtype)
         ctx.mark_non_differentiable(token_losses)
         ctx.set_materialize_grads(False)
         return loss.to(_at_least_float32(hidden[:0]).dtype), token_losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_rows, grad_weight, largest = ctx.saved_tensors
+        *totals, largest = ctx.saved_tensors
         factor = grad * largest
-        pairs = zip((grad_rows, grad_weight), ctx.types, strict=True)
-        gradients = (None if total is None else (total * factor).to(dtype) for total, dtype in pairs)
-        return *gradients, None, None, None, None, None, None, None
+        pairs = zip(totals, ctx.types, strict=True)
+        rows, weight, values = (None if total is None else (total * factor).to(dtype) for total, dtype in pairs)
+        return rows, weight, *[None] * 8, values
 
 
 class _TokenLogProbabilities(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        dtype: torch.dtype,
+        ids: Tensor | None,
+        values: Tensor | None,
     ) -> Tensor:
         result = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -249,17 +276,18 @@ class _TokenLogProbabilities(Function):
                 logits = (rows[chunk] @ weight.T).float()
                 _cap(logits, softcap)
                 result[chunk] = torch.log_softmax(logits, dim=1).gather(1, targets[chunk, None])[:, 0]
-        ctx.save_for_backward(hidden, head, targets)
+        ctx.save_for_backward(hidden, head, targets, ids, values)
         ctx.dtype, ctx.softcap = dtype, softcap
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, head, targets = ctx.saved_tensors
+        hidden, head, targets, ids, values = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             rows, weight = hidden.to(ctx.dtype), head.to(ctx.dtype)
             grad_rows = torch.empty_like(rows)
             grad_weight = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            grad_values = torch.zeros_like(values, dtype=torch.float32) if ctx.needs_input_grad[6] else None
             for chunk in _chunks(rows, len(weight)):
                 logits = (rows[chunk] @ weight.T).float()
                 slope = _cap(logits, ctx.softcap)
@@ -271,4 +299,12 @@ class _TokenLogProbabilities(Function):
                 torch.mm(gradient, weight, out=grad_rows[chunk])
                 if grad_weight is not None:
                     _add_product(grad_weight, gradient, rows[chunk])
-        return grad_rows.to(hidden.dtype), None if grad_weight is None else grad_weight.to(head.dtype), None, None, None
+                if grad_values is not None:
+                    _add_product(grad_values, gradient[:, ids], rows[chunk])
+        weight = None if grad_weight is None else grad_weight.to(head.dtype)
+        return (
+            grad_rows.to(hidden.dtype),
+            weight,
+            *[None] * 4,
+            None if grad_values is None else grad_values.to(values.dtype),
+        )

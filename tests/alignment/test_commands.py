@@ -42,7 +42,7 @@ def test_sft_learns_the_answers_and_to_stop(
     arguments = ("base", "chat.jsonl", "--lr", "1e-2", "--epochs", "12", "--batch-size", "2", "-o", "sft")
     assert run_command("sft", [*arguments, "--heldout", "chat.jsonl"]) == 0
     said = capsys.readouterr().err
-    assert "using that of ChatML" in said
+    assert "using chatml" in said
     assert "60 rows" in said
     log = records("sft")
     assert log[-1]["loss"] < 0.3 * log[0]["loss"]

@@ -284,7 +284,6 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "alpha not finite": ({"lora_alpha": math.inf}, "lora_alpha is inf"),
     "bias": ({"bias": "all"}, "bias is 'all'"),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
-    "token indices": ({"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
     "a key of the future": ({"use_magic": True}, "use_magic is not supported"),
     "an initial value that changes the base": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     "expression": ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$'"),

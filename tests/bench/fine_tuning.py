@@ -49,8 +49,12 @@ def llmkit(place: Path, *arguments: object) -> float:
 
 
 def texts() -> list[str]:
-    books = [content.decode("utf-8", "replace") for _, content in members(SHARED / "text" / "gutenberg_17_books.tar.zst")]
-    reviews = [content.decode("utf-8", "replace") for _, content in members(SHARED / "text" / "nltk_movie_reviews.tar.zst")]
+    books = [
+        content.decode("utf-8", "replace") for _, content in members(SHARED / "text" / "gutenberg_17_books.tar.zst")
+    ]
+    reviews = [
+        content.decode("utf-8", "replace") for _, content in members(SHARED / "text" / "nltk_movie_reviews.tar.zst")
+    ]
     articles = decompress(SHARED / "text" / "wikitext2_valid.txt.zst").decode().split("\n = ")
     return [text for text in (*books, *reviews, *articles) if text.strip()]
 

@@ -111,7 +111,10 @@ dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja -
 dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 -o p3
 sft base chat.jsonl --lora 3 --lora-alpha 5 --lora-targets attention --dora --rslora --lora-plus 4 {SHORT} --sequence-length 40 --too-long truncate -o f4
 average f4 --merge-adapter -o av10
+sft base chat.jsonl --lossy --chat-template llama-3 --lora 2 {SHORT} --sequence-length 40 --too-long truncate -o f5
+average f5 --merge-adapter -o av11
 dpo base pairs.jsonl --lora 2 --lora-alpha 3 --lora-targets q_proj,v_proj --dora --rslora --lora-plus 2 {SHORT} --sequence-length 40 --too-long truncate -o p4
+dpo base pairs.jsonl --lossy --chat-template phi-4 {SHORT} --sequence-length 40 --too-long truncate -o p5
 dpo base odd-pairs.jsonl {ROWS} -o p2
 quantize base --to int4 --group-size 16 --seed 1 -o q1
 quantize base -o q2

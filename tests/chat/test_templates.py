@@ -186,9 +186,9 @@ def test_stop_ids_and_default_template(templates: Templates, files: dict[str, st
     assert stop_token_ids(templates["chatml"]) == [ids["<|im_end|>"], ids["<|endoftext|>"]]
     assert stop_token_ids(templates["llama3"]) == [ids["<|eot_id|>"], ids["<|endoftext|>"]]
     assert stop_token_ids(templates["tulu"]) == stop_token_ids(files) == [ids["<|endoftext|>"]]
-    assert default_template(files)[0] == "ChatML"
+    assert default_template(files).name == "chatml"
     without = files | {"tokenizer.json": files["tokenizer.json"].replace("<|im_start|>", "<|other|>")}
-    assert default_template(without)[0] == "Tulu"
+    assert default_template(without).name == "tulu"
     assert learned(with_template(without, TULU), CONVERSATION[1:3]) == ["it is sunny<|endoftext|>"]
     with pytest.raises(LlmkitError, match="no chat template"):
         render(CONVERSATION, files, True)

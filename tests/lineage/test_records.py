@@ -24,9 +24,10 @@ from llmkit.lineage.tree import as_tree
 from llmkit.options import Recorded, marks_of
 
 Call = Callable[..., subprocess.CompletedProcess[bytes]]
-PATHLIKE = ("FILE", "PATH", "DIR", "TOML", "MODEL", "DOCS", "INPUT", "[NAME=]PATH")
+PATHLIKE = ("FILE", "NAME|FILE", "PATH", "DIR", "TOML", "MODEL", "DOCS", "INPUT", "[NAME=]PATH")
 # Options with a path that enter the record by their command, as an input or by base name.
 BY_COMMAND = {"filter": {"quality", "decontaminate"}, "train": {"model", "from_", "recipe"}}
+BY_COMMAND |= {"sft": {"chat_template"}, "dpo": {"chat_template"}}
 WITHOUT_RECORD = {"eval", "lineage", "trace", "vocab report", "vocab advise", "filter train"}
 
 

@@ -65,6 +65,31 @@ def test_z_loss_is_what_autograd_makes_of_it(
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [33 * 20, 1 << 20])
+def test_gradients_of_some_rows_alone(
+    problem: tuple[torch.Tensor, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parity with those rows of the gradient of the whole head, with z-loss and softcap; the others have none."""
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", chunk)
+    hidden, head, targets, factors = problem
+    ids = torch.tensor([3, 4, 32])
+    frozen, rows = head.detach(), head.detach()[ids].requires_grad_()
+    for whole, part in (
+        (
+            objectives.linear_cross_entropy(hidden, head, targets, factors, 0.3, 5.0)[0],
+            objectives.linear_cross_entropy(hidden, frozen, targets, factors, 0.3, 5.0, (ids, rows))[0],
+        ),
+        (
+            objectives.token_log_probabilities(hidden, head, targets, 5.0) @ factors,
+            objectives.token_log_probabilities(hidden, frozen, targets, 5.0, (ids, rows)) @ factors,
+        ),
+    ):
+        assert torch.equal(whole, part)
+        dx, dhead = torch.autograd.grad(whole * 3, (hidden, head))
+        again, drows = torch.autograd.grad(part * 3, (hidden, rows))
+        assert torch.equal(dx, again) and torch.allclose(drows, dhead[ids], atol=1e-6)
+
+
 def test_log_shows_the_plain_loss_beside_the_z_loss() -> None:
     """Behaviour: with a z-loss the metrics hold both parts of the minimised loss, and `loss` is that of a run
     without one."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 from llmkit.errors import LlmkitError, UsageError, suggestion
 from llmkit.io.run_layout import ADAPTER_CONFIG, member
 from llmkit.model.config import ModelConfig, read_json
-from llmkit.model.family import LORA_A, LORA_B, MAGNITUDE, Family
+from llmkit.model.family import LORA_A, LORA_B, MAGNITUDE, TOKENS, Family
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names of tensors
 MAX_RANK = 1 << 16
+MAX_ID = 1 << 25  # as of tokenizers
 GROUPS = ("all-linear", "attention", "mlp")
 _NAME = re.compile(r"\w+(\.\w+)*")
 # Keys of PEFT's LoraConfig that do not change what an adapter computes. Others are refused where they are set.
@@ -36,7 +37,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 UNDERSTOOD = {
     "alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules",
-    "use_dora", "use_rslora",
+    "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 KEPT_BASE = (True, False, "gaussian", "eva", "orthogonal")  # initial values that leave the base as it is
 
@@ -46,9 +47,10 @@ class LoraConfig:
     """The adapters of a model.
 
     `targets` are names of linear layers, or ends of such names that begin after a dot. `ranks` and `alphas` are those
-    of layers that differ from the others, by the same kind of name. `b_rate` is the factor of the learning rate of B.
-    `base` names the model, `base_digest` is the digest of its weights (content.weights_digest, "" if unknown), and
-    `base_path` where it was when the adapters were made.
+    of layers that differ from the others, by the same kind of name. `tokens` are the ids whose rows are trained, in
+    their order, by the name of the embedding or output layer ("": the embedding; a tied output layer has its rows).
+    `b_rate` is the factor of the learning rate of B. `base` names the model, `base_digest` is the digest of its weights
+    (content.weights_digest, "" if unknown), and `base_path` where it was when the adapters were made.
     """
 
     rank: int
@@ -58,6 +60,7 @@ class LoraConfig:
     rslora: bool = False
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     b_rate: float = 1.0
     base: str = ""
     base_digest: str = ""
@@ -89,7 +92,40 @@ class LoraConfig:
             rank = self.rank_of(module)
             shapes |= {module + LORA_A: (rank, inputs), module + LORA_B: (outputs, rank)}
             shapes |= {module + MAGNITUDE: (outputs,)} if self.dora else {}
-        return shapes
+        tables = self.tables(config).items()
+        return shapes | {module + TOKENS: (len(ids), config.hidden_size) for module, ids in tables}
+
+    def tables(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The ids of `tokens` by the full names of the layers; a tied output layer has the rows of the embedding."""
+        layers = outer_layers(config)
+        return {
+            layer: ids for layer in layers for name, ids in self.tokens.items() if is_named(layer, name or layers[0])
+        }
+
+    def adapted(self, config: ModelConfig, where: str) -> ModelConfig:
+        """The configuration of the model with these adapters, which may have more rows for tokens than its base.
+
+        Raises LlmkitError where `tokens` names other layers, or rows beyond the base's are missing.
+        """
+        tables, layers, rows = self.tables(config), outer_layers(config), config.vocab_size
+        head = config.family.head.removesuffix(".weight")
+        # PEFT also takes a tied output layer, if its ids are those of the embedding.
+        tied = [ids for name, ids in self.tokens.items() if head not in layers and is_named(head, name)]
+        if len(tables) + len(tied) != len(self.tokens) or any(ids != tables.get(layers[0]) for ids in tied):
+            raise LlmkitError(
+                f"{where}: trainable_token_indices names {', '.join(self.tokens) or 'a list'}"[:300],
+                f"supported: {' and '.join(layers)}, with equal ids where the output layer is tied",
+            )
+        size = max([rows, *(max(ids) + 1 for ids in tables.values())])
+        for layer in layers:
+            new = set(tables.get(layer, ()))
+            if missing := next((i for i in range(rows, size) if i not in new), None):
+                raise LlmkitError(
+                    f"{where}: trainable_token_indices goes up to {size - 1:,}, but the model has {rows:,} rows, and"
+                    f" nothing gives {layer} one for {missing:,}",
+                    "merge the adapter with its own tool",
+                )
+        return config.with_vocabulary(size)
 
     def to_peft(self, transposed: bool) -> dict[str, Any]:
         """The content of adapter_config.json; `transposed` is Family.transposed."""
@@ -108,9 +144,27 @@ class LoraConfig:
             "rank_pattern": dict(self.ranks),
             "target_modules": list(self.targets),
             "task_type": "CAUSAL_LM",
+            **(
+                {"trainable_token_indices": {name: list(ids) for name, ids in self.tokens.items()}}
+                if self.tokens
+                else {}
+            ),
             "use_dora": self.dora,
             "use_rslora": self.rslora,
         }
+
+
+def outer_layers(config: ModelConfig) -> list[str]:
+    """The names of the embedding and, unless it is tied, the output layer."""
+    family: Family = config.family
+    names = [family.embedding] if config.tie_word_embeddings else [family.embedding, family.head]
+    return [name.removesuffix(".weight") for name in names]
+
+
+def token_tables(config: ModelConfig, ids: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    """The `tokens` of adapters with these rows of the embedding and the output layer; {} without ids."""
+    tokens = tuple(ids)
+    return {layer.rpartition(".")[2]: tokens for layer in outer_layers(config)} if tokens else {}
 
 
 def is_named(module: str, name: str) -> bool:
@@ -196,6 +250,7 @@ def read_config(directory: Path) -> LoraConfig:
         content.get("use_rslora", False),
         patterns["rank_pattern"],
         {name: float(value) for name, value in patterns["alpha_pattern"].items()},
+        tokens=_tokens(content.get("trainable_token_indices"), refuse),
         base=base,
     )
 
@@ -206,6 +261,18 @@ def _targets(value: Any, refuse: Any) -> tuple[str, ...]:
         error: LlmkitError = refuse("target_modules", "a list of names of linear layers, without wildcards")
         raise error
     return tuple(sorted(set(names)))
+
+
+def _tokens(value: Any, refuse: Any) -> dict[str, tuple[int, ...]]:
+    tables = {} if value in (None, [], {}) else value if isinstance(value, dict) else {"": value}
+    for name, ids in tables.items():
+        are_ids = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < MAX_ID for i in ids)
+        if not (are_ids and len(set(ids)) == len(ids) and (not name or _NAME.fullmatch(name))):
+            error: LlmkitError = refuse(
+                "trainable_token_indices", "token ids, each once, or such lists by names of layers"
+            )
+            raise error
+    return {name: tuple(ids) for name, ids in tables.items()}
 
 
 def _is_rank(value: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmkit.model.decoder import Decoder
 from llmkit.model.initial import initial
 from llmkit.model.lora.config import LoraConfig
+from llmkit.model.lora.tokens import TokenTable
 from llmkit.model.modules import TransposedLinear
 from llmkit.seeds import derive
 
@@ -101,8 +102,14 @@ def adapt(model: Decoder, lora: LoraConfig, seed: int, packed: Mapping[str, Any]
         frozen = FrozenLinear(module, (packed or {}).get(f"{name}.weight"))
         if name in scales:
             frozen.adapt(_initial_a(model, name, lora.rank_of(name), frozen.in_features, seed), scales[name], lora.dora)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, frozen)
+        _replace(model, name, frozen)
+    for name, ids in lora.tables(model.config).items():
+        _replace(model, name, TokenTable(model.get_parameter(f"{name}.weight"), ids))
+
+
+def _replace(model: Decoder, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _initial_a(model: Decoder, module: str, rank: int, inputs: int, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The weights of a model with its adapters merged, read one tensor at a time: W + scale · B A, for DoRA with rows of
-the trained lengths. Computed in float32 and rounded to the type of W.
+the trained lengths, computed in float32 and rounded to the type of W. Trained rows replace those of the embedding and
+the output layer, or follow them.
 
     weights = AdaptedWeights(info, info.adapter)
     weights["model.layers.0.self_attn.q_proj.weight"]
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from llmkit.errors import LlmkitError
 from llmkit.io.run_layout import member
-from llmkit.model.family import LORA_A, LORA_B, MAGNITUDE
+from llmkit.model.family import LORA_A, LORA_B, MAGNITUDE, TOKENS
 from llmkit.model.lora.config import ADAPTER_WEIGHTS, PREFIX, LoraConfig
 from llmkit.model.pretrained.directory import Adapter, LoadedModel
 from llmkit.model.pretrained.header import Stored, read_header
@@ -34,9 +35,18 @@ class AdaptedWeights(Weights):
         self._transposed = info.config.family.transposed(info.config)
         self._lora = adapter.config
         self._adapters = AdapterTensors(info.path, adapter.config, info)
+        self._tokens = {f"{name}.weight": ids for name, ids in adapter.config.tables(info.config).items()}
+        for name in self._tokens:
+            dtype, (_, width) = self.layout[name]
+            self.layout[name] = (dtype, (info.config.vocab_size, width))
 
     def __getitem__(self, name: str) -> Tensor:
         weight, module = super().__getitem__(name), name.removesuffix(".weight")
+        if name in self._tokens:
+            table = weight.new_empty(self.layout[name][1])
+            table[: len(weight)] = weight
+            table[list(self._tokens[name])] = self._adapters[module + TOKENS].to(weight.dtype)
+            return table
         if module == name or module + LORA_A not in self._adapters.layout:
             return weight
         dense = (weight.T if self._transposed else weight).float()

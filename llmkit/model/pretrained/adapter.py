@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmkit.errors import LlmkitError
@@ -36,20 +37,28 @@ from llmkit.model.pretrained.directory import (
     write_json,
 )
 from llmkit.model.pretrained.safetensors import layout_of, write_safetensors
+from llmkit.model.resize import NewTokens
 
 
-def load_for_adapting(path: str | Path, lora: LoraConfig, seed: int) -> Decoder:
+def load_for_adapting(path: str | Path, lora: LoraConfig, seed: int, new: NewTokens | None = None) -> Decoder:
     """The decoder of a model directory or run with new adapters, in eval mode; only these are trained.
 
-    The matrices of its layers keep the type that they are stored in, and quantised ones stay packed; everything else is
-    float32. Raises the errors of `load_model`, and LlmkitError for a directory of adapters.
+    `new` are the tokens for which it gets rows; by default those of the adapters that it has none for. The matrices of
+    its layers keep the type that they are stored in, and quantised ones stay packed; everything else is float32. Raises
+    the errors of `load_model`, and LlmkitError for a directory of adapters.
     """
     model, weights, info = open_model(path)
     refuse_adapter(info, path)
+    rows = info.config.vocab_size
+    new = new or NewTokens(rows, [[]] * (lora.adapted(info.config, str(path)).vocab_size - rows))
+    config = new.config(info.config)
+    if config != info.config:
+        with torch.device("meta"):
+            model = Decoder(config)
     matrices = {name: weights.quantized(name) for name in linear_weights(info.config)}
     packed = {name: value for name, value in matrices.items() if value is not None}
     state = {
-        name: weights[name] if name in matrices else weights[name].float()
+        name: weights[name] if name in matrices else new.tensor(name, weights[name].float(), config)
         for name in model.state_dict()
         if name not in packed
     }

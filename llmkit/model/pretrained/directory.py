@@ -101,7 +101,8 @@ def _load_adapter_info(directory: Path, base: str | Path | None, any_base: bool)
         generation = read_json(file)
         stop_ids = token_ids(generation.get("eos_token_id", model.config.eos_token_id), f"{file}: eos_token_id")
     files = read_tokenizer_files(directory) or model.tokenizer_files
-    return LoadedModel(directory, model.config, files, stop_ids, None, generation, Adapter(config, model))
+    adapted = config.adapted(model.config, str(directory / ADAPTER_CONFIG))
+    return LoadedModel(directory, adapted, files, stop_ids, None, generation, Adapter(config, model))
 
 
 def _find_base(directory: Path, config: LoraConfig, given: str | Path | None) -> LoadedModel:

@@ -43,6 +43,7 @@ RULES = {
     "lora_A": TensorRule(decays=True),
     "lora_B": TensorRule(decays=True),
     "magnitude": TensorRule(decays=False),
+    "tokens": TensorRule(decays=False),
 }
 
 
