@@ -106,10 +106,14 @@ def test_peft_loads_our_adapters(make_model: Callable[..., Path], tmp_path: Path
 
 
 def test_adapters_of_peft_are_merged(
-    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Parity with PEFT: an adapter that it made, with other ranks and scales in some layers and the base's path, gives its
-    merge_and_unload within 1e-6 by `average --merge-adapter`; from A and B of a bfloat16 base, a bfloat16 model."""
+    merge_and_unload within 1e-6 by `average --merge-adapter`; from A and B of a bfloat16 base, a bfloat16 model. Other
+    commands refuse it, since nothing says that its base is the one that was meant."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -122,6 +126,10 @@ def test_adapters_of_peft_are_merged(
     )  # fmt: skip
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained("base"), settings)
     model.save_pretrained("adapter")
+    for command, *arguments in (["generate", "-p", "a"], ["quantize", "-o", "x"], ["eval", "--tasks", "piqa"]):
+        assert run_command(command, ["adapter", *arguments, "-q"]) == 1, command
+        assert "not the digest of the model" in capfd.readouterr().err, command
+        assert not Path("x").exists()
     assert run_command("average", ["adapter", "--merge-adapter", "-q", "-o", "merged"]) == 0
     merged, _ = load_model("merged")
     expected = model.merge_and_unload().state_dict()
