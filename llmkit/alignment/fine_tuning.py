@@ -21,7 +21,14 @@ import torch
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.encode import (
+    TRUNCATE_TURNS,
+    Encode,
+    EncodedDataset,
+    encode_conversations,
+    encode_preferences,
+    row_encoder,
+)
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
 from llmkit.io.inputs import STDIN
@@ -290,7 +297,7 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     if encoded.lost:
         request.warn(f"the chat template does not show: {_listed(encoded.lost)}")
     if counts["too_long"]:
-        action = "dropped" if too_long == "drop" else "truncated at the end"
+        action = {"drop": "dropped", TRUNCATE_TURNS: "truncated behind a turn"}.get(too_long, "truncated at the end")
         alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"
         dropped = ""
         if too_long != "drop" and counts["dropped"]:

@@ -42,7 +42,8 @@ class RowOptions:
         typer.Option(
             "--too-long",
             metavar="HOW",
-            help="What to do with rows longer than the sequence: drop, truncate (at the end), or error",
+            help="What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (behind"
+            " the last trained turn that fits), or error",
             rich_help_panel=DATA,
         ),
         COMMON,
@@ -152,7 +153,13 @@ class DpoOptions:
     """Options of `llmkit dpo`."""
 
     loss: LossOptions = LossOptions()
-    rows: RowOptions = RowOptions()
+    rows: Annotated[
+        RowOptions,
+        Help(
+            too_long="What to do with pairs of which an answer, with its prompt, is longer than the sequence: drop,"
+            " truncate (both at the end), or error"
+        ),
+    ] = RowOptions()
     lora: LoraOptions = LoraOptions()
     batch: Annotated[
         BatchOptions,

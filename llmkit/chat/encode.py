@@ -1,9 +1,10 @@
 """Rows of a file to token ids with loss weights: the training data of `sft` and `dpo`.
 
 A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (the model then does not
-learn to stop there), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad
-row, as is one without any trained token, which almost always means that its roles are not the expected ones: an
-error that names file and line.
+learn to stop there), with "truncate-turns" behind the last trained turn that fits (so that every turn is learnt
+with its end), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad row, as is
+one without any trained token, which almost always means that its roles are not the expected ones: an error that
+names file and line.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
 COUNTS = ("rows", "too_long", "dropped", "left_out", "row_tokens", "trained")
-TOO_LONG = ("drop", "truncate", "error")
+TRUNCATE_TURNS = "truncate-turns"
+TOO_LONG = ("drop", "truncate", TRUNCATE_TURNS, "error")
 Encode = Callable[[Mapping[str, Any]], Converted[EncodedRow]]  # from the fields of a row
 TRAIN_ON = ("all", "last", "turns")
 
@@ -57,10 +59,8 @@ class EncodedDataset:
         self.lost.update({field for row in rows for field in row.lost})
 
     def add_fitting(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
-        """Add one row, or the two rows of a pair, if none is longer than `context` or `too_long` is truncate;
-        else count them as dropped.
-        """
-        fitting = _fit(rows, context, too_long)
+        """Add one row, or the two rows of a pair, as `fitting_rows` returns them; if it drops them, count them."""
+        fitting = fitting_rows(rows, context, too_long)
         self.counts["too_long"] += max(len(row.tokens) for row in rows) > context
         if fitting:
             self.add(*fitting)
@@ -125,6 +125,9 @@ def encode_preferences(
     messages after the prompt only. `names`: the names that fields have in the rows, by those here.
     """
 
+    if too_long == TRUNCATE_TURNS:
+        raise UsageError(f"--too-long {too_long} is for sft", "a pair compares whole answers: drop, truncate or error")
+
     def encode_pair(row: Preference) -> list[EncodedRow]:
         prompt: Messages = [message | {"train": False} for message in row.prompt]
         sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
@@ -138,7 +141,7 @@ def _encode_all(
 ) -> EncodedDataset:
     """Every row of `reader`; `together` encoded rows are kept or dropped together."""
     encoded = EncodedDataset()
-    for _, rows in read_rows(reader, _bounded(encode, context, too_long), names):
+    for _, rows in read_rows(reader, bounded(encode, context, too_long), names):
         encoded.unused.update(rows.unused)
         encoded.left_out += rows.left_out
         for start in range(0, len(rows), together):
@@ -148,7 +151,7 @@ def _encode_all(
     return encoded
 
 
-def _bounded(encode: Encode, context: int, too_long: str) -> Encode:
+def bounded(encode: Encode, context: int, too_long: str) -> Encode:
     """`encode`, which with `too_long` error raises RowError for a row over the context."""
     if too_long not in TOO_LONG:
         raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
@@ -211,12 +214,29 @@ def _refuse_empty_answers(messages: Messages) -> None:
             raise RowError(f"message {number + 1} is an empty answer")
 
 
-def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
-    """The rows, none longer than `context`; [] if one had to be dropped, or its trained tokens were cut off."""
+def fitting_rows(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
+    """The rows, cut to at most `context` tokens as `too_long` demands; [] if one has to be dropped, or its trained
+    tokens were cut off.
+    """
+    if all(len(row.tokens) <= context for row in rows):
+        return rows
     if too_long == "drop":
-        return rows if all(len(row.tokens) <= context for row in rows) else []
-    cut = [EncodedRow(row.tokens[:context], row.weights[:context]) for row in rows]
+        return []
+    cut = [_cut(row, _turns_end(row, context) if too_long == TRUNCATE_TURNS else context) for row in rows]
     return cut if all(row.trained for row in cut) else []
+
+
+def _cut(row: EncodedRow, stop: int) -> EncodedRow:
+    return replace(row, tokens=row.tokens[:stop], weights=row.weights[:stop])
+
+
+def _turns_end(row: EncodedRow, context: int) -> int:
+    """The number of tokens up to the end of the last trained turn that ends within `context`; 0 if none does."""
+    if len(row.tokens) <= context:
+        return len(row.tokens)
+    is_trained = row.weights[: context + 1] != 0
+    ends = np.flatnonzero(is_trained[:-1] & ~is_trained[1:])
+    return int(ends[-1]) + 1 if len(ends) else 0
 
 
 def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
@@ -230,7 +250,12 @@ def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
     reason = f"all {long:,} rows are longer than {context:,} tokens"
     if too_long == "drop":
         raise LlmkitError(reason, "use --too-long truncate to cut them")
-    raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", "use a model with a longer context")
+    hint = (
+        "--too-long truncate cuts within a turn, too"
+        if too_long == TRUNCATE_TURNS
+        else "use a model with a longer context"
+    )
+    raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", hint)
 
 
 def _end_of_text(files: Mapping[str, str]) -> int:

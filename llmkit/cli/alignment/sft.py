@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.alignment.options import SftOptions
+from llmkit.alignment.options import RowOptions, SftOptions
 from llmkit.chat.rows import CONVERSATIONS, schema_names
 from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command
@@ -104,7 +104,7 @@ def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, 
     if show is not None:
         _show(run, paths, reading, encode, names, files, show, f"What sft trains on: {model}" if is_page else "")
     else:
-        _check(run, paths, reading, encode, names, length, options.rows.lossy)
+        _check(run, paths, reading, encode, names, length, options.rows)
 
 
 def _show(
@@ -143,7 +143,7 @@ def _check(
     encode: Encode,
     names: Mapping[str, str],
     length: int,
-    lossy: bool,
+    options: RowOptions,
 ) -> None:
     """Report on all rows; LlmkitError if some cannot be used."""
     import orjson
@@ -154,13 +154,14 @@ def _check(
 
     if run.output:
         check_output(run.output, run.force)
-    reports = check_rows(paths, reading, encode, names, length)
+    reports = check_rows(paths, reading, encode, names, length, options.too_long)
     content = {file: report.as_json() for file, report in reports.items()}
     for file, report in content.items():
         run.note(
             f"{file}: {counted(report['rows'], 'row')}, {counted(report['tokens'], 'token')},"
             f" {report['trained_share']:.1%} of them trained;"
-            f" {report['too_long']:,} over {length:,} tokens, {report['duplicates']:,} seen before"
+            f" {report['too_long']:,} over {length:,} tokens ({report['dropped']:,} of them dropped),"
+            f" {report['duplicates']:,} seen before"
         )
         for item in report["refused"]:
             run.warn(f"{file}:{item['first_line']}: {item['reason']} ({counted(item['rows'], 'row')})")
@@ -178,7 +179,7 @@ def _check(
         sys.stdout.buffer.write(text)
     failed = sum(report["errors"] for report in content.values())
     lost = sum(count for report in reports.values() for name, count in report.lost.items() if name != EARLIER)
-    if failed or (lost and not lossy) or not content:
+    if failed or (lost and not options.lossy) or not content:
         raise LlmkitError(
             f"{counted(failed, 'row')} cannot be used; fields that the chat template does not show: {lost:,}",
             "mend them, or train with --on-bad-line skip and --lossy",
