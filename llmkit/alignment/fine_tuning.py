@@ -20,18 +20,11 @@ import torch
 
 from llmkit.alignment.options import DpoOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
+from llmkit.alignment.sources import RowMixture, RowSource, read_sources, row_sources
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import (
-    TRUNCATE_TURNS,
-    Encode,
-    EncodedDataset,
-    encode_conversations,
-    encode_preferences,
-    row_encoder,
-)
+from llmkit.chat.encode import TRUNCATE_TURNS, Encode, RowEncoding, pair_encoding, row_encoder
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
-from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora.config import LoraConfig, target_modules
 from llmkit.model.pretrained.adapter import load_for_adapting, refuse_adapter
@@ -39,7 +32,7 @@ from llmkit.model.pretrained.checkpoint import LoadedModel, load_info, load_mode
 from llmkit.options import check_positive, from_values, values_of
 from llmkit.shards.tokenizer_info import tokenizer_json
 from llmkit.training.data import PackedSource
-from llmkit.training.inputs import context_length, model_input, open_rows, row_inputs
+from llmkit.training.inputs import context_length, model_input
 from llmkit.training.optim.schedule import (
     ADAPTERS,
     FINE_TUNING,
@@ -75,7 +68,7 @@ def fine_tune(
     """
     request = Request.of("sft", from_values(SftOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
-        prepared = prepare_fine_tuning(request, session, model, rows)
+        prepared = prepare_fine_tuning(request, session, model, _named(rows))
         return run_training(request, session, prepared, observe=lambda: nullcontext(report))
 
 
@@ -92,11 +85,15 @@ def align(
     """Optimize a model on files of preference pairs, like `llmkit dpo`; otherwise as `fine_tune`."""
     request = Request.of("dpo", from_values(DpoOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
-        prepared = prepare_alignment(request, session, model, rows)
+        prepared = prepare_alignment(request, session, model, _named(rows))
         return run_training(request, session, prepared, observe=lambda: nullcontext(report))
 
 
-def prepare_fine_tuning(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+def _named(rows: list[str]) -> list[RowSource]:
+    return row_sources(rows, lambda paths: list(rows) if paths is None else paths)
+
+
+def prepare_fine_tuning(request: Request, session: Session, model: str, sources: list[RowSource]) -> Prepared:
     """Rows, model and schedule of a fine-tuning run.
 
     Raises UsageError for options that do not fit the model, and LlmkitError for unreadable rows or models.
@@ -108,30 +105,25 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     if with_template:
         masks.check_template(files)
 
-    def encode(reader: Any) -> EncodedDataset:
-        return encode_conversations(
-            reader,
-            files,
-            length,
-            too_long=options.rows.too_long,
-            template=with_template,
-            train_on=options.template.train_on,
-            lossy=options.rows.lossy,
-            names=field_names(CONVERSATIONS, options.rows.map or []),
-        )
-
-    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode(reader)
-    inputs = row_inputs(reader)
-    _announce_rows(request, encoded, length, options.rows.too_long)
+    encoding = RowEncoding(
+        row_encoder(files, template=with_template, train_on=options.template.train_on, lossy=options.rows.lossy),
+        length,
+        options.rows.too_long,
+        field_names(CONVERSATIONS, options.rows.map or []),
+    )
+    epochs = options.rows.epochs
+    mixture = read_sources(request, session, sources, encoding, epochs)
+    _announce_rows(request, mixture, length, options.rows.too_long)
     batch_size = options.batch.batch_size or 8
-    source = PackedSource(encoded.pairs(), length, batch_size, epochs=options.rows.epochs, seed=request.seed)
+    source = PackedSource(
+        mixture.encoded.pairs(), length, batch_size, epochs=epochs, seed=request.seed, taken=mixture.epochs
+    )
     request.detail(f"{source.padding:.1%} of the positions are padding")
     held_out = None
     if options.heldout.heldout:
-        held_out = PackedSource(
-            encode(request.reader(options.heldout.heldout)).pairs(), length, batch_size, shuffle=False
-        )
+        encoded = encoding.read(request.reader(options.heldout.heldout))
+        encoding.refuse_empty(encoded)
+        held_out = PackedSource(encoded.pairs(), length, batch_size, shuffle=False)
     lora = _adapters(options, session, info, model)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING * (ADAPTERS if lora else 1)
     return Prepared(
@@ -140,7 +132,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         schedule=_schedule(options.schedule, rate, source.tokens(source.steps)),
         batch_size=batch_size,
         length=length,
-        inputs=lambda: [model_input(model), *inputs],
+        inputs=lambda: [model_input(model), *mixture.inputs],
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
         generation=info.generation,
@@ -149,7 +141,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         adapter=lora,
         resolved={"lr": rate},
         positional=("model", "rows"),
-        counts=encoded.counts,
+        counts=mixture.counts,
     )
 
 
@@ -164,30 +156,30 @@ def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, 
     return row_encoder(files, template=how.template, train_on=how.train_on, lossy=True), names, files, length
 
 
-def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+def prepare_alignment(request: Request, session: Session, model: str, sources: list[RowSource]) -> Prepared:
     """Pairs, model and schedule of a preference run; raises the errors of `prepare_fine_tuning`."""
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
     objective = preference_objective(**values_of(options.loss))
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     masks.check_template(files)
-    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode_preferences(
-        reader,
+    encoding = pair_encoding(
         files,
         length,
         too_long=options.rows.too_long,
         lossy=options.rows.lossy,
         names=field_names(PREFERENCES, options.rows.map or []),
     )
-    inputs = row_inputs(reader)
-    _announce_rows(request, encoded, length, options.rows.too_long)
+    epochs = options.rows.epochs
+    mixture = read_sources(request, session, sources, encoding, epochs)
+    pairs = mixture.encoded.rows
+    _announce_rows(request, mixture, length, options.rows.too_long)
     lora = _adapters(options, session, info, model)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE * (ADAPTERS if lora else 1)
     batch_size = options.batch.batch_size or 16
 
     def source_with(reference: torch.Tensor) -> PairSource:
-        return PairSource(encoded.rows, reference, batch_size, epochs=options.rows.epochs, seed=request.seed)
+        return PairSource(pairs, reference, batch_size, epochs=epochs, seed=request.seed, taken=mixture.epochs)
 
     @cache
     def initial_model() -> Decoder:
@@ -197,7 +189,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         return source_with(
             reference_log_probabilities(
                 initial_model,
-                encoded.rows,
+                pairs,
                 session.processes,
                 session.micro_batch(),
                 session.directory.path / "reference.safetensors",
@@ -206,14 +198,14 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         )
 
     source_model = cache(lambda: model_input(model))
-    planned = source_with(torch.zeros(len(encoded.rows) // 2, 2))
+    planned = source_with(torch.zeros(len(pairs) // 2, 2))
     return Prepared(
         config=info.config,
         source=planned,
         schedule=_schedule(options.schedule, rate, planned.tokens(planned.steps)),
         batch_size=batch_size,
         length=length,
-        inputs=lambda: [source_model(), *inputs],
+        inputs=lambda: [source_model(), *mixture.inputs],
         tokenizer_files=files,
         stop_ids=_stop_ids(info, files),
         generation=info.generation,
@@ -224,7 +216,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         deferred_source=source_with_reference,
         resolved={"lr": rate},
         positional=("model", "rows"),
-        counts=encoded.counts,
+        counts=mixture.counts,
     )
 
 
@@ -250,10 +242,6 @@ def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedMo
 
 def _initial_model(model: str, lora: LoraConfig | None, seed: int) -> Decoder:
     return load_for_adapting(model, lora, seed) if lora else load_model(model, torch.float32)[0]
-
-
-def _from_stdin(rows: list[str] | None) -> bool:
-    return not rows or STDIN in rows
 
 
 def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
@@ -286,10 +274,13 @@ def _chat_model(
     return info, files, context_length(info, sequence_length)
 
 
-def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_long: str) -> None:
-    """Report the number of rows, and what happens to those that are too long."""
-    counts = encoded.counts
+def _announce_rows(request: Request, mixture: RowMixture, length: int, too_long: str) -> None:
+    """Report the number of rows, what happens to those that are too long, and what is taken of each source."""
+    encoded, counts = mixture.encoded, mixture.encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
+    for row in mixture.shares:
+        taken = f"{row['rows']:,} rows, {row['tokens']:,} tokens ({row['share']:.1%}), {row['passes']:.2f} passes"
+        request.note(f"{row['source']}: {taken}")
     if encoded.left_out:
         request.note(f"left out: {listed(encoded.left_out)}")
     if encoded.unused:

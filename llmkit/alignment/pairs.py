@@ -68,18 +68,28 @@ class PairSource:
     """Pairs by step: `batch_size` pairs each, in a new random order in every epoch. Implements
     training.data.Source.
 
-    `rows` alternates chosen and rejected; `reference` is float32 [pairs, 2].
+    `rows` alternates chosen and rejected; `reference` is float32 [pairs, 2]. Every epoch has all pairs, or those in
+    `taken`, with repeats.
     """
 
     def __init__(
-        self, rows: Sequence[EncodedRow], reference: Tensor, batch_size: int, *, epochs: int = 1, seed: int = 0
+        self,
+        rows: Sequence[EncodedRow],
+        reference: Tensor,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        seed: int = 0,
+        taken: Sequence[np.ndarray] | None = None,
     ) -> None:
         self._rows, self._reference = rows, reference
         pairs = len(rows) // 2
         lengths = np.array([len(row.tokens) - 1 for row in rows], dtype=np.int64).reshape(pairs, 2)
-        order = np.concatenate(
-            [np.random.default_rng(derive(seed, "pairs", epoch)).permutation(pairs) for epoch in range(epochs)]
-        )
+        orders = []
+        for epoch in range(epochs):
+            order = np.arange(pairs) if taken is None else taken[epoch]
+            orders.append(order[np.random.default_rng(derive(seed, "pairs", epoch)).permutation(len(order))])
+        order = np.concatenate(orders)
         steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self._steps = [step[np.argsort(lengths[step].max(axis=1), kind="stable")] for step in steps]
         self._tokens = np.concatenate([[0], np.cumsum([lengths[step].sum() for step in self._steps])]).tolist()

@@ -10,7 +10,7 @@ names file and line.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,9 +67,62 @@ class EncodedDataset:
         else:
             self.counts["dropped"] += 1
 
+    def extend(self, other: EncodedDataset) -> None:
+        """Add the rows of another one, and its counts."""
+        self.rows += other.rows
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        for mine, others in ((self.unused, other.unused), (self.left_out, other.left_out), (self.lost, other.lost)):
+            mine.update(others)
+
     def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, weights) of each row."""
         return [(row.tokens, row.weights) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """How rows become training data: `encode`, and what happens to those of over `context` tokens. `names` as in
+    `read_rows`; `together` encoded rows are kept or dropped together.
+    """
+
+    encode: Encode
+    context: int
+    too_long: str = "drop"
+    names: Mapping[str, str] = field(default_factory=dict)
+    together: int = 1
+
+    def read(self, reader: DocumentReader) -> EncodedDataset:
+        """Every row of `reader`."""
+        encode = bounded(self.encode, self.context, self.too_long)
+        return self.dataset(rows for _, rows in read_rows(reader, encode, self.names))
+
+    def dataset(self, encoded: Iterable[Converted[EncodedRow]]) -> EncodedDataset:
+        """What `encode` made of every row."""
+        result = EncodedDataset()
+        for rows in encoded:
+            result.unused.update(rows.unused)
+            result.left_out += rows.left_out
+            for start in range(0, len(rows), self.together):
+                result.add_fitting(rows[start : start + self.together], self.context, self.too_long)
+        result.counts["left_out"] = result.left_out.total()
+        return result
+
+    def refuse_empty(self, encoded: EncodedDataset) -> None:
+        """LlmkitError if no row is left."""
+        if encoded.rows:
+            return
+        long = encoded.counts["too_long"]
+        if encoded.left_out and not long:
+            raise LlmkitError(f"no rows to train on; left out: {listed(encoded.left_out)}", "check the inputs")
+        if not long:
+            raise LlmkitError("no rows were read", "check the inputs")
+        reason = f"all {long:,} rows are longer than {self.context:,} tokens"
+        if self.too_long == "drop":
+            raise LlmkitError(reason, "use --too-long truncate to cut them")
+        in_turns = self.too_long == TRUNCATE_TURNS
+        hint = "--too-long truncate cuts within a turn, too" if in_turns else "use a model with a longer context"
+        raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", hint)
 
 
 def encode_conversations(
@@ -87,7 +140,10 @@ def encode_conversations(
     left.
     """
     encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
-    return _encode_all(reader, encode, names, 1, context, too_long)
+    encoding = RowEncoding(encode, context, too_long, names)
+    encoded = encoding.read(reader)
+    encoding.refuse_empty(encoded)
+    return encoded
 
 
 def row_encoder(
@@ -124,7 +180,21 @@ def encode_preferences(
     """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
     messages after the prompt only. `names`: the names that fields have in the rows, by those here.
     """
+    encoding = pair_encoding(files, context, too_long=too_long, lossy=lossy, names=names)
+    encoded = encoding.read(reader)
+    encoding.refuse_empty(encoded)
+    return encoded
 
+
+def pair_encoding(
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
+) -> RowEncoding:
+    """The encoding of `encode_preferences`."""
     if too_long == TRUNCATE_TURNS:
         raise UsageError(f"--too-long {too_long} is for sft", "a pair compares whole answers: drop, truncate or error")
 
@@ -133,22 +203,7 @@ def encode_preferences(
         sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
         return [encode_conversation(side, files, lossy) for side in sides]
 
-    return _encode_all(reader, lambda fields: to_preferences(fields).each(encode_pair), names, 2, context, too_long)
-
-
-def _encode_all(
-    reader: DocumentReader, encode: Encode, names: Mapping[str, str], together: int, context: int, too_long: str
-) -> EncodedDataset:
-    """Every row of `reader`; `together` encoded rows are kept or dropped together."""
-    encoded = EncodedDataset()
-    for _, rows in read_rows(reader, bounded(encode, context, too_long), names):
-        encoded.unused.update(rows.unused)
-        encoded.left_out += rows.left_out
-        for start in range(0, len(rows), together):
-            encoded.add_fitting(rows[start : start + together], context, too_long)
-    encoded.counts["left_out"] = encoded.left_out.total()
-    _refuse_empty(encoded, context, too_long)
-    return encoded
+    return RowEncoding(lambda fields: to_preferences(fields).each(encode_pair), context, too_long, names, together=2)
 
 
 def bounded(encode: Encode, context: int, too_long: str) -> Encode:
@@ -237,25 +292,6 @@ def _turns_end(row: EncodedRow, context: int) -> int:
     is_trained = row.weights[: context + 1] != 0
     ends = np.flatnonzero(is_trained[:-1] & ~is_trained[1:])
     return int(ends[-1]) + 1 if len(ends) else 0
-
-
-def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
-    if encoded.rows:
-        return
-    long = encoded.counts["too_long"]
-    if encoded.left_out and not long:
-        raise LlmkitError(f"no rows to train on; left out: {listed(encoded.left_out)}", "check the inputs")
-    if not long:
-        raise LlmkitError("no rows were read", "check the inputs")
-    reason = f"all {long:,} rows are longer than {context:,} tokens"
-    if too_long == "drop":
-        raise LlmkitError(reason, "use --too-long truncate to cut them")
-    hint = (
-        "--too-long truncate cuts within a turn, too"
-        if too_long == TRUNCATE_TURNS
-        else "use a model with a longer context"
-    )
-    raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", hint)
 
 
 def _end_of_text(files: Mapping[str, str]) -> int:

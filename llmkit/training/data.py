@@ -281,7 +281,7 @@ class HeldOutSource:
 
 class PackedSource:
     """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs`
-    epochs.
+    epochs, each of all rows or of those in `taken`, with repeats.
 
     A row of n tokens takes n - 1 positions, since its last token is only a target; no row may be longer than
     `length` + 1. With `shuffle=False` the rows are ordered by length and all form one step, for a held-out
@@ -297,6 +297,7 @@ class PackedSource:
         epochs: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        taken: Sequence[np.ndarray] | None = None,
     ) -> None:
         self._rows = rows
         sizes = np.array([len(tokens) - 1 for tokens, _ in rows], dtype=np.int64)
@@ -304,11 +305,14 @@ class PackedSource:
         self._bins: list[list[int]] = []
         for epoch in range(epochs):
             generator = np.random.default_rng(derive(seed, "pack", epoch))
-            order = generator.permutation(len(rows)) if shuffle else np.arange(len(rows))
+            order = np.arange(len(rows)) if taken is None else taken[epoch]
+            order = order[generator.permutation(len(order))] if shuffle else order
             packed, bin_numbers = best_fit(sizes[order], length)
             packed = packed[np.argsort(bin_numbers[packed], kind="stable")]
             ends = np.flatnonzero(np.diff(bin_numbers[packed])) + 1
-            bins: list[list[int]] = [order[members].tolist() for members in np.split(packed, ends)] if len(rows) else []
+            bins: list[list[int]] = (
+                [order[members].tolist() for members in np.split(packed, ends)] if len(order) else []
+            )
             self._bins += [bins[i] for i in generator.permutation(len(bins))] if shuffle else bins
         self._batch_size = batch_size if shuffle else max(1, len(self._bins))
         self.steps = -(-len(self._bins) // self._batch_size)
@@ -316,7 +320,7 @@ class PackedSource:
         counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
         totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
         self._tokens = [int(counts[cut]) for cut in cuts]
-        self.data_tokens = int(sizes.sum())
+        self.data_tokens = int(counts[-1]) // epochs
         self._weights = [float(totals[b] - totals[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
         self.padding = 1 - counts[-1] / max(1, len(self._bins) * length)
 

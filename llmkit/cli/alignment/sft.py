@@ -28,6 +28,7 @@ ROWS_OF_A_PAGE = 20
 @command(
     examples=(
         "llmkit sft run/ chat.jsonl --epochs 2 -o sft/",
+        "llmkit sft run/ chat.jsonl:x2 docs.jsonl:2k --too-long truncate -o mixed/",
         "llmkit sft run/ chat.jsonl --show 3",
         "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
@@ -43,7 +44,8 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)} (default: stdin)",
+            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)}; PATH, or PATH with a weight (:0.6),"
+            " multiplier (:x2) or token budget (:2M) (default: stdin)",
         ),
     ] = None,
     options: SftOptions = SftOptions(),
@@ -71,35 +73,45 @@ def main(
     With --lora the weights stay as they are, quantised ones too, and the result is a directory of adapters for PEFT and
     llmkit; `llmkit average --merge-adapter` makes a model of it.
 
+    Files with amounts make a mixture, as with `llmkit mix`: the weights are scaled until the first source that has one
+    is exhausted, and a file without an amount is taken once. Amounts are tokens of encoded rows, of each epoch. What is
+    no whole pass is a subset of rows, another one in each epoch until all had their turn.
+
     Of OASST trees, in one row or as messages in rows of their own, every path along the best-ranked answers is a
     conversation, and an answer that paths share is trained on once. What is left out of valid rows is counted.
     """
     if show is not None or check:
         _inspect(run, model, rows, options, show)
         return
-    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
+    from llmkit.cli.shared.training_command import (
+        launch_processes,
+        paths_of,
+        sources_of,
+        train_or_plan,
+        training_request,
+    )
 
-    if launch_processes(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
+    if launch_processes(run, options, [model, *paths_of(rows), *(options.heldout.heldout or [])]):
         return
     from llmkit.alignment.fine_tuning import prepare_fine_tuning
     from llmkit.training.runner import open_session
 
     request = training_request(run, options)
     with open_session(request) as session:
-        prepared = prepare_fine_tuning(request, session, model, run.inputs(rows))
+        prepared = prepare_fine_tuning(request, session, model, sources_of(run, rows))
         train_or_plan(run, request, session, prepared)
 
 
 def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, show: str | None) -> None:
     """Show rows, or without `show` report on all of them."""
     from llmkit.alignment.fine_tuning import prepare_inspection
-    from llmkit.cli.shared.training_command import training_request
+    from llmkit.cli.shared.training_command import sources_of, training_request
 
     is_page = show is not None and show.endswith(".html")
     if show is not None and not is_page and not (show.isdecimal() and int(show)):
         raise UsageError(f"--show {show!r}", "give a number of rows, or the name of a page that ends in .html")
     encode, names, files, length = prepare_inspection(training_request(run, options), model)
-    paths = run.inputs(rows, files_from=None)
+    paths = [file for source in sources_of(run, rows) for file in source.files]
     reading = replace(run.read_options(None), on_bad_line="skip", on_bad_file="skip")
     if show is not None:
         _show(run, paths, reading, encode, names, files, show, f"What sft trains on: {model}" if is_page else "")
