@@ -100,6 +100,8 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
     """
     options: SftOptions = request.options
     check_positive(lr=options.schedule.lr)
+    if options.rows.group_by_length and options.sequences.pack:
+        raise UsageError("--group-by-length needs --no-pack", "packed sequences have little padding")
     info, files, length = _chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     with_template = options.template.template
     if with_template:
@@ -116,9 +118,16 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
     _announce_rows(request, mixture, length, options.rows.too_long)
     batch_size = options.batch.batch_size or 8
     source = PackedSource(
-        mixture.encoded.pairs(), length, batch_size, epochs=epochs, seed=request.seed, taken=mixture.epochs
+        mixture.encoded.pairs(),
+        length,
+        batch_size,
+        epochs=epochs,
+        seed=request.seed,
+        taken=mixture.epochs,
+        pack=options.sequences.pack,
+        group_by_length=options.rows.group_by_length,
     )
-    request.detail(f"{source.padding:.1%} of the positions are padding")
+    _announce_padding(request, session, source, batch_size, length)
     held_out = None
     if options.heldout.heldout:
         encoded = encoding.read(request.reader(options.heldout.heldout))
@@ -179,7 +188,15 @@ def prepare_alignment(request: Request, session: Session, model: str, sources: l
     batch_size = options.batch.batch_size or 16
 
     def source_with(reference: torch.Tensor) -> PairSource:
-        return PairSource(pairs, reference, batch_size, epochs=epochs, seed=request.seed, taken=mixture.epochs)
+        return PairSource(
+            pairs,
+            reference,
+            batch_size,
+            epochs=epochs,
+            seed=request.seed,
+            taken=mixture.epochs,
+            group_by_length=options.rows.group_by_length,
+        )
 
     @cache
     def initial_model() -> Decoder:
@@ -199,6 +216,7 @@ def prepare_alignment(request: Request, session: Session, model: str, sources: l
 
     source_model = cache(lambda: model_input(model))
     planned = source_with(torch.zeros(len(pairs) // 2, 2))
+    _announce_padding(request, session, planned, batch_size, length)
     return Prepared(
         config=info.config,
         source=planned,
@@ -294,6 +312,13 @@ def _announce_rows(request: Request, mixture: RowMixture, length: int, too_long:
         if too_long != "drop" and counts["dropped"]:
             dropped = f", {counts['dropped']:,} of them dropped because no trained tokens were left"
         request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {action}{dropped}; {alternative}")
+
+
+def _announce_padding(
+    request: Request, session: Session, source: PackedSource | PairSource, batch_size: int, length: int
+) -> None:
+    padding = source.padding(session.rows_at_once(batch_size, length))
+    request.detail(f"{padding:.1%} of the positions are padding")
 
 
 def _listed(rows: Counter[str]) -> str:

@@ -48,6 +48,14 @@ class RowOptions:
         ),
         COMMON,
     ] = "drop"
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length",
+            help="Put rows of similar length into the same step, in random order, for less padding (with --no-pack)",
+            rich_help_panel=DATA,
+        ),
+    ] = False
     map: Annotated[
         list[str] | None,
         typer.Option(
@@ -90,6 +98,20 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
+class SequenceOptions:
+    """How many rows a sequence has."""
+
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack/--no-pack",
+            help="Pack rows into sequences, or have one in each, so that --batch-size counts rows",
+            rich_help_panel=DATA,
+        ),
+    ] = True
+
+
+@dataclass(frozen=True)
 class LoraOptions:
     """Low-rank adapters that are trained instead of the weights (model/lora/config.py)."""
 
@@ -124,6 +146,7 @@ class SftOptions:
 
     rows: RowOptions = RowOptions()
     template: TemplateOptions = TemplateOptions()
+    sequences: SequenceOptions = SequenceOptions()
     lora: LoraOptions = LoraOptions()
     batch: BatchOptions = BatchOptions(batch_size=8)
     schedule: ScheduleOptions = ScheduleOptions(schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2)
@@ -157,7 +180,8 @@ class DpoOptions:
         RowOptions,
         Help(
             too_long="What to do with pairs of which an answer, with its prompt, is longer than the sequence: drop,"
-            " truncate (both at the end), or error"
+            " truncate (both at the end), or error",
+            group_by_length="Put pairs of similar length into the same step, in random order, for less padding",
         ),
     ] = RowOptions()
     lora: LoraOptions = LoraOptions()

@@ -181,3 +181,15 @@ def test_a_directory_is_one_source(sources: Path, llmkit_here: Call) -> None:
     assert done.returncode == 0, done.stderr
     script = llmkit_here("lineage", "x", "--script", cwd=sources).stdout.decode()
     assert '"$IN"/both:x0.5' in script
+
+
+def test_one_row_per_sequence(sources: Path, llmkit_here: Call) -> None:
+    """Behaviour: --no-pack counts rows; --group-by-length is recorded, reported with the padding, and refused for packed rows."""
+    call = ("sft", "base", "a.jsonl", "--batch-size", "4", "-v")
+    done = llmkit_here(*call, "--no-pack", "--group-by-length", "-o", "x", cwd=sources)
+    assert done.returncode == 0 and b"of the positions are padding" in done.stderr and b"8 steps" in done.stderr
+    record = read_lineage(sources / "x")
+    assert record is not None and (record["options"]["pack"], record["options"]["group_by_length"]) == (False, True)
+    assert (
+        b"--group-by-length needs --no-pack" in llmkit_here(*call, "--group-by-length", "-o", "y", cwd=sources).stderr
+    )

@@ -68,10 +68,10 @@ def main(
 
     Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
-    each other. A message may have a `weight`, or `train: false`. Rows of which the template does not show a part, such
-    as tool calls or reasoning, are refused. The resulting model stops at the end of its turn (generation_config.json).
-    With --lora the weights stay as they are, quantised ones too, and the result is a directory of adapters for PEFT and
-    llmkit; `llmkit average --merge-adapter` makes a model of it.
+    each other, or with --no-pack have one each. A message may have a `weight`, or `train: false`. Rows of which the
+    template does not show a part, such as tool calls or reasoning, are refused. The resulting model stops at the end of
+    its turn (generation_config.json). With --lora the weights stay as they are, quantised ones too, and the result is a
+    directory of adapters for PEFT and llmkit; `llmkit average --merge-adapter` makes a model of it.
 
     Files with amounts make a mixture, as with `llmkit mix`: the weights are scaled until the first source that has one
     is exhausted, and a file without an amount is taken once. Amounts are tokens of encoded rows, of each epoch. What is
