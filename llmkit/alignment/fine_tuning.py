@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmkit.alignment.options import DpoOptions, SftOptions
+from llmkit.alignment.options import DpoOptions, RowOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
-from llmkit.alignment.sources import RowMixture, RowSource, read_sources, row_sources
+from llmkit.alignment.row_cache import RowCache
+from llmkit.alignment.sources import RowMixture, RowSource, encoded_rows, read_sources, row_sources
 from llmkit.chat import masks, templates
-from llmkit.chat.encode import TRUNCATE_TURNS, Encode, RowEncoding, pair_encoding, row_encoder
+from llmkit.chat.encode import TRUNCATE_TURNS, Encode, pair_encoding, row_encoder, row_encoding
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
 from llmkit.model.decoder import Decoder
@@ -107,14 +108,18 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
     if with_template:
         masks.check_template(files)
 
-    encoding = RowEncoding(
-        row_encoder(files, template=with_template, train_on=options.template.train_on, lossy=options.rows.lossy),
+    encoding = row_encoding(
+        files,
         length,
-        options.rows.too_long,
-        field_names(CONVERSATIONS, options.rows.map or []),
+        too_long=options.rows.too_long,
+        template=with_template,
+        train_on=options.template.train_on,
+        lossy=options.rows.lossy,
+        names=field_names(CONVERSATIONS, options.rows.map or []),
     )
+    row_cache = _row_cache(request, session, options.rows)
     epochs = options.rows.epochs
-    mixture = read_sources(request, session, sources, encoding, epochs)
+    mixture = read_sources(request, session, sources, encoding, epochs, row_cache)
     _announce_rows(request, mixture, length, options.rows.too_long)
     batch_size = options.batch.batch_size or 8
     source = PackedSource(
@@ -130,7 +135,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
     _announce_padding(request, session, source, batch_size, length)
     held_out = None
     if options.heldout.heldout:
-        encoded = encoding.read(request.reader(options.heldout.heldout))
+        encoded = encoded_rows(request.reader(options.heldout.heldout), encoding, row_cache)
         encoding.refuse_empty(encoded)
         held_out = PackedSource(encoded.pairs(), length, batch_size, shuffle=False)
     lora = _adapters(options, session, info, model)
@@ -179,8 +184,9 @@ def prepare_alignment(request: Request, session: Session, model: str, sources: l
         lossy=options.rows.lossy,
         names=field_names(PREFERENCES, options.rows.map or []),
     )
+    row_cache = _row_cache(request, session, options.rows)
     epochs = options.rows.epochs
-    mixture = read_sources(request, session, sources, encoding, epochs)
+    mixture = read_sources(request, session, sources, encoding, epochs, row_cache)
     pairs = mixture.encoded.rows
     _announce_rows(request, mixture, length, options.rows.too_long)
     lora = _adapters(options, session, info, model)
@@ -236,6 +242,12 @@ def prepare_alignment(request: Request, session: Session, model: str, sources: l
         positional=("model", "rows"),
         counts=mixture.counts,
     )
+
+
+def _row_cache(request: Request, session: Session, options: RowOptions) -> RowCache | None:
+    if options.row_cache is None:
+        return None
+    return RowCache(options.row_cache, session.processes, request.warn, request.dry_run)
 
 
 def _adapters(options: SftOptions | DpoOptions, session: Session, info: LoadedModel, model: str) -> LoraConfig | None:

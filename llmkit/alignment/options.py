@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llmkit.model.lora.config import GROUPS, MAX_RANK
-from llmkit.options import COMMON, Help, Without
+from llmkit.options import COMMON, NEUTRAL, Help, Without
 from llmkit.training.options import (
     DATA,
     BatchOptions,
@@ -56,6 +56,16 @@ class RowOptions:
             rich_help_panel=DATA,
         ),
     ] = False
+    row_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--row-cache",
+            metavar="DIR",
+            help="Keep encoded rows in this directory, for later runs and for one that was killed",
+            rich_help_panel=DATA,
+        ),
+        NEUTRAL,
+    ] = None
     map: Annotated[
         list[str] | None,
         typer.Option(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkit.alignment.row_cache import RowCache
 from llmkit.chat.encode import EncodedDataset, RowEncoding
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN, is_remote
@@ -35,6 +36,7 @@ from llmkit.seeds import derive
 from llmkit.training.inputs import open_rows, row_inputs
 
 if TYPE_CHECKING:
+    from llmkit.io.documents import DocumentReader
     from llmkit.training.runner import Request
     from llmkit.training.session import Session
 
@@ -91,7 +93,12 @@ class RowMixture:
 
 
 def read_sources(
-    request: Request, session: Session, sources: Sequence[RowSource], encoding: RowEncoding, epochs: int
+    request: Request,
+    session: Session,
+    sources: Sequence[RowSource],
+    encoding: RowEncoding,
+    epochs: int,
+    cache: RowCache | None = None,
 ) -> RowMixture:
     """Read and encode all sources, decide what each epoch takes, and record the amounts in the lineage.
 
@@ -100,7 +107,7 @@ def read_sources(
     whole, inputs, datasets, digests = EncodedDataset(), list[Input](), list[EncodedDataset](), list[str]()
     for source in sources:
         reader = open_rows(request, session, source.files, stdin=not source.files or STDIN in source.files)
-        datasets.append(encoding.read(reader))
+        datasets.append(encoded_rows(reader, encoding, cache))
         own = row_inputs(reader)
         if source.spec is not None and len(source.files) > 1:
             if is_remote(source.spec.path):
@@ -124,6 +131,11 @@ def read_sources(
         _leave_out_untaken(mixture, encoding.together)
     encoding.refuse_empty(whole)
     return mixture
+
+
+def encoded_rows(reader: DocumentReader, encoding: RowEncoding, cache: RowCache | None) -> EncodedDataset:
+    """Every row of `reader`, by way of a cache if there is one."""
+    return encoding.dataset(cache.read(reader, encoding)) if cache else encoding.read(reader)
 
 
 def _lengths(dataset: EncodedDataset, together: int) -> Numbers:

@@ -83,7 +83,8 @@ class EncodedDataset:
 @dataclass(frozen=True)
 class RowEncoding:
     """How rows become training data: `encode`, and what happens to those of over `context` tokens. `names` as in
-    `read_rows`; `together` encoded rows are kept or dropped together.
+    `read_rows`; `together` encoded rows are kept or dropped together. `identity` is all that decides what `encode`
+    returns, and has a repr of its own for each value.
     """
 
     encode: Encode
@@ -91,11 +92,11 @@ class RowEncoding:
     too_long: str = "drop"
     names: Mapping[str, str] = field(default_factory=dict)
     together: int = 1
+    identity: Any = None
 
     def read(self, reader: DocumentReader) -> EncodedDataset:
         """Every row of `reader`."""
-        encode = bounded(self.encode, self.context, self.too_long)
-        return self.dataset(rows for _, rows in read_rows(reader, encode, self.names))
+        return self.dataset(rows for _, rows in read_rows(reader, self.encode, self.names))
 
     def dataset(self, encoded: Iterable[Converted[EncodedRow]]) -> EncodedDataset:
         """What `encode` made of every row."""
@@ -139,11 +140,35 @@ def encode_conversations(
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
-    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
-    encoding = RowEncoding(encode, context, too_long, names)
+    encoding = row_encoding(
+        files, context, too_long=too_long, template=template, train_on=train_on, lossy=lossy, names=names
+    )
     encoded = encoding.read(reader)
     encoding.refuse_empty(encoded)
     return encoded
+
+
+def row_encoding(
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    template: bool = True,
+    train_on: str = "all",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
+) -> RowEncoding:
+    """The encoding of `encode_conversations`."""
+    encode = bounded(row_encoder(files, template=template, train_on=train_on, lossy=lossy), context, too_long)
+    identity = _identity("conversations", files, names, context, too_long, template, train_on, lossy)
+    return RowEncoding(encode, context, too_long, names, identity=identity)
+
+
+def _identity(
+    kind: str, files: Mapping[str, str], names: Mapping[str, str], context: int, too_long: str, *options: Any
+) -> Any:
+    limit = context if too_long == "error" else None  # other ways keep the rows as they are until later
+    return kind, sorted(files.items()), sorted(names.items()), limit, options
 
 
 def row_encoder(
@@ -203,7 +228,9 @@ def pair_encoding(
         sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
         return [encode_conversation(side, files, lossy) for side in sides]
 
-    return RowEncoding(lambda fields: to_preferences(fields).each(encode_pair), context, too_long, names, together=2)
+    encode = bounded(lambda fields: to_preferences(fields).each(encode_pair), context, too_long)
+    identity = _identity("pairs", files, names, context, too_long, lossy)
+    return RowEncoding(encode, context, too_long, names, together=2, identity=identity)
 
 
 def bounded(encode: Encode, context: int, too_long: str) -> Encode:
