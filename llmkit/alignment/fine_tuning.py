@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkit.alignment.chat_model import ChatModel, open_chat_model
-from llmkit.alignment.options import DpoOptions, SftOptions
+from llmkit.alignment.options import DpoOptions, RowOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
+from llmkit.alignment.row_cache import RowCache
+from llmkit.alignment.sources import RowMixture, RowSource, encoded_rows, read_sources, row_sources
 from llmkit.chat import masks
-from llmkit.chat.encode import Encode, EncodedDataset, encode_conversations, encode_preferences, row_encoder
+from llmkit.chat.encode import TRUNCATE_TURNS, Encode, pair_encoding, row_encoder, row_encoding
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
-from llmkit.io.inputs import STDIN
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora.config import LoraConfig, target_modules
 from llmkit.model.pretrained.adapter import refuse_adapter
 from llmkit.options import check_positive, from_values, values_of
 from llmkit.training.data import PackedSource
-from llmkit.training.inputs import model_input, open_rows, row_inputs
+from llmkit.training.inputs import model_input
 from llmkit.training.objectives import EmbeddingNoise, next_token
 from llmkit.training.optim.schedule import (
     ADAPTERS,
@@ -67,7 +68,7 @@ def fine_tune(
     """
     request = Request.of("sft", from_values(SftOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
-        prepared = prepare_fine_tuning(request, session, model, rows)
+        prepared = prepare_fine_tuning(request, session, model, _named(rows))
         return run_training(request, session, prepared, observe=lambda: nullcontext(report))
 
 
@@ -84,11 +85,15 @@ def align(
     """Optimize a model on files of preference pairs, like `llmkit dpo`; otherwise as `fine_tune`."""
     request = Request.of("dpo", from_values(DpoOptions, options), output, seed=seed, force=force)
     with open_session(request) as session:
-        prepared = prepare_alignment(request, session, model, rows)
+        prepared = prepare_alignment(request, session, model, _named(rows))
         return run_training(request, session, prepared, observe=lambda: nullcontext(report))
 
 
-def prepare_fine_tuning(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+def _named(rows: list[str]) -> list[RowSource]:
+    return row_sources(rows, lambda paths: list(rows) if paths is None else paths)
+
+
+def prepare_fine_tuning(request: Request, session: Session, model: str, sources: list[RowSource]) -> Prepared:
     """Rows, model and schedule of a fine-tuning run.
 
     Raises UsageError for options that do not fit the model, and LlmkitError for unreadable rows or models.
@@ -96,36 +101,44 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
     options: SftOptions = request.options
     noise = options.template.neftune
     check_positive(lr=options.schedule.lr, neftune=noise)
+    if options.rows.group_by_length and options.sequences.pack:
+        raise UsageError("--group-by-length needs --no-pack", "packed sequences have little padding")
     chat = open_chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     info, files, length = chat.info, chat.files, chat.length
     with_template = options.template.template
     if with_template:
         masks.check_template(files)
 
-    def encode(reader: Any) -> EncodedDataset:
-        return encode_conversations(
-            reader,
-            files,
-            length,
-            too_long=options.rows.too_long,
-            template=with_template,
-            train_on=options.template.train_on,
-            lossy=options.rows.lossy,
-            names=field_names(CONVERSATIONS, options.rows.map or []),
-        )
-
-    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode(reader)
-    inputs = row_inputs(reader)
-    _announce_rows(request, encoded, length, options.rows.too_long)
+    encoding = row_encoding(
+        files,
+        length,
+        too_long=options.rows.too_long,
+        template=with_template,
+        train_on=options.template.train_on,
+        lossy=options.rows.lossy,
+        names=field_names(CONVERSATIONS, options.rows.map or []),
+    )
+    row_cache = _row_cache(request, session, options.rows)
+    epochs = options.rows.epochs
+    mixture = read_sources(request, session, sources, encoding, epochs, row_cache)
+    _announce_rows(request, mixture, length, options.rows.too_long)
     batch_size = options.batch.batch_size or 8
-    source = PackedSource(encoded.pairs(), length, batch_size, epochs=options.rows.epochs, seed=request.seed)
-    request.detail(f"{source.padding:.1%} of the positions are padding")
+    source = PackedSource(
+        mixture.encoded.pairs(),
+        length,
+        batch_size,
+        epochs=epochs,
+        seed=request.seed,
+        taken=mixture.epochs,
+        pack=options.sequences.pack,
+        group_by_length=options.rows.group_by_length,
+    )
+    _announce_padding(request, session, source, batch_size, length)
     held_out = None
     if options.heldout.heldout:
-        held_out = PackedSource(
-            encode(request.reader(options.heldout.heldout)).pairs(), length, batch_size, shuffle=False
-        )
+        encoded = encoded_rows(request.reader(options.heldout.heldout), encoding, row_cache)
+        encoding.refuse_empty(encoded)
+        held_out = PackedSource(encoded.pairs(), length, batch_size, shuffle=False)
     lora = _adapters(options, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING * (ADAPTERS if lora else 1)
     return Prepared(
@@ -134,7 +147,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         schedule=_schedule(options.schedule, rate, source.tokens(source.steps)),
         batch_size=batch_size,
         length=length,
-        inputs=lambda: [model_input(model), *inputs],
+        inputs=lambda: [model_input(model), *mixture.inputs],
         tokenizer_files=files,
         stop_ids=chat.stop_ids,
         generation=info.generation,
@@ -145,7 +158,7 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, rows: li
         chat=with_template,
         resolved={"lr": rate},
         positional=("model", "rows"),
-        counts=encoded.counts,
+        counts=mixture.counts,
     )
 
 
@@ -161,7 +174,7 @@ def prepare_inspection(request: Request, model: str) -> tuple[Encode, dict[str, 
     return encode, names, chat.files, chat.length
 
 
-def prepare_alignment(request: Request, session: Session, model: str, rows: list[str] | None) -> Prepared:
+def prepare_alignment(request: Request, session: Session, model: str, sources: list[RowSource]) -> Prepared:
     """Pairs, model and schedule of a preference run; raises the errors of `prepare_fine_tuning`."""
     options: DpoOptions = request.options
     check_positive(lr=options.schedule.lr, beta=options.loss.beta)
@@ -169,23 +182,32 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
     chat = open_chat_model(request, model, options.rows.chat_template, options.batch.sequence_length)
     info, files, length = chat.info, chat.files, chat.length
     masks.check_template(files)
-    reader = open_rows(request, session, rows, stdin=_from_stdin(rows))
-    encoded = encode_preferences(
-        reader,
+    encoding = pair_encoding(
         files,
         length,
         too_long=options.rows.too_long,
         lossy=options.rows.lossy,
         names=field_names(PREFERENCES, options.rows.map or []),
     )
-    inputs = row_inputs(reader)
-    _announce_rows(request, encoded, length, options.rows.too_long)
+    row_cache = _row_cache(request, session, options.rows)
+    epochs = options.rows.epochs
+    mixture = read_sources(request, session, sources, encoding, epochs, row_cache)
+    pairs = mixture.encoded.rows
+    _announce_rows(request, mixture, length, options.rows.too_long)
     lora = _adapters(options, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE * (ADAPTERS if lora else 1)
     batch_size = options.batch.batch_size or 16
 
     def source_with(reference: torch.Tensor) -> PairSource:
-        return PairSource(encoded.rows, reference, batch_size, epochs=options.rows.epochs, seed=request.seed)
+        return PairSource(
+            pairs,
+            reference,
+            batch_size,
+            epochs=epochs,
+            seed=request.seed,
+            taken=mixture.epochs,
+            group_by_length=options.rows.group_by_length,
+        )
 
     @cache
     def initial_model() -> Decoder:
@@ -195,7 +217,7 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         return source_with(
             reference_log_probabilities(
                 initial_model,
-                encoded.rows,
+                pairs,
                 session.processes,
                 session.micro_batch(),
                 session.directory.path / "reference.safetensors",
@@ -204,14 +226,15 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         )
 
     source_model = cache(lambda: model_input(model))
-    planned = source_with(torch.zeros(len(encoded.rows) // 2, 2))
+    planned = source_with(torch.zeros(len(pairs) // 2, 2))
+    _announce_padding(request, session, planned, batch_size, length)
     return Prepared(
         config=info.config,
         source=planned,
         schedule=_schedule(options.schedule, rate, planned.tokens(planned.steps)),
         batch_size=batch_size,
         length=length,
-        inputs=lambda: [source_model(), *inputs],
+        inputs=lambda: [source_model(), *mixture.inputs],
         tokenizer_files=files,
         stop_ids=chat.stop_ids,
         generation=info.generation,
@@ -223,8 +246,14 @@ def prepare_alignment(request: Request, session: Session, model: str, rows: list
         deferred_source=source_with_reference,
         resolved={"lr": rate},
         positional=("model", "rows"),
-        counts=encoded.counts,
+        counts=mixture.counts,
     )
+
+
+def _row_cache(request: Request, session: Session, options: RowOptions) -> RowCache | None:
+    if options.row_cache is None:
+        return None
+    return RowCache(options.row_cache, session.processes, request.warn, request.dry_run)
 
 
 def _adapters(options: SftOptions | DpoOptions, session: Session, chat: ChatModel) -> LoraConfig | None:
@@ -248,10 +277,6 @@ def _adapters(options: SftOptions | DpoOptions, session: Session, chat: ChatMode
     return chat.adapted(lora)
 
 
-def _from_stdin(rows: list[str] | None) -> bool:
-    return not rows or STDIN in rows
-
-
 def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
     """The learning rate over `total` tokens, with the defaults of sft and dpo."""
     warmup = warmup_tokens(options.warmup or 0.0, total)
@@ -266,10 +291,13 @@ def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:
     )
 
 
-def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_long: str) -> None:
-    """Report the number of rows, and what happens to those that are too long."""
-    counts = encoded.counts
+def _announce_rows(request: Request, mixture: RowMixture, length: int, too_long: str) -> None:
+    """Report the number of rows, what happens to those that are too long, and what is taken of each source."""
+    encoded, counts = mixture.encoded, mixture.encoded.counts
     request.note(f"{counts['rows']:,} rows, {counts['row_tokens']:,} tokens, {counts['trained']:,} of them trained on")
+    for row in mixture.shares:
+        taken = f"{row['rows']:,} rows, {row['tokens']:,} tokens ({row['share']:.1%}), {row['passes']:.2f} passes"
+        request.note(f"{row['source']}: {taken}")
     if encoded.left_out:
         request.note(f"left out: {listed(encoded.left_out)}")
     if encoded.unused:
@@ -277,12 +305,19 @@ def _announce_rows(request: Request, encoded: EncodedDataset, length: int, too_l
     if encoded.lost:
         request.warn(f"the chat template does not show: {_listed(encoded.lost)}")
     if counts["too_long"]:
-        action = "dropped" if too_long == "drop" else "truncated at the end"
+        action = {"drop": "dropped", TRUNCATE_TURNS: "truncated behind a turn"}.get(too_long, "truncated at the end")
         alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"
         dropped = ""
         if too_long != "drop" and counts["dropped"]:
             dropped = f", {counts['dropped']:,} of them dropped because no trained tokens were left"
         request.warn(f"{counts['too_long']:,} rows longer than {length:,} tokens were {action}{dropped}; {alternative}")
+
+
+def _announce_padding(
+    request: Request, session: Session, source: PackedSource | PairSource, batch_size: int, length: int
+) -> None:
+    padding = source.padding(session.rows_at_once(batch_size, length))
+    request.detail(f"{padding:.1%} of the positions are padding")
 
 
 def _listed(rows: Counter[str]) -> str:

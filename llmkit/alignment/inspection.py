@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from llmkit.chat.encode import Encode
+from llmkit.chat.encode import Encode, bounded, fitting_rows
 from llmkit.chat.masks import EncodedRow
 from llmkit.chat.rows import read_rows
 from llmkit.chat.templates import special_contents, tokenizer_of
@@ -101,6 +101,7 @@ class FileReport:
     tokens: int = 0
     trained: int = 0
     too_long: int = 0
+    dropped: int = 0  # of those that are too long
     duplicates: int = 0
     refused: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
@@ -121,6 +122,7 @@ class FileReport:
             "trained_tokens": self.trained,
             "trained_share": round(self.trained / self.tokens, 4) if self.tokens else 0.0,
             "too_long": self.too_long,
+            "dropped": self.dropped,
             "duplicates": self.duplicates,
             "errors": sum(count for _, _, count in self.refused.values()),
             "refused": [
@@ -145,9 +147,10 @@ class _Reports(DocumentReader):
 
 
 def check_rows(
-    paths: list[str], options: Any, encode: Encode, names: Mapping[str, str], context: int
+    paths: list[str], options: Any, encode: Encode, names: Mapping[str, str], context: int, too_long: str = "drop"
 ) -> dict[str, FileReport]:
-    """A report by file on all rows; those longer than `context` tokens, and those seen before, are counted.
+    """A report by file on all rows; those longer than `context` tokens (with what `too_long` leaves of them), and those
+    seen before, are counted.
 
     Memory: 16 bytes per row.
     """
@@ -155,7 +158,7 @@ def check_rows(
     reader.files = {}
     seen: set[bytes] = set()
     with reader:
-        for document, rows in read_rows(reader, encode, names):
+        for document, rows in read_rows(reader, bounded(encode, context, too_long), names):
             report = reader.files.setdefault(document.file, FileReport())
             report.unused.update(rows.unused)
             report.left_out += rows.left_out
@@ -164,6 +167,7 @@ def check_rows(
                 report.tokens += len(row.tokens)
                 report.trained += row.trained
                 report.too_long += len(row.tokens) > context
+                report.dropped += not fitting_rows([row], context, too_long)
                 report.lost.update(row.lost)
                 digest = xxhash.xxh3_128_digest(row.tokens.tobytes() + row.weights.tobytes())
                 report.duplicates += digest in seen

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmkit.chat.builtin import names
 from llmkit.model.lora.config import GROUPS, MAX_RANK
-from llmkit.options import COMMON, Help, Without
+from llmkit.options import COMMON, NEUTRAL, Help, Without
 from llmkit.training.options import (
     DATA,
     BatchOptions,
@@ -49,11 +50,30 @@ class RowOptions:
         typer.Option(
             "--too-long",
             metavar="HOW",
-            help="What to do with rows longer than the sequence: drop, truncate (at the end), or error",
+            help="What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (behind"
+            " the last trained turn that fits), or error",
             rich_help_panel=DATA,
         ),
         COMMON,
     ] = "drop"
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length",
+            help="Put rows of similar length into the same step, in random order, for less padding (with --no-pack)",
+            rich_help_panel=DATA,
+        ),
+    ] = False
+    row_cache: Annotated[
+        Path | None,
+        typer.Option(
+            "--row-cache",
+            metavar="DIR",
+            help="Keep encoded rows in this directory, for later runs and for one that was killed",
+            rich_help_panel=DATA,
+        ),
+        NEUTRAL,
+    ] = None
     map: Annotated[
         list[str] | None,
         typer.Option(
@@ -105,6 +125,20 @@ class TemplateOptions:
 
 
 @dataclass(frozen=True)
+class SequenceOptions:
+    """How many rows a sequence has."""
+
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack/--no-pack",
+            help="Pack rows into sequences, or have one in each, so that --batch-size counts rows",
+            rich_help_panel=DATA,
+        ),
+    ] = True
+
+
+@dataclass(frozen=True)
 class LoraOptions:
     """Low-rank adapters that are trained instead of the weights (model/lora/config.py)."""
 
@@ -139,6 +173,7 @@ class SftOptions:
 
     rows: RowOptions = RowOptions()
     template: TemplateOptions = TemplateOptions()
+    sequences: SequenceOptions = SequenceOptions()
     lora: LoraOptions = LoraOptions()
     batch: BatchOptions = BatchOptions(batch_size=8)
     schedule: ScheduleOptions = ScheduleOptions(schedule="linear", warmup=0.03, final_lr_fraction=0.0, decay=0.2)
@@ -169,7 +204,14 @@ class DpoOptions:
     """Options of `llmkit dpo`."""
 
     loss: LossOptions = LossOptions()
-    rows: RowOptions = RowOptions()
+    rows: Annotated[
+        RowOptions,
+        Help(
+            too_long="What to do with pairs of which an answer, with its prompt, is longer than the sequence: drop,"
+            " truncate (both at the end), or error",
+            group_by_length="Put pairs of similar length into the same step, in random order, for less padding",
+        ),
+    ] = RowOptions()
     lora: LoraOptions = LoraOptions()
     batch: Annotated[
         BatchOptions,

@@ -24,8 +24,9 @@ from llmkit.alignment.preference import LOSSES, PairLogProbabilities
 from llmkit.chat.masks import EncodedRow
 from llmkit.io.atomic import atomic_file
 from llmkit.io.names import utf8_path
+from llmkit.mixing.length_groups import length_grouped
 from llmkit.seeds import derive
-from llmkit.training.data import Batch, collate
+from llmkit.training.data import Batch, collate, padding_share
 from llmkit.training.distributed.processes import Processes
 from llmkit.training.objectives import (
     Objective,
@@ -69,22 +70,39 @@ class PairSource:
     """Pairs by step: `batch_size` pairs each, in a new random order in every epoch. Implements
     training.data.Source.
 
-    `rows` alternates chosen and rejected; `reference` is float32 [pairs, 2].
+    `rows` alternates chosen and rejected; `reference` is float32 [pairs, 2]. Every epoch has all pairs, or those in
+    `taken`, with repeats. With `group_by_length` the pairs of a step are of similar length.
     """
 
     def __init__(
-        self, rows: Sequence[EncodedRow], reference: Tensor, batch_size: int, *, epochs: int = 1, seed: int = 0
+        self,
+        rows: Sequence[EncodedRow],
+        reference: Tensor,
+        batch_size: int,
+        *,
+        epochs: int = 1,
+        seed: int = 0,
+        taken: Sequence[np.ndarray] | None = None,
+        group_by_length: bool = False,
     ) -> None:
         self._rows, self._reference = rows, reference
         pairs = len(rows) // 2
         lengths = np.array([len(row.tokens) - 1 for row in rows], dtype=np.int64).reshape(pairs, 2)
-        order = np.concatenate(
-            [np.random.default_rng(derive(seed, "pairs", epoch)).permutation(pairs) for epoch in range(epochs)]
-        )
+        order = np.zeros(0, np.int64)
+        for epoch in range(epochs):
+            generator = np.random.default_rng(derive(seed, "pairs", epoch))
+            own = np.arange(pairs) if taken is None else taken[epoch]
+            if group_by_length:
+                longer = lengths[own].max(axis=1)
+                shuffled = own[length_grouped(longer, batch_size, generator, len(order) % batch_size)]
+            else:
+                shuffled = own[generator.permutation(len(own))]
+            order = np.concatenate((order, shuffled))
         steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self._steps = [step[np.argsort(lengths[step].max(axis=1), kind="stable")] for step in steps]
         self._tokens = np.concatenate([[0], np.cumsum([lengths[step].sum() for step in self._steps])]).tolist()
         self.steps = len(self._steps)
+        self._lengths = lengths
 
     def rows(self, step: int) -> int:
         return len(self._steps[step])
@@ -94,6 +112,10 @@ class PairSource:
 
     def length_ratio(self, step: int) -> int:
         return 1
+
+    def padding(self, micro_batch: int) -> float:
+        """Share of the positions that are padding, with forward passes of `micro_batch` pairs."""
+        return padding_share(self, self._lengths[np.concatenate(self._steps)], micro_batch)
 
     def weight(self, step: int) -> float:
         return float(len(self._steps[step]))

@@ -1,15 +1,16 @@
 """Rows of a file to token ids with loss weights: the training data of `sft` and `dpo`.
 
 A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (the model then does not
-learn to stop there), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad
-row, as is one without any trained token, which almost always means that its roles are not the expected ones: an
-error that names file and line.
+learn to stop there), with "truncate-turns" behind the last trained turn that fits (so that every turn is learnt
+with its end), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad row, as is
+one without any trained token, which almost always means that its roles are not the expected ones: an error that
+names file and line.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,7 +34,8 @@ from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
 COUNTS = ("rows", "too_long", "dropped", "left_out", "row_tokens", "trained")
-TOO_LONG = ("drop", "truncate", "error")
+TRUNCATE_TURNS = "truncate-turns"
+TOO_LONG = ("drop", "truncate", TRUNCATE_TURNS, "error")
 Encode = Callable[[Mapping[str, Any]], Converted[EncodedRow]]  # from the fields of a row
 TRAIN_ON = ("all", "last", "turns")
 
@@ -57,19 +59,71 @@ class EncodedDataset:
         self.lost.update({field for row in rows for field in row.lost})
 
     def add_fitting(self, rows: list[EncodedRow], context: int, too_long: str) -> None:
-        """Add one row, or the two rows of a pair, if none is longer than `context` or `too_long` is truncate;
-        else count them as dropped.
-        """
-        fitting = _fit(rows, context, too_long)
+        """Add one row, or the two rows of a pair, as `fitting_rows` returns them; if it drops them, count them."""
+        fitting = fitting_rows(rows, context, too_long)
         self.counts["too_long"] += max(len(row.tokens) for row in rows) > context
         if fitting:
             self.add(*fitting)
         else:
             self.counts["dropped"] += 1
 
+    def extend(self, other: EncodedDataset) -> None:
+        """Add the rows of another one, and its counts."""
+        self.rows += other.rows
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        for mine, others in ((self.unused, other.unused), (self.left_out, other.left_out), (self.lost, other.lost)):
+            mine.update(others)
+
     def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """(tokens, weights) of each row."""
         return [(row.tokens, row.weights) for row in self.rows]
+
+
+@dataclass(frozen=True)
+class RowEncoding:
+    """How rows become training data: `encode`, and what happens to those of over `context` tokens. `names` as in
+    `read_rows`; `together` encoded rows are kept or dropped together. `identity` is all that decides what `encode`
+    returns, and has a repr of its own for each value.
+    """
+
+    encode: Encode
+    context: int
+    too_long: str = "drop"
+    names: Mapping[str, str] = field(default_factory=dict)
+    together: int = 1
+    identity: Any = None
+
+    def read(self, reader: DocumentReader) -> EncodedDataset:
+        """Every row of `reader`."""
+        return self.dataset(rows for _, rows in read_rows(reader, self.encode, self.names))
+
+    def dataset(self, encoded: Iterable[Converted[EncodedRow]]) -> EncodedDataset:
+        """What `encode` made of every row."""
+        result = EncodedDataset()
+        for rows in encoded:
+            result.unused.update(rows.unused)
+            result.left_out += rows.left_out
+            for start in range(0, len(rows), self.together):
+                result.add_fitting(rows[start : start + self.together], self.context, self.too_long)
+        result.counts["left_out"] = result.left_out.total()
+        return result
+
+    def refuse_empty(self, encoded: EncodedDataset) -> None:
+        """LlmkitError if no row is left."""
+        if encoded.rows:
+            return
+        long = encoded.counts["too_long"]
+        if encoded.left_out and not long:
+            raise LlmkitError(f"no rows to train on; left out: {listed(encoded.left_out)}", "check the inputs")
+        if not long:
+            raise LlmkitError("no rows were read", "check the inputs")
+        reason = f"all {long:,} rows are longer than {self.context:,} tokens"
+        if self.too_long == "drop":
+            raise LlmkitError(reason, "use --too-long truncate to cut them")
+        in_turns = self.too_long == TRUNCATE_TURNS
+        hint = "--too-long truncate cuts within a turn, too" if in_turns else "use a model with a longer context"
+        raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", hint)
 
 
 def encode_conversations(
@@ -86,8 +140,35 @@ def encode_conversations(
     """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
     left.
     """
-    encode = row_encoder(files, template=template, train_on=train_on, lossy=lossy)
-    return _encode_all(reader, encode, names, 1, context, too_long)
+    encoding = row_encoding(
+        files, context, too_long=too_long, template=template, train_on=train_on, lossy=lossy, names=names
+    )
+    encoded = encoding.read(reader)
+    encoding.refuse_empty(encoded)
+    return encoded
+
+
+def row_encoding(
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    template: bool = True,
+    train_on: str = "all",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
+) -> RowEncoding:
+    """The encoding of `encode_conversations`."""
+    encode = bounded(row_encoder(files, template=template, train_on=train_on, lossy=lossy), context, too_long)
+    identity = _identity("conversations", files, names, context, too_long, template, train_on, lossy)
+    return RowEncoding(encode, context, too_long, names, identity=identity)
+
+
+def _identity(
+    kind: str, files: Mapping[str, str], names: Mapping[str, str], context: int, too_long: str, *options: Any
+) -> Any:
+    limit = context if too_long == "error" else None  # other ways keep the rows as they are until later
+    return kind, sorted(files.items()), sorted(names.items()), limit, options
 
 
 def row_encoder(
@@ -124,31 +205,35 @@ def encode_preferences(
     """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
     messages after the prompt only. `names`: the names that fields have in the rows, by those here.
     """
+    encoding = pair_encoding(files, context, too_long=too_long, lossy=lossy, names=names)
+    encoded = encoding.read(reader)
+    encoding.refuse_empty(encoded)
+    return encoded
+
+
+def pair_encoding(
+    files: Mapping[str, str],
+    context: int,
+    *,
+    too_long: str = "drop",
+    lossy: bool = False,
+    names: Mapping[str, str] = NO_NAMES,
+) -> RowEncoding:
+    """The encoding of `encode_preferences`."""
+    if too_long == TRUNCATE_TURNS:
+        raise UsageError(f"--too-long {too_long} is for sft", "a pair compares whole answers: drop, truncate or error")
 
     def encode_pair(row: Preference) -> list[EncodedRow]:
         prompt: Messages = [message | {"train": False} for message in row.prompt]
         sides = (Conversation(prompt + side, row.tools) for side in (row.chosen, row.rejected))
         return [encode_conversation(side, files, lossy) for side in sides]
 
-    return _encode_all(reader, lambda fields: to_preferences(fields).each(encode_pair), names, 2, context, too_long)
+    encode = bounded(lambda fields: to_preferences(fields).each(encode_pair), context, too_long)
+    identity = _identity("pairs", files, names, context, too_long, lossy)
+    return RowEncoding(encode, context, too_long, names, together=2, identity=identity)
 
 
-def _encode_all(
-    reader: DocumentReader, encode: Encode, names: Mapping[str, str], together: int, context: int, too_long: str
-) -> EncodedDataset:
-    """Every row of `reader`; `together` encoded rows are kept or dropped together."""
-    encoded = EncodedDataset()
-    for _, rows in read_rows(reader, _bounded(encode, context, too_long), names):
-        encoded.unused.update(rows.unused)
-        encoded.left_out += rows.left_out
-        for start in range(0, len(rows), together):
-            encoded.add_fitting(rows[start : start + together], context, too_long)
-    encoded.counts["left_out"] = encoded.left_out.total()
-    _refuse_empty(encoded, context, too_long)
-    return encoded
-
-
-def _bounded(encode: Encode, context: int, too_long: str) -> Encode:
+def bounded(encode: Encode, context: int, too_long: str) -> Encode:
     """`encode`, which with `too_long` error raises RowError for a row over the context."""
     if too_long not in TOO_LONG:
         raise UsageError(f"--too-long {too_long!r}", "one of: " + ", ".join(TOO_LONG))
@@ -211,26 +296,29 @@ def _refuse_empty_answers(messages: Messages) -> None:
             raise RowError(f"message {number + 1} is an empty answer")
 
 
-def _fit(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
-    """The rows, none longer than `context`; [] if one had to be dropped, or its trained tokens were cut off."""
+def fitting_rows(rows: list[EncodedRow], context: int, too_long: str) -> list[EncodedRow]:
+    """The rows, cut to at most `context` tokens as `too_long` demands; [] if one has to be dropped, or its trained
+    tokens were cut off.
+    """
+    if all(len(row.tokens) <= context for row in rows):
+        return rows
     if too_long == "drop":
-        return rows if all(len(row.tokens) <= context for row in rows) else []
-    cut = [EncodedRow(row.tokens[:context], row.weights[:context]) for row in rows]
+        return []
+    cut = [_cut(row, _turns_end(row, context) if too_long == TRUNCATE_TURNS else context) for row in rows]
     return cut if all(row.trained for row in cut) else []
 
 
-def _refuse_empty(encoded: EncodedDataset, context: int, too_long: str) -> None:
-    if encoded.rows:
-        return
-    long = encoded.counts["too_long"]
-    if encoded.left_out and not long:
-        raise LlmkitError(f"no rows to train on; left out: {listed(encoded.left_out)}", "check the inputs")
-    if not long:
-        raise LlmkitError("no rows were read", "check the inputs")
-    reason = f"all {long:,} rows are longer than {context:,} tokens"
-    if too_long == "drop":
-        raise LlmkitError(reason, "use --too-long truncate to cut them")
-    raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", "use a model with a longer context")
+def _cut(row: EncodedRow, stop: int) -> EncodedRow:
+    return replace(row, tokens=row.tokens[:stop], weights=row.weights[:stop])
+
+
+def _turns_end(row: EncodedRow, context: int) -> int:
+    """The number of tokens up to the end of the last trained turn that ends within `context`; 0 if none does."""
+    if len(row.tokens) <= context:
+        return len(row.tokens)
+    is_trained = row.weights[: context + 1] != 0
+    ends = np.flatnonzero(is_trained[:-1] & ~is_trained[1:])
+    return int(ends[-1]) + 1 if len(ends) else 0
 
 
 def _end_of_text(files: Mapping[str, str]) -> int:

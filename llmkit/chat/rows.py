@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmkit.chat import schemas as schemas  # registers them
@@ -37,7 +38,9 @@ __all__ = [
     "Conversation",
     "Converted",
     "Preference",
+    "Refused",
     "listed",
+    "read_outcomes",
     "read_rows",
     "schema_names",
     "to_conversation",
@@ -50,11 +53,30 @@ JSON_COLUMNS = ("messages", "conversations", "history", "instances")  # a string
 MAYBE_JSON = ("prompt", "chosen", "rejected")  # a string in these is JSON if it holds messages, and otherwise text
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A row that cannot be used: the lines that it comes from, each with the reason."""
+
+    lines: list[BadLine]
+
+
 def read_rows(
     reader: DocumentReader, convert: Callable[[Fields], Row], names: Mapping[str, str] = NO_NAMES
 ) -> Iterator[tuple[Document, Row]]:
     """Every row of `reader`, with its fields as converted by `convert`; `names` as `field_names` returns them. Rows
     for which that raises RowError are treated like bad lines.
+    """
+    for document, outcome in read_outcomes(reader, convert, names):
+        if isinstance(outcome, Refused):
+            reader.accept(outcome.lines)
+        else:
+            yield document, outcome
+
+
+def read_outcomes(
+    reader: DocumentReader, convert: Callable[[Fields], Row], names: Mapping[str, str] = NO_NAMES
+) -> Iterator[tuple[Document, Row | Refused]]:
+    """As `read_rows`, but rows that `convert` refuses are left to the caller.
 
     Messages of trees in rows of their own are held in memory, and become the rows of their trees at the end of their
     file, each with the document of its first line.
@@ -62,16 +84,16 @@ def read_rows(
     from llmkit.engine.isolation import bad_line
 
     for documents, fields in _joined(reader, names):
+        outcome: Row | Refused
         try:
-            row = convert(fields)
+            outcome = convert(fields)
         except RowError as error:
-            reader.accept([_bad(document, error) for document in documents])
+            outcome = Refused([_bad(document, error) for document in documents])
         except LlmkitError:
             raise  # of the tokenizer or the options
         except Exception as error:
-            reader.accept([bad_line(error, document.file, document.line, document.raw) for document in documents])
-        else:
-            yield documents[0], row
+            outcome = Refused([bad_line(error, document.file, document.line, document.raw) for document in documents])
+        yield documents[0], outcome
 
 
 def _bad(document: Document, error: RowError) -> BadLine:

@@ -4,8 +4,8 @@ number of processes.
 Pre-training reads the flat stream of tokens: sequence i is tokens [i·L, i·L + L + 1), of which the first L
 are inputs and the last L targets, and step s takes the sequences [s·B, (s+1)·B). Where B and L change with
 the tokens seen (batch_schedule.py), sequences still follow each other. At its end the stream starts over.
-Fine-tuning packs rows into sequences of L positions (best fit, so that there is little padding) in a new
-random order for each epoch.
+Fine-tuning packs rows into sequences of L positions (best fit, so that there is little padding), or has one row
+in each, in a new random order for each epoch.
 
 Every batch has loss weights, and `weight(step)` is their sum over the whole step, known before any forward
 pass: losses are divided by it, which makes the result independent of micro-batches and processes. With a
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from llmkit.errors import LlmkitError
+from llmkit.mixing.length_groups import length_grouped
 from llmkit.mixing.packing import best_fit
 from llmkit.seeds import derive
 from llmkit.training.batch_schedule import BatchSchedule, SizeChange
@@ -281,12 +282,13 @@ class HeldOutSource:
 
 class PackedSource:
     """Rows of (tokens int32 [n], weights float32 [n]) packed into sequences of `length` positions, for `epochs`
-    epochs. The batches' extra["rows"] int64 [rows, 4] has the sequence of each, its first position, the one after its
-    last, and its number in the run.
+    epochs, each of all rows or of those in `taken`, with repeats. The batches' extra["rows"] int64 [rows, 4] has the
+    sequence of each, its first position, the one after its last, and its number in the run.
 
     A row of n tokens takes n - 1 positions, since its last token is only a target; no row may be longer than
     `length` + 1. With `shuffle=False` the rows are ordered by length and all form one step, for a held-out
-    loss.
+    loss. With `pack=False` each row is a sequence of its own; those of a step are sorted by length, and with
+    `group_by_length` similar to begin with.
     """
 
     def __init__(
@@ -298,31 +300,49 @@ class PackedSource:
         epochs: int = 1,
         seed: int = 0,
         shuffle: bool = True,
+        taken: Sequence[np.ndarray] | None = None,
+        pack: bool = True,
+        group_by_length: bool = False,
     ) -> None:
-        self._rows = rows
+        self._rows, self._length = rows, length
         sizes = np.array([len(tokens) - 1 for tokens, _ in rows], dtype=np.int64)
         weights = np.array([float(w[1:].sum()) for _, w in rows])
         self._bins: list[list[int]] = []
         for epoch in range(epochs):
             generator = np.random.default_rng(derive(seed, "pack", epoch))
-            order = generator.permutation(len(rows)) if shuffle else np.arange(len(rows))
+            order = np.arange(len(rows)) if taken is None else taken[epoch]
+            if group_by_length:
+                order = order[length_grouped(sizes[order], batch_size, generator, len(self._bins) % batch_size)]
+            elif shuffle:
+                order = order[generator.permutation(len(order))]
+            if not pack:
+                self._bins += [[i] for i in order.tolist()]
+                continue
             packed, bin_numbers = best_fit(sizes[order], length)
             packed = packed[np.argsort(bin_numbers[packed], kind="stable")]
             ends = np.flatnonzero(np.diff(bin_numbers[packed])) + 1
-            bins: list[list[int]] = [order[members].tolist() for members in np.split(packed, ends)] if len(rows) else []
+            bins: list[list[int]] = (
+                [order[members].tolist() for members in np.split(packed, ends)] if len(order) else []
+            )
             self._bins += [bins[i] for i in generator.permutation(len(bins))] if shuffle else bins
         self._batch_size = batch_size if shuffle else max(1, len(self._bins))
         self.steps = -(-len(self._bins) // self._batch_size)
         cuts = [min(i * self._batch_size, len(self._bins)) for i in range(self.steps + 1)]
-        self._first = np.concatenate(
-            [[0], np.cumsum([len(members) for members in self._bins])]
-        )  # number of a bin's rows
-        counts = np.concatenate([[0], np.cumsum([sizes[b].sum() for b in self._bins])])
+        self._first = np.concatenate([[0], np.cumsum([len(members) for members in self._bins])])  # row of each bin
+        if not pack:  # so that the rows of a forward pass are of similar length
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                self._bins[start:stop] = sorted(self._bins[start:stop], key=lambda bin: sizes[bin[0]])
+        self._sizes = np.array([sizes[b].sum() for b in self._bins], np.int64)  # positions of each sequence
+        self._longest = [length if pack else int(self._sizes[cut - 1]) for cut in cuts[1:]]  # of each step
+        counts = np.concatenate([[0], np.cumsum(self._sizes)])
         totals = np.concatenate([[0.0], np.cumsum([weights[b].sum() for b in self._bins])])
         self._tokens = [int(counts[cut]) for cut in cuts]
-        self.data_tokens = int(sizes.sum())
+        self.data_tokens = int(counts[-1]) // epochs
         self._weights = [float(totals[b] - totals[a]) for a, b in zip(cuts, cuts[1:], strict=False)]
-        self.padding = 1 - counts[-1] / max(1, len(self._bins) * length)
+
+    def padding(self, micro_batch: int) -> float:
+        """Share of the positions that are padding, with forward passes of `micro_batch` sequences of `length`."""
+        return padding_share(self, self._sizes, micro_batch)
 
     def rows(self, step: int) -> int:
         return min(self._batch_size, len(self._bins) - step * self._batch_size)
@@ -331,7 +351,7 @@ class PackedSource:
         return self._tokens[step]
 
     def length_ratio(self, step: int) -> int:
-        return 1
+        return max(1, self._length // max(1, self._longest[step]))
 
     def weight(self, step: int) -> float:
         return self._weights[step]
@@ -357,6 +377,20 @@ class PackedSource:
         ends = np.cumsum([len(self._rows[i][0]) - 1 for i in members])
         number = members[min(int(np.searchsorted(ends, position, side="right")), len(members) - 1)]
         return f"row {number + 1}", self._rows[number][0]
+
+
+def padding_share(source: Source, sizes: np.ndarray, micro_batch: int) -> float:
+    """Share of the positions that are padding where each forward pass is as long as the longest of its sequences, whose
+    `sizes` are int64 [sequences] or [sequences, 2] in the order of the steps.
+    """
+    first, positions = 0, 0
+    for step in range(source.steps):
+        rows, at_once = source.rows(step), micro_batch * source.length_ratio(step)
+        for start in range(0, rows, at_once):
+            part = sizes[first + start : first + min(start + at_once, rows)]
+            positions += part.size * int(part.max())
+        first += rows
+    return 1 - float(sizes.sum()) / max(1, positions)
 
 
 def collate(sequences: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], length: int) -> Batch:

@@ -100,6 +100,7 @@ def test_dpo_prefers_the_chosen(directory: Path, monkeypatch: pytest.MonkeyPatch
         ("sft", [], (), "no rows were read"),
         ("sft", [{"prompt": "a", "completion": "b"}], ("--chat-template", "bad.jinja"), "no stop token"),
         ("sft", [{"prompt": "a", "completion": "b"}], ("--too-long", "cut"), "--too-long 'cut'"),
+        ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ("--too-long", "truncate-turns"), "is for sft"),
         ("sft", [{"prompt": "a", "completion": "b"}], ("--sequence-length", "500"), "exceeds the model's context of 96"),
         ("dpo", [{"prompt": "a", "chosen": "b", "rejected": "b"}], (), "rows.jsonl:1: 'chosen' and 'rejected' are equal"),
         ("dpo", [{"prompt": "a", "chosen": "b"}], (), "no field 'rejected'"),

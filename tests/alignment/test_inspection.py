@@ -81,10 +81,32 @@ def test_check_reports_by_file(directory: Path, llmkit_here: Call) -> None:
     rows, good = report["rows.jsonl"], report["good.jsonl"]
     assert [item["first_line"] for item in rows["refused"]] == [2, 3, 4] and rows["errors"] == 3
     assert (rows["rows"], rows["too_long"], rows["duplicates"], good["duplicates"]) == (4, 1, 1, 1)
+    assert rows["dropped"] == 1 and good["dropped"] == 0
     assert rows["not_shown_by_the_template"] == {"reasoning_content": 1} and rows["unused_fields"] == {"source": 2}
     assert 0 < rows["trained_tokens"] < rows["tokens"] and good["errors"] == 0
     done = llmkit_here("sft", "base", "good.jsonl", "--check", cwd=directory)
     assert done.returncode == 0 and json.loads(done.stdout)["good.jsonl"] == good | {"duplicates": 0}
+
+
+def test_check_of_rows_that_are_too_long(directory: Path, llmkit_here: Call) -> None:
+    """Behaviour: what --too-long leaves of them is counted; with error they cannot be used, as in training."""
+    turns = [{"role": role, "content": "is " * n} for role, n in (("user", 1), ("assistant", 2), ("user", 1))]
+    (directory / "long.jsonl").write_bytes(
+        b"".join(
+            orjson.dumps({"messages": [*before, {"role": "assistant", "content": "is " * 80}]}) + b"\n"
+            for before in (turns, turns[:1])
+        )
+    )
+    call = ("sft", "base", "long.jsonl", "--check", "--sequence-length", "64", "--too-long")
+    dropped = {}
+    for how in ("drop", "truncate-turns", "truncate"):
+        done = llmkit_here(*call, how, cwd=directory)
+        report = json.loads(done.stdout)["long.jsonl"]
+        assert done.returncode == 0 and report["too_long"] == 2
+        dropped[how] = report["dropped"]
+    assert dropped == {"drop": 2, "truncate-turns": 1, "truncate": 0}
+    done = llmkit_here(*call, "error", cwd=directory)
+    assert done.returncode == 1 and b"long.jsonl:1: " in done.stderr and b"2 rows cannot be used" in done.stderr
 
 
 def test_check_and_lossy(directory: Path, llmkit_here: Call) -> None:

@@ -105,10 +105,12 @@ average other third --method dare-ties --base base --density 0.5 -o av7
 average base other third --method greedy --heldout more.jsonl -o av8
 average r1 --last 2 -o av9
 sft base chat.jsonl --lossy --train-on turns --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} --z-loss 1e-4 -o f1
-sft base renamed.jsonl --map messages=data.chat,system=about --neftune 5 -b 2 -o f3
-sft base turns.jsonl --no-template {ROWS} -o f2
+sft base renamed.jsonl --map messages=data.chat,system=about --neftune 5 -b 2 --no-pack --group-by-length -o f3
+sft base turns.jsonl --no-template --too-long truncate-turns {ROWS} -o f2
+sft base chat.jsonl:x1.5 turns.jsonl:0.1k --epochs 2 {ROWS} -o f6
+dpo base pairs.jsonl:0.5 odd-pairs.jsonl:0.2 {ROWS} -o p6
 dpo base pairs.jsonl --lossy --beta 0.3 --epochs 2 --chat-template turns.jinja --too-long truncate {SHORT} --sequence-length 40 {RATES} {STEP} -o p1
-dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 -o p3
+dpo base renamed-pairs.jsonl --map chosen=good --map rejected=bad -b 2 --group-by-length -o p3
 sft base chat.jsonl --lora 3 --lora-alpha 5 --lora-targets attention --dora --rslora --lora-plus 4 {SHORT} --sequence-length 40 --too-long truncate -o f4
 average f4 --merge-adapter -o av10
 sft base chat.jsonl --lossy --chat-template llama-3 --lora 2 {SHORT} --sequence-length 40 --too-long truncate -o f5

@@ -25,7 +25,8 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with two answers to a prompt: {schema_names(PREFERENCES)} (default: stdin)",
+            help=f"JSON lines or Parquet with two answers to a prompt: {schema_names(PREFERENCES)}; PATH, or PATH with"
+            " a weight (:0.6), multiplier (:x2) or token budget (:2M) (default: stdin)",
         ),
     ] = None,
     options: DpoOptions = DpoOptions(),
@@ -36,17 +37,25 @@ def main(
     Of OASST trees, the best-ranked answer to each question is paired with each of the others. Ties, and other parts of
     rows that make no pair, are left out and counted.
 
+    Files with amounts make a mixture, as in `llmkit sft`; the tokens are those of both answers with their prompts.
+
     The log-probabilities of the reference model are computed once, before the first step, and stored in the run. The
     log shows the rewards of chosen and rejected answers, their margin, and how often the chosen answer wins.
     """
-    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
+    from llmkit.cli.shared.training_command import (
+        launch_processes,
+        paths_of,
+        sources_of,
+        train_or_plan,
+        training_request,
+    )
 
-    if launch_processes(run, options, [model, *(rows or [])]):
+    if launch_processes(run, options, [model, *paths_of(rows)]):
         return
     from llmkit.alignment.fine_tuning import prepare_alignment
     from llmkit.training.runner import open_session
 
     request = training_request(run, options)
     with open_session(request) as session:
-        prepared = prepare_alignment(request, session, model, run.inputs(rows))
+        prepared = prepare_alignment(request, session, model, sources_of(run, rows))
         train_or_plan(run, request, session, prepared)

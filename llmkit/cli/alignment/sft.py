@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmkit.alignment.options import SftOptions
+from llmkit.alignment.options import RowOptions, SftOptions
 from llmkit.chat.rows import CONVERSATIONS, schema_names
 from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command
@@ -28,6 +28,7 @@ ROWS_OF_A_PAGE = 20
 @command(
     examples=(
         "llmkit sft run/ chat.jsonl --epochs 2 -o sft/",
+        "llmkit sft run/ chat.jsonl:x2 docs.jsonl:2k --too-long truncate -o mixed/",
         "llmkit sft run/ chat.jsonl --show 3",
         "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
@@ -43,7 +44,8 @@ def main(
         list[str] | None,
         typer.Argument(
             metavar="ROWS",
-            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)} (default: stdin)",
+            help=f"JSON lines or Parquet with {schema_names(CONVERSATIONS)}; PATH, or PATH with a weight (:0.6),"
+            " multiplier (:x2) or token budget (:2M) (default: stdin)",
         ),
     ] = None,
     options: SftOptions = SftOptions(),
@@ -66,10 +68,14 @@ def main(
 
     Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
-    each other. A message may have a `weight`, or `train: false`. Rows of which the template does not show a part, such
-    as tool calls or reasoning, are refused. The resulting model stops at the end of its turn (generation_config.json).
-    With --lora the weights stay as they are, quantised ones too, and the result is a directory of adapters for PEFT and
-    llmkit; `llmkit average --merge-adapter` makes a model of it.
+    each other, or with --no-pack have one each. A message may have a `weight`, or `train: false`. Rows of which the
+    template does not show a part, such as tool calls or reasoning, are refused. The resulting model stops at the end of
+    its turn (generation_config.json). With --lora the weights stay as they are, quantised ones too, and the result is a
+    directory of adapters for PEFT and llmkit; `llmkit average --merge-adapter` makes a model of it.
+
+    Files with amounts make a mixture, as with `llmkit mix`: the weights are scaled until the first source that has one
+    is exhausted, and a file without an amount is taken once. Amounts are tokens of encoded rows, of each epoch. What is
+    no whole pass is a subset of rows, another one in each epoch until all had their turn.
 
     Of OASST trees, in one row or as messages in rows of their own, every path along the best-ranked answers is a
     conversation, and an answer that paths share is trained on once. What is left out of valid rows is counted.
@@ -77,34 +83,40 @@ def main(
     if show is not None or check:
         _inspect(run, model, rows, options, show)
         return
-    from llmkit.cli.shared.training_command import launch_processes, train_or_plan, training_request
+    from llmkit.cli.shared.training_command import (
+        launch_processes,
+        paths_of,
+        sources_of,
+        train_or_plan,
+        training_request,
+    )
 
-    if launch_processes(run, options, [model, *(rows or []), *(options.heldout.heldout or [])]):
+    if launch_processes(run, options, [model, *paths_of(rows), *(options.heldout.heldout or [])]):
         return
     from llmkit.alignment.fine_tuning import prepare_fine_tuning
     from llmkit.training.runner import open_session
 
     request = training_request(run, options)
     with open_session(request) as session:
-        prepared = prepare_fine_tuning(request, session, model, run.inputs(rows))
+        prepared = prepare_fine_tuning(request, session, model, sources_of(run, rows))
         train_or_plan(run, request, session, prepared)
 
 
 def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, show: str | None) -> None:
     """Show rows, or without `show` report on all of them."""
     from llmkit.alignment.fine_tuning import prepare_inspection
-    from llmkit.cli.shared.training_command import training_request
+    from llmkit.cli.shared.training_command import sources_of, training_request
 
     is_page = show is not None and show.endswith(".html")
     if show is not None and not is_page and not (show.isdecimal() and int(show)):
         raise UsageError(f"--show {show!r}", "give a number of rows, or the name of a page that ends in .html")
     encode, names, files, length = prepare_inspection(training_request(run, options), model)
-    paths = run.inputs(rows, files_from=None)
+    paths = [file for source in sources_of(run, rows) for file in source.files]
     reading = replace(run.read_options(None), on_bad_line="skip", on_bad_file="skip")
     if show is not None:
         _show(run, paths, reading, encode, names, files, show, f"What sft trains on: {model}" if is_page else "")
     else:
-        _check(run, paths, reading, encode, names, length, options.rows.lossy)
+        _check(run, paths, reading, encode, names, length, options.rows)
 
 
 def _show(
@@ -143,7 +155,7 @@ def _check(
     encode: Encode,
     names: Mapping[str, str],
     length: int,
-    lossy: bool,
+    options: RowOptions,
 ) -> None:
     """Report on all rows; LlmkitError if some cannot be used."""
     import orjson
@@ -154,13 +166,14 @@ def _check(
 
     if run.output:
         check_output(run.output, run.force)
-    reports = check_rows(paths, reading, encode, names, length)
+    reports = check_rows(paths, reading, encode, names, length, options.too_long)
     content = {file: report.as_json() for file, report in reports.items()}
     for file, report in content.items():
         run.note(
             f"{file}: {counted(report['rows'], 'row')}, {counted(report['tokens'], 'token')},"
             f" {report['trained_share']:.1%} of them trained;"
-            f" {report['too_long']:,} over {length:,} tokens, {report['duplicates']:,} seen before"
+            f" {report['too_long']:,} over {length:,} tokens ({report['dropped']:,} of them dropped),"
+            f" {report['duplicates']:,} seen before"
         )
         for item in report["refused"]:
             run.warn(f"{file}:{item['first_line']}: {item['reason']} ({counted(item['rows'], 'row')})")
@@ -178,7 +191,7 @@ def _check(
         sys.stdout.buffer.write(text)
     failed = sum(report["errors"] for report in content.values())
     lost = sum(count for report in reports.values() for name, count in report.lost.items() if name != EARLIER)
-    if failed or (lost and not lossy) or not content:
+    if failed or (lost and not options.lossy) or not content:
         raise LlmkitError(
             f"{counted(failed, 'row')} cannot be used; fields that the chat template does not show: {lost:,}",
             "mend them, or train with --on-bad-line skip and --lossy",

@@ -186,7 +186,7 @@ class Run:
         """
         from glob import has_magic
 
-        from llmkit.io.inputs import STDIN, expand, is_remote, read_list
+        from llmkit.io.inputs import STDIN, expand, is_remote
 
         source = expand_options.pop("files_from", self.files_from)
         if self.skips_bad_files:
@@ -194,9 +194,7 @@ class Run:
                 if not (path == STDIN or is_remote(path) or has_magic(path) or os.path.lexists(path)):
                     raise UsageError(f"{path}: no such file or directory", "only files in --files-from may be missing")
             expand_options |= {"missing_ok": True, "on_empty": self._bad_input}
-        if source is not None and self._listed is None:
-            self._listed = read_list(source)  # only once: the list may come from stdin
-        all_paths = paths if source is None else list(paths or []) + (self._listed or [])
+        all_paths = paths if source is None else list(paths or []) + self.listed(source)
         if source is not None and not all_paths:
             return []
         left_out: Counter[str] | None = expand_options.setdefault("left_out", Counter())
@@ -206,6 +204,14 @@ class Run:
             kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common())
             self.note(f"{counted(left_out.total(), 'file')} in the directories not read: {kinds}")
         return files
+
+    def listed(self, source: str) -> list[str]:
+        """What the file of --files-from lists."""
+        from llmkit.io.inputs import read_list
+
+        if self._listed is None:
+            self._listed = read_list(source)  # only once: the list may come from stdin
+        return self._listed
 
     def reader(self, paths: list[str] | None, *, text_key: str | None = "", **expand_options: Any) -> DocumentReader:
         """A reader of documents named on the command line, with the reading options; `text_key=None` reads any rows."""

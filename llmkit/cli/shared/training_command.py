@@ -16,8 +16,10 @@ from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import NEUTRAL, Run
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.inputs import STDIN
+from llmkit.mixing.specs import parse_spec
 
 if TYPE_CHECKING:
+    from llmkit.alignment.sources import RowSource
     from llmkit.io.documents import DocumentReader
     from llmkit.training.pretraining import Plan
     from llmkit.training.runner import AtCheckpoint, Prepared, Request
@@ -53,6 +55,21 @@ def launch_processes(run: Run, options: Any, inputs: list[str]) -> bool:
     if code:
         raise SystemExit(code)
     return True
+
+
+def paths_of(rows: list[str] | None) -> list[str]:
+    """The paths of the sources of rows that a call names, without their amounts."""
+    return [parse_spec(text).path for text in rows or []]
+
+
+def sources_of(run: Run, rows: list[str] | None) -> list[RowSource]:
+    """The sources of rows that a call names, with their files."""
+    from llmkit.alignment.sources import row_sources
+
+    def files(paths: list[str] | None) -> list[str]:
+        return run.inputs(rows) if paths is None else run.inputs(paths, files_from=None)
+
+    return row_sources([*(rows or []), *(run.listed(run.files_from) if run.files_from else [])], files)
 
 
 def refuse_own_inputs(run: Run, inputs: Iterable[str]) -> None:
