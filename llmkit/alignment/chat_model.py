@@ -5,9 +5,10 @@
 
 A named template comes with its control tokens. Those that the tokenizer lacks are added to it, and rows to the model
 where it has no unused ones (model/resize.py). A new row starts as the mean of the rows of the tokens that spelled its
-name: `<|im_start|>` and `<|im_end|>` then differ from the first step on, and lie where the model's other rows do. The
-end of a turn becomes the tokenizer's `eos_token`, as in published chat models, TRL's clone_chat_template and Axolotl's
-examples: programs which read no generation_config.json stop there. The former one stays among the stop tokens.
+name, so that `<|im_start|>` and `<|im_end|>` differ from the first step on and lie where the model's other rows do;
+one without pieces starts as the mean of all rows. The end of a turn becomes the tokenizer's `eos_token`, as in
+published chat models and TRL's clone_chat_template: programs that read no generation_config.json stop there. The former
+one stays among the stop tokens of generation_config.json, and `tokenize` still ends documents with it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ ROWS_OF_A_PAGE = 20
         "llmkit sft run/ chat.jsonl --show 3",
         "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
-        "llmkit sft run/ chat.jsonl --lora 16 --lora-plus 4 -o lora/",
+        "llmkit sft run/ chat.jsonl --lora 16 --lora-plus 4 --chat-template llama-3 -o lora/",
     ),
     reads=True,
     neutral=("show", "check"),
@@ -66,7 +66,10 @@ def main(
 ) -> None:
     """Fine-tune a model on conversations, instructions or plain text, with the loss on the assistant's tokens.
 
-    Rows are formatted with the model's own chat template. The loss covers only the assistant's content, tool calls and
+    Rows are formatted with the model's own chat template. A base model has none: --chat-template gives it a file or one
+    by name. A name comes with its control tokens. Those that the tokenizer lacks are added to it and get rows in the
+    model, which are trained, with --lora too, and start as the mean of the tokens that spelled them; the end of a turn
+    becomes the tokenizer's eos_token. The loss covers only the assistant's content, tool calls and
     stop token; the loss of a step is the mean over these tokens. Rows are packed into sequences without attending to
     each other, or with --no-pack have one each. A message may have a `weight`, or `train: false`. Rows of which the
     template does not show a part, such as tool calls or reasoning, are refused. The resulting model stops at the end of

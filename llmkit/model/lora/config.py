@@ -3,6 +3,7 @@
 A layer with the frozen matrix W [out, in] computes W x + scale · B A x with trained A [r, in] and B [out, r] (LoRA,
 arXiv:2106.09685). The scale is alpha / r, or alpha / √r (rsLoRA, arXiv:2312.03732). DoRA (arXiv:2402.09353) gives every
 row of W + scale · B A a trained length, the magnitude [out]. LoRA+ (arXiv:2402.12354) trains B at a higher rate.
+Rows of the embedding and the output layer may be trained too: those of new tokens.
 
     lora = LoraConfig(8, 16.0, target_modules(config, "attention"))
     lora.tensors(config)        # {"model.layers.0.self_attn.q_proj.lora_A.weight": (8, 96), ...}
