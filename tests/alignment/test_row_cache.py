@@ -295,6 +295,8 @@ def test_runs_are_equal(directory: Path, llmkit_here: Call, command: str) -> Non
         model = (directory / f"run{number}" / "final" / "model.safetensors").read_bytes()
         runs.append((model, {name: value for name, value in counts.items() if name not in timed}))
     assert all(run == runs[0] for run in runs) and b"cache" not in runs[0][0] and len(chunks(directory)) > 4
+    if command == "dpo":
+        return
     (directory / "file").write_text("")
     assert (
         b"not a directory" in llmkit_here(command, "base", path, "--row-cache", "file", "-o", "x", cwd=directory).stderr
