@@ -203,6 +203,8 @@ class LossOptions:
 class DpoOptions:
     """Options of `llmkit dpo`."""
 
+    SEQUENCES_PER_ROW = 2  # a pair has a chosen and a rejected one
+
     loss: LossOptions = LossOptions()
     rows: Annotated[
         RowOptions,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.chat.control_tokens import hide
+from llmkit.chat.fidelity import NAMED
 from llmkit.chat.masks import EncodedRow, Span, encode_chat, encode_spans, is_trained
 from llmkit.chat.messages import Messages, RowError
 from llmkit.chat.rows import (
@@ -256,11 +257,13 @@ def encode_conversation(row: Conversation, files: Mapping[str, str], lossy: bool
         _refuse_empty_answers(row.messages)
         try:
             encoded = encode_chat(row.messages, files, row.tools, lossy)
+            answers = [m["content"] for m in row.messages if m["role"] == "assistant" and is_trained(m)]
         except (DamagedTemplateError, RowError):
             raise
         except LlmkitError as error:
             raise RowError(f"{error.message} ({error.hint})") from error
     else:
+        answers = [row.text]
         (before, after), marker = hide((row.text[: row.start], row.text[row.start :]), files)
         bare = encode_spans(before + after, [Span(len(before), len(before + after))], files, marker)
         encoded = EncodedRow(
@@ -268,6 +271,8 @@ def encode_conversation(row: Conversation, files: Mapping[str, str], lossy: bool
         )
     if not encoded.trained:
         raise RowError("nothing to learn: no assistant message, or its weight is 0")
+    if any(answer.rstrip().endswith(tuple(special_contents(files))) for answer in answers):
+        return replace(encoded, lost=(*encoded.lost, NAMED))
     return encoded
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from llmkit.chat.control_tokens import encode, hide
-from llmkit.chat.fidelity import EARLIER, lost_fields
+from llmkit.chat.fidelity import HARMLESS, lost_fields
 from llmkit.chat.forms import Message
 from llmkit.chat.schemas.table import common_length
 from llmkit.chat.stops import NO_STOP, NO_STOP_HINT, TRAINING_DATE, stops_of
@@ -138,7 +138,7 @@ def encode_chat(
     (messages, tools), marker = hide((messages, tools), files)
     text_of = _renderer(files, tools)
     lost = lost_fields(messages, text_of(messages), tools, form_of(files, bool(tools)), text_of)
-    refused = [field for field in lost if field != EARLIER]
+    refused = [field for field in lost if field not in HARMLESS]
     if refused and not lossy:
         raise LlmkitError(f"the chat template does not show {', '.join(refused)}", "--lossy trains on the rest")
     row = encode_spans(*assistant_spans(messages, files, tools), files, marker)

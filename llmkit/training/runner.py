@@ -76,13 +76,11 @@ class Request:
         return cls(command, options, loop, Lineage(command, record, inputs), values | {"seed": seed}, seed, **callbacks)
 
 
-def loop_options(options: Any, output: str, force: bool = False, sequences_per_row: int = 1) -> LoopOptions:
+def loop_options(options: Any, output: str, force: bool = False) -> LoopOptions:
     """The option groups that the loop takes; groups that the command lacks have their defaults."""
     names = ("batch", "optimizer", "machine", "checkpoints", "heldout", "log")
     groups = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    return LoopOptions(
-        output, force, sequences_per_row=getattr(options, "SEQUENCES_PER_ROW", sequences_per_row), **groups
-    )
+    return LoopOptions(output, force, sequences_per_row=getattr(options, "SEQUENCES_PER_ROW", 1), **groups)
 
 
 @dataclass

@@ -116,6 +116,21 @@ def test_check_and_lossy(directory: Path, llmkit_here: Call) -> None:
     assert [llmkit_here(*call, *more, cwd=directory).returncode for more in ((), ("--lossy",))] == [1, 0]
 
 
+@pytest.mark.parametrize("template", ["--template", "--no-template"])
+def test_control_tokens_at_the_end_of_answers(directory: Path, llmkit_here: Call, template: str) -> None:
+    """Behaviour: text that names a control token behind an answer is reported, and no error."""
+    rows = [
+        {"prompt": "what", "completion": "sunny" + end} for end in ("<|im_end|>", " <|endoftext|>\n", "", "<|im_end")
+    ]
+    (directory / "named.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    done = llmkit_here("sft", "base", "named.jsonl", "--check", template, cwd=directory)
+    assert done.returncode == 0
+    assert (
+        b"control tokens that answers name at their end (they stay text: remove them from the rows) (2 rows)"
+        in done.stderr
+    )
+
+
 def test_bad_calls(directory: Path, llmkit_here: Call) -> None:
     """Behaviour: --show takes a number of rows or a page."""
     for what in ("0", "-1", "page.txt"):

@@ -162,3 +162,11 @@ def test_pairs_of_similar_length_share_a_step(files: dict[str, str]) -> None:
     assert np.bincount(seen).tolist() == [2] * 200 and sorted(seen[:200]) == list(range(200))
     assert grouped.padding(8) < plain.padding(8) - 0.1
     assert torch.equal(grouped.batch(3, 0, 8).input_ids, again.batch(3, 0, 8).input_ids)
+
+
+def test_a_pair_counts_as_two_sequences() -> None:
+    """Behaviour: a forward pass of pairs has as many tokens as one of single sequences."""
+    from llmkit.alignment.options import DpoOptions, SftOptions
+    from llmkit.training.runner import loop_options
+
+    assert [loop_options(kind(), "x").sequences_per_row for kind in (DpoOptions, SftOptions)] == [2, 1]

@@ -164,7 +164,7 @@ def _check(
     import orjson
 
     from llmkit.alignment.inspection import check_rows
-    from llmkit.chat.fidelity import EARLIER
+    from llmkit.chat.fidelity import HARMLESS
     from llmkit.io.atomic import atomic_file, check_output
 
     if run.output:
@@ -193,7 +193,7 @@ def _check(
     elif not sys.stdout.isatty():
         sys.stdout.buffer.write(text)
     failed = sum(report["errors"] for report in content.values())
-    lost = sum(count for report in reports.values() for name, count in report.lost.items() if name != EARLIER)
+    lost = sum(count for report in reports.values() for name, count in report.lost.items() if name not in HARMLESS)
     if failed or (lost and not options.lossy) or not content:
         raise LlmkitError(
             f"{counted(failed, 'row')} cannot be used; fields that the chat template does not show: {lost:,}",
