@@ -28,7 +28,7 @@ ROWS_OF_A_PAGE = 20
 @command(
     examples=(
         "llmkit sft run/ chat.jsonl --epochs 2 -o sft/",
-        "llmkit sft run/ chat.jsonl:x2 docs.jsonl:2k --too-long truncate -o mixed/",
+        "llmkit sft run/ chat.jsonl:x2 docs.jsonl:2k --too-long truncate -o sft3/",
         "llmkit sft run/ chat.jsonl --show 3",
         "llmkit sft run/ chat.jsonl --check -o report.json",
         "llmkit sft run/ chat.jsonl --lr 1e-3 --batch-size 4 --too-long truncate -o sft2/",
