@@ -99,6 +99,12 @@ class RowEncoding:
         """Every row of `reader`."""
         return self.dataset(rows for _, rows in read_rows(reader, self.encode, self.names))
 
+    def read_all(self, reader: DocumentReader) -> EncodedDataset:
+        """Every row of `reader`; LlmkitError if no row is left."""
+        encoded = self.read(reader)
+        self.refuse_empty(encoded)
+        return encoded
+
     def dataset(self, encoded: Iterable[Converted[EncodedRow]]) -> EncodedDataset:
         """What `encode` made of every row."""
         result = EncodedDataset()
@@ -128,25 +134,12 @@ class RowEncoding:
 
 
 def encode_conversations(
-    reader: DocumentReader,
-    files: Mapping[str, str],
-    context: int,
-    *,
-    too_long: str = "drop",
-    template: bool = True,
-    train_on: str = "all",
-    lossy: bool = False,
-    names: Mapping[str, str] = NO_NAMES,
+    reader: DocumentReader, files: Mapping[str, str], context: int, **options: Any
 ) -> EncodedDataset:
-    """Every row of `reader` for fine-tuning, with at most `context` tokens. Raises LlmkitError if no row is
-    left.
+    """Every row of `reader` for fine-tuning, with at most `context` tokens; `options` are those of `row_encoding`.
+    Raises LlmkitError if no row is left.
     """
-    encoding = row_encoding(
-        files, context, too_long=too_long, template=template, train_on=train_on, lossy=lossy, names=names
-    )
-    encoded = encoding.read(reader)
-    encoding.refuse_empty(encoded)
-    return encoded
+    return row_encoding(files, context, **options).read_all(reader)
 
 
 def row_encoding(
@@ -159,7 +152,7 @@ def row_encoding(
     lossy: bool = False,
     names: Mapping[str, str] = NO_NAMES,
 ) -> RowEncoding:
-    """The encoding of `encode_conversations`."""
+    """How conversations become training data. `names`: the names that fields have in the rows, by those here."""
     encode = bounded(row_encoder(files, template=template, train_on=train_on, lossy=lossy), context, too_long)
     identity = _identity("conversations", files, names, context, too_long, template, train_on, lossy)
     return RowEncoding(encode, context, too_long, names, identity=identity)
@@ -195,21 +188,10 @@ def row_encoder(
 
 
 def encode_preferences(
-    reader: DocumentReader,
-    files: Mapping[str, str],
-    context: int,
-    *,
-    too_long: str = "drop",
-    lossy: bool = False,
-    names: Mapping[str, str] = NO_NAMES,
+    reader: DocumentReader, files: Mapping[str, str], context: int, **options: Any
 ) -> EncodedDataset:
-    """Every pair of `reader`: chosen and rejected, each after the prompt, with weights on the assistant
-    messages after the prompt only. `names`: the names that fields have in the rows, by those here.
-    """
-    encoding = pair_encoding(files, context, too_long=too_long, lossy=lossy, names=names)
-    encoded = encoding.read(reader)
-    encoding.refuse_empty(encoded)
-    return encoded
+    """Every pair of `reader`, as `encode_conversations`; `options` are those of `pair_encoding`."""
+    return pair_encoding(files, context, **options).read_all(reader)
 
 
 def pair_encoding(
@@ -220,7 +202,7 @@ def pair_encoding(
     lossy: bool = False,
     names: Mapping[str, str] = NO_NAMES,
 ) -> RowEncoding:
-    """The encoding of `encode_preferences`."""
+    """How pairs do: chosen and rejected, each after the prompt, with weights on the assistant messages after it."""
     if too_long == TRUNCATE_TURNS:
         raise UsageError(f"--too-long {too_long} is for sft", "a pair compares whole answers: drop, truncate or error")
 
