@@ -73,6 +73,8 @@ def open_chat_model(request: Request, model: str, template: str | None, sequence
     Raises UsageError for a template that is neither known nor a file, and LlmkitError for an unreadable model.
     """
     info = load_info(model)
+    if info.adapter is not None:
+        request.note(f"{model} holds adapters, which are merged into their model first")
     files, new = dict(info.tokenizer_files), NewTokens(0)
     tokenizer_json(files, model)
     if template in builtin.names():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkit.alignment.chat_model import ChatModel, open_chat_model
-from llmkit.alignment.options import DpoOptions, RowOptions, SftOptions
+from llmkit.alignment.options import DpoOptions, LoraOptions, RowOptions, SftOptions
 from llmkit.alignment.pairs import FIGURES, PairSource, preference_objective, reference_log_probabilities
 from llmkit.alignment.row_cache import RowCache
 from llmkit.alignment.sources import RowMixture, RowSource, encoded_rows, read_sources, row_sources
@@ -26,6 +26,7 @@ from llmkit.chat import masks
 from llmkit.chat.encode import TRUNCATE_TURNS, Encode, pair_encoding, row_encoder, row_encoding
 from llmkit.chat.rows import CONVERSATIONS, PREFERENCES, field_names, listed
 from llmkit.errors import UsageError
+from llmkit.io.run_layout import resolve_model
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora.config import LoraConfig, target_modules
 from llmkit.model.pretrained.adapter import refuse_adapter
@@ -42,13 +43,14 @@ from llmkit.training.optim.schedule import (
     default_rate,
     warmup_tokens,
 )
-from llmkit.training.options import ScheduleOptions
+from llmkit.training.options import ScheduleOptions, held_out_paths
 from llmkit.training.runner import Prepared, Record, Request, open_session, run_training
 
 if TYPE_CHECKING:
     from llmkit.training.session import Session
 
 MOST_FIELDS = 8  # that are not used, by name
+FEW_STEPS = 20  # in which a schedule with warm-up learns little
 
 
 def fine_tune(
@@ -134,12 +136,16 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
         group_by_length=options.rows.group_by_length,
     )
     _announce_padding(request, session, source, batch_size, length)
+    if source.steps < FEW_STEPS:
+        more = "a smaller --batch-size or --sequence-length, --no-pack, or more --epochs give more"
+        request.note(f"steps: {source.steps} only; {more}")
     held_out = None
     if options.heldout.heldout:
-        encoded = encoded_rows(request.reader(options.heldout.heldout), encoding, row_cache)
+        paths = list(held_out_paths(options.heldout.heldout))
+        encoded = encoded_rows(request.reader(paths), encoding, row_cache)
         encoding.refuse_empty(encoded)
         held_out = PackedSource(encoded.pairs(), length, batch_size, shuffle=False)
-    lora = _adapters(options, session, chat)
+    lora = _adapters(request, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * FINE_TUNING * (ADAPTERS if lora else 1)
     return Prepared(
         config=info.config,
@@ -194,7 +200,7 @@ def prepare_alignment(request: Request, session: Session, model: str, sources: l
     mixture = read_sources(request, session, sources, encoding, epochs, row_cache)
     pairs = mixture.encoded.rows
     _announce_rows(request, mixture, length, options.rows.too_long)
-    lora = _adapters(options, session, chat)
+    lora = _adapters(request, session, chat)
     rate = options.schedule.lr or default_rate(info.config.parameters()) * PREFERENCE * (ADAPTERS if lora else 1)
     batch_size = options.batch.batch_size or 16
 
@@ -256,9 +262,9 @@ def _row_cache(request: Request, session: Session, options: RowOptions) -> RowCa
     return RowCache(options.row_cache, session.processes, request.warn, request.dry_run)
 
 
-def _adapters(options: SftOptions | DpoOptions, session: Session, chat: ChatModel) -> LoraConfig | None:
+def _adapters(request: Request, session: Session, chat: ChatModel) -> LoraConfig | None:
     """The adapters that the options ask for; None to train all weights. UsageError if they cannot be trained here."""
-    given = options.lora
+    given: LoraOptions = request.options.lora
     if given.lora is None:
         for field in fields(given):
             if getattr(given, field.name) != field.default:
@@ -273,8 +279,11 @@ def _adapters(options: SftOptions | DpoOptions, session: Session, chat: ChatMode
     check_positive(lora_alpha=given.lora_alpha, lora_plus=given.lora_plus)
     targets = target_modules(chat.info.config, given.lora_targets)
     alpha = given.lora_alpha or 2.0 * given.lora
-    lora = LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus)
-    return chat.adapted(lora)
+    lora = chat.adapted(LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus))
+    grown = f", .resize_token_embeddings({chat.info.config.vocab_size})" if chat.new.pieces else ""
+    base = f"AutoModelForCausalLM.from_pretrained({str(resolve_model(chat.path))!r}){grown}"
+    request.detail(f"PEFT takes {base}, then PeftModel.from_pretrained(..., 'RUN/final')")
+    return lora
 
 
 def _schedule(options: ScheduleOptions, rate: float, total: int) -> Schedule:

@@ -12,10 +12,11 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from llmkit.chat.encode import Encode, bounded, fitting_rows
@@ -64,11 +65,25 @@ def segments(row: EncodedRow, files: Mapping[str, str]) -> list[Segment]:
 
 
 def shown_rows(
-    reader: DocumentReader, encode: Encode, names: Mapping[str, str], count: int
+    reader: DocumentReader, encode: Encode, names: Mapping[str, str], count: int, context: int, too_long: str
 ) -> Iterator[tuple[str, EncodedRow]]:
-    """The first encoded rows with the file and line of each. `names` as in `read_rows`."""
-    read = read_rows(reader, encode, names)
-    return islice(((f"{document.file}:{document.line}", row) for document, rows in read for row in rows), count)
+    """The first encoded rows as they are trained, with the file and line of each, and what becomes of those of over
+    `context` tokens; nothing of a row that is dropped is trained. `names` as in `read_rows`.
+    """
+
+    def shown() -> Iterator[tuple[str, EncodedRow]]:
+        for document, rows in read_rows(reader, encode, names):
+            for row in rows:
+                where, size = f"{document.file}:{document.line}", len(row.tokens)
+                if size <= context:
+                    yield where, row
+                elif fitting := fitting_rows([row], context, too_long):
+                    yield f"{where}, cut from {size:,} to {len(fitting[0].tokens):,} tokens", fitting[0]
+                else:
+                    reason = f"{where}, dropped: {size:,} tokens, a sequence has {context:,}"
+                    yield reason, replace(row, weights=np.zeros_like(row.weights))
+
+    return islice(shown(), count)
 
 
 def marked(parts: Iterable[Segment]) -> str:

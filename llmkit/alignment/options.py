@@ -82,6 +82,7 @@ class RowOptions:
             help="Where rows have fields under other names: messages=chat,system=meta.system (repeatable)",
             rich_help_panel=DATA,
         ),
+        COMMON,
     ] = None
     lossy: Annotated[
         bool,

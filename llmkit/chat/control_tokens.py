@@ -5,8 +5,8 @@
     encoded = encode(text, files, marker)                             # ids, and where in `text` each token starts
 
 The names of control tokens in a row are replaced by markers before the template sees them. The rendered text is then
-encoded in one piece, so that its tokens are those of inference: by the tokenizer itself, or where there is a marker, by
-a copy of it in which control tokens have other names.
+encoded in one piece, but for where it is cut, so that its tokens are those of inference: by the tokenizer itself, or
+where there is a marker, by a copy of it in which control tokens have other names.
 
 A tokenizer's own beginning (its BOS token) is in front of every sequence exactly once, whether the template writes it
 or not.
@@ -15,7 +15,7 @@ or not.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -65,18 +65,46 @@ def hide(value: Value, files: Files) -> tuple[Value, str]:
     return hidden(value), marker
 
 
-def encode(text: str, files: Files, marker: str = "") -> Encoded:
-    """Ids of a rendered text with the markers of `hide`, which are encoded as the text that they stand for."""
-    if marker:
-        encoded = _encode_marked(text, files, marker)
-    else:
-        plain = tokenizer_of(files).encode(text, add_special_tokens=False)
-        encoded = Encoded(list(plain.ids), _starts(plain))
+def encode(text: str, files: Files, marker: str = "", cuts: Sequence[int] = ()) -> Encoded:
+    """Ids of a rendered text with the markers of `hide`, which are encoded as the text that they stand for.
+
+    A token that lies across one of the characters `cuts`, ascending, is taken apart there, as where a prompt ends and
+    its answer begins, if the tokenizer can encode the rest of a text without its beginning.
+    """
+    encoded = _encode(text, files, marker, cuts)
     beginning = beginning_of(files)
     if beginning and tuple(encoded.ids[: len(beginning)]) != beginning:
         starts = np.concatenate([np.full(len(beginning), -1, np.int64), encoded.starts])
         return Encoded([*beginning, *encoded.ids], starts)
     return encoded
+
+
+def _encode(text: str, files: Files, marker: str, cuts: Sequence[int] = ()) -> Encoded:
+    whole = _encode_marked(text, files, marker) if marker else _encode_plain(text, files)
+    for number, cut in reversed([*enumerate(cuts)]):
+        if 0 < cut < len(text) and cut not in whole.starts:
+            parted = _parted(whole, _encode(text[:cut], files, marker, cuts[:number]), text[cut:], cut, files, marker)
+            if parted is not None:
+                return parted
+    return whole
+
+
+def _encode_plain(text: str, files: Files) -> Encoded:
+    encoding = tokenizer_of(files).encode(text, add_special_tokens=False)
+    return Encoded(list(encoding.ids), _starts(encoding))
+
+
+def _parted(whole: Encoded, first: Encoded, rest: str, cut: int, files: Files, marker: str) -> Encoded | None:
+    """`first`, and the `rest` of the text from `cut` on; None where that would be another text."""
+    decode = tokenizer_of(files).decode
+    for before in ("", "\n"):  # some tokenizers put a space in front of a text, but not behind a line
+        encoded = _encode(before + rest, files, marker)
+        own = int(np.searchsorted(encoded.starts, len(before)))
+        ids = [*first.ids, *encoded.ids[own:]]
+        starts_there = own < len(encoded.ids) and encoded.starts[own] == len(before)
+        if starts_there and decode(ids, skip_special_tokens=False) == decode(whole.ids, skip_special_tokens=False):
+            return Encoded(ids, np.concatenate([first.starts, encoded.starts[own:] - len(before) + cut]))
+    return None
 
 
 def marker_in(text: str) -> str:

@@ -253,7 +253,9 @@ def encode_conversation(row: Conversation, files: Mapping[str, str], lossy: bool
         )
     if not encoded.trained:
         raise RowError("nothing to learn: no assistant message, or its weight is 0")
-    if any(answer.rstrip().endswith(tuple(special_contents(files))) for answer in answers):
+    controls = tuple(special_contents(files))
+    spelled = row.text is not None and not row.start and any(name in row.text for name in controls)  # a rendered chat
+    if spelled or any(answer.rstrip().endswith(controls) for answer in answers):
         return replace(encoded, lost=(*encoded.lost, NAMED))
     return encoded
 

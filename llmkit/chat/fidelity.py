@@ -15,7 +15,7 @@ from llmkit.chat.forms import NAME, REASONING, VALUE, Form, Message
 from llmkit.errors import LlmkitError
 
 EARLIER = "reasoning of earlier turns (--train-on turns shows it)"  # many templates drop it by design
-NAMED = "control tokens that answers name at their end (they stay text: remove them from the rows)"
+NAMED = "control tokens that plain text spells, or an answer at its end (they stay text: remove them from the rows)"
 HARMLESS = (EARLIER, NAMED)  # reported, and trained without --lossy
 LONG = 16  # characters that are not in a text by chance
 Show = Callable[[Sequence[Message]], str]

@@ -88,8 +88,9 @@ def _renderer(files: Mapping[str, str], tools: Sequence[Mapping[str, Any]] | Non
 
 def _content(messages: Sequence[Message], i: int, text: str, text_of: Callable[..., str]) -> tuple[int, int]:
     """Where message i begins, and a place before its stop token: the end of its content, if it has one."""
-    prompt_stop, has_header = _prompt_stop(messages[:i], text, text_of)
-    if has_header and (messages[i].get("tool_calls") or not messages[i].get("content")):
+    prompt_stop, has_header, space = _prompt_stop(messages[:i], text, text_of)
+    fits = prompt_stop >= 0
+    if fits and has_header and (messages[i].get("tool_calls") or not messages[i].get("content")):
         return prompt_stop, prompt_stop
     sentinel = _sentinel(text)
     bare: Message = {"role": "assistant", "content": sentinel}
@@ -105,8 +106,10 @@ def _content(messages: Sequence[Message], i: int, text: str, text_of: Callable[.
     before, _, after = skeleton.partition(sentinel)
     start = common_length(before, text)
     # White space behind a prompt without a header has to be generated too.
-    is_prompt = has_header or (0 <= prompt_stop < start and not text[prompt_stop:start].strip())
-    start = prompt_stop if is_prompt else start
+    if fits and (has_header or (prompt_stop < start and not text[prompt_stop:start].strip())):
+        start = prompt_stop
+    elif not fits and not has_header:
+        start -= max(0, start - len(text[:start].rstrip()) - space)
     if messages[i].get("tool_calls"):
         return start, start
     return start, max(start, len(text) - common_length(after[::-1], text[::-1]))
@@ -115,11 +118,10 @@ def _content(messages: Sequence[Message], i: int, text: str, text_of: Callable[.
 def encode_spans(text: str, spans: Sequence[Span], files: Mapping[str, str], marker: str = "") -> EncodedRow:
     """Tokens of `text`, which may hold markers of `control_tokens.hide`, and their weights.
 
-    The text is encoded in one piece, so that its tokens are those of inference on it. A token belongs to the
-    span in which it starts. One that starts before a span and extends into it is never generated after that
-    prompt, and gets no weight.
+    The text is encoded in one piece, so that its tokens are those of inference on it, but no token lies across the
+    start of a span: inference ends the prompt there. A token belongs to the span in which it starts.
     """
-    encoded = encode(text, files, marker)
+    encoded = encode(text, files, marker, [span.start for span in spans])
     weights = np.zeros(len(encoded.ids), dtype=np.float32)
     for span in spans:
         weights[(encoded.starts >= span.start) & (encoded.starts < span.stop)] = span.weight
@@ -186,13 +188,13 @@ def _sentinel(text: str) -> str:
     return sentinel
 
 
-def _prompt_stop(before: Sequence[Message], text: str, text_of: Callable[..., str]) -> tuple[int, bool]:
-    """Where the generation prompt of this turn ends, -1 if the text does not begin with it; whether it has a header.
-    What the template adds behind it (an empty thinking block), the model has to generate.
+def _prompt_stop(before: Sequence[Message], text: str, text_of: Callable[..., str]) -> tuple[int, bool, int]:
+    """Where the generation prompt of this turn ends, -1 if the text does not begin with it; whether it has a header;
+    the white space at its end. What the template adds behind it (an empty thinking block), the model has to generate.
     """
     try:
         prompt, bare = text_of(before, True), text_of(before)
     except LlmkitError:  # a template may reject a conversation that has not begun
-        return -1, False
-    fits = text.startswith(prompt)
-    return (len(prompt) if fits else -1), fits and prompt != bare
+        return -1, True, 0
+    stop = len(prompt) if text.startswith(prompt) else -1
+    return stop, prompt != bare, len(prompt) - len(prompt.rstrip())

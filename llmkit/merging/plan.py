@@ -45,7 +45,10 @@ def plan_merge(
     groups = [_model_directories(model, last) for model in models]
     paths = [path for group in groups for path in group]
     if len(paths) < 2 and method not in methods_with("base"):
-        raise UsageError("one model is not enough", "name several, or the last checkpoints of a run with --last K")
+        raise UsageError(
+            "one model is not enough",
+            "name several, the last checkpoints of a run with --last K, or an adapter with --merge-adapter",
+        )
     merge = find_method(method).resolve(numbers, len(paths))
     check_required(method, {"base": base, "heldout": heldout})
     inputs = [("base", base, resolve_model(base))] if base else []

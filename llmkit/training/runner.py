@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from llmkit.errors import UsageError
 from llmkit.io.documents import DocumentReader, ReadOptions
@@ -29,6 +29,9 @@ from llmkit.training.data import Source, StreamSource, TokenStream
 from llmkit.training.objectives import Objective, next_token
 from llmkit.training.optim.schedule import Schedule
 from llmkit.training.session import LoopOptions, Session, session
+
+if TYPE_CHECKING:
+    from llmkit.chat.prompts import Prompt
 
 Record = dict[str, Any]
 Reader = Callable[[list[str] | None], DocumentReader]
@@ -167,17 +170,25 @@ def run_training(
     return {key: value for key, value in (outcome | p.counts).items() if value is not None}
 
 
+def prompts_of(request: Request, prepared: Prepared) -> list[Prompt]:
+    """The prompts of --prompts; [] if there are none. Raises the errors of `read_prompts`."""
+    file = getattr(getattr(request.options, "samples", None), "prompts", None)
+    if not file:
+        return []
+    from llmkit.training.metrics.samples import read_prompts
+
+    return read_prompts(file, dict(prepared.tokenizer_files), chat=prepared.chat)
+
+
 def _samples(request: Request, session: Session, prepared: Prepared) -> list[AtCheckpoint]:
     """The gallery that completes --prompts at every checkpoint, on each process that takes part in generation."""
-    prompts = getattr(getattr(request.options, "samples", None), "prompts", None)
-    if not prompts or not session.shows_checkpoints:
+    prompts = prompts_of(request, prepared) if session.shows_checkpoints else []
+    if not prompts:
         return []
-    from llmkit.training.metrics.samples import PromptGallery, read_prompts
+    from llmkit.training.metrics.samples import PromptGallery
 
     path = session.directory.path / "samples.jsonl" if session.processes.is_main else None
-    files = dict(prepared.tokenizer_files)
-    asked = read_prompts(prompts, files, chat=prepared.chat)
-    return [PromptGallery(path, asked, files, prepared.stop_ids, request.seed)]
+    return [PromptGallery(path, prompts, dict(prepared.tokenizer_files), prepared.stop_ids, request.seed)]
 
 
 def _announce(request: Request, session: Session, prepared: Prepared) -> None:

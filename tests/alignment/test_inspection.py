@@ -102,8 +102,12 @@ def test_check_of_rows_that_are_too_long(directory: Path, llmkit_here: Call) -> 
     for how in ("drop", "truncate-turns", "truncate"):
         done = llmkit_here(*call, how, cwd=directory)
         report = json.loads(done.stdout)["long.jsonl"]
-        assert done.returncode == 0 and report["too_long"] == 2
+        assert report["too_long"] == 2
         dropped[how] = report["dropped"]
+        assert done.returncode == (dropped[how] == 2), "an error only where nothing is left"
+        shown = llmkit_here(*call[:3], "--show", "9", *call[4:], how, cwd=directory).stdout.decode()
+        assert shown.count("dropped: ") == dropped[how] and shown.count("cut from ") == 2 - dropped[how]
+        assert ("⟦" in shown) == (dropped[how] < 2)
     assert dropped == {"drop": 2, "truncate-turns": 1, "truncate": 0}
     done = llmkit_here(*call, "error", cwd=directory)
     assert done.returncode == 1 and b"long.jsonl:1: " in done.stderr and b"2 rows cannot be used" in done.stderr
@@ -125,10 +129,14 @@ def test_control_tokens_at_the_end_of_answers(directory: Path, llmkit_here: Call
     (directory / "named.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     done = llmkit_here("sft", "base", "named.jsonl", "--check", template, cwd=directory)
     assert done.returncode == 0
-    assert (
-        b"control tokens that answers name at their end (they stay text: remove them from the rows) (2 rows)"
-        in done.stderr
-    )
+    assert b"(they stay text: remove them from the rows) (2 rows)" in done.stderr
+
+
+def test_show_without_a_usable_row(directory: Path, llmkit_here: Call) -> None:
+    """Behaviour: an error that says how many rows there are."""
+    (directory / "odd.jsonl").write_bytes(b'{"odd": 1}\n' * 2)
+    done = llmkit_here("sft", "base", "odd.jsonl", "--show", "3", cwd=directory)
+    assert done.returncode == 1 and b"2 rows cannot be used" in done.stderr
 
 
 def test_bad_calls(directory: Path, llmkit_here: Call) -> None:

@@ -293,6 +293,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "missing magnitude": ({"use_dora": True}, f"missing tensor {Q}lora_magnitude_vector"),
     "missing": (lambda t: t.pop(f"{Q}lora_B.weight"), f"missing tensor {Q}lora_B.weight"),
     "names": (lambda t: t.update({"../../x": t.pop(f"{Q}lora_B.weight")}), "tensor ../../x is not named as in PEFT"),
+    "whole layer": (lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.zeros(2, 2)}), "whole layers beside adapters are not supported"),
     "type": (lambda t: t.update({f"{Q}lora_B.weight": torch.zeros(64, 2, dtype=torch.int32)}), "is I32 [64, 2]"),
     "shape": (lambda t: t.update({f"{Q}lora_B.weight": torch.zeros(2, 64)}), "is F32 [2, 64], not F32 [64, 2]"),
     "not finite": (lambda t: t[f"{Q}lora_B.weight"].fill_(math.nan), "contains nan"),
@@ -337,3 +338,35 @@ def test_another_base_is_refused(
         assert call("average", *arguments, "--merge-adapter", "-o", "merged") in (1, 2)
         assert message in capfd.readouterr().err
     assert not (place / "merged").exists()
+
+
+def test_an_adapter_is_no_base(place: Path, adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: adapters whose model has moved, and that are found under its name, or name each other, end in one line."""
+    for name in ("final", "other"):
+        copy = Path(shutil.copytree(adapter, place / "run" / name, ignore=shutil.ignore_patterns("state")))
+        config = json.loads((copy / "adapter_config.json").read_text())
+        (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    for path, base, message in (
+        ("run/final", "final", "the adapted model 'final' is not here"),
+        ("run/other", "final", "holds adapters itself"),
+        ("run/final", "other", "holds adapters itself"),
+    ):
+        config = json.loads((place / path / "adapter_config.json").read_text())
+        (place / path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        for command in (["average", path, "--merge-adapter", "-o", "merged"], ["generate", path, "-p", "a"]):
+            assert call(*command) == 1
+            assert message in capfd.readouterr().err
+
+
+def test_what_a_run_says_of_adapters(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Behaviour: -v prints how PEFT takes them; a dry run reads --prompts, and held-out rows with a name; few steps are noted."""
+    assert (
+        run_command("sft", ["wide", "chat.jsonl", "--lora", "2", "--chat-template", "llama-3", "-n", "-v", "-o", "x"])
+        == 0
+    )
+    said = capfd.readouterr().err
+    assert "PEFT takes AutoModelForCausalLM.from_pretrained('wide')" in said
+    assert run_command("sft", ["wide", "chat.jsonl", "-n", "--prompts", "none.txt", "-o", "x"]) == 1
+    assert "none.txt" in capfd.readouterr().err
+    assert run_command("sft", ["wide", "chat.jsonl", "-n", "--heldout", "mine=chat.jsonl", "-o", "x"]) == 0
+    assert "steps: " in capfd.readouterr().err

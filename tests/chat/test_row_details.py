@@ -214,7 +214,7 @@ def test_rows_for_fine_tuning_are_no_pairs() -> None:
     ):
         with pytest.raises(RowError, match="input for `llmkit sft`"):
             to_preferences(row)
-    with pytest.raises(RowError, match=r"'prompt' \(OASST trees or messages\).*\(fields: prompt\)"):
+    with pytest.raises(RowError, match=r"'prompt' \(OASST trees or messages\).*\(fields: prompt; --map"):
         to_preferences({"prompt": "q"})
 
 
@@ -258,7 +258,7 @@ def test_each_row_by_its_own_schema(tmp_path: Path) -> None:
     mixed = [{"messages": [U, A]}, {"instruction": "q", "output": "a"}, {"prompt": "q", "completion": "a"}, {"odd": 1}]
     reader = reader_of([written(tmp_path / "rows.jsonl", mixed)], "skip")
     assert found(reader) == [["q", "a"]] * 3 and reader.bad == 1
-    with pytest.raises(LlmkitError, match=r"rows.jsonl:4: no schema fits.*\(fields: odd\)"):
+    with pytest.raises(LlmkitError, match=r"rows.jsonl:4: no schema fits.*\(fields: odd; --map"):
         found(reader_of([str(tmp_path / "rows.jsonl")]))
 
 

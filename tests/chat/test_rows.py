@@ -61,8 +61,8 @@ def test_one_table_of_schemas() -> None:
     """Behaviour: help and the error for unknown rows list every schema of the table."""
     assert schema_names(CONVERSATIONS) == (
         "messages, ShareGPT conversations, OASST trees or messages, prompts with completions, "
-        "inputs_pretokenized with targets_pretokenized, inputs with targets, question with answer, Alpaca instructions, "
-        "Dolly instructions, instructions with instances or plain text"
+        "inputs_pretokenized with targets_pretokenized, inputs with targets, question with answer, "
+        "prompts with responses, Alpaca instructions, Dolly instructions, OpenOrca questions, instructions with instances or plain text"
     )
     with pytest.raises(RowError) as error:
         to_conversation({"question": "q"})
@@ -143,7 +143,7 @@ def test_plain_text() -> None:
         ({"messages": [U, {"role": "assistant", "content": 3}]}, r"messages\[1\] has no text content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content part that is not text"),
         ({"messages": [U | {"weight": -1}]}, "weight -1"),
-        ({"instruction": "q", "output": None}, r"no schema fits.*\(fields: instruction, output \(null\)\)"),
+        ({"instruction": "q", "output": None}, r"no schema fits.*\(fields: instruction, output \(null\); --map"),
         ({"instruction": "q", "output": 1}, "field 'output' is not a string"),
         ({"prompt": "q", "completion": "a", "label": True}, "unpaired"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "llmkit dpo"),
@@ -417,3 +417,20 @@ def test_names_of_fields() -> None:
     for bad in ("messages", "messages=", "=x", "mesages=x", "messages=a,messages=b"):
         with pytest.raises(UsageError, match="--map"):
             field_names(CONVERSATIONS, [bad])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "q", "response": "a"}, [turn("user", "q"), turn("assistant", "a")]),
+        ({"question": "q", "response": "a", "id": "1"}, [turn("user", "q"), turn("assistant", "a")]),
+        (
+            {"system_prompt": "s", "question": "q", "response": "a"},
+            [turn("system", "s"), turn("user", "q"), turn("assistant", "a")],
+        ),
+        ({"system_prompt": "", "question": "q", "response": "a"}, [turn("user", "q"), turn("assistant", "a")]),
+    ],
+)
+def test_questions_with_responses(fields: dict[str, str], expected: list[dict[str, str]]) -> None:
+    """Behaviour: rows as OpenOrca has them, and prompts with responses."""
+    assert to_conversation(fields).messages == expected

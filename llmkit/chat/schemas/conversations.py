@@ -108,6 +108,7 @@ P3 = ("is_correct", "inputs", "targets")
 _text_pair("inputs_pretokenized with targets_pretokenized", "inputs_pretokenized", "targets_pretokenized", *P3)
 _text_pair("inputs with targets", "inputs", "targets", "is_correct")
 _text_pair("question with answer", "question", "answer")
+_text_pair("prompts with responses", "prompt", "response")
 
 
 @schema(CONVERSATIONS, "Alpaca instructions", "instruction", "output", optional=ALPACA, answer="output")
@@ -122,6 +123,23 @@ def _from_alpaca(fields: Fields, template: bool) -> Conversation:
 def _from_dolly(fields: Fields, template: bool) -> Conversation:
     """The same with `context` for the input and `response` for the output."""
     return Conversation([*alpaca_prompt(fields), turn("assistant", string(fields, "response"))])
+
+
+@schema(
+    CONVERSATIONS,
+    "OpenOrca questions",
+    "question",
+    "response",
+    optional=(*BESIDE, "system_prompt"),
+    answer="response",
+)
+def _from_openorca(fields: Fields, template: bool) -> Conversation:
+    """`{"system_prompt"?, "question", "response"}`."""
+    system = string(fields, "system_prompt") if fields.get("system_prompt") else ""
+    before = [turn("system", system)] if system else []
+    return Conversation(
+        [*before, turn("user", string(fields, "question")), turn("assistant", string(fields, "response"))]
+    )
 
 
 @schema(CONVERSATIONS, "instructions with instances", "instruction", "instances", optional=BESIDE, several=True)

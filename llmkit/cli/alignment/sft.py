@@ -16,6 +16,7 @@ from llmkit.cli.shared.messages import counted
 from llmkit.cli.shared.options import ModelPath, Run, command
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.options import COMMON
+from llmkit.training.options import held_out_paths
 
 if TYPE_CHECKING:
     from llmkit.alignment.inspection import Segment
@@ -94,7 +95,8 @@ def main(
         training_request,
     )
 
-    if launch_processes(run, options, [model, *paths_of(rows), *(options.heldout.heldout or [])]):
+    held_out = held_out_paths(options.heldout.heldout)
+    if launch_processes(run, options, [model, *paths_of(rows), *held_out]):
         return
     from llmkit.alignment.fine_tuning import prepare_fine_tuning
     from llmkit.training.runner import open_session
@@ -117,7 +119,8 @@ def _inspect(run: Run, model: str, rows: list[str] | None, options: SftOptions, 
     paths = [file for source in sources_of(run, rows) for file in source.files]
     reading = replace(run.read_options(None), on_bad_line="skip", on_bad_file="skip")
     if show is not None:
-        _show(run, paths, reading, encode, names, files, show, f"What sft trains on: {model}" if is_page else "")
+        title = f"What sft trains on: {model}" if is_page else ""
+        _show(run, paths, reading, encode, names, files, length, options.rows.too_long, show, title)
     else:
         _check(run, paths, reading, encode, names, length, options.rows)
 
@@ -129,6 +132,8 @@ def _show(
     encode: Encode,
     names: Mapping[str, str],
     files: Mapping[str, str],
+    length: int,
+    too_long: str,
     show: str,
     title: str,
 ) -> None:
@@ -138,8 +143,10 @@ def _show(
     from llmkit.io.documents import DocumentReader
 
     with DocumentReader(paths, reading) as reader:
-        found = shown_rows(reader, encode, names, ROWS_OF_A_PAGE if title else int(show))
+        found = shown_rows(reader, encode, names, ROWS_OF_A_PAGE if title else int(show), length, too_long)
         parts = [(where, segments(row, files)) for where, row in found]
+    if reader.bad and not parts:
+        raise LlmkitError(f"{counted(reader.bad, 'row')} cannot be used, and no other is there", "--check says why")
     if reader.bad:
         run.warn(f"{counted(reader.bad, 'row')} cannot be used: --check says why")
     if not title:
@@ -199,7 +206,12 @@ def _check(
             f"{counted(failed, 'row')} cannot be used; fields that the chat template does not show: {lost:,}",
             "mend them, or train with --on-bad-line skip and --lossy",
         )
-    run.finish({"rows": sum(report["rows"] for report in content.values())}, "every row can be used")
+    rows, dropped = (sum(report[name] for report in content.values()) for name in ("rows", "dropped"))
+    hint = "see --sequence-length and --too-long"
+    if dropped == rows:
+        raise LlmkitError(f"every row has over {length:,} tokens and is dropped", hint)
+    what = f"all but {counted(dropped, 'row')} of over {length:,} tokens" if dropped else "every row"
+    run.finish({"rows": rows, "dropped": dropped}, f"{what} can be used" + (f" ({hint})" if dropped else ""))
 
 
 def _print_rows(rows: Iterable[tuple[str, list[Segment]]]) -> None:

@@ -108,6 +108,9 @@ def train_or_plan(
 ) -> None:
     """Train the prepared run and print the summary; with --dry-run call `show`, then print the plan."""
     if run.dry_run:
+        from llmkit.training.runner import prompts_of
+
+        prompts_of(request, prepared)  # raises for a file that is none
         show()
         show_plan(run, session, prepared)
         return

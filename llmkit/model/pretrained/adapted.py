@@ -75,6 +75,10 @@ class AdapterTensors:
         if not expected:
             raise LlmkitError(f"{self._file}: not adapters of the layers of a {info.config.architecture}", _OTHER)
         if unexpected := sorted(self.layout.keys() - expected.keys()):
+            family = info.config.family
+            if ".base_layer." in unexpected[0] or unexpected[0] in (family.embedding, family.head):
+                what = f"{self._file}: tensor {unexpected[0]:.200}: whole layers beside adapters are not supported"
+                raise LlmkitError(what, "merge them with PEFT: merge_and_unload")
             raise LlmkitError(f"{self._file}: unexpected tensor {unexpected[0]:.200}", _OTHER)
         for name, shape in expected.items():
             if (found := self.layout.get(name)) is None:

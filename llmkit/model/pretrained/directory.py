@@ -115,18 +115,21 @@ def _find_base(directory: Path, config: LoraConfig, given: str | Path | None) ->
     if not given and config.base and not os.path.isabs(config.base) and ".." not in Path(config.base).parts:
         candidates += [parent / config.base for parent in directory.absolute().parents[:MAX_PARENTS]]
     hint = "name the model with --base of llmkit average, or put it beside the adapters"
-    others = []
+    others, adapters = [], []
     for path in candidates:
         if not path or (not given and not _is_model(path)):
             continue
+        if is_adapter(place := resolve_model(path)):  # which may name this one as its base in turn
+            adapters += [] if place.samefile(directory) else [path]
+            continue
         info = load_info(path)
-        if info.adapter is not None:
-            raise LlmkitError(f"{path}: the base of the adapters in {directory} holds adapters itself", hint)
         if not config.base_digest or _digest_of(tuple(weight_files(info.path))) == config.base_digest:
             return info
         others.append(path)
     if others:
         raise LlmkitError(f"{directory}: {others[0]} has other weights than the model that was adapted", hint)
+    if adapters:
+        raise LlmkitError(f"{adapters[0]}: the base of the adapters in {directory} holds adapters itself", hint)
     raise LlmkitError(f"{directory}: the adapted model {config.base!r:.200} is not here", hint)
 
 
