@@ -119,6 +119,7 @@ class TemplateOptions:
         typer.Option(
             "--neftune",
             metavar="ALPHA",
+            max=1e6,
             help="Add uniform noise of ALPHA / sqrt(tokens x width) to the embeddings of a row (NEFTune: about 5)",
             rich_help_panel=DATA,
         ),

@@ -107,6 +107,9 @@ class RowCache:
         (file,) = reader.inputs
         decides = [FORMAT, __version__, file.digest, options.text_key, options.id_key, options.max_line_bytes]
         key = xxhash.xxh3_128_hexdigest(repr((decides, encoding.identity)).encode("utf-8", "backslashreplace"))
+        if (self.directory / key).is_symlink():
+            self.warn(f"{self.directory / key} is a link, which is not followed: the rows are not stored")
+            return None
         return _Entry(self.directory / key, key, path, file, status, reader.options, encoding)
 
     def _fill(self, entry: _Entry) -> None:

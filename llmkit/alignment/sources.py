@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llmkit.training.session import Session
 
 Numbers = NDArray[np.int64]
-MOST_ROWS = 1 << 26  # of a source in an epoch, repeats included
+MOST_ROWS = 1 << 26  # of a source in all epochs, repeats included
 MISSED = 0.01  # of an amount, over the whole run: more is worth a warning
 
 
@@ -133,6 +133,8 @@ def read_sources(
         _take(mixture, specs, lengths, seeds, epochs, request.warn)
         _leave_out_untaken(mixture, encoding.together)
     encoding.refuse_empty(whole)
+    if not specs:
+        _check_number(1, len(whole.rows) // encoding.together, epochs)
     return mixture
 
 
@@ -191,16 +193,19 @@ def taken_rows(lengths: Numbers, budget: int, seed: int, epochs: int) -> list[Nu
     row, and in all epochs together to within half of one).
     """
     passes, rest = divmod(budget, int(lengths.sum()))
-    if (passes + 1) * len(lengths) > MOST_ROWS:
-        raise LlmkitError(
-            f"{passes + 1:,} passes over {len(lengths):,} rows in an epoch", "ask for less of this source"
-        )
+    _check_number(passes + 1, len(lengths), epochs)
     circle = permutation(seed, len(lengths))
     sizes = lengths[circle]
     middles, around = 2 * np.cumsum(sizes) - sizes, 2 * int(sizes.sum())  # in half tokens
     whole = np.tile(np.arange(len(lengths)), passes)
     arcs = ((middles - 2 * rest * epoch) % around < 2 * rest for epoch in range(epochs))
     return [np.concatenate((whole, np.sort(circle[arc]))) for arc in arcs]
+
+
+def _check_number(passes: int, rows: int, epochs: int) -> None:
+    if passes * rows * epochs > MOST_ROWS:
+        what = f"{passes:,} passes over {rows:,} rows in each of {epochs:,} epochs"
+        raise UsageError(f"{what}: more than {MOST_ROWS:,} rows", "ask for less of this source, or for fewer --epochs")
 
 
 def _leave_out_untaken(mixture: RowMixture, together: int) -> None:

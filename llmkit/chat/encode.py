@@ -30,7 +30,7 @@ from llmkit.chat.rows import (
     to_conversations,
     to_preferences,
 )
-from llmkit.chat.templates import DamagedTemplateError, special_contents, special_tokens
+from llmkit.chat.templates import DamagedTemplateError, chat_template, special_contents, special_tokens
 from llmkit.errors import LlmkitError, UsageError
 from llmkit.io.documents import DocumentReader
 
@@ -39,6 +39,14 @@ TRUNCATE_TURNS = "truncate-turns"
 TOO_LONG = ("drop", "truncate", TRUNCATE_TURNS, "error")
 Encode = Callable[[Mapping[str, Any]], Converted[EncodedRow]]  # from the fields of a row
 TRAIN_ON = ("all", "last", "turns")
+MESSAGE_FIELDS = (
+    "role",
+    "content",
+    "reasoning_content",
+    "tool_calls",
+    "train",
+    "weight",
+)  # others, a template may read
 
 
 @dataclass(slots=True)
@@ -182,9 +190,22 @@ def row_encoder(
         return [encode_conversation(part, files, lossy) for part in trained_parts(row, train_on)]
 
     def encode(fields: Mapping[str, Any]) -> Converted[EncodedRow]:
-        return to_conversations(fields, template).each(parts)
+        conversations = to_conversations(fields, template)
+        encoded = conversations.each(parts)
+        encoded.unused += _unused_fields(conversations, files)
+        return encoded
 
     return encode
+
+
+def _unused_fields(conversations: Iterable[Conversation], files: Mapping[str, str]) -> list[str]:
+    """The fields of messages that neither llmkit reads nor the chat template names."""
+    names = dict.fromkeys(
+        name for row in conversations if row.text is None for message in row.messages for name in message
+    )
+    rest = [name for name in names if name not in MESSAGE_FIELDS]
+    texts = [chat_template(files, tools) or "" for tools in (False, True)] if rest else []
+    return [f"messages.{name}" for name in rest if not any(name in text for text in texts)]
 
 
 def encode_preferences(

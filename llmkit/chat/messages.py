@@ -30,6 +30,9 @@ ROLES = {
 }
 
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6  # of a message's loss, where it is not 0
+
+
 class RowError(LlmkitError, ValueError):
     """A row that matches no schema, or is malformed; the message names the field."""
 
@@ -49,8 +52,8 @@ def read_tools(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             raise RowError(f"field 'tools' is not JSON ({error})") from error
     if not tools:
         return None
-    if not isinstance(tools, list):
-        raise RowError("field 'tools' is not a list")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("field 'tools' is not a list of objects")
     return tools
 
 
@@ -81,14 +84,24 @@ def _message(item: Any, where: str) -> dict[str, Any]:
         raise RowError(f"{where} has no text content")
     if "from" in item and role == "function_call":
         extra, content = _function_call(content, extra)
-    weight = extra.get("weight")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6
-    ):
-        raise RowError(f"{where}: weight {weight!r} is not a number from 0 to a million")
+    _check_loss(extra, where)
+    if not isinstance(extra.get("reasoning_content", ""), str):
+        raise RowError(f"{where}: reasoning_content is not a string")
     if "tool_calls" in extra:
         extra["tool_calls"] = _tool_calls(extra["tool_calls"], where)
     return {"role": ROLES[role], "content": content} | extra
+
+
+def _check_loss(extra: Mapping[str, Any], where: str) -> None:
+    """RowError for `weight` or `train` that would not mean what they say."""
+    weight, train = extra.get("weight"), extra.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"{where}: train {train!r:.60} is neither true nor false")
+    if weight is None:
+        return
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or MIN_WEIGHT <= weight <= MAX_WEIGHT):
+        raise RowError(f"{where}: weight {weight!s:.60} is neither 0 nor a number from a millionth to a million")
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:

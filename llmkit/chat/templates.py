@@ -188,9 +188,10 @@ def special_contents_of(tokenizer_json: str, eos: str) -> dict[str, int]:
     """`special_contents` from the text of tokenizer.json and the end-of-text token; cached, so do not change
     it.
     """
-    _tokenizer(tokenizer_json)  # validates the file
+    id_of = _tokenizer(tokenizer_json).token_to_id  # which may be another one than the file says
     added = _parse_json(tokenizer_json).get("added_tokens") or []
-    return {item["content"]: item["id"] for item in added if item.get("special") or item.get("content") == eos}
+    names = [item["content"] for item in added if item.get("special") or item.get("content") == eos]
+    return {name: i for name in names if (i := id_of(name)) is not None}
 
 
 @lru_cache(maxsize=4)

@@ -90,13 +90,13 @@ def load_resized(path: str | Path, new: NewTokens) -> Decoder:
 
 def rows_for(old: Tensor, first: int, pieces: Sequence[Sequence[int]], rows: int) -> Tensor:
     """[rows, D] from `old` [R, D]: row `first + i` is the mean of the rows `pieces[i]`, or of all rows below
-    `first` if it has no pieces."""
+    `first` if it has no pieces, or one that has no row itself."""
     new = torch.empty(rows, old.shape[1], dtype=old.dtype)
     mean = old[:first].float().mean(0)
     new[:] = mean
     new[: len(old)] = old
     for i, ids in enumerate(pieces, first):
-        new[i] = old[list(ids)].float().mean(0) if ids else mean
+        new[i] = old[list(ids)].float().mean(0) if ids and max(ids) < len(old) else mean
     return new
 
 

@@ -47,7 +47,7 @@ def test_another_seed_takes_other_rows() -> None:
     assert len(first) == len(second) == 100 and len(np.intersect1d(first, second)) < 40
     assert 300 < first.mean() < 700
     assert taken_rows(lengths, 7000, 1, 2)[1].tolist() == list(range(1000))
-    with pytest.raises(LlmkitError, match="passes over 1,000 rows in an epoch"):
+    with pytest.raises(LlmkitError, match="passes over 1,000 rows in each of 1 epochs"):
         taken_rows(lengths, 7000 << 20, 1, 1)
 
 

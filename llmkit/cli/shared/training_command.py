@@ -206,13 +206,14 @@ def show_plan(run: Run, session: Session, prepared: Prepared) -> None:
         *([name, f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"] for name, n in memory_needs.items()),
     ]
     run.table(f"llmkit {run.command}: plan", ["", ""], rows)
+    trained_before = "model" in prepared.positional and not adapter
     columns = ["tensor", "x", "shape", "start", "lr", "decay", "optimizer", "type", "computed in"]
     cells = [
         [
             row.name,
             count,
             "x".join(map(str, row.shape)),
-            row.initial,
+            "as it is" if trained_before else row.initial,
             f"x{row.rate:g}",
             f"{row.decay:g}",
             row.optimizer,

@@ -9,7 +9,7 @@ import typer
 
 from llmkit.cli.shared.options import Run, command
 from llmkit.cli.shared.training_command import refuse_own_inputs
-from llmkit.errors import UsageError
+from llmkit.errors import LlmkitError, UsageError
 from llmkit.merging import methods
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ def _merge_adapter(run: Run, adapter: str, base: str | None) -> None:
     from llmkit.lineage.formats import describe_input
     from llmkit.lineage.outputs import artefact_directory
     from llmkit.merging.average import write_average
+    from llmkit.model.pretrained.checkpoint import load_tokenizer
     from llmkit.model.pretrained.directory import load_info
 
     info = load_info(adapter, base, any_base=True)
@@ -185,6 +186,11 @@ def _merge_adapter(run: Run, adapter: str, base: str | None) -> None:
             f"{adapter} holds no adapters", "give a directory with adapter_config.json, or a run of --lora"
         )
     model = info.adapter.base
+    if "tokenizer.json" in info.tokenizer_files:
+        ids = load_tokenizer(info.tokenizer_files, str(info.path)).get_vocab(with_added_tokens=True).values()
+        if max(ids, default=0) >= info.config.vocab_size:
+            what = f"its tokenizer has token id {max(ids):,}, the merged model {info.config.vocab_size:,} rows"
+            raise LlmkitError(f"{info.path}: {what}", "adapters and tokenizer belong to different models")
     refuse_own_inputs(run, [adapter, str(model.path)])
     run.options.pop("method")
     if run.up_to_date([str(info.path), str(model.path)]):
