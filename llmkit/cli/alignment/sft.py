@@ -75,7 +75,8 @@ def main(
     each other, or with --no-pack have one each. A message may have a `weight`, or `train: false`. Rows of which the
     template does not show a part, such as tool calls or reasoning, are refused. The resulting model stops at the end of
     its turn (generation_config.json). With --lora the weights stay as they are, quantised ones too, and the result is a
-    directory of adapters for PEFT and llmkit; `llmkit average --merge-adapter` makes a model of it.
+    directory of adapters for PEFT and llmkit; `llmkit average --merge-adapter` makes a model of it. In PEFT, load the
+    model yourself, and resize its embeddings where tokens were added: -v prints the calls.
 
     Files with amounts make a mixture, as with `llmkit mix`: the weights are scaled until the first source that has one
     is exhausted, and a file without an amount is taken once. Amounts are tokens of encoded rows, of each epoch. What is
@@ -208,7 +209,7 @@ def _check(
         )
     rows, dropped = (sum(report[name] for report in content.values()) for name in ("rows", "dropped"))
     hint = "see --sequence-length and --too-long"
-    if dropped == rows:
+    if rows and dropped == rows:
         raise LlmkitError(f"every row has over {length:,} tokens and is dropped", hint)
     what = f"all but {counted(dropped, 'row')} of over {length:,} tokens" if dropped else "every row"
     run.finish({"rows": rows, "dropped": dropped}, f"{what} can be used" + (f" ({hint})" if dropped else ""))
