@@ -61,13 +61,12 @@ def texts() -> list[str]:
 
 
 def make_base(place: Path, tokens: str) -> float:
+    """Train the base; CPU seconds."""
     documents = [{"text": text} for text in texts()]
     (place / "documents.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in documents))
     llmkit(place, "vocab", "documents.jsonl", "--size", 8192, "-o", "tok")
     llmkit(place, "tokenize", "documents.jsonl", "-t", "tok", "-o", "shards")
-    seconds = llmkit(place, "train", "shards", "-m", "5m", "--tokens", tokens, "-o", "base")
-    llmkit(place, "quantize", "base", "--to", "int4", "-o", "base-int4")
-    return seconds
+    return llmkit(place, "train", "shards", "-m", "5m", "--tokens", tokens, "-o", "base")
 
 
 def held_out_loss(place: Path, model: str, rows: str) -> float:
@@ -86,14 +85,20 @@ def last(run: Path, name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--base", type=Path, help="run of an earlier call, instead of training one")
     parser.add_argument("--tokens", default="8M", help="of the base")
     parser.add_argument("--rows", type=int, default=1 << 30, help="Rows of each half at most")
     given = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        seconds = make_base(place, given.tokens)
-        print(f"{date.today()}; base: {seconds:.0f} CPU s, loss {last(place / 'base', 'loss'):.3f}\n")
+        if given.base:
+            (place / "base").symlink_to(given.base.absolute())
+        else:
+            print(f"base: {make_base(place, given.tokens):.0f} CPU s")
+        llmkit(place, "quantize", "base", "--to", "int4", "-o", "base-int4")
+        steps = [orjson.loads(line) for line in (place / "base" / "metrics.jsonl").read_bytes().splitlines()]
+        print(f"{date.today()}; base: {steps[-1]['tokens']:,} tokens, loss {steps[-1]['loss']:.3f}\n")
         print("| rows | method | held-out loss | CPU s | trained, MB |\n|---|---|---|---|---|")
         for number, (name, file) in enumerate(FILES.items()):
             rows = [orjson.dumps(row) + b"\n" for row in rows_of(SHARED / "instruct" / f"{file}.jsonl.zst")]
