@@ -108,19 +108,9 @@ def test_noise_and_prompts_in_a_run(directory: Path) -> None:
     (directory / "prompts.jsonl").write_text(
         '{"prompt": "what is it"}\n{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}\n'
     )
-    options = [
-        "base",
-        "chat.jsonl",
-        "--batch-size",
-        "1",
-        "--heldout",
-        "chat.jsonl",
-        "--save-every",
-        "6",
-        "--keep",
-        "0",
-        "-q",
-    ]
+    rows = (directory / "chat.jsonl").read_bytes().splitlines(keepends=True)
+    (directory / "few.jsonl").write_bytes(b"".join(rows[:12]))
+    options = ["base", "few.jsonl", "-b", "1", "--heldout", "few.jsonl", "--save-every", "3", "--keep", "0", "-q"]
     noisy = [*options, "--neftune", "5", "--prompts", "prompts.jsonl"]
     for output, arguments in {"plain": options, "noisy": noisy, "again": noisy}.items():
         assert run_command("sft", [*arguments, "-o", output]) == 0

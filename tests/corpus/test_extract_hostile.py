@@ -178,14 +178,18 @@ def test_time_is_linear(tmp_path: Path, name: str) -> None:
     The limits are far from what was measured: below a second, where the first readers took between ten and thousands.
     """
     make, count = CRAFTED[name]
-    taken = []
-    for size in (count, 2 * count):
-        data = make(size)
-        start = time.process_time()
-        pages, _ = read(data, tmp_path)
-        taken.append(time.process_time() - start)
-        assert (pages[0], pages[-1]) == ("0", "1")
-    assert taken[1] < max(3 * taken[0], 1.0) and taken[1] < 5.0
+
+    def is_linear() -> bool:
+        taken = []
+        for size in (count, 2 * count):
+            data = make(size)
+            start = time.process_time()
+            pages, _ = read(data, tmp_path)
+            taken.append(time.process_time() - start)
+            assert (pages[0], pages[-1]) == ("0", "1")
+        return taken[1] < max(3 * taken[0], 1.0) and taken[1] < 5.0
+
+    assert any(is_linear() for _ in range(3))  # a busy machine slows one reading or the other
 
 
 @pytest.mark.parametrize("kind", ["chunked", "gzip", "zstd", "headers"])
