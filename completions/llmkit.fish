@@ -528,7 +528,7 @@ complete -c llmkit -n '__fish_seen_subcommand_from trace' -l version -s V -d 'Pr
 complete -c llmkit -n '__fish_seen_subcommand_from trace' -s h -l help -d 'Show this help and exit'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l epochs -r -d 'Number of passes over the rows'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l chat-template -r -d 'Template to use instead of the model\'s own: chatml, gemma, llama-3, phi-4, qwen3, tulu, whose tokens are added to the model, or a Jinja file'
-complete -c llmkit -n '__fish_seen_subcommand_from sft' -l too-long -r -d 'What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (behind the last trained turn that fits), or error'
+complete -c llmkit -n '__fish_seen_subcommand_from sft' -l too-long -r -d 'What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (after the last trained turn that fits), or error'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l group-by-length -d 'Put rows of similar length into the same step, in random order, for less padding (with --no-pack)'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l row-cache -r -d 'Keep encoded rows in this directory, for later runs and for one that was killed'
 complete -c llmkit -n '__fish_seen_subcommand_from sft' -l map -r -d 'Where rows have fields under other names: messages=chat,system=meta.system (repeatable)'

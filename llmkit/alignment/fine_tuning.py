@@ -137,8 +137,8 @@ def prepare_fine_tuning(request: Request, session: Session, model: str, sources:
     )
     _announce_padding(request, session, source, batch_size, length)
     if source.steps < FEW_STEPS:
-        more = "a smaller --batch-size or --sequence-length, --no-pack, or more --epochs give more"
-        request.note(f"steps: {source.steps} only; {more}")
+        hint = "for more, lower --batch-size or --sequence-length, use --no-pack, or raise --epochs"
+        request.note(f"only {source.steps} steps; {hint}")
     held_out = None
     if options.heldout.heldout:
         paths = list(held_out_paths(options.heldout.heldout))
@@ -282,7 +282,7 @@ def _adapters(request: Request, session: Session, chat: ChatModel) -> LoraConfig
     lora = chat.adapted(LoraConfig(given.lora, alpha, targets, given.dora, given.rslora, b_rate=given.lora_plus))
     grown = f", .resize_token_embeddings({chat.info.config.vocab_size})" if chat.new.pieces else ""
     base = f"AutoModelForCausalLM.from_pretrained({str(resolve_model(chat.path))!r}){grown}"
-    request.detail(f"PEFT takes {base}, then PeftModel.from_pretrained(..., 'RUN/final')")
+    request.detail(f"to load the adapters in PEFT: {base}, then PeftModel.from_pretrained(..., 'RUN/final')")
     return lora
 
 
@@ -314,7 +314,7 @@ def _announce_rows(request: Request, mixture: RowMixture, length: int, too_long:
     if encoded.lost:
         request.warn(f"the chat template does not show: {_listed(encoded.lost)}")
     if counts["too_long"]:
-        action = {"drop": "dropped", TRUNCATE_TURNS: "truncated behind a turn"}.get(too_long, "truncated at the end")
+        action = {"drop": "dropped", TRUNCATE_TURNS: "truncated after a turn"}.get(too_long, "truncated at the end")
         alternative = "--too-long truncate truncates them" if too_long == "drop" else "--too-long drop drops them"
         dropped = ""
         if too_long != "drop" and counts["dropped"]:

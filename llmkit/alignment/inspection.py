@@ -72,7 +72,7 @@ def shown_rows(
     """
 
     def shown() -> Iterator[tuple[str, EncodedRow]]:
-        for document, rows in read_rows(reader, encode, names):
+        for document, rows in read_rows(reader, bounded(encode, context, too_long), names):
             for row in rows:
                 where, size = f"{document.file}:{document.line}", len(row.tokens)
                 if size <= context:

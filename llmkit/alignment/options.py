@@ -50,7 +50,7 @@ class RowOptions:
         typer.Option(
             "--too-long",
             metavar="HOW",
-            help="What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (behind"
+            help="What to do with rows longer than the sequence: drop, truncate (at the end), truncate-turns (after"
             " the last trained turn that fits), or error",
             rich_help_panel=DATA,
         ),

@@ -124,7 +124,9 @@ def read_sources(
         refuse_duplicate_sources([spec.path for spec in specs], digests)
         if len(weighted := [spec for spec in specs if spec.kind == "weight"]) == 1:
             (spec,) = weighted
-            request.warn(f"{spec.path}{spec.suffix}: a single weight takes all; {spec.path}:x0.5 takes half of it")
+            request.warn(
+                f"{spec.path}{spec.suffix}: a single weight takes the whole source; {spec.path}:x0.5 takes half"
+            )
         for spec, dataset in zip(specs, datasets, strict=True):
             if not dataset.rows:
                 raise LlmkitError(f"{spec.path}: no rows to train on", "leave this source out, or see --too-long")

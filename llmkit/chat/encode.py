@@ -1,7 +1,7 @@
 """Rows of a file to token ids with loss weights: the training data of `sft` and `dpo`.
 
 A row longer than the context is dropped, or with `too_long="truncate"` cut at its end (the model then does not
-learn to stop there), with "truncate-turns" behind the last trained turn that fits (so that every turn is learnt
+learn to stop there), with "truncate-turns" after the last trained turn that fits (so that every turn is learnt
 with its end), and dropped if the cut leaves nothing to learn; all are counted. With "error" it is a bad row, as is
 one without any trained token, which almost always means that its roles are not the expected ones: an error that
 names file and line.
@@ -46,7 +46,7 @@ MESSAGE_FIELDS = (
     "tool_calls",
     "train",
     "weight",
-)  # others, a template may read
+)  # of which llmkit knows the meaning; a template may read more
 
 
 @dataclass(slots=True)
@@ -137,7 +137,7 @@ class RowEncoding:
         if self.too_long == "drop":
             raise LlmkitError(reason, "use --too-long truncate to cut them")
         in_turns = self.too_long == TRUNCATE_TURNS
-        hint = "--too-long truncate cuts within a turn, too" if in_turns else "use a model with a longer context"
+        hint = "--too-long truncate also cuts within a turn" if in_turns else "use a model with a longer context"
         raise LlmkitError(f"{reason}, and the cut leaves nothing to learn", hint)
 
 
@@ -223,7 +223,8 @@ def pair_encoding(
     lossy: bool = False,
     names: Mapping[str, str] = NO_NAMES,
 ) -> RowEncoding:
-    """How pairs do: chosen and rejected, each after the prompt, with weights on the assistant messages after it."""
+    """How preference pairs become training data: chosen and rejected, each after the prompt, with weights on the
+    assistant messages after it."""
     if too_long == TRUNCATE_TURNS:
         raise UsageError(f"--too-long {too_long} is for sft", "a pair compares whole answers: drop, truncate or error")
 

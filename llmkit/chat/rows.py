@@ -169,9 +169,7 @@ def _converted(table: list[Schema], fields: Fields, *arguments: Any) -> Converte
         raise RowError(f"{what}: a row for fine-tuning, which is input for `llmkit sft`; dpo needs two answers")
     present = ", ".join(name if value is not None else f"{name} (null)" for name, value in fields.items())
     known = ", ".join(dict.fromkeys(schema.label for schema in table if schema.name))
-    raise RowError(
-        f"no schema fits; looked for {known} (fields: {present or 'none'}; --map NAME=FIELD tells other names)"
-    )
+    raise RowError(f"no schema fits; looked for {known} (fields: {present or 'none'}; --map NAME=FIELD renames fields)")
 
 
 def field_names(table: list[Schema], options: list[str]) -> dict[str, str]:

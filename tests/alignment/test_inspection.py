@@ -109,6 +109,8 @@ def test_check_of_rows_that_are_too_long(directory: Path, llmkit_here: Call) -> 
         assert shown.count("dropped: ") == dropped[how] and shown.count("cut from ") == 2 - dropped[how]
         assert ("⟦" in shown) == (dropped[how] < 2)
     assert dropped == {"drop": 2, "truncate-turns": 1, "truncate": 0}
+    done = llmkit_here(*call[:3], "--show", "9", *call[4:], "error", cwd=directory)
+    assert done.returncode == 1 and not done.stdout and b"2 rows cannot be used" in done.stderr
     done = llmkit_here(*call, "error", cwd=directory)
     assert done.returncode == 1 and b"long.jsonl:1: " in done.stderr and b"2 rows cannot be used" in done.stderr
 

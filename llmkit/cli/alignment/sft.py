@@ -147,7 +147,7 @@ def _show(
         found = shown_rows(reader, encode, names, ROWS_OF_A_PAGE if title else int(show), length, too_long)
         parts = [(where, segments(row, files)) for where, row in found]
     if reader.bad and not parts:
-        raise LlmkitError(f"{counted(reader.bad, 'row')} cannot be used, and no other is there", "--check says why")
+        raise LlmkitError(f"nothing to show: {counted(reader.bad, 'row')} cannot be used", "--check says why")
     if reader.bad:
         run.warn(f"{counted(reader.bad, 'row')} cannot be used: --check says why")
     if not title:
